@@ -1,0 +1,151 @@
+"""The words in which a vertical speaks to the engine: Flow, Call, Sla, Answer.
+
+A vertical describes inference as a generator without I/O that yields :class:`Call` and is
+sent tensors. It never sees a device, a batch size, a thread or a socket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from engine.errors import ConfigError
+from engine.tiling import Tiling
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+Tensors = Tensor | Mapping[str, Tensor]
+"""Rows of one input, or of several inputs by name; dimension 0 counts rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sla:
+    """A promise about time.
+
+    Args:
+        deadline_ms: allowed milliseconds from arrival to answer; ``None`` is background
+            work that takes what the urgent work leaves.
+        quantile: share of answers the promise covers; predictions use this quantile.
+        on_overload: what happens to work that would miss: ``"reject"`` at once,
+            ``"degrade"`` to the model's cheaper variant, or run ``"late"``.
+        weight: share of the left-over device time among background work, > 0.
+    """
+
+    deadline_ms: float | None = None
+    quantile: float = 0.99
+    on_overload: Literal["reject", "degrade", "late"] = "reject"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.deadline_ms is not None and not 0 < self.deadline_ms < 86_400_000:
+            raise ConfigError(
+                f"Sla.deadline_ms is {self.deadline_ms}, expected 0 < deadline_ms < 1 day",
+                hint="leave it out for background work",
+            )
+        if not 0.5 <= self.quantile < 1:
+            raise ConfigError(f"Sla.quantile is {self.quantile}, expected 0.5 <= quantile < 1")
+        if self.on_overload not in ("reject", "degrade", "late"):
+            raise ConfigError(
+                f"Sla.on_overload is {self.on_overload!r}, expected 'reject', 'degrade' or 'late'"
+            )
+        if not self.weight > 0:
+            raise ConfigError(f"Sla.weight is {self.weight}, expected a number above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One use of a model inside a flow.
+
+    Args:
+        model: name of a model known to the engine.
+        rows: tensor (n, ...) or mapping of input name to tensor (n, ...), host memory, dtypes
+            as the model's inputs say. With ``tiling``: one tensor (c, z, y, x), the volume.
+        tiling: cut the volume into windows, run each as a row, blend the results back.
+
+    The flow is sent back a tensor (n, ...) (or a mapping when the model has several outputs);
+    with ``tiling``, the blended and reduced volume (see :class:`engine.Tiling`).
+    """
+
+    model: str
+    rows: Tensors
+    tiling: Tiling | None = None
+
+
+Flow = Generator[Call, Any, T]
+"""A generator that yields Calls, is sent tensors and returns T."""
+
+
+@dataclass(slots=True)
+class Timing:
+    """Where the time of one answer went; all in seconds.
+
+    Args:
+        decode: reading and checking the request (filled in by the door).
+        queue: waiting for the device.
+        device: the device's time for the batches this request was part of.
+        mates: the part of ``device`` spent on other requests' rows in those batches.
+        padding: the part of ``device`` spent on rows added to reach a compiled shape.
+        encode: writing the answer (filled in by the door).
+        total: arrival to answer.
+        batch_rows: rows of the largest batch the request was part of (a count).
+    """
+
+    decode: float = 0.0
+    queue: float = 0.0
+    device: float = 0.0
+    mates: float = 0.0
+    padding: float = 0.0
+    encode: float = 0.0
+    total: float = 0.0
+    batch_rows: int = 0
+
+    def as_dict(self) -> dict[str, float]:
+        """Milliseconds by name, rounded to the microsecond, and ``batch_rows``."""
+        names = ("decode", "queue", "device", "mates", "padding", "encode", "total")
+        parts: dict[str, float] = {
+            f"{name}_ms": round(getattr(self, name) * 1e3, 3) for name in names
+        }
+        parts["batch_rows"] = self.batch_rows
+        return parts
+
+
+@dataclass(slots=True)
+class Answer(Generic[T_co]):
+    """What the engine gives back for a flow.
+
+    Args:
+        value: what the flow returned.
+        timing: where the time went.
+        models: version by name of every model that ran.
+        degraded: the model that ran instead, by the name of the one that was asked for.
+        late: the deadline had passed when the answer was ready.
+    """
+
+    value: T_co
+    timing: Timing
+    models: dict[str, str] = field(default_factory=dict)
+    degraded: dict[str, str] = field(default_factory=dict)
+    late: bool = False
+
+
+def row_count(rows: Tensors) -> int:
+    """Number of rows (size of dimension 0) of a call's input."""
+    first = rows if isinstance(rows, Tensor) else next(iter(rows.values()))
+    return int(first.shape[0])
+
+
+def as_mapping(rows: Tensors, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """The rows by input name; a lone tensor belongs to the first name."""
+    return {names[0]: rows} if isinstance(rows, Tensor) else dict(rows)
+
+
+def cat_rows(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join rows of several calls along dimension 0; one part is passed on without a copy."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

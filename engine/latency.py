@@ -1,0 +1,167 @@
+"""How long will a batch take? An on-line model of seconds by work class and rows.
+
+A work class (``key``) is one model on one shape bucket at one precision. Its cost curve over
+rows is seeded by warm-up; each finished batch then scales it. Predictions are upper
+quantiles, so that a promise made from them is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right, insort
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from engine.errors import ConfigError
+
+_MEMORY = 64  # batches remembered for the quantile
+_SHIFT = 6  # as many in a row beyond the band mean that the cost has changed
+_BAND = 1.2
+_LEARN = 0.05  # how fast the curve's own shape follows
+
+
+@dataclass(slots=True)
+class _Curve:
+    """Cost of one work class: a curve over rows times a factor that follows the present."""
+
+    knots: dict[int, float] = field(default_factory=dict)
+    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_MEMORY))
+    ordered: list[float] = field(default_factory=list)
+    table: list[float] = field(default_factory=list)
+
+    def rebuild(self, rows: int) -> None:
+        size = max(rows, len(self.table) - 1, max(self.knots, default=1))
+        at = np.array(sorted(self.knots), dtype=float)
+        # A cost that falls with rows is measurement noise; the planner needs it monotone.
+        cost = np.maximum.accumulate([self.knots[int(k)] for k in at])
+        grid = np.arange(size + 1, dtype=float)
+        if len(at) == 1:  # half of a lone measurement is taken as fixed cost
+            curve = cost[0] * (0.5 + 0.5 * grid / at[0])
+        else:
+            slope = (cost[-1] - cost[-2]) / (at[-1] - at[-2])
+            curve = np.interp(grid, at, cost)
+            beyond = grid > at[-1]
+            curve[beyond] = cost[-1] + slope * (grid[beyond] - at[-1])
+        self.table = curve.tolist()
+
+    def base(self, rows: int) -> float:
+        if not self.knots:
+            return 0.0
+        if rows >= len(self.table):
+            self.rebuild(max(rows, 2 * len(self.table)))
+        return self.table[rows]
+
+    def remember(self, ratio: float) -> None:
+        if len(self.ratios) == _MEMORY:
+            oldest = self.ratios[0]
+            del self.ordered[bisect_right(self.ordered, oldest) - 1]
+        self.ratios.append(ratio)
+        insort(self.ordered, ratio)
+
+    def quantile(self, share: float) -> float:
+        if not self.ordered:
+            return 1.0
+        return self.ordered[min(int(share * len(self.ordered)), len(self.ordered) - 1)]
+
+    def forget_if_shifted(self) -> None:
+        """Drop the past once the last few batches all lie on one side of it."""
+        if len(self.ratios) < 2 * _SHIFT:
+            return
+        middle = self.quantile(0.5)
+        recent = list(self.ratios)[-_SHIFT:]
+        if min(recent) > middle * _BAND or max(recent) < middle / _BAND:
+            self.ratios.clear()
+            self.ratios.extend(recent)
+            self.ordered = sorted(recent)
+
+    def follow(self, rows: int, seconds: float) -> None:
+        """Move the curve's knots near ``rows`` a little towards what was seen."""
+        level = self.quantile(0.5)
+        off = seconds / (level * self.base(rows)) - 1
+        near = sorted(self.knots, key=lambda knot: abs(knot - rows))[:2]
+        span = sum(abs(knot - rows) for knot in near) or 1
+        for knot in near:
+            closeness = 1 - abs(knot - rows) / span if len(near) > 1 else 1.0
+            self.knots[knot] *= 1 + _LEARN * closeness * max(-0.5, min(off, 0.5))
+        self.rebuild(rows)
+
+
+class LatencyModel:
+    """Seconds by (work class, rows), learned on line.
+
+    Args:
+        path: where the curves are kept between runs; ``None`` keeps them in memory only.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._curves: dict[str, _Curve] = {}
+        self._path = path
+
+    def seed(self, key: str, rows: int, seconds: float) -> None:
+        """Set the curve at ``rows`` from a warm-up measurement (seconds)."""
+        curve = self._curves.setdefault(key, _Curve())
+        curve.knots[rows] = max(seconds, 1e-7)
+        curve.rebuild(rows)
+
+    def observe(self, key: str, rows: int, seconds: float) -> None:
+        """Learn from a finished batch."""
+        curve = self._curves.setdefault(key, _Curve())
+        if not curve.knots:
+            self.seed(key, rows, seconds)
+        curve.remember(max(seconds, 1e-7) / curve.base(rows))
+        curve.forget_if_shifted()
+        curve.follow(rows, max(seconds, 1e-7))
+
+    def predict(self, key: str, rows: int, quantile: float = 0.99) -> float:
+        """Upper quantile of the seconds a batch of ``rows`` takes; 0.0 for an unknown key."""
+        curve = self._curves.get(key)
+        return curve.base(rows) * curve.quantile(quantile) if curve else 0.0
+
+    def rows_within(self, key: str, seconds: float, most: int, quantile: float = 0.99) -> int:
+        """The largest number of rows, at most ``most``, predicted to take ``seconds`` or less."""
+        curve = self._curves.get(key)
+        if curve is None or not curve.knots:
+            return most
+        curve.base(most)
+        budget = seconds / curve.quantile(quantile) * (1 + 1e-9)
+        return bisect_right(curve.table, budget, 1, most + 1) - 1
+
+    def known(self, key: str) -> bool:
+        """Whether anything was measured for this work class."""
+        return key in self._curves
+
+    def save(self) -> None:
+        """Write the curves to ``path`` (JSON), atomically."""
+        if self._path is None:
+            return
+        data = {
+            key: {str(rows): cost * curve.quantile(0.5) for rows, cost in curve.knots.items()}
+            for key, curve in self._curves.items()
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        part = self._path.with_suffix(".part")
+        part.write_text(json.dumps({"format": 1, "seconds": data}))
+        part.replace(self._path)
+
+    def restore(self) -> int:
+        """Read what :meth:`save` wrote; returns how many work classes are known.
+
+        Raises:
+            ConfigError: the file is not what :meth:`save` writes.
+        """
+        if self._path is None or not self._path.exists():
+            return 0
+        try:
+            data = json.loads(self._path.read_text())["seconds"]
+            for key, knots in data.items():
+                for rows, seconds in knots.items():
+                    self.seed(str(key), int(rows), float(seconds))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{self._path} is not a latency file: {error}",
+                hint="delete it; it is measured again",
+            ) from error
+        return len(self._curves)

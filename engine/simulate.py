@@ -1,0 +1,221 @@
+"""Batching policies in virtual time: the Batcher that serves, against the field's habits.
+
+Nothing here sleeps or reads a clock. A cost model stands in for the device, arrivals are
+drawn from a seeded generator, and every policy sees the same arrivals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.batching import Batcher, Work
+from engine.flow import Sla
+from engine.latency import LatencyModel
+
+Arrivals = NDArray[np.float64]
+Cost = Callable[[int, float], float]
+"""Seconds that a batch of n rows takes when it starts at a time (seconds)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One scene: a device's cost, a promise and how long it runs.
+
+    Args:
+        fixed: seconds a batch costs whatever its size.
+        per_row: seconds each row adds.
+        most: largest batch, rows.
+        deadline: allowed seconds from arrival to answer.
+        duration: seconds of arrivals.
+    """
+
+    fixed: float = 0.020
+    per_row: float = 0.001
+    most: int = 128
+    deadline: float = 0.200
+    duration: float = 60.0
+
+    def cost(self, rows: int, at: float = 0.0) -> float:
+        """Seconds a batch of ``rows`` takes."""
+        return self.fixed + self.per_row * rows
+
+    @property
+    def capacity(self) -> float:
+        """Rows per second in batches of the largest size."""
+        return self.most / self.cost(self.most)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of the arrivals: counts, and which second each early refusal fell into."""
+
+    offered: int
+    in_sla: int
+    late: int
+    refused: int
+    duration: float
+    busy: float
+
+    @property
+    def goodput(self) -> float:
+        """Answers within the deadline, per second."""
+        return self.in_sla / self.duration
+
+
+def poisson(rate: float, duration: float, seed: int) -> Arrivals:
+    """Arrival times (seconds, sorted) of a Poisson process of ``rate`` per second."""
+    random = np.random.default_rng(seed)
+    return np.sort(random.uniform(0, duration, random.poisson(rate * duration)))
+
+
+def bursts(rate: float, duration: float, seed: int, on: float = 0.5, off: float = 0.5) -> Arrivals:
+    """On/off arrivals: Poisson of ``rate`` for ``on`` seconds, silence for ``off``."""
+    times = poisson(rate, duration * on / (on + off), seed)
+    cycle = np.floor(times / on)
+    return times + cycle * off
+
+
+def elastic(
+    setting: Setting,
+    arrivals: Arrivals,
+    cost: Cost | None = None,
+    keys: Sequence[str] = ("a",),
+    slas: Sequence[Sla] | None = None,
+) -> Outcome:
+    """Plinth's own Batcher, warmed up at a few batch sizes; arrivals take keys and SLAs in turn."""
+    real = cost or setting.cost
+    promises = slas or (Sla(deadline_ms=setting.deadline * 1e3),)
+    latency = LatencyModel()
+    batcher = Batcher(latency)
+    for key in keys:
+        batcher.register(key, most=setting.most)
+        for rows in (1, setting.most // 4, setting.most):
+            latency.seed(key, rows, real(rows, 0.0))
+    now, index, in_sla, late, refused, busy = 0.0, 0, 0, 0, 0, 0.0
+    while index < len(arrivals) or batcher:
+        if not batcher:
+            now = max(now, float(arrivals[index]))
+        while index < len(arrivals) and arrivals[index] <= now:
+            sla = promises[index % len(promises)]
+            work = Work(keys[index % len(keys)], 1, float(arrivals[index]), sla)
+            refused += batcher.offer(work, work.arrival) is not None
+            index += 1
+        batch, given_up = batcher.next(now)
+        refused += len(given_up)
+        if batch is None:
+            continue
+        seconds = real(batch.rows, now)
+        # What arrives while the device is busy is judged when it arrives.
+        end = now + seconds
+        while index < len(arrivals) and arrivals[index] <= end:
+            sla = promises[index % len(promises)]
+            work = Work(keys[index % len(keys)], 1, float(arrivals[index]), sla)
+            refused += batcher.offer(work, work.arrival) is not None
+            index += 1
+        now, busy = end, busy + seconds
+        batcher.finished(batch, seconds, now)
+        missed = sum(part.work.deadline < now - 1e-9 for part in batch.parts)
+        late += missed
+        in_sla += len(batch.parts) - missed
+    return Outcome(len(arrivals), in_sla, late, refused, setting.duration, busy)
+
+
+def queueing(
+    setting: Setting,
+    arrivals: Arrivals,
+    *,
+    window: float = 0.0,
+    bound: int | None = None,
+    timeout: float | None = None,
+    greedy: bool = False,
+) -> Outcome:
+    """The field's usual batchers, first come first served.
+
+    Args:
+        setting: the scene.
+        arrivals: times, seconds.
+        window: seconds to wait for a batch to fill, from the oldest request on.
+        bound: requests that may wait; more are refused.
+        timeout: seconds after which a waiting request is refused.
+        greedy: the batch is as large as the oldest request's deadline allows.
+    """
+    now, index, in_sla, late, refused, busy = 0.0, 0, 0, 0, 0, 0.0
+    queue: list[float] = []
+    limit = bound if bound is not None else len(arrivals)
+
+    def admit(until: float) -> None:
+        nonlocal index, refused
+        while index < len(arrivals) and arrivals[index] <= until:
+            if len(queue) < limit:
+                queue.append(float(arrivals[index]))
+            else:
+                refused += 1
+            index += 1
+
+    while index < len(arrivals) or queue:
+        if not queue:
+            now = max(now, float(arrivals[index]))
+        admit(now)
+        if timeout is not None:
+            fresh = [at for at in queue if now - at <= timeout]
+            refused += len(queue) - len(fresh)
+            queue[:] = fresh
+        if not queue:
+            continue
+        if len(queue) < setting.most and now < queue[0] + window:
+            coming = float(arrivals[index]) if index < len(arrivals) else float("inf")
+            now = min(queue[0] + window, coming)
+            continue
+        rows = min(len(queue), setting.most)
+        if greedy:
+            slack = queue[0] + setting.deadline - now
+            rows = min(rows, max(1, int((slack - setting.fixed) / setting.per_row)))
+        seconds = setting.cost(rows)
+        taken, queue[:rows] = queue[:rows], []
+        admit(now + seconds)
+        now, busy = now + seconds, busy + seconds
+        missed = sum(at + setting.deadline < now - 1e-9 for at in taken)
+        late += missed
+        in_sla += rows - missed
+    return Outcome(len(arrivals), in_sla, late, refused, setting.duration, busy)
+
+
+def clairvoyant(setting: Setting, arrivals: Arrivals, tick: float = 0.001) -> Outcome:
+    """The most answers in time that any policy could give, knowing all arrivals beforehand.
+
+    Dynamic programming over (start of a batch, first request not yet decided), exact for
+    batches that start on multiples of ``tick``. With one deadline for all, the best n of the
+    eligible requests are the n oldest, so requests are decided in order of arrival.
+    """
+    steps = int((setting.duration + setting.deadline) / tick) + 1
+    times = np.arange(steps + 1) * tick
+    sizes = np.arange(1, setting.most + 1)
+    seconds = setting.fixed + setting.per_row * sizes
+    spans = np.rint(seconds / tick).astype(int)
+    tail = int(spans[-1]) + 1
+    here = np.searchsorted(arrivals, times, side="right")
+    low = np.searchsorted(arrivals, times + seconds[0] - setting.deadline - 1e-9)
+    low_all = np.concatenate([low, np.full(tail, len(arrivals))])
+    eligible = np.stack(
+        [np.searchsorted(arrivals, times + cost - setting.deadline - 1e-9) for cost in seconds], 1
+    )
+    width = int((here - low).max()) + 2
+    best = np.zeros((steps + 1 + tail, width), dtype=np.int32)
+    for step in range(steps - 1, -1, -1):
+        first = low[step] + np.arange(width)
+        value = best[step + 1, np.clip(first - low_all[step + 1], 0, width - 1)]
+        waiting = here[step] - low[step]
+        if waiting > 0:
+            end = np.maximum(first[: waiting + 1, None], eligible[step]) + sizes
+            then = step + spans
+            column = np.clip(end - low_all[then], 0, width - 1)
+            gain = np.where(end <= here[step], best[then, column] + sizes, -1)
+            value[: waiting + 1] = np.maximum(value[: waiting + 1], gain.max(1))
+        best[step] = value
+    count = int(best[0, 0])
+    lost = len(arrivals) - count
+    return Outcome(len(arrivals), count, 0, lost, setting.duration, float("nan"))

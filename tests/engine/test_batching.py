@@ -1,0 +1,174 @@
+"""The scheduling policy, with the clock in the test's own hand."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import Batcher, DeadlineRefused, LatencyModel, QueueFull, Sla, Work
+
+URGENT = Sla(deadline_ms=200)
+
+
+def batcher(**settings) -> Batcher:
+    """A device that takes 20 ms and 1 ms a row for "a" and "b", 2 ms flat for "cheap"."""
+    latency = LatencyModel()
+    for key in ("a", "b", "volume"):
+        for rows in (1, 128):
+            latency.seed(key, rows, 0.020 + 0.001 * rows)
+    latency.seed("cheap", 1, 0.002)
+    latency.seed("cheap", 128, 0.002)
+    made = Batcher(latency, **settings)
+    made.register("a", most=128, cheaper="cheap")
+    made.register("volume", most=8)
+    return made
+
+
+def work(arrival: float = 0.0, key: str = "a", rows: int = 1, sla: Sla = URGENT) -> Work:
+    return Work(key, rows, arrival, sla)
+
+
+def test_a_lone_request_runs_at_once():
+    queue = batcher()
+    assert queue.offer(work(), 0.0) is None
+    batch, refused = queue.next(0.0)
+    assert (batch.rows, batch.urgent, refused) == (1, True, [])
+    assert batch.predicted == pytest.approx(0.021)
+
+
+def test_the_earliest_deadline_goes_first_across_work_classes():
+    queue = batcher()
+    queue.offer(work(key="a", sla=Sla(deadline_ms=500)), 0.0)
+    queue.offer(work(key="b", sla=Sla(deadline_ms=100)), 0.0)
+    assert queue.next(0.0)[0].key == "b"
+    assert queue.next(0.021)[0].key == "a"
+
+
+def test_different_shapes_never_close_each_others_batches():
+    queue = batcher()
+    for index in range(20):
+        queue.offer(work(key="ab"[index % 2]), 0.0)
+    assert [queue.next(0.0)[0].rows, queue.next(0.03)[0].rows] == [10, 10]
+
+
+def test_a_hopeless_deadline_is_refused_on_arrival_with_the_reason():
+    queue = batcher()
+    queue.offer(work(rows=100), 0.0)
+    queue.next(0.0)  # holds the device for 120 ms
+    refusal = queue.offer(work(arrival=0.01, sla=Sla(deadline_ms=100)), 0.01)
+    assert isinstance(refusal.error, DeadlineRefused)
+    body = refusal.error.as_dict()
+    assert body["reason"] == "deadline"
+    assert body["predicted_seconds"] == pytest.approx(0.131)
+    assert body["deadline_seconds"] == pytest.approx(0.1)
+    assert body["retry_after_seconds"] == pytest.approx(0.11)
+
+
+def test_under_overload_the_rows_too_old_for_a_full_batch_are_given_up():
+    queue = batcher()
+    for index in range(150):
+        queue.offer(work(arrival=index * 0.001), index * 0.001)
+    batch, refused = queue.next(0.150)
+    assert batch.rows > 80
+    assert all(part.work.deadline >= 0.150 + batch.predicted for part in batch.parts)
+    assert refused
+    assert all(isinstance(item.error, DeadlineRefused) for item in refused)
+
+
+def test_overload_can_degrade_to_a_cheaper_model_or_run_late():
+    for overload, key in (("degrade", "cheap"), ("late", "a")):
+        queue = batcher()
+        sla = Sla(deadline_ms=15, on_overload=overload)
+        assert queue.offer(work(sla=sla), 0.0) is None
+        assert queue.next(0.0)[0].key == key
+
+
+def test_a_full_queue_refuses_at_once():
+    queue = batcher(max_queue=2)
+    assert queue.offer(work(rows=2), 0.0) is None
+    refusal = queue.offer(work(), 0.0)
+    assert isinstance(refusal.error, QueueFull)
+    assert refusal.error.retry_after > 0
+
+
+def test_cancelled_work_leaves_the_queue():
+    queue = batcher()
+    gone, kept, patient = work(), work(), work(key="volume", rows=9, sla=Sla())
+    for item in (gone, kept, patient):
+        queue.offer(item, 0.0)
+    queue.cancel(gone)
+    queue.cancel(patient)
+    assert [part.work for part in queue.next(0.0)[0].parts] == [kept]
+    assert queue.next(0.1) == (None, [])
+    assert not queue
+
+
+def test_background_slices_respect_the_tightest_promise():
+    queue = batcher(slice_share=0.12)
+    queue.expect(URGENT)
+    queue.offer(work(key="volume", rows=500, sla=Sla()), 0.0)
+    batch, _ = queue.next(0.0)
+    assert not batch.urgent
+    assert batch.rows == 4  # 24 ms = 0.12 x 200 ms
+    assert batch.predicted <= queue.blocking_bound + 1e-9
+
+
+def test_background_work_shares_by_weight():
+    queue = batcher(idle_slice=0.021)
+    heavy, light = (work(key="volume", rows=400, sla=Sla(weight=w)) for w in (3.0, 1.0))
+    queue.offer(heavy, 0.0)
+    queue.offer(light, 0.0)
+    for step in range(200):
+        queue.next(step * 0.021)
+    assert heavy.taken == pytest.approx(150, abs=2)
+    assert light.taken == pytest.approx(50, abs=2)
+
+
+def test_background_work_never_starves_behind_urgent_work():
+    queue = batcher(background_share=0.1)
+    patient = work(key="volume", rows=10_000, sla=Sla())
+    queue.offer(patient, 0.0)
+    now = spent = 0.0
+    while now < 20.0:
+        for _ in range(64):
+            queue.offer(work(arrival=now), now)
+        batch, _ = queue.next(now)
+        spent += 0.0 if batch.urgent else batch.predicted
+        now += batch.predicted
+    assert spent / now == pytest.approx(0.1, abs=0.02)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 1),
+            st.sampled_from("ab"),
+            st.integers(1, 20),
+            st.sampled_from([30, 200, 900, None]),
+        ),
+        max_size=60,
+    )
+)
+def test_nothing_is_lost_nothing_runs_twice_and_what_runs_is_in_time(arrivals):
+    queue = batcher()
+    everything, answered = [], []
+    now = 0.0
+    for arrival, key, rows, deadline in sorted(arrivals, key=lambda item: item[0]):
+        now = max(now, arrival)
+        item = work(arrival=now, key=key, rows=rows, sla=Sla(deadline_ms=deadline))
+        everything.append(item)
+        if queue.offer(item, now):
+            answered.append(item)
+    ran = dict.fromkeys(everything, 0)
+    while queue:
+        batch, refused = queue.next(now)
+        answered += [refusal.work for refusal in refused]
+        if batch is None:
+            continue
+        now += batch.predicted
+        queue.finished(batch, batch.predicted, now)
+        for part in batch.parts:
+            assert part.first == ran[part.work]
+            ran[part.work] += part.rows
+            assert part.work.deadline >= now - 1e-6
+    for item in everything:
+        assert ran[item] == (0 if item in answered else item.rows)

@@ -1,0 +1,62 @@
+"""The cost model: seeded by warm-up, kept true by what batches really take."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine import ConfigError, LatencyModel
+
+
+def warmed(path=None) -> LatencyModel:
+    model = LatencyModel(path)
+    for rows in (1, 32, 128):
+        model.seed("net", rows, 0.020 + 0.001 * rows)
+    return model
+
+
+def test_between_and_beyond_what_was_measured():
+    model = warmed()
+    assert model.predict("net", 64) == pytest.approx(0.084)
+    assert model.predict("net", 200) == pytest.approx(0.220)
+    assert model.predict("never seen", 8) == 0.0
+
+
+@given(st.floats(0.0, 0.3))
+def test_rows_within_is_the_inverse_of_predict(seconds):
+    model = warmed()
+    rows = model.rows_within("net", seconds, 128)
+    assert rows == 0 or model.predict("net", rows) <= seconds + 1e-6
+    assert rows == 128 or model.predict("net", rows + 1) > seconds - 1e-6
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5])
+def test_a_drift_of_the_cost_is_learned_within_some_batches(factor):
+    model = warmed()
+    for _ in range(64):
+        model.observe("net", 64, 0.084)
+    for _ in range(8):
+        model.observe("net", 64, 0.084 * factor)
+    assert model.predict("net", 64) == pytest.approx(0.084 * factor, rel=0.05)
+    assert model.predict("net", 128, 0.5) == pytest.approx(0.148 * factor, rel=0.1)
+
+
+def test_one_outlier_widens_the_promise_but_not_the_typical_cost():
+    model = warmed()
+    for batch in range(40):
+        model.observe("net", 64, 0.5 if batch == 20 else 0.084)
+    assert model.predict("net", 64, 0.5) == pytest.approx(0.084, rel=0.05)
+    assert model.predict("net", 64, 0.99) > 0.4
+
+
+def test_what_was_learned_survives_a_restart(tmp_path):
+    path = tmp_path / "latency.json"
+    first = warmed(path)
+    for _ in range(20):
+        first.observe("net", 64, 0.168)
+    first.save()
+    second = LatencyModel(path)
+    assert second.restore() == 1
+    assert second.predict("net", 64) == pytest.approx(0.168, rel=0.05)
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match=r"latency\.json is not a latency file"):
+        LatencyModel(path).restore()

@@ -1,0 +1,74 @@
+"""The policy against the field's, in virtual time; the table of docs/benchmarks.md.
+
+A batch of n costs 20 ms + 1 ms x n, at most 128, every answer is due within 200 ms.
+"""
+
+from functools import cache
+
+import pytest
+
+from engine import Sla
+from engine.simulate import Setting, bursts, clairvoyant, elastic, poisson, queueing
+
+SCENE = Setting(duration=30.0)
+SEED = 7
+
+
+@cache
+def ceiling(rate: float) -> float:
+    return clairvoyant(SCENE, poisson(rate, SCENE.duration, SEED)).goodput
+
+
+@pytest.mark.parametrize("rate", [865, 1000, 1250, 1500])
+def test_overload_reaches_the_clairvoyant_ceiling(rate):
+    ours = elastic(SCENE, poisson(rate, SCENE.duration, SEED))
+    assert ours.goodput >= 0.98 * ceiling(rate)
+    assert ours.late == 0
+
+
+@pytest.mark.parametrize("rate", [400, 600, 800])
+def test_below_capacity_nearly_everything_is_in_time(rate):
+    ours = elastic(SCENE, poisson(rate, SCENE.duration, SEED))
+    assert ours.in_sla >= 0.98 * min(ours.offered, ceiling(rate) * SCENE.duration)
+
+
+@pytest.mark.parametrize("rate", [400, 600])
+def test_no_avoidable_rejection_from_the_first_second_on(rate):
+    first_seconds = Setting(duration=6.0)
+    ours = elastic(first_seconds, poisson(rate, 6.0, SEED))
+    assert (ours.refused, ours.late) == (0, 0)
+
+
+@pytest.mark.parametrize("rate", [865, 1000, 1500])
+def test_the_fields_habits_collapse_or_lose_a_sixth(rate):
+    arrivals = poisson(rate, SCENE.duration, SEED)
+    ours = elastic(SCENE, arrivals).goodput
+    assert queueing(SCENE, arrivals, window=0.01).goodput < 0.5 * ours
+    assert queueing(SCENE, arrivals, timeout=SCENE.deadline).goodput < 0.5 * ours
+    assert queueing(SCENE, arrivals, greedy=True).goodput < 0.5 * ours
+    assert queueing(SCENE, arrivals, timeout=0.05).goodput < ours
+
+
+def test_a_cost_that_doubles_in_mid_run_is_followed():
+    def drifting(rows: int, at: float) -> float:
+        return SCENE.cost(rows) * (2 if at > SCENE.duration / 2 else 1)
+
+    arrivals = poisson(250, SCENE.duration, SEED)
+    ours = elastic(SCENE, arrivals, cost=drifting)
+    assert ours.in_sla >= 0.95 * ours.offered
+
+
+def test_bursts_are_carried_by_the_silence_after_them():
+    ours = elastic(SCENE, bursts(800, SCENE.duration, SEED))
+    assert ours.in_sla >= 0.98 * ours.offered
+
+
+def test_mixed_shapes_share_the_device():
+    ours = elastic(SCENE, poisson(500, SCENE.duration, SEED), keys=("a", "b", "c"))
+    assert ours.in_sla >= 0.98 * ours.offered
+
+
+def test_a_tight_and_a_loose_promise_are_both_kept():
+    promises = (Sla(deadline_ms=100), Sla(deadline_ms=500))
+    ours = elastic(SCENE, poisson(600, SCENE.duration, SEED), slas=promises)
+    assert ours.in_sla >= 0.98 * ours.offered
