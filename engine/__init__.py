@@ -13,6 +13,7 @@ from engine.errors import (
 )
 from engine.flow import Answer, Call, Flow, Sla, Timing
 from engine.latency import LatencyModel
+from engine.model import Model, ModelSpec, ModelStore, TensorSpec, architecture, from_pretrained
 from engine.tiling import Tiling
 
 __all__ = [
@@ -26,12 +27,18 @@ __all__ = [
     "Flow",
     "InputError",
     "LatencyModel",
+    "Model",
     "ModelError",
+    "ModelSpec",
+    "ModelStore",
     "PlinthError",
     "QueueFull",
     "Refused",
     "Sla",
+    "TensorSpec",
     "Tiling",
     "Timing",
     "Work",
+    "architecture",
+    "from_pretrained",
 ]
