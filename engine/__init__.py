@@ -14,6 +14,7 @@ from engine.errors import (
 from engine.flow import Answer, Call, Flow, Sla, Timing
 from engine.latency import LatencyModel
 from engine.model import Model, ModelSpec, ModelStore, TensorSpec, architecture, from_pretrained
+from engine.runtime import Engine
 from engine.tiling import Tiling
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ConfigError",
     "DeadlineRefused",
     "DeviceError",
+    "Engine",
     "Flow",
     "InputError",
     "LatencyModel",

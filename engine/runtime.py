@@ -1,0 +1,352 @@
+"""The engine: one thread that touches the device, many callers that wait for it.
+
+Callers drive their own flows; each :class:`Call` becomes work in the :class:`Batcher`, whose
+batches the device thread runs one after the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from engine.batching import Batch, Batcher, Work
+from engine.errors import Cancelled, Closed, ConfigError, ModelError, PlinthError
+from engine.flow import Answer, Call, Flow, Sla, Timing, as_mapping, cat_rows, row_count
+from engine.latency import LatencyModel
+from engine.model import Model
+from engine.tiling import Canvas, Grid
+
+T = TypeVar("T")
+Clock = Callable[[], float]
+
+
+@dataclass(slots=True)
+class _Entry:
+    model: Model
+    sla: Sla
+    most: int
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One Call on its way through the engine."""
+
+    entry: _Entry
+    rows: dict[str, Tensor]
+    future: Future[Result]
+    canvas: Canvas | None = None
+    grid: Grid | None = None
+    outputs: list[Tensor] = field(default_factory=list)
+    done: int = 0
+    timing: Timing = field(default_factory=Timing)
+    works: list[Work] = field(default_factory=list)
+
+    def take(self, first: int, count: int) -> dict[str, Tensor]:
+        if self.grid is None:
+            return {name: rows[first : first + count] for name, rows in self.rows.items()}
+        name, volume = next(iter(self.rows.items()))
+        return {name: self.grid.cut(volume, first, first + count)}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one call: its output, where the time went, and the model that ran."""
+
+    value: Tensor
+    timing: Timing
+    ran: Model
+    late: bool
+
+
+class Engine:
+    """Runs flows on one device under deadlines; use it as a context manager.
+
+    Args:
+        batcher: the policy; by default one with a latency model of its own.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, batcher: Batcher | None = None, clock: Clock = time.monotonic) -> None:
+        self._batcher = batcher or Batcher(LatencyModel())
+        self._clock = clock
+        self._models: dict[str, _Entry] = {}
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+        self._busy = 0.0
+        self._started = clock()
+
+    # -- models and life ---------------------------------------------------------------------
+    def add(
+        self, model: Model, *, sla: Sla | None = None, batch_range: tuple[int, int] = (1, 128)
+    ) -> None:
+        """Make a model callable by its name, measured at its smallest and largest batch.
+
+        Args:
+            model: the model; its inputs' free sizes are not warmed up.
+            sla: the promise for calls that bring none.
+            batch_range: smallest and largest batch, rows.
+        """
+        low, most = batch_range
+        if not 1 <= low <= most:
+            raise ConfigError(f"batch_range is {batch_range}, expected 1 <= smallest <= largest")
+        promise = sla or Sla()
+        name = model.spec.name
+        self._batcher.register(name, most, model.spec.cheaper)
+        self._batcher.expect(promise)
+        self._models[name] = _Entry(model, promise, most)
+        if all(None not in spec.shape for spec in model.spec.inputs):
+            self._warm_up(model, sorted({1, min(16, most), most}))
+
+    def start(self) -> Engine:
+        """Start the device thread."""
+        if self._thread is None:
+            self._closing = False
+            self._thread = threading.Thread(target=self._loop, name="plinth-device", daemon=True)
+            self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Take no new work, finish what was accepted, stop the device thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def status(self) -> dict[str, Any]:
+        """Models, what waits, and the share of time the device was busy since the start."""
+        with self._wake:
+            return {
+                "running": self._thread is not None and not self._closing,
+                "models": {name: entry.model.spec.version for name, entry in self._models.items()},
+                "urgent_rows": self._batcher.urgent_rows,
+                "background_rows": self._batcher.background_rows,
+                "utilisation": self._busy / max(self._clock() - self._started, 1e-9),
+            }
+
+    # -- flows -------------------------------------------------------------------------------
+    def run(self, flow: Flow[T], sla: Sla | None = None) -> Answer[T]:
+        """Drive a flow in the calling thread until it returns.
+
+        Raises:
+            Refused: a call was refused; the flow was told and did not handle it.
+        """
+        course = _Course(flow, self._clock)
+        while (call := course.call) is not None:
+            try:
+                course.send(self.submit(call, sla).result())
+            except PlinthError as error:
+                course.throw(error)
+        return course.answer()
+
+    async def run_async(self, flow: Flow[T], sla: Sla | None = None) -> Answer[T]:
+        """Drive a flow in the running event loop; cancelling the task cancels its work."""
+        course = _Course(flow, self._clock)
+        while (call := course.call) is not None:
+            try:
+                course.send(await asyncio.wrap_future(self.submit(call, sla)))
+            except PlinthError as error:
+                course.throw(error)
+        return course.answer()
+
+    def submit(self, call: Call, sla: Sla | None = None) -> Future[Result]:
+        """Queue one call; the future also carries refusals. Cancelling it frees its place."""
+        entry = self._models.get(call.model)
+        if entry is None:
+            raise ModelError(f"no model {call.model}", hint=f"there are {sorted(self._models)}")
+        job = self._job(entry, call)
+        with self._wake:
+            if self._closing or self._thread is None:
+                job.future.set_exception(Closed("the engine takes no new work"))
+                return job.future
+            now, total = self._clock(), len(job.grid) if job.grid else row_count(job.rows)
+            promise = sla or entry.sla
+            urgent = promise.deadline_ms is not None
+            step = entry.most if urgent else max(total, 1)
+            if total == 0:
+                job.future.set_exception(ModelError(f"a call of {call.model} has no rows"))
+                return job.future
+            for first in range(0, total, step):
+                work = Work(call.model, min(step, total - first), now, promise, (job, first))
+                job.works.append(work)
+                refusal = self._batcher.offer(work, now)
+                if refusal is not None:
+                    self._give_up(job, refusal.error)
+                    break
+            self._wake.notify()
+        job.future.add_done_callback(lambda _: self._forget(job))
+        return job.future
+
+    def _job(self, entry: _Entry, call: Call) -> _Job:
+        names = tuple(spec.name for spec in entry.model.spec.inputs)
+        rows = as_mapping(call.rows, names)
+        if call.tiling is None:
+            entry.model.spec.check(rows)
+            return _Job(entry, rows, Future())
+        z, y, x = rows[names[0]].shape[1:]
+        grid = Grid(call.tiling, (z, y, x))
+        return _Job(entry, rows, Future(), Canvas(grid), grid)
+
+    def _forget(self, job: _Job) -> None:
+        if job.future.cancelled():
+            with self._wake:
+                self._give_up(job, Cancelled("the client went away"))
+
+    def _give_up(self, job: _Job, error: PlinthError) -> None:
+        for work in job.works:
+            self._batcher.cancel(work)
+        if not job.future.done() and job.future.set_running_or_notify_cancel():
+            job.future.set_exception(error)
+
+    # -- the device thread -------------------------------------------------------------------
+    def _loop(self) -> None:
+        while True:
+            with self._wake:
+                while not self._batcher and not self._closing:
+                    self._wake.wait()
+                if not self._batcher:
+                    return
+                batch, refused = self._batcher.next(self._clock())
+                for refusal in refused:
+                    self._give_up(refusal.work.payload[0], refusal.error)
+            if batch is not None:
+                self._execute(batch)
+
+    def _execute(self, batch: Batch) -> None:
+        begun = self._clock()
+        model = self._models[batch.key].model
+        failure: PlinthError | None = None
+        output = torch.empty(0)
+        try:
+            rows = cat_rows(
+                [
+                    part.work.payload[0].take(part.work.payload[1] + part.first, part.rows)
+                    for part in batch.parts
+                ]
+            )
+            output = _forward(model, rows)
+        except ModelError as error:
+            failure = error
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            failure = ModelError(f"model {batch.key} failed on {batch.rows} rows: {error}")
+        now = self._clock()
+        self._busy += now - begun
+        with self._wake:
+            self._batcher.finished(batch, now - begun, now)
+        first = 0
+        for part in batch.parts:
+            job: _Job = part.work.payload[0]
+            if failure is not None:
+                with self._wake:
+                    self._give_up(job, failure)
+            elif not job.future.done():
+                self._deliver(job, batch, output[first : first + part.rows], part.work, begun, now)
+            first += part.rows
+
+    def _deliver(
+        self, job: _Job, batch: Batch, output: Tensor, work: Work, begun: float, now: float
+    ) -> None:
+        seconds = now - begun
+        timing = job.timing
+        timing.device += seconds
+        timing.mates += seconds * (1 - len(output) / batch.rows)
+        timing.batch_rows = max(timing.batch_rows, batch.rows)
+        job.done += len(output)
+        if job.canvas is not None:
+            job.canvas.put(output)
+        else:
+            job.outputs.append(output)
+        if job.done < sum(part.rows for part in job.works):
+            return
+        timing.queue = max(0.0, now - work.arrival - timing.device)
+        timing.total = now - work.arrival
+        value = job.canvas.result() if job.canvas else torch.cat(job.outputs)
+        result = Result(value, timing, self._models[work.key].model, now > work.deadline)
+        if job.future.set_running_or_notify_cancel():
+            job.future.set_result(result)
+
+    def _warm_up(self, model: Model, sizes: list[int]) -> None:
+        for rows in sizes:
+            example = {
+                spec.name: torch.zeros(
+                    rows, *(size or 1 for size in spec.shape), dtype=getattr(torch, spec.dtype)
+                )
+                for spec in model.spec.inputs
+            }
+            times = []
+            for _ in range(4):
+                begun = time.perf_counter()
+                _forward(model, example)
+                times.append(time.perf_counter() - begun)
+            self._batcher.latency.seed(model.spec.name, rows, sorted(times[1:])[1])
+
+
+class _Course(Generic[T]):
+    """A flow under way: the call it waits for, and what its answer will tell."""
+
+    def __init__(self, flow: Flow[T], clock: Clock) -> None:
+        self._flow = flow
+        self._clock = clock
+        self._begun = clock()
+        self._timing = Timing()
+        self._models: dict[str, str] = {}
+        self._degraded: dict[str, str] = {}
+        self._late = False
+        self._value: list[T] = []
+        self.call: Call | None = None
+        self._step(lambda: next(flow))
+
+    def send(self, result: Result) -> None:
+        """Give the flow the result of its call."""
+        asked, ran = self.call.model if self.call else "", result.ran.spec
+        self._models[ran.name] = ran.version
+        if ran.name != asked:
+            self._degraded[asked] = ran.name
+        self._late |= result.late
+        for name in ("queue", "device", "mates", "padding"):
+            setattr(self._timing, name, getattr(self._timing, name) + getattr(result.timing, name))
+        self._timing.batch_rows = max(self._timing.batch_rows, result.timing.batch_rows)
+        self._step(lambda: self._flow.send(result.value))
+
+    def throw(self, error: PlinthError) -> None:
+        """Tell the flow that its call failed; raises what the flow does not handle."""
+        self._step(lambda: self._flow.throw(error))
+
+    def answer(self) -> Answer[T]:
+        """The answer of the finished flow."""
+        self._timing.total = self._clock() - self._begun
+        return Answer(self._value[0], self._timing, self._models, self._degraded, self._late)
+
+    def _step(self, advance: Callable[[], Call]) -> None:
+        try:
+            self.call = advance()
+        except StopIteration as stop:
+            self.call = None
+            self._value.append(stop.value)
+
+
+def _forward(model: Model, rows: dict[str, Tensor]) -> Tensor:
+    with torch.inference_mode():
+        output = model.module(*(rows[spec.name] for spec in model.spec.inputs))
+    if not isinstance(output, Tensor) or output.shape[0] != row_count(rows):
+        raise ModelError(
+            f"model {model.spec.name} gave {getattr(output, 'shape', type(output))} "
+            f"for {row_count(rows)} rows, expected one output row for each"
+        )
+    return output

@@ -1,0 +1,155 @@
+"""Flows through the real device thread."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from engine import (
+    Call,
+    DeadlineRefused,
+    Engine,
+    InputError,
+    Model,
+    ModelError,
+    ModelSpec,
+    Refused,
+    Sla,
+    TensorSpec,
+    Tiling,
+)
+
+
+def model(name: str, module: nn.Module, shape=(4,), **facts) -> Model:
+    spec = ModelSpec(
+        name=name,
+        inputs=(TensorSpec(name="x", shape=shape),),
+        outputs=(TensorSpec(name="y", shape=shape),),
+        **facts,
+    )
+    return Model(spec, module.eval())
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+class Broken(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("no such kernel")
+
+
+def double(rows):
+    return (yield Call("double", rows))
+
+
+@pytest.fixture
+def engine():
+    made = Engine()
+    made.add(model("double", Double()), sla=Sla(deadline_ms=5000))
+    made.add(model("volume", Double(), (1, 4, 4, 4)), batch_range=(1, 4))
+    made.add(model("broken", Double()))
+    made._models["broken"].model.module.forward = Broken().forward
+    with made:
+        yield made
+
+
+def test_a_flow_is_answered_with_its_timing(engine):
+    answer = engine.run(double(torch.ones(3, 4)))
+    assert torch.equal(answer.value, torch.full((3, 4), 2.0))
+    assert answer.models == {"double": "1"}
+    assert answer.timing.batch_rows >= 3
+    assert answer.timing.total >= answer.timing.device > 0
+
+
+def test_many_callers_share_batches_and_each_gets_its_own_rows(engine):
+    def ask(number: int) -> bool:
+        rows = torch.full((1 + number % 5, 4), float(number))
+        return torch.equal(engine.run(double(rows)).value, rows * 2)
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(ask, range(400)))
+
+
+def test_a_volume_is_cut_run_and_blended(engine):
+    def flow(volume):
+        return (yield Call("volume", volume, Tiling((4, 4, 4), overlap=0.5)))
+
+    volume = torch.randn(1, 9, 11, 6)
+    torch.testing.assert_close(engine.run(flow(volume)).value, volume * 2, rtol=1e-4, atol=1e-4)
+
+
+def test_calls_larger_than_a_batch_are_split_and_joined_in_order(engine):
+    rows = torch.arange(1200.0).reshape(300, 4)
+    assert torch.equal(engine.run(double(rows)).value, rows * 2)
+
+
+def test_the_event_loop_door(engine):
+    async def both():
+        return await asyncio.gather(
+            *(engine.run_async(double(torch.ones(1, 4))) for _ in range(20))
+        )
+
+    assert all(answer.value.sum() == 8 for answer in asyncio.run(both()))
+
+
+def test_a_hopeless_deadline_is_refused_with_the_reason(engine):
+    with pytest.raises(DeadlineRefused, match="the deadline is 0"):
+        engine.run(double(torch.ones(1, 4)), Sla(deadline_ms=1e-6))
+
+
+def test_overload_may_run_a_cheaper_model_and_says_so():
+    made = Engine()
+    made.add(model("double", Double(), cheaper="half"))
+    made.add(model("half", Double()))
+    made._batcher.latency.seed("double", 1, 9.0)
+    with made:
+        answer = made.run(double(torch.ones(1, 4)), Sla(deadline_ms=1000, on_overload="degrade"))
+    assert answer.degraded == {"double": "half"}
+
+
+def test_a_failing_model_tells_its_callers_and_the_engine_goes_on(engine):
+    def flow():
+        return (yield Call("broken", torch.ones(1, 4)))
+
+    with pytest.raises(ModelError, match="broken failed on 1 rows: no such kernel"):
+        engine.run(flow())
+    assert engine.run(double(torch.ones(1, 4))).value.sum() == 8
+
+
+def test_a_flow_may_handle_a_refusal(engine):
+    def careful():
+        try:
+            yield Call("double", torch.ones(1, 4))
+        except Refused as error:
+            return error.reason
+
+    assert engine.run(careful(), Sla(deadline_ms=1e-6)).value == "deadline"
+
+
+def test_bad_calls_are_named(engine):
+    with pytest.raises(InputError, match="input x"):
+        engine.run(double(torch.ones(1, 5)))
+    with pytest.raises(ModelError, match="no rows"):
+        engine.run(double(torch.ones(0, 4)))
+
+
+def test_cancelled_work_leaves_the_queue(engine):
+    future = engine.submit(Call("volume", torch.zeros(1, 64, 64, 64), Tiling((4, 4, 4))))
+    assert future.cancel()
+    assert engine.run(double(torch.ones(1, 4))).value.sum() == 8
+    assert engine.status()["background_rows"] == 0
+
+
+def test_closing_answers_everything_accepted():
+    made = Engine()
+    made.add(model("double", Double()))
+    made.start()
+    futures = [made.submit(Call("double", torch.ones(1, 4))) for _ in range(200)]
+    made.close()
+    assert all(future.result(timeout=0).value.sum() == 8 for future in futures)
+    with pytest.raises(Refused, match="no new work"):
+        made.run(double(torch.ones(1, 4)))
