@@ -1,0 +1,163 @@
+"""The contract between a vertical (a domain) and everything else.
+
+A vertical is one class. It names its request and response types, brings its models, and
+describes inference as a :data:`engine.Flow`. The doors (HTTP, Kafka, folders) drive it; it
+knows none of them, and no device, batch size, thread or socket.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engine import Flow, InputError, Model, Sla
+
+Req = TypeVar("Req")
+Res = TypeVar("Res", bound=BaseModel)
+
+
+class Settings(BaseModel):
+    """Base of a vertical's settings: the table ``[verticals.<name>]`` of the config file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One unit of a folder door: a study, a file, whatever :meth:`Vertical.discover` finds.
+
+    Args:
+        id: stable across runs, unique in the folder, without personal data; names the
+            output folder and the journal entry, so only ``[A-Za-z0-9._-]``, at most 128.
+        paths: the files it is made of.
+        facts: what the user may see of it in lists and logs, without personal data.
+    """
+
+    id: str
+    paths: tuple[Path, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Vertical(ABC, Generic[Req, Res]):
+    """A domain on the engine. Subclass it, register it as an entry point, and every door opens.
+
+    Class attributes:
+        name: lower case, ``[a-z][a-z0-9_]*``; the entry point, the route and the config table.
+        summary: one line for ``plinth list`` and the API docs.
+        action: the verb in the route ``POST /v1/<name>/<action>``.
+        request: the pydantic type of a record at the JSON doors (HTTP, Kafka); ``None`` when
+            the vertical reads folders only.
+        response: the pydantic type of an answer.
+        settings_type: the pydantic type of the config table.
+        sla: the promise for one request at a door, unless the config or the request says other.
+        heavy: the flow's own steps between calls take more than about a millisecond, so the
+            doors drive it on a worker thread.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    action: ClassVar[str] = "infer"
+    request: ClassVar[type[BaseModel] | None] = None
+    response: ClassVar[type[BaseModel]]
+    settings_type: ClassVar[type[Settings]] = Settings
+    sla: ClassVar[Sla] = Sla()
+    heavy: ClassVar[bool] = False
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings if settings is not None else self.settings_type()
+
+    # -- what it needs ---------------------------------------------------------------------
+    @abstractmethod
+    def models(self) -> Sequence[Model]:
+        """The models its flows call, loaded from a model store."""
+
+    @abstractmethod
+    def example(self) -> Req:
+        """A valid request: used for warm-up, the API docs and the conformance kit."""
+
+    # -- what it does ----------------------------------------------------------------------
+    @abstractmethod
+    def infer(self, requests: Sequence[Req]) -> Flow[list[Res | InputError]]:
+        """Answer a list of requests, in order, one result or InputError each.
+
+        A generator: yield :class:`engine.Call`, be sent tensors. No I/O. A bad request never
+        takes its neighbours along.
+        """
+
+    # -- record doors: HTTP and Kafka --------------------------------------------------------
+    def parse(self, raw: bytes) -> Req:
+        """Read one JSON record.
+
+        Raises:
+            InputError: with the field, what was expected and what to do.
+        """
+        if self.request is None:
+            raise InputError(f"{self.name} takes folders, not records", reason="unsupported")
+        try:
+            return self.request.model_validate_json(raw)  # type: ignore[return-value]
+        except ValidationError as error:
+            raise invalid(error) from None
+
+    def encode(self, result: Res) -> bytes:
+        """Write one answer as JSON."""
+        return result.model_dump_json().encode()
+
+    def key(self, request: Req) -> str | None:
+        """The key that keeps related records in order (the Kafka record key), if any."""
+        return None
+
+    # -- folder doors: batch and upload ------------------------------------------------------
+    def discover(self, folder: Path) -> Iterator[Item]:
+        """Find the items below a folder without reading more than it must."""
+        raise InputError(f"{self.name} takes records, not folders", reason="unsupported")
+
+    def load(self, item: Item) -> Req:
+        """Read one item found by :meth:`discover`.
+
+        Raises:
+            InputError: names the file, what was expected and what to do.
+        """
+        raise InputError(f"{self.name} takes records, not folders", reason="unsupported")
+
+    def write(self, result: Res, folder: Path) -> list[Path]:
+        """Write what belongs to an answer (report, masks, pictures); returns the files."""
+        path = folder / "report.json"
+        path.write_bytes(self.encode(result))
+        return [path]
+
+    # -- state -------------------------------------------------------------------------------
+    def observe(self, requests: Sequence[Req]) -> None:
+        """Take requests into the state without scoring them (replay after a restart)."""
+        return
+
+    def snapshot(self) -> bytes | None:
+        """The state as bytes, or ``None`` for a stateless vertical."""
+        return None
+
+    def restore(self, state: bytes) -> None:
+        """Replace the state by one from :meth:`snapshot`; raises InputError if unreadable."""
+        return
+
+    def close(self) -> None:
+        """Release what the vertical holds."""
+        return
+
+
+def invalid(error: ValidationError) -> InputError:
+    """A pydantic error as one InputError, naming the first field; never echoes the value."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    path = ".".join(str(part) for part in first["loc"])
+    more = error.error_count() - 1
+    malformed = first["type"] == "json_invalid"
+    where = "" if malformed or not path else f"{path}: "
+    return InputError(
+        f"{where}{first['msg']}" + (f" (and {more} more)" if more else ""),
+        field=None if malformed else path or None,
+        hint="send one JSON object" if malformed else "see the schema in the API docs",
+        reason="malformed_json" if malformed else first["type"],
+    )
