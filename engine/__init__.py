@@ -1,6 +1,6 @@
 """Tensors under deadlines. Knows no domain."""
 
-from engine.batching import Batch, Batcher, Work
+from engine.batching import Batcher
 from engine.errors import (
     ConfigError,
     DeadlineRefused,
@@ -16,6 +16,7 @@ from engine.latency import LatencyModel
 from engine.model import Model, ModelSpec, ModelStore, TensorSpec, architecture, from_pretrained
 from engine.runtime import Engine
 from engine.tiling import Tiling
+from engine.work import Batch, Work
 
 __all__ = [
     "Answer",

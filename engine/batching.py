@@ -20,90 +20,16 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any
 
-from engine.errors import ConfigError, DeadlineRefused, QueueFull, Refused
+from engine.errors import ConfigError, DeadlineRefused, QueueFull
 from engine.flow import Sla
 from engine.latency import LatencyModel
+from engine.work import Batch, Part, Refusal, Work, WorkClass
 
 _LOOK_AHEAD = 3  # batches after which a queue of mixed promises counts as overload
 _RATE_MEMORY = 0.4  # seconds; how fast the arrival rate is forgotten
 _BY_DEADLINE = attrgetter("deadline")
-
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """Rows of one work class that wait for the device.
-
-    Args:
-        key: the work class: model, shape bucket, precision.
-        rows: number of rows.
-        arrival: when it came, seconds.
-        sla: the promise it came with.
-        payload: whatever the runtime wants back.
-    """
-
-    key: str
-    rows: int
-    arrival: float
-    sla: Sla
-    payload: Any = None
-    deadline: float = field(init=False)
-    taken: int = field(init=False, default=0)
-    used: float = field(init=False, default=0.0)
-    cancelled: bool = field(init=False, default=False)
-
-    def __post_init__(self) -> None:
-        allowed = self.sla.deadline_ms
-        self.deadline = float("inf") if allowed is None else self.arrival + allowed / 1e3
-
-    @property
-    def left(self) -> int:
-        """Rows not yet given to the device."""
-        return self.rows - self.taken
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Rows ``first`` to ``first + rows`` (exclusive) of one piece of work."""
-
-    work: Work
-    first: int
-    rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What the device does next: parts of one work class and their predicted seconds."""
-
-    key: str
-    parts: tuple[Part, ...]
-    rows: int
-    predicted: float
-    urgent: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Work that leaves the queue unanswered, and why."""
-
-    work: Work
-    error: Refused
-
-
-@dataclass(slots=True)
-class WorkClass:
-    """Settings of one work class.
-
-    Args:
-        most: largest batch in rows.
-        cheaper: the work class that degraded work goes to.
-    """
-
-    most: int = 128
-    cheaper: str | None = None
 
 
 class Batcher:

@@ -17,12 +17,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from engine.batching import Batch, Batcher, Work
+from engine.batching import Batcher
 from engine.errors import Cancelled, Closed, ConfigError, ModelError, PlinthError
 from engine.flow import Answer, Call, Flow, Sla, Timing, as_mapping, cat_rows, row_count
 from engine.latency import LatencyModel
 from engine.model import Model
 from engine.tiling import Canvas, Grid
+from engine.work import Batch, Work
 
 T = TypeVar("T")
 Clock = Callable[[], float]

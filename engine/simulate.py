@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.batching import Batcher, Work
+from engine.batching import Batcher
 from engine.flow import Sla
 from engine.latency import LatencyModel
+from engine.work import Work
 
 Arrivals = NDArray[np.float64]
 Cost = Callable[[int, float], float]
