@@ -133,6 +133,7 @@ def neighbours(case: Case) -> None:
 def state(case: Case) -> None:
     """State goes out and comes back; observing is inferring without an answer."""
     vertical, example = case.vertical, case.vertical.example()
+    case.run([example])  # an empty state would prove little
     kept = vertical.snapshot()
     first = case.run([example])[0]
     if kept is None:

@@ -130,7 +130,11 @@ def example(case: Case) -> None:
 
 def devices(case: Case) -> None:
     """The source names no device."""
-    for path in files_of(type(case.vertical)):
+    try:
+        files = files_of(type(case.vertical))
+    except OSError:
+        raise NotApplicable("its source is not in a file") from None
+    for path in files:
         for line, text in devices_named(path.read_text(encoding="utf-8")):
             raise AssertionError(
                 f"{path.name}:{line} says {text}: leave devices to the engine, "

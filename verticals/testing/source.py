@@ -37,5 +37,10 @@ def devices_named(source: str) -> list[tuple[int, str]]:
 def files_of(kind: type) -> list[Path]:
     """The Python files a class was written in: its package's, or its own module alone."""
     own = Path(inspect.getfile(kind))
-    package = sys.modules[kind.__module__].__package__
-    return sorted(own.parent.rglob("*.py")) if package else [own]
+    if not sys.modules[kind.__module__].__package__ or _is_test(own):
+        return [own]
+    return sorted(path for path in own.parent.rglob("*.py") if not _is_test(path))
+
+
+def _is_test(path: Path) -> bool:
+    return path.name.startswith("test_") or path.name == "conftest.py"
