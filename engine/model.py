@@ -1,8 +1,9 @@
 """Models and the store they live in: safetensors and a manifest, never a pickle.
 
 On disk: ``<root>/<name>/<version>/manifest.json`` with the spec and the sha256 of each file,
-and ``weights.safetensors``. A model's code is found by the name it was registered under with
-:func:`architecture`, so that loading executes nothing that lies in the store.
+and ``weights.safetensors`` or ``model.onnx``. A model's code is found by the name it was
+registered under with :func:`architecture`, so that loading executes nothing that lies in the
+store.
 """
 
 from __future__ import annotations
@@ -13,101 +14,48 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from pydantic import ValidationError
+from torch import nn
 
-from engine.errors import InputError, ModelError
+from engine import weights
+from engine.errors import ModelError
+from engine.onnx_file import OnnxModule, read_contract
+from engine.spec import ModelSpec, TensorSpec, hold_against, spec_of
+
+__all__ = ["Model", "ModelSpec", "ModelStore", "TensorSpec", "architecture", "from_pretrained"]
 
 FORMAT = 1
+_WEIGHTS = "weights.safetensors"
+_ONNX = "model.onnx"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _MANIFEST_LIMIT = 1 << 20  # bytes
 _FACTORIES: dict[str, Callable[..., nn.Module]] = {}
 
 
-class TensorSpec(BaseModel):
-    """One input or output of a model.
-
-    Args:
-        name: its name.
-        shape: sizes of one row, without the dimension of rows; ``None`` is any size.
-        dtype: name of a torch dtype, such as ``"float32"``.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    shape: tuple[int | None, ...]
-    dtype: str = "float32"
-
-
-class ModelSpec(BaseModel):
-    """What a model is: its contract, origin and measured quality.
-
-    Args:
-        name: lower case, ``[a-z0-9._-]``.
-        version: compared naturally, so that 1.10 follows 1.9.
-        architecture: name under which its code is registered.
-        config: keyword arguments of that code.
-        inputs: what it takes; ``outputs``: what it gives.
-        description: what it is for; ``licence``: of the weights; ``source``: where from.
-        metrics: measured quality by name.
-        cheaper: name of the variant that degraded work goes to.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
-    version: str = Field(default="1", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
-    architecture: str | None = None
-    config: dict[str, Any] = Field(default_factory=dict)
-    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
-    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
-    description: str = ""
-    licence: str = ""
-    source: str = ""
-    metrics: dict[str, float] = Field(default_factory=dict)
-    cheaper: str | None = None
-
-    def check(self, rows: Mapping[str, Tensor]) -> None:
-        """Hold rows (n, ...) by input name against the contract.
-
-        Raises:
-            InputError: names the input, what was expected and what came.
-        """
-        expected = {spec.name for spec in self.inputs}
-        if set(rows) != expected:
-            raise InputError(
-                f"model {self.name} takes inputs {sorted(expected)}, got {sorted(rows)}"
-            )
-        for spec in self.inputs:
-            got = rows[spec.name]
-            shape = tuple(got.shape[1:])
-            fits = len(shape) == len(spec.shape) and all(
-                want is None or want == size for want, size in zip(spec.shape, shape, strict=True)
-            )
-            dtype = str(got.dtype).removeprefix("torch.")
-            if not fits or dtype != spec.dtype:
-                raise InputError(
-                    f"model {self.name}: input {spec.name} has rows {shape} {dtype}, "
-                    f"expected {spec.shape} {spec.dtype}",
-                    field=spec.name,
-                )
-
-
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: its spec and its module in eval mode, on the host."""
+    """A loaded model.
+
+    Args:
+        spec: its contract.
+        module: the network in eval mode, on the host; for an ONNX file, one that runs it.
+        onnx: the ONNX file, if it is one.
+    """
 
     spec: ModelSpec
     module: nn.Module
+    onnx: Path | None = None
+
+    def digest(self) -> str:
+        """SHA-256 over weights, structure and code: the key of what is derived from them."""
+        return _sha256(self.onnx) if self.onnx else weights.digest(self.module)
 
 
 def architecture(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
@@ -138,46 +86,85 @@ class ModelStore:
         Raises:
             ModelError: the version exists already.
         """
+        factory = _FACTORIES.get(spec.architecture or "")
+        origin = None if factory is None else f"{factory.__module__}.{factory.__qualname__}"
+
+        def fill(folder: Path) -> dict[str, Any]:
+            return {"shared": weights.write(module, folder / _WEIGHTS), "factory": origin}
+
+        return self._write(spec, _WEIGHTS, fill)
+
+    def import_onnx(
+        self,
+        spec: ModelSpec | None,
+        path: Path,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+    ) -> Path:
+        """Check an ONNX file and copy it into a new version. Returns its folder.
+
+        Args:
+            spec: its contract; ``None`` reads inputs and outputs from its graph.
+            path: one file with all weights; the first dimension of its tensors is dynamic.
+            name: without a spec, the model's name; by default the file's stem.
+            version: without a spec, its version; by default ``"1"``.
+
+        Raises:
+            ModelError: the file is not valid, has a fixed number of rows, keeps weights
+                elsewhere, does not fulfil the spec; or the version exists already.
+        """
+        path = Path(path)
+        found = read_contract(path)
+        if spec is None:
+            spec = spec_of(path, found, name or path.stem.lower(), version or "1")
+        else:
+            hold_against(spec, path, found)
+        return self._write(spec, _ONNX, lambda folder: _copy(path, folder / _ONNX))
+
+    def _write(self, spec: ModelSpec, file: str, fill: Callable[[Path], dict[str, Any]]) -> Path:
         target = self.root / spec.name / spec.version
         if target.exists():
-            raise ModelError(
-                f"{spec.name} {spec.version} exists already in {self.root}",
-                hint="versions never change; save a new one",
-            )
+            raise _exists(spec, self.root)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=".part-", dir=target.parent))
         try:
-            weights = part / "weights.safetensors"
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, weights
-            )
+            extra = fill(part)
             manifest = {
                 "format": FORMAT,
                 "spec": spec.model_dump(mode="json"),
                 "files": {
-                    weights.name: {"sha256": _sha256(weights), "bytes": weights.stat().st_size}
+                    file: {
+                        "sha256": _sha256(part / file),
+                        "bytes": (part / file).stat().st_size,
+                    }
                 },
+                **extra,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "torch": torch.__version__,
             }
             (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
             part.chmod(0o755)
             part.rename(target)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
+        except OSError as error:
+            if target.exists():
+                raise _exists(spec, self.root) from error
             raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
         return target
 
     def versions(self, name: str) -> list[str]:
         """Versions of a model, oldest first."""
         _safe(name)
-        found = (self.root / name).glob("*/manifest.json")
+        found = (self.root / name).glob("[!.]*/manifest.json")
         return sorted(
             (path.parent.name for path in found if _NAME.fullmatch(path.parent.name)), key=_natural
         )
 
     def list(self) -> list[ModelSpec]:
         """The specs of all models and versions."""
-        names = sorted(path.name for path in self.root.glob("*") if path.is_dir())
+        names = sorted(path.name for path in self.root.glob("*") if _NAME.fullmatch(path.name))
         return [self._manifest(n, v)[0] for n in names for v in self.versions(n)]
 
     def load(self, name: str, version: str | None = None) -> Model:
@@ -186,6 +173,19 @@ class ModelStore:
         Raises:
             ModelError: unknown, damaged, or not fitting its architecture.
         """
+        chosen = self._choose(name, version)
+        spec = self.verify(name, chosen)
+        data = self._manifest(name, chosen)[1]
+        folder = self.root / name / chosen
+        if _ONNX in data["files"]:
+            tensors = ([t.name for t in spec.inputs], [t.name for t in spec.outputs])
+            module = OnnxModule(folder / _ONNX, tuple(tensors[0]), tuple(tensors[1]))
+            return Model(spec, module.eval(), folder / _ONNX)
+        built = _build(spec, data.get("factory"))
+        weights.fill(built, folder / _WEIGHTS, name, data.get("shared") or {})
+        return Model(spec, built.eval())
+
+    def _choose(self, name: str, version: str | None) -> str:
         versions = self.versions(name)
         if not versions:
             known = sorted({spec.name for spec in self.list()})
@@ -195,34 +195,26 @@ class ModelStore:
         chosen = version if version is not None else versions[-1]
         if chosen not in versions:
             raise ModelError(f"{name} has no version {chosen}", hint=f"there are {versions}")
-        spec = self.verify(name, chosen)
-        factory = _FACTORIES.get(spec.architecture or "")
-        if factory is None:
-            raise ModelError(
-                f"{name} {chosen} is of architecture {spec.architecture}, which is not registered",
-                hint=f"import the package that defines it; registered are {sorted(_FACTORIES)}",
-            )
-        module = factory(**spec.config)
-        _fill(module, self.root / name / chosen / "weights.safetensors", name)
-        return Model(spec, module.eval())
+        return chosen
 
-    def verify(self, name: str, version: str) -> ModelSpec:
-        """Check every file of a version against its sha256.
+    def verify(self, name: str, version: str | None = None) -> ModelSpec:
+        """Check every file of a version (the newest unless one is named) against its sha256.
 
         Raises:
             ModelError: names the file that is missing or was changed.
         """
-        spec, files = self._manifest(name, version)
-        folder = self.root / name / version
-        for file, facts in files.items():
-            path = folder / Path(file).name
-            if not path.exists() or _sha256(path) != facts.get("sha256"):
+        version = self._choose(name, version)
+        spec, data = self._manifest(name, version)
+        for file, facts in data["files"].items():
+            path = self.root / name / version / file
+            there = path.is_file() and path.stat().st_size == facts.get("bytes")
+            if not there or _sha256(path) != facts.get("sha256"):
                 raise ModelError(
                     f"{path} is missing or not what was saved", hint="copy the version again"
                 )
         return spec
 
-    def _manifest(self, name: str, version: str) -> tuple[ModelSpec, dict[str, dict[str, Any]]]:
+    def _manifest(self, name: str, version: str) -> tuple[ModelSpec, dict[str, Any]]:
         _safe(name)
         _safe(version)
         path = self.root / name / version / "manifest.json"
@@ -232,7 +224,12 @@ class ModelStore:
             data = json.loads(path.read_text())
             if data["format"] != FORMAT:
                 raise ModelError(f"{path} has format {data['format']}, expected {FORMAT}")
-            return ModelSpec.model_validate(data["spec"]), dict(data["files"])
+            spec = ModelSpec.model_validate(data["spec"])
+            if (spec.name, spec.version) != (name, version):
+                raise ModelError(f"{path} is of {spec.name} {spec.version}, not of its folder")
+            if list(data["files"]) not in ([_WEIGHTS], [_ONNX]):
+                raise ModelError(f"{path} lists {list(data['files'])}, expected one model file")
+            return spec, data
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
             raise ModelError(f"{path} cannot be read: {error}") from error
 
@@ -244,21 +241,35 @@ def from_pretrained(name: str, *, version: str | None = None, store: Path | None
     return ModelStore(root).load(name, version)
 
 
-def _fill(module: nn.Module, path: Path, name: str) -> None:
+def _build(spec: ModelSpec, origin: str | None) -> nn.Module:
+    factory = _FACTORIES.get(spec.architecture or "")
+    if factory is None:
+        package = origin.rpartition(".")[0] if origin else "the package that defines it"
+        raise ModelError(
+            f"{spec.name} {spec.version} is of architecture {spec.architecture}, "
+            "which is not registered",
+            hint=f"import {package}; registered are {sorted(_FACTORIES)}",
+        )
     try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise ModelError(f"{path} is not a safetensors file: {error}") from error
-    wanted = module.state_dict()
-    for key in sorted(wanted.keys() | weights.keys()):
-        ours = tuple(wanted[key].shape) if key in wanted else "absent"
-        theirs = tuple(weights[key].shape) if key in weights else "absent"
-        if ours != theirs:
-            raise ModelError(
-                f"{name}: tensor {key} is {theirs} in the file, {ours} in the code",
-                hint="the architecture or its config changed since the model was saved",
-            )
-    module.load_state_dict(weights)
+        return factory(**spec.config)
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"{spec.name} {spec.version}: architecture {spec.architecture} does not take its "
+            f"config: {error}",
+            hint="the architecture changed since the model was saved",
+        ) from error
+
+
+def _copy(path: Path, target: Path) -> dict[str, Any]:
+    shutil.copyfile(path, target)
+    return {}
+
+
+def _exists(spec: ModelSpec, root: Path) -> ModelError:
+    return ModelError(
+        f"{spec.name} {spec.version} exists already in {root}",
+        hint="versions never change; save a new one",
+    )
 
 
 def _safe(name: str) -> None:
@@ -269,8 +280,9 @@ def _safe(name: str) -> None:
 
 
 def _natural(version: str) -> list[tuple[int, int | str]]:
+    """1 < 2 < 10 and 1.2 < 1.10; a word comes before the end: 2.0-rc1 < 2.0 < 2.0.1."""
     parts = re.findall(r"\d+|[a-z]+", version)
-    return [(1, int(part)) if part.isdigit() else (0, part) for part in parts]
+    return [*((2, int(part)) if part.isdigit() else (0, part) for part in parts), (1, 0)]
 
 
 def _sha256(path: Path) -> str:

@@ -1,5 +1,9 @@
 """Models on disk: saved whole, verified when loaded, never a pickle."""
 
+import hashlib
+import json
+from datetime import datetime
+
 import pytest
 import torch
 from torch import nn
@@ -102,3 +106,91 @@ def test_rows_are_held_against_the_contract():
         spec().check({"x": torch.zeros(7, 3, dtype=torch.float64)})
     with pytest.raises(InputError, match="takes inputs"):
         spec().check({"z": torch.zeros(7, 3)})
+
+
+def test_rows_of_several_inputs_are_as_many_and_a_scalar_is_no_row():
+    two = spec(inputs=[TensorSpec(name="a", shape=()), TensorSpec(name="b", shape=(2,))])
+    two.check({"a": torch.zeros(4), "b": torch.zeros(4, 2)})
+    with pytest.raises(InputError, match="different numbers of rows"):
+        two.check({"a": torch.zeros(3), "b": torch.zeros(4, 2)})
+    with pytest.raises(InputError, match="input a"):
+        two.check({"a": torch.tensor(1.0), "b": torch.zeros(4, 2)})
+    two.check(two.example(5))
+
+
+def test_a_candidate_for_release_comes_before_the_release(store):
+    for version in ("2.0", "2.0-rc1", "2.0.1", "10", "1"):
+        store.save(spec(version), nn.Linear(3, 1))
+    assert store.versions("line") == ["1", "2.0-rc1", "2.0", "2.0.1", "10"]
+
+
+@architecture("test-tied")
+def tied() -> nn.Module:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    module[1].weight = module[0].weight
+    return module
+
+
+def test_a_shared_tensor_is_stored_once_and_shared_again(store):
+    module = tied()
+    folder = store.save(spec(architecture="test-tied", config={}), module)
+    assert json.loads((folder / "manifest.json").read_text())["shared"] == {"1.weight": "0.weight"}
+    loaded = store.load("line").module
+    assert loaded[1].weight is loaded[0].weight
+    assert torch.equal(loaded[0].weight, module[0].weight)
+
+
+def test_weights_of_another_dtype_are_refused_not_rounded(store):
+    store.save(spec(), nn.Linear(3, 1).to(torch.bfloat16))
+    with pytest.raises(ModelError, match=r"tensor bias is \(1,\) bfloat16 in the file"):
+        store.load("line")
+
+
+def test_what_to_import_is_said(store, monkeypatch):
+    store.save(spec(), nn.Linear(3, 1))
+    monkeypatch.setattr("engine.model._FACTORIES", {})
+    with pytest.raises(ModelError, match=f"import {__name__}"):
+        store.load("line")
+
+
+def test_a_header_of_absurd_size_and_other_files_are_not_read(store):
+    path = store.save(spec(), nn.Linear(3, 1)) / "weights.safetensors"
+    path.write_bytes((1 << 40).to_bytes(8, "little") + b"x" * 64)
+    forge(path)
+    with pytest.raises(ModelError, match="its header has"):
+        store.load("line")
+    manifest = path.with_name("manifest.json")
+    manifest.write_text(manifest.read_text().replace(path.name, "../../secret"))
+    with pytest.raises(ModelError, match="expected one model file"):
+        store.load("line")
+
+
+def forge(path) -> None:
+    """Make a manifest say what its changed file really is."""
+    manifest = path.with_name("manifest.json")
+    data = json.loads(manifest.read_text())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    data["files"][path.name] = {"sha256": digest, "bytes": path.stat().st_size}
+    manifest.write_text(json.dumps(data))
+
+
+def test_the_manifest_says_where_and_when(store):
+    folder = store.save(spec(), nn.Linear(3, 1))
+    data = json.loads((folder / "manifest.json").read_text())
+    assert datetime.fromisoformat(data["created"]).tzinfo is not None
+    assert data["torch"] == torch.__version__
+    assert data["factory"].endswith("linear")
+    assert data["files"]["weights.safetensors"]["bytes"] > 16
+    assert [path.name for path in store.root.rglob(".*")] == []
+
+
+def test_the_newest_version_is_verified_unless_one_is_named(store):
+    store.save(spec(), nn.Linear(3, 1))
+    assert store.verify("line").version == "1"
+    with pytest.raises(ModelError, match="no version"):
+        store.verify("line", "9")
+
+
+def test_a_contract_names_known_dtypes():
+    with pytest.raises(ValueError, match="float33"):
+        TensorSpec(name="x", shape=(1,), dtype="float33")

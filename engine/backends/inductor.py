@@ -1,0 +1,55 @@
+"""``torch.compile`` with a dynamic batch; needs a C++ compiler on the CPU."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+
+from engine.accelerator import Device
+from engine.backends.base import torch_threads
+from engine.backends.eager import TorchExecutable, placed
+from engine.errors import ModelError
+from engine.model import Model
+from engine.precision import PrecisionPolicy
+
+
+class Inductor:
+    """Compiles the module at the first batch. Slow to start, so only used when asked for."""
+
+    name = "inductor"
+
+    def supports(self, model: Model, device: Device, policy: PrecisionPolicy) -> str | None:
+        """Torch modules; on the CPU where a C++ compiler is installed."""
+        if model.onnx:
+            return "the model is an ONNX file, not a torch module"
+        if device.kind == "cpu" and _compiler() is None:
+            return "torch.compile needs a C++ compiler, and neither g++ nor clang++ is installed"
+        return None
+
+    def compile(
+        self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None
+    ) -> TorchExecutable:
+        """Compile, and run two batches so that nothing is left to compile.
+
+        Raises:
+            ModelError: torch cannot compile it; the hint names the backend that runs it.
+        """
+        module = placed(model, device, policy)
+        compiled = torch.compile(module, dynamic=True)
+        executable = TorchExecutable(self.name, model, compiled, device, policy, threads)
+        try:
+            with torch_threads(threads):
+                for rows in (1, 2, 3):
+                    executable.run(model.spec.example(rows))
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, OSError) as error:
+            reason = str(error).strip().partition("\n")[0][:300]
+            raise ModelError(
+                f"model {model.spec.name}: torch.compile failed: {reason}",
+                hint="use backend eager or onnxruntime",
+            ) from error
+        return executable
+
+
+def _compiler() -> str | None:
+    return next((path for name in ("g++", "clang++") if (path := shutil.which(name))), None)

@@ -1,0 +1,218 @@
+"""Backends agree with eager fp32, say why they cannot, and the faster right one is taken."""
+
+import shutil
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine import ConfigError, Model, ModelError, ModelSpec, TensorSpec
+from engine.accelerator import Device, pick
+from engine.backends import BACKENDS, Executable, prepare
+from engine.backends.choice import difference
+from engine.backends.inductor import Inductor
+from engine.precision import PRESETS
+
+CPU = pick("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("PLINTH_CACHE", str(folder))
+        yield folder / "onnx"
+
+
+def spec(inputs: dict[str, tuple], outputs: dict[str, tuple], **facts) -> ModelSpec:
+    return ModelSpec(
+        name="net",
+        inputs=tuple(TensorSpec(name=n, shape=s) for n, s in inputs.items()),
+        outputs=tuple(TensorSpec(name=n, shape=s) for n, s in outputs.items()),
+        **facts,
+    )
+
+
+def scorer() -> Model:
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)).eval()
+    return Model(spec({"x": (8,)}, {"score": (1,)}), module)
+
+
+class TwoWays(nn.Module):
+    """Two inputs, two outputs."""
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return a + b, a * b
+
+
+class Branching(nn.Module):
+    """Looks at values, which no exporter can follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if bool((x.sum() > 0).item()) else x * 3
+
+
+@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_every_backend_gives_what_the_module_gives_for_any_number_of_rows(backend, rows):
+    model = scorer()
+    executable = prepare(model, CPU, "fp32", backend)
+    assert isinstance(executable, Executable)
+    inputs = torch.randn(rows, 8)
+    with torch.inference_mode():
+        want = model.module(inputs)
+    torch.testing.assert_close(executable.run({"x": inputs})["score"], want)
+    assert (executable.backend, executable.precision) == (backend, "fp32")
+
+
+def test_rows_that_are_not_contiguous_are_read_right():
+    model = scorer()
+    wide = torch.randn(5, 16)[:, ::2]
+    got = prepare(model, CPU, "fp32", "onnxruntime").run({"x": wide})["score"]
+    torch.testing.assert_close(got, model.module(wide).detach())
+
+
+def test_several_inputs_and_outputs_go_by_name():
+    model = Model(spec({"a": (3,), "b": (3,)}, {"sum": (3,), "product": (3,)}), TwoWays())
+    a, b = torch.randn(2, 4, 3)
+    for backend in ("eager", "onnxruntime"):
+        out = prepare(model, CPU, "fp32", backend).run({"b": b, "a": a})
+        torch.testing.assert_close(out["sum"], a + b)
+        torch.testing.assert_close(out["product"], a * b)
+
+
+def test_sizes_that_the_contract_leaves_open_may_differ_from_the_probe():
+    module = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 2, 1)).eval()
+    model = Model(spec({"x": (1, None, None, None)}, {"y": (2, None, None, None)}), module)
+    executable = prepare(model, CPU, "fp32", "onnxruntime", rows=1)
+    x = torch.randn(2, 1, 9, 11, 13)
+    torch.testing.assert_close(executable.run({"x": x})["y"], module(x).detach())
+
+
+def test_auto_takes_the_fastest_and_reports_all_it_tried():
+    report = prepare(scorer(), CPU).report
+    assert report["requested"] == {"backend": "auto", "precision": "auto"}
+    assert set(report["probe_seconds"]) >= {"eager/fp32", "onnxruntime/fp32"}
+    taken = "/".join(report["resolved"].values())
+    if taken.endswith("fp32"):
+        assert report["probe_seconds"][taken] == min(
+            v for k, v in report["probe_seconds"].items() if k.endswith("fp32")
+        )
+    assert report["difference"] <= 1e-3
+    assert "fastest at 16 rows" in report["reason"]
+
+
+def test_auto_goes_on_with_what_is_left_and_says_why():
+    model = Model(spec({"x": (3,)}, {"y": (3,)}), Branching())
+    report = prepare(model, CPU, "fp32").report
+    assert report["resolved"]["backend"] == "eager"
+    assert "cannot be exported to ONNX" in report["refused"]["onnxruntime/fp32"]
+
+
+def test_auto_takes_bf16_only_where_it_is_native():
+    old = Device("cpu", name="an old one")
+    report = prepare(scorer(), old, "auto", "eager").report
+    assert report["resolved"]["precision"] == "fp32"
+    assert "no bf16 instructions" in report["refused"]["bf16"]
+
+
+def test_bf16_is_really_bf16_and_the_report_names_the_layers():
+    model, x = scorer(), torch.randn(4, 8)
+    executable = prepare(model, CPU, "bf16")
+    assert (executable.backend, executable.precision) == ("eager", "bf16")
+    assert executable.report["layers"] == {"0": "bf16", "1": "bf16", "2": "fp32"}
+    assert "fp32 only" in executable.report["refused"]["onnxruntime/bf16"]
+    out = executable.run({"x": x})["score"]
+    assert out.dtype == torch.float32
+    assert 0 < difference(out, model.module(x)) < 5e-2
+
+
+def test_a_choice_that_cannot_be_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match="fp32 only"):
+        prepare(scorer(), CPU, "bf16", "onnxruntime")
+    with pytest.raises(ConfigError, match="did you mean 'onnxruntime'"):
+        prepare(scorer(), CPU, "fp32", "onnxruntme")
+    with pytest.raises(ModelError, match="cannot be exported"):
+        prepare(Model(spec({"x": (3,)}, {"y": (3,)}), Branching()), CPU, "fp32", "onnxruntime")
+
+
+def test_a_backend_that_is_off_the_reference_is_never_taken(monkeypatch):
+    class Wrong:
+        name = "wrong"
+
+        def supports(self, model, device, policy):
+            return None
+
+        def compile(self, model, device, policy, threads):
+            def off(x: Tensor) -> Tensor:
+                return model.module(x) * 1.01
+
+            return type(BACKENDS["eager"].compile(model, device, policy, threads))(
+                "wrong", model, off, device, policy, threads
+            )
+
+    monkeypatch.setitem(BACKENDS, "wrong", Wrong())
+    with pytest.raises(ModelError, match="off the reference"):
+        prepare(scorer(), CPU, "fp32", "wrong")
+
+
+def test_a_difference_is_relative_and_shapes_dtypes_and_nan_count():
+    ones = torch.ones(3)
+    assert difference(ones * 100.1, ones * 100) == pytest.approx(1e-3, rel=1e-2)
+    assert difference(ones, torch.ones(4)) == float("inf")
+    assert difference(ones.double(), ones) == float("inf")
+    assert not difference(ones * float("nan"), ones) <= 1e-3
+
+
+def test_an_export_is_made_once_per_weights(cache):
+    model = scorer()
+    prepare(model, CPU, "fp32", "onnxruntime")
+    before = {path: path.stat().st_mtime_ns for path in cache.glob("*.onnx")}
+    prepare(scorer(), CPU, "fp32", "onnxruntime")
+    assert {path: path.stat().st_mtime_ns for path in cache.glob("*.onnx")} == before
+    with torch.no_grad():
+        model.module[0].weight.mul_(2)
+    prepare(model, CPU, "fp32", "onnxruntime")
+    assert len(list(cache.glob("*.onnx"))) == len(before) + 1
+
+
+def test_threads_are_those_asked_for_and_torch_keeps_its_own():
+    before = torch.get_num_threads()
+    seen = []
+
+    class Look(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.get_num_threads())
+            return x
+
+    model = Model(spec({"x": (3,)}, {"y": (3,)}), Look())
+    executable = prepare(model, CPU, "fp32", "eager", threads=before + 1)
+    executable.run({"x": torch.zeros(1, 3)})
+    assert set(seen) == {before + 1}
+    assert torch.get_num_threads() == before
+    assert executable.report["threads"] == before + 1
+
+
+def test_a_model_that_breaks_its_contract_is_named():
+    lost = Model(spec({"x": (3,)}, {"y": (3,)}), nn.Flatten(0))
+    with pytest.raises(ModelError, match=r"output y is .* for 16 rows"):
+        prepare(lost, CPU, "fp32", "eager")
+
+
+def test_inductor_says_when_there_is_no_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match=r"neither g\+\+ nor clang\+\+"):
+        prepare(scorer(), CPU, "fp32", "inductor")
+    assert "bf16" not in (Inductor().supports(scorer(), CPU, PRESETS["bf16"]) or "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+def test_inductor_compiles_for_any_number_of_rows(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = scorer()
+    executable = prepare(model, CPU, "fp32", "inductor")
+    for rows in (1, 5, 33):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(executable.run({"x": x})["score"], model.module(x).detach())
