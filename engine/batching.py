@@ -91,7 +91,7 @@ class Batcher:
     @property
     def background_rows(self) -> int:
         """Rows of background work that wait."""
-        return sum(work.left for work in self._background if not work.cancelled)
+        return sum(work.left for work in self._background)
 
     def __bool__(self) -> bool:
         return bool(self._background) or any(self._urgent.values())
@@ -120,7 +120,6 @@ class Batcher:
 
     def cancel(self, work: Work) -> None:
         """Forget work whose client went away; rows already on the device still finish."""
-        work.cancelled = True
         if work in self._background:
             self._background.remove(work)
         queue = self._urgent.get(work.key, [])
@@ -156,15 +155,9 @@ class Batcher:
                 return None
             key = min(heads)[1]
             skip, rows = self._plan(key, now)
-            dropped = self._urgent[key][:skip]
-            del self._urgent[key][:skip]
-            for work in dropped:
-                self._rows[key] -= work.left
-                refusal = self._overdue(work, now, now)
-                if refusal is not None:
-                    refused.append(refusal)
+            self._drop(key, skip, now, refused)
             if rows:
-                return self._take(key, rows, now)
+                return self._take(key, rows)
 
     def _plan(self, key: str, now: float) -> tuple[int, int]:
         """(work to give up, rows to run) for one work class."""
@@ -213,7 +206,7 @@ class Batcher:
             head = _past(works, head, rows)
         return head is None
 
-    def _take(self, key: str, rows: int, now: float) -> Batch:
+    def _take(self, key: str, rows: int) -> Batch:
         queue, parts, count = self._urgent[key], [], 0
         while queue and count + queue[0].left <= rows:
             work = queue.pop(0)
@@ -227,9 +220,17 @@ class Batcher:
 
     def _sweep(self, key: str, now: float, refused: list[Refusal]) -> None:
         """Give up work that could not be in time even if it ran alone now."""
-        queue = self._urgent[key]
-        while queue and self._finish(key, queue[0].left, now, queue[0]) > queue[0].deadline:
-            work = queue.pop(0)
+        queue, hopeless = self._urgent[key], 0
+        for work in queue:
+            if self._finish(key, work.left, now, work) <= work.deadline:
+                break
+            hopeless += 1
+        self._drop(key, hopeless, now, refused)
+
+    def _drop(self, key: str, count: int, now: float, refused: list[Refusal]) -> None:
+        """Take the first ``count`` pieces of work out of a queue, as their promises say."""
+        dropped, self._urgent[key][:count] = self._urgent[key][:count], []
+        for work in dropped:
             self._rows[key] -= work.left
             refusal = self._overdue(work, now, now)
             if refusal is not None:
@@ -304,9 +305,7 @@ class Batcher:
         return start + self.latency.predict(key, rows, work.sla.quantile)
 
     def _count(self, work: Work, now: float) -> None:
-        rate, at = self._rates.get(work.key, (0.0, now))
-        kept = max(0.0, 1 - (now - at) / _RATE_MEMORY)
-        self._rates[work.key] = (rate * kept + work.rows / _RATE_MEMORY, now)
+        self._rates[work.key] = (self.rate(work.key, now) + work.rows / _RATE_MEMORY, now)
 
     def rate(self, key: str, now: float) -> float:
         """Rows per second of a work class that arrive at present."""

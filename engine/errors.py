@@ -20,6 +20,8 @@ what to do. ``as_dict()`` is the same for machines.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -174,3 +176,10 @@ class Closed(Refused):
     """The engine is shutting down and takes no new work."""
 
     reason = "shutting_down"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint that names the nearest known word, or all of them when none is near."""
+    words = list(known)
+    near = get_close_matches(word, words, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(words)}"

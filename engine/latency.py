@@ -129,10 +129,6 @@ class LatencyModel:
         budget = seconds / curve.quantile(quantile) * (1 + 1e-9)
         return bisect_right(curve.table, budget, 1, most + 1) - 1
 
-    def known(self, key: str) -> bool:
-        """Whether anything was measured for this work class."""
-        return key in self._curves
-
     def save(self) -> None:
         """Write the curves to ``path`` (JSON), atomically."""
         if self._path is None:

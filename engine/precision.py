@@ -7,7 +7,6 @@ of a bf16 class hold bf16 weights and take bf16 inputs; every other layer takes 
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
@@ -16,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, nearest
 
 Precision = Literal["fp32", "bf16"]
 
@@ -107,7 +106,7 @@ class PrecisionPolicy:
         for key, value in rest.items():
             if key not in CLASSES:
                 raise ConfigError(
-                    f"precision.{key} is not an operation class", hint=_nearest(key, CLASSES)
+                    f"precision.{key} is not an operation class", hint=nearest(key, CLASSES)
                 )
             _check_precision(key, value)
         if not rest:
@@ -256,7 +255,7 @@ def _preset(name: str) -> PrecisionPolicy:
         return PRESETS[name]
     if name in RESERVED:
         raise ConfigError(f"precision {name!r} is not there yet", hint="use fp32, bf16 or auto")
-    raise ConfigError(f"precision {name!r} is not a preset", hint=_nearest(name, tuple(PRESETS)))
+    raise ConfigError(f"precision {name!r} is not a preset", hint=nearest(name, PRESETS))
 
 
 def _check_precision(key: str, value: object) -> None:
@@ -268,13 +267,8 @@ def _check_precision(key: str, value: object) -> None:
         )
     raise ConfigError(
         f"precision.{key} is {value!r}, which is not a precision",
-        hint=_nearest(str(value), PRECISIONS),
+        hint=nearest(str(value), PRECISIONS),
     )
-
-
-def _nearest(word: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
 
 
 _BF16 = PrecisionPolicy(

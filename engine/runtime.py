@@ -46,9 +46,13 @@ class _Job:
     canvas: Canvas | None = None
     grid: Grid | None = None
     outputs: list[Tensor] = field(default_factory=list)
+    total: int = field(init=False)
     done: int = 0
     timing: Timing = field(default_factory=Timing)
     works: list[Work] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.total = row_count(self.rows) if self.grid is None else len(self.grid)
 
     def take(self, first: int, count: int) -> dict[str, Tensor]:
         if self.grid is None:
@@ -176,7 +180,7 @@ class Engine:
             if self._closing or self._thread is None:
                 job.future.set_exception(Closed("the engine takes no new work"))
                 return job.future
-            now, total = self._clock(), len(job.grid) if job.grid else row_count(job.rows)
+            now, total = self._clock(), job.total
             promise = sla or entry.sla
             urgent = promise.deadline_ms is not None
             step = entry.most if urgent else max(total, 1)
@@ -273,7 +277,7 @@ class Engine:
             job.canvas.put(output)
         else:
             job.outputs.append(output)
-        if job.done < sum(part.rows for part in job.works):
+        if job.done < job.total:
             return
         timing.queue = max(0.0, now - work.arrival - timing.device)
         timing.total = now - work.arrival
@@ -284,12 +288,7 @@ class Engine:
 
     def _warm_up(self, model: Model, sizes: list[int]) -> None:
         for rows in sizes:
-            example = {
-                spec.name: torch.zeros(
-                    rows, *(size or 1 for size in spec.shape), dtype=getattr(torch, spec.dtype)
-                )
-                for spec in model.spec.inputs
-            }
+            example = model.spec.example(rows)
             times = []
             for _ in range(4):
                 begun = time.perf_counter()

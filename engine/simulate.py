@@ -52,7 +52,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of the arrivals: counts, and which second each early refusal fell into."""
+    """What came of the arrivals: counts, and the seconds the device was busy."""
 
     offered: int
     in_sla: int
@@ -97,27 +97,27 @@ def elastic(
         for rows in (1, setting.most // 4, setting.most):
             latency.seed(key, rows, real(rows, 0.0))
     now, index, in_sla, late, refused, busy = 0.0, 0, 0, 0, 0, 0.0
-    while index < len(arrivals) or batcher:
-        if not batcher:
-            now = max(now, float(arrivals[index]))
-        while index < len(arrivals) and arrivals[index] <= now:
+
+    def admit(until: float) -> None:
+        nonlocal index, refused
+        while index < len(arrivals) and arrivals[index] <= until:
             sla = promises[index % len(promises)]
             work = Work(keys[index % len(keys)], 1, float(arrivals[index]), sla)
             refused += batcher.offer(work, work.arrival) is not None
             index += 1
+
+    while index < len(arrivals) or batcher:
+        if not batcher:
+            now = max(now, float(arrivals[index]))
+        admit(now)
         batch, given_up = batcher.next(now)
         refused += len(given_up)
         if batch is None:
             continue
         seconds = real(batch.rows, now)
         # What arrives while the device is busy is judged when it arrives.
-        end = now + seconds
-        while index < len(arrivals) and arrivals[index] <= end:
-            sla = promises[index % len(promises)]
-            work = Work(keys[index % len(keys)], 1, float(arrivals[index]), sla)
-            refused += batcher.offer(work, work.arrival) is not None
-            index += 1
-        now, busy = end, busy + seconds
+        admit(now + seconds)
+        now, busy = now + seconds, busy + seconds
         batcher.finished(batch, seconds, now)
         missed = sum(part.work.deadline < now - 1e-9 for part in batch.parts)
         late += missed

@@ -116,6 +116,7 @@ class Canvas:
         self._profiles = tuple(_profile(size, blend) for size in window)
         pz, py, px = self._profiles
         self._weight = pz[:, None, None] * py[:, None] * px
+        self._sums = self._total()
         self._next = 0
         self._base = 0
         self._slab = torch.empty(0)
@@ -174,15 +175,17 @@ class Canvas:
         if self.grid.tiling.reduce == "argmax":
             self._result[target] = planes.argmax(0).to(torch.uint8)
         else:
-            torch.div(planes, self._total(target), out=self._result[:, target])
+            sz, sy, sx = self._sums
+            weight = sz[target, None, None] * sy[:, None] * sx
+            torch.div(planes, weight, out=self._result[:, target])
         keep = self._slab.shape[1] - done
         if keep > 0:
             self._slab[:, :keep] = self._slab[:, done:].clone()
         self._slab[:, max(keep, 0) :] = 0
         self._base += done
 
-    def _total(self, planes: slice) -> Tensor:
-        """Sum of all windows' weights on some planes; separable, as the grid is a product."""
+    def _total(self) -> list[Tensor]:
+        """Sum of all windows' weights along each axis; separable, as the grid is a product."""
         sums = []
         for size, starts, profile in zip(
             self.grid.shape, self.grid.starts, self._profiles, strict=True
@@ -192,5 +195,4 @@ class Canvas:
                 part = total[start : start + len(profile)]
                 part += profile[: len(part)]
             sums.append(total)
-        sz, sy, sx = sums
-        return sz[planes, None, None] * sy[:, None] * sx
+        return sums

@@ -29,7 +29,6 @@ class Work:
     deadline: float = field(init=False)
     taken: int = field(init=False, default=0)
     used: float = field(init=False, default=0.0)
-    cancelled: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         allowed = self.sla.deadline_ms

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from engine.backends.base import Backend, Executable
 from engine.backends.eager import Eager
 from engine.backends.inductor import Inductor
 from engine.backends.onnxruntime import OnnxRuntime
-from engine.errors import ConfigError, ModelError, PlinthError
+from engine.errors import ConfigError, ModelError, PlinthError, nearest
 from engine.model import Model
 from engine.precision import PRESETS, PrecisionPolicy, resolve
 
@@ -107,10 +106,8 @@ def _backends(backend: str) -> list[Backend]:
     if backend == "auto":
         return [BACKENDS[name] for name in AUTOMATIC]
     if backend not in BACKENDS:
-        near = difflib.get_close_matches(backend, BACKENDS, n=1)
         raise ConfigError(
-            f"there is no backend {backend!r}",
-            hint=f"did you mean {near[0]!r}?" if near else f"there are auto, {', '.join(BACKENDS)}",
+            f"there is no backend {backend!r}", hint=nearest(backend, ("auto", *BACKENDS))
         )
     return [BACKENDS[backend]]
 
