@@ -9,24 +9,24 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.batching import Batcher
-from engine.errors import Cancelled, Closed, ConfigError, ModelError, PlinthError
+from engine.course import Clock, Course, Result
+from engine.errors import Cancelled, Closed, ConfigError, InputError, ModelError, PlinthError
 from engine.flow import Answer, Call, Flow, Sla, Timing, as_mapping, cat_rows, row_count
 from engine.latency import LatencyModel
-from engine.model import Model
+from engine.model import Model, ModelSpec
 from engine.tiling import Canvas, Grid
 from engine.work import Batch, Work
 
 T = TypeVar("T")
-Clock = Callable[[], float]
 
 
 @dataclass(slots=True)
@@ -42,9 +42,10 @@ class _Job:
 
     entry: _Entry
     rows: dict[str, Tensor]
-    future: Future[Result]
-    canvas: Canvas | None = None
+    bucket: str
     grid: Grid | None = None
+    future: Future[Result] = field(default_factory=Future)
+    canvas: Canvas | None = field(init=False)
     outputs: list[Tensor] = field(default_factory=list)
     total: int = field(init=False)
     done: int = 0
@@ -52,6 +53,7 @@ class _Job:
     works: list[Work] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.canvas = None if self.grid is None else Canvas(self.grid)
         self.total = row_count(self.rows) if self.grid is None else len(self.grid)
 
     def take(self, first: int, count: int) -> dict[str, Tensor]:
@@ -59,16 +61,6 @@ class _Job:
             return {name: rows[first : first + count] for name, rows in self.rows.items()}
         name, volume = next(iter(self.rows.items()))
         return {name: self.grid.cut(volume, first, first + count)}
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What became of one call: its output, where the time went, and the model that ran."""
-
-    value: Tensor
-    timing: Timing
-    ran: Model
-    late: bool
 
 
 class Engine:
@@ -83,6 +75,7 @@ class Engine:
         self._batcher = batcher or Batcher(LatencyModel())
         self._clock = clock
         self._models: dict[str, _Entry] = {}
+        self._keys: set[str] = set()
         self._wake = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -105,10 +98,10 @@ class Engine:
             raise ConfigError(f"batch_range is {batch_range}, expected 1 <= smallest <= largest")
         promise = sla or Sla()
         name = model.spec.name
-        self._batcher.register(name, most, model.spec.cheaper)
         self._batcher.expect(promise)
         self._models[name] = _Entry(model, promise, most)
-        if all(None not in spec.shape for spec in model.spec.inputs):
+        self._keys.clear()
+        if not _is_free(model.spec):
             self._warm_up(model, sorted({1, min(16, most), most}))
 
     def start(self) -> Engine:
@@ -152,7 +145,7 @@ class Engine:
         Raises:
             Refused: a call was refused; the flow was told and did not handle it.
         """
-        course = _Course(flow, self._clock)
+        course = Course(flow, self._clock)
         while (call := course.call) is not None:
             try:
                 course.send(self.submit(call, sla).result())
@@ -162,7 +155,7 @@ class Engine:
 
     async def run_async(self, flow: Flow[T], sla: Sla | None = None) -> Answer[T]:
         """Drive a flow in the running event loop; cancelling the task cancels its work."""
-        course = _Course(flow, self._clock)
+        course = Course(flow, self._clock)
         while (call := course.call) is not None:
             try:
                 course.send(await asyncio.wrap_future(self.submit(call, sla)))
@@ -187,8 +180,9 @@ class Engine:
             if total == 0:
                 job.future.set_exception(ModelError(f"a call of {call.model} has no rows"))
                 return job.future
+            key = self._work_class(entry, job.bucket)
             for first in range(0, total, step):
-                work = Work(call.model, min(step, total - first), now, promise, (job, first))
+                work = Work(key, min(step, total - first), now, promise, (job, first))
                 job.works.append(work)
                 refusal = self._batcher.offer(work, now)
                 if refusal is not None:
@@ -199,14 +193,38 @@ class Engine:
         return job.future
 
     def _job(self, entry: _Entry, call: Call) -> _Job:
-        names = tuple(spec.name for spec in entry.model.spec.inputs)
+        spec = entry.model.spec
+        names = tuple(tensor.name for tensor in spec.inputs)
         rows = as_mapping(call.rows, names)
         if call.tiling is None:
-            entry.model.spec.check(rows)
-            return _Job(entry, rows, Future())
-        z, y, x = rows[names[0]].shape[1:]
-        grid = Grid(call.tiling, (z, y, x))
-        return _Job(entry, rows, Future(), Canvas(grid), grid)
+            spec.check(rows)
+            return _Job(entry, rows, _bucket(spec, rows))
+        volume = rows.get(names[0])
+        if volume is None or volume.ndim != 4:
+            shape = None if volume is None else tuple(volume.shape)
+            raise InputError(
+                f"a call of {spec.name} with a tiling takes a volume (c, z, y, x), got {shape}",
+                field=names[0],
+            )
+        channels, z, y, x = volume.shape
+        window = {names[0]: volume.new_empty((1, channels, *call.tiling.window), device="meta")}
+        spec.check(window)
+        return _Job(entry, rows, _bucket(spec, window), Grid(call.tiling, (z, y, x)))
+
+    def _work_class(self, entry: _Entry, bucket: str) -> str:
+        """The key of a model's work in one shape bucket, known to the batcher."""
+        spec = entry.model.spec
+        key = spec.name + bucket
+        if key not in self._keys:
+            self._keys.add(key)
+            other, cheaper = self._models.get(spec.cheaper or ""), None
+            if other is not None:
+                cheaper = self._work_class(other, bucket if _is_free(other.model.spec) else "")
+            self._batcher.register(key, entry.most, cheaper)
+        return key
+
+    def _model(self, key: str) -> Model:
+        return self._models[key.partition("[")[0]].model
 
     def _forget(self, job: _Job) -> None:
         if job.future.cancelled():
@@ -235,7 +253,7 @@ class Engine:
 
     def _execute(self, batch: Batch) -> None:
         begun = self._clock()
-        model = self._models[batch.key].model
+        model = self._model(batch.key)
         failure: PlinthError | None = None
         output = torch.empty(0)
         try:
@@ -261,7 +279,12 @@ class Engine:
                 with self._wake:
                     self._give_up(job, failure)
             elif not job.future.done():
-                self._deliver(job, batch, output[first : first + part.rows], part.work, begun, now)
+                own = output[first : first + part.rows]
+                try:
+                    self._deliver(job, batch, own, part.work, begun, now)
+                except PlinthError as error:
+                    with self._wake:
+                        self._give_up(job, error)
             first += part.rows
 
     def _deliver(
@@ -282,7 +305,7 @@ class Engine:
         timing.queue = max(0.0, now - work.arrival - timing.device)
         timing.total = now - work.arrival
         value = job.canvas.result() if job.canvas else torch.cat(job.outputs)
-        result = Result(value, timing, self._models[work.key].model, now > work.deadline)
+        result = Result(value, timing, self._model(work.key), now > work.deadline)
         if job.future.set_running_or_notify_cancel():
             job.future.set_result(result)
 
@@ -297,48 +320,19 @@ class Engine:
             self._batcher.latency.seed(model.spec.name, rows, sorted(times[1:])[1])
 
 
-class _Course(Generic[T]):
-    """A flow under way: the call it waits for, and what its answer will tell."""
+def _is_free(spec: ModelSpec) -> bool:
+    """Whether some size of the inputs is free, so that calls fall into shape buckets."""
+    return any(None in tensor.shape for tensor in spec.inputs)
 
-    def __init__(self, flow: Flow[T], clock: Clock) -> None:
-        self._flow = flow
-        self._clock = clock
-        self._begun = clock()
-        self._timing = Timing()
-        self._models: dict[str, str] = {}
-        self._degraded: dict[str, str] = {}
-        self._late = False
-        self._value: list[T] = []
-        self.call: Call | None = None
-        self._step(lambda: next(flow))
 
-    def send(self, result: Result) -> None:
-        """Give the flow the result of its call."""
-        asked, ran = self.call.model if self.call else "", result.ran.spec
-        self._models[ran.name] = ran.version
-        if ran.name != asked:
-            self._degraded[asked] = ran.name
-        self._late |= result.late
-        for name in ("queue", "device", "mates", "padding"):
-            setattr(self._timing, name, getattr(self._timing, name) + getattr(result.timing, name))
-        self._timing.batch_rows = max(self._timing.batch_rows, result.timing.batch_rows)
-        self._step(lambda: self._flow.send(result.value))
-
-    def throw(self, error: PlinthError) -> None:
-        """Tell the flow that its call failed; raises what the flow does not handle."""
-        self._step(lambda: self._flow.throw(error))
-
-    def answer(self) -> Answer[T]:
-        """The answer of the finished flow."""
-        self._timing.total = self._clock() - self._begun
-        return Answer(self._value[0], self._timing, self._models, self._degraded, self._late)
-
-    def _step(self, advance: Callable[[], Call]) -> None:
-        try:
-            self.call = advance()
-        except StopIteration as stop:
-            self.call = None
-            self._value.append(stop.value)
+def _bucket(spec: ModelSpec, rows: Mapping[str, Tensor]) -> str:
+    """What tells work of one shape from that of another; empty if all sizes are fixed."""
+    if not _is_free(spec):
+        return ""
+    shapes = (
+        f"{tensor.name}={'x'.join(map(str, rows[tensor.name].shape[1:]))}" for tensor in spec.inputs
+    )
+    return f"[{','.join(shapes)}]"
 
 
 def _forward(model: Model, rows: dict[str, Tensor]) -> Tensor:

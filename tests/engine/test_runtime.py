@@ -153,3 +153,51 @@ def test_closing_answers_everything_accepted():
     assert all(future.result(timeout=0).value.sum() == 8 for future in futures)
     with pytest.raises(Refused, match="no new work"):
         made.run(double(torch.ones(1, 4)))
+
+
+class Halve(nn.Module):
+    def forward(self, x):
+        return x[..., ::2]
+
+
+def test_a_model_that_shrinks_its_windows_is_named_and_the_engine_goes_on(engine):
+    engine.add(model("halve", Halve(), (1, 4, 4, 4)))
+
+    def flow():
+        return (yield Call("halve", torch.ones(1, 8, 8, 8), Tiling((4, 4, 4))))
+
+    with pytest.raises(InputError, match=r"windows of \(4, 4, 4\) into \(4, 4, 2\)"):
+        engine.run(flow())
+    assert engine.run(double(torch.ones(1, 4))).value.sum() == 8
+
+
+def test_a_volume_that_is_none_is_named(engine):
+    def flow(volume):
+        return (yield Call("volume", volume, Tiling((4, 4, 4))))
+
+    with pytest.raises(InputError, match="a volume"):
+        engine.run(flow(torch.ones(8, 8)))
+    with pytest.raises(InputError, match="input x"):
+        engine.run(flow(torch.ones(3, 8, 8, 8)))
+
+
+def test_shapes_that_differ_are_never_put_into_one_batch():
+    made = Engine()
+    made.add(model("any", Double(), (None, None)), sla=Sla(deadline_ms=5000))
+    made.start()
+    sizes = [(1 + number % 3, 2 + number % 5) for number in range(60)]
+    futures = [made.submit(Call("any", torch.ones(2, *size))) for size in sizes]
+    for size, future in zip(sizes, futures, strict=True):
+        assert torch.equal(future.result(timeout=10).value, torch.full((2, *size), 2.0))
+    made.close()
+
+
+def test_a_degraded_call_of_any_shape_goes_to_the_cheaper_model():
+    made = Engine()
+    made.add(model("any", Double(), (None,), cheaper="half"), batch_range=(1, 8))
+    made.add(model("half", Double(), (None,)))
+    made._batcher.latency.seed("any[x=4]", 1, 9.0)
+    with made:
+        sla = Sla(deadline_ms=1000, on_overload="degrade")
+        answer = made.run((call for call in [Call("any", torch.ones(1, 4))]), sla)
+    assert answer.degraded == {"any": "half"}
