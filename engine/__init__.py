@@ -2,6 +2,8 @@
 
 from engine.batching import Batcher
 from engine.errors import (
+    Cancelled,
+    Closed,
     ConfigError,
     DeadlineRefused,
     DeviceError,
@@ -23,6 +25,8 @@ __all__ = [
     "Batch",
     "Batcher",
     "Call",
+    "Cancelled",
+    "Closed",
     "ConfigError",
     "DeadlineRefused",
     "DeviceError",

@@ -78,6 +78,10 @@ class Batcher:
             raise ConfigError(f"the largest batch of {key} is {most} rows, expected 1 or more")
         self._classes[key] = WorkClass(most, cheaper)
 
+    def shrink(self, key: str, most: int) -> None:
+        """Bound the batches of a work class from now on, because larger ones did not fit."""
+        self._class(key).most = most
+
     def expect(self, sla: Sla) -> None:
         """Make a promise known before its first request, so that slices respect it."""
         if sla.deadline_ms is not None:
@@ -126,6 +130,14 @@ class Batcher:
         if work in queue:
             queue.remove(work)
             self._rows[work.key] -= work.left
+
+    def clear(self) -> list[Work]:
+        """Forget all work that waits, and return it."""
+        waiting = [*self._background, *(work for queue in self._urgent.values() for work in queue)]
+        self._background.clear()
+        self._urgent.clear()
+        self._rows.clear()
+        return waiting
 
     # -- the device is free ------------------------------------------------------------------
     def next(self, now: float) -> tuple[Batch | None, list[Refusal]]:

@@ -6,10 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from torch import Tensor
-
 from engine.errors import PlinthError
-from engine.flow import Answer, Call, Flow, Timing
+from engine.flow import Answer, Call, Flow, Tensors, Timing
 from engine.model import Model
 
 T = TypeVar("T")
@@ -20,7 +18,7 @@ Clock = Callable[[], float]
 class Result:
     """What became of one call: its output, where the time went, and the model that ran."""
 
-    value: Tensor
+    value: Tensors
     timing: Timing
     ran: Model
     late: bool

@@ -11,56 +11,23 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
-
+from engine import metrics
+from engine.accelerator import pick
 from engine.batching import Batcher
 from engine.course import Clock, Course, Result
-from engine.errors import Cancelled, Closed, ConfigError, InputError, ModelError, PlinthError
-from engine.flow import Answer, Call, Flow, Sla, Timing, as_mapping, cat_rows, row_count
+from engine.errors import Cancelled, Closed, ModelError, PlinthError, nearest
+from engine.flow import Answer, Call, Flow, Sla, cat_rows
+from engine.job import Job, LoopWaiter, Mailbox, ThreadWaiter, Waiter, job_of
 from engine.latency import LatencyModel
-from engine.model import Model, ModelSpec
-from engine.tiling import Canvas, Grid
-from engine.work import Batch, Work
+from engine.model import Model
+from engine.resident import Range, Resident, settle
+from engine.work import Batch, Part, Work
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class _Entry:
-    model: Model
-    sla: Sla
-    most: int
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    """One Call on its way through the engine."""
-
-    entry: _Entry
-    rows: dict[str, Tensor]
-    bucket: str
-    grid: Grid | None = None
-    future: Future[Result] = field(default_factory=Future)
-    canvas: Canvas | None = field(init=False)
-    outputs: list[Tensor] = field(default_factory=list)
-    total: int = field(init=False)
-    done: int = 0
-    timing: Timing = field(default_factory=Timing)
-    works: list[Work] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.canvas = None if self.grid is None else Canvas(self.grid)
-        self.total = row_count(self.rows) if self.grid is None else len(self.grid)
-
-    def take(self, first: int, count: int) -> dict[str, Tensor]:
-        if self.grid is None:
-            return {name: rows[first : first + count] for name, rows in self.rows.items()}
-        name, volume = next(iter(self.rows.items()))
-        return {name: self.grid.cut(volume, first, first + count)}
 
 
 class Engine:
@@ -69,40 +36,92 @@ class Engine:
     Args:
         batcher: the policy; by default one with a latency model of its own.
         clock: seconds, monotonic.
+        device: ``"auto"``, or a name; see :func:`engine.accelerator.pick`.
+        precision: for models that name none: a preset, or operation class to precision.
+        backend: for models that name none: a name, ``"auto"`` for the fastest right one, or
+            ``None`` for torch eager (ONNX Runtime for ONNX files).
+        threads: CPU threads of one forward; ``None`` as torch has it.
+        max_queue: rows of urgent work that may wait (without a batcher of your own).
+        memory_budget: bytes one model may take; ``None``: a share of what is available.
+        latency_file: where learned costs are kept between runs; ``None`` forgets them.
+
+    Raises:
+        ConfigError, DeviceError: there is no such device.
     """
 
-    def __init__(self, batcher: Batcher | None = None, clock: Clock = time.monotonic) -> None:
-        self._batcher = batcher or Batcher(LatencyModel())
+    def __init__(
+        self,
+        batcher: Batcher | None = None,
+        clock: Clock = time.monotonic,
+        *,
+        device: str = "auto",
+        precision: str | Mapping[str, str] = "fp32",
+        backend: str | None = None,
+        threads: int | None = None,
+        max_queue: int = 4096,
+        memory_budget: int | None = None,
+        latency_file: Path | None = None,
+    ) -> None:
+        self.device = pick(device)
+        self._batcher = batcher or Batcher(LatencyModel(latency_file), max_queue=max_queue)
+        self._batcher.latency.restore()
         self._clock = clock
-        self._models: dict[str, _Entry] = {}
-        self._keys: set[str] = set()
+        self._precision = precision
+        self._backend = backend
+        self._threads = threads
+        self._budget: int | str = "auto" if memory_budget is None else memory_budget
+        self._models: dict[str, Resident] = {}
+        self._keys: dict[str, Resident] = {}
+        self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
         self._wake = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
         self._busy = 0.0
         self._started = clock()
+        metrics.show_memory(self.device)
 
     # -- models and life ---------------------------------------------------------------------
     def add(
-        self, model: Model, *, sla: Sla | None = None, batch_range: tuple[int, int] = (1, 128)
+        self,
+        model: Model,
+        *,
+        sla: Sla | None = None,
+        batch_range: Range = (1, 128),
+        backend: str | None = None,
+        precision: str | Mapping[str, str] | None = None,
     ) -> None:
-        """Make a model callable by its name, measured at its smallest and largest batch.
+        """Make a model callable by its name: compiled, and measured before it serves.
 
         Args:
-            model: the model; its inputs' free sizes are not warmed up.
+            model: the model; one whose inputs have free sizes is measured as it runs.
             sla: the promise for calls that bring none.
-            batch_range: smallest and largest batch, rows.
+            batch_range: smallest and largest batch, rows; ``"auto"``: found by measuring.
+            backend: execution backend; ``None``: the engine's.
+            precision: policy; ``None``: the engine's.
+
+        Raises:
+            ConfigError: an impossible range, backend or precision.
+            ModelError: nothing can run the model.
+            OutOfMemory: not even one row fits into the budget.
         """
-        low, most = batch_range
-        if not 1 <= low <= most:
-            raise ConfigError(f"batch_range is {batch_range}, expected 1 <= smallest <= largest")
         promise = sla or Sla()
-        name = model.spec.name
-        self._batcher.expect(promise)
-        self._models[name] = _Entry(model, promise, most)
-        self._keys.clear()
-        if not _is_free(model.spec):
-            self._warm_up(model, sorted({1, min(16, most), most}))
+        resident = settle(
+            model,
+            promise,
+            self.device,
+            self._batcher.latency,
+            precision=self._precision if precision is None else precision,
+            backend=backend or self._backend or ("onnxruntime" if model.onnx else "eager"),
+            threads=self._threads,
+            batch_range=batch_range,
+            budget=self._budget,
+        )
+        with self._wake:
+            self._batcher.expect(promise)
+            self._models[model.spec.name] = resident
+            known, self._keys = self._keys, {}
+            for key, old in known.items():
+                self._know(key, old)
 
     def start(self) -> Engine:
         """Start the device thread."""
@@ -112,14 +131,22 @@ class Engine:
             self._thread.start()
         return self
 
-    def close(self) -> None:
-        """Take no new work, finish what was accepted, stop the device thread."""
+    def close(self, drain: bool = True) -> None:
+        """Take no new work, stop the device thread, keep what was learned of costs.
+
+        Args:
+            drain: finish what was accepted first; otherwise it fails with :class:`Closed`.
+        """
         with self._wake:
             self._closing = True
+            if not drain:
+                for work in self._batcher.clear():
+                    self._give_up(work.payload[0], Closed("the engine was closed"))
             self._wake.notify_all()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._batcher.latency.save()
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -128,11 +155,12 @@ class Engine:
         self.close()
 
     def status(self) -> dict[str, Any]:
-        """Models, what waits, and the share of time the device was busy since the start."""
+        """Device, models, what waits, and the share of time the device was busy so far."""
         with self._wake:
             return {
                 "running": self._thread is not None and not self._closing,
-                "models": {name: entry.model.spec.version for name, entry in self._models.items()},
+                "device": str(self.device),
+                "models": {name: resident.status() for name, resident in self._models.items()},
                 "urgent_rows": self._batcher.urgent_rows,
                 "background_rows": self._batcher.background_rows,
                 "utilisation": self._busy / max(self._clock() - self._started, 1e-9),
@@ -156,86 +184,82 @@ class Engine:
     async def run_async(self, flow: Flow[T], sla: Sla | None = None) -> Answer[T]:
         """Drive a flow in the running event loop; cancelling the task cancels its work."""
         course = Course(flow, self._clock)
+        loop = asyncio.get_running_loop()
+        mailbox = self._mailboxes.get(loop)
+        if mailbox is None:
+            mailbox = self._mailboxes[loop] = Mailbox(loop)
         while (call := course.call) is not None:
             try:
-                course.send(await asyncio.wrap_future(self.submit(call, sla)))
+                future: asyncio.Future[Result] = loop.create_future()
+                job = self._offer(call, sla, LoopWaiter(mailbox, future))
+                try:
+                    result = await future
+                except asyncio.CancelledError:
+                    self._forget(job)
+                    raise
+                course.send(result)
             except PlinthError as error:
                 course.throw(error)
         return course.answer()
 
     def submit(self, call: Call, sla: Sla | None = None) -> Future[Result]:
         """Queue one call; the future also carries refusals. Cancelling it frees its place."""
-        entry = self._models.get(call.model)
-        if entry is None:
-            raise ModelError(f"no model {call.model}", hint=f"there are {sorted(self._models)}")
-        job = self._job(entry, call)
+        future: Future[Result] = Future()
+        job = self._offer(call, sla, ThreadWaiter(future))
+        future.add_done_callback(lambda done: self._forget(job) if done.cancelled() else None)
+        return future
+
+    def _offer(self, call: Call, sla: Sla | None, waiter: Waiter) -> Job:
+        resident = self._models.get(call.model)
+        if resident is None:
+            raise ModelError(
+                f"there is no model {call.model}", hint=nearest(call.model, self._models)
+            )
+        job = job_of(resident, call, waiter)
+        promise = sla or resident.sla
+        step = resident.most if promise.deadline_ms is not None else job.total
         with self._wake:
             if self._closing or self._thread is None:
-                job.future.set_exception(Closed("the engine takes no new work"))
-                return job.future
-            now, total = self._clock(), job.total
-            promise = sla or entry.sla
-            urgent = promise.deadline_ms is not None
-            step = entry.most if urgent else max(total, 1)
-            if total == 0:
-                job.future.set_exception(ModelError(f"a call of {call.model} has no rows"))
-                return job.future
-            key = self._work_class(entry, job.bucket)
-            for first in range(0, total, step):
-                work = Work(key, min(step, total - first), now, promise, (job, first))
+                self._give_up(job, Closed("the engine takes no new work"))
+                return job
+            now = self._clock()
+            self._know(job.key, resident)
+            for first in range(0, job.total, step):
+                work = Work(job.key, min(step, job.total - first), now, promise, (job, first))
                 job.works.append(work)
                 refusal = self._batcher.offer(work, now)
                 if refusal is not None:
                     self._give_up(job, refusal.error)
                     break
             self._wake.notify()
-        job.future.add_done_callback(lambda _: self._forget(job))
-        return job.future
+        return job
 
-    def _job(self, entry: _Entry, call: Call) -> _Job:
-        spec = entry.model.spec
-        names = tuple(tensor.name for tensor in spec.inputs)
-        rows = as_mapping(call.rows, names)
-        if call.tiling is None:
-            spec.check(rows)
-            return _Job(entry, rows, _bucket(spec, rows))
-        volume = rows.get(names[0])
-        if volume is None or volume.ndim != 4:
-            shape = None if volume is None else tuple(volume.shape)
-            raise InputError(
-                f"a call of {spec.name} with a tiling takes a volume (c, z, y, x), got {shape}",
-                field=names[0],
-            )
-        channels, z, y, x = volume.shape
-        window = {names[0]: volume.new_empty((1, channels, *call.tiling.window), device="meta")}
-        spec.check(window)
-        return _Job(entry, rows, _bucket(spec, window), Grid(call.tiling, (z, y, x)))
+    def _know(self, key: str, resident: Resident) -> None:
+        """Tell the batcher of a work class it may see for the first time."""
+        if key in self._keys:
+            return
+        self._keys[key] = resident
+        other, cheaper = self._models.get(resident.spec.cheaper or ""), None
+        if other is not None:
+            cheaper = other.key + (key.removeprefix(resident.key) if other.free else "")
+            self._know(cheaper, other)
+        self._batcher.register(key, resident.most, cheaper)
 
-    def _work_class(self, entry: _Entry, bucket: str) -> str:
-        """The key of a model's work in one shape bucket, known to the batcher."""
-        spec = entry.model.spec
-        key = spec.name + bucket
-        if key not in self._keys:
-            self._keys.add(key)
-            other, cheaper = self._models.get(spec.cheaper or ""), None
-            if other is not None:
-                cheaper = self._work_class(other, bucket if _is_free(other.model.spec) else "")
-            self._batcher.register(key, entry.most, cheaper)
-        return key
+    def _forget(self, job: Job) -> None:
+        with self._wake:
+            self._give_up(job, Cancelled("the client went away"))
 
-    def _model(self, key: str) -> Model:
-        return self._models[key.partition("[")[0]].model
-
-    def _forget(self, job: _Job) -> None:
-        if job.future.cancelled():
-            with self._wake:
-                self._give_up(job, Cancelled("the client went away"))
-
-    def _give_up(self, job: _Job, error: PlinthError) -> None:
+    def _give_up(self, job: Job, error: PlinthError) -> None:
+        if job.over:
+            return
+        job.over = True
         for work in job.works:
             self._batcher.cancel(work)
-        if not job.future.done() and job.future.set_running_or_notify_cancel():
-            job.future.set_exception(error)
+        name = job.resident.spec.name
+        metrics.CALLS.labels(name, error.reason).inc()
+        if error.reason in ("deadline", "queue_full"):
+            metrics.SLA_MISSES.labels(name, error.reason).inc()
+        job.waiter.settle(error)
 
     # -- the device thread -------------------------------------------------------------------
     def _loop(self) -> None:
@@ -248,99 +272,85 @@ class Engine:
                 batch, refused = self._batcher.next(self._clock())
                 for refusal in refused:
                     self._give_up(refusal.work.payload[0], refusal.error)
+                metrics.QUEUE_ROWS.labels("urgent").set(self._batcher.urgent_rows)
+                metrics.QUEUE_ROWS.labels("background").set(self._batcher.background_rows)
             if batch is not None:
                 self._execute(batch)
+            for mailbox in list(self._mailboxes.values()):
+                mailbox.post()
 
     def _execute(self, batch: Batch) -> None:
         begun = self._clock()
-        model = self._model(batch.key)
-        failure: PlinthError | None = None
-        output = torch.empty(0)
+        resident = self._keys[batch.key]
+        output: dict[str, Any] | PlinthError
         try:
-            rows = cat_rows(
-                [
-                    part.work.payload[0].take(part.work.payload[1] + part.first, part.rows)
-                    for part in batch.parts
-                ]
-            )
-            output = _forward(model, rows)
-        except ModelError as error:
-            failure = error
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            failure = ModelError(f"model {batch.key} failed on {batch.rows} rows: {error}")
+            rows = [
+                part.work.payload[0].take(part.work.payload[1] + part.first, part.rows)
+                for part in batch.parts
+            ]
+            output = resident.run(cat_rows(rows))
+        except PlinthError as error:
+            output = error
         now = self._clock()
-        self._busy += now - begun
         with self._wake:
+            if resident.most < batch.rows:
+                self._batcher.shrink(batch.key, resident.most)
+            self._busy += now - begun
             self._batcher.finished(batch, now - begun, now)
+        name = resident.spec.name
+        metrics.DEVICE_SECONDS.labels(str(self.device)).inc(now - begun)
+        metrics.BATCH_ROWS.labels(name).observe(batch.rows)
+        metrics.BATCH_SECONDS.labels(name).observe(now - begun)
         first = 0
         for part in batch.parts:
-            job: _Job = part.work.payload[0]
-            if failure is not None:
-                with self._wake:
-                    self._give_up(job, failure)
-            elif not job.future.done():
-                own = output[first : first + part.rows]
-                try:
-                    self._deliver(job, batch, own, part.work, begun, now)
-                except PlinthError as error:
-                    with self._wake:
-                        self._give_up(job, error)
+            job: Job = part.work.payload[0]
+            span = slice(first, first + part.rows)
             first += part.rows
+            try:
+                if isinstance(output, PlinthError):
+                    raise output
+                if not job.over:
+                    own = {key: rows[span] for key, rows in output.items()}
+                    self._deliver(job, batch, part, own, begun, now)
+            except PlinthError as error:
+                with self._wake:
+                    self._give_up(job, error)
 
     def _deliver(
-        self, job: _Job, batch: Batch, output: Tensor, work: Work, begun: float, now: float
+        self,
+        job: Job,
+        batch: Batch,
+        part: Part,
+        output: dict[str, Any],
+        begun: float,
+        now: float,
     ) -> None:
-        seconds = now - begun
-        timing = job.timing
+        seconds, timing, work = now - begun, job.timing, part.work
         timing.device += seconds
-        timing.mates += seconds * (1 - len(output) / batch.rows)
+        timing.mates += seconds * (1 - part.rows / batch.rows)
         timing.batch_rows = max(timing.batch_rows, batch.rows)
-        job.done += len(output)
-        if job.canvas is not None:
-            job.canvas.put(output)
-        else:
-            job.outputs.append(output)
-        if job.done < job.total:
+        if not job.put(output, part.rows):
             return
         timing.queue = max(0.0, now - work.arrival - timing.device)
         timing.total = now - work.arrival
-        value = job.canvas.result() if job.canvas else torch.cat(job.outputs)
-        result = Result(value, timing, self._model(work.key), now > work.deadline)
-        if job.future.set_running_or_notify_cancel():
-            job.future.set_result(result)
+        value, job.over = job.value(), True
+        ran, late = self._keys[work.key], now > work.deadline
+        self._count(job, ran, _why_late(work, batch, begun) if late else None)
+        job.waiter.settle(Result(value, timing, ran.model, late))
 
-    def _warm_up(self, model: Model, sizes: list[int]) -> None:
-        for rows in sizes:
-            example = model.spec.example(rows)
-            times = []
-            for _ in range(4):
-                begun = time.perf_counter()
-                _forward(model, example)
-                times.append(time.perf_counter() - begun)
-            self._batcher.latency.seed(model.spec.name, rows, sorted(times[1:])[1])
-
-
-def _is_free(spec: ModelSpec) -> bool:
-    """Whether some size of the inputs is free, so that calls fall into shape buckets."""
-    return any(None in tensor.shape for tensor in spec.inputs)
+    def _count(self, job: Job, ran: Resident, cause: str | None) -> None:
+        asked, name = job.resident.spec.name, ran.spec.name
+        metrics.CALLS.labels(asked, "late" if cause else "answered").inc()
+        metrics.CALL_SECONDS.labels(asked).observe(job.timing.total)
+        metrics.QUEUE_SECONDS.labels(asked).observe(job.timing.queue)
+        if cause:
+            metrics.SLA_MISSES.labels(asked, cause).inc()
+        if name != asked:
+            metrics.DEGRADED.labels(asked, name).inc()
 
 
-def _bucket(spec: ModelSpec, rows: Mapping[str, Tensor]) -> str:
-    """What tells work of one shape from that of another; empty if all sizes are fixed."""
-    if not _is_free(spec):
-        return ""
-    shapes = (
-        f"{tensor.name}={'x'.join(map(str, rows[tensor.name].shape[1:]))}" for tensor in spec.inputs
-    )
-    return f"[{','.join(shapes)}]"
-
-
-def _forward(model: Model, rows: dict[str, Tensor]) -> Tensor:
-    with torch.inference_mode():
-        output = model.module(*(rows[spec.name] for spec in model.spec.inputs))
-    if not isinstance(output, Tensor) or output.shape[0] != row_count(rows):
-        raise ModelError(
-            f"model {model.spec.name} gave {getattr(output, 'shape', type(output))} "
-            f"for {row_count(rows)} rows, expected one output row for each"
-        )
-    return output
+def _why_late(work: Work, batch: Batch, begun: float) -> str:
+    """The cause of a late answer, as ``plinth_sla_misses_total`` names it."""
+    if not batch.urgent:
+        return "postponed"
+    return "slow_batch" if begun + batch.predicted <= work.deadline else "late_start"

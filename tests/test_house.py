@@ -34,8 +34,8 @@ UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marsh
 LONGEST = 400
 
 ENGINE_NAMES = """
-    Answer Batch Batcher Call ConfigError DeadlineRefused DeviceError Engine Flow InputError
-    LatencyModel Model ModelError ModelSpec ModelStore PlinthError QueueFull Refused Sla
+    Answer Batch Batcher Call Cancelled Closed ConfigError DeadlineRefused DeviceError Engine Flow
+    InputError LatencyModel Model ModelError ModelSpec ModelStore PlinthError QueueFull Refused Sla
     TensorSpec Tiling Timing Work architecture from_pretrained
 """
 VERTICALS_NAMES = "Item Settings Vertical"

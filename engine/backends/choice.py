@@ -85,7 +85,7 @@ def prepare(
         for precision in _precisions(wanted, device, refused):
             label = f"{chosen.name}/{precision.name}"
             try:
-                executable = _compiled(chosen, model, device, precision, threads)
+                executable = compiled(chosen, model, device, precision, threads)
                 _gate(executable, precision, inputs, reference)
             except PlinthError as error:
                 refused[label] = error.message
@@ -123,9 +123,14 @@ def _precisions(
     return [PRESETS["fp32"], PRESETS["bf16"]]
 
 
-def _compiled(
+def compiled(
     backend: Backend, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None
 ) -> Executable:
+    """Compile with one backend, unchecked.
+
+    Raises:
+        ConfigError: the backend cannot run the model so; says why.
+    """
     reason = backend.supports(model, device, policy)
     if reason is not None:
         raise ConfigError(
@@ -151,7 +156,7 @@ def _reference(
     model: Model, device: Device, threads: int | None, inputs: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     backend = BACKENDS["onnxruntime" if model.onnx else "eager"]
-    return _run(_compiled(backend, model, device, PRESETS["fp32"], threads), inputs)
+    return _run(compiled(backend, model, device, PRESETS["fp32"], threads), inputs)
 
 
 def _gate(

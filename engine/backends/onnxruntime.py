@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from engine.accelerator import Device
 from engine.backends.base import named
+from engine.cache import cache_folder
 from engine.errors import ModelError
 from engine.model import Model
 from engine.onnx_file import session
@@ -84,17 +84,10 @@ class OnnxRuntime:
         return OrtExecutable(model, model.onnx or _exported(model), device, threads)
 
 
-def cache_folder() -> Path:
-    """``$PLINTH_CACHE``, else ``~/.cache/plinth``; kept for this user alone."""
-    folder = Path(os.environ.get("PLINTH_CACHE") or "~/.cache/plinth").expanduser() / "onnx"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
-
-
 def _exported(model: Model) -> Path:
     contract = model.spec.model_dump_json(include={"inputs", "outputs"})
     key = f"{model.digest()} {torch.__version__} {contract}"
-    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
+    path = cache_folder("onnx") / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
     if path.is_file():
         return path
     example = model.spec.example(EXAMPLE_ROWS)

@@ -105,7 +105,7 @@ def test_overload_may_run_a_cheaper_model_and_says_so():
     made = Engine()
     made.add(model("double", Double(), cheaper="half"))
     made.add(model("half", Double()))
-    made._batcher.latency.seed("double", 1, 9.0)
+    made._batcher.latency.seed(made._models["double"].key, 1, 9.0)
     with made:
         answer = made.run(double(torch.ones(1, 4)), Sla(deadline_ms=1000, on_overload="degrade"))
     assert answer.degraded == {"double": "half"}
@@ -196,7 +196,7 @@ def test_a_degraded_call_of_any_shape_goes_to_the_cheaper_model():
     made = Engine()
     made.add(model("any", Double(), (None,), cheaper="half"), batch_range=(1, 8))
     made.add(model("half", Double(), (None,)))
-    made._batcher.latency.seed("any[x=4]", 1, 9.0)
+    made._batcher.latency.seed(made._models["any"].key + "[x=4]", 1, 9.0)
     with made:
         sla = Sla(deadline_ms=1000, on_overload="degrade")
         answer = made.run((call for call in [Call("any", torch.ones(1, 4))]), sla)

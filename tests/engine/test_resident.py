@@ -1,0 +1,228 @@
+"""Models ready on the device: compiled as asked, measured, bounded, and seen in the metrics."""
+
+import asyncio
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from engine import (
+    Call,
+    Closed,
+    ConfigError,
+    DeadlineRefused,
+    Engine,
+    Model,
+    ModelSpec,
+    Sla,
+    TensorSpec,
+    Tiling,
+)
+from engine.accelerator import pick
+from engine.backends import prepare
+from engine.batch_range import find
+from engine.errors import OutOfMemory
+from engine.metrics import REGISTRY
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("PLINTH_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def model(name: str, module: nn.Module, outputs: tuple[str, ...] = ("y",)) -> Model:
+    spec = ModelSpec(
+        name=name,
+        inputs=(TensorSpec(name="x", shape=(4,)),),
+        outputs=tuple(TensorSpec(name=output, shape=(4,)) for output in outputs),
+    )
+    return Model(spec, module.eval())
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+class SumAndDifference(nn.Module):
+    def forward(self, x):
+        return x + 1, x - 1
+
+
+class Small(nn.Module):
+    """Has memory for so many rows."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+
+    def forward(self, x):
+        if len(x) > self.rows:
+            raise MemoryError(f"{len(x)} rows")
+        return x * 2
+
+
+class Quadratic(nn.Module):
+    """Costs most per row at the ends: a fixed part, and one that grows with the square."""
+
+    def forward(self, x):
+        n = len(x)
+        work = torch.ones(200 + n * n // 8, 64)
+        return x * 2 + 0 * (work @ work.T[:, :64]).sum()
+
+
+def call(name: str, rows: torch.Tensor):
+    return (yield Call(name, rows))
+
+
+def metric(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def test_backend_and_precision_are_the_engines_unless_a_model_names_its_own():
+    engine = Engine(backend="onnxruntime")
+    engine.add(model("plain", nn.Linear(4, 4)))
+    engine.add(model("other", nn.Linear(4, 4)), backend="eager", precision="bf16")
+    with engine:
+        status = engine.status()["models"]
+        assert (status["plain"]["backend"], status["plain"]["precision"]) == ("onnxruntime", "fp32")
+        assert (status["other"]["backend"], status["other"]["precision"]) == ("eager", "bf16")
+        assert engine.run(call("plain", torch.ones(3, 4))).value.shape == (3, 4)
+    with pytest.raises(ConfigError, match="no backend 'onnxruntim'"):
+        engine.add(model("wrong", nn.Linear(4, 4)), backend="onnxruntim")
+
+
+def test_a_model_with_several_outputs_answers_by_name():
+    with Engine() as engine:
+        engine.add(model("both", SumAndDifference(), ("sum", "difference")))
+        value = engine.run(call("both", torch.ones(300, 4))).value
+    assert value["sum"].sum() == 300 * 8
+    assert value["difference"].abs().sum() == 0
+
+
+def test_what_does_not_fit_is_run_in_halves_and_nothing_is_lost():
+    module = Small(128)
+    engine = Engine()
+    engine.add(model("small", module))
+    module.rows = 5
+    rows = torch.arange(400.0).reshape(100, 4)
+    with engine:
+        assert torch.equal(engine.run(call("small", rows)).value, rows * 2)
+        assert engine.status()["models"]["small"]["largest_batch"] <= 5
+        assert metric("plinth_out_of_memory_total", model="small") >= 1
+        module.rows = 0
+        with pytest.raises(OutOfMemory, match="one row does not fit"):
+            engine.run(call("small", rows))
+
+
+def test_a_model_that_exceeds_the_budget_is_refused_with_its_bytes():
+    with pytest.raises(OutOfMemory, match="weights 160000"):
+        Engine(memory_budget=100_000).add(model("large", Wide()))
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 10_000))
+
+    def forward(self, x):
+        return x + 0 * (x @ self.weight).sum(1, keepdim=True)
+
+
+def test_the_knee_of_the_throughput_curve_is_found_and_remembered():
+    quadratic = model("quadratic", Quadratic())
+    executable = prepare(quadratic, pick("cpu"), "fp32", "eager", threads=1)
+    found = find(executable, quadratic.spec.example, 512)
+    rate = {rows: rows / seconds for rows, seconds in found.seconds.items()}
+    assert 1 < found.most < 512
+    assert rate[found.most] == max(rate.values())
+
+    first, second = Engine(threads=1), Engine(threads=1)
+    first.add(quadratic, batch_range="auto")
+    begun = time.process_time()
+    second.add(quadratic, batch_range="auto")
+    assert time.process_time() - begun < 1.0, "it was measured again"
+    sizes = [e.status()["models"]["quadratic"]["largest_batch"] for e in (first, second)]
+    assert sizes[0] == sizes[1] < 512
+
+
+def test_metrics_tell_outcomes_batches_and_causes():
+    with Engine() as engine:
+        engine.add(model("counted", Double()), sla=Sla(deadline_ms=1000))
+        engine.run(call("counted", torch.ones(3, 4)))
+        with pytest.raises(DeadlineRefused):
+            engine.run(call("counted", torch.ones(3, 4)), Sla(deadline_ms=1e-6))
+    assert metric("plinth_calls_total", model="counted", outcome="answered") == 1
+    assert metric("plinth_calls_total", model="counted", outcome="deadline") == 1
+    assert metric("plinth_sla_misses_total", model="counted", cause="deadline") == 1
+    assert metric("plinth_batch_rows_sum", model="counted") == 3
+    assert metric("plinth_call_seconds_count", model="counted") == 1
+    assert metric("plinth_device_busy_seconds_total", device="cpu") > 0
+    assert metric("plinth_device_bytes", device="cpu", kind="available") > 1e6
+
+
+def test_an_answer_after_its_deadline_is_counted_with_its_cause():
+    module = Small(128)
+    engine = Engine()
+    engine.add(model("slow", module), sla=Sla(deadline_ms=30))
+    product = torch.ones(1500, 1500)
+    forward = module.forward
+
+    def slow(x):
+        for _ in range(6):
+            product @ product
+        return forward(x)
+
+    module.forward = slow
+    with engine:
+        assert engine.run(call("slow", torch.ones(1, 4))).late
+    assert metric("plinth_sla_misses_total", model="slow", cause="slow_batch") == 1
+
+
+def test_closing_without_draining_fails_what_waits():
+    engine = Engine()
+    spec = ModelSpec(
+        name="windows",
+        inputs=(TensorSpec(name="x", shape=(1, 4, 4, 4)),),
+        outputs=(TensorSpec(name="y", shape=(1, 4, 4, 4)),),
+    )
+    engine.add(Model(spec, Double().eval()), batch_range=(1, 1))
+    engine.start()
+    future = engine.submit(Call("windows", torch.zeros(1, 96, 96, 96), Tiling((4, 4, 4))))
+    engine.close(drain=False)
+    with pytest.raises(Closed):
+        future.result(timeout=0)
+
+
+def test_many_flows_of_one_event_loop_get_their_own_answers_and_may_be_cancelled():
+    async def main(engine: Engine) -> list[bool]:
+        async def ask(number: int) -> bool:
+            rows = torch.full((1, 4), float(number))
+            answer = await engine.run_async(call("double", rows))
+            return torch.equal(answer.value, rows * 2)
+
+        tasks = [asyncio.create_task(ask(number)) for number in range(300)]
+        await asyncio.wait(tasks[:1])
+        late = asyncio.create_task(ask(1))
+        late.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await late
+        return await asyncio.gather(*tasks)
+
+    with Engine() as engine:
+        engine.add(model("double", Double()), sla=Sla(deadline_ms=5000))
+        assert all(asyncio.run(main(engine)))
+
+
+def test_costs_learned_are_kept_for_the_next_run(tmp_path):
+    path = tmp_path / "latency.json"
+    with Engine(latency_file=path) as engine:
+        engine.add(model("kept", Double()))
+        engine.run(call("kept", torch.ones(3, 4)))
+    assert list(json.loads(path.read_text())["seconds"]) == ["kept@1/cpu/eager/fp32"]
+    Engine(latency_file=path)
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="not a latency file"):
+        Engine(latency_file=path)
