@@ -1,0 +1,153 @@
+"""From a checked config to verticals and an engine that has their models."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine import ConfigError, Engine, Sla
+from pipelines.config import Config
+from pipelines.config_source import validated
+from verticals import Vertical, registry
+
+log = logging.getLogger("plinth.assembly")
+
+STORE_VARIABLE = "PLINTH_MODEL_STORE"
+
+
+def chosen(config: Config, names: Sequence[str] = ()) -> list[str]:
+    """Which verticals to run: those asked for, those with a table, or all that can be imported.
+
+    Raises:
+        ConfigError: none of those installed can be imported.
+    """
+    if named := list(dict.fromkeys(names)) or list(config.verticals):
+        return named
+    listings = registry.describe()
+    for broken in (listing for listing in listings if listing.error):
+        log.warning("left out %s: %s", broken.name, broken.error)
+    able = [listing.name for listing in listings if listing.error is None]
+    if not able:
+        raise ConfigError("no installed vertical can be used", hint="plinth list says why")
+    return able
+
+
+def load_verticals(config: Config, names: Sequence[str] = ()) -> dict[str, Vertical[Any, Any]]:
+    """Verticals by name, with the settings of their tables.
+
+    Raises:
+        ConfigError: unknown vertical or setting; names file and line.
+    """
+    use_store(config)
+    return {name: load_vertical(config, name) for name in chosen(config, names)}
+
+
+def use_store(config: Config) -> None:
+    """Make ``models.store`` the store that :func:`engine.from_pretrained` reads."""
+    if config.models.store is not None:
+        os.environ[STORE_VARIABLE] = str(config.models.store)
+
+
+def store_path(config: Config) -> Path:
+    """The model store in force: ``models.store``, ``PLINTH_MODEL_STORE``, or the user's own."""
+    named = config.models.store or os.environ.get(STORE_VARIABLE)
+    return Path(named) if named else Path.home() / ".local/share/plinth/models"
+
+
+def load_vertical(config: Config, name: str) -> Vertical[Any, Any]:
+    """One vertical with the settings of its table."""
+    kind = registry.find(name)
+    table = config.vertical(name).settings
+    settings = validated(kind.settings_type, table, ("verticals", name), config.origin)
+    return registry.load(name, settings)
+
+
+def sla_of(vertical: Vertical[Any, Any], config: Config) -> Sla:
+    """The vertical's own promise with what ``[verticals.<name>.sla]`` changes.
+
+    Raises:
+        ConfigError: the promise makes no sense.
+    """
+    table = config.vertical(vertical.name).sla
+    if table is None:
+        return vertical.sla
+    try:
+        return dataclasses.replace(vertical.sla, **table.model_dump(exclude_none=True))
+    except ConfigError as error:
+        place = ("verticals", vertical.name, "sla")
+        raise ConfigError(f"{config.origin.where(place)}{error.message}", hint=error.hint) from None
+
+
+def is_folder_vertical(vertical: Vertical[Any, Any]) -> bool:
+    """Whether the vertical reads folders: it has a ``discover`` of its own."""
+    return type(vertical).discover is not Vertical.discover
+
+
+def doors(kind: type[Vertical[Any, Any]]) -> list[str]:
+    """Which doors a class of vertical opens: ``http``, ``kafka``, ``folder``."""
+    records = ["http", "kafka"] if kind.request is not None else []
+    folders = kind.discover is not Vertical.discover
+    return records + (["folder"] if folders else []) + (["http"] if folders and not records else [])
+
+
+def build_engine(config: Config, verticals: Mapping[str, Vertical[Any, Any]]) -> Engine:
+    """An engine, not yet started, that has every model of the verticals.
+
+    Raises:
+        ConfigError: a setting of ``[engine]`` is wrong for this machine.
+        ModelError: a model is missing or damaged.
+        DeviceError: the device is not there.
+    """
+    engine = Engine(**config.engine.model_dump())
+    for vertical in verticals.values():
+        rows = config.vertical(vertical.name).batch_range
+        options: dict[str, Any] = {} if rows is None else {"batch_range": rows}
+        for model in vertical.models():
+            engine.add(model, sla=sla_of(vertical, config), **options)
+    return engine
+
+
+def plan(config: Config, names: Sequence[str] = ()) -> dict[str, Any]:
+    """What would run, after everything that can be checked has been checked.
+
+    Raises:
+        PlinthError: whatever would keep the commands from starting.
+    """
+    config.api_key()
+    verticals = load_verticals(config, names)
+    engine = build_engine(config, verticals)
+    found = engine.status()
+    return {
+        "config": config.origin.file,
+        "engine": config.engine.model_dump() | {"device": found["device"]},
+        "models": found["models"],
+        "verticals": {name: _described(v, config) for name, v in verticals.items()},
+    }
+
+
+def _described(vertical: Vertical[Any, Any], config: Config) -> dict[str, Any]:
+    return {
+        "summary": vertical.summary,
+        "doors": doors(type(vertical)),
+        "route": f"POST /v1/{vertical.name}/{vertical.action}",
+        "models": {model.spec.name: model.spec.version for model in vertical.models()},
+        "sla": dataclasses.asdict(sla_of(vertical, config)),
+    }
+
+
+def sample_data() -> Path:
+    """The folder ``sample_data`` of the repository this package is run from.
+
+    Raises:
+        ConfigError: an installed package without its repository.
+    """
+    for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
+        if (folder / "sample_data").is_dir():
+            return folder / "sample_data"
+    raise ConfigError(
+        "there is no folder sample_data", hint="run it from a checkout of the repository"
+    )
