@@ -1,0 +1,181 @@
+"""A real Apache Kafka node on loopback, for measurements and tests.
+
+Found by ``KAFKA_HOME``, else beside the repository in ``../shared/kafka``; formatted and started
+through its own ``bin/``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+
+from pipelines.broker import Guarded, free_port
+from pipelines.kafka import prepare
+from pipelines.stream_config import StreamConfig
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "kafka"
+PROPERTIES = """\
+process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:{controller}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+controller.listener.names=CONTROLLER
+inter.broker.listener.name=PLAINTEXT
+log.dirs={data}
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=4
+broker.session.timeout.ms=3000
+broker.heartbeat.interval.ms=500
+group.initial.rebalance.delay.ms=0
+group.min.session.timeout.ms=1000
+transaction.abort.timed.out.transaction.cleanup.interval.ms=1000
+auto.create.topics.enable=false
+"""
+
+
+def find_home() -> Path:
+    """The Kafka to use.
+
+    Raises:
+        FileNotFoundError: there is none, or no Java to run it.
+    """
+    named = os.environ.get("KAFKA_HOME")
+    home = Path(named) if named else SHARED
+    if not (home / "bin" / "kafka-server-start.sh").exists():
+        raise FileNotFoundError(f"no Apache Kafka at {home}: set KAFKA_HOME")
+    if shutil.which("java") is None:
+        raise FileNotFoundError("Apache Kafka needs java 17 or newer on the PATH")
+    return home
+
+
+class KafkaNode:
+    """One node, broker and controller; its data outlives :meth:`kill` and :meth:`start`.
+
+    Args:
+        home: an Apache Kafka 4 distribution.
+        folder: empty; for its data, settings and log.
+        prefix: what to start it with, such as ``("taskset", "-c", "0")``.
+    """
+
+    def __init__(self, home: Path, folder: Path, prefix: Sequence[str] = ()) -> None:
+        self.home, self.folder, self.prefix = home, folder, prefix
+        self.port, controller = free_port(), free_port()
+        self.properties = folder / "server.properties"
+        self.properties.write_text(
+            PROPERTIES.format(port=self.port, controller=controller, data=folder / "data")
+        )
+        self.env = {**os.environ, "KAFKA_HEAP_OPTS": "-Xmx384M", "LOG_DIR": str(folder)}
+        self._held: Guarded | None = None
+        subprocess.run(
+            [home / "bin/kafka-storage.sh", "format", "--config", self.properties,
+             "--cluster-id", "5L6g3nShT-eMCtK--X86sw"],
+            env=self.env,
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )  # fmt: skip
+        self.start()
+
+    @property
+    def servers(self) -> str:
+        """``host:port`` for any client."""
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start the node on the data it has, and wait until it listens."""
+        self._held = Guarded(
+            [*self.prefix, str(self.home / "bin/kafka-server-start.sh"), str(self.properties)],
+            self.port,
+            log=self.folder / "log",
+            env=self.env,
+            wait=60,
+        )
+
+    def kill(self) -> None:
+        """kill -9, frozen or not. Safe to call twice."""
+        if self._held is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.thaw()
+            self._held.kill()
+
+    def revive(self) -> None:
+        """Have it run and answer, whatever was done to it."""
+        if self._held is None or self._held.ended:
+            self.start()
+        else:
+            self.thaw()
+
+    def freeze(self) -> None:
+        """Stop answering without closing a connection."""
+        assert self._held is not None
+        os.killpg(self._held.process_group, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Answer again."""
+        assert self._held is not None
+        os.killpg(self._held.process_group, signal.SIGCONT)
+
+    # -- what is done with it --------------------------------------------------------------
+    def config(self, **settings: Any) -> StreamConfig:
+        """Settings for a stream over new topics that ends when it is idle."""
+        name = f"t-{uuid.uuid4().hex[:8]}"
+        defaults: dict[str, Any] = {
+            "bootstrap_servers": self.servers,
+            "input_topic": name,
+            "output_topic": f"{name}-out",
+            "group": f"{name}-group",
+            "create_topics": True,
+            "idle_exit_s": 1.0,
+            "session_timeout_ms": 6_000,
+        }
+        return StreamConfig(**{**defaults, **settings})
+
+    def fill(self, config: StreamConfig, records: Iterable[tuple[bytes | None, bytes]]) -> None:
+        """Create the topics and append records (key, value)."""
+        prepare(config)
+        producer = KafkaProducer(bootstrap_servers=self.servers, linger_ms=20, batch_size=200_000)
+        for key, value in records:
+            producer.send(config.input_topic, value, key)
+        producer.flush(30)
+        producer.close(5)
+
+    def read(self, topic: str, seconds: float = 20.0) -> list[Any]:
+        """Everything committed in a topic, as a read_committed consumer sees it."""
+        consumer = KafkaConsumer(
+            bootstrap_servers=self.servers,
+            isolation_level="read_committed",
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+        )
+        places = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic)]
+        consumer.assign(places)
+        ends = consumer.end_offsets(places, timeout_ms=10_000)
+        consumer.seek_to_beginning(*places)
+        found: list[Any] = []
+        until = time.monotonic() + seconds
+        while any(consumer.position(p, timeout_ms=5_000) < ends[p] for p in places):
+            assert time.monotonic() < until, f"{topic}: read {len(found)}, then nothing came"
+            for records in consumer.poll(500).values():
+                found.extend(records)
+        consumer.close()
+        return found
+
+    def answers(self, config: StreamConfig) -> list[dict[str, Any]]:
+        """Committed answers, decoded, in order within each partition."""
+        return [json.loads(record.value) for record in self.read(config.output_topic)]

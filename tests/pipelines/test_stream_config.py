@@ -1,0 +1,59 @@
+"""Settings of the stream: refused when wrong, all of them in the documentation, no secrets."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import ConfigError
+from pipelines.stream import StreamConfig
+
+PAGE = Path(__file__).parents[2] / "docs" / "streaming.md"
+TOPICS: dict[str, Any] = {"input_topic": "a", "output_topic": "b"}
+SASL: dict[str, Any] = {
+    "security_protocol": "SASL_PLAINTEXT", "sasl_mechanism": "PLAIN", "sasl_username": "me",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({"bootstrap_servers": "no-port"}, "host:port"),
+        ({"output_topic": "a"}, "must differ"),
+        ({"dead_letter_topic": "b"}, "must differ"),
+        ({"input_topic": "not a topic"}, "input_topic"),
+        ({"security_protocol": "SASL_SSL"}, "sasl_mechanism"),
+        ({"max_recrods": 1}, "max_recrods"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(wrong: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        StreamConfig(**{**TOPICS, **wrong})
+
+
+def test_dead_letters_have_a_topic_of_their_own() -> None:
+    assert StreamConfig(**TOPICS).dead_letters == "a.dead-letter"
+
+
+def test_passwords_come_from_the_environment_and_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = StreamConfig(**TOPICS, **SASL)
+    with pytest.raises(ConfigError, match="PLINTH_KAFKA_PASSWORD"):
+        config.client()
+    monkeypatch.setenv("PLINTH_KAFKA_PASSWORD", "hunter2")
+    assert "hunter2" in config.client().values()
+    assert "hunter2" not in repr(config) + config.model_dump_json()
+
+
+def test_every_setting_is_in_the_documentation_with_its_default() -> None:
+    rows = re.findall(r"(?m)^\| (`[^|]+) \| ([^|]*) \|", PAGE.read_text())
+    told = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
+    for name, field in StreamConfig.model_fields.items():
+        assert name in told, f"docs/streaming.md does not explain {name}"
+        default = field.default
+        if isinstance(default, int | float) and not isinstance(default, bool) and default > 0:
+            assert str(int(default)) in told[name].replace(",", ""), name

@@ -1,0 +1,223 @@
+"""What survives: killed workers, killed and frozen brokers, a moving group, a polite stop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kafka_fixtures import KafkaNode, eventually
+from tally import TallyVertical, expect_each_once, spends, started_engine
+
+from engine.metrics import REGISTRY
+from pipelines.stream import StreamConfig, StreamProgress, StreamSummary, run
+
+pytestmark = [pytest.mark.kafka]
+WORKER = Path(__file__).with_name("stream_worker.py")
+ROOT = WORKER.parents[2]
+
+
+class Worker:
+    """The stream in a process of its own."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(WORKER), config.model_dump_json()],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+
+    def told(self) -> Iterator[dict[str, Any]]:
+        """Its lines of progress as they come."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            yield json.loads(line)
+
+    def until(self, records: int) -> None:
+        """Wait until it has committed so many."""
+        for line in self.told():
+            if line.get("records", 0) >= records:
+                return
+        pytest.fail(f"the worker ended with {self.process.wait()} before {records} records")
+
+    def kill_within(self, seconds: float) -> None:
+        """kill -9 at a moment that nobody chose."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(random.random() * seconds)
+        self.process.kill()
+        self.process.wait(10)
+
+    def summary(self) -> dict[str, Any]:
+        """Wait for its end."""
+        found = [line["summary"] for line in self.told() if "summary" in line]
+        assert self.process.wait(30) == 0
+        return found[0]
+
+
+@pytest.fixture
+def worker() -> Iterator[Callable[[StreamConfig], Worker]]:
+    started: list[Worker] = []
+
+    def start(config: StreamConfig) -> Worker:
+        started.append(Worker(config))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait(10)
+
+
+class Thread:
+    """The stream on a thread of this process."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        self.stop = threading.Event()
+        self.progress = StreamProgress()
+        self.vertical = TallyVertical()
+        self.result: list[StreamSummary | BaseException] = []
+        self._thread = threading.Thread(target=self._run, args=(config,), daemon=True)
+        self._thread.start()
+
+    def _run(self, config: StreamConfig) -> None:
+        try:
+            with started_engine(self.vertical) as engine:
+                self.result.append(run(self.vertical, engine, config, self.stop, self._note))
+        except BaseException as error:  # noqa: BLE001 - shown by summary() on the test's thread
+            self.result.append(error)
+
+    def _note(self, progress: StreamProgress) -> None:
+        self.progress = progress
+
+    def until(self, records: int) -> None:
+        eventually(lambda: self.progress.records >= records, 30, f"{records} records")
+
+    def summary(self) -> StreamSummary:
+        self._thread.join(60)
+        assert self.result, "the stream did not end"
+        if isinstance(self.result[0], BaseException):
+            raise self.result[0]
+        return self.result[0]
+
+
+@pytest.fixture(autouse=True)
+def prompt_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.stream.PROGRESS_S", 0.0)
+
+
+@pytest.mark.slow
+def test_exactly_once_however_often_and_whenever_the_worker_is_killed(
+    kafka_node: KafkaNode, worker: Callable[[StreamConfig], Worker], tmp_path: Path
+) -> None:
+    config = kafka_node.config(
+        instance_id="w1", state_dir=tmp_path, snapshot_interval_s=0.2, max_records=64
+    )
+    kafka_node.fill(config, spends(8_000))
+    for _ in range(3):
+        one = worker(config)
+        one.until(random.randrange(1, 1_500))
+        one.kill_within(0.3)
+    last = worker(config).summary()
+    expect_each_once(kafka_node.answers(config), 8_000)
+    assert 0 < last["records"] < 8_000
+    assert last["replayed"] < 4_000  # the snapshot spared the rest
+
+
+def test_sigterm_finishes_the_chunk_commits_and_leaves_a_snapshot(
+    kafka_node: KafkaNode, worker: Callable[[StreamConfig], Worker], tmp_path: Path
+) -> None:
+    config = kafka_node.config(state_dir=tmp_path, max_records=16)
+    kafka_node.fill(config, spends(3_000))
+    first = worker(config)
+    first.until(400)
+    first.process.terminate()
+    done = first.summary()
+    assert done["records"] < 3_000
+    assert len(kafka_node.answers(config)) == done["records"]
+    vertical = TallyVertical()
+    with started_engine(vertical) as engine:
+        rest = run(vertical, engine, config, threading.Event())
+    assert rest.records == 3_000 - done["records"]
+    assert rest.replayed == vertical.observed == 0
+    expect_each_once(kafka_node.answers(config), 3_000)
+
+
+@pytest.mark.slow
+def test_no_loss_and_no_duplicate_when_the_broker_is_killed_and_comes_back(
+    own_node: KafkaNode,
+) -> None:
+    config = own_node.config(max_records=32, idle_exit_s=5.0, commit_timeout_ms=3_000)
+    own_node.fill(config, spends(6_000))
+    one = Thread(config)
+    one.until(1_000)
+    own_node.kill()
+    own_node.start()
+    one.until(6_000)
+    one.stop.set()
+    one.summary()
+    expect_each_once(own_node.answers(config), 6_000)
+
+
+@pytest.mark.slow
+def test_a_commit_that_never_returns_is_given_up_and_done_again_once(
+    own_node: KafkaNode,
+) -> None:
+    config = own_node.config(max_records=32, idle_exit_s=5.0, commit_timeout_ms=1_000)
+    own_node.fill(config, spends(6_000))
+    one = Thread(config)
+    one.until(1_000)
+    before = given_up()
+    own_node.freeze()
+    eventually(lambda: given_up() > before, 20, "a commit was given up")
+    own_node.thaw()
+    one.until(6_000)
+    one.stop.set()
+    summary = one.summary()
+    assert summary.recoveries.get("commit_timeout", 0) >= 1
+    expect_each_once(own_node.answers(config), 6_000)
+
+
+def given_up() -> float:
+    """How often this process gave up waiting for a commit."""
+    labels = {"cause": "commit_timeout"}
+    return REGISTRY.get_sample_value("plinth_kafka_recoveries_total", labels) or 0.0
+
+
+@pytest.mark.slow
+def test_scores_stay_right_while_workers_join_and_leave_the_group(
+    kafka_node: KafkaNode,
+) -> None:
+    config = kafka_node.config(max_records=16, idle_exit_s=4.0)
+    kafka_node.fill(config, spends(4_000))
+    first = Thread(config)
+    first.until(500)
+    second = Thread(config)
+    second.until(300)
+    first.stop.set()
+    done = first.summary()
+    second.until(4_000 - done.records)
+    second.stop.set()
+    assert done.records + second.summary().records == 4_000
+    assert second.summary().replayed > 0
+    expect_each_once(kafka_node.answers(config), 4_000)
+
+
+def test_a_stop_while_the_broker_is_gone_ends_in_bounded_time(own_node: KafkaNode) -> None:
+    config = own_node.config(
+        max_records=8, idle_exit_s=None, commit_timeout_ms=1_000, drain_timeout_s=1.5
+    )
+    own_node.fill(config, spends(3_000))
+    one = Thread(config)
+    one.until(100)
+    own_node.kill()
+    one.stop.set()
+    eventually(lambda: bool(one.result), 20, "the stream ended")

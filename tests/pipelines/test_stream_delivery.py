@@ -1,0 +1,196 @@
+"""What arrives: answers, dead letters, and clear words when Kafka is not as expected."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+from kafka_fixtures import KafkaNode
+from tally import TallyVertical, expect_each_once, spends, started_engine
+
+from engine import ConfigError, Engine, QueueFull
+from pipelines.kafka import prepare
+from pipelines.redeliver import redeliver
+from pipelines.stream import StreamConfig, StreamSummary, run
+
+real_kafka = pytest.mark.kafka
+
+
+def stream(config: StreamConfig, engine: Engine | None = None) -> StreamSummary:
+    vertical = TallyVertical()
+    with engine or started_engine(vertical) as running:
+        return run(vertical, running, config, threading.Event())
+
+
+def by_offset(record: Any) -> int:
+    """The original offset of a dead letter."""
+    return int(dict(record.headers)["kafka_dlt-original-offset"])
+
+
+@real_kafka
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+def test_every_record_is_answered_once_in_the_order_of_its_card(
+    kafka_node: KafkaNode, guarantee: str
+) -> None:
+    config = kafka_node.config(guarantee=guarantee)
+    kafka_node.fill(config, spends(2_000))
+    summary = stream(config)
+    assert (summary.records, summary.scored, summary.dead_letters) == (2_000, 2_000, {})
+    records = kafka_node.read(config.output_topic)
+    answers = [json.loads(r.value) for r in records]
+    expect_each_once(answers, 2_000)
+    assert all(r.key.decode() == a["card"] for r, a in zip(records, answers, strict=True))
+    assert summary.transactions >= 2_000 / config.max_records
+
+
+@real_kafka
+def test_bad_records_become_dead_letters_that_say_why_and_the_rest_goes_on(
+    kafka_node: KafkaNode,
+) -> None:
+    config = kafka_node.config(partitions=1, max_record_bytes=1_000)
+    good = spends(100, at_3=-1.0)
+    bad = [
+        (b"k1", b"{not json"),
+        (b"k2", b'{"id": 1, "card": "c1"}'),
+        (b"k3", b'{"id": "1", "pad": "' + b"x" * 2_000 + b'"}'),
+        (None, b"\xff\xfe"),
+    ]
+    kafka_node.fill(config, good[:50] + bad + good[50:])
+    summary = stream(config)
+    assert summary.scored == 99
+    assert summary.dead_letters == {
+        "negative": 1, "malformed_json": 2, "missing": 1, "too_large": 1,
+    }  # fmt: skip
+    letters = sorted(kafka_node.read(config.dead_letters), key=by_offset)
+    negative, malformed, missing, large, _ = letters
+    head = {name: value.decode() for name, value in missing.headers}
+    assert missing.value == bad[1][1]
+    assert missing.key == b"k2"
+    assert head["kafka_dlt-original-topic"] == config.input_topic
+    assert head["kafka_dlt-original-partition"] == "0"
+    assert head["kafka_dlt-original-offset"] == "51"
+    assert abs(int(head["kafka_dlt-original-timestamp"]) / 1e3 - time.time()) < 600
+    assert head["kafka_dlt-original-consumer-group"] == config.group
+    assert head["kafka_dlt-exception-fqcn"] == "engine.errors.InputError"
+    assert "amount" in head["kafka_dlt-exception-message"]
+    assert (head["plinth_error-reason"], head["plinth_error-field"]) == ("missing", "amount")
+    assert (head["plinth_vertical"], bool(head["plinth_version"])) == ("tally", True)
+    assert malformed.value == b"{not json"
+    assert dict(negative.headers)["plinth_error-reason"] == b"negative"
+    assert len(large.value) == 1_000
+    assert dict(large.headers)["plinth_truncated-from-bytes"] == str(len(bad[2][1])).encode()
+
+
+@real_kafka
+def test_a_record_on_which_the_vertical_fails_is_set_aside_and_counts_nothing_twice(
+    kafka_node: KafkaNode,
+) -> None:
+    config = kafka_node.config()
+    records = spends(1_000)
+    records[600:600] = [(b"c7", b'{"id": 5000, "card": "bad", "amount": -2}')]
+    kafka_node.fill(config, records)
+    summary = stream(config)
+    assert summary.dead_letters == {"infer_failed": 1}
+    assert summary.recoveries["poison"] == 1
+    expect_each_once(kafka_node.answers(config), 1_000)
+
+
+class Busy(Engine):
+    """An engine that refuses every third piece of work."""
+
+    asked = 0
+
+    def run(self, *args: Any, **rest: Any) -> Any:
+        self.asked += 1
+        if self.asked % 3 == 0:
+            raise QueueFull("the queue is full", retry_after=0.01)
+        return super().run(*args, **rest)
+
+
+@real_kafka
+def test_work_that_the_engine_refuses_is_offered_again_and_not_lost(
+    kafka_node: KafkaNode,
+) -> None:
+    config = kafka_node.config()
+    kafka_node.fill(config, spends(2_000))
+    engine = Busy()
+    engine.add(TallyVertical().models()[0])
+    assert stream(config, engine).scored == 2_000
+    assert engine.asked > 2_000 / config.max_records
+    expect_each_once(kafka_node.answers(config), 2_000)
+
+
+@real_kafka
+def test_max_events_ends_after_exactly_so_many_and_the_next_run_goes_on(
+    kafka_node: KafkaNode,
+) -> None:
+    config = kafka_node.config(max_events=300)
+    kafka_node.fill(config, spends(500))
+    assert stream(config).records == 300
+    assert len(kafka_node.answers(config)) == 300
+    second = stream(config.model_copy(update={"max_events": 200}))
+    assert (second.records, second.replayed) == (200, 300)
+    expect_each_once(kafka_node.answers(config), 500)
+
+
+@real_kafka
+def test_a_group_that_starts_at_the_end_warms_its_state_with_what_is_retained(
+    kafka_node: KafkaNode,
+) -> None:
+    config = kafka_node.config(start_at="latest")
+    kafka_node.fill(config, spends(100))
+    first = stream(config)
+    assert (first.records, first.replayed) == (0, 100)
+    kafka_node.fill(config, spends(100, start=100))
+    stream(config)
+    answers = kafka_node.answers(config)
+    assert sorted(a["id"] for a in answers) == list(range(100, 200))
+    assert {a["count"] for a in answers} == {3, 4}
+
+
+@real_kafka
+def test_missing_topics_are_named_with_what_to_do(kafka_node: KafkaNode) -> None:
+    config = kafka_node.config(create_topics=False)
+    with pytest.raises(ConfigError) as caught:
+        stream(config)
+    for word in (config.input_topic, config.output_topic, config.dead_letters, "create_topics"):
+        assert word in str(caught.value)
+
+
+@real_kafka
+def test_created_topics_have_the_partitions_of_the_input(kafka_node: KafkaNode) -> None:
+    config = kafka_node.config(partitions=3)
+    assert set(prepare(config).values()) == {3}
+
+
+def test_a_broker_that_is_not_there_is_said_within_the_time_allowed() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        server = f"127.0.0.1:{taken.getsockname()[1]}"
+        config = StreamConfig(
+            bootstrap_servers=server, input_topic="a", output_topic="b", connect_timeout_s=1
+        )
+        started = time.monotonic()
+        with pytest.raises(ConfigError) as caught:
+            stream(config)
+    assert time.monotonic() - started < 5
+    assert server in str(caught.value)
+    assert "bootstrap_servers" in str(caught.value)
+
+
+@real_kafka
+def test_dead_letters_go_back_once_and_not_for_ever(kafka_node: KafkaNode) -> None:
+    config = kafka_node.config(partitions=1)
+    kafka_node.fill(config, [(b"a", b"{bad"), (b"c0", b'{"id": 0, "card": "c0", "amount": -1}')])
+    assert stream(config).dead_letters == {"malformed_json": 1, "negative": 1}
+    assert redeliver(config, reasons=["negative"]).records == 1
+    assert redeliver(config, reasons=["negative"]).records == 0
+    assert stream(config).dead_letters == {"negative": 1}
+    again = kafka_node.read(config.input_topic)[-1]
+    assert (again.key, json.loads(again.value)["amount"]) == (b"c0", -1)
+    assert [name for name, _ in again.headers] == ["plinth_attempt"]
+    assert redeliver(config, max_attempts=2).records == 0  # it failed twice by now
