@@ -1,0 +1,147 @@
+"""The fraud models: rows of features in, calibrated probability out, nothing outside needed.
+
+Normalisation and calibration are buffers of the module, so the artefact is the whole scorer.
+Each row of the output says which variant it comes from, because under load the engine may let
+the cheaper one answer. A negative feature means "not told" and counts as the training mean;
+all features are >= 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.model import architecture
+
+
+class Standardise(nn.Module):
+    """Columns to zero mean and unit deviation, once as they are and once as log(1 + x).
+
+    Args:
+        features: number of columns, all >= 0; a negative value becomes the mean.
+
+    Shapes: (n, features) float32 to (n, 2 * features) float32.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.scale: Tensor
+        self.register_buffer("mean", torch.zeros(2 * features))
+        self.register_buffer("scale", torch.ones(2 * features))
+
+    def fit(self, rows: Tensor) -> None:
+        """Measure mean and deviation on training rows (n, features)."""
+        both = torch.cat((rows, torch.log1p(rows)), dim=1).double()
+        self.mean.copy_(both.mean(0))
+        self.scale.copy_(both.std(0).clamp_min(1e-6).reciprocal())
+
+    def forward(self, rows: Tensor) -> Tensor:
+        told = (rows >= 0).repeat(1, 2)
+        both = torch.cat((rows, torch.log1p(rows.clamp_min(0))), dim=1)
+        return torch.where(told, (both - self.mean) * self.scale, 0.0).clamp(-10, 10)
+
+
+class Calibration(nn.Module):
+    """Platt's map from logit to probability: sigmoid(slope * logit + shift).
+
+    Source: J. Platt, Probabilistic outputs for support vector machines, 1999.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope: Tensor
+        self.shift: Tensor
+        self.register_buffer("slope", torch.ones(()))
+        self.register_buffer("shift", torch.zeros(()))
+
+    def fit(self, logits: Tensor, fraud: Tensor) -> None:
+        """Fit on logits (n,) and labels (n,) by Newton's method, in float64."""
+        values, truth = logits.double().flatten(), fraud.double().flatten()
+        design = torch.stack((values, torch.ones_like(values)), dim=1)
+        weights = torch.tensor([1.0, 0.0], dtype=torch.float64)
+        for _ in range(50):
+            chance = torch.sigmoid(design @ weights)
+            gradient = design.T @ (chance - truth)
+            curvature = (design * (chance * (1 - chance))[:, None]).T @ design
+            ridge = 1e-9 * torch.eye(2, dtype=torch.float64)
+            weights = weights - torch.linalg.solve(curvature + ridge, gradient)
+        self.slope.copy_(weights[0])
+        self.shift.copy_(weights[1])
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return torch.sigmoid(self.slope * logits.float() + self.shift)
+
+
+class GatedBlock(nn.Module):
+    """x + W2 (a * sigmoid(b)), where a, b = W1 norm(x): a gated linear unit with a shortcut.
+
+    Source: Dauphin et al., Language modeling with gated convolutional networks, 2017.
+
+    Shapes: (n, width) to (n, width).
+    """
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Linear(width, 2 * width)
+        self.outer = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        gated = functional.glu(self.inner(self.norm(rows)), dim=-1)
+        step: Tensor = self.dropout(self.outer(gated))
+        return rows + step
+
+
+class FraudScorer(nn.Module):
+    """Standardised features, a body that gives logits, and a calibration.
+
+    Args:
+        features: number of columns.
+        body: (n, 2 * features) to logits (n, 1).
+        variant: number that signs each row: 0 the model, 1 its cheaper variant.
+
+    Shapes: (n, features) float32 to (n, 2) float32: probability in [0, 1], variant.
+    """
+
+    def __init__(self, features: int, body: nn.Module, variant: int) -> None:
+        super().__init__()
+        self.variant = float(variant)
+        self.standardise = Standardise(features)
+        self.body = body
+        self.calibration = Calibration()
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Uncalibrated log-odds (n, 1)."""
+        logits: Tensor = self.body(self.standardise(rows))
+        return logits
+
+    def forward(self, rows: Tensor) -> Tensor:
+        probability: Tensor = self.calibration(self.logits(rows))
+        return torch.cat((probability, torch.full_like(probability, self.variant)), dim=1)
+
+
+def fraud_mlp(
+    features: int = 21, width: int = 64, blocks: int = 2, dropout: float = 0.2
+) -> FraudScorer:
+    """The gated residual network over standardised features."""
+    layers: Sequence[nn.Module] = (
+        nn.Linear(2 * features, width),
+        *(GatedBlock(width, dropout) for _ in range(blocks)),
+        nn.LayerNorm(width),
+        nn.Linear(width, 1),
+    )
+    return FraudScorer(features, nn.Sequential(*layers), variant=0)
+
+
+def fraud_lite(features: int = 21) -> FraudScorer:
+    """Logistic regression over the same standardised features: the cheaper variant."""
+    return FraudScorer(features, nn.Linear(2 * features, 1), variant=1)
+
+
+architecture("fraud-mlp")(fraud_mlp)
+architecture("fraud-lite")(fraud_lite)

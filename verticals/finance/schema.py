@@ -1,0 +1,185 @@
+"""The records at the doors: transactions in, decisions out, labels back."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from engine.errors import InputError
+
+MIN_AMOUNT = 0.0001
+"""The finest subdivision of a currency in ISO 4217."""
+MAX_AMOUNT = 10_000_000.0
+"""No single card payment is larger; a larger one is a fault of the sender."""
+EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
+LATEST = datetime(2100, 1, 1, tzinfo=UTC)
+_DIGITS = re.compile(r"(?:[-._/:]?[0-9]){13,19}")
+_FIELD = re.compile(r"[a-z][a-z_]{0,39}")
+
+
+def _no_card_number(token: str) -> str:
+    if token[:1].isdigit() and _DIGITS.fullmatch(token):
+        digits = [int(char) for char in reversed(token) if char.isdigit()]
+        doubled = (d * 2 - 9 if d > 4 else d * 2 for d in digits[1::2])
+        if (sum(digits[::2]) + sum(doubled)) % 10 == 0:
+            raise PydanticCustomError(
+                "raw_card_number", "looks like a card number; send a token or keyed hash"
+            )
+    return token
+
+
+def _plausible_time(time: datetime) -> datetime:
+    if not EARLIEST <= time < LATEST:
+        raise PydanticCustomError("implausible_time", "expected a time from 2000 to 2099")
+    return time
+
+
+Id = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[!-~]+$")]
+"""1 to 64 printable ASCII characters without spaces."""
+CardToken = Annotated[
+    str,
+    Field(min_length=1, max_length=128, pattern=r"^[!-~]+$", repr=False),
+    AfterValidator(_no_card_number),
+]
+"""A token or keyed hash, 1 to 128 printable ASCII characters; never the card number itself."""
+EventTime = Annotated[AwareDatetime, AfterValidator(_plausible_time)]
+"""RFC 3339 with an offset, such as ``2025-09-01T12:00:00.000Z``; read in whole milliseconds."""
+
+
+class Transaction(BaseModel):
+    """One card payment to score, schema version 1. A record with ``fraud`` in it is a Label.
+
+    Args:
+        schema_version: 1.
+        transaction_id: unique on the card; the same id again is the same payment.
+        event_time: when the payment happened, RFC 3339 with an offset.
+        amount: in ``currency``, 0.0001 to 10,000,000.
+        currency: ISO 4217 code.
+        card: token or keyed hash of the card.
+        customer_id: who holds the card.
+        terminal_id: where the payment is made: terminal, merchant or shop.
+        device_id: the device of an online payment, if known.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+    schema_version: Literal[1] = 1
+    transaction_id: Id
+    event_time: EventTime
+    amount: Annotated[float, Field(ge=MIN_AMOUNT, le=MAX_AMOUNT, allow_inf_nan=False)]
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")]
+    card: CardToken
+    customer_id: Id
+    terminal_id: Id
+    device_id: Id | None = None
+
+
+class Label(BaseModel):
+    """What became known of a transaction, schema version 1. Comes through the same doors.
+
+    Args:
+        schema_version: 1.
+        transaction_id, terminal_id, event_time: as in the transaction.
+        fraud: fraud or, to withdraw an earlier label, genuine.
+        label_time: when this became known, RFC 3339; events before it never see the label.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+    schema_version: Literal[1] = 1
+    transaction_id: Id
+    terminal_id: Id
+    event_time: EventTime
+    fraud: bool
+    label_time: EventTime
+
+
+class Reason(BaseModel):
+    """One reason for a decision: a fixed code and its fixed text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    code: str
+    text: str
+
+
+class Decision(BaseModel):
+    """The answer to one record.
+
+    Args:
+        transaction_id: of the record.
+        score: calibrated probability of fraud, in [0, 1]; none for a label.
+        decision: what to do with the payment; ``noted`` for a label.
+        reason_codes: at most four: rules first, then what raised the score most.
+        model: name of the model that gave the score: ``fraud``, or under load its cheaper
+            variant.
+        model_version: its version.
+        features_late: a later event of the card had come before this one.
+        features_partial: a window reached below what is remembered; counts may be too low.
+        duplicate: this transaction was taken in before; nothing was counted again.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    schema_version: Literal[1] = 1
+    transaction_id: str
+    score: Annotated[float, Field(ge=0, le=1)] | None
+    decision: Literal["approve", "review", "decline", "noted"]
+    reason_codes: Annotated[list[Reason], Field(max_length=4)]
+    model: str | None
+    model_version: str | None
+    features_late: bool = False
+    features_partial: bool = False
+    duplicate: bool = False
+
+
+def read(raw: bytes) -> Transaction | Label:
+    """One JSON record; a record with a field ``fraud`` is a label.
+
+    Raises:
+        InputError: names the first wrong field, and nothing the sender wrote.
+    """
+    try:
+        return Transaction.model_validate_json(raw)
+    except ValidationError as error:
+        if not any(each["loc"] == ("fraud",) for each in error.errors(include_url=False)):
+            raise refusal(error) from None
+    try:
+        return Label.model_validate_json(raw)
+    except ValidationError as error:
+        raise refusal(error) from None
+
+
+def milliseconds(time: datetime) -> int:
+    """Whole milliseconds since 1970-01-01T00:00Z; finer digits are cut off."""
+    return round(time.timestamp() * 1_000_000) // 1000
+
+
+def refusal(error: ValidationError) -> InputError:
+    """A pydantic error as one InputError that repeats nothing the sender wrote.
+
+    Unknown fields are named only where the name is a plain word, as it may be anything.
+    """
+    first = error.errors(include_url=False, include_input=False)[0]
+    kind = str(first["type"])
+    path = ".".join(str(part) for part in first["loc"])
+    if kind == "json_invalid":
+        return InputError(
+            "the record is not valid JSON",
+            hint="send one JSON object in UTF-8",
+            reason="malformed_json",
+        )
+    if kind == "extra_forbidden" and not _FIELD.fullmatch(path):
+        path = "an unknown field"
+    more = error.error_count() - 1
+    hint = "see the schema in the API docs"
+    if kind == "timezone_aware":
+        hint = "end the time with Z or an offset such as +02:00"
+    message = first["msg"] + (f" (and {more} more)" if more else "")
+    return InputError(
+        f"{path}: {message}" if path else message, field=path or None, hint=hint, reason=kind
+    )

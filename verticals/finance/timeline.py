@@ -1,0 +1,325 @@
+"""What is remembered of one card, terminal, customer or device: its events in order of time.
+
+All times are event times, integer milliseconds since 1970-01-01T00:00Z. Entries stay sorted
+whatever the order of arrival, so a window is two binary searches and a late event costs one
+insertion. Sums are kept as integers, so they do not depend on the order of arrival either.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable
+from struct import Struct
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+MINUTE = 60_000
+HOUR = 60 * MINUTE
+DAY = 24 * HOUR
+NEVER = -(1 << 62)
+"""A time before every event."""
+ALWAYS = 1 << 62
+"""A time after every event."""
+LABEL_DELAY = 7 * DAY
+"""How far behind the event the fraud shares of a terminal are read."""
+TRIM_MASK = 7
+"""Entries are dropped at every eighth arrival: rarely enough to be cheap."""
+SUM_LIMIT = 1 << 60
+MARK_LIMIT = 4096
+"""Fraud labels remembered per terminal; the ones entered first are forgotten first."""
+MANY_MARKS = 24
+"""From here on counting labels with numpy is faster than with a loop."""
+
+FEATURE_COUNT = 22
+ROW = Struct(f"{FEATURE_COUNT}f")
+
+
+class Timeline:
+    """Event times of one entity, ascending.
+
+    Attributes:
+        times: event times, milliseconds.
+        floor: the latest event time that was forgotten; windows that reach below it are
+            incomplete.
+    """
+
+    __slots__ = ("floor", "times")
+
+    def __init__(self, floor: int = NEVER) -> None:
+        self.times = array("q")
+        self.floor = floor
+
+    def newest(self) -> int:
+        """The latest event time seen, milliseconds."""
+        return self.times[-1] if self.times else self.floor
+
+    def add(self, time: int) -> int:
+        """Place an event behind all of the same or an earlier time; returns entries up to it."""
+        times = self.times
+        if not times or time >= times[-1]:
+            times.append(time)
+            return len(times)
+        place = bisect_right(times, time)
+        times.insert(place, time)
+        return place + 1
+
+    def count(self, time: int, width: int, end: int) -> int:
+        """Events in (time - width, time], where ``end`` entries lie at or before ``time``."""
+        return end - bisect_right(self.times, time - width, 0, end)
+
+    def surplus(self, keep: int, limit: int) -> int:
+        """How many of the oldest entries exceed ``keep`` milliseconds or ``limit`` entries."""
+        old = bisect_right(self.times, self.times[-1] - keep)
+        return max(old, len(self.times) - limit)
+
+    def trim(self, keep: int, limit: int) -> int:
+        """Forget what is older than ``keep`` milliseconds, then what exceeds ``limit`` entries.
+
+        Returns:
+            how many entries were forgotten.
+        """
+        drop = self.surplus(keep, limit)
+        if drop > 0:
+            self.floor = max(self.floor, self.times[drop - 1])
+            self.forget(drop)
+        return max(drop, 0)
+
+    def forget(self, drop: int) -> None:
+        """Remove the ``drop`` oldest entries."""
+        del self.times[:drop]
+
+
+class Card(Timeline):
+    """Events of one card, with amounts, terminals and the feature rows given out.
+
+    Attributes:
+        sums: n + 1 running sums of the amounts before each entry, in 1/10000 currency unit.
+        ids: transaction id of each entry; ``known`` is the same as a set.
+        terminals: terminal id of each entry.
+        rows: FEATURE_COUNT float32 per entry, as computed when the event first came.
+        flags: what was special about the event when it first came, one byte per entry.
+    """
+
+    __slots__ = ("flags", "ids", "known", "rows", "sums", "terminals")
+
+    def __init__(self, floor: int = NEVER) -> None:
+        super().__init__(floor)
+        self.sums = array("q", (0,))
+        self.ids: list[str] = []
+        self.known: set[str] = set()
+        self.terminals: list[str] = []
+        self.rows = array("f")
+        self.flags = bytearray()
+
+    def place(self, time: int, units: int, transaction: str, terminal: str) -> int:
+        """Enter an event; returns the number of entries up to and including it."""
+        end = self.add(time)
+        sums = self.sums
+        if end == len(self.times):
+            if sums[-1] > SUM_LIMIT:
+                self._rebase()
+            sums.append(sums[-1] + units)
+            self.ids.append(transaction)
+            self.terminals.append(terminal)
+        else:
+            sums.insert(end - 1, sums[end - 1])
+            for later in range(end, len(sums)):
+                sums[later] += units
+            self.ids.insert(end - 1, transaction)
+            self.terminals.insert(end - 1, terminal)
+        self.known.add(transaction)
+        return end
+
+    def keep_row(self, end: int, row: bytes, flags: int) -> None:
+        """Remember the feature row and flags of entry ``end - 1``."""
+        if end == len(self.times):
+            self.rows.frombytes(row)
+            self.flags.append(flags)
+        else:
+            start = (end - 1) * FEATURE_COUNT
+            self.rows[start:start] = array("f", row)
+            self.flags.insert(end - 1, flags)
+
+    def row(self, transaction: str) -> tuple[bytes, int]:
+        """The row and flags first given for a known transaction."""
+        at = self.ids.index(transaction)
+        row = self.rows[at * FEATURE_COUNT : (at + 1) * FEATURE_COUNT]
+        return row.tobytes(), self.flags[at]
+
+    def forget(self, drop: int) -> None:
+        super().forget(drop)
+        del self.sums[:drop]
+        self.known.difference_update(self.ids[:drop])
+        del self.ids[:drop]
+        del self.terminals[:drop]
+        del self.rows[: drop * FEATURE_COUNT]
+        del self.flags[:drop]
+
+    def _rebase(self) -> None:
+        first = self.sums[0]
+        self.sums = array("q", (value - first for value in self.sums))
+
+
+class Terminal(Timeline):
+    """Events of one terminal and the fraud labels on them.
+
+    Attributes:
+        marks: by transaction id: time of the transaction, time since when it is known to be
+            fraud, time since when that is withdrawn again.
+        blind: the latest time of a transaction whose label may be forgotten.
+    """
+
+    __slots__ = ("_table", "blind", "marks")
+
+    def __init__(self, floor: int = NEVER) -> None:
+        super().__init__(floor)
+        self.blind = floor
+        self.marks: dict[str, tuple[int, int, int]] = {}
+        self._table: npt.NDArray[np.int64] | None = None
+
+    def mark(self, transaction: str, time: int, known: int, fraud: bool) -> None:
+        """Enter a label that became known at ``known`` milliseconds.
+
+        Labels take effect in order of arrival: a second fraud label keeps the earlier time,
+        a genuine label withdraws an earlier fraud label from ``known`` on.
+        """
+        self._table = None
+        before = self.marks.get(transaction)
+        if fraud:
+            since = known if before is None else min(before[1], known)
+            self.marks[transaction] = (time, since, ALWAYS)
+            if len(self.marks) > MARK_LIMIT:
+                first = next(iter(self.marks))
+                self.blind = max(self.blind, self.marks.pop(first)[0])
+        elif before is not None:
+            self.marks[transaction] = (before[0], before[1], known)
+
+    def newest(self) -> int:
+        return max(super().newest(), *(mark[0] for mark in self.marks.values()), self.blind)
+
+    def shares(self, time: int) -> tuple[float, float, float]:
+        """Fraud shares over 1, 7 and 30 days up to ``time - LABEL_DELAY``, as known at ``time``.
+
+        A share is 0 where the window holds no transaction.
+        """
+        edge = time - LABEL_DELAY
+        frauds = self._few(time, edge) if len(self.marks) < MANY_MARKS else self._many(time, edge)
+        if not frauds[2]:
+            return 0.0, 0.0, 0.0
+        times = self.times
+        end = bisect_right(times, edge)
+        counts = [end - bisect_right(times, edge - days * DAY, 0, end) for days in (1, 7, 30)]
+        day, week, month = (
+            min(bad, all_) / all_ if all_ else 0.0 for bad, all_ in zip(frauds, counts, strict=True)
+        )
+        return day, week, month
+
+    def _few(self, time: int, edge: int) -> list[int]:
+        """Frauds known at ``time`` in the 1, 7 and 30 days up to ``edge``."""
+        frauds = [0, 0, 0]
+        for happened, since, until in self.marks.values():
+            if since <= time < until and edge - 30 * DAY < happened <= edge:
+                frauds[2] += 1
+                if happened > edge - 7 * DAY:
+                    frauds[1] += 1
+                    frauds[0] += happened > edge - DAY
+        return frauds
+
+    def _many(self, time: int, edge: int) -> list[int]:
+        """The same as :meth:`_few`, faster for many labels."""
+        if self._table is None:
+            self._table = np.array(list(self.marks.values()), np.int64).T.copy()
+        happened, since, until = self._table
+        known = happened[(since <= time) & (time < until) & (happened <= edge)]
+        return [int(np.count_nonzero(known > edge - days * DAY)) for days in (1, 7, 30)]
+
+    def trim(self, keep: int, limit: int) -> int:
+        oldest = self.times[-1] - keep
+        kept = {name: mark for name, mark in self.marks.items() if mark[0] > oldest}
+        if len(kept) < len(self.marks):
+            self.marks, self._table = kept, None
+        return super().trim(keep, limit)
+
+
+class Device(Timeline):
+    """Events of one device and the card of each."""
+
+    __slots__ = ("cards",)
+
+    def __init__(self, floor: int = NEVER) -> None:
+        super().__init__(floor)
+        self.cards: list[str] = []
+
+    def place(self, time: int, card: str) -> int:
+        """Enter an event; returns the number of entries up to and including it."""
+        end = self.add(time)
+        self.cards.insert(end - 1, card)
+        return end
+
+    def distinct(self, time: int, width: int, end: int) -> int:
+        """Distinct cards in (time - width, time]."""
+        return len(set(self.cards[bisect_right(self.times, time - width, 0, end) : end]))
+
+    def forget(self, drop: int) -> None:
+        super().forget(drop)
+        del self.cards[:drop]
+
+
+E = TypeVar("E", bound=Timeline)
+
+
+class Entities(Generic[E]):
+    """Entities by id, within bounds; the one longest without an event is forgotten first.
+
+    Args:
+        make: makes an entity that knows nothing up to a time.
+        limit: entities at most.
+        most: entries of all entities together at most.
+
+    Attributes:
+        floor: the latest event time of any entity that was forgotten; new entities start with
+            it, because they may be old ones.
+        entries: entries of all entities together.
+    """
+
+    def __init__(self, make: Callable[[int], E], limit: int, most: int) -> None:
+        self.make = make
+        self.limit = limit
+        self.most = most
+        self.floor = NEVER
+        self.entries = 0
+        self.items: OrderedDict[str, E] = OrderedDict()
+
+    def touch(self, key: str) -> E:
+        """The entity of this id, made if absent, now the most recently used."""
+        found = self.items.get(key)
+        if found is not None:
+            self.items.move_to_end(key)
+            return found
+        made = self.items[key] = self.make(self.floor)
+        self.hold()
+        return made
+
+    def grown(self, entity: E, keep: int, limit: int) -> None:
+        """Account for one more entry of the entity touched last; forget what exceeds the bounds.
+
+        Args:
+            entity: has one more entry.
+            keep, limit: as in :meth:`Timeline.trim`.
+        """
+        self.entries += 1
+        if not len(entity.times) & TRIM_MASK:
+            self.entries -= entity.trim(keep, limit)
+        if self.entries > self.most:
+            self.hold()
+
+    def hold(self) -> None:
+        """Forget entities until the bounds hold; the one touched last stays."""
+        while len(self.items) > self.limit or (self.entries > self.most and len(self.items) > 1):
+            _, gone = self.items.popitem(last=False)
+            self.entries -= len(gone.times)
+            self.floor = max(self.floor, gone.newest())

@@ -1,0 +1,380 @@
+"""Train, calibrate, measure and store the fraud models on simulated payments.
+
+``python -m verticals.finance.train --seed 0 --out verticals/finance/store``
+
+Protocol (Fraud Detection Handbook, chapter 5): 7 days of training, 7 days in which labels are
+not known yet, 7 days of test; four such folds a week apart, the first from day 115. Cards
+known as defrauded leave the test days. The stored model trains on 21 days, is calibrated and
+gets its thresholds on the week after the delay, and is tested on the week after that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table as Sheet
+from torch.nn import functional
+
+from engine import ConfigError, ModelSpec, ModelStore, PlinthError, TensorSpec
+from verticals.finance.features import MODEL_FEATURES, FeatureState
+from verticals.finance.model import FraudScorer, fraud_lite, fraud_mlp
+from verticals.finance.quality import auc, average_precision, calibration_error, card_precision
+from verticals.finance.simulator import Population, Table, events, simulate
+from verticals.finance.timeline import DAY, LABEL_DELAY
+
+Rows = npt.NDArray[np.int64]
+Quality = dict[str, float]
+FOLDS = 4
+WEEK = 7
+FIRST_DAY = 115
+CHUNK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to train.
+
+    Args:
+        population: what to simulate; long enough for the folds and the final model.
+        first_day: first training day of the first fold.
+        final_days: training days of the stored model.
+        epochs: passes over a fold's 7 days.
+        alert_budget: cards per day that people can look at; sets the review threshold.
+        decline_cost: EUR lost by refusing a genuine payment; sets the decline threshold.
+    """
+
+    population: Population = field(default_factory=lambda: Population(days=160))
+    first_day: int = FIRST_DAY
+    final_days: int = 3 * WEEK
+    epochs: int = 12
+    alert_budget: int = 100
+    decline_cost: float = 50.0
+
+    def __post_init__(self) -> None:
+        needed = self.first_day + max(self.final_days + 3 * WEEK, (FOLDS + 2) * WEEK)
+        if self.population.days < needed:
+            raise ConfigError(f"{self.population.days} days are simulated, {needed} are needed")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One kind of model and how it is fitted."""
+
+    name: str
+    make: Callable[..., FraudScorer]
+    config: dict[str, Any]
+    description: str
+    rate: float
+    cheaper: str | None = None
+
+
+RECIPES = (
+    Recipe(
+        "fraud",
+        fraud_mlp,
+        {"features": len(MODEL_FEATURES), "width": 128, "blocks": 2, "dropout": 0.3},
+        "Gated residual network over real-time card, terminal and customer features",
+        rate=2e-3,
+        cheaper="fraud-lite",
+    ),
+    Recipe(
+        "fraud-lite",
+        fraud_lite,
+        {"features": len(MODEL_FEATURES)},
+        "Logistic regression over the same features: the cheaper variant of fraud",
+        rate=2e-2,
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Simulated payments with their features.
+
+    Args:
+        table: rows as in :mod:`verticals.finance.simulator`.
+        rows: float32 (n, features), as serving computes them.
+        day: (n,) days since the start.
+    """
+
+    table: Table
+    rows: npt.NDArray[np.float32]
+    day: npt.NDArray[np.int64]
+
+    def between(self, first: int, days: int) -> Rows:
+        """Row numbers of these days."""
+        return np.nonzero((self.day >= first) & (self.day < first + days))[0]
+
+    def test(self, first: int, known_from: int, days: int = WEEK) -> Rows:
+        """Row numbers of test days without cards known as defrauded by then.
+
+        A fraud is known from 7 days after its day on; frauds before ``known_from`` do not count.
+        """
+        parts = []
+        for today in range(first, first + days):
+            known = self.between(known_from, today - WEEK - known_from)
+            gone = np.unique(self.table["customer"][known[self.table["fraud"][known]]])
+            rows = self.between(today, 1)
+            parts.append(rows[~np.isin(self.table["customer"][rows], gone)])
+        return np.concatenate(parts)
+
+
+def prepare(population: Population, seed: int, advance: Callable[[int], None]) -> Data:
+    """Simulate, then run every payment through the code that serving runs.
+
+    Args:
+        population: what to simulate.
+        seed: of the simulation.
+        advance: told how many more payments are done.
+    """
+    table = simulate(population, seed=seed)
+    state = FeatureState()
+    rows = np.empty((len(table), len(MODEL_FEATURES)), np.float32)
+    stream = events(table)
+    fraud = table["fraud"].tolist()
+    for start in range(0, len(table), CHUNK):
+        chunk = list(islice(stream, CHUNK))
+        taken = state.update(chunk).rows
+        rows[start : start + len(chunk)] = taken[:, : len(MODEL_FEATURES)]
+        for event, bad in zip(chunk, fraud[start : start + CHUNK], strict=True):
+            if bad:
+                known = event.time + LABEL_DELAY
+                state.label(event.transaction, event.terminal, event.time, known=known, fraud=True)
+        advance(len(chunk))
+    return Data(table, rows, (table["time"] - population.start_ms) // DAY)
+
+
+def fit(
+    recipe: Recipe,
+    data: Data,
+    chosen: Rows,
+    *,
+    epochs: int,
+    seed: int,
+    advance: Callable[[int], None],
+) -> FraudScorer:
+    """Fit a model on some rows; the same seed gives the same model.
+
+    Args:
+        recipe: what to fit.
+        data: where the rows are.
+        chosen: row numbers to train on.
+        epochs: passes over them.
+        seed: of initial weights, order and dropout.
+        advance: told after each epoch.
+    """
+    torch.manual_seed(seed)
+    model = recipe.make(**recipe.config)
+    rows = torch.from_numpy(data.rows[chosen])
+    truth = torch.from_numpy(data.table["fraud"][chosen]).float()[:, None]
+    model.standardise.fit(rows)
+    size = 512
+    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=1e-4)
+    steps = epochs * -(-len(chosen) // size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.rate, total_steps=steps)
+    model.train()
+    for _ in range(epochs):
+        for part in torch.randperm(len(chosen)).split(size):  # type: ignore[no-untyped-call]
+            loss = functional.binary_cross_entropy_with_logits(
+                model.logits(rows[part]), truth[part]
+            )
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+        advance(1)
+    return model.eval()
+
+
+@torch.inference_mode()
+def score(model: FraudScorer, data: Data, chosen: Rows) -> npt.NDArray[np.float64]:
+    """Probabilities (n,) of some rows."""
+    parts = torch.from_numpy(data.rows[chosen]).split(8192)  # type: ignore[no-untyped-call]
+    return torch.cat([model(part)[:, 0] for part in parts]).double().numpy()
+
+
+def measure(scores: npt.NDArray[np.float64], data: Data, chosen: Rows, budget: int) -> Quality:
+    """AUC, average precision and card precision of scores."""
+    fraud, card = data.table["fraud"][chosen], data.table["customer"][chosen]
+    cards = card_precision(scores, fraud, card, data.day[chosen], budget=budget)
+    return {
+        "auc": auc(scores, fraud),
+        "ap": average_precision(scores, fraud),
+        "card_precision_100": cards,
+    }
+
+
+def review_threshold(
+    scores: npt.NDArray[np.float64], data: Data, chosen: Rows, budget: int
+) -> float:
+    """The score above which ``budget`` cards per day lie on average over these rows."""
+    days = data.day[chosen]
+    _, place = np.unique(_card_days(data, chosen), return_inverse=True)
+    top = np.zeros(place.max() + 1)
+    np.maximum.at(top, place, scores)
+    wanted = min(budget * len(np.unique(days)), len(top))
+    return float(np.sort(top)[-wanted])
+
+
+def _card_days(data: Data, chosen: Rows) -> Rows:
+    """One number for each pair of card and day, (n,)."""
+    return np.asarray(data.day[chosen] * (1 << 32) + data.table["customer"][chosen])
+
+
+def decline_threshold(
+    scores: npt.NDArray[np.float64], data: Data, chosen: Rows, cost: float
+) -> float:
+    """The score from which refusing costs least: frauds cost their amount, mistakes ``cost``."""
+    order = np.argsort(-scores, kind="stable")
+    table = data.table[chosen[order]]
+    change = np.where(table["fraud"], -table["amount"], cost)
+    return float(scores[order][int(np.argmin(np.cumsum(change)))])
+
+
+def folds(
+    recipe: Recipe, data: Data, plan: Plan, seed: int, advance: Callable[[int], None]
+) -> Quality:
+    """Mean and standard deviation over the folds."""
+    found: list[Quality] = []
+    for number in range(FOLDS):
+        first = plan.first_day + number * WEEK
+        model = fit(
+            recipe,
+            data,
+            data.between(first, WEEK),
+            epochs=plan.epochs,
+            seed=seed + number,
+            advance=advance,
+        )
+        test = data.test(first + 2 * WEEK, known_from=first)
+        found.append(measure(score(model, data, test), data, test, plan.alert_budget))
+    values = {name: [quality[name] for quality in found] for name in found[0]}
+    means = {f"fold_{name}_mean": float(np.mean(of)) for name, of in values.items()}
+    return means | {f"fold_{name}_sd": float(np.std(of, ddof=1)) for name, of in values.items()}
+
+
+def final(
+    recipe: Recipe, data: Data, plan: Plan, seed: int, advance: Callable[[int], None]
+) -> tuple[FraudScorer, Quality]:
+    """The model to store, with its thresholds and its quality on a week of its own."""
+    first, days = plan.first_day, plan.final_days
+    epochs = max(plan.epochs * 2 // 3, 1)
+    model = fit(recipe, data, data.between(first, days), epochs=epochs, seed=seed, advance=advance)
+    week = data.test(first + days + WEEK, known_from=first)
+    with torch.inference_mode():
+        logits = model.logits(torch.from_numpy(data.rows[week]))
+    model.calibration.fit(logits, torch.from_numpy(data.table["fraud"][week]))
+    scores = score(model, data, week)
+    review = review_threshold(scores, data, week, plan.alert_budget)
+    decline = decline_threshold(scores, data, week, plan.decline_cost)
+
+    test = data.test(first + days + 2 * WEEK, known_from=first)
+    scores, fraud = score(model, data, test), data.table["fraud"][test]
+    alerts = _card_days(data, test)[scores >= review]
+    refused = scores >= decline
+    return model, {
+        **measure(scores, data, test, plan.alert_budget),
+        "calibration_error": calibration_error(scores, fraud),
+        "review_threshold": review,
+        "decline_threshold": max(review, decline),
+        "alert_cards_per_day": len(np.unique(alerts)) / WEEK,
+        "decline_precision": float(fraud[refused].mean()) if refused.any() else 0.0,
+        "decline_recall": float(refused[fraud].mean()),
+        "review_recall": float((scores[fraud] >= review).mean()),
+    }
+
+
+def specification(recipe: Recipe, version: str, seed: int, metrics: Quality) -> ModelSpec:
+    """What the manifest says."""
+    return ModelSpec(
+        name=recipe.name,
+        version=version,
+        architecture="fraud-mlp" if recipe.make is fraud_mlp else "fraud-lite",
+        config=recipe.config,
+        inputs=(TensorSpec(name="features", shape=(len(MODEL_FEATURES),), dtype="float32"),),
+        outputs=(TensorSpec(name="probability_and_variant", shape=(2,), dtype="float32"),),
+        description=recipe.description,
+        licence="Apache-2.0",
+        source=f"python -m verticals.finance.train --seed {seed}; simulated payments",
+        metrics={name: round(value, 6) for name, value in metrics.items()},
+        cheaper=recipe.cheaper,
+    )
+
+
+def run(plan: Plan, out: Path, *, seed: int, version: str, console: Console) -> list[ModelSpec]:
+    """Train and store all models; returns their specs.
+
+    Raises:
+        ConfigError: the version is in the store already.
+    """
+    for recipe in RECIPES:
+        if (out / recipe.name / version).exists():
+            raise ConfigError(
+                f"{recipe.name} {version} is in {out} already",
+                hint="versions never change: choose a new one with --version",
+            )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    specs = []
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bar = progress.add_task("features", total=None)
+        data = prepare(plan.population, seed, partial(progress.advance, bar))
+        for recipe in RECIPES:
+            total = plan.epochs * FOLDS + max(plan.epochs * 2 // 3, 1)
+            bar = progress.add_task(recipe.name, total=total)
+            metrics = folds(recipe, data, plan, seed, partial(progress.advance, bar))
+            model, quality = final(recipe, data, plan, seed, partial(progress.advance, bar))
+            spec = specification(recipe, version, seed, metrics | quality)
+            ModelStore(out).save(spec, model)
+            specs.append(spec)
+    return specs
+
+
+def sheet(specs: list[ModelSpec]) -> Sheet:
+    """The measured quality as a table."""
+    table = Sheet("measure", *(spec.name for spec in specs))
+    for name in specs[0].metrics:
+        table.add_row(name, *(f"{spec.metrics[name]:.4f}" for spec in specs))
+    return table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m verticals.finance.train", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "store")
+    parser.add_argument("--version", default="1.0.0", help="of the models to write")
+    parser.add_argument("--epochs", type=int, default=12, help="per fold")
+    parser.add_argument("--alert-budget", type=int, default=100, help="cards per day")
+    parser.add_argument("--decline-cost", type=float, default=50.0, help="EUR per mistake")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    plan = Plan(
+        epochs=given.epochs,
+        alert_budget=given.alert_budget,
+        decline_cost=given.decline_cost,
+    )
+    console = Console()
+    try:
+        specs = run(plan, given.out, seed=given.seed, version=given.version, console=console)
+    except PlinthError as error:
+        print(error, file=sys.stderr)
+        return 2
+    console.print(sheet(specs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

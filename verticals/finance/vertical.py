@@ -1,0 +1,340 @@
+"""Fraud scoring as a vertical: transactions in, decisions out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from math import inf
+from pathlib import Path
+from typing import Annotated, ClassVar, NamedTuple
+
+import orjson
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import verticals.finance.model  # noqa: F401  (registers the architectures)
+from engine import (
+    Call,
+    ConfigError,
+    Flow,
+    InputError,
+    Model,
+    ModelError,
+    ModelStore,
+    Refused,
+    Sla,
+)
+from verticals.contract import Settings, Vertical
+from verticals.finance.features import MODEL_FEATURES, Batch, Event, FeatureState, Flag, Limits
+from verticals.finance.rules import (
+    MAX_REASONS,
+    NO_TIME,
+    Action,
+    Rules,
+    contributions,
+    main_reasons,
+    masked_rows,
+)
+from verticals.finance.schema import (
+    Decision,
+    Label,
+    Reason,
+    Transaction,
+    milliseconds,
+    read,
+)
+from verticals.finance.timeline import DAY
+
+MODEL = "fraud"
+STORE = Path(__file__).parent / "store"
+Probability = Annotated[float, Field(ge=0, le=1)]
+Entities = Annotated[int, Field(ge=8, le=100_000_000)]
+
+
+class FraudSettings(Settings):
+    """The table ``[verticals.finance]``.
+
+    Args:
+        store: folder of the model store; default: the one that comes with Plinth.
+        model_version: default: the newest.
+        review_threshold: score from which people look; default: each model's own.
+        decline_threshold: score from which the payment is declined; default: each model's own.
+        rates: currencies taken, and what one unit is worth in base currency.
+        hard_amount: base currency; above it the payment is declined. Absent: no such rule.
+        max_card_count_5m: payments with a card in 5 minutes; above it, review.
+        max_device_cards_24h: cards on a device in 24 hours; above it, review.
+        max_ahead_seconds: an event this far in the future is refused; one such event would
+            push the whole history of its card out. Absent: any time is taken.
+        lateness_days: events up to this late still have complete windows.
+        max_cards, max_terminals, max_customers, max_devices: how many are remembered.
+        max_events: events remembered over all cards together (about 300 bytes each), likewise
+            over all terminals, customers and devices.
+    """
+
+    store: Path | None = None
+    model_version: str | None = None
+    review_threshold: Probability | None = None
+    decline_threshold: Probability | None = None
+    rates: dict[
+        Annotated[str, Field(pattern=r"^[A-Z]{3}$")], Annotated[float, Field(ge=1e-6, le=100)]
+    ] = Field(default_factory=lambda: {"EUR": 1.0}, min_length=1)
+    hard_amount: Annotated[float, Field(gt=0)] | None = 5000.0
+    max_card_count_5m: Annotated[int, Field(ge=1)] | None = 10
+    max_device_cards_24h: Annotated[int, Field(ge=1)] | None = 5
+    max_ahead_seconds: Annotated[float, Field(ge=0)] | None = 300.0
+    lateness_days: Annotated[float, Field(ge=0, le=90)] = 7.0
+    max_cards: Entities = 200_000
+    max_terminals: Entities = 200_000
+    max_customers: Entities = 200_000
+    max_devices: Entities = 200_000
+    max_events: Annotated[int, Field(ge=8, le=10_000_000_000)] = 10_000_000
+
+
+class Variant(NamedTuple):
+    """A model that may answer, and from which scores on its answers matter."""
+
+    model: str
+    version: str
+    review: float
+    decline: float
+
+    def stricter(self, action: Action, score: float) -> Action:
+        """What the rules ask for, or the score, whichever is stricter."""
+        if action == "decline" or score >= self.decline:
+            return "decline"
+        return "review" if action == "review" or score >= self.review else "approve"
+
+
+class FraudScoring(Vertical[Transaction | Label, Decision]):
+    """Scores card payments with real-time features, a model, and rules beside it.
+
+    Labels (what became known of earlier payments) come as records among the transactions, so
+    that they share their order, their offsets and their replay; each is answered as ``noted``.
+
+    A transaction enters the feature state before the model is asked, exactly once: when the
+    engine then refuses, it stays counted, and the same transaction sent again is known by its
+    id, is not counted again, and gets the features of its first time.
+
+    Args:
+        settings: the table ``[verticals.finance]``.
+        clock: seconds since 1970-01-01T00:00Z, to refuse events from the future.
+    """
+
+    name: ClassVar[str] = "finance"
+    summary: ClassVar[str] = "Fraud scores for card payments, with decisions and reasons."
+    action: ClassVar[str] = "score"
+    request = Transaction
+    response = Decision
+    settings_type = FraudSettings
+    sla: ClassVar[Sla] = Sla(deadline_ms=150, on_overload="degrade")
+
+    def __init__(
+        self, settings: Settings | None = None, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        super().__init__(settings)
+        if not isinstance(self.settings, FraudSettings):
+            raise ConfigError(f"finance takes FraudSettings, not {type(settings).__name__}")
+        given = self.settings
+        self._given = given
+        self._clock = clock
+        self.rules = Rules(given.hard_amount, given.max_card_count_5m, given.max_device_cards_24h)
+        self.state = FeatureState(
+            Limits(
+                lateness_ms=round(given.lateness_days * DAY),
+                max_cards=given.max_cards,
+                max_terminals=given.max_terminals,
+                max_customers=given.max_customers,
+                max_devices=given.max_devices,
+                max_events=given.max_events,
+            )
+        )
+        self.models()
+
+    def models(self) -> Sequence[Model]:
+        """Load ``fraud`` and its cheaper variant, and take over their thresholds.
+
+        Raises:
+            ModelError: not in the store, damaged, or not of this kind.
+            ConfigError: the thresholds contradict each other.
+        """
+        store = ModelStore(self._given.store or STORE)
+        main = store.load(MODEL, self._given.model_version)
+        models = [main, store.load(main.spec.cheaper)] if main.spec.cheaper else [main]
+        self.variants = [self._variant(model, place) for place, model in enumerate(models)]
+        return models
+
+    def _variant(self, model: Model, place: int) -> Variant:
+        spec, given = model.spec, self._given
+        with torch.inference_mode():
+            answer = model.module(torch.zeros(1, len(MODEL_FEATURES)))
+        if answer.shape != (1, 2) or answer[0, 1] != place:
+            raise ModelError(
+                f"{spec.name} {spec.version} gave {tuple(answer.shape)} for one row of "
+                f"{len(MODEL_FEATURES)} features, expected probability and variant {place}",
+                hint="train it with python -m verticals.finance.train",
+            )
+        review, decline = given.review_threshold, given.decline_threshold
+        review = spec.metrics.get("review_threshold", 0.5) if review is None else review
+        decline = spec.metrics.get("decline_threshold", 0.9) if decline is None else decline
+        if decline < review:
+            raise ConfigError(
+                f"decline_threshold {decline:g} is below review_threshold {review:g} "
+                f"for {spec.name}",
+                hint="set both",
+            )
+        return Variant(spec.name, spec.version, review, decline)
+
+    def example(self) -> Transaction:
+        return Transaction(
+            transaction_id="example-1",
+            event_time=datetime(2025, 9, 1, 12, 0, tzinfo=UTC),
+            amount=42.5,
+            currency=next(iter(self._given.rates)),
+            card="tok_9f86d081884c7d65",
+            customer_id="c000001",
+            terminal_id="t000001",
+        )
+
+    def infer(self, requests: Sequence[Transaction | Label]) -> Flow[list[Decision | InputError]]:
+        results: list[Decision | InputError | None] = []
+        batch = self.state.update(self._taken_in(requests, results))
+        if not len(batch.rows):
+            return [result for result in results if result is not None]
+        rows = torch.from_numpy(batch.rows[:, : len(MODEL_FEATURES)].copy())
+        output: Tensor = yield Call(MODEL, rows)
+        scores = output[:, 0].float().tolist()
+        answered = [self.variants[place] for place in output[:, 1].int().tolist()]
+
+        reasons: dict[int, list[Reason]] = {}
+        pairs = enumerate(zip(scores, answered, strict=True))
+        alerts = [place for place, (score, by) in pairs if score >= by.review]
+        if alerts:
+            try:
+                masked: Tensor = yield Call(MODEL, masked_rows(rows[alerts]))
+            except Refused:
+                reasons = {place: [NO_TIME] for place in alerts}
+            else:
+                effects = contributions(masked[:, 0])
+                found = map(main_reasons, effects.tolist())
+                reasons = dict(zip(alerts, found, strict=True))
+        asked = [req for req, result in zip(requests, results, strict=True) if result is None]
+        decisions = iter(self._decisions(asked, batch, scores, answered, reasons))
+        return [next(decisions) if result is None else result for result in results]
+
+    def parse(self, raw: bytes) -> Transaction | Label:
+        return read(raw)
+
+    def encode(self, result: Decision) -> bytes:
+        return orjson.dumps(vars(result), default=vars)
+
+    def key(self, request: Transaction | Label) -> str | None:
+        return request.card if isinstance(request, Transaction) else None
+
+    def observe(self, requests: Sequence[Transaction | Label]) -> None:
+        """Take records in without scoring them; what :meth:`infer` refuses is left out."""
+        self.state.update(self._taken_in(requests, []))
+
+    def snapshot(self) -> bytes:
+        return self.state.snapshot()
+
+    def restore(self, state: bytes) -> None:
+        self.state.restore(state)
+
+    def _taken_in(
+        self,
+        requests: Sequence[Transaction | Label],
+        results: list[Decision | InputError | None],
+    ) -> Iterator[Event]:
+        """Events of the transactions, in order; labels take effect in between.
+
+        Args:
+            requests: what came.
+            results: gets one entry for each: the answer, or ``None`` where the model gives it.
+        """
+        ahead = self._given.max_ahead_seconds
+        latest = inf if ahead is None else (self._clock() + ahead) * 1000
+        for request in requests:
+            if isinstance(request, Label):
+                results.append(self._note(request, latest))
+                continue
+            event = self._event(request, latest)
+            if isinstance(event, InputError):
+                results.append(event)
+            else:
+                results.append(None)
+                yield event
+
+    def _note(self, label: Label, latest: float) -> Decision | InputError:
+        time, known = milliseconds(label.event_time), milliseconds(label.label_time)
+        if time > latest or known > latest:
+            return self._future("event_time" if time > latest else "label_time")
+        self.state.label(
+            label.transaction_id, label.terminal_id, time, known=known, fraud=label.fraud
+        )
+        return Decision(
+            transaction_id=label.transaction_id,
+            score=None,
+            decision="noted",
+            reason_codes=[],
+            model=None,
+            model_version=None,
+        )
+
+    def _event(self, request: Transaction, latest: float) -> Event | InputError:
+        rate = self._given.rates.get(request.currency)
+        if rate is None:
+            return InputError(
+                f"currency: expected one of {', '.join(sorted(self._given.rates))}",
+                field="currency",
+                reason="unknown_currency",
+                hint="add its rate to [verticals.finance.rates]",
+            )
+        time = milliseconds(request.event_time)
+        if time > latest:
+            return self._future("event_time")
+        return Event(
+            request.transaction_id,
+            time,
+            request.amount * rate,
+            request.card,
+            request.customer_id,
+            request.terminal_id,
+            request.device_id,
+        )
+
+    def _future(self, field: str) -> InputError:
+        return InputError(
+            f"{field}: more than {self._given.max_ahead_seconds:g} s in the future",
+            field=field,
+            reason="future_event",
+            hint="check the sender's clock and time zone",
+        )
+
+    def _decisions(
+        self,
+        asked: Sequence[Transaction | Label],
+        batch: Batch,
+        scores: Sequence[float],
+        answered: Sequence[Variant],
+        reasons: dict[int, list[Reason]],
+    ) -> list[Decision]:
+        decisions = []
+        rows = zip(asked, batch.rows.tolist(), batch.flags.tolist(), scores, answered, strict=True)
+        for place, (request, row, flag, score, by) in enumerate(rows):
+            action, why = self.rules.apply(row)
+            decisions.append(
+                Decision(
+                    transaction_id=request.transaction_id,
+                    score=score,
+                    decision=by.stricter(action, score),
+                    reason_codes=[*why, *reasons.get(place, [])][:MAX_REASONS],
+                    model=by.model,
+                    model_version=by.version,
+                    features_late=bool(flag & Flag.LATE.value),
+                    features_partial=bool(flag & Flag.PARTIAL.value),
+                    duplicate=bool(flag & Flag.DUPLICATE.value),
+                )
+            )
+        return decisions
