@@ -1,0 +1,324 @@
+"""The folder door: resumable, one bad item never stops the rest, killed at any moment."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_verticals import GATE, Gate, Shelf, install
+
+from engine import ConfigError, Engine, PlinthError
+from pipelines.assembly import build_engine
+from pipelines.batch import Batch, Progress, Summary
+from pipelines.config import Config
+from pipelines.items import write_whole
+from pipelines.journal import Journal
+from verticals import Item, Settings
+
+PLAIN = Config.model_validate({"engine": {"backend": "eager", "precision": "fp32"}})
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with build_engine(PLAIN, {"shelf": Shelf()}) as running:
+        yield running
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Path:
+    """Four items: two good, one bad, one that meets a fault of the vertical."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, text in {"a": "1", "b": "not a number", "c": "bug", "d": "4"}.items():
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def run(engine: Engine, folder: Path, out: Path, **options: Any) -> Summary:
+    return Batch(Shelf(), engine, folder, out, **options).run()
+
+
+def test_one_bad_item_never_stops_the_rest(engine: Engine, shelf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    summary = run(engine, shelf, out)
+    assert summary.states == {"a": "done", "b": "failed", "c": "failed", "d": "done"}
+    assert summary.exit_code == 1
+    assert (out / "a" / "twice.txt").read_text() == "2.0\n"
+    assert (out / "d" / "twice.txt").read_text() == "8.0\n"
+    assert not (out / "b").exists()
+    failed = {line["id"]: line for line in _lines(out / "failed.jsonl")}
+    assert failed["b"]["message"] == "b: expected a number"
+    assert failed["b"]["field"] == "b.txt"
+    assert failed["c"]["reason"] == "internal"
+    assert "KeyError" in failed["c"]["message"]
+    assert json.loads((out / "summary.json").read_text())["failed"] == 2
+    assert not list(out.glob(".partial-*"))
+
+
+def test_a_second_run_skips_what_is_done_and_tells_what_failed(
+    engine: Engine, shelf: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(engine, shelf, out)
+    (shelf / "e.txt").write_text("5")
+    summary = run(engine, shelf, out)
+    assert summary.states == {
+        "a": "skipped",
+        "b": "failed before",
+        "c": "failed before",
+        "d": "skipped",
+        "e": "done",
+    }
+    assert summary.exit_code == 1
+    assert len(_lines(out / "failed.jsonl")) == 2
+
+
+def test_failed_items_run_again_when_asked(engine: Engine, shelf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(engine, shelf, out)
+    (shelf / "b.txt").write_text("7")  # its files changed: it would run again anyway
+    (shelf / "c.txt").write_text("3.5")
+    summary = run(engine, shelf, out, retry_failed=True)
+    assert summary.states == {"a": "skipped", "b": "done", "c": "done", "d": "skipped"}
+    assert summary.exit_code == 0
+    assert _lines(out / "failed.jsonl") == []
+
+
+def test_changed_files_and_newer_models_run_again(
+    engine: Engine, shelf: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(engine, shelf, out)
+    (shelf / "a.txt").write_text("10")
+    assert run(engine, shelf, out).states["a"] == "done"
+    assert (out / "a" / "twice.txt").read_text() == "20.0\n"
+    newer = Batch(Shelf(), engine, shelf, out)
+    newer.models = {"page": "4"}
+    assert newer.run().states["d"] == "done"
+
+
+def test_other_settings_run_again(engine: Engine, shelf: Path, tmp_path: Path) -> None:
+    class Marked(Settings):
+        mark: str
+
+    def run_with(mark: str) -> Summary:
+        vertical = Shelf()
+        vertical.settings = Marked(mark=mark)
+        return Batch(vertical, engine, shelf, tmp_path / "out").run()
+
+    assert run_with("x").states["a"] == "done"
+    assert run_with("x").states["a"] == "skipped"
+    assert run_with("y").states["a"] == "done"
+
+
+def test_files_that_vanish_fail_their_own_item(engine: Engine, shelf: Path, tmp_path: Path) -> None:
+    class Vanishing(Shelf):
+        def discover(self, folder: Path) -> Iterator[Item]:
+            for item in super().discover(folder):
+                yield item
+                if item.id == "a":
+                    item.paths[0].unlink()
+
+    summary = Batch(Vanishing(), engine, shelf, tmp_path / "out").run()
+    assert summary.states == {"a": "failed", "b": "failed", "c": "failed", "d": "done"}
+    assert summary.failed[0].error is not None
+    assert summary.failed[0].error["reason"] == "io"
+
+
+def test_outputs_that_were_deleted_are_made_again(
+    engine: Engine, shelf: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(engine, shelf, out)
+    (out / "a" / "twice.txt").unlink()
+    (out / "a" / "report.html").unlink()
+    (out / "a").rmdir()
+    assert run(engine, shelf, out).states["a"] == "done"
+
+
+def test_without_resume_everything_runs_again(engine: Engine, shelf: Path, tmp_path: Path) -> None:
+    run(engine, shelf, tmp_path / "out")
+    summary = run(engine, shelf, tmp_path / "out", resume=False)
+    assert summary.count("done") == 2
+    assert summary.count("failed") == 2
+
+
+def test_the_next_item_loads_while_one_infers(tmp_path: Path) -> None:
+    """The first item waits in the model; the second is loaded meanwhile, the third is not."""
+    folder, gate = tmp_path / "in", Gate(tmp_path)
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.txt").write_text("1000" if name == "a" else "1")
+    seen: list[tuple[str, str]] = []
+    second_loads = threading.Event()
+
+    def note(step: Progress) -> None:
+        seen.append((step.item, step.stage))
+        if (step.item, step.stage) == ("b", "load"):
+            second_loads.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(GATE, str(tmp_path))
+        with build_engine(PLAIN, {"shelf": Shelf()}) as engine:
+            batch = Batch(Shelf(), engine, folder, tmp_path / "out", on_progress=note)
+            runner = threading.Thread(target=batch.run)
+            runner.start()
+            gate.await_arrival()
+            assert second_loads.wait(10)
+            assert ("b", "infer") not in seen
+            assert ("c", "load") not in seen
+            gate.open()
+            runner.join(20)
+    assert batch.summary.count("done") == 3
+
+
+def test_two_runs_never_share_an_output(engine: Engine, shelf: Path, tmp_path: Path) -> None:
+    with (
+        Journal(tmp_path / "out"),
+        pytest.raises(ConfigError, match="another run is writing"),
+    ):
+        run(engine, shelf, tmp_path / "out")
+
+
+@pytest.mark.parametrize("inside", [".", "results"])
+def test_output_inside_the_input_is_refused(engine: Engine, shelf: Path, inside: str) -> None:
+    with pytest.raises(ConfigError, match="lies inside the input"):
+        run(engine, shelf, shelf / inside)
+
+
+def test_nothing_to_do_is_said(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with pytest.raises(ConfigError, match="found nothing to do"):
+        run(engine, tmp_path / "in", tmp_path / "out")
+    with pytest.raises(ConfigError, match="there is no folder"):
+        run(engine, tmp_path / "absent", tmp_path / "out")
+
+
+def test_an_output_that_cannot_be_written_is_said(
+    engine: Engine, shelf: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").write_text("a file, not a folder")
+    with pytest.raises(PlinthError, match=r"cannot write to .*out: File exists"):
+        run(engine, shelf, tmp_path / "out")
+
+
+def test_a_torn_last_line_is_forgotten_a_damaged_one_is_not(tmp_path: Path) -> None:
+    good = b'{"id":"a","state":"done","models":{},"inputs":"x"}\n'
+    (tmp_path / "journal.jsonl").write_bytes(good + b'{"id":"b","sta')
+    with Journal(tmp_path) as journal:
+        assert list(journal.entries) == ["a"]
+    assert (tmp_path / "journal.jsonl").read_bytes() == good
+    (tmp_path / "journal.jsonl").write_bytes(b"rubbish\n" + good)
+    with pytest.raises(ConfigError, match=r"journal.jsonl:1: this line is damaged"):
+        Journal(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_outputs(tmp_path: Path) -> None:
+    target = tmp_path / "item"
+
+    def good(folder: Path) -> list[Path]:
+        (folder / "x").write_text("old")
+        return [folder / "x"]
+
+    def bad(folder: Path) -> list[Path]:
+        (folder / "x").write_text("half")
+        raise OSError("disk full")
+
+    assert write_whole(target, good) == ("x",)
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(target, bad)
+    assert (target / "x").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["item"]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# -- through the command, in a process that is stopped or killed -------------------------------
+
+
+class Command:
+    """``plinth batch`` in a child process whose third item waits at the gate."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.out = tmp_path / "out"
+        self.folder = tmp_path / "held"
+        self.folder.mkdir()
+        for name, text in {"a": "1", "b": "bad", "c": "hold", "d": "4"}.items():
+            (self.folder / f"{name}.txt").write_text(text)
+        self.gate = Gate(tmp_path)
+        self.env = {
+            **install(tmp_path / "site"),
+            GATE: str(tmp_path),
+            "PLINTH_ENGINE__BACKEND": "eager",
+            "PLINTH_ENGINE__PRECISION": "fp32",
+        }
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[subprocess.Popen[str]]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.cli", "batch", self.folder, "--out", self.out,
+             "--vertical", "shelf", "--json"],
+            env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    def await_lines(self, process: subprocess.Popen[str], count: int) -> None:
+        """Until the command has told of ``count`` finished items."""
+        assert process.stderr is not None
+        while count:
+            line = process.stderr.readline()
+            assert line, "the command ended too early"
+            count -= line.startswith(tuple("1234"))
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    return Command(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_stopped_run_goes_on_where_it_was(
+    command: Command, engine: Engine, number: signal.Signals, code: int
+) -> None:
+    with command.running() as process:
+        command.gate.await_arrival()
+        command.await_lines(process, 2)
+        process.send_signal(number)
+        if number != signal.SIGKILL:
+            command.gate.open()
+        process.communicate(timeout=60)
+    assert process.returncode == code
+    before = (command.out / "a" / "twice.txt").stat().st_mtime_ns
+    (command.folder / "c.txt").write_text("3")
+    states = run(engine, command.folder, command.out).states
+    assert states["a"] == "skipped"
+    assert states["b"] == "failed before"
+    assert states["c"] == "done"
+    assert (command.out / "a" / "twice.txt").stat().st_mtime_ns == before
+    assert not list(command.out.glob(".partial-*"))
+
+
+def test_the_journal_is_for_its_owner_to_read(engine: Engine, shelf: Path, tmp_path: Path) -> None:
+    run(engine, shelf, tmp_path / "out")
+    entries = {entry["id"]: entry for entry in _lines(tmp_path / "out" / "journal.jsonl")}
+    assert entries["a"]["models"] == {"page": "3"}
+    assert entries["a"]["files"] == ["report.html", "twice.txt"]
+    assert entries["a"]["facts"] == {"bytes": 1}
+    assert os.access(tmp_path / "out" / "a", os.R_OK | os.X_OK)
