@@ -1,0 +1,294 @@
+"""The HTTP door: the app and a server that drains.
+
+:func:`create_app` makes the ASGI app; :class:`Server` runs it with uvicorn. On SIGTERM or Ctrl-C
+the server is not ready at once, still serves for ``announce_seconds``, then takes no new
+connection, answers every accepted request within ``drain_seconds`` and ends with exit code 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from engine import ConfigError, Engine, PlinthError
+from pipelines import http_jobs, http_records
+from pipelines.assembly import is_folder_vertical, sla_of
+from pipelines.config import Config, ServeConfig
+from pipelines.http_common import Gate, Health, add_common_routes, add_error_handlers, publish
+from pipelines.jobs import Jobs
+from verticals import Vertical
+
+log = logging.getLogger("plinth.serve")
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def create_app(
+    verticals: Mapping[str, Vertical[Any, Any]], engine: Engine, config: Config
+) -> FastAPI:
+    """The ASGI app.
+
+    Args:
+        verticals: loaded verticals by name; their models are known to ``engine``.
+        engine: started and closed by the caller.
+        config: ``config.serve`` and the verticals' promises.
+
+    Raises:
+        ConfigError: the API key's variable is not set, or a promise makes no sense.
+    """
+    health = Health()
+    slas = {name: sla_of(vertical, config) for name, vertical in verticals.items()}
+    pool = ThreadPoolExecutor(8, thread_name_prefix="plinth-http")
+    folders = {name: v for name, v in verticals.items() if is_folder_vertical(v)}
+    jobs = Jobs(folders, engine, slas, config.serve.upload) if folders else None
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(warm_up(verticals, engine, health))]
+        if jobs is not None:
+            tasks.append(asyncio.create_task(_purge(jobs)))
+        yield
+        for task in tasks:
+            task.cancel()
+        if jobs is not None:
+            await asyncio.to_thread(jobs.close, health.seconds_left)
+        pool.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(
+        title="Plinth",
+        version="1",
+        summary="One inference engine under pluggable verticals.",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.state.health = health
+    app.add_middleware(Gate, key=config.api_key(), most=config.serve.max_requests, health=health)
+    schemas: dict[str, Any] = {"Error": http_records.ERROR_SCHEMA}
+    for name, vertical in verticals.items():
+        if vertical.request is not None:
+            door = http_records.RecordDoor(vertical, engine, slas[name], config.serve, pool)
+            schemas |= _record_route(app, door)
+        elif jobs is not None and name in folders:
+            _upload_routes(app, http_jobs.UploadDoor(vertical, jobs, config.serve))
+    add_common_routes(app, engine, health, verticals)
+    add_error_handlers(app)
+    publish(app, schemas)
+    return app
+
+
+async def warm_up(
+    verticals: Mapping[str, Vertical[Any, Any]], engine: Engine, health: Health
+) -> None:
+    """Run each vertical's example once, its state left as it was; then the server is ready."""
+    for name, vertical in verticals.items():
+        try:
+            await asyncio.to_thread(_warm_one, vertical, engine)
+        except PlinthError as error:
+            log.error("warm-up of %s: %s", name, error)
+            health.reasons["warm_up"] = f"{name} failed to warm up: {error.message}"
+            return
+    health.reasons.pop("warm_up", None)
+
+
+def _warm_one(vertical: Vertical[Any, Any], engine: Engine) -> None:
+    state = vertical.snapshot()
+    try:
+        engine.run(vertical.infer([vertical.example()]))
+    finally:
+        if state is not None:
+            vertical.restore(state)
+
+
+async def _purge(jobs: Jobs) -> None:
+    while True:
+        await asyncio.sleep(min(60.0, jobs.limits.keep_seconds))
+        await asyncio.to_thread(jobs.purge)
+
+
+def _record_route(app: FastAPI, door: http_records.RecordDoor) -> dict[str, Any]:
+    vertical = door.vertical
+    described = http_records.openapi(vertical)
+
+    async def infer(request: Request) -> Response:
+        return await door.answer(request)
+
+    app.add_api_route(
+        f"/v1/{vertical.name}/{vertical.action}",
+        infer,
+        methods=["POST"],
+        summary=vertical.summary,
+        operation_id=f"{vertical.name}_{vertical.action}",
+        tags=[vertical.name],
+        openapi_extra=described["operation"],
+        response_model=None,
+    )
+    schemas: dict[str, Any] = described["schemas"]
+    return schemas
+
+
+def _upload_routes(app: FastAPI, door: http_jobs.UploadDoor) -> None:
+    async def submit(request: Request) -> Response:
+        return await door.submit(request)
+
+    async def status(request: Request, job: str) -> Response:
+        return await door.status(request)
+
+    async def file(request: Request, job: str, name: str) -> Response:
+        return await door.file(request)
+
+    async def delete(request: Request, job: str) -> Response:
+        return await door.delete(request)
+
+    vertical = door.vertical
+    one = f"/v1/{vertical.name}/jobs/{{job}}"
+    for path, method, handler, summary in (
+        (f"/v1/{vertical.name}/{vertical.action}", "POST", submit, vertical.summary),
+        (one, "GET", status, "How a job stands"),
+        (one, "DELETE", delete, "Forget a job and its files"),
+        (f"{one}/files/{{name:path}}", "GET", file, "One file a job wrote"),
+    ):
+        app.add_api_route(
+            path,
+            handler,
+            methods=[method],
+            summary=summary,
+            tags=[vertical.name],
+            response_model=None,
+            openapi_extra=http_jobs.openapi() if handler is submit else None,
+        )
+
+
+class Server:
+    """Runs an app until it is told to drain.
+
+    Args:
+        app: from :func:`create_app`.
+        config: ``config.serve``.
+        bound: from :func:`bind`.
+    """
+
+    def __init__(self, app: FastAPI, config: Config, bound: socket.socket) -> None:
+        host, port = bound.getsockname()[:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._settings = config.serve
+        self._bound = bound
+        self._health: Health = app.state.health
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._server = _Uvicorn(_uvicorn_config(app, config.serve), self._drain)
+
+    def run(self) -> None:
+        """Serve in this thread until drained; in the main thread signals drain it."""
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            self._loop = runner.get_loop()
+            runner.run(self._server.serve(sockets=[self._bound]))
+
+    def drain(self) -> None:
+        """Begin to end, from any thread; called again, end now."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nothing is left to drain
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        if self._health.drain_until is not None:
+            self._server.should_exit = self._server.force_exit = True
+            return
+        announce = self._settings.announce_seconds
+        self._health.drain(announce + self._settings.drain_seconds)
+        log.info("draining: not ready any more, serving for %g s, then closing", announce)
+        assert self._loop is not None
+        self._loop.call_later(announce, setattr, self._server, "should_exit", True)
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn with our own answer to signals, so that a drained server exits with 0."""
+
+    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_signal = on_signal
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in SIGNALS:
+                loop.remove_signal_handler(number)
+
+
+def _uvicorn_config(app: FastAPI, settings: ServeConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        loop="none",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=settings.keep_alive_seconds,
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        limit_concurrency=settings.max_connections,
+    )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, before anything expensive starts.
+
+    Raises:
+        ConfigError: the port is in use or not allowed, or the address is not this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    except socket.gaierror:
+        raise ConfigError(
+            f"serve.host {host!r} is not an address", hint="use 127.0.0.1 or 0.0.0.0"
+        ) from None
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+        bound.listen()
+    except OSError as error:
+        bound.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {_why(error)}", hint=HINT) from None
+    return bound
+
+
+HINT = "stop the other program, or choose another with --port (0 takes a free one)"
+
+
+def _why(error: OSError) -> str:
+    said = {
+        errno.EADDRINUSE: "the port is in use",
+        errno.EACCES: "ports below 1024 need privileges",
+        errno.EADDRNOTAVAIL: "this machine does not have that address",
+    }
+    return said.get(error.errno or 0, error.strerror or "unknown")
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    if sys.platform == "win32":
+        return None
+    import uvloop
+
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
