@@ -1,0 +1,213 @@
+"""The command: help that teaches, errors as one clear text, exit codes, JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tiny_verticals import GATE, Gate, install
+
+from pipelines.cli import main
+
+COMMANDS = ("list", "check", "serve", "stream", "batch", "models", "demo")
+
+PLAIN = {"PLINTH_ENGINE__BACKEND": "eager", "PLINTH_ENGINE__PRECISION": "fp32"}
+
+
+class Plinth:
+    """``plinth`` with the two small verticals installed: called here, or in a child process."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self.env = install(folder / "site") | PLAIN
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str, code: int = 0) -> tuple[str, str]:
+        """Run it to the end; stdout and stderr."""
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        out, err = self._capsys.readouterr()
+        assert ended.value.code == code, (out, err)
+        return out, err
+
+    def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
+        """Start it as a process of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "pipelines.cli", *arguments],
+            env=self.env | env, cwd=self.folder, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def plinth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Plinth:
+    command = Plinth(tmp_path, capsys)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    for name in [name for name in os.environ if name.startswith("PLINTH_")]:
+        monkeypatch.delenv(name)
+    for name, value in PLAIN.items():
+        monkeypatch.setenv(name, value)
+    return command
+
+
+def test_help_teaches_and_is_quick(plinth: Plinth) -> None:
+    out, _ = plinth("--help")
+    assert all(command in out for command in COMMANDS)
+    assert "Exit codes" in out
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, pipelines.cli; print(*sys.modules)"],
+        env=plinth.env, capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert not {"torch", "numpy", "fastapi", "pydantic", "kafka"} & set(loaded)
+
+
+def test_help_of_every_command_has_an_example(plinth: Plinth) -> None:
+    for command in COMMANDS:
+        out, _ = plinth(command, "--help")
+        if command != "models":
+            assert f"Example: plinth {command}" in " ".join(out.split())
+
+
+def test_list_and_check_for_scripts_and_people(plinth: Plinth) -> None:
+    found = {one["name"]: one for one in json.loads(plinth("list", "--json")[0])}
+    assert found["tiny"]["doors"] == ["http", "kafka"]
+    assert found["shelf"]["doors"] == ["folder", "http"]
+    assert "Doubles numbers." in plinth("list")[0]
+    (plinth.folder / "plinth.toml").write_text(
+        "[verticals.tiny]\noffset = 1\n[verticals.tiny.sla]\ndeadline_ms = 25\n"
+    )
+    plan = json.loads(plinth("check", "--json")[0])
+    assert plan["config"] == "plinth.toml"
+    assert list(plan["verticals"]) == ["tiny"]
+    assert plan["verticals"]["tiny"]["models"] == {"twice": "3"}
+    assert plan["verticals"]["tiny"]["sla"]["deadline_ms"] == 25
+    out, err = plinth("check")
+    assert "twice" in out
+    assert plan["models"]["twice"]["backend"] == "eager"
+    assert "all is well" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[serve]\nprot = 1", "plinth.toml:2: unknown key serve.prot; did you mean 'port'?"),
+        ("[verticals.tiny]\nofset = 1", "plinth.toml:2: unknown key verticals.tiny.ofset"),
+        ("[verticals.tinny]\nx = 1", "did you mean 'tiny'?"),
+        ("[serve]\napi_key_env = 'NO_SUCH_KEY'", "NO_SUCH_KEY, which is not set"),
+    ],
+)
+def test_a_wrong_config_exits_with_2_and_says_why(plinth: Plinth, text: str, said: str) -> None:
+    (plinth.folder / "plinth.toml").write_text(text)
+    out, err = plinth("check", code=2)
+    assert said in err
+    assert out == ""
+
+
+def test_wrong_arguments_exit_with_2(plinth: Plinth) -> None:
+    plinth("serv", code=2)
+    plinth("serve", "--port", "many", code=2)
+    plinth("serve", "--config", "absent.toml", code=2)
+    assert "no output folder" in plinth("batch", ".", code=2)[1]
+    assert "no topics" in plinth("stream", "tiny", code=2)[1]
+    assert "nosuch" in plinth("serve", "nosuch", "--port", "0", code=2)[1]
+
+
+def test_debug_shows_the_traceback(plinth: Plinth) -> None:
+    assert "Traceback" in plinth("--debug", "serve", "--config", "absent.toml", code=2)[1]
+    assert "Traceback" not in plinth("serve", "--config", "absent.toml", code=2)[1]
+
+
+def test_a_port_in_use_exits_with_2(plinth: Plinth) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        process = plinth.start("serve", "tiny", "--port", port)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "Traceback" not in err
+    assert f"cannot listen on 127.0.0.1:{port}: the port is in use" in err
+    assert "--port" in err
+
+
+def test_sigterm_drains_and_exits_with_0_and_an_open_door_is_warned_of(plinth: Plinth) -> None:
+    gate = Gate(plinth.folder)
+    env = {GATE: str(plinth.folder), "PLINTH_SERVE__ANNOUNCE_SECONDS": "0.3"}
+    process = plinth.start("serve", "tiny", "--host", "0.0.0.0", "--port", "0", **env)  # noqa: S104
+    url, said = _await_url(process)
+    assert any("asks for no key" in line for line in said)
+    url = url.replace("0.0.0.0", "127.0.0.1")  # noqa: S104
+    with ThreadPoolExecutor() as pool, httpx.Client(base_url=url, timeout=30) as client:
+        held = pool.submit(client.post, "/v1/tiny/double", json={"id": "a", "value": 1000})
+        gate.await_arrival()
+        process.send_signal(signal.SIGTERM)
+        gate.open()
+        assert held.result().json() == {"id": "a", "twice": 2000.0}
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "drained" in err
+    assert "Traceback" not in err
+
+
+def _await_url(process: subprocess.Popen[str]) -> tuple[str, list[str]]:
+    """The URL the server tells of, and the lines before."""
+    assert process.stderr is not None
+    said: list[str] = []
+    for line in process.stderr:
+        if line.startswith("serving "):
+            return line.split(" on ")[1].split(" ")[0], said
+        said.append(line)
+    raise AssertionError(said)
+
+
+def test_models_are_listed_shown_and_verified(plinth: Plinth) -> None:
+    torch = pytest.importorskip("torch")
+    from engine import ModelSpec, ModelStore, TensorSpec
+
+    store = ModelStore(plinth.folder / "store")
+    spec = ModelSpec(
+        name="line",
+        version="1.2",
+        architecture="linear",
+        inputs=(TensorSpec(name="x", shape=(2,)),),
+        outputs=(TensorSpec(name="y", shape=(1,)),),
+        licence="Apache-2.0",
+    )
+    folder = store.save(spec, torch.nn.Linear(2, 1))
+    listed = json.loads(plinth("models", "list", "--store", "store", "--json")[0])
+    assert [(one["name"], one["version"]) for one in listed] == [("line", "1.2")]
+    shown = plinth("models", "show", "line", "--store", "store", "--json")[0]
+    assert json.loads(shown)["licence"] == "Apache-2.0"
+    assert "ok" in plinth("models", "verify", "--store", "store")[0]
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x00\x01")
+    out, err = plinth("models", "verify", "--store", "store", "--json", code=1)
+    assert json.loads(out)[0]["ok"] is False
+    assert "damaged or missing: line" in err
+    _, err = plinth("models", "show", "absent", "--store", "store", code=1)
+    assert "absent" in err
+
+
+def test_batch_prints_its_summary_as_json(plinth: Plinth) -> None:
+    folder: Any = plinth.folder / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_text("1")
+    arguments = ("batch", "in", "--out", "out", "--vertical", "shelf", "--json")
+    summary = json.loads(plinth(*arguments)[0])
+    assert summary["done"] == 1
+    (folder / "b.txt").write_text("x")
+    summary = json.loads(plinth(*arguments, code=1)[0])
+    assert summary["states"] == {"a": "skipped", "b": "failed"}
+    assert summary["failures"][0]["reason"] == "invalid_input"
