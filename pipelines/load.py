@@ -91,10 +91,14 @@ class Load:
         target = self._target()
         times = poisson(self.rate, self.warm_up + self.seconds, self.seed)
         share = max(1, min(self.processes, len(times)))
-        if share == 1:
-            records = [_drive(target, times.tolist(), 0, 1, None)]
-        else:
-            records = _spread(target, times, share)
+        try:
+            if share == 1:
+                records = [_drive(target, times.tolist(), 0, 1, None)]
+            else:
+                records = _spread(target, times, share)
+        except OSError as error:
+            place = f"{target.host}:{target.port}"
+            raise _wrong(f"cannot connect to {place}: {error}", "is the server up?") from None
         return _result(self, times, records)
 
     def _target(self) -> Target:
@@ -311,15 +315,11 @@ def _wrong(message: str, hint: str | None) -> Exception:
 def _drive(
     target: Target, due: Sequence[float], first: int, stride: int, barrier: Barrier | None
 ) -> Record:
-    """Be one client: connect, wait for the others, run."""
+    """Be one client: connect, wait for the others, run. Raises OSError: no connection."""
 
     async def drive() -> Record:
         client = Client(target, due, first, stride)
-        try:
-            await client.connect()
-        except OSError as error:
-            place = f"{target.host}:{target.port}"
-            raise _wrong(f"cannot connect to {place}: {error}", "is the server up?") from None
+        await client.connect()
         if barrier is not None:
             barrier.wait(START_SECONDS)
         return await client.run()
