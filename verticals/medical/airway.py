@@ -1,0 +1,87 @@
+"""The trachea and main bronchi, followed from above, plane by plane."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+Bool = npt.NDArray[np.bool_]
+Labels = npt.NDArray[np.int32]
+
+SEED_MM2 = (40.0, 900.0)
+LARGEST_MM2 = 1200.0
+FROM_MIDDLE_MM = 45.0
+SHORTEST_MM = 25.0
+IN_PLANE = np.array([np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros((3, 3))])
+
+
+def labels_in_plane(mask: Bool) -> tuple[Labels, int]:
+    """Connected components within each plane z of (z, y, x), and their number."""
+    labels = np.empty(mask.shape, np.int32)
+    count = ndimage.label(mask, IN_PLANE, output=labels)
+    return labels, int(count)
+
+
+def airway(air: Bool, spacing: float) -> Bool:
+    """Air of the trachea and main bronchi.
+
+    A round region of air near the middle is followed from above through overlapping regions of
+    the next planes, branches included, until a region is as large as a lung's section.
+
+    Args:
+        air: (superior, posterior, left) air inside the body.
+        spacing: mm, isotropic.
+
+    Returns:
+        Mask of the same shape; empty when nothing is followed for SHORTEST_MM.
+    """
+    labels, count = labels_in_plane(air)
+    none = np.zeros_like(air)
+    if count == 0:
+        return none
+    area = np.bincount(labels.ravel(), minlength=count + 1) * spacing**2
+    boxes = ndimage.find_objects(labels)
+    filled = np.flatnonzero(air.any(axis=(1, 2)))
+    x = np.nonzero(air.any(axis=(0, 1)))[0]
+    middle = (x[0] + x[-1]) / 2
+    tried: set[int] = set()
+    for plane in filled[::-1]:
+        for seed in np.unique(labels[plane]):
+            if seed == 0 or seed in tried:
+                continue
+            if not _is_seed(boxes[seed - 1], float(area[seed]), float(middle), spacing):
+                continue
+            chain = _follow(labels, area, int(plane), int(seed))
+            tried.update(part for level in chain for part in level)
+            if len(chain) * spacing >= SHORTEST_MM:
+                return np.isin(labels, [part for level in chain for part in level])
+    return none
+
+
+def _is_seed(box: tuple[slice, ...] | None, area: float, middle: float, spacing: float) -> bool:
+    if box is None or not SEED_MM2[0] <= area <= SEED_MM2[1]:
+        return False
+    height, width = (float(s.stop - s.start) for s in box[1:])
+    centre = (box[2].start + box[2].stop - 1) / 2
+    round_enough = max(height, width) <= 2.5 * min(height, width)
+    full_enough = area / spacing**2 >= 0.5 * height * width
+    return round_enough and full_enough and abs(centre - middle) * spacing <= FROM_MIDDLE_MM
+
+
+def _follow(
+    labels: Labels, area: npt.NDArray[np.floating[Any]], plane: int, seed: int
+) -> list[list[int]]:
+    """Labels of the regions by plane, downwards from a seed."""
+    chain = [[seed]]
+    for below in range(plane - 1, -1, -1):
+        before = np.isin(labels[below + 1], chain[-1])
+        limit = min(LARGEST_MM2, 1.6 * float(area[chain[-1]].sum()) + 100)
+        touched = np.unique(labels[below][before])
+        level = [int(part) for part in touched if part and area[part] <= limit]
+        if not level:
+            break
+        chain.append(level)
+    return chain

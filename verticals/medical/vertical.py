@@ -1,0 +1,328 @@
+"""CT analysis as a vertical: folders of DICOM in; report, segmentation and pictures out."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from engine import Call, Flow, InputError, Model, ModelStore, Sla, Tiling
+from verticals.contract import Item, Settings, Vertical
+from verticals.medical.analysis import LEAST_SLICES, Analysis, analyse
+from verticals.medical.discover import Series, scan
+from verticals.medical.loader import load_volume
+from verticals.medical.network import STRIDE
+from verticals.medical.nodules import (
+    Least,
+    Nodule,
+    View,
+    confidences,
+    measure,
+    pieces,
+    second_look,
+    view,
+)
+from verticals.medical.outputs import write_outputs
+from verticals.medical.phantom import Phantom
+from verticals.medical.report import SYNTHETIC, CtReport, Evidence, Network, pseudonym
+from verticals.medical.segment import BONE_HU, COARSE_MM, LUNG_HU, TISSUE_HU
+from verticals.medical.volume import SeriesFacts, Verdict, Volume
+
+STORE = Path(__file__).parent / "store"
+MODEL = "nodules"
+
+
+class CtSettings(Settings):
+    """The table ``[verticals.medical]``.
+
+    Args:
+        store: model store with the model ``nodules``; the one in the package by default.
+        version: of the model; the newest by default.
+        nodules: look for nodules.
+        strict: refuse series whose geometry is not regular instead of repairing them.
+        gaps: ``"refuse"`` series with slices missing, or ``"fill"`` the gaps by interpolation.
+        working_spacing_mm: isotropic spacing of the network's grid. The packaged weights were
+            trained at 1.5; others need others.
+        window: (z, y, x) voxels of one window, multiples of 4. Windows are the units that
+            urgent work interleaves with, so small ones keep others' promises.
+        overlap: share of a window shared with its neighbour.
+        least_nodule_mm: equivalent diameter below which candidates are dropped.
+        least_confidence: confidence below which candidates are dropped.
+        max_slice_spacing_mm: steps between slices above this draw a warning.
+        page: write ``report.html``.
+        pictures: write PNGs.
+        key_images: nodules that get a picture, at most.
+        segmentation: write ``segmentation.dcm``, which carries the source's patient identity.
+        keep_uids: put the source's UIDs into the report instead of pseudonyms.
+    """
+
+    store: Path | None = None
+    version: str | None = None
+    nodules: bool = True
+    strict: bool = False
+    gaps: Literal["refuse", "fill"] = "refuse"
+    working_spacing_mm: float = Field(default=1.5, ge=0.5, le=4)
+    window: tuple[int, int, int] = (32, 48, 48)
+    overlap: float = Field(default=0.25, ge=0, le=0.9)
+    least_nodule_mm: float = Field(default=4.0, ge=0, le=100)
+    least_confidence: float = Field(default=0.5, ge=0, le=1)
+    max_slice_spacing_mm: float = Field(default=3.0, gt=0)
+    page: bool = True
+    pictures: bool = True
+    key_images: int = Field(default=6, ge=0, le=50)
+    segmentation: bool = True
+    keep_uids: bool = False
+
+    @field_validator("window")
+    @classmethod
+    def _whole(cls, window: tuple[int, int, int]) -> tuple[int, int, int]:
+        if any(size % STRIDE or not 16 <= size <= 256 for size in window):
+            raise ValueError(f"expected multiples of {STRIDE} from 16 to 256")
+        return window
+
+
+@dataclass(frozen=True, eq=False)
+class StudyRequest:
+    """One series to analyse.
+
+    Args:
+        volume: HU with geometry, verdict and the facts of its series.
+    """
+
+    volume: Volume
+
+
+class CtAnalysis(Vertical[StudyRequest, CtReport]):
+    """Volumes, lung density, bone and nodule candidates of CT series."""
+
+    name = "medical"
+    summary = "CT analysis from DICOM folders: lungs, bone, body, nodule candidates; research use"
+    action = "analyse"
+    request = None
+    response = CtReport
+    settings_type = CtSettings
+    settings: CtSettings
+    sla = Sla()
+    heavy = True
+
+    def __init__(self, settings: CtSettings | None = None) -> None:
+        super().__init__(settings)
+        self._found: dict[str, Series] = {}
+        self._models: list[Model] | None = None
+        self._network: Network | None = None
+
+    # -- what it needs -----------------------------------------------------------------------
+    def models(self) -> Sequence[Model]:
+        if not self.settings.nodules:
+            return []
+        if self._models is None:
+            store = ModelStore(self.settings.store or STORE)
+            model = store.load(MODEL, self.settings.version)
+            self._models, self._network = [model], _described(model)
+        return self._models
+
+    def example(self) -> StudyRequest:
+        """A slab of the chest phantom, built in memory."""
+        phantom = Phantom(shape=(112, 112, 18), spacing=(3.1, 3.1, 3.0))
+        return StudyRequest(phantom_volume(phantom))
+
+    # -- folders -----------------------------------------------------------------------------
+    def discover(self, folder: Path) -> Iterator[Item]:
+        """CT series below a folder, zip or DICOMDIR; what else lies there is named in facts.
+
+        Raises:
+            InputError: there are images, but no CT series that can be analysed.
+        """
+        found = scan(folder).series
+        reasons = {series.id: _unfit(series) for series in found}
+        fit = [series for series in found if reasons[series.id] is None]
+        skipped = [f"{series.describe()}: {reasons[series.id]}" for series in found]
+        skipped = [line for line, s in zip(skipped, found, strict=True) if reasons[s.id]]
+        if found and not fit:
+            raise InputError(
+                f"{folder.name} holds no CT series to analyse: {'; '.join(skipped)}",
+                hint=f"give axial CT of at least {LEAST_SLICES} slices",
+                reason="no_ct",
+            )
+        self._found = {series.id: series for series in fit}
+        for number, series in enumerate(fit):
+            facts: dict[str, Any] = {"modality": series.modality, "images": len(series.frames)}
+            if number == 0 and skipped:
+                facts["skipped"] = skipped
+            yield Item(series.id, _paths(series), facts)
+
+    def load(self, item: Item) -> StudyRequest:
+        series = self._found.get(item.id)
+        settings = self.settings
+        if series is not None:
+            volume = load_volume(series, settings.strict, gaps=settings.gaps)
+        else:
+            folder = Path(os.path.commonpath(item.paths))
+            volume = load_volume(folder, settings.strict, series=item.id, gaps=settings.gaps)
+        return StudyRequest(volume)
+
+    def write(self, result: CtReport, folder: Path) -> list[Path]:
+        return write_outputs(result, folder, self.settings)
+
+    # -- inference ---------------------------------------------------------------------------
+    def infer(self, requests: Sequence[StudyRequest]) -> Flow[list[CtReport | InputError]]:
+        results: list[CtReport | InputError] = []
+        for request in requests:
+            try:
+                results.append((yield from self._study(request.volume)))
+            except InputError as error:
+                results.append(error)
+        return results
+
+    def _study(self, volume: Volume) -> Flow[CtReport]:
+        clock = _Stages()
+        analysis = analyse(volume, self.settings.max_slice_spacing_mm)
+        clock.mark("rules")
+        nodules: list[Nodule] | None = None
+        plan = self._plan(analysis)
+        seen = (
+            view(volume, analysis, self.settings.working_spacing_mm)
+            if self.settings.nodules
+            else None
+        )
+        if seen is not None:
+            clock.mark("resample")
+            plan["network_grid_zyx"] = list(seen.grid.size)
+            nodules = yield from self._nodules(volume, analysis, seen, clock)
+        elif self.settings.nodules:
+            analysis.warnings.append("no lungs were found, so nodules were not looked for")
+        return self._report(volume, analysis, nodules, plan, clock.seconds)
+
+    def _nodules(
+        self, volume: Volume, analysis: Analysis, seen: View, clock: _Stages
+    ) -> Flow[list[Nodule]]:
+        """Windows over the lungs, then one window around each piece of the answer."""
+        settings = self.settings
+        tiling = Tiling(settings.window, settings.overlap, reduce="argmax")
+        found = pieces((yield Call(MODEL, seen.rows, tiling=tiling)))
+        shares: list[float] = []
+        if found.boxes:
+            logits = yield Call(MODEL, second_look(seen, found, settings.window))
+            shares = confidences(logits, found)
+        if found.dropped:
+            analysis.warnings.append(
+                f"{found.dropped} smaller nodule candidates beyond the largest "
+                f"{len(found.boxes)} were left out: these lungs are unlike what the network knows"
+            )
+        clock.mark("network")
+        least = Least(settings.least_nodule_mm, settings.least_confidence)
+        nodules = measure(volume, analysis, seen, found, shares, least)
+        clock.mark("nodules")
+        return nodules
+
+    def _plan(self, analysis: Analysis) -> dict[str, Any]:
+        plan: dict[str, Any] = {
+            "coarse_grid_mm": COARSE_MM,
+            "coarse_grid_zyx": list(analysis.regions.grid.size),
+            "thresholds_hu": {"tissue": TISSUE_HU, "lung": LUNG_HU, "bone": BONE_HU},
+            "lungs_told_apart_by": analysis.regions.split,
+        }
+        if self.settings.nodules:
+            plan |= {
+                "working_spacing_mm": self.settings.working_spacing_mm,
+                "window_zyx": list(self.settings.window),
+                "overlap": self.settings.overlap,
+                "blend": "gaussian",
+                "nodule_edge": "half maximum on native voxels",
+                "least_nodule_mm": self.settings.least_nodule_mm,
+                "least_confidence": self.settings.least_confidence,
+            }
+        return plan
+
+    def _report(
+        self,
+        volume: Volume,
+        analysis: Analysis,
+        nodules: list[Nodule] | None,
+        plan: dict[str, Any],
+        seconds: dict[str, float],
+    ) -> CtReport:
+        facts, keep = volume.series, self.settings.keep_uids
+        warnings = [issue.message for issue in volume.verdict.issues] + analysis.warnings
+        if nodules is not None:
+            self.models()
+            warnings.append(SYNTHETIC)
+        z, y, x = volume.shape
+        report = CtReport(
+            study=facts.study_instance_uid if keep else pseudonym(facts.study_instance_uid),
+            series=facts.series_instance_uid if keep else pseudonym(facts.series_instance_uid),
+            source=facts.public(),
+            geometry=volume.verdict.as_dict(),
+            grid={"voxels": [x, y, z], "spacing_mm": [round(v, 4) for v in volume.spacing]},
+            findings=analysis.findings,
+            nodules=nodules,
+            network=self._network if nodules is not None else None,
+            plan=plan,
+            warnings=warnings,
+        )
+        report._evidence = Evidence(volume, analysis)
+        report._seconds = seconds
+        return report
+
+
+class _Stages:
+    """Wall seconds by stage; the network's include waiting for the device."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def mark(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = round(now - self._last, 3)
+        self._last = now
+
+
+def phantom_volume(phantom: Phantom) -> Volume:
+    """A phantom as a volume, without a detour through files.
+
+    Args:
+        phantom: without tilt or uneven steps.
+    """
+    slices = [np.rint(phantom.slice_hu(k)).astype(np.int16) for k in range(phantom.shape[2])]
+    affine = np.eye(4)
+    affine[:3, :3] = phantom.axes * np.asarray(phantom.spacing)
+    affine[:3, 3] = phantom.position(0)
+    x, y, z = phantom.shape
+    facts = SeriesFacts("phantom", "CT", "", y, x, phantom.spacing, z)
+    return Volume(np.stack(slices), affine, Verdict(), replace(facts, number_of_slices=z))
+
+
+def _described(model: Model) -> Network:
+    spec = model.spec
+    return Network(
+        name=spec.name,
+        version=spec.version,
+        digest=model.digest(),
+        description=spec.description,
+        metrics=spec.metrics,
+    )
+
+
+def _unfit(series: Series) -> str | None:
+    """Why a series is not analysed."""
+    if series.problem is not None:
+        return series.problem
+    if series.modality != "CT":
+        return "not CT"
+    if series.localiser:
+        return "a localiser"
+    if len(series.frames) < LEAST_SLICES:
+        return f"fewer than {LEAST_SLICES} images"
+    return None
+
+
+def _paths(series: Series) -> tuple[Path, ...]:
+    unique = {frame.header.source.path: None for frame in series.frames}
+    return tuple(sorted(unique))
