@@ -117,7 +117,7 @@ class Batcher:
             return Refusal(work, self._full(work, now))
         self._count(work, now)
         start = max(now, self._busy_until)
-        if self._finish(work.key, work.left, start, work) <= work.deadline:
+        if self._finish(work.key, work.left, start) <= work.deadline:
             self._add_urgent(work)
             return None
         return self._overdue(work, now, start)
@@ -150,7 +150,7 @@ class Batcher:
         if batch is None:
             batch = self._urgent_batch(now, refused) or self._slice(now)
         if batch is not None:
-            self._busy_until = now + batch.predicted
+            self._busy_until = self._finish(batch.key, batch.rows, now)
             self._account(batch)
         return batch, refused
 
@@ -185,12 +185,16 @@ class Batcher:
             left -= work.left
             if left <= best[1]:
                 break
-        return best if best[1] else (1, 0)
+        if best[1]:
+            return best
+        # Only the rare slow batch would miss: a likely answer is better than a sure refusal.
+        rows = self._fits(key, queue[0], now, 0.5)
+        return (0, rows) if rows else (1, 0)
 
-    def _fits(self, key: str, work: Work, start: float) -> int:
+    def _fits(self, key: str, work: Work, start: float, quantile: float | None = None) -> int:
         """Rows of a batch started at ``start`` that finishes before the deadline of ``work``."""
-        slack = work.deadline - start
-        rows = self.latency.rows_within(key, slack, self._class(key).most, work.sla.quantile)
+        slack, share = work.deadline - start, quantile or work.sla.quantile
+        rows = self.latency.rows_within(key, slack, self._class(key).most, share)
         return rows if rows >= work.left else 0
 
     def _clears(self, key: str, now: float) -> bool:
@@ -234,7 +238,7 @@ class Batcher:
         """Give up work that could not be in time even if it ran alone now."""
         queue, hopeless = self._urgent[key], 0
         for work in queue:
-            if self._finish(key, work.left, now, work) <= work.deadline:
+            if self._finish(key, work.left, now) <= work.deadline:
                 break
             hopeless += 1
         self._drop(key, hopeless, now, refused)
@@ -252,7 +256,7 @@ class Batcher:
         """Degrade, postpone or refuse work that misses its deadline, as its promise says."""
         cheaper = self._class(work.key).cheaper
         if work.sla.on_overload == "degrade" and cheaper is not None:
-            if self._finish(cheaper, work.left, start, work) <= work.deadline:
+            if self._finish(cheaper, work.left, start) <= work.deadline:
                 work.key = cheaper
                 self._add_urgent(work)
                 return None
@@ -313,8 +317,9 @@ class Batcher:
         work.used = max(work.used, self._floor)
         self._background.append(work)
 
-    def _finish(self, key: str, rows: int, start: float, work: Work) -> float:
-        return start + self.latency.predict(key, rows, work.sla.quantile)
+    def _finish(self, key: str, rows: int, start: float) -> float:
+        """When rows that run next are likely to be done; what misses that is hopeless."""
+        return start + self.latency.predict(key, rows, 0.5)
 
     def _count(self, work: Work, now: float) -> None:
         self._rates[work.key] = (self.rate(work.key, now) + work.rows / _RATE_MEMORY, now)
@@ -332,7 +337,7 @@ class Batcher:
         )
 
     def _miss(self, work: Work, now: float, start: float) -> DeadlineRefused:
-        predicted = self._finish(work.key, work.left, start, work) - work.arrival
+        predicted = self._finish(work.key, work.left, start) - work.arrival
         allowed = work.deadline - work.arrival
         ahead = self._rows.get(work.key, 0)
         return DeadlineRefused(

@@ -17,20 +17,52 @@ import numpy as np
 
 from engine.errors import ConfigError
 
-_MEMORY = 64  # batches remembered for the quantile
+_MEMORY = 256  # batches remembered for the quantiles
 _SHIFT = 6  # as many in a row beyond the band mean that the cost has changed
 _BAND = 1.2
 _LEARN = 0.05  # how fast the curve's own shape follows
+_REBUILD = 8  # batches after which the moved curve is tabulated anew
+
+
+@dataclass(slots=True)
+class _Sample:
+    """The last values seen, in order of arrival and of size."""
+
+    values: deque[float] = field(default_factory=lambda: deque(maxlen=_MEMORY))
+    ordered: list[float] = field(default_factory=list)
+
+    def add(self, value: float) -> None:
+        if len(self.values) == _MEMORY:
+            del self.ordered[bisect_right(self.ordered, self.values[0]) - 1]
+        self.values.append(value)
+        insort(self.ordered, value)
+
+    def quantile(self, share: float, empty: float) -> float:
+        if not self.ordered:
+            return empty
+        return self.ordered[min(int(share * len(self.ordered)), len(self.ordered) - 1)]
+
+    def keep(self, count: int) -> None:
+        recent = list(self.values)[-count:] if count else []
+        self.values.clear()
+        self.values.extend(recent)
+        self.ordered = sorted(recent)
 
 
 @dataclass(slots=True)
 class _Curve:
-    """Cost of one work class: a curve over rows times a factor that follows the present."""
+    """Cost of one work class: a curve over rows, times a level, plus a delay.
+
+    The level is the median ratio of what was seen to the curve; it follows the present. The
+    delay is what single batches took beyond that. It is added, not multiplied: a core taken
+    away for 5 ms costs a batch of one as much as a batch of a hundred.
+    """
 
     knots: dict[int, float] = field(default_factory=dict)
-    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_MEMORY))
-    ordered: list[float] = field(default_factory=list)
+    ratios: _Sample = field(default_factory=_Sample)
+    delays: _Sample = field(default_factory=_Sample)
     table: list[float] = field(default_factory=list)
+    moved: int = 0
 
     def rebuild(self, rows: int) -> None:
         size = max(rows, len(self.table) - 1, max(self.knots, default=1))
@@ -54,39 +86,40 @@ class _Curve:
             self.rebuild(max(rows, 2 * len(self.table)))
         return self.table[rows]
 
-    def remember(self, ratio: float) -> None:
-        if len(self.ratios) == _MEMORY:
-            oldest = self.ratios[0]
-            del self.ordered[bisect_right(self.ordered, oldest) - 1]
-        self.ratios.append(ratio)
-        insort(self.ordered, ratio)
+    def level(self) -> float:
+        return self.ratios.quantile(0.5, 1.0)
 
-    def quantile(self, share: float) -> float:
-        if not self.ordered:
-            return 1.0
-        return self.ordered[min(int(share * len(self.ordered)), len(self.ordered) - 1)]
+    def delay(self, share: float) -> float:
+        return max(0.0, self.delays.quantile(share, 0.0)) if share > 0.5 else 0.0
 
-    def forget_if_shifted(self) -> None:
+    def observe(self, rows: int, seconds: float) -> None:
+        self.ratios.add(seconds / self.base(rows))
+        self._forget_if_shifted()
+        self.delays.add(seconds - self.level() * self.base(rows))
+        self._follow(rows, seconds)
+
+    def _forget_if_shifted(self) -> None:
         """Drop the past once the last few batches all lie on one side of it."""
-        if len(self.ratios) < 2 * _SHIFT:
+        if len(self.ratios.values) < 2 * _SHIFT:
             return
-        middle = self.quantile(0.5)
-        recent = list(self.ratios)[-_SHIFT:]
+        middle = self.level()
+        recent = list(self.ratios.values)[-_SHIFT:]
         if min(recent) > middle * _BAND or max(recent) < middle / _BAND:
-            self.ratios.clear()
-            self.ratios.extend(recent)
-            self.ordered = sorted(recent)
+            self.ratios.keep(_SHIFT)
+            self.delays.keep(0)
 
-    def follow(self, rows: int, seconds: float) -> None:
+    def _follow(self, rows: int, seconds: float) -> None:
         """Move the curve's knots near ``rows`` a little towards what was seen."""
-        level = self.quantile(0.5)
-        off = seconds / (level * self.base(rows)) - 1
+        off = seconds / (self.level() * self.base(rows)) - 1
         near = sorted(self.knots, key=lambda knot: abs(knot - rows))[:2]
         span = sum(abs(knot - rows) for knot in near) or 1
         for knot in near:
             closeness = 1 - abs(knot - rows) / span if len(near) > 1 else 1.0
             self.knots[knot] *= 1 + _LEARN * closeness * max(-0.5, min(off, 0.5))
-        self.rebuild(rows)
+        self.moved += 1
+        if self.moved >= _REBUILD:
+            self.moved = 0
+            self.rebuild(rows)
 
 
 class LatencyModel:
@@ -111,14 +144,12 @@ class LatencyModel:
         curve = self._curves.setdefault(key, _Curve())
         if not curve.knots:
             self.seed(key, rows, seconds)
-        curve.remember(max(seconds, 1e-7) / curve.base(rows))
-        curve.forget_if_shifted()
-        curve.follow(rows, max(seconds, 1e-7))
+        curve.observe(rows, max(seconds, 1e-7))
 
     def predict(self, key: str, rows: int, quantile: float = 0.99) -> float:
         """Upper quantile of the seconds a batch of ``rows`` takes; 0.0 for an unknown key."""
         curve = self._curves.get(key)
-        return curve.base(rows) * curve.quantile(quantile) if curve else 0.0
+        return curve.base(rows) * curve.level() + curve.delay(quantile) if curve else 0.0
 
     def rows_within(self, key: str, seconds: float, most: int, quantile: float = 0.99) -> int:
         """The largest number of rows, at most ``most``, predicted to take ``seconds`` or less."""
@@ -126,7 +157,7 @@ class LatencyModel:
         if curve is None or not curve.knots:
             return most
         curve.base(most)
-        budget = seconds / curve.quantile(quantile) * (1 + 1e-9)
+        budget = (seconds - curve.delay(quantile)) / curve.level() * (1 + 1e-9)
         return bisect_right(curve.table, budget, 1, most + 1) - 1
 
     def save(self) -> None:
@@ -134,7 +165,7 @@ class LatencyModel:
         if self._path is None:
             return
         data = {
-            key: {str(rows): cost * curve.quantile(0.5) for rows, cost in curve.knots.items()}
+            key: {str(rows): cost * curve.level() for rows, cost in curve.knots.items()}
             for key, curve in self._curves.items()
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)

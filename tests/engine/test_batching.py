@@ -172,3 +172,17 @@ def test_nothing_is_lost_nothing_runs_twice_and_what_runs_is_in_time(arrivals):
             assert part.work.deadline >= now - 1e-6
     for item in everything:
         assert ran[item] == (0 if item in answered else item.rows)
+
+
+def test_stalls_longer_than_the_promise_do_not_close_the_door_for_good():
+    made = batcher()
+    for turn in range(20):
+        made.offer(work(float(turn)), float(turn))
+        batch, _ = made.next(float(turn))
+        assert batch is not None
+        made.finished(batch, 0.9 if turn % 5 == 4 else 0.021, turn + 0.9)
+    late = work(30.0)
+    assert made.offer(late, 30.0) is None
+    batch, refused = made.next(30.0)
+    assert batch is not None
+    assert not refused

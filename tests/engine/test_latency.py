@@ -60,3 +60,13 @@ def test_what_was_learned_survives_a_restart(tmp_path):
     path.write_text("[]")
     with pytest.raises(ConfigError, match=r"latency\.json is not a latency file"):
         LatencyModel(path).restore()
+
+
+def test_a_stall_adds_to_a_prediction_and_does_not_multiply_it():
+    model = LatencyModel()
+    for rows in (1, 128):
+        model.seed("net", rows, 50e-6 * rows)
+    for batch in range(100):
+        model.observe("net", 1, 5e-3 if batch % 30 == 10 else 50e-6)
+    assert model.predict("net", 1) == pytest.approx(5e-3, rel=0.1)
+    assert model.predict("net", 128) == pytest.approx(5e-3 + 128 * 50e-6, rel=0.1)
