@@ -151,7 +151,7 @@ SERVERS = (
             *("bentoml", "serve", "serve_bentoml:Fraud", "--host", HOST),
             *("--port", str(place.port)),
         ],
-        settings="adaptive batches up to 128, max_latency_ms 150, timeout 150 ms",
+        settings="adaptive batches up to 128, max_latency_ms 100, timeout 150 ms",
         body=lambda row: {"features": [row]},
         read=lambda answer: float(answer[0]),
         variables=lambda place: {
