@@ -8,10 +8,15 @@ The path chooses the mood; ``/double`` doubles four numbers through a real engin
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
+import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 import httptools
@@ -65,9 +70,17 @@ class Moody(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         path = self.url.decode().partition("?")[0].strip("/")
-        answer = getattr(self, f"do_{path}")()
+        answer = getattr(self, f"do_{path.replace('.', '_')}", self.do_missing)()
         if answer is not None:
             self.transport.write(answer)
+
+    def do_missing(self) -> bytes:
+        return plain(b"no such mood", b"404 Not Found")
+
+    def do_openapi_json(self) -> bytes:
+        content = {"application/json": {"example": [1.0, 2.0, 3.0, 4.0]}}
+        paths = {"/double": {"post": {"requestBody": {"content": content}}}}
+        return plain(json.dumps({"paths": paths}).encode())
 
     def do_plain(self) -> bytes:
         return plain(b"hello")
@@ -122,7 +135,7 @@ class Moody(asyncio.Protocol):
         return plain(b"", b"500 Internal Server Error")
 
     def do_double(self) -> None:
-        task = asyncio.create_task(self.double(torch.tensor([json.loads(self.body)])))
+        task = asyncio.create_task(self.double(torch.tensor([json.loads(self.body)]).float()))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
@@ -133,6 +146,23 @@ class Moody(asyncio.Protocol):
             self.transport.write(plain(b"", b"503 Service Unavailable", b"retry-after: 1\r\n"))
             return
         self.transport.write(plain(json.dumps(answer.value.tolist()).encode()))
+
+
+@contextlib.contextmanager
+def running() -> Iterator[str]:
+    """The URL of a server in another process, so that it and the client do not share a GIL."""
+    here = Path(__file__).resolve()
+    process = subprocess.Popen(
+        [sys.executable, str(here)],
+        env={**os.environ, "PYTHONPATH": str(here.parents[2]), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    process.stdin.close()
+    assert process.wait(30) == 0
+    process.stdout.close()
 
 
 async def serve() -> None:

@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from moody_server import STALL_SECONDS
+from moody_server import STALL_SECONDS, running
 from scipy import stats
 
 from engine import ConfigError
 from pipelines.load import Load, LoadResult, poisson
 
-HERE = Path(__file__).resolve().parent
 PARALLEL = 2
 ONE_STALL = [b""] * 100 + [b"stall"] + [b""] * 900
 
 
 @pytest.fixture(scope="module")
 def base() -> Iterator[str]:
-    """The URL of a server in another process, so that it and the client do not share a GIL."""
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "moody_server.py")],
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdin is not None
-    assert process.stdout is not None
-    yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-    process.stdin.close()
-    assert process.wait(30) == 0
-    process.stdout.close()
+    with running() as url:
+        yield url
 
 
 def load(url: str, **settings: Any) -> LoadResult:
