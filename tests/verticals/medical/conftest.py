@@ -1,0 +1,104 @@
+"""Series to load: small phantoms written as DICOM, odd variants of them, and real ones."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+
+from verticals.medical.phantom import Phantom
+from verticals.medical.phantom_dicom import Faults, write_series
+
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "dicom"
+
+SMALL = {"shape": (36, 30, 10), "spacing": (9.0, 8.0, 5.0), "noise_hu": 5.0}
+
+Write = Callable[..., Path]
+Edit = Callable[..., None]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a small phantom series: ``write(name, tilt=..., compression=..., missing=...)``."""
+
+    def write(name: str = "series", **options: Any) -> Path:
+        folder = tmp_path / name
+        faults = Faults(
+            missing=options.pop("missing", ()),
+            duplicated=options.pop("duplicated", ()),
+            shuffled=options.pop("shuffled", False),
+        )
+        compression = options.pop("compression", "none")
+        series = options.pop("series", 1)
+        phantom = Phantom(**{**SMALL, **options})
+        write_series(phantom, folder, compression=compression, faults=faults, series=series)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def edit() -> Edit:
+    """Change attributes of files: ``edit(folder, lambda image, k: ...)``, k counts the files."""
+
+    def edit(where: Path, change: Callable[[pydicom.Dataset, int], None]) -> None:
+        files = sorted(where.glob("*.dcm")) if where.is_dir() else [where]
+        for k, path in enumerate(files):
+            image = pydicom.dcmread(path)
+            change(image, k)
+            image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
+            image.save_as(path, enforce_file_format=True)
+
+    return edit
+
+
+@pytest.fixture
+def expected() -> Callable[..., np.ndarray]:
+    """The voxels that the small phantom must load as: (z, y, x) HU."""
+
+    def expected(**options: Any) -> np.ndarray:
+        phantom = Phantom(**{**SMALL, **options})
+        slices = [phantom.slice_hu(k) for k in range(phantom.shape[2])]
+        return np.clip(np.rint(np.stack(slices)), -1024, 3071).astype(np.int16)
+
+    return expected
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Unpack a real series once: ``real("ge-head-ct-28")``."""
+    root = tmp_path_factory.mktemp("real")
+
+    def real(name: str) -> Path:
+        archive = SHARED / f"{name}.tar.xz"
+        if not archive.exists():
+            pytest.skip(f"{archive} is absent: real series are kept beside the project")
+        folder = root / name
+        if not folder.exists():
+            with tarfile.open(archive) as packed:
+                packed.extractall(folder, filter="data")
+        return folder
+
+    return real
+
+
+@pytest.fixture(scope="session")
+def pydicom_data() -> Callable[[str], Path]:
+    """A test file that comes with pydicom or pydicom-data."""
+    extra = pytest.importorskip("data_store", reason="pydicom-data is not installed")
+    folders = [
+        Path(pydicom.__file__).parent / "data" / "test_files",
+        Path(extra.__file__).parent / "data",
+    ]
+
+    def pydicom_data(name: str) -> Path:
+        found = [folder / name for folder in folders if (folder / name).exists()]
+        assert found, name
+        return found[0]
+
+    return pydicom_data

@@ -1,0 +1,250 @@
+"""Series are found in folders, archives and behind a DICOMDIR, whatever lies beside them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.fileset import FileSet
+
+from engine.errors import InputError
+from verticals.medical.discover import discover, scan
+from verticals.medical.loader import load_volume
+from verticals.medical.source import Limits
+
+Write = Callable[..., Path]
+
+
+def zipped(folder: Path, target: Path, method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(target, "w", method) as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                archive.write(path, f"study/{path.relative_to(folder)}")
+    return target
+
+
+def test_every_series_below_a_folder_is_found(write: Write) -> None:
+    root = write("root/a").parent
+    write("root/deep/b", series=2, shape=(36, 30, 4))
+    found = discover(root)
+    assert [len(series.frames) for series in found] == [10, 4]
+    assert {series.modality for series in found} == {"CT"}
+    assert found[0].study_uid == found[1].study_uid
+
+
+def test_two_series_in_one_folder_are_never_mixed(write: Write, expected: Any) -> None:
+    folder = write("one")
+    for path in write("two", series=2, seed=7).glob("*.dcm"):
+        shutil.copy(path, folder / f"two_{path.name}")
+    with pytest.raises(InputError) as refusal:
+        load_volume(folder)
+    message = str(refusal.value)
+    assert refusal.value.reason == "several_series"
+    assert "holds 2 series" in message
+    for series in discover(folder):
+        assert series.id in message
+        assert series.uid[-8:] in message
+        assert "CT, 10 images of 36 x 30" in message
+        for name in (series.id, series.uid, series.uid[-8:]):
+            volume = load_volume(folder, series=name)
+            assert volume.series.series_instance_uid == series.uid
+            assert np.array_equal(volume.voxels, expected())
+    with pytest.raises(InputError, match=r"no series of .* answer to 'nonsense'"):
+        load_volume(folder, series="nonsense")
+
+
+def test_nothing_personal_is_shown(write: Write, edit: Callable[..., None]) -> None:
+    def name(image: pydicom.Dataset, _: int) -> None:
+        image.PatientName, image.PatientID = "Secret^Name", "ID-4711"
+        image.SeriesDescription = "Secret thorax"
+
+    folder = write()
+    edit(folder, name)
+    volume = load_volume(folder)
+    (series,) = discover(folder)
+    texts = [
+        series.describe(),
+        repr(series),
+        repr(volume),
+        repr(volume.series),
+        repr(series.frames),
+    ]
+    texts.append(str(volume.series.public()))
+    for text in texts:
+        assert "Secret" not in text
+        assert "4711" not in text
+    assert re.fullmatch(r"[0-9a-f]{12}", series.id)
+    assert volume.series.headers()[0].PatientID == "ID-4711"
+
+
+def test_the_id_of_a_series_depends_on_its_images_alone(write: Write, tmp_path: Path) -> None:
+    folder = write("here")
+    moved = tmp_path / "there"
+    shutil.copytree(folder, moved)
+    assert discover(folder)[0].id == discover(moved)[0].id
+    assert discover(write("other", seed=8))[0].id != discover(folder)[0].id
+
+
+def test_ignored_files_are_listed_with_a_reason(
+    write: Write, pydicom_data: Callable[[str], Path]
+) -> None:
+    folder = write()
+    (folder / "readme.txt").write_text("x" * 2000)
+    (folder / "DICOMDIR").write_bytes(b"")
+    shutil.copy(pydicom_data("reportsi.dcm"), folder / "report.dcm")
+    zipped(write("other"), folder / "more.zip")
+    (folder / "cut.dcm").write_bytes((folder / "slice_0001.dcm").read_bytes()[:600])
+    reasons = {Path(bad.name).name: bad.reason for bad in scan(folder).ignored}
+    assert reasons.pop("truth.json") == "not DICOM"
+    assert reasons.pop("readme.txt") == "not DICOM"
+    assert reasons.pop("report.dcm") == "DICOM without an image"
+    assert "index" in reasons.pop("DICOMDIR")
+    assert "archive inside" in reasons.pop("more.zip")
+    assert "no Rows or Columns" in reasons.pop("cut.dcm")
+    assert not reasons
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("compression", ["none", "jpegls"])
+def test_an_archive_loads_like_its_folder(
+    write: Write, tmp_path: Path, expected: Any, method: int, compression: str
+) -> None:
+    archive = zipped(write(compression=compression), tmp_path / "study.zip", method)
+    volume = load_volume(archive, strict=True)
+    assert np.array_equal(volume.voxels, expected())
+    assert volume.series.files[0] == f"{archive}:study/slice_0001.dcm"
+    assert volume.series.headers()[0].Modality == "CT"
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.dcm", "/etc/evil.dcm", "a/../../evil", "..\\evil", "C:/x"]
+)
+def test_an_archive_that_points_outside_itself_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "evil.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, b"x")
+    with pytest.raises(InputError, match="points outside"):
+        discover(path)
+    assert sorted(tmp_path.rglob("*")) == [path]
+
+
+@pytest.mark.parametrize(
+    ("limits", "why"),
+    [
+        (Limits(files=5), "at most 5 are read"),
+        (Limits(total_bytes=10_000), "at most 10000 are read"),
+        (Limits(member_bytes=1_000), "at most 1000 are read"),
+    ],
+)
+def test_archives_are_bounded(write: Write, tmp_path: Path, limits: Limits, why: str) -> None:
+    archive = zipped(write(), tmp_path / "study.zip")
+    with pytest.raises(InputError, match=why):
+        discover(archive, limits)
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.zip"
+    zeros = bytes(1 << 20)
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("bomb.dcm", "w", force_zip64=True) as member,
+    ):
+        for _ in range(300):
+            member.write(zeros)
+    with pytest.raises(InputError, match="times its size"):
+        discover(path)
+
+
+def test_a_broken_archive_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.zip"
+    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(InputError, match=re.escape("broken.zip cannot be read as a zip")):
+        discover(path)
+
+
+def test_a_folder_of_too_many_files_is_refused(write: Write) -> None:
+    with pytest.raises(InputError, match="more than 5 files"):
+        discover(write(), Limits(files=5))
+
+
+def test_a_path_that_is_not_there_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"does not exist \(give a folder, a zip"):
+        discover(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "not_dicom"), (b"plain text" * 100, "not_dicom")]
+)
+def test_a_file_that_is_not_dicom_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "file.dcm"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="holds no DICOM images: not DICOM") as refusal:
+        load_volume(path)
+    assert refusal.value.reason == reason
+
+
+def test_a_dicomdir_leads_to_its_files(write: Write, tmp_path: Path, expected: Any) -> None:
+    made = FileSet()
+    for path in write("source").glob("*.dcm"):
+        made.add(path)
+    made.write(tmp_path / "media")
+    volume = load_volume(tmp_path / "media" / "DICOMDIR", strict=True)
+    assert np.array_equal(volume.voxels, expected())
+
+
+def test_a_dicomdir_never_leads_outside_its_folder(write: Write, tmp_path: Path) -> None:
+    made = FileSet()
+    for path in write("source").glob("*.dcm"):
+        made.add(path)
+    made.write(tmp_path / "media")
+    index = pydicom.dcmread(tmp_path / "media" / "DICOMDIR")
+    images = [r for r in index.DirectoryRecordSequence if "ReferencedFileID" in r]
+    images[0].ReferencedFileID = ["..", "source", "slice_0001.dcm"]
+    images[1].ReferencedFileID = ["ABSENT"]
+    index.save_as(tmp_path / "media" / "DICOMDIR")
+    found = scan(tmp_path / "media" / "DICOMDIR")
+    assert len(found.series[0].frames) == 8
+    assert {bad.reason for bad in found.ignored} == {
+        "the DICOMDIR points outside its folder",
+        "listed in the DICOMDIR but absent",
+    }
+
+
+def test_a_separate_scout_series_does_not_stand_in_the_way(
+    write: Write, edit: Callable[..., None], expected: Any
+) -> None:
+    folder = write("axial")
+    scout = write("scout", series=9, shape=(36, 30, 2))
+    edit(scout, lambda i, _: setattr(i, "ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"]))
+    for path in scout.glob("*.dcm"):
+        shutil.move(path, folder / f"scout_{path.name}")
+    volume = load_volume(folder, strict=True)
+    assert np.array_equal(volume.voxels, expected())
+    assert [issue.kind for issue in volume.verdict.issues] == ["left_out"]
+    assert volume.verdict.ok
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("rtdose_1frame.dcm", "derived"),
+        ("SC_rgb.dcm", "no position"),
+        ("liver.dcm", "derived"),
+        ("emri_small.dcm", "no position"),
+        ("mlut_18.dcm", "no position"),
+    ],
+)
+def test_what_is_no_scan_is_listed_but_not_loaded(
+    pydicom_data: Callable[[str], Path], name: str, why: str
+) -> None:
+    (series,) = discover(pydicom_data(name))
+    assert not series.volumetric
+    with pytest.raises(InputError, match=why):
+        load_volume(series)

@@ -1,0 +1,242 @@
+"""Stored pixels become exact modality values, in the smallest type that holds them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import ExplicitVRBigEndian
+
+from engine.errors import InputError
+from verticals.medical.loader import load_volume
+
+Write = Callable[..., Path]
+Edit = Callable[..., None]
+Files = Callable[[str], Path]
+
+
+def pixels(change: Callable[[np.ndarray], np.ndarray], **attributes: Any) -> Callable[..., None]:
+    """An edit that replaces stored values and attributes."""
+
+    def edit(image: pydicom.Dataset, k: int) -> None:
+        stored = np.frombuffer(image.PixelData, "<u2").reshape(image.Rows, image.Columns)
+        image.PixelData = change(stored).tobytes()
+        for name, value in attributes.items():
+            setattr(image, name, value(k) if callable(value) else value)
+
+    return edit
+
+
+# -- stored values to modality values ---------------------------------------------------------
+def test_whole_slopes_stay_int16(write: Write, edit: Edit, expected: Any) -> None:
+    folder = write()
+    edit(folder, pixels(lambda s: s, RescaleSlope=2, RescaleIntercept=-2048))
+    volume = load_volume(folder)
+    assert volume.voxels.dtype == np.int16
+    assert np.array_equal(volume.voxels, expected() * 2)
+
+
+def test_a_slope_of_its_own_for_every_slice_is_kept_exactly(
+    write: Write, edit: Edit, expected: Any
+) -> None:
+    folder = write()
+    edit(folder, pixels(lambda s: s, RescaleSlope=lambda k: 1 + k / 8, RescaleIntercept="-10.5"))
+    volume = load_volume(folder)
+    assert volume.voxels.dtype == np.float32
+    slopes = 1 + np.arange(10) / 8
+    exact = (expected().astype(float) + 1024) * slopes[:, None, None] - 10.5
+    assert np.array_equal(volume.voxels, exact.astype(np.float32))
+
+
+def test_values_beyond_int16_become_float32(write: Write, edit: Edit, expected: Any) -> None:
+    folder = write()
+    edit(
+        folder,
+        pixels(lambda s: s * np.uint16(32), BitsStored=16, HighBit=15, RescaleIntercept=0),
+    )
+    volume = load_volume(folder)
+    assert volume.voxels.dtype == np.float32
+    assert volume.voxels.max() > 32767
+    assert np.array_equal(volume.voxels, (expected().astype(np.int32) + 1024) * 32)
+
+
+def test_unsigned_sixteen_bits_with_small_values_stay_int16(
+    write: Write, edit: Edit, expected: Any
+) -> None:
+    folder = write()
+    edit(folder, pixels(lambda s: s, BitsStored=16, HighBit=15))
+    volume = load_volume(folder)
+    assert volume.voxels.dtype == np.int16
+    assert np.array_equal(volume.voxels, expected())
+
+
+def test_bits_beyond_bits_stored_are_masked(write: Write, edit: Edit, expected: Any) -> None:
+    folder = write()
+    edit(folder, pixels(lambda s: s | np.uint16(0xA000)))
+    assert np.array_equal(load_volume(folder).voxels, expected())
+
+
+def test_twelve_signed_bits_are_extended(write: Write, edit: Edit, expected: Any) -> None:
+    def signed(stored: np.ndarray) -> np.ndarray:
+        return (stored.astype(np.int16) - 1024).view(np.uint16) & np.uint16(0x0FFF)
+
+    folder = write()
+    edit(folder, pixels(signed, PixelRepresentation=1, RescaleIntercept=0))
+    assert np.array_equal(load_volume(folder).voxels, expected())
+
+
+def test_bits_that_start_higher_are_shifted_down(write: Write, edit: Edit, expected: Any) -> None:
+    folder = write()
+    edit(folder, pixels(lambda s: s << np.uint16(4), HighBit=15))
+    assert np.array_equal(load_volume(folder).voxels, expected())
+
+
+def test_eight_bit_images(write: Write, edit: Edit, expected: Any) -> None:
+    folder = write()
+    eight = {"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7, "RescaleSlope": 16}
+    edit(folder, pixels(lambda s: (s // 16).astype(np.uint8), **eight))
+    assert np.array_equal(load_volume(folder).voxels, (expected() + 1024) // 16 * 16 - 1024)
+
+
+def test_nonsense_bits_are_refused(write: Write, edit: Edit) -> None:
+    folder = write()
+    edit(folder, pixels(lambda s: s, BitsStored=20))
+    with pytest.raises(InputError, match="make no sense"):
+        load_volume(folder)
+
+
+@pytest.mark.parametrize("padding", [(-2000, None), (-2000, -1500)])
+def test_padding_outside_the_range_of_hu_becomes_air(
+    write: Write, edit: Edit, expected: Any, padding: tuple[int, int | None]
+) -> None:
+    def pad(image: pydicom.Dataset, _: int) -> None:
+        stored = np.frombuffer(image.PixelData, "<u2").astype(np.int16) - 1024
+        stored[:50] = -1700 if padding[1] else -2000
+        image.PixelData = stored.tobytes()
+        image.BitsStored, image.HighBit, image.PixelRepresentation = 16, 15, 1
+        image.RescaleIntercept = 0
+        image.add_new("PixelPaddingValue", "SS", padding[0])
+        if padding[1] is not None:
+            image.add_new("PixelPaddingRangeLimit", "SS", padding[1])
+
+    folder = write()
+    edit(folder, pad)
+    volume = load_volume(folder, strict=True)
+    exact = expected()
+    exact.reshape(10, -1)[:, :50] = -1024
+    assert np.array_equal(volume.voxels, exact)
+    assert volume.verdict.ok
+    assert [issue.kind for issue in volume.verdict.issues] == ["padding"]
+
+
+def test_a_padding_value_inside_the_range_of_hu_is_kept(
+    write: Write, edit: Edit, expected: Any
+) -> None:
+    folder = write()
+    edit(folder, lambda image, _: image.add_new("PixelPaddingValue", "US", 1064))
+    assert np.array_equal(load_volume(folder).voxels, expected())
+
+
+def test_colour_and_lookup_tables_are_refused(write: Write, edit: Edit) -> None:
+    folder = write()
+
+    def table(image: pydicom.Dataset, _: int) -> None:
+        image.ModalityLUTSequence = [pydicom.Dataset()]
+
+    edit(folder, table)
+    with pytest.raises(InputError, match="Modality LUT"):
+        load_volume(folder)
+
+
+# -- decimal strings and byte orders ----------------------------------------------------------
+def test_decimal_strings_of_any_length_are_read(write: Write, expected: Any) -> None:
+    folder = write()
+    for path in folder.glob("*.dcm"):
+        image = pydicom.dcmread(path)
+        with pydicom.config.disable_value_validation():
+            image.PixelSpacing = ["8.000000000000000001", " 9.0000000000000000000 "]
+            image.save_as(path)
+    volume = load_volume(folder, strict=True)
+    assert volume.spacing == pytest.approx((9.0, 8.0, 5.0), abs=1e-12)
+    assert np.array_equal(volume.voxels, expected())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_big_endian_is_read(pydicom_data: Files) -> None:
+    big = load_volume(pydicom_data("MR_small_bigendian.dcm"))
+    assert big.series.transfer_syntax_uid == ExplicitVRBigEndian
+    assert np.array_equal(big.voxels, load_volume(pydicom_data("MR_small.dcm")).voxels)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CT_small.dcm",
+        "MR_small_RLE.dcm",
+        "MR_small_jp2klossless.dcm",
+        "MR_small_jpeg_ls_lossless.dcm",
+        "MR_small_implicit.dcm",
+        "MR_small_padded.dcm",
+        "J2K_pixelrep_mismatch.dcm",
+        "explicit_VR-UN.dcm",
+        "examples_overlay.dcm",
+    ],
+)
+def test_single_files_agree_with_pydicom(pydicom_data: Files, name: str) -> None:
+    volume = load_volume(pydicom_data(name))
+    image = pydicom.dcmread(pydicom_data(name))
+    reference = image.pixel_array.astype(float)
+    reference = reference * float(image.get("RescaleSlope", 1)) + float(
+        image.get("RescaleIntercept", 0)
+    )
+    assert np.array_equal(volume.voxels[0], reference)
+
+
+def test_jpeg_lossless_goes_through_simpleitk(pydicom_data: Files) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    path = pydicom_data("bad_sequence.dcm")
+    volume = load_volume(path)
+    assert volume.series.transfer_syntax_uid == "1.2.840.10008.1.2.4.70"
+    assert volume.voxels.dtype == np.int16
+    assert np.array_equal(volume.voxels, sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
+
+
+@pytest.mark.parametrize(
+    ("compression", "module", "package", "syntax"),
+    [
+        ("jpegls", "jpeg_ls", "pyjpegls", "JPEG-LS Lossless Image Compression"),
+        ("rle", "rle", "pylibjpeg-rle", "RLE Lossless"),
+    ],
+)
+def test_a_missing_decoder_names_file_syntax_and_package(
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    compression: str,
+    module: str,
+    package: str,
+    syntax: str,
+) -> None:
+    folder = write(compression=compression)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError) as refusal:
+        load_volume(folder)
+    assert refusal.value.reason == "no_decoder"
+    assert refusal.value.hint == f"pip install {package}"
+    assert "slice_0001.dcm" in str(refusal.value)
+    assert f"is stored as {syntax} (1.2.840.10008.1.2." in str(refusal.value)
+
+
+def test_a_syntax_nobody_reads_is_named(write: Write) -> None:
+    folder = write(compression="rle")
+    for path in folder.glob("*.dcm"):
+        raw = path.read_bytes()
+        path.write_bytes(raw.replace(b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.9.9\0", 1))
+    with pytest.raises(InputError, match=r"stored as 1\.2\.840\.10008\.1\.9\.9") as refusal:
+        load_volume(folder)
+    assert refusal.value.reason == "unsupported_syntax"

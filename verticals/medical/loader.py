@@ -1,0 +1,385 @@
+"""Load a DICOM series as a volume that says how far its geometry can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from engine.errors import ConfigError, InputError
+from verticals.medical import geometry
+from verticals.medical.decode import CT_AIR, CT_TOP, decode, padding_hu
+from verticals.medical.discover import Scan, Series, scan
+from verticals.medical.geometry import Stack
+from verticals.medical.header import Frame
+from verticals.medical.regrid import regrid
+from verticals.medical.resample import Grid, Interpolation, fit_size, fit_spacing, resample
+from verticals.medical.volume import (
+    SEVERITY,
+    Affine,
+    Array,
+    Issue,
+    SeriesFacts,
+    Status,
+    Verdict,
+    Volume,
+)
+from verticals.medical.window import Function, apply_window_, check_window
+
+Gaps = Literal["refuse", "fill"]
+
+STATUS_OF: dict[str, Status] = {
+    "single_slice": "single_slice",
+    "duplicate": "duplicates_dropped",
+    "mixed": "mixed_split",
+    "no_position": "partial",
+    "damaged": "partial",
+    "partial": "partial",
+    "gap": "gaps_filled",
+    "spacing": "resampled_spacing",
+    "tilt": "resampled_tilt",
+}
+
+NOTES = ("padding", "left_out", "window")
+"""Issues that concern no voxel's place; they leave a verdict ``"ok"``."""
+
+
+def load_volume(
+    path_or_series: str | Path | Series,
+    strict: bool = False,
+    *,
+    series: str | Series | None = None,
+    gaps: Gaps = "refuse",
+) -> Volume:
+    """Read one series as a volume with its true geometry.
+
+    Args:
+        path_or_series: a folder, zip, DICOMDIR or file, or a series from ``discover``.
+        strict: refuse whatever is not regular instead of repairing it.
+        series: which series of a path with several: its id, its UID or the end of its UID.
+        gaps: ``"refuse"`` a series with slices missing, or ``"fill"`` the gap by linear
+            interpolation (the verdict then says ``gaps_filled`` and how many mm).
+
+    Returns:
+        The volume. A leaning stack or uneven spacing was resampled to an orthogonal, even grid;
+        ``verdict`` says so.
+
+    Raises:
+        InputError: names the file or lists the series to choose from; also for geometry that
+            was refused, with the mm.
+    """
+    chosen, found = _choose(path_or_series, series)
+    stack = geometry.stack(chosen.frames)
+    notes = (*chosen.notes, *found)
+    _refuse(chosen, stack, notes, strict=strict, gaps=gaps)
+    voxels = decode(stack.frames)
+    _check_repeats(stack, voxels)
+    verdict = _verdict((*notes, *stack.issues, *_padding_note(stack)), stack)
+    facts = _facts(chosen, stack)
+    if stack.regular:
+        return Volume(voxels, stack.affine(), verdict, facts)
+    voxels, affine = regrid(voxels, stack)
+    return Volume(voxels, affine, verdict, facts)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedVolume:
+    """A volume prepared for a model, and the way back.
+
+    Args:
+        tensor: (1, z, y, x) float32 in [0, 1].
+        affine: (4, 4) voxel index (i, j, k) of the tensor to patient LPS mm.
+        grid: how the tensor's grid lies on the native one.
+        native: the volume at its own resolution, in modality units.
+        verdict: what was found in the geometry.
+    """
+
+    tensor: Tensor
+    affine: Affine
+    grid: Grid
+    native: Volume
+    verdict: Verdict
+
+    def to_native(self, labels: Tensor | npt.NDArray[np.generic]) -> Array:
+        """Labels (z, y, x) on the tensor's grid, by nearest neighbour on the native grid.
+
+        Args:
+            labels: any dtype; a leading axis of 1 is dropped.
+
+        Returns:
+            (z, y, x) of ``native.shape``, same dtype.
+
+        Raises:
+            InputError: when the labels' shape is not the tensor's.
+        """
+        values = labels.numpy() if isinstance(labels, Tensor) else labels
+        if values.ndim == 4 and values.shape[0] == 1:
+            values = values[0]
+        if values.shape != self.grid.size:
+            raise InputError(
+                f"labels of shape {values.shape} for a volume of {self.grid.size}",
+                field="labels",
+                hint="give one label per voxel of the tensor",
+            )
+        return self.grid.to_native(values)
+
+
+class DICOMLoader:
+    """From a path to a windowed tensor of fixed size or spacing.
+
+    Args:
+        volume_size: (x, y, z) = (columns, rows, slices) of the tensor, which covers the whole
+            field of view; not used when ``spacing`` is given.
+        window_center: centre of the window, modality units (HU for CT; 40/400 is soft tissue).
+        window_width: width of the window.
+        spacing: (x, y, z) mm per voxel, keeping the aspect; the size follows.
+        interpolation: ``"linear"``, or ``"area"``, which averages instead of skipping samples
+            when it shrinks.
+        window: ``"linear_exact"`` (PS3.3 C.11.2.1.3.2) or ``"linear"`` (C.11.2.1.2.1, as displays
+            do).
+        strict: refuse series that are not regular instead of repairing them.
+        gaps: as for :func:`load_volume`.
+
+    Raises:
+        ConfigError: a size, spacing, window or mode that cannot be.
+    """
+
+    def __init__(
+        self,
+        volume_size: tuple[int, int, int] = (256, 256, 128),
+        window_center: float = 40,
+        window_width: float = 400,
+        *,
+        spacing: tuple[float, float, float] | None = None,
+        interpolation: Interpolation = "linear",
+        window: Function = "linear_exact",
+        strict: bool = False,
+        gaps: Gaps = "refuse",
+    ) -> None:
+        if len(volume_size) != 3 or not all(1 <= n <= 4096 for n in volume_size):
+            raise ConfigError(f"volume_size is {volume_size}, expected (x, y, z) of 1 to 4096")
+        if spacing is not None and not (len(spacing) == 3 and all(s >= 0.01 for s in spacing)):
+            raise ConfigError(f"spacing is {spacing}, expected (x, y, z) mm of at least 0.01")
+        if interpolation not in ("linear", "area"):
+            raise ConfigError(f"interpolation is {interpolation!r}, expected 'linear' or 'area'")
+        if gaps not in ("refuse", "fill"):
+            raise ConfigError(f"gaps is {gaps!r}, expected 'refuse' or 'fill'")
+        check_window(window_center, window_width, window)
+        self.volume_size = volume_size
+        self.window_center, self.window_width, self.window = window_center, window_width, window
+        self.spacing, self.interpolation = spacing, interpolation
+        self.strict, self.gaps = strict, gaps
+
+    def load(self, path: str | Path | Series, series: str | Series | None = None) -> LoadedVolume:
+        """Read one series; see :func:`load_volume` for the arguments and errors."""
+        native = load_volume(path, self.strict, series=series, gaps=self.gaps)
+        return self.prepare(native)
+
+    def prepare(self, native: Volume) -> LoadedVolume:
+        """Resample and window a volume that is already loaded."""
+        grid = self._grid(native)
+        tensor = resample(native.voxels, grid, self.interpolation)
+        apply_window_(tensor, self.window_center, self.window_width, self.window)
+        if native.series.photometric == "MONOCHROME1":
+            tensor.neg_().add_(1)
+        verdict = native.verdict
+        if native.series.modality != "CT":
+            text = (
+                f"window {self.window_center:g}/{self.window_width:g} on "
+                f"{native.series.modality or 'unknown'} values, which have no fixed scale"
+            )
+            verdict = replace(verdict, issues=(*verdict.issues, Issue("window", text)))
+        affine = grid.affine(native.affine)
+        return LoadedVolume(tensor.unsqueeze(0), affine, grid, native, verdict)
+
+    def _grid(self, native: Volume) -> Grid:
+        x, y, z = self.volume_size
+        if self.spacing is None:
+            return fit_size(native.shape, (z, y, x))
+        (sx, sy, sz), (wx, wy, wz) = native.spacing, self.spacing
+        grid = fit_spacing(native.shape, (sz, sy, sx), (wz, wy, wx))
+        if np.prod(grid.size, dtype=float) > 1 << 31:
+            raise ConfigError(
+                f"spacing {self.spacing} asks for {grid.size} voxels", hint="ask for coarser voxels"
+            )
+        return grid
+
+
+# -- choosing --------------------------------------------------------------------------------
+def _choose(
+    what: str | Path | Series, wanted: str | Series | None
+) -> tuple[Series, tuple[Issue, ...]]:
+    """The one series meant, and notes on what beside it was left out."""
+    if isinstance(what, Series):
+        return _loadable(what), ()
+    if isinstance(wanted, Series):
+        return _loadable(wanted), ()
+    found = scan(what)
+    chosen = _only(found, what) if wanted is None else _named(found, wanted, what)
+    return _loadable(chosen), _others(found, chosen)
+
+
+def _loadable(series: Series) -> Series:
+    if series.problem is not None:
+        raise InputError(
+            f"no volume can be made of series {series.describe()}",
+            field=series.frames[0].header.source.name,
+            hint="choose another series",
+            reason="not_a_volume",
+        )
+    return series
+
+
+def _named(found: Scan, wanted: str, where: object) -> Series:
+    exact = [one for one in found.series if wanted in (one.id, one.uid)]
+    matches = exact or [one for one in found.series if one.uid.endswith(wanted)]
+    if len(matches) != 1:
+        listing = "; ".join(one.describe() for one in found.series) or "none"
+        few = "no series" if not matches else f"{len(matches)} series"
+        raise InputError(
+            f"{few} of {where} answer to {wanted!r}; there are: {listing}",
+            field="series",
+            hint="give the id at the start of a line",
+            reason="no_such_series" if not matches else "several_series",
+        )
+    return matches[0]
+
+
+def _only(found: Scan, where: object) -> Series:
+    candidates = [one for one in found.series if one.volumetric]
+    if not candidates:
+        candidates = [one for one in found.series if one.problem is None] or list(found.series)
+    if not candidates:
+        raise _nothing(found, where)
+    main = candidates[0]
+    minor = all(one.uid == main.uid and _minor(one, main) for one in candidates[1:])
+    if len(candidates) > 1 and not minor:
+        listing = "; ".join(one.describe() for one in found.series)
+        raise InputError(
+            f"{where} holds {len(found.series)} series: {listing}",
+            field="series",
+            hint='choose one by its id: load(path, series="...")',
+            reason="several_series",
+        )
+    return main
+
+
+def _minor(one: Series, main: Series) -> bool:
+    """A few stray images of another orientation or size, beside a much larger stack."""
+    return one.part is None and len(one.frames) <= max(3, len(main.frames) // 10)
+
+
+def _nothing(found: Scan, where: object) -> InputError:
+    damaged = [one for one in found.ignored if one.damaged]
+    reasons = {one.reason for one in found.ignored}
+    why = damaged[0].reason if damaged else ", ".join(sorted(reasons)[:3]) or "it is empty"
+    reason = "damaged" if damaged else "not_dicom" if reasons == {"not DICOM"} else "no_images"
+    return InputError(
+        f"{where} holds no DICOM images: {why}",
+        field=str(where),
+        hint="give a folder, zip, DICOMDIR or file with DICOM images",
+        reason=reason,
+    )
+
+
+def _others(found: Scan, chosen: Series) -> tuple[Issue, ...]:
+    others = sum(one.uid != chosen.uid or one.part is not None for one in found.series)
+    others -= chosen.part is not None
+    if not others:
+        return ()
+    return (Issue("left_out", f"{others} other series at this path were not loaded"),)
+
+
+# -- judging ---------------------------------------------------------------------------------
+def _refuse(
+    series: Series, stack: Stack, notes: Sequence[Issue], *, strict: bool, gaps: Gaps
+) -> None:
+    issues = [issue for issue in (*notes, *stack.issues) if issue.kind not in NOTES]
+    blocking = issues if strict else [i for i in issues if i.kind == "gap" and gaps == "refuse"]
+    if not blocking:
+        return
+    text = "; ".join(issue.message for issue in blocking)
+    kinds = sorted({issue.kind for issue in blocking})
+    if kinds == ["gap"]:
+        hint = 'send the missing images, or accept interpolated ones with gaps="fill"'
+        if strict:
+            hint = 'send the missing images, or load with strict=False and gaps="fill"'
+    else:
+        hint = "load with strict=False to have it repaired"
+    raise InputError(
+        f"series {series.id}: {text}",
+        field=series.id,
+        hint=hint,
+        reason=f"geometry_{kinds[0]}",
+    )
+
+
+def _check_repeats(stack: Stack, voxels: Array) -> None:
+    """Images at one position must be copies of each other."""
+    for k, frame in stack.repeats:
+        again = decode([frame])[0]
+        if not np.array_equal(again, voxels[k]):
+            raise InputError(
+                f"{stack.frames[k].header.source.name} and {frame.header.source.name} are "
+                f"different images at one position, and no attribute tells the "
+                f"{len(stack.repeats) + len(stack.frames)} images of this series apart",
+                field="ImagePositionPatient",
+                hint="load the phases, echoes or reconstructions as separate series",
+                reason="ambiguous_repeats",
+            )
+
+
+def _verdict(issues: tuple[Issue, ...], stack: Stack) -> Verdict:
+    states: list[Status] = [STATUS_OF[i.kind] for i in issues if i.kind in STATUS_OF]
+    if "resampled_tilt" in states and not stack.even:
+        states.append("resampled_tilt_spacing")
+    worst = max(states, key=SEVERITY.index, default=SEVERITY[0])
+    return Verdict(worst, issues)
+
+
+def _padding_note(stack: Stack) -> tuple[Issue, ...]:
+    span = padding_hu(stack.frames[0])
+    if span is None:
+        return ()
+    low, high = span
+    if low >= CT_AIR and high <= CT_TOP:
+        return ()
+    return (Issue("padding", f"padding of {low:g} HU is shown as {CT_AIR} HU"),)
+
+
+def _facts(series: Series, stack: Stack) -> SeriesFacts:
+    header = stack.frames[0].header
+    x, y = stack.pixel
+    return SeriesFacts(
+        id=series.id,
+        modality=header.modality,
+        sop_class_uid=header.sop_class,
+        rows=header.rows,
+        columns=header.columns,
+        spacing=(x, y, stack.step),
+        number_of_slices=len(stack.frames),
+        slice_thickness=header.thickness,
+        kernel=header.kernel,
+        photometric=header.photometric,
+        image_type=header.image_type,
+        transfer_syntax_uid=header.syntax,
+        windows=header.windows,
+        burned_in=_burned_in(stack.frames),
+        study_instance_uid=header.study_uid,
+        series_instance_uid=header.series_uid,
+        frame_of_reference_uid=header.frame_of_reference or None,
+        sop_instance_uids=tuple(frame.header.sop_uid for frame in stack.frames),
+        frame_numbers=tuple(frame.index + 1 for frame in stack.frames),
+        positions=tuple((float(x), float(y), float(z)) for x, y, z in stack.positions),
+        sources=tuple(frame.header.source for frame in stack.frames),
+    )
+
+
+def _burned_in(frames: Sequence[Frame]) -> str | None:
+    values = {frame.header.burned_in for frame in frames}
+    return "YES" if "YES" in values else next(iter(values)) if len(values) == 1 else None

@@ -1,0 +1,209 @@
+"""Where an image lies: a file, or a member of a zip archive that is never unpacked."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from pydicom import Dataset, dcmread
+from pydicom.errors import BytesLengthException, InvalidDicomError
+
+from engine.errors import InputError
+
+MALFORMED = (
+    InvalidDicomError,
+    BytesLengthException,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    NotImplementedError,
+    RecursionError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What reading damaged or hostile bytes as DICOM is known to raise."""
+
+
+class Unreadable(ValueError):
+    """Bytes that cannot be an image; the message is ours and holds no value of the file."""
+
+
+DEFLATED = "1.2.840.10008.1.2.1.99"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on what is walked and unpacked.
+
+    Args:
+        files: files of a folder, or members of an archive.
+        total_bytes: sum of the unpacked sizes of an archive's members.
+        member_bytes: one unpacked member or deflated data set.
+        ratio: unpacked over packed size of an archive above 256 MiB unpacked.
+    """
+
+    files: int = 200_000
+    total_bytes: int = 32 << 30
+    member_bytes: int = 4 << 30
+    ratio: float = 100.0
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One readable file.
+
+    Args:
+        path: the file, or the archive it is a member of.
+        member: its name inside the archive.
+        archive: the open archive; closes with the last source that uses it.
+    """
+
+    path: Path
+    member: str | None = None
+    archive: zipfile.ZipFile | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """How messages name it: the path, or ``archive.zip:member``."""
+        return str(self.path) if self.member is None else f"{self.path}:{self.member}"
+
+    @property
+    def folder(self) -> str:
+        """The folder it lies in; the archive's name for a member."""
+        return str(self.path if self.member is not None else self.path.parent)
+
+    @contextmanager
+    def open(self) -> Iterator[tuple[IO[bytes], int]]:
+        """A seekable stream of its bytes, and its size in bytes.
+
+        Raises:
+            InputError: when it cannot be opened or is not a regular file.
+        """
+        try:
+            if self.archive is not None and self.member is not None:
+                info = self.archive.getinfo(self.member)
+                with self.archive.open(info) as stream:
+                    yield stream, info.file_size
+                return
+            with self.path.open("rb") as file:
+                facts = os.fstat(file.fileno())
+                if not stat.S_ISREG(facts.st_mode):
+                    raise InputError(f"{self.name} is not a regular file", field=self.name)
+                yield file, facts.st_size
+        except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+            raise InputError(
+                f"{self.name} cannot be read: {error}",
+                field=self.name,
+                hint="check that the file is whole and readable",
+                reason="unreadable",
+            ) from None
+
+    def dataset(self, *, pixels: bool = True) -> Dataset:
+        """The whole data set, with or without pixel data.
+
+        Raises:
+            InputError: when it is not DICOM or is damaged.
+        """
+        with self.open() as (stream, _):
+            try:
+                return dcmread(stream, stop_before_pixels=not pixels, force=True)
+            except MALFORMED as error:
+                raise damaged(self, error) from None
+
+
+def damaged(source: Source, error: Exception) -> InputError:
+    """The error for bytes that start as DICOM and do not go on as such."""
+    why = str(error) if isinstance(error, Unreadable) else type(error).__name__
+    return InputError(
+        f"{source.name} cannot be read as DICOM: {why}",
+        field=source.name,
+        hint="send the file again from where it came from",
+        reason="damaged",
+    )
+
+
+def open_archive(path: Path, limits: Limits = DEFAULT_LIMITS) -> list[Source]:
+    """The members of a zip archive, after its directory was checked against ``limits``.
+
+    Nothing is written to disk, so names such as ``../x`` could do no harm; an archive with
+    one is refused all the same, as no honest sender makes it.
+
+    Raises:
+        InputError: not a zip, encrypted, too many members, too large, too dense, bad names.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read as a zip archive: {error}",
+            field=str(path),
+            hint="zip the study's folder again",
+            reason="bad_archive",
+        ) from None
+    members = [info for info in archive.infolist() if not info.is_dir()]
+    problem = _archive_problem(members, limits)
+    if problem is not None:
+        archive.close()
+        raise InputError(
+            f"{path} is refused: {problem}",
+            field=str(path),
+            hint="unpack it yourself and give the folder",
+            reason="archive_refused",
+        )
+    return [Source(path, info.filename, archive) for info in members]
+
+
+def _archive_problem(members: list[zipfile.ZipInfo], limits: Limits) -> str | None:
+    if len(members) > limits.files:
+        return f"{len(members)} members, at most {limits.files} are read"
+    unpacked = sum(info.file_size for info in members)
+    packed = max(1, sum(info.compress_size for info in members))
+    if unpacked > limits.total_bytes:
+        return f"{unpacked} bytes unpacked, at most {limits.total_bytes} are read"
+    if unpacked > 256 << 20 and unpacked / packed > limits.ratio:
+        return f"it unpacks to {unpacked / packed:.0f} times its size"
+    for info in members:
+        parts = PurePosixPath(info.filename.replace("\\", "/"))
+        if parts.is_absolute() or ".." in parts.parts or ":" in info.filename.split("/")[0]:
+            return "a member's name points outside the archive"
+        if info.flag_bits & 0x1:
+            return "it is encrypted"
+        if info.file_size > limits.member_bytes:
+            return f"a member of {info.file_size} bytes, at most {limits.member_bytes} are read"
+    return None
+
+
+def inflate(
+    stream: IO[bytes], limit: int = DEFAULT_LIMITS.member_bytes
+) -> tuple[io.BytesIO, bytes]:
+    """The data set of a file in Deflated Explicit VR (PS3.5 A.5), and its meta group.
+
+    Raises:
+        Unreadable: when there is no meta group length or the data set exceeds ``limit``.
+    """
+    start = stream.read(144)
+    if len(start) < 144 or start[132:140] != b"\x02\x00\x00\x00UL\x04\x00":
+        raise Unreadable("a deflated file without File Meta Information Group Length")
+    meta = stream.read(min(int.from_bytes(start[140:144], "little"), 1 << 20))
+    engine = zlib.decompressobj(-zlib.MAX_WBITS)
+    unpacked = engine.decompress(stream.read(), limit)
+    if engine.unconsumed_tail:
+        raise Unreadable(f"a deflated data set of more than {limit} bytes")
+    return io.BytesIO(unpacked), meta
