@@ -37,6 +37,7 @@ from pipelines.search import Goal, Search, Trial
 MULTIPLES = (0.5, 1.0, 1.5, 2.0)
 PROBE_SECONDS = 1.5
 FIRST_RATE = 200.0  # requests per second the search for the capacity begins with
+MOST_CONNECTIONS = 4000
 GIVE_UP_SECONDS = 1.0  # a client waits this long for an answer
 READY_SECONDS = 120.0
 REST_SECONDS = 0.5
@@ -154,7 +155,7 @@ class Bench:
             rate=rate,
             seconds=seconds,
             seed=seed,
-            connections=max(64, min(1024, int(2 * rate * self.sla))),
+            connections=max(64, min(MOST_CONNECTIONS, int(2 * rate * self.sla))),
             timeout=GIVE_UP_SECONDS,
         ).run()
 
