@@ -123,8 +123,9 @@ def analyse(volume: Volume, max_slice_spacing_mm: float = 3.0) -> Analysis:
         )
     counts = _Counts()
     labels = np.zeros(volume.shape, np.uint8)
+    box = _box(bits)
     for k, hu in enumerate(volume.voxels):
-        counts.add(hu, bits[k], labels[k])
+        counts.add(hu[box], bits[k][box], labels[k][box])
     analysis = Analysis(labels, orientation, found)
     analysis.findings = [
         *_lung_findings(counts, volume),
@@ -153,23 +154,36 @@ class _Counts:
         """Count one native plane (y, x) and write its labels."""
         body = ((bits & INSIDE) > 0) | (((bits & BODY) > 0) & (hu > TISSUE_HU))
         self.body += int(np.count_nonzero(body))
-        bone = ((bits & BONE) > 0) & body & (hu >= BONE_HU)
+        bone = (hu >= BONE_HU) & ((bits & BONE) > 0) & body
         labels[bone] = BONE_LABEL
-        airy = (hu < LUNG_HU) & ((bits & AIRWAY) == 0)
+        low = hu < LUNG_HU
+        airy = low & ((bits & AIRWAY) == 0)
         for side, may, core in (
             (LUNG_RIGHT, RIGHT, RIGHT_CORE),
             (LUNG_LEFT, LEFT, LEFT_CORE),
         ):
             inner = (bits & core) > 0
-            air = (((bits & may) > 0) & airy) | (inner & (hu < LUNG_HU))
+            air = (((bits & may) > 0) & airy) | (inner & low)
             whole = air | inner
             labels[whole] = side
             self.lung[side] += int(np.count_nonzero(whole))
-            values = np.clip(np.rint(hu[air]), LOWEST, LUNG_HU - 1).astype(np.int64) - LOWEST
-            self.air[side] += np.bincount(values, minlength=LUNG_HU - LOWEST)
+            self.air[side] += _histogram(hu[air])
         self.bone += int(np.count_nonzero(labels == BONE_LABEL))
-        tubes = ((bits & AIRWAY) > 0) & (hu < TISSUE_HU) & (labels == 0)
+        tubes = (hu < TISSUE_HU) & ((bits & AIRWAY) > 0) & (labels == 0)
         self.airway += int(np.count_nonzero(tubes))
+
+
+def _histogram(hu: npt.NDArray[Any]) -> Bins:
+    """Voxels by HU rounded to integers, from LOWEST to below LUNG_HU; what is lower is lowest."""
+    whole = hu if hu.dtype.kind == "i" else np.rint(hu).astype(np.int32)
+    return np.bincount(np.clip(whole, LOWEST, LUNG_HU - 1) - LOWEST, minlength=LUNG_HU - LOWEST)
+
+
+def _box(bits: Labels) -> tuple[slice, slice]:
+    """Rows and columns outside of which no plane (z, y, x) has a bit."""
+    flat = np.bitwise_or.reduce(bits, axis=0)
+    rows, columns = np.flatnonzero(np.any(flat, axis=1)), np.flatnonzero(np.any(flat, axis=0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def _lung_findings(counts: _Counts, volume: Volume) -> list[Finding]:

@@ -1,0 +1,175 @@
+"""How long one chest CT takes from folder to report, stage by stage, and how much memory.
+
+    python benchmarks/ct_analysis.py [--slices 200] [--size 512] [--runs 3] [--threads 1] [--json]
+
+The chest phantom is written as uncompressed DICOM CT once; each run reads and analyses it in a
+process of its own, with the packaged weights. Times are wall seconds, the median of the runs;
+memory is the largest resident memory of the process up to the end of a stage. ``import`` is what
+the process holds before it reads anything. The page cache is warm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+STAGES = ("import", "discover", "load", "rules", "resample", "network", "nodules", "outputs")
+EXTENT = (348.0, 348.0, 208.0)
+
+
+def peak_mb() -> float:
+    """Largest resident memory of this process so far, MB."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def analyse(folder: Path, rows: int, threads: int) -> dict[str, Any]:
+    """Analyse the one series below a folder; seconds and memory by stage."""
+    import torch
+
+    from engine import Engine, InputError
+    from verticals.medical.vertical import CtAnalysis
+
+    torch.set_num_threads(threads)
+    seconds, memory = {"import": 0.0}, {"import": peak_mb()}
+
+    def mark(stage: str, since: float) -> float:
+        now = time.perf_counter()
+        seconds[stage], memory[stage] = now - since, peak_mb()
+        return now
+
+    vertical = CtAnalysis()
+    with Engine(threads=threads) as engine:
+        for model in vertical.models():
+            engine.add(model, batch_range=(1, rows))
+        begun = now = time.perf_counter()
+        (item,) = vertical.discover(folder)
+        now = mark("discover", now)
+        request = vertical.load(item)
+        now = mark("load", now)
+        report = engine.run(vertical.infer([request])).value[0]
+        if isinstance(report, InputError):
+            raise SystemExit(str(report))
+        now = mark("infer", now)
+        with tempfile.TemporaryDirectory() as out:
+            files = vertical.write(report, Path(out))
+            sizes = {path.name: path.stat().st_size for path in files}
+        mark("outputs", now)
+    seconds |= report._seconds
+    return {
+        "seconds": seconds,
+        "total": time.perf_counter() - begun,
+        "memory_mb": memory,
+        "volume_mb": request.volume.voxels.nbytes / 1e6,
+        "nodules": len(report.nodules or []),
+        "lungs_ml": report.finding("lungs_volume").value,
+        "files": sizes,
+    }
+
+
+def runs(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Write the phantom, then analyse it in fresh processes."""
+    from verticals.medical.phantom import Phantom
+    from verticals.medical.phantom_dicom import write_series
+
+    size = (given.size, given.size, given.slices)
+    spacing = tuple(extent / n for extent, n in zip(EXTENT, size, strict=True))
+    phantom = Phantom(shape=size, spacing=(spacing[0], spacing[1], spacing[2]))
+    command = [sys.executable, __file__, "--rows", str(given.rows), "--threads", str(given.threads)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(given.threads)}
+    with tempfile.TemporaryDirectory() as folder:
+        write_series(phantom, Path(folder))
+        made = []
+        for _ in range(given.runs):
+            done = subprocess.run(
+                [*command, "--study", folder],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+            made.append(json.loads(done.stdout))
+    return made
+
+
+def summary(made: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the runs, and what does not vary."""
+    middle = statistics.median
+
+    def over(part: str, stage: str) -> float:
+        return float(middle(run[part][stage] for run in made))
+
+    stages = {
+        stage: {"seconds": round(over("seconds", stage), 3)}
+        for stage in STAGES
+        if stage != "import"
+    }
+    memory = {stage: round(over("memory_mb", stage)) for stage in made[0]["memory_mb"]}
+    return {
+        "stages": stages,
+        "total_seconds": round(middle(run["total"] for run in made), 2),
+        "memory_mb": memory,
+        "volume_mb": round(made[0]["volume_mb"], 1),
+        "nodules": made[0]["nodules"],
+        "lungs_ml": made[0]["lungs_ml"],
+        "files_bytes": made[0]["files"],
+    }
+
+
+def show(told: dict[str, Any], given: argparse.Namespace) -> None:
+    """Print the tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{given.slices} slices of {given.size} x {given.size}, {given.threads} thread(s)"
+    table = Table("stage", "seconds", "peak memory, MB", title=title)
+    infer = ("rules", "resample", "network", "nodules")
+    for stage in STAGES:
+        spent = told["stages"].get(stage, {}).get("seconds")
+        at = told["memory_mb"].get("infer" if stage == infer[-1] else stage)
+        table.add_row(stage, "" if spent is None else f"{spent:.2f}", "" if at is None else str(at))
+    table.add_row("total", f"{told['total_seconds']:.2f}", "")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"voxels {told['volume_mb']} MB; {told['nodules']} nodules, lungs {told['lungs_ml']} mL; "
+        f"{platform.machine()}, {os.cpu_count()} CPUs"
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--slices", type=int, default=200)
+    parser.add_argument("--size", type=int, default=512, help="rows and columns")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=4, help="windows at once, at most")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--study", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.study is not None:
+        print(json.dumps(analyse(given.study, given.rows, given.threads)))
+        return
+    told = summary(runs(given))
+    if given.json:
+        print(json.dumps(told, indent=1))
+    else:
+        show(told, given)
+
+
+if __name__ == "__main__":
+    main()

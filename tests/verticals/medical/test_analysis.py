@@ -1,0 +1,232 @@
+"""What is measured in a chest, held against a phantom whose truth comes from formulas."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import permutations, product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from medical.chests import chest, refilled, turned, values
+
+from engine import InputError
+from verticals.medical.analysis import BONE_LABEL, LUNG_LEFT, LUNG_RIGHT, Analysis, analyse
+from verticals.medical.findings import density
+from verticals.medical.phantom import FAT, LUNG, MUSCLE, OUTER, Phantom
+from verticals.medical.vertical import phantom_volume
+from verticals.medical.volume import Volume
+
+TRUTH = Phantom().truth()
+SCANS = {
+    "coarse": {},
+    "fine": {"shape": (250, 180, 108), "spacing": (1.44, 1.44, 2.0)},
+    "thick": {"shape": (200, 160, 44), "spacing": (1.8, 1.8, 5.0)},
+    "noisy": {"shape": (180, 150, 108), "spacing": (2.0, 1.9, 2.0), "noise_hu": 40.0},
+    "oblique": {"shape": (130, 110, 84), "rotation": (14.0, 9.0, 7.0)},
+    "coronal": {"shape": (120, 72, 96), "rotation": (90.0, 0.0, 0.0)},
+}
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[Volume, Analysis]:
+    """One chest and what was found in it."""
+    volume = chest()
+    return volume, analyse(volume)
+
+
+def refusal(volume: Volume) -> InputError:
+    with pytest.raises(InputError) as caught:
+        analyse(volume)
+    return caught.value
+
+
+# -- numbers against the truth ---------------------------------------------------------------
+@pytest.mark.parametrize("scan", SCANS)
+def test_lung_volume_is_true_within_two_percent(scan: str) -> None:
+    found = values(analyse(chest(**SCANS[scan])))
+    for side in ("right", "left"):
+        true = TRUTH["lungs"][side]["volume_mm3"] / 1000
+        assert found[f"lung_{side}_volume"] == pytest.approx(true, rel=0.02), side
+
+
+def test_body_volume_is_true_within_two_percent(plain: tuple[Volume, Analysis]) -> None:
+    volume, analysis = plain
+    length = volume.shape[0] * volume.spacing[2]
+    true = math.pi * OUTER[0] * OUTER[1] * length / 1000
+    assert values(analysis)["body_volume"] == pytest.approx(true, rel=0.02)
+
+
+def test_trachea_is_true_within_five_percent() -> None:
+    phantom = Phantom(shape=(200, 160, 108), spacing=(1.8, 1.8, 2.0))
+    above = phantom.truth()["length_mm"] / 2 - 10  # the trachea ends 10 mm above the middle
+    found = values(analyse(phantom_volume(phantom)))
+    assert found["airway_volume"] == pytest.approx(math.pi * 9**2 * above / 1000, rel=0.05)
+
+
+def test_fat_and_muscle_areas_tell_a_ring_from_what_it_holds(
+    plain: tuple[Volume, Analysis],
+) -> None:
+    found = values(plain[1])
+    ring = math.pi * (OUTER[0] * OUTER[1] - 150 * 100) / 100  # cm², less the skin's partial voxels
+    assert found["fat_area"] is not None
+    assert found["muscle_area"] is not None
+    assert 0.8 * ring < found["fat_area"] < ring
+    assert found["muscle_area"] > found["fat_area"]
+
+
+@pytest.mark.parametrize("noise", [20.0, 60.0])
+def test_densitometry_agrees_with_the_noise_it_was_given(noise: float) -> None:
+    """Lung of one density under Gaussian noise: Perc15 and LAA-950 follow from its quantiles."""
+    found = values(analyse(chest(noise_hu=noise, nodules=())))
+    below = 0.5 * (1 + math.erf((-950 - 0.5 - LUNG) / noise / math.sqrt(2)))
+    # A tenth of the voxels, at 3 mm, hold some of the chest wall and are never that low.
+    assert found["lungs_laa950"] == pytest.approx(0.9 * 100 * below, rel=0.05, abs=0.02)
+    assert found["lungs_perc15"] == pytest.approx(LUNG - 1.0364 * noise, abs=0.15 * noise)
+
+
+def test_mean_lung_density_counts_vessels_and_edges_in(plain: tuple[Volume, Analysis]) -> None:
+    mean = values(plain[1])["lungs_density"]
+    assert mean is not None
+    assert LUNG < mean < LUNG + 40
+
+
+def test_right_is_the_patients_right(plain: tuple[Volume, Analysis]) -> None:
+    volume, analysis = plain
+    for label, side in ((LUNG_RIGHT, -1), (LUNG_LEFT, 1)):
+        middle = np.argwhere(analysis.labels == label).mean(axis=0)[::-1]
+        x = volume.index_to_lps(middle)[0] - TRUTH["body_centre_lps_mm"][0]
+        assert x * side == pytest.approx(82, abs=1)
+
+
+def test_bone_is_dense_and_inside_the_body(plain: tuple[Volume, Analysis]) -> None:
+    volume, analysis = plain
+    assert volume.voxels[analysis.labels == BONE_LABEL].min() >= 226
+    assert values(analysis)["bone_volume"] == pytest.approx(400, rel=0.2)  # spine and ribs
+
+
+@pytest.fixture(scope="module")
+def small() -> Volume:
+    """A chest at the coarsest that still shows an airway."""
+    return chest(shape=(96, 76, 58), spacing=(3.7, 3.7, 3.7))
+
+
+@settings(max_examples=4)
+@given(
+    axes=st.sampled_from(list(permutations(range(3)))),
+    flips=st.sampled_from(list(product((False, True), repeat=3))),
+)
+def test_numbers_do_not_depend_on_how_the_array_lies(
+    small: Volume, axes: tuple[int, ...], flips: tuple[bool, ...]
+) -> None:
+    plain, other = values(analyse(small)), values(analyse(turned(small, axes, flips)))
+    for key in ("lung_right_volume", "lung_left_volume", "airway_volume", "lungs_perc15"):
+        assert other[key] == pytest.approx(plain[key], rel=2e-3), key
+    assert other["fat_area"] == pytest.approx(plain["fat_area"], rel=0.05)  # a plane, +- one
+
+
+# -- densitometry by itself ------------------------------------------------------------------
+@given(
+    hu=st.lists(st.integers(-1090, -500), min_size=1, max_size=300),
+    shift=st.integers(-9, 9),
+)
+def test_density_moves_with_the_values(hu: list[int], shift: int) -> None:
+    def told(numbers: np.ndarray) -> tuple[float, float, float]:
+        counts = np.bincount(numbers + 1100, minlength=700)
+        mean, low, perc = (one.value for one in density("x", "x", counts, -1100))
+        assert mean is not None
+        assert low is not None
+        assert perc is not None
+        return mean, low, perc
+
+    numbers = np.asarray(hu)
+    mean, low, perc = told(numbers)
+    assert mean == pytest.approx(numbers.mean(), abs=0.01)
+    assert low == pytest.approx(100 * (numbers < -950).mean(), abs=0.01)
+    assert numbers.min() - 0.5 <= perc <= numbers.max() + 0.5
+    assert (numbers <= perc + 0.5).mean() >= 0.15 - 1e-9
+    moved = told(numbers + shift)
+    assert moved[0] == pytest.approx(mean + shift, abs=0.02)
+    assert moved[2] == pytest.approx(perc + shift, abs=0.02)
+
+
+def test_no_lung_has_no_density() -> None:
+    assert [one.value for one in density("x", "x", np.zeros(700, np.int64), -1100)] == [None] * 3
+
+
+# -- what is unlike a healthy chest ----------------------------------------------------------
+def test_a_body_without_lungs_is_measured_with_a_warning(plain: tuple[Volume, Analysis]) -> None:
+    volume, analysis = plain
+    lungs = np.isin(analysis.labels, (LUNG_RIGHT, LUNG_LEFT))
+    trachea = (volume.voxels < -400) & (analysis.labels == 0)
+    trachea[:, :20] = trachea[:, 70:] = trachea[:, :, :40] = trachea[:, :, 80:] = False
+    found = analyse(refilled(volume, lungs | trachea, MUSCLE))
+    told = values(found)
+    assert told["lungs_volume"] is told["lungs_density"] is told["lungs_laa950"] is None
+    assert told["body_volume"] == pytest.approx(values(analysis)["body_volume"], rel=0.01)
+    assert any("no lungs were found" in warning for warning in found.warnings)
+
+
+def test_a_collapsed_lung_is_said_to_be_missing(plain: tuple[Volume, Analysis]) -> None:
+    volume, analysis = plain
+    found = analyse(refilled(volume, analysis.labels == LUNG_LEFT, MUSCLE))
+    told = values(found)
+    assert told["lung_left_volume"] is None
+    assert told["lung_right_volume"] == pytest.approx(
+        values(analysis)["lung_right_volume"], rel=0.01
+    )
+    assert any("no left lung" in warning for warning in found.warnings)
+
+
+def test_lungs_that_touch_are_told_apart(plain: tuple[Volume, Analysis]) -> None:
+    volume, analysis = plain
+    bridge = np.zeros(volume.shape, bool)
+    bridge[30:42, 34:42, 45:76] = True  # air from lung to lung, in front of the heart
+    found = analyse(refilled(volume, bridge, LUNG))
+    told, before = values(found), values(analysis)
+    assert found.regions.split == "erosion"
+    assert told["lung_right_volume"] == pytest.approx(before["lung_right_volume"], rel=0.04)
+    assert told["lung_left_volume"] == pytest.approx(before["lung_left_volume"], rel=0.04)
+
+
+def test_half_a_chest_is_said_to_be_partial() -> None:
+    found = analyse(chest(shape=(120, 96, 24)))
+    assert any("partial" in warning for warning in found.warnings)
+
+
+def test_thick_slices_draw_a_warning() -> None:
+    found = analyse(chest(shape=(120, 96, 44), spacing=(3.0, 3.0, 5.0)))
+    assert any("5.0 mm apart" in warning for warning in found.warnings)
+
+
+def test_the_couch_is_not_the_body(plain: tuple[Volume, Analysis]) -> None:
+    volume, analysis = plain
+    assert (volume.voxels[:, -8:] > -400).any(), "the phantom lies on a couch"
+    assert not analysis.labels[:, -8:].any()
+    assert FAT < MUSCLE
+
+
+# -- what is refused -------------------------------------------------------------------------
+def test_other_modalities_are_refused(plain: tuple[Volume, Analysis]) -> None:
+    volume = plain[0]
+    error = refusal(replace(volume, series=replace(volume.series, modality="MR")))
+    assert (error.reason, error.field) == ("not_ct", "Modality")
+
+
+def test_a_few_slices_are_refused() -> None:
+    assert refusal(chest(shape=(60, 60, 7), spacing=(6.0, 6.0, 5.0))).reason == "too_thin"
+    assert refusal(chest(shape=(60, 60, 12), spacing=(6.0, 6.0, 1.0))).reason == "too_thin"
+
+
+def test_values_that_are_not_hu_are_refused(plain: tuple[Volume, Analysis]) -> None:
+    volume = plain[0]
+    error = refusal(replace(volume, voxels=(volume.voxels.astype(np.int16) + 1024)))
+    assert error.reason == "not_hu"
+    assert "Rescale" in str(error)
+
+
+def test_air_alone_is_refused(plain: tuple[Volume, Analysis]) -> None:
+    volume = plain[0]
+    assert refusal(replace(volume, voxels=np.full_like(volume.voxels, -1000))).reason == "not_hu"
