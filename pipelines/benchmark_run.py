@@ -93,9 +93,8 @@ def run(wishes: Wishes, as_json: bool) -> int:
     over_http = wishes.target.startswith(("http://", "https://"))
     findings = _over_http(wishes) if over_http else _in_process(wishes)
     warnings = report.warnings(machine, findings.steps)
-    if wishes.plot is not None and findings.goal is not None and findings.steps:
-        found = findings.answer.rate if findings.answer else None
-        report.draw(wishes.plot, findings.steps, findings.goal, found, wishes.target)
+    if wishes.plot is not None:
+        _draw(wishes.plot, wishes.target, findings)
     if as_json:
         show_json(_as_dict(wishes, machine, findings, warnings))
     else:
@@ -103,6 +102,14 @@ def run(wishes: Wishes, as_json: bool) -> int:
     for warning in warnings:
         say(f"warning: {warning}")
     return OK if findings.good else FAILED
+
+
+def _draw(path: Path, title: str, findings: Findings) -> None:
+    if findings.goal is None or not findings.steps:
+        say("no picture: there are no rates to draw, only scenarios")
+        return
+    found = findings.answer.rate if findings.answer else None
+    report.draw(path, findings.steps, findings.goal, found, title)
 
 
 def _as_dict(
