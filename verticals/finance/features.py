@@ -117,8 +117,9 @@ class Limits:
             terminal and device still has complete windows.
         max_cards, max_terminals, max_customers, max_devices: entities remembered; beyond, the
             one longest without an event is forgotten.
-        max_events: events remembered over all cards together, likewise over all terminals,
-            customers and devices; beyond, the entities longest without an event are forgotten.
+        max_events: events remembered over all cards together, likewise events and labels over
+            all terminals, events over all customers and all devices; beyond, the entities
+            longest without an event are forgotten.
         card_events, terminal_events, customer_events, device_events: events remembered per
             entity; beyond, the oldest are forgotten.
     """
@@ -193,7 +194,11 @@ class FeatureState:
             known: when the label became known, milliseconds; events before it never see it.
             fraud: fraud or, to withdraw an earlier label, genuine.
         """
-        self.terminals.touch(terminal).mark(transaction, time, known, fraud)
+        place = self.terminals.touch(terminal)
+        before = place.entries()
+        place.mark(transaction, time, known, fraud)
+        self.terminals.entries += place.entries() - before
+        self.terminals.hold()
 
     def snapshot(self) -> bytes:
         """The state as bytes (safetensors, no code inside)."""

@@ -80,6 +80,7 @@ def _build(arrays: Mapping[str, Array], limits: Limits) -> FeatureState:
     for device, part in _slices(devices, len(names)):
         device.cards = names[part]
     for entities in _kinds(state).values():
+        entities.entries = sum(line.entries() for line in entities.items.values())
         entities.hold()
     return state
 
@@ -140,7 +141,6 @@ def _unpack_times(kind: str, entities: Entities[E], arrays: Mapping[str, Array])
     _require(len(keys) == len(sizes) == len(floors) - 1 == len(set(keys)))
     _require(sum(sizes) == len(times) and min(sizes, default=0) >= 0)
     entities.floor = int(floors[-1])
-    entities.entries = len(times)
     start = 0
     for key, size, floor in zip(keys, sizes, floors[:-1], strict=True):
         part = times[start : start + size]

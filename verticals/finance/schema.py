@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +17,8 @@ MAX_AMOUNT = 10_000_000.0
 """No single card payment is larger; a larger one is a fault of the sender."""
 EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 LATEST = datetime(2100, 1, 1, tzinfo=UTC)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
 _DIGITS = re.compile(r"(?:[-._/:]?[0-9]){13,19}")
 _FIELD = re.compile(r"[a-z][a-z_]{0,39}")
 
@@ -156,7 +158,7 @@ def read(raw: bytes) -> Transaction | Label:
 
 def milliseconds(time: datetime) -> int:
     """Whole milliseconds since 1970-01-01T00:00Z; finer digits are cut off."""
-    return round(time.timestamp() * 1_000_000) // 1000
+    return (time - _EPOCH) // _MILLISECOND
 
 
 def refusal(error: ValidationError) -> InputError:

@@ -71,22 +71,21 @@ class Timeline:
         """Events in (time - width, time], where ``end`` entries lie at or before ``time``."""
         return end - bisect_right(self.times, time - width, 0, end)
 
+    def entries(self) -> int:
+        """How much is remembered: what the bound over all entities counts."""
+        return len(self.times)
+
     def surplus(self, keep: int, limit: int) -> int:
         """How many of the oldest entries exceed ``keep`` milliseconds or ``limit`` entries."""
         old = bisect_right(self.times, self.times[-1] - keep)
         return max(old, len(self.times) - limit)
 
-    def trim(self, keep: int, limit: int) -> int:
-        """Forget what is older than ``keep`` milliseconds, then what exceeds ``limit`` entries.
-
-        Returns:
-            how many entries were forgotten.
-        """
+    def trim(self, keep: int, limit: int) -> None:
+        """Forget what is older than ``keep`` milliseconds, then what exceeds ``limit`` entries."""
         drop = self.surplus(keep, limit)
         if drop > 0:
             self.floor = max(self.floor, self.times[drop - 1])
             self.forget(drop)
-        return max(drop, 0)
 
     def forget(self, drop: int) -> None:
         """Remove the ``drop`` oldest entries."""
@@ -198,6 +197,9 @@ class Terminal(Timeline):
         elif before is not None:
             self.marks[transaction] = (before[0], before[1], known)
 
+    def entries(self) -> int:
+        return len(self.times) + len(self.marks)
+
     def newest(self) -> int:
         return max(super().newest(), *(mark[0] for mark in self.marks.values()), self.blind)
 
@@ -237,12 +239,14 @@ class Terminal(Timeline):
         known = happened[(since <= time) & (time < until) & (happened <= edge)]
         return [int(np.count_nonzero(known > edge - days * DAY)) for days in (1, 7, 30)]
 
-    def trim(self, keep: int, limit: int) -> int:
+    def trim(self, keep: int, limit: int) -> None:
         oldest = self.times[-1] - keep
-        kept = {name: mark for name, mark in self.marks.items() if mark[0] > oldest}
-        if len(kept) < len(self.marks):
-            self.marks, self._table = kept, None
-        return super().trim(keep, limit)
+        gone = [name for name, mark in self.marks.items() if mark[0] <= oldest]
+        for name in gone:
+            self.blind = max(self.blind, self.marks.pop(name)[0])
+        if gone:
+            self._table = None
+        super().trim(keep, limit)
 
 
 class Device(Timeline):
@@ -313,7 +317,9 @@ class Entities(Generic[E]):
         """
         self.entries += 1
         if not len(entity.times) & TRIM_MASK:
-            self.entries -= entity.trim(keep, limit)
+            before = entity.entries()
+            entity.trim(keep, limit)
+            self.entries += entity.entries() - before
         if self.entries > self.most:
             self.hold()
 
@@ -321,5 +327,5 @@ class Entities(Generic[E]):
         """Forget entities until the bounds hold; the one touched last stays."""
         while len(self.items) > self.limit or (self.entries > self.most and len(self.items) > 1):
             _, gone = self.items.popitem(last=False)
-            self.entries -= len(gone.times)
+            self.entries -= gone.entries()
             self.floor = max(self.floor, gone.newest())

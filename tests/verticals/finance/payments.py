@@ -1,0 +1,57 @@
+"""Payments and labels as senders write them, for tests."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from verticals.finance import FraudScoring
+from verticals.finance.simulator import rfc3339
+from verticals.testing import feed
+
+NOON = 1_756_728_000_000
+"""Monday 2025-09-01T12:00:00Z, epoch milliseconds."""
+MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000
+
+
+def payment(number: int = 1, at: int = NOON, **changes: Any) -> bytes:
+    """One transaction as JSON."""
+    record = {
+        "schema_version": 1,
+        "transaction_id": f"x{number}",
+        "event_time": rfc3339(at),
+        "amount": 42.5,
+        "currency": "EUR",
+        "card": "tok_1",
+        "customer_id": "c1",
+        "terminal_id": "t1",
+    }
+    return json.dumps(record | changes).encode()
+
+
+def label(number: int = 1, at: int = NOON, known: int = NOON + DAY, **changes: Any) -> bytes:
+    """One label as JSON: transaction ``number`` was fraud."""
+    record = {
+        "schema_version": 1,
+        "transaction_id": f"x{number}",
+        "terminal_id": "t1",
+        "event_time": rfc3339(at),
+        "fraud": True,
+        "label_time": rfc3339(known),
+    }
+    return json.dumps(record | changes).encode()
+
+
+def features(vertical: FraudScoring, *raws: bytes) -> list[dict[str, float]]:
+    """What the model is shown of some records: one dictionary per transaction."""
+    from verticals.finance.features import MODEL_FEATURES
+    from verticals.finance.model import fraud_lite
+
+    seen: list[list[float]] = []
+
+    def answer(call: Any) -> Any:
+        seen.extend(call.rows.tolist())
+        return fraud_lite().eval()(call.rows) * 0
+
+    feed(vertical.infer([vertical.parse(raw) for raw in raws]), answer)
+    return [dict(zip(MODEL_FEATURES, row, strict=True)) for row in seen]

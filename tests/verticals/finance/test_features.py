@@ -1,0 +1,307 @@
+"""The features are what their definition says, however late, often or bounded."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from payments import DAY, HOUR, MINUTE, NOON, features, label, payment
+
+from engine import ConfigError, InputError
+from verticals.finance import FraudScoring, timeline
+from verticals.finance.features import FEATURES, Event, FeatureState, Flag, Limits
+from verticals.finance.reference import Reference
+from verticals.finance.simulator import Population, events, simulate
+
+INCOMPLETE = Flag.PARTIAL | Flag.UNCOUNTED
+STEPS = (0, 1, MINUTE, 5 * MINUTE, 5 * MINUTE - 1, HOUR, HOUR + 1, DAY, 7 * DAY, 8 * DAY, 30 * DAY)
+"""Gaps that put events on the very edges of the windows."""
+LATENESS = (0, 0, 0, 1, HOUR, 2 * DAY, 8 * DAY, 40 * DAY)
+WEEK = 7 * DAY
+
+
+class Known(NamedTuple):
+    """What becomes known of a transaction, seen or not."""
+
+    transaction: str
+    terminal: str
+    time: int
+    known: int
+    fraud: bool
+
+
+@st.composite
+def histories(draw: st.DrawFn, cards: int = 3) -> list[Event | Known]:
+    """Events and labels in order of arrival: late, repeated, contradicting, on window edges."""
+    now = NOON
+    made: list[Event | Known] = []
+    for number in range(draw(st.integers(1, 30))):
+        now += draw(st.sampled_from(STEPS))
+        time = now - draw(st.sampled_from(LATENESS))
+        kind = draw(st.sampled_from(("event", "event", "event", "again", "label", "orphan")))
+        seen = [one for one in made if isinstance(one, Event)]
+        terminal = draw(st.sampled_from("tu"))
+        if kind == "orphan":
+            made.append(Known(f"o{number}", terminal, time, now, draw(st.booleans())))
+        elif kind == "event" or not seen:
+            card = draw(st.integers(1, cards))
+            amount = draw(st.sampled_from((0.01, 1.0, 12.34, 99.9999, 1e7)))
+            device = draw(st.sampled_from((None, "d", "e")))
+            made.append(
+                Event(f"x{number}", time, amount, f"k{card}", f"c{card % 2}", terminal, device)
+            )
+        elif kind == "again":
+            made.append(draw(st.sampled_from(seen)))
+        else:
+            about = draw(st.sampled_from(seen))
+            fraud = draw(st.sampled_from((True, True, False)))
+            made.append(Known(about.transaction, about.terminal, about.time, time, fraud))
+    return made
+
+
+def walk(
+    state: FeatureState, history: list[Event | Known], reference: Reference
+) -> list[tuple[np.ndarray, np.ndarray, Flag]]:
+    """Row of the state, row by definition, and flag, for each event."""
+    found = []
+    for one in history:
+        if isinstance(one, Known):
+            for target in (state, reference):
+                target.label(*one[:3], known=one.known, fraud=one.fraud)
+            continue
+        batch = state.update([one])
+        flag = Flag(int(batch.flags[0]))
+        slow = reference.update(one, count=Flag.UNCOUNTED not in flag)
+        found.append((batch.rows[0], slow, flag))
+    return found
+
+
+@pytest.mark.parametrize("many", [1, 24])
+@given(histories())
+def test_rows_are_exact_or_say_that_they_are_not(many: int, history: list[Event | Known]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timeline, "MANY_MARKS", many)  # both ways of counting labels
+        for row, slow, flag in walk(FeatureState(), history, Reference()):
+            if not flag & INCOMPLETE:
+                np.testing.assert_array_equal(row, slow, f"{FEATURES} {flag!r}")
+
+
+@given(histories(cards=2))
+def test_what_was_forgotten_is_said(history: list[Event | Known]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timeline, "TRIM_MASK", 0)  # forget at every arrival
+        for row, slow, flag in walk(FeatureState(Limits(lateness_ms=0)), history, Reference()):
+            if not flag & INCOMPLETE:
+                np.testing.assert_array_equal(row, slow, f"{FEATURES} {flag!r}")
+
+
+@given(histories(cards=12))
+def test_bounds_hold_and_what_they_cost_is_said(history: list[Event | Known]) -> None:
+    state = FeatureState(Limits(DAY, 8, 8, 8, 8, 12, 8, 8, 8, 8))
+    for row, slow, flag in walk(state, history, Reference()):
+        if not flag & INCOMPLETE:
+            np.testing.assert_array_equal(row, slow)
+    for kind in (state.cards, state.terminals, state.customers, state.devices):
+        assert len(kind.items) <= 8
+        assert kind.entries == sum(entity.entries() for entity in kind.items.values())
+        assert kind.entries <= 12 or len(kind.items) == 1
+
+
+@given(histories())
+def test_events_within_the_lateness_are_complete(history: list[Event | Known]) -> None:
+    newest, intime = NOON, []
+    for one in history:
+        newest = max(newest, one.time)
+        if one.time > newest - WEEK:
+            intime.append(one)
+    for row, slow, flag in walk(FeatureState(Limits(lateness_ms=WEEK)), intime, Reference()):
+        assert not flag & INCOMPLETE
+        np.testing.assert_array_equal(row, slow)
+
+
+@given(histories(), st.integers(0, 30))
+def test_a_snapshot_goes_on_as_if_nothing_had_happened(
+    history: list[Event | Known], cut: int
+) -> None:
+    state = FeatureState()
+    walk(state, history[:cut], Reference())
+    other = FeatureState()
+    kept = state.snapshot()
+    other.restore(kept)
+    assert other.snapshot() == kept
+    for (row, _, flag), (again, _, flag_again) in zip(
+        walk(state, history[cut:], Reference()),
+        walk(other, history[cut:], Reference()),
+        strict=True,
+    ):
+        assert row.tobytes() == again.tobytes()
+        assert flag == flag_again
+    assert other.snapshot() == state.snapshot()
+
+
+@given(histories())
+def test_chunks_do_not_matter(history: list[Event | Known]) -> None:
+    chunk = [one for one in history if isinstance(one, Event)]
+    whole = FeatureState().update(chunk)
+    state = FeatureState()
+    alone = [state.update([one]) for one in chunk]
+    assert b"".join(batch.rows.tobytes() for batch in alone) == whole.rows.tobytes()
+    assert b"".join(batch.flags.tobytes() for batch in alone) == whole.flags.tobytes()
+
+
+def test_a_simulated_month_and_a_half_is_exact() -> None:
+    people = Population(customers=12, terminals=8, days=50, radius=200, bad_terminals=0.2)
+    table = simulate(people, seed=3)
+    state, reference = FeatureState(), Reference()
+    pending: list[tuple[int, Event]] = []
+    risky = 0
+    for event, fraud in zip(events(table), table["fraud"].tolist(), strict=True):
+        while pending and pending[0][0] <= event.time:
+            known, about = pending.pop(0)
+            for target in (state, reference):
+                target.label(about.transaction, about.terminal, about.time, known=known, fraud=True)
+        row = state.update([event]).rows[0]
+        np.testing.assert_array_equal(row, reference.update(event))
+        risky += bool(row[FEATURES.index("terminal_risk_30d")] > 0)
+        if fraud:
+            pending.append((event.time + 9 * DAY, event))
+    assert risky > 50
+
+
+def test_windows_by_hand() -> None:
+    times = [NOON, NOON + 4 * MINUTE, NOON + 5 * MINUTE, NOON + 65 * MINUTE, NOON + DAY]
+    raws = [payment(n, at, amount=10.0 * n, terminal_id=f"t{n}") for n, at in enumerate(times, 1)]
+    rows = features(FraudScoring(), *raws)
+    assert [row["card_count_5m"] for row in rows] == [1, 2, 2, 1, 1]
+    assert [row["card_count_1h"] for row in rows] == [1, 2, 3, 1, 1]
+    assert [row["card_count_24h"] for row in rows] == [1, 2, 3, 4, 4]
+    assert [row["card_sum_5m"] for row in rows] == [10, 30, 50, 40, 50]
+    assert [row["card_sum_30d"] for row in rows] == [10, 30, 60, 100, 150]
+    assert [row["card_terminals_24h"] for row in rows] == [1, 2, 3, 4, 4]
+    assert [row["card_recency"] for row in rows][1:] == [240, 60, 3600, 86400 - 3900]
+    assert rows[4]["card_amount_ratio_30d"] == pytest.approx(50 / 30)
+    assert [row["weekend"] for row in rows] == [0] * 5
+
+
+def test_a_late_event_sees_only_what_was_before_it_and_is_seen_by_what_comes_after() -> None:
+    vertical = FraudScoring()
+    rows = features(
+        vertical,
+        payment(1, NOON),
+        payment(2, NOON + 4 * MINUTE),
+        payment(3, NOON + 2 * MINUTE),
+        payment(4, NOON + 4 * MINUTE + 1),
+    )
+    assert [row["card_count_5m"] for row in rows] == [1, 2, 2, 4]
+
+
+def test_labels_count_after_their_delay_and_never_before_they_are_known() -> None:
+    def risk(known: int, asked: int) -> float:
+        vertical = FraudScoring()
+        [row] = features(
+            vertical, label(1, NOON, known), payment(2, asked, card="tok_2")
+        )  # the fraud itself was seen before:
+        return row["terminal_risk_30d"]
+
+    assert risk(NOON + DAY, NOON + 8 * DAY) == 0.0, "a share of no transactions is 0"
+    vertical = FraudScoring()
+    features(vertical, payment(1, NOON), payment(9, NOON))
+    vertical.parse(label())
+    [first, second, third] = features(
+        vertical,
+        label(1, NOON, NOON + 8 * DAY),
+        payment(2, NOON + WEEK - 1, card="tok_2"),
+        payment(3, NOON + 8 * DAY - 1, card="tok_3"),
+        payment(4, NOON + 8 * DAY, card="tok_4"),
+    )
+    assert [first["terminal_risk_30d"], second["terminal_risk_30d"]] == [0.0, 0.0]
+    assert third["terminal_risk_30d"] == 0.5
+
+
+def test_a_repeated_event_gets_its_first_row_and_is_not_counted() -> None:
+    state = FeatureState()
+    one = Event("x1", NOON, 10.0, "k", "c", "t")
+    first = state.update([one])
+    state.update([Event("x2", NOON + 1, 10.0, "k", "c", "t")])
+    again = state.update([one._replace(amount=99.0)])
+    assert again.rows.tobytes() == first.rows.tobytes()
+    assert Flag(int(again.flags[0])) == Flag.DUPLICATE
+    after = state.update([Event("x3", NOON + 2, 10.0, "k", "c", "t")])
+    assert after.rows[0, FEATURES.index("card_count_24h")] == 3
+
+
+@example(0.0)
+@example(-1.0)
+@example(float("nan"))
+@example(float("inf"))
+@given(st.floats(min_value=1.1e9))
+def test_an_absurd_amount_is_refused(amount: float) -> None:
+    with pytest.raises(InputError, match="amount"):
+        FeatureState().update([Event("x1", NOON, amount, "k", "c", "t")])
+
+
+def test_sums_stay_exact_over_many_large_amounts() -> None:
+    state = FeatureState(Limits(card_events=8))
+    for number in range(20_000):
+        batch = state.update([Event(f"x{number}", NOON + number, 1e9, "k", "c", "t")])
+    total = batch.rows[0, FEATURES.index("card_sum_5m")]
+    count = batch.rows[0, FEATURES.index("card_count_5m")]
+    assert total == np.float32(count * 1e9)
+
+
+@pytest.mark.parametrize("name", ["max_cards", "card_events", "max_events"])
+def test_bounds_that_make_no_sense_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        Limits(**{name: 7})
+
+
+@pytest.fixture(scope="module")
+def kept() -> bytes:
+    state = FeatureState()
+    people = Population(customers=5, terminals=4, days=12, radius=200, bad_terminals=1)
+    table = simulate(people, seed=1)
+    for event, fraud in zip(events(table), table["fraud"].tolist(), strict=True):
+        state.update([event._replace(device="d1")])
+        if fraud:
+            state.label(event.transaction, event.terminal, event.time, known=event.time, fraud=True)
+    return state.snapshot()
+
+
+@given(st.data())
+def test_a_damaged_snapshot_is_refused_and_nothing_is_lost(
+    kept: bytes, data: st.DataObject
+) -> None:
+    at = data.draw(st.integers(0, len(kept) - 1))
+    cut = data.draw(st.booleans())
+    damaged = kept[:at] if cut else kept[:at] + bytes([kept[at] ^ 0x55]) + kept[at + 1 :]
+    state = FeatureState()
+    state.update([Event("x1", NOON, 10.0, "k", "c", "t")])
+    before = state.snapshot()
+    if not restored(state, damaged):
+        assert state.snapshot() == before
+    else:
+        assert not cut
+        state.update([Event("x2", NOON + 1, 10.0, "k", "c", "t")])
+
+
+def restored(state: FeatureState, data: bytes) -> bool:
+    try:
+        state.restore(data)
+    except InputError as error:
+        return error.reason != "bad_snapshot"
+    return True
+
+
+def test_a_snapshot_is_held_to_the_limits_of_who_restores_it(kept: bytes) -> None:
+    small = FeatureState(Limits(max_cards=8, max_events=40))
+    small.restore(kept)
+    assert len(small.cards.items) <= 8
+    assert small.cards.entries <= 40 or len(small.cards.items) == 1
+
+
+def test_a_snapshot_holds_no_code(kept: bytes) -> None:
+    assert b"pickle" not in kept
+    assert kept[8:9] == b"{", "safetensors: a JSON header, then flat arrays"

@@ -1,0 +1,196 @@
+"""What senders may write, and what they are told when they may not."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from payments import NOON, label, payment
+
+from engine import InputError
+from verticals.finance import FraudScoring
+from verticals.finance.schema import Decision, Label, Transaction, milliseconds, read
+
+MARKER = "marker-4711"
+
+
+def refusal(raw: bytes) -> InputError:
+    with pytest.raises(InputError) as caught:
+        read(raw)
+    return caught.value
+
+
+def test_a_payment_is_read_with_its_time_in_milliseconds() -> None:
+    made = read(payment(event_time="2025-09-01T14:00:00.123456+02:00", device_id="d1"))
+    assert isinstance(made, Transaction)
+    assert milliseconds(made.event_time) == NOON + 123
+    assert (made.amount, made.currency, made.device_id) == (42.5, "EUR", "d1")
+
+
+def test_a_record_with_fraud_in_it_is_a_label() -> None:
+    made = read(label())
+    assert isinstance(made, Label)
+    assert made.fraud
+    assert read(made.model_dump_json().encode()) == made
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"not json", b"\xff\xfe", b"[" * 9999, b'{"a": 1,}'])
+def test_malformed_json_says_so(raw: bytes) -> None:
+    assert refusal(raw).reason == "malformed_json"
+
+
+@pytest.mark.parametrize("raw", [b"null", b"[]", b'"text"', b"17"])
+def test_only_objects_are_records(raw: bytes) -> None:
+    assert refusal(raw).reason
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("schema_version", 2),
+        ("schema_version", "1"),
+        ("transaction_id", ""),
+        ("transaction_id", 17),
+        ("transaction_id", "with space"),
+        ("transaction_id", "x" * 65),
+        ("transaction_id", "snow\u2603"),
+        ("event_time", "2025-09-01T12:00:00"),
+        ("event_time", "2025-09-01"),
+        ("event_time", "yesterday"),
+        ("event_time", 1_756_728_000),
+        ("event_time", "1999-12-31T23:59:59Z"),
+        ("event_time", "2100-01-01T00:00:00Z"),
+        ("event_time", None),
+        ("amount", 0),
+        ("amount", -1.0),
+        ("amount", 1e-5),
+        ("amount", 10_000_000.01),
+        ("amount", 1e308),
+        ("amount", "42.5"),
+        ("amount", True),
+        ("amount", None),
+        ("amount", [1.0]),
+        ("currency", "eur"),
+        ("currency", "EURO"),
+        ("currency", None),
+        ("card", ""),
+        ("card", "x" * 129),
+        ("card", "tok 1"),
+        ("customer_id", {}),
+        ("terminal_id", None),
+        ("device_id", ""),
+        ("device_id", 5),
+    ],
+)
+def test_a_wrong_value_is_refused_and_its_field_named(field: str, value: Any) -> None:
+    error = refusal(payment(**{field: value}))
+    assert error.field == field
+    assert error.hint
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_amounts_are_finite(word: str) -> None:
+    raw = payment(amount=4242.0).replace(b"4242.0", word.encode())
+    assert refusal(raw).field in ("amount", None)
+
+
+@pytest.mark.parametrize("field", ["transaction_id", "event_time", "amount", "currency", "card"])
+def test_a_missing_field_is_named(field: str) -> None:
+    record = json.loads(payment())
+    del record[field]
+    error = refusal(json.dumps(record).encode())
+    assert (error.field, error.reason) == (field, "missing")
+
+
+def test_unknown_fields_are_refused_and_named_only_where_that_tells_nothing() -> None:
+    assert refusal(payment(merchant="m1")).field == "merchant"
+    odd = refusal(payment(**{"Jane Doe 4111111111111111": 1}))
+    assert odd.field == "an unknown field"
+    assert "Jane" not in str(odd.as_dict())
+
+
+@pytest.mark.parametrize(
+    "number", ["4111111111111111", "4111-1111-1111-1111", "378282246310005", "4111.1111/1111:1111"]
+)
+def test_card_numbers_are_refused_and_not_repeated(number: str) -> None:
+    error = refusal(payment(card=number))
+    assert (error.field, error.reason) == ("card", "raw_card_number")
+    assert number not in str(error.as_dict())
+
+
+@pytest.mark.parametrize("token", ["4111111111111112", "tok_4111", "9f86d081884c7d65", "1" * 20])
+def test_tokens_are_taken(token: str) -> None:
+    made = read(payment(card=token))
+    assert isinstance(made, Transaction)
+    assert made.card == token
+
+
+def test_a_card_token_is_not_shown() -> None:
+    made = read(payment(card=MARKER))
+    assert MARKER not in repr(made)
+    assert MARKER not in str(made)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("fraud", "yes"), ("label_time", None), ("terminal_id", 3)]
+)
+def test_a_wrong_label_is_refused_and_its_field_named(field: str, value: Any) -> None:
+    assert refusal(label(**{field: value})).field == field
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(MARKER),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+FIELDS = [*Transaction.model_fields, "fraud", "label_time", MARKER]
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON), st.sampled_from([payment(), label()]))
+def test_whatever_comes_is_read_or_refused_without_repeating_it(
+    changes: dict[str, Any], base: bytes
+) -> None:
+    made = outcome(json.dumps(json.loads(base) | changes).encode())
+    if isinstance(made, InputError):
+        assert made.reason
+        assert MARKER not in str(made.as_dict())
+    else:
+        assert read(made.model_dump_json().encode()) == made
+
+
+def outcome(raw: bytes) -> Transaction | Label | InputError:
+    try:
+        return read(raw)
+    except InputError as error:
+        return error
+
+
+@given(
+    st.datetimes(datetime(2000, 1, 1), datetime(2099, 12, 31), timezones=st.just(UTC)),
+    st.integers(0, 999_999),
+)
+def test_milliseconds_are_exact(time: datetime, micro: int) -> None:
+    time = time.replace(microsecond=micro)
+    whole = timedelta(milliseconds=milliseconds(time))
+    assert (
+        timedelta(0) <= time - datetime(1970, 1, 1, tzinfo=UTC) - whole < timedelta(milliseconds=1)
+    )
+
+
+def test_a_decision_is_small_json_and_reads_back() -> None:
+    decision = Decision(
+        transaction_id="x1",
+        score=0.5,
+        decision="review",
+        reason_codes=[],
+        model="fraud",
+        model_version="1.0.0",
+    )
+    raw = FraudScoring().encode(decision)
+    assert Decision.model_validate_json(raw) == decision
+    assert json.loads(raw)["score"] == 0.5
+    assert len(raw) < 250

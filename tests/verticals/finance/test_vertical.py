@@ -1,0 +1,335 @@
+"""Fraud scoring as its users meet it: records in, decisions out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from payments import DAY, HOUR, NOON, label, payment
+from torch import nn
+
+from engine import (
+    ConfigError,
+    Engine,
+    InputError,
+    Model,
+    ModelError,
+    ModelSpec,
+    ModelStore,
+    QueueFull,
+    Sla,
+    TensorSpec,
+)
+from verticals.finance import FraudScoring, FraudSettings
+from verticals.finance.schema import Decision, Label
+from verticals.finance.vertical import STORE
+from verticals.testing import check_vertical, checks
+from verticals.testing.flows import run_with_models
+
+NOW = NOON / 1000
+
+
+def at_noon() -> float:
+    return NOW
+
+
+def score(vertical: FraudScoring, *raws: bytes) -> list[Any]:
+    """Answers of the vertical's own models, one for each record."""
+    return run_with_models(vertical, [vertical.parse(raw) for raw in raws])
+
+
+REQUESTS = [
+    FraudScoring().parse(raw)
+    for raw in (
+        payment(1, amount=900.0),
+        payment(2, NOON + 1, card="tok_2", device_id="d1"),
+        label(1),
+        payment(2, NOON + 1, card="tok_2", device_id="d1"),
+    )
+]
+CHECKS = checks(FraudScoring(), REQUESTS)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_it_keeps_the_contract(check: Any) -> None:
+    check()
+
+
+def test_nothing_of_the_contract_is_left_out_but_folders() -> None:
+    report = check_vertical(FraudScoring(), REQUESTS)
+    skipped = [outcome.name for outcome in report.outcomes if outcome.status == "skipped"]
+    assert skipped == ["folders are discovered"]
+
+
+def test_an_ordinary_payment_is_approved_and_the_model_named() -> None:
+    [decision] = score(FraudScoring(), payment())
+    assert (decision.decision, decision.reason_codes) == ("approve", [])
+    assert (decision.model, decision.model_version) == ("fraud", "1.0.0")
+    assert 0 <= decision.score < 0.01
+
+
+def test_a_payment_five_times_the_cards_habit_is_an_alert_with_reasons() -> None:
+    vertical = FraudScoring()
+    habit = [payment(n, NOON - n * DAY, amount=50.0) for n in range(30, 0, -1)]
+    *before, odd = score(vertical, *habit, payment(99, amount=450.0))
+    assert {decision.decision for decision in before[5:]} == {"approve"}
+    assert odd.decision == "decline"
+    assert "M01" in [reason.code for reason in odd.reason_codes]
+
+
+def test_fraud_at_the_terminal_raises_the_score_of_the_next_payment() -> None:
+    def last(*labels: bytes) -> Decision:
+        raws = [payment(n, NOON + n * HOUR, card=f"tok_{n}") for n in range(5)]
+        decisions = score(FraudScoring(), *raws, *labels, payment(9, NOON + 8 * DAY))
+        assert isinstance(decisions[-1], Decision)
+        return decisions[-1]
+
+    known = [label(n, NOON + n * HOUR, NOON + 7 * DAY) for n in range(5)]
+    calm, warned = last(), last(*known)
+    assert calm.score is not None
+    assert warned.score is not None
+    assert warned.score > 20 * calm.score
+    assert warned.reason_codes[0].code == "M06"
+    withdrawn = [label(n, NOON + n * HOUR, NOON + 7 * DAY, fraud=False) for n in range(5)]
+    assert last(*known, *withdrawn).score == calm.score
+
+
+def test_a_label_is_noted_in_its_place() -> None:
+    first, noted, second = score(FraudScoring(), payment(1), label(1), payment(2))
+    assert (noted.decision, noted.transaction_id, noted.score) == ("noted", "x1", None)
+    assert "noted" not in (first.decision, second.decision)
+    assert isinstance(FraudScoring().parse(label()), Label)
+
+
+def test_the_order_of_answers_is_that_of_the_records() -> None:
+    raws = [payment(1), payment(2, currency="XXX"), label(1), payment(3, amount=6000.0)]
+    one, two, three, four = score(FraudScoring(), *raws)
+    assert isinstance(two, InputError)
+    assert (two.field, two.reason) == ("currency", "unknown_currency")
+    assert [d.transaction_id for d in (one, three, four)] == ["x1", "x1", "x3"]
+    assert four.decision == "decline"
+    assert four.reason_codes[0].code == "R01"
+
+
+def test_only_labels_and_refusals_ask_no_model() -> None:
+    vertical = FraudScoring()
+    flow = vertical.infer([vertical.parse(label()), vertical.parse(payment(currency="XXX"))])
+    with pytest.raises(StopIteration) as end:
+        next(flow)
+    noted, refused = end.value.value
+    assert noted.decision == "noted"
+    assert isinstance(refused, InputError)
+
+
+def test_amounts_count_in_base_currency() -> None:
+    vertical = FraudScoring(FraudSettings(rates={"EUR": 1.0, "JPY": 0.006}))
+    yen, euro = score(
+        vertical, payment(1, amount=500_000.0, currency="JPY"), payment(2, amount=5001.0)
+    )
+    assert "R01" not in [reason.code for reason in yen.reason_codes]
+    assert "R01" in [reason.code for reason in euro.reason_codes]
+
+
+@pytest.mark.parametrize("raw", [payment(at=NOON + 301_000), label(at=NOON + 301_000)])
+def test_the_future_is_refused(raw: bytes) -> None:
+    [refused] = score(FraudScoring(clock=at_noon), raw)
+    assert (refused.field, refused.reason) == ("event_time", "future_event")
+
+
+def test_the_future_is_taken_where_that_is_asked_for() -> None:
+    free = FraudScoring(FraudSettings(max_ahead_seconds=None), clock=at_noon)
+    [taken] = score(free, payment(at=NOON + 400 * DAY))
+    assert taken.decision == "approve"
+    [close] = score(FraudScoring(clock=at_noon), payment(at=NOON + 299_000))
+    assert close.decision == "approve"
+
+
+def test_late_repeated_and_incomplete_are_said() -> None:
+    vertical = FraudScoring(FraudSettings(lateness_days=0))
+    plain, late, again = score(
+        vertical, payment(1), payment(2, NOON - HOUR), payment(1, amount=60.0)
+    )
+    assert (plain.features_late, plain.features_partial, plain.duplicate) == (False, False, False)
+    assert (late.features_late, late.duplicate) == (True, False)
+    assert again.duplicate
+    assert again.score == plain.score
+    month = [payment(n, NOON + n * DAY) for n in range(10, 80)]
+    *_, old = score(vertical, *month, payment(99, NOON + 2 * DAY))
+    assert old.features_partial
+
+
+def test_many_cards_on_one_device_go_to_review() -> None:
+    raws = [payment(n, card=f"tok_{n}", device_id="d1") for n in range(6)]
+    *before, last = score(FraudScoring(), *raws)
+    assert [d.decision for d in before] == ["approve"] * 5
+    assert (last.decision, last.reason_codes[0].code) == ("review", "R03")
+
+
+def test_thresholds_of_the_settings_hold() -> None:
+    strict = FraudSettings(review_threshold=0.0, decline_threshold=1.0)
+    [decision] = score(FraudScoring(strict), payment())
+    assert decision.decision == "review"
+    nothing = FraudSettings(review_threshold=1.0, decline_threshold=1.0, hard_amount=None)
+    [decision] = score(FraudScoring(nothing), payment(amount=9000.0))
+    assert decision.decision == "approve"
+
+
+def test_an_alert_without_time_for_reasons_says_so() -> None:
+    vertical = FraudScoring(FraudSettings(review_threshold=0.0))
+    flow = vertical.infer([vertical.parse(payment(1)), vertical.parse(payment(2, amount=6000.0))])
+    next(flow)
+    flow.send(torch.tensor([[0.5, 0.0], [0.9, 0.0]]))
+    with pytest.raises(StopIteration) as end:
+        flow.throw(QueueFull("the queue is full"))
+    codes = [[reason.code for reason in decision.reason_codes] for decision in end.value.value]
+    assert codes == [["X01"], ["R01", "X01"]]
+
+
+def test_a_refused_payment_that_comes_again_is_not_counted_twice() -> None:
+    vertical = FraudScoring()
+    flow = vertical.infer([vertical.parse(payment(1))])
+    next(flow)
+    with pytest.raises(QueueFull):
+        flow.throw(QueueFull("the queue is full"))
+    [again] = score(vertical, payment(1))
+    [fresh] = score(FraudScoring(), payment(1))
+    assert again.duplicate
+    assert again.score == fresh.score
+
+
+def test_observing_and_restoring_lead_to_the_same_answers() -> None:
+    raws = [payment(n, NOON + n * HOUR, amount=10.0 * n + 1) for n in range(20)]
+    raws.insert(9, label(3, NOON + 3 * HOUR, NOON + 4 * HOUR))
+    scored, observed, restored = FraudScoring(), FraudScoring(), FraudScoring()
+    score(scored, *raws)
+    observed.observe([observed.parse(raw) for raw in raws])
+    assert observed.snapshot() == scored.snapshot()
+    restored.restore(scored.snapshot())
+    after = payment(99, NOON + 8 * DAY)
+    assert score(scored, after) == score(observed, after) == score(restored, after)
+
+
+def test_card_numbers_go_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+    number = "4111111111111111"
+    vertical = FraudScoring()
+    with caplog.at_level(logging.DEBUG), pytest.raises(InputError) as refused:
+        vertical.parse(payment(card=number))
+    score(vertical, payment())
+    assert refused.value.__cause__ is None
+    assert refused.value.__suppress_context__
+    for place in (str(refused.value), repr(refused.value), caplog.text, repr(vertical)):
+        assert number not in place
+    assert number.encode() not in vertical.snapshot()
+
+
+def test_the_answers_key_is_the_cards_token() -> None:
+    vertical = FraudScoring()
+    assert vertical.key(vertical.parse(payment(card="tok_77"))) == "tok_77"
+    assert vertical.key(vertical.parse(label())) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"review_threshold": 0.9, "decline_threshold": 0.5},
+        {"decline_threshold": 0.001},
+    ],
+)
+def test_thresholds_that_contradict_each_other_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="below review_threshold"):
+        FraudScoring(FraudSettings(**settings))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rates": {}},
+        {"rates": {"eur": 1.0}},
+        {"rates": {"EUR": 0.0}},
+        {"review_threshold": 1.5},
+        {"max_cards": 0},
+        {"lateness_days": -1},
+        {"treshold": 0.5},
+    ],
+)
+def test_settings_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        FraudSettings(**wrong)
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
+    from engine import architecture
+
+    architecture("test-finance-sum")(lambda: nn.Linear(21, 1))
+    spec = ModelSpec(
+        name="fraud",
+        architecture="test-finance-sum",
+        inputs=(TensorSpec(name="features", shape=(21,)),),
+        outputs=(TensorSpec(name="score", shape=(1,)),),
+    )
+    ModelStore(tmp_path).save(spec, nn.Linear(21, 1))
+    with pytest.raises(ModelError, match="expected probability and variant"):
+        FraudScoring(FraudSettings(store=tmp_path))
+
+
+def test_the_stored_models_are_the_manifests() -> None:
+    store = ModelStore(STORE)
+    for name in ("fraud", "fraud-lite"):
+        spec = store.verify(name)
+        assert spec.metrics["review_threshold"] <= spec.metrics["decline_threshold"]
+
+
+class Slow(nn.Module):
+    """The same answers, after far more work."""
+
+    def __init__(self, inner: nn.Module, times: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.times = times
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            answer: torch.Tensor = self.inner(rows)
+        return answer
+
+
+def test_under_load_the_cheaper_variant_answers_with_its_own_thresholds_and_says_so() -> None:
+    vertical = FraudScoring()
+    main, lite = vertical.models()
+    with Engine(threads=1) as engine:
+        engine.add(Model(main.spec, Slow(main.module, 1200)), batch_range=(1, 1))
+        engine.add(lite, batch_range=(1, 1))
+        answer = engine.run(
+            vertical.infer([vertical.parse(payment(amount=190.0))]),
+            Sla(deadline_ms=40, on_overload="degrade"),
+        )
+    [decision] = answer.value
+    assert isinstance(decision, Decision)
+    assert decision.score is not None
+    assert answer.degraded == {"fraud": "fraud-lite"}
+    assert (decision.model, decision.model_version) == ("fraud-lite", "1.0.0")
+    own, other = (model.spec.metrics["review_threshold"] for model in (lite, main))
+    assert other < decision.score < own, "an alert of one model, an ordinary score of the other"
+    assert decision.decision == "approve"
+
+
+def test_an_engine_with_time_answers_with_the_model_itself() -> None:
+    vertical = FraudScoring()
+    raws = [payment(n, NOON + n * HOUR, amount=700.0) for n in range(40)]
+    with Engine(threads=1) as engine:
+        for model in vertical.models():
+            engine.add(model, batch_range=(1, 16))
+        requests = [vertical.parse(raw) for raw in raws]
+        answer = engine.run(vertical.infer(requests), Sla(deadline_ms=60_000))
+    alone = FraudScoring()
+    expected = [score(alone, raw)[0] for raw in raws]
+    for made, wanted in zip(answer.value, expected, strict=True):
+        assert isinstance(made, Decision)
+        assert made.model == "fraud"
+        assert made.score == pytest.approx(wanted.score, rel=1e-4)
+        assert made.reason_codes == wanted.reason_codes
+    assert json.loads(vertical.encode(answer.value[-1]))["reason_codes"]
