@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orjson
-from engine.metrics import REGISTRY
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
 from starlette.exceptions import HTTPException
@@ -19,8 +18,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine import Engine, PlinthError, QueueFull
-from engine.errors import Closed
+from engine import Closed, Engine, PlinthError, QueueFull
+from engine.metrics import REGISTRY
+from pipelines.config import ServeConfig
 from pipelines.http_errors import Stop, error_response, internal_error
 from verticals import Vertical
 
@@ -71,18 +71,28 @@ class Gate:
     """Pure ASGI around every request: the API key, the last resort for errors, the metrics.
 
     Args:
-        app: the app inside.
+        app: everything but ``doors``.
+        doors: apps that take the POST requests of a path without going through ``app``.
         key: the API key, or ``None``.
-        most: requests in work; more are refused.
+        settings: ``config.serve``.
         health: told apart: a request cut off by the end of draining, and a fault.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, most: int, health: Health) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        doors: Mapping[str, ASGIApp],
+        key: str | None,
+        settings: ServeConfig,
+        health: Health,
+    ) -> None:
         self.app = app
+        self.doors = doors
         self.key = None if key is None else key.encode()
-        self.most = most
+        self.most = settings.max_requests
         self.health = health
         self.in_work = 0
+        self._counters: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -91,6 +101,7 @@ class Gate:
             return
         started = time.perf_counter()
         status = 0
+        path = scope["path"]
 
         async def noted(message: Message) -> None:
             nonlocal status
@@ -99,10 +110,11 @@ class Gate:
             await send(message)
 
         self.in_work += 1
+        door = self.doors.get(path) if scope["method"] == "POST" else None
         try:
             refusal = self._refusal(scope)
             if refusal is None:
-                await self.app(scope, receive, noted)
+                await (door or self.app)(scope, receive, noted)
             else:
                 await error_response(refusal)(scope, receive, noted)
         except asyncio.CancelledError:
@@ -116,9 +128,16 @@ class Gate:
             await answer(scope, receive, noted)
         finally:
             self.in_work -= 1
-            route = getattr(scope.get("route"), "path", "other")
-            REQUESTS.labels(route, status).inc()
-            SECONDS.labels(route).observe(time.perf_counter() - started)
+            route = path if door else getattr(scope.get("route"), "path", "other")
+            counter, histogram = self._counters_of(route, status)
+            counter.inc()
+            histogram.observe(time.perf_counter() - started)
+
+    def _counters_of(self, route: str, status: int) -> tuple[Counter, Histogram]:
+        key = route, status
+        if key not in self._counters:
+            self._counters[key] = REQUESTS.labels(route, status), SECONDS.labels(route)
+        return self._counters[key]
 
     def _refusal(self, scope: Scope) -> PlinthError | None:
         if scope["path"] in OPEN_PATHS:

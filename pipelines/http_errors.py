@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import traceback
-from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
-from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from engine import ConfigError, InputError, PlinthError, Refused
-from engine.errors import Cancelled, Closed, DeadlineRefused, DeviceError, ModelError, QueueFull
+from engine import (
+    Cancelled,
+    Closed,
+    ConfigError,
+    DeadlineRefused,
+    DeviceError,
+    InputError,
+    ModelError,
+    PlinthError,
+    QueueFull,
+    Refused,
+)
 
 log = logging.getLogger("plinth.serve")
 
@@ -33,6 +40,7 @@ STATUS: dict[type[PlinthError], int] = {
 REASON_STATUS = {
     "malformed_json": 400,
     "malformed_upload": 400,
+    "malformed_http": 400,
     "bad_header": 400,
     "unauthorised": 401,
     "not_found": 404,
@@ -42,6 +50,8 @@ REASON_STATUS = {
     "too_many_items": 413,
     "unsupported_media_type": 415,
     "too_many_jobs": 429,
+    "head_too_large": 431,
+    "too_many_connections": 503,
     "timeout": 504,
 }
 """Status by an InputError's reason; every other reason is 422."""
@@ -114,76 +124,3 @@ def internal_error(error: BaseException) -> Response:
         "hint": "try again; if it stays, look into the server's log",
     }
     return Response(orjson.dumps({"error": body}), 500, media_type="application/json")
-
-
-async def bounded(request: Request, limit: int, patience: float) -> AsyncIterator[bytes]:
-    """The body in chunks, never more than ``limit`` bytes, whatever Content-Length says.
-
-    Args:
-        request: its body has not been read.
-        limit: bytes.
-        patience: seconds a chunk may keep us waiting.
-
-    Raises:
-        Stop: ``body_too_large`` as soon as the bound is crossed, ``body_too_slow``.
-        Cancelled: the client went away in the middle.
-    """
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise too_large(limit)
-    seen = 0
-    stream = request.stream()
-    try:
-        while True:
-            async with asyncio.timeout(patience):
-                chunk = await anext(stream, None)
-            if chunk is None:
-                return
-            seen += len(chunk)
-            if seen > limit:
-                raise too_large(limit)
-            if chunk:
-                yield chunk
-    except TimeoutError:
-        raise Stop(
-            f"no more of the body came for {patience:g} s",
-            reason="body_too_slow",
-            headers={"connection": "close"},
-        ) from None
-    except ClientDisconnect:
-        raise Cancelled("the client went away before the body was complete") from None
-
-
-async def read_body(request: Request, limit: int, patience: float) -> bytes:
-    """The whole body as bytes; see :func:`bounded`."""
-    chunks = [chunk async for chunk in bounded(request, limit, patience)]
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-
-def too_large(limit: int) -> Stop:
-    """413; the connection closes, for the rest of the body is not read."""
-    return Stop(
-        f"the body is larger than {limit:,} bytes",
-        reason="body_too_large",
-        hint="send less at once, or raise the limit in the [serve] table",
-        headers={"connection": "close"},
-    )
-
-
-def media_type(request: Request, allowed: tuple[str, ...]) -> str:
-    """The request's media type without parameters; an absent one is the first allowed.
-
-    Raises:
-        Stop: ``unsupported_media_type``.
-    """
-    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not given:
-        return allowed[0]
-    if given not in allowed:
-        raise Stop(
-            f"content-type {given[:80]!r} is not understood here",
-            reason="unsupported_media_type",
-            hint=f"send {' or '.join(allowed)}",
-            headers={"accept-post": ", ".join(allowed)},
-        )
-    return given

@@ -14,8 +14,9 @@ from starlette.responses import FileResponse, Response
 
 from engine import InputError
 from pipelines.config import ServeConfig
-from pipelines.http_errors import Stop, bounded, error_response, media_type
-from pipelines.http_records import error_responses, patient
+from pipelines.http_body import chunks, headers_of, media_type
+from pipelines.http_errors import Stop, error_response
+from pipelines.http_watch import Watched
 from pipelines.jobs import Job, Jobs
 from pipelines.uploads import ALLOWED, FORM_TYPE, ZIP_TYPES, Form, Sink, save, unzip
 from verticals import Vertical
@@ -50,7 +51,7 @@ class UploadDoor:
         Raises:
             PlinthError: the upload is refused.
         """
-        kind = media_type(request, ALLOWED)
+        kind = media_type(headers_of(request.scope), ALLOWED)
         job = await asyncio.to_thread(self.jobs.create, self.vertical.name)
         try:
             received = await self._receive(request, kind, job)
@@ -65,13 +66,14 @@ class UploadDoor:
     async def _receive(self, request: Request, kind: str, job: Job) -> int:
         limits = self.config.upload
         sink = Sink(job.folder / "in", limits)
-        chunks = bounded(request, limits.max_bytes, self.config.request_timeout_seconds)
+        headers, patience = headers_of(request.scope), self.config.request_timeout_seconds
+        body = chunks(request.receive, headers, limits.max_bytes, patience)
         if kind == FORM_TYPE:
-            await Form(request.headers["content-type"], sink).feed(chunks)
+            await Form(request.headers["content-type"], sink).feed(body)
             archive = await asyncio.to_thread(_lone_archive, sink, job)
         else:
             archive = job.folder / "body"
-            await save(chunks, archive)
+            await save(body, archive)
             if kind not in ZIP_TYPES and not await asyncio.to_thread(_is_zip, archive):
                 archive.rename(sink.folder / "upload")
                 return (sink.folder / "upload").stat().st_size
@@ -90,7 +92,8 @@ class UploadDoor:
     async def _wait(self, request: Request, job: Job) -> Response:
         ended = asyncio.shield(asyncio.wrap_future(job.ended))
         try:
-            await patient(request, ended, self.config)
+            with Watched(request.receive, self.config.request_timeout_seconds):
+                await ended
         except Stop:
             return self._document(job, 202)
         if job.error is not None:
@@ -162,34 +165,3 @@ def _lone_archive(sink: Sink, job: Job) -> Path | None:
     shutil.rmtree(sink.folder)
     sink.folder.mkdir()
     return archive
-
-
-def openapi() -> dict[str, Any]:
-    """What the upload route looks like in the API docs."""
-    binary = {"schema": {"type": "string", "format": "binary"}}
-    form = {
-        "schema": {
-            "type": "object",
-            "properties": {
-                "file": {"type": "array", "items": {"type": "string", "format": "binary"}}
-            },
-        }
-    }
-    content = dict.fromkeys((ZIP_TYPES[0], "application/dicom"), binary)
-    return {
-        "requestBody": {"required": True, "content": {**content, FORM_TYPE: form}},
-        "parameters": [
-            {
-                "name": "wait",
-                "in": "query",
-                "required": False,
-                "schema": {"type": "boolean"},
-                "description": "answer when the job is finished, if that is soon enough",
-            }
-        ],
-        "responses": {
-            "200": {"description": "the finished job (with wait=true)"},
-            "202": {"description": "the job; poll its url"},
-            **error_responses(400, 413, 415, 422, 429, 503),
-        },
-    }

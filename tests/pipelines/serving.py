@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import httpx
@@ -28,12 +28,7 @@ class Running:
 
     def await_ready(self) -> None:
         """Until the warm-up is over; connections wait in the socket's backlog until then."""
-        pause = threading.Event()
-        for _ in range(400):
-            if self.client.get("/health/ready").status_code == 200:
-                return
-            pause.wait(0.01)
-        raise AssertionError("the server did not get ready")
+        until(lambda: self.client.get("/health/ready").status_code == 200)
 
     def post(self, path: str, **options: Any) -> httpx.Response:
         """POST below the server."""
@@ -62,6 +57,16 @@ def running(verticals: Mapping[str, Vertical[Any, Any]], **tables: Any) -> Itera
             running.thread.join(30)
             running.client.close()
             assert not running.thread.is_alive()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Look until the condition holds; at most 10 s."""
+    pause = threading.Event()
+    for _ in range(1000):
+        if condition():
+            return
+        pause.wait(0.01)
+    raise AssertionError("it did not come true within 10 s")
 
 
 def error(response: httpx.Response, status: int, reason: str) -> dict[str, Any]:

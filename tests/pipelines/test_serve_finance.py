@@ -1,0 +1,76 @@
+"""Fraud scoring through the HTTP door: a real vertical, real models, real sockets."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+import pytest
+from serving import Running, error, running
+
+from verticals import registry
+
+ROUTE = "/v1/finance/score"
+
+
+@pytest.fixture(scope="module")
+def finance() -> Iterator[Running]:
+    with running({"finance": registry.load("finance")}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def payment(finance: Running) -> dict[str, Any]:
+    """The example of the API docs, which is a request that can be sent."""
+    operation = finance.client.get("/openapi.json").json()["paths"][ROUTE]["post"]
+    example: dict[str, Any] = operation["requestBody"]["content"]["application/json"]["example"]
+    return example
+
+
+def test_the_example_of_the_api_docs_is_answered(finance: Running, payment: dict[str, Any]) -> None:
+    answer = finance.post(ROUTE, json=payment)
+    assert answer.status_code == 200
+    assert answer.json()["transaction_id"] == payment["transaction_id"]
+    assert 0 <= answer.json()["score"] <= 1
+    assert answer.json()["decision"] in ("approve", "review", "decline")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"amount": float("nan")}, None),
+        ({"amount": float("inf")}, None),
+        ({"amount": "a lot"}, "amount"),
+        ({"amount": -1}, "amount"),
+        ({"event_time": "yesterday"}, "event_time"),
+        ({"event_time": "2999-01-01T00:00:00Z"}, "event_time"),
+        ({"currency": "XXX"}, "currency"),
+        ({"card": None}, "card"),
+        ({"schema_version": 99}, "schema_version"),
+        ({"nobody_knows_me": 1}, "nobody_knows_me"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name_and_its_value_kept_to_itself(
+    finance: Running, payment: dict[str, Any], change: dict[str, Any], field: str | None
+) -> None:
+    body = json.dumps(payment | change)  # Python writes NaN and Infinity, as careless clients do
+    answer = finance.post(ROUTE, content=body)
+    assert answer.status_code in (400, 422), answer.text
+    found = error(answer, answer.status_code, answer.json()["error"]["reason"])
+    assert found["hint"]
+    if field is not None:
+        assert found["field"].split(".")[-1] == field
+    assert payment["card"] not in answer.text
+
+
+def test_a_lone_payment_is_answered_within_10_ms(finance: Running, payment: dict[str, Any]) -> None:
+    spent = []
+    for number in range(200):
+        body = json.dumps(payment | {"transaction_id": f"lone-{number}"})
+        begun = time.perf_counter()
+        assert finance.post(ROUTE, content=body).status_code == 200
+        spent.append(time.perf_counter() - begun)
+    assert median(spent) < 0.010
