@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipelines.cli_benchmark import EPILOG as BENCHMARK_EPILOG
+from pipelines.cli_benchmark import benchmark
 from pipelines.cli_models import models
 from pipelines.cli_output import (
     FAILED,
@@ -40,6 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(models, name="models")
+app.command(epilog=BENCHMARK_EPILOG)(benchmark)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="TOML file; default ./plinth.toml if there.")

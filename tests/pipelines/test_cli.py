@@ -18,7 +18,7 @@ from tiny_verticals import GATE, Gate, install
 
 from pipelines.cli import main
 
-COMMANDS = ("list", "check", "serve", "stream", "batch", "models", "demo")
+COMMANDS = ("list", "check", "serve", "stream", "batch", "benchmark", "models", "demo")
 
 PLAIN = {"PLINTH_ENGINE__BACKEND": "eager", "PLINTH_ENGINE__PRECISION": "fp32"}
 
