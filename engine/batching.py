@@ -298,7 +298,8 @@ class Batcher:
     def _account(self, batch: Batch) -> None:
         """Background work earns its share while it waits, and pays for what it gets."""
         if not batch.urgent:
-            self._credit = max(self._credit - batch.predicted, -1.0)
+            # Only the last slice is owed for: what ran in idle time was nobody's loss.
+            self._credit = max(self._credit, 0.0) - batch.predicted
         elif self._background:
             share = self.background_share
             self._credit = min(self._credit + batch.predicted * share / (1 - share), 1.0)

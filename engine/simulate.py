@@ -6,7 +6,7 @@ drawn from a seeded generator, and every policy sees the same arrivals.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from engine.batching import Batcher
 from engine.flow import Sla
 from engine.latency import LatencyModel
-from engine.work import Work
+from engine.work import Batch, Work
 
 Arrivals = NDArray[np.float64]
 Cost = Callable[[int, float], float]
@@ -80,49 +80,95 @@ def bursts(rate: float, duration: float, seed: int, on: float = 0.5, off: float 
     return times + cycle * off
 
 
-def elastic(
-    setting: Setting,
-    arrivals: Arrivals,
-    cost: Cost | None = None,
-    keys: Sequence[str] = ("a",),
-    slas: Sequence[Sla] | None = None,
-) -> Outcome:
-    """Plinth's own Batcher, warmed up at a few batch sizes; arrivals take keys and SLAs in turn."""
-    real = cost or setting.cost
-    promises = slas or (Sla(deadline_ms=setting.deadline * 1e3),)
-    latency = LatencyModel()
-    batcher = Batcher(latency)
-    for key in keys:
-        batcher.register(key, most=setting.most)
-        for rows in (1, setting.most // 4, setting.most):
-            latency.seed(key, rows, real(rows, 0.0))
-    now, index, in_sla, late, refused, busy = 0.0, 0, 0, 0, 0, 0.0
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A batch that ran, from ``start`` on for ``seconds``."""
 
-    def admit(until: float) -> None:
-        nonlocal index, refused
-        while index < len(arrivals) and arrivals[index] <= until:
-            sla = promises[index % len(promises)]
-            work = Work(keys[index % len(keys)], 1, float(arrivals[index]), sla)
-            refused += batcher.offer(work, work.arrival) is not None
+    start: float
+    seconds: float
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a batcher made of its work.
+
+    Args:
+        finish: when each piece of work that was answered had its last row done.
+        ran: the batches, in order.
+    """
+
+    finish: dict[Work, float]
+    ran: list[Ran]
+
+    def outcome(self, works: Sequence[Work], duration: float) -> Outcome:
+        """Counts over some of the work; the device was busy with all of it."""
+        done = [work for work in works if work in self.finish]
+        late = sum(self.finish[work] > work.deadline + 1e-9 for work in done)
+        busy = sum(ran.seconds for ran in self.ran)
+        refused = len(works) - len(done)
+        return Outcome(len(works), len(done) - late, late, refused, duration, busy)
+
+
+def replay(
+    batcher: Batcher,
+    works: Sequence[Work],
+    costs: Mapping[str, Cost],
+    until: float = float("inf"),
+) -> Trace:
+    """Run a batcher over work in virtual time.
+
+    Args:
+        batcher: made anew, its work classes registered.
+        works: in order of arrival, made anew: the batcher marks what it has taken of them.
+        costs: what batches really take, by work class.
+        until: seconds after which no batch starts; for background work without end.
+    """
+    now, index = 0.0, 0
+    trace = Trace({}, [])
+
+    def admit(up_to: float) -> None:
+        nonlocal index
+        while index < len(works) and works[index].arrival <= up_to:
+            batcher.offer(works[index], works[index].arrival)
             index += 1
 
-    while index < len(arrivals) or batcher:
+    while (index < len(works) or batcher) and now < until:
         if not batcher:
-            now = max(now, float(arrivals[index]))
+            now = max(now, works[index].arrival)
         admit(now)
-        batch, given_up = batcher.next(now)
-        refused += len(given_up)
+        batch, _ = batcher.next(now)
         if batch is None:
             continue
-        seconds = real(batch.rows, now)
+        seconds = costs[batch.key](batch.rows, now)
+        trace.ran.append(Ran(now, seconds, batch))
         # What arrives while the device is busy is judged when it arrives.
         admit(now + seconds)
-        now, busy = now + seconds, busy + seconds
+        now += seconds
         batcher.finished(batch, seconds, now)
-        missed = sum(part.work.deadline < now - 1e-9 for part in batch.parts)
-        late += missed
-        in_sla += len(batch.parts) - missed
-    return Outcome(len(arrivals), in_sla, late, refused, setting.duration, busy)
+        for part in batch.parts:
+            if part.first + part.rows == part.work.rows:
+                trace.finish[part.work] = now
+    return trace
+
+
+def warmed(settings: Mapping[str, Setting]) -> Batcher:
+    """A batcher whose work classes were measured at a few batch sizes, as at warm-up."""
+    latency = LatencyModel()
+    batcher = Batcher(latency)
+    for key, setting in settings.items():
+        batcher.register(key, most=setting.most)
+        for rows in sorted({1, max(1, setting.most // 4), setting.most}):
+            latency.seed(key, rows, setting.cost(rows))
+    return batcher
+
+
+def elastic(setting: Setting, arrivals: Arrivals) -> Outcome:
+    """Plinth's own Batcher, warmed up; one work class and one promise."""
+    promise = Sla(deadline_ms=setting.deadline * 1e3)
+    works = [Work("a", 1, float(at), promise) for at in arrivals]
+    trace = replay(warmed({"a": setting}), works, {"a": setting.cost})
+    return trace.outcome(works, setting.duration)
 
 
 def queueing(
@@ -220,3 +266,25 @@ def clairvoyant(setting: Setting, arrivals: Arrivals, tick: float = 0.001) -> Ou
     count = int(best[0, 0])
     lost = len(arrivals) - count
     return Outcome(len(arrivals), count, 0, lost, setting.duration, float("nan"))
+
+
+def steady(classes: Sequence[tuple[Setting, float]]) -> float:
+    """The most answers in time per second, in the long run, when arrivals come evenly.
+
+    A batch of n rows of one class finds at most ``rate * (deadline - cost(n))`` rows young
+    enough, so n is bounded, and with it what a second of the device can give: the classes
+    that give most per second come first. Bunched arrivals may carry a policy a little above.
+
+    Args:
+        classes: work classes that share the device: setting, and rows per second offered.
+    """
+    made = []
+    for setting, rate in classes:
+        young = rate * (setting.deadline - setting.fixed) / (1 + rate * setting.per_row)
+        rows = min(float(setting.most), young)
+        made.append((rows / (setting.fixed + setting.per_row * rows), rate))
+    total, left = 0.0, 1.0
+    for per_second, rate in sorted(made, reverse=True):
+        share = min(left, rate / per_second)
+        total, left = total + share * per_second, left - share
+    return total

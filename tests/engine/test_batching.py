@@ -123,6 +123,21 @@ def test_background_work_shares_by_weight():
     assert light.taken == pytest.approx(50, abs=2)
 
 
+def test_what_background_work_took_of_idle_time_is_not_held_against_it():
+    queue = batcher(background_share=0.1)
+    queue.offer(work(key="volume", rows=10_000, sla=Sla()), 0.0)
+    for _ in range(100):  # nobody else is there
+        now = queue.latency.predict("volume", 8)
+        queue.finished(queue.next(0.0)[0], now, now)
+    seen = []
+    for turn in range(30):
+        queue.offer(work(arrival=float(turn), rows=100), float(turn))
+        seen.append(queue.next(float(turn))[0].urgent)
+        if not seen[-1]:
+            queue.next(float(turn))
+    assert seen.count(False) >= 2
+
+
 def test_background_work_never_starves_behind_urgent_work():
     queue = batcher(background_share=0.1)
     patient = work(key="volume", rows=10_000, sla=Sla())
