@@ -92,7 +92,7 @@ async def _next(receive: Receive, patience: float) -> tuple[bytes, bool]:
         async with asyncio.timeout(patience):
             message = await receive()
     except TimeoutError:
-        raise _too_slow(patience) from None
+        raise too_slow(patience) from None
     if message["type"] == "http.disconnect":
         raise Cancelled("the client went away before the body was complete")
     return message.get("body", b""), message.get("more_body", False)
@@ -108,7 +108,8 @@ def _too_large(limit: int) -> Stop:
     )
 
 
-def _too_slow(patience: float) -> Stop:
+def too_slow(patience: float) -> Stop:
+    """The error of a body that keeps the server waiting."""
     return Stop(
         f"no more of the body came for {patience:g} s",
         reason="body_too_slow",

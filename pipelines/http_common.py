@@ -7,7 +7,7 @@ import difflib
 import hmac
 import html
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -22,6 +22,7 @@ from engine import Closed, Engine, PlinthError, QueueFull
 from engine.metrics import REGISTRY
 from pipelines.config import ServeConfig
 from pipelines.http_errors import Stop, error_response, internal_error
+from pipelines.http_records import RecordDoor
 from verticals import Vertical
 
 REQUESTS = Counter(
@@ -72,7 +73,7 @@ class Gate:
 
     Args:
         app: everything but ``doors``.
-        doors: apps that take the POST requests of a path without going through ``app``.
+        doors: record routes by path, which take their POST requests without ``app``.
         key: the API key, or ``None``.
         settings: ``config.serve``.
         health: told apart: a request cut off by the end of draining, and a fault.
@@ -81,7 +82,7 @@ class Gate:
     def __init__(
         self,
         app: ASGIApp,
-        doors: Mapping[str, ASGIApp],
+        doors: Mapping[str, RecordDoor],
         key: str | None,
         settings: ServeConfig,
         health: Health,
@@ -112,7 +113,7 @@ class Gate:
         self.in_work += 1
         door = self.doors.get(path) if scope["method"] == "POST" else None
         try:
-            refusal = self._refusal(scope)
+            refusal = self.refusal(path, scope["headers"])
             if refusal is None:
                 await (door or self.app)(scope, receive, noted)
             else:
@@ -129,9 +130,13 @@ class Gate:
         finally:
             self.in_work -= 1
             route = path if door else getattr(scope.get("route"), "path", "other")
-            counter, histogram = self._counters_of(route, status)
-            counter.inc()
-            histogram.observe(time.perf_counter() - started)
+            self.note(route, status, time.perf_counter() - started)
+
+    def note(self, route: str, status: int, seconds: float) -> None:
+        """Count an answered request; status 0: its client was gone."""
+        counter, histogram = self._counters_of(route, status)
+        counter.inc()
+        histogram.observe(seconds)
 
     def _counters_of(self, route: str, status: int) -> tuple[Counter, Histogram]:
         key = route, status
@@ -139,16 +144,17 @@ class Gate:
             self._counters[key] = REQUESTS.labels(route, status), SECONDS.labels(route)
         return self._counters[key]
 
-    def _refusal(self, scope: Scope) -> PlinthError | None:
-        if scope["path"] in OPEN_PATHS:
+    def refusal(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> PlinthError | None:
+        """Why a request is turned away before anybody looks at it, or ``None``."""
+        if path in OPEN_PATHS:
             return None
-        if self.key is not None and not self._has_key(scope, self.key):
+        if self.key is not None and not self._has_key(headers, self.key):
             return UNAUTHORISED
         return BUSY if self.in_work > self.most else None
 
     @staticmethod
-    def _has_key(scope: Scope, key: bytes) -> bool:
-        headers = dict(scope["headers"])
+    def _has_key(pairs: Iterable[tuple[bytes, bytes]], key: bytes) -> bool:
+        headers = dict(pairs)
         bearer = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
         given: bytes = headers.get(b"x-api-key", bearer)
         return hmac.compare_digest(given.strip(), key)

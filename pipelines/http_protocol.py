@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pipelines.config import ServeConfig
+from pipelines.http_body import too_slow
 from pipelines.http_errors import Stop, body_of, error_response, status_of
+from pipelines.http_express import Exchange, Express
 
 MAX_HEAD = 64 << 10
 """Bytes of request line and headers, counted in whole reads."""
@@ -35,11 +38,17 @@ class Protocol(HttpToolsProtocol):
 
     Args:
         settings: ``config.serve``.
+        lanes: express lanes by the URL they begin at.
         options: those of uvicorn.
     """
 
-    def __init__(self, settings: ServeConfig, **options: Any) -> None:
+    def __init__(
+        self, settings: ServeConfig, lanes: Mapping[bytes, Express], **options: Any
+    ) -> None:
         super().__init__(**options)
+        self._lanes = lanes
+        self._exchange: Exchange | None = None
+        self.default_headers = self.server_state.default_headers
         self._most = settings.max_connections
         self._patience = settings.request_timeout_seconds
         self._head: asyncio.TimerHandle | None = None
@@ -51,7 +60,7 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._await_head()
         if len(self.connections) > self._most:
-            self.app = error_response(FULL)
+            self.app, self._lanes = error_response(FULL), {}
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
@@ -86,11 +95,26 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head is whole; what answers a POST here is sent whole, and so in one write."""
+        lane = self._lanes.get(self.url)
+        if lane is not None and (self.cycle is None or self.cycle.response_complete):
+            headers = dict(self.headers)
+            if self.parser.get_method() == b"POST" and lane.fits(headers):
+                # The timer goes on: the few bytes of the body are as good as part of the head.
+                self._head_bytes = 0
+                keep_alive = self.parser.should_keep_alive()
+                cycle: Any = Exchange(self, lane, headers, keep_alive)
+                self._exchange = self.cycle = cycle
+                return
         self._head_is_there()
         super().on_headers_complete()
         if self.scope["method"] == "POST" and not self.expect_100_continue:
             together: Any = _Together(self.transport)
             self.cycle.transport = together
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._head_is_there()
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what cannot be parsed."""
@@ -108,6 +132,8 @@ class Protocol(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         self._head = None
+        if self._exchange is not None and not self._exchange.taken:
+            self._refuse(too_slow(self._patience))
         self.transport.close()
 
     def _refuse(self, error: Stop) -> None:

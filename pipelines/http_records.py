@@ -27,7 +27,7 @@ from pipelines.http_watch import Watched
 from verticals import Vertical
 
 DEADLINE_HEADER = "x-slo-deadline-ms"
-_JSON = ("application/json",)
+JSON = ("application/json",)
 _DEADLINE = DEADLINE_HEADER.encode()
 _TIMING = (
     b'{"decode_ms":%.3f,"queue_ms":%.3f,"device_ms":%.3f,"mates_ms":%.3f,"padding_ms":%.3f,'
@@ -77,9 +77,17 @@ class RecordDoor:
         """
         arrived = time.perf_counter()
         config, headers = self.config, headers_of(scope)
-        media_type(headers, _JSON)
-        sla = self._sla(headers.get(_DEADLINE))
+        media_type(headers, JSON)
+        sla = self.promise(headers.get(_DEADLINE))
         body = await whole(receive, headers, config.max_body_bytes, config.request_timeout_seconds)
+        return await self.respond(receive, body, sla, arrived)
+
+    async def respond(self, receive: Receive, body: bytes, sla: Sla, arrived: float) -> Response:
+        """The answer to a whole body that arrived at a time (``perf_counter``).
+
+        Raises:
+            PlinthError: to be turned into an error response.
+        """
         start = body[:1]
         if start != b"{":
             start = body.lstrip()[:1]
@@ -98,7 +106,7 @@ class RecordDoor:
         encoding = time.perf_counter()
         content = self.vertical.encode(result)
         _clock(answer, sla, arrived, decoded, encoding)
-        return Ready(content, _headers(answer))
+        return Ready(content, answer_headers(answer))
 
     async def _many(self, receive: Receive, body: bytes, sla: Sla, arrived: float) -> Response:
         records: list[Any] = []
@@ -126,14 +134,19 @@ class RecordDoor:
             "degraded": answer.degraded,
             "late": answer.late,
         }
-        return Ready(orjson.dumps(document), _headers(answer))
+        return Ready(orjson.dumps(document), answer_headers(answer))
 
     def _encode(self, outcome: Any) -> dict[str, Any]:
         if isinstance(outcome, InputError):
             return {"error": body_of(outcome)}
         return {"result": orjson.Fragment(self.vertical.encode(outcome))}
 
-    def _sla(self, given: bytes | None) -> Sla:
+    def promise(self, given: bytes | None) -> Sla:
+        """The promise for a request with this value of ``x-slo-deadline-ms``.
+
+        Raises:
+            InputError: no number of milliseconds.
+        """
         if given is None:
             return self.sla
         try:
@@ -217,13 +230,20 @@ def _clock(answer: Answer[Any], sla: Sla, arrived: float, decoded: float, encodi
     timing.decode = decoded - arrived
     timing.encode = now - encoding
     timing.total = now - arrived
-    if sla.deadline_ms is not None and timing.total * 1e3 > sla.deadline_ms and not answer.late:
-        answer.late = True
-        for model in answer.models:
-            SLA_MISSES.labels(model, "door").inc()
+    answer.late = answer.late or late_at_door(answer, sla)
 
 
-def _headers(answer: Answer[Any]) -> list[tuple[bytes, bytes]]:
+def late_at_door(answer: Answer[Any], sla: Sla) -> bool:
+    """Whether an answer missed its promise, and if only at the door, count that."""
+    if sla.deadline_ms is None or answer.timing.total * 1e3 <= sla.deadline_ms:
+        return False
+    for model in answer.models:
+        SLA_MISSES.labels(model, "door").inc()
+    return True
+
+
+def answer_headers(answer: Answer[Any]) -> list[tuple[bytes, bytes]]:
+    """What is told of every answer: where its time went, and which models ran."""
     headers = [
         (b"x-plinth-timing", _timing(answer.timing)),
         (b"x-plinth-models", _pairs(answer.models)),

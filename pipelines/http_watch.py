@@ -65,10 +65,15 @@ class Watched:
                     pass
             self._verdict = Cancelled("the client went away")
         except TimeoutError:
-            self._verdict = Stop(
-                f"no answer within {self._patience:g} s",
-                reason="timeout",
-                hint="send fewer records at once, or raise serve.request_timeout_seconds",
-            )
+            self._verdict = timed_out(self._patience)
         assert self._task is not None
         self._task.cancel()
+
+
+def timed_out(seconds: float) -> Stop:
+    """The error of a request that took longer than the bound."""
+    return Stop(
+        f"no answer within {seconds:g} s",
+        reason="timeout",
+        hint="send fewer records at once, or raise serve.request_timeout_seconds",
+    )

@@ -31,6 +31,7 @@ from pipelines import http_openapi
 from pipelines.assembly import is_folder_vertical, sla_of
 from pipelines.config import Config, ServeConfig
 from pipelines.http_common import Gate, Health, add_common_routes, add_error_handlers, publish
+from pipelines.http_express import Express
 from pipelines.http_jobs import UploadDoor
 from pipelines.http_protocol import Protocol
 from pipelines.http_records import RecordDoor
@@ -244,7 +245,8 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _uvicorn_config(app: Gate, settings: ServeConfig) -> uvicorn.Config:
-    protocol: Any = functools.partial(Protocol, settings)
+    lanes = {door.path.encode(): Express(app, door) for door in app.doors.values()}
+    protocol: Any = functools.partial(Protocol, settings, lanes)
     return uvicorn.Config(
         app,
         loop="none",
