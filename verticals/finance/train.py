@@ -269,7 +269,10 @@ def folds(
 def final(
     recipe: Recipe, data: Data, plan: Plan, seed: int, advance: Callable[[int], None]
 ) -> tuple[FraudScorer, Quality]:
-    """The model to store, with its thresholds and its quality on a week of its own."""
+    """The model to store, with its thresholds, and its quality on a week of its own.
+
+    ``amount_alone_*`` is the baseline on the same week: the amount as the score.
+    """
     first, days = plan.first_day, plan.final_days
     epochs = max(plan.epochs * 2 // 3, 1)
     model = fit(recipe, data, data.between(first, days), epochs=epochs, seed=seed, advance=advance)
@@ -285,8 +288,10 @@ def final(
     scores, fraud = score(model, data, test), data.table["fraud"][test]
     alerts = _card_days(data, test)[scores >= review]
     refused = scores >= decline
+    amount = measure(data.table["amount"][test], data, test, plan.alert_budget)
     return model, {
         **measure(scores, data, test, plan.alert_budget),
+        **{f"amount_alone_{name}": value for name, value in amount.items()},
         "calibration_error": calibration_error(scores, fraud),
         "review_threshold": review,
         "decline_threshold": max(review, decline),
