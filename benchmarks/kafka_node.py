@@ -141,7 +141,7 @@ class KafkaNode:
             "output_topic": f"{name}-out",
             "group": f"{name}-group",
             "create_topics": True,
-            "idle_exit_s": 1.0,
+            "idle_exit_s": 2.0,
             "session_timeout_ms": 6_000,
         }
         return StreamConfig(**{**defaults, **settings})
@@ -150,10 +150,11 @@ class KafkaNode:
         """Create the topics and append records (key, value)."""
         prepare(config)
         producer = KafkaProducer(bootstrap_servers=self.servers, linger_ms=20, batch_size=200_000)
-        for key, value in records:
-            producer.send(config.input_topic, value, key)
-        producer.flush(30)
+        sent = [producer.send(config.input_topic, value, key) for key, value in records]
+        producer.flush(60)
         producer.close(5)
+        if failed := [future.exception for future in sent if not future.succeeded()]:
+            raise RuntimeError(f"{len(failed)} records were not written: {failed[0]!r}")
 
     def read(self, topic: str, seconds: float = 20.0) -> list[Any]:
         """Everything committed in a topic, as a read_committed consumer sees it."""

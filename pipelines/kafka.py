@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,11 +21,12 @@ from kafka.errors import (
 from kafka.structs import TopicPartition
 
 from engine import ConfigError
+from pipelines.lane import Lane
 from pipelines.metrics import LAG, PARTITIONS
 from pipelines.replay import Replay
 from pipelines.run import Chunk, Partition, Record, Rewind
 from pipelines.stream_config import StreamConfig
-from pipelines.transactions import Lane, StreamError, as_offsets
+from pipelines.transactions import StreamError, as_offsets, namesake
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,31 @@ def _unreachable(config: StreamConfig, error: Exception) -> ConfigError:
     )
 
 
+def _member(config: StreamConfig, identity: str) -> Any:
+    """A consumer that will join the group at its first poll, and knows the topic by then."""
+    consumer = KafkaConsumer(
+        config.input_topic,
+        **config.client(),
+        client_id=f"plinth-{identity}",
+        group_id=config.group,
+        group_instance_id=config.instance_id,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        session_timeout_ms=config.session_timeout_ms,
+        heartbeat_interval_ms=max(250, min(3_000, config.session_timeout_ms // 5)),
+        partition_assignment_strategy=[StickyPartitionAssignor],
+        metrics_enabled=False,
+        allow_auto_create_topics=False,
+    )
+    # a group leader that does not know the topic yet would assign nothing at first
+    lane = Lane("plinth-metadata")
+    job = lane.start(partial(consumer.partitions_for_topic, config.input_topic))
+    lane.close()
+    job.wait(config.connect_timeout_s)
+    return consumer
+
+
 class KafkaReader:
     """A member of the consumer group that gives chunks of records.
 
@@ -122,28 +148,15 @@ class KafkaReader:
 
     def __init__(self, config: StreamConfig, identity: str) -> None:
         self.config = config
-        self.limit = config.max_records
-        self.consumer = KafkaConsumer(
-            config.input_topic,
-            **config.client(),
-            client_id=f"plinth-{identity}",
-            group_id=config.group,
-            group_instance_id=config.instance_id,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            isolation_level="read_committed",
-            session_timeout_ms=config.session_timeout_ms,
-            heartbeat_interval_ms=max(250, min(3_000, config.session_timeout_ms // 5)),
-            partition_assignment_strategy=[StickyPartitionAssignor],
-            metrics_enabled=False,
-            allow_auto_create_topics=False,
-        )
-        # known before joining, or a group leader would first assign nothing
-        lookup = partial(self.consumer.partitions_for_topic, config.input_topic)
-        Lane("plinth-metadata").start(lookup).wait(config.connect_timeout_s)
+        self.limit = min(config.max_records, config.max_events or config.max_records)
+        try:
+            self.consumer = _member(config, identity)
+        except (KafkaError, TimeoutError) as error:
+            raise _unreachable(config, error) from None
         self._timeout_ms = config.commit_timeout_ms
-        self._member: tuple[int, str] | None = None
+        self._claim: tuple[int, str, frozenset[Any]] | None = None
         self._positions: dict[Partition, int] = {}
+        self._ends: dict[Any, int] = {}
         self._replay: Replay | None = None
         self._polled = time.monotonic()
 
@@ -174,7 +187,7 @@ class KafkaReader:
     def keep_alive(self) -> None:
         """Stay in the group without reading on, while work waits."""
         if time.monotonic() - self._polled > KEEP_ALIVE_S and self._poll(1, 1):
-            self._member = None  # a record was taken: seek back to it
+            self._claim = None  # a record was taken: seek back to it
 
     def _replayed(self) -> Chunk | None:
         assert self._replay is not None
@@ -182,7 +195,7 @@ class KafkaReader:
             chunk = self._replay.take()
         except KafkaError as error:
             log.warning("reading again for the state failed and is started anew: %r", error)
-            self._member = None
+            self._claim = None
             raise Rewind("replay_failed") from None
         if chunk is None and not self._replay.partitions:
             self._end_replay()
@@ -203,11 +216,7 @@ class KafkaReader:
         try:
             polled: Mapping[Any, list[Record]] = self.consumer.poll(wait_ms, max_records=limit)
         except FencedInstanceIdError:
-            raise StreamError(
-                f"another worker of group {self.config.group} has the instance id "
-                f"{self.config.instance_id!r}",
-                hint="give every worker a stream.instance_id of its own",
-            ) from None
+            raise namesake(self.config) from None
         except AuthorizationError as error:
             raise StreamError(
                 f"Kafka refuses this client: {error!r}",
@@ -215,7 +224,7 @@ class KafkaReader:
             ) from None
         except KafkaError as error:
             log.warning("reading failed and is tried again: %r", error)
-            self._member = None
+            self._claim = None
             return {}
         return polled
 
@@ -223,11 +232,16 @@ class KafkaReader:
         owner = self.consumer.group_metadata()
         # without a generation the broker would take our offsets unchecked
         if owner.generation_id < 0 or not owner.member_id:
-            self._member = None
+            self._claim = None
             return None
-        if (owner.generation_id, owner.member_id) != self._member:
+        if self._claim_of(owner, self.consumer.assignment()) != self._claim:
             raise Rewind("assigned")
         return owner
+
+    @staticmethod
+    def _claim_of(owner: Any, places: Iterable[Any]) -> tuple[int, str, frozenset[Any]]:
+        # some brokers count generations anew, so the partitions are compared too
+        return owner.generation_id, owner.member_id, frozenset(places)
 
     def _chunk(self, parts: dict[Partition, list[Record]], owner: Any) -> Chunk:
         starts, ends, every = {}, {}, []
@@ -255,6 +269,7 @@ class KafkaReader:
             return owner, {}, {}
         first = self.consumer.beginning_offsets(places, timeout_ms=self._timeout_ms)
         last = self.consumer.end_offsets(places, timeout_ms=self._timeout_ms)
+        self._ends = last
         found: dict[Partition, int] = {}
         fresh: dict[Partition, int] = {}
         for place in places:
@@ -288,12 +303,12 @@ class KafkaReader:
                 self.consumer.seek(TopicPartition(*place), at)
         except (ValueError, AssertionError):
             log.debug("the assignment changed meanwhile")
-            self._member = None
+            self._claim = None
             return
         again = {place: span for place, span in plan.items() if span[0] < span[1]}
         if again:
             self._replay = Replay(self.config, again)
-        self._member = owner.generation_id, owner.member_id
+        self._claim = self._claim_of(owner, {TopicPartition(*place) for place in plan})
 
     def commit(self, ends: Mapping[Partition, int]) -> None:
         """Commit offsets outside of a transaction.
@@ -306,7 +321,7 @@ class KafkaReader:
     @property
     def joined(self) -> bool:
         """This worker is in the group and reads what it was given."""
-        return self._member is not None
+        return self._claim is not None
 
     @property
     def partitions(self) -> int:
@@ -322,8 +337,10 @@ class KafkaReader:
         """Records waiting in the partitions we have; also set as metric."""
         total = 0
         for place in self.consumer.assignment():
-            end, at = self.consumer.highwater(place), self._positions.get(place)
-            if end is not None and at is not None:
+            at = self._positions.get(place)
+            if at is not None:
+                # the client knows the end of a partition from its first fetch on
+                end = max(self.consumer.highwater(place) or 0, self._ends.get(place, 0))
                 behind = max(0, end - at)
                 LAG.labels(place.topic, str(place.partition)).set(behind)
                 total += behind

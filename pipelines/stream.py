@@ -236,11 +236,14 @@ class Stream:
             if left <= 0:
                 return True
             self.reader.limit = min(config.max_records, left)
-        idle = config.idle_exit_s
-        if idle is None or not self.reader.joined or self.reader.replaying:
-            self._busy = self._busy if self.reader.joined else now
-            return False
-        return now - self._busy >= idle
+        return config.idle_exit_s is not None and self._idle(now, config.idle_exit_s)
+
+    def _idle(self, now: float, limit: float) -> bool:
+        if not self.reader.joined or self.reader.replaying:
+            self._busy = now
+        elif not self.reader.partitions:  # the group may still be forming
+            limit += self.config.session_timeout_ms / 1e3
+        return now - self._busy >= limit
 
     def _replayed(self, chunk: Chunk) -> None:
         count = len(chunk.records)

@@ -46,7 +46,7 @@ class StreamConfig(BaseModel):
         default="exactly_once", description="exactly_once or at_least_once"
     )
 
-    max_records: int = Field(default=128, ge=1, le=10_000, description="records in one transaction")
+    max_records: int = Field(default=512, ge=1, le=10_000, description="records in one transaction")
     linger_ms: float = Field(default=20.0, ge=0, le=5_000, description="longest wait to fill one")
     max_record_bytes: int = Field(
         default=1_000_000, ge=64, le=100_000_000, description="larger records become dead letters"

@@ -1,24 +1,24 @@
 """Sinks that make answers and offsets durable together, each call under a deadline of ours.
 
-kafka-python waits without bound in its transaction calls when a coordinator dies meanwhile. So
-they run on a :class:`Lane`, a thread that can be left behind: on expiry the producer is dropped
-and a new one with the same transactional id takes its place, which fences the old one.
+On expiry the producer is dropped and a new one with the same transactional id takes its place,
+which fences the old one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import queue
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from kafka import KafkaProducer
 from kafka.errors import (
     AuthorizationError,
+    FencedInstanceIdError,
     KafkaError,
     KafkaTimeoutError,
     MessageSizeTooLargeError,
@@ -27,12 +27,12 @@ from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from engine import PlinthError
 from pipelines.dead_letters import app_version, headers, payload
+from pipelines.lane import Job, Lane
 from pipelines.metrics import COMMIT_SECONDS
 from pipelines.run import Message, Partition, Rewind, Scored
 from pipelines.stream_config import StreamConfig
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 RETRY_BACKOFF_MS = 5
 """A transaction that begins before the last one's markers are written waits so long."""
@@ -44,58 +44,6 @@ class StreamError(PlinthError):
     """The stream cannot go on; what was committed is complete, the rest will be read again."""
 
     reason = "stream"
-
-
-class Job(Generic[T]):
-    """One call on a lane."""
-
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
-        self._done = threading.Event()
-        self._value: T | None = None
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
-        """Do the work and keep what came of it."""
-        try:
-            self._value = self._work()
-        except BaseException as error:  # noqa: BLE001 - raised again by wait() in the caller
-            self._error = error
-        self._done.set()
-
-    def wait(self, seconds: float) -> T:
-        """The result.
-
-        Raises:
-            TimeoutError: it is not there in time.
-        """
-        if not self._done.wait(seconds):
-            raise TimeoutError
-        if self._error is not None:
-            raise self._error
-        return self._value  # type: ignore[return-value]
-
-
-class Lane:
-    """One daemon thread that runs jobs in order and may be left behind."""
-
-    def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._loop, name=name, daemon=True).start()
-
-    def start(self, work: Callable[[], T]) -> Job[T]:
-        """Queue a call."""
-        job = Job(work)
-        self._jobs.put(job)
-        return job
-
-    def close(self) -> None:
-        """End the thread after what is queued."""
-        self._jobs.put(None)
-
-    def _loop(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job.run()
 
 
 class KafkaSink(ABC):
@@ -162,8 +110,8 @@ class KafkaSink(ABC):
         except TimeoutError:
             self._abandon_lane()
             self._failed(scored, "commit_timeout", f"no answer in {self._deadline:.0f} s")
-        except (AuthorizationError, MessageSizeTooLargeError) as error:
-            raise _hopeless(error) from None
+        except (AuthorizationError, FencedInstanceIdError, MessageSizeTooLargeError) as error:
+            raise _hopeless(error, self.config) from None
         except KafkaError as error:
             self._failed(scored, "commit_failed", repr(error))
         else:
@@ -193,18 +141,18 @@ class KafkaSink(ABC):
                     job = self._lane.start(partial(self._connect, slot))
                     self._slots[slot] = job.wait(self._deadline + 1)
                 except AuthorizationError as error:
-                    raise _hopeless(error) from None
+                    raise _hopeless(error, self.config) from None
                 except TimeoutError:
                     self._abandon_lane()
                     raise
 
     def close(self) -> None:
-        """Drop every producer, within the commit timeout."""
+        """Close every producer, in bounded time."""
         for slot, producer in enumerate(self._slots):
             if producer is not None:
                 self._slots[slot] = None
                 try:
-                    self._lane.start(partial(producer.close, timeout=2)).wait(3)
+                    self._lane.start(partial(self._leave, producer)).wait(5)
                 except (TimeoutError, KafkaError):
                     log.debug("a producer did not close in time")
         self._lane.close()
@@ -221,6 +169,10 @@ class KafkaSink(ABC):
     def _finish(self, scored: Scored) -> None:
         """What is left to do on the reader's own thread."""
         return
+
+    def _leave(self, producer: Any) -> None:
+        """Close a producer for good; runs on the lane."""
+        producer.close(timeout=2)
 
     # -- shared ----------------------------------------------------------------------------
     def _timed(self, producer: Any, scored: Scored) -> float:
@@ -284,7 +236,7 @@ class KafkaSink(ABC):
         The client itself forgets a batch that it could not deliver in time, and would go on to
         commit a transaction without it.
         """
-        producer.flush(self._deadline)
+        producer.flush(self._deadline * 2)  # whoever waits for this job gives up before
         for future in futures:
             if not future.succeeded():
                 raise future.exception or KafkaTimeoutError("a message was not written")
@@ -337,6 +289,11 @@ class ExactlyOnceSink(KafkaSink):
         self._all_written(producer, futures)
         producer.commit_transaction()
 
+    def _leave(self, producer: Any) -> None:
+        with contextlib.suppress(KafkaError):  # mostly none is open
+            producer.abort_transaction()
+        super()._leave(producer)
+
 
 class AtLeastOnceSink(KafkaSink):
     """Answers first, offsets after; a crash between them writes some answers twice.
@@ -377,7 +334,9 @@ def _drop(producer: Any, seconds: float) -> None:
     threading.Thread(target=close, name="plinth-drop", daemon=True).start()
 
 
-def _hopeless(error: KafkaError) -> StreamError:
+def _hopeless(error: KafkaError, config: StreamConfig) -> StreamError:
+    if isinstance(error, FencedInstanceIdError):
+        return namesake(config)
     if isinstance(error, MessageSizeTooLargeError):
         return StreamError(
             f"Kafka refuses an answer or dead letter as too large: {error}",
@@ -387,4 +346,12 @@ def _hopeless(error: KafkaError) -> StreamError:
         f"Kafka refuses this client: {error!r}",
         hint="it needs Read on the input topic and the group, Write on the output and "
         "dead-letter topics, and Write on the transactional ids <group>-*",
+    )
+
+
+def namesake(config: StreamConfig) -> StreamError:
+    """The end of a worker whose lasting name another one took over."""
+    return StreamError(
+        f"another worker of group {config.group} has the instance id {config.instance_id!r}",
+        hint="give every worker a stream.instance_id of its own",
     )

@@ -33,7 +33,11 @@ class Embedded(KafkaNode):
 def test_a_stream_runs_through_the_embedded_broker() -> None:
     with EmbeddedBroker() as broker:
         node = Embedded(broker)
-        config = node.config(guarantee="at_least_once", session_timeout_ms=SESSION_TIMEOUT_MS)
+        config = node.config(
+            guarantee="at_least_once",
+            session_timeout_ms=SESSION_TIMEOUT_MS,
+            max_events=501,
+        )
         node.fill(config, [*spends(500), (b"x", b"{bad")])
         vertical = TallyVertical()
         with started_engine(vertical) as engine:

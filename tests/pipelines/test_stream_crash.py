@@ -18,7 +18,7 @@ from kafka_fixtures import KafkaNode, eventually
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
 from engine.metrics import REGISTRY
-from pipelines.stream import StreamConfig, StreamProgress, StreamSummary, run
+from pipelines.stream import StreamConfig, StreamError, StreamProgress, StreamSummary, run
 
 pytestmark = [pytest.mark.kafka]
 WORKER = Path(__file__).with_name("stream_worker.py")
@@ -132,6 +132,23 @@ def test_exactly_once_however_often_and_whenever_the_worker_is_killed(
     assert last["replayed"] < 4_000  # the snapshot spared the rest
 
 
+@pytest.mark.slow
+def test_at_least_once_when_the_worker_is_killed(
+    kafka_node: KafkaNode, worker: Callable[[StreamConfig], Worker], tmp_path: Path
+) -> None:
+    config = kafka_node.config(
+        guarantee="at_least_once", instance_id="w1", state_dir=tmp_path, max_records=64
+    )
+    kafka_node.fill(config, spends(3_000))
+    one = worker(config)
+    one.until(random.randrange(1, 1_500))
+    one.kill_within(0.3)
+    worker(config).summary()
+    answered = [answer["id"] for answer in kafka_node.answers(config)]
+    assert set(answered) == set(range(3_000))
+    assert len(answered) <= 3_000 + 2 * config.max_records
+
+
 def test_sigterm_finishes_the_chunk_commits_and_leaves_a_snapshot(
     kafka_node: KafkaNode, worker: Callable[[StreamConfig], Worker], tmp_path: Path
 ) -> None:
@@ -196,11 +213,13 @@ def given_up() -> float:
 def test_scores_stay_right_while_workers_join_and_leave_the_group(
     kafka_node: KafkaNode,
 ) -> None:
-    config = kafka_node.config(max_records=16, idle_exit_s=4.0)
-    kafka_node.fill(config, spends(4_000))
+    config = kafka_node.config(max_records=16, idle_exit_s=10.0)
+    kafka_node.fill(config, spends(1_000))
     first = Thread(config)
     first.until(500)
     second = Thread(config)
+    eventually(lambda: second.progress.partitions > 0, 30, "the second worker has partitions")
+    kafka_node.fill(config, spends(3_000, start=1_000))
     second.until(300)
     first.stop.set()
     done = first.summary()
@@ -209,6 +228,37 @@ def test_scores_stay_right_while_workers_join_and_leave_the_group(
     assert done.records + second.summary().records == 4_000
     assert second.summary().replayed > 0
     expect_each_once(kafka_node.answers(config), 4_000)
+
+
+def test_a_second_worker_of_the_same_name_takes_over_and_the_first_says_why_it_ends(
+    kafka_node: KafkaNode,
+) -> None:
+    config = kafka_node.config(instance_id="w1", max_records=16, idle_exit_s=3.0)
+    kafka_node.fill(config, spends(2_000))
+    first = Thread(config)
+    first.until(100)
+    second = Thread(config)
+    with pytest.raises(StreamError, match="instance id 'w1'"):
+        first.summary()
+    second.summary()
+    expect_each_once(kafka_node.answers(config), 2_000)
+
+
+def test_a_broker_that_stays_away_ends_the_stream_and_the_next_one_goes_on(
+    own_node: KafkaNode,
+) -> None:
+    config = own_node.config(
+        instance_id="w1", max_records=8, commit_timeout_ms=1_000, outage_timeout_s=2.0
+    )
+    own_node.fill(config, spends(2_000))
+    one = Thread(config)
+    one.until(100)
+    own_node.kill()
+    with pytest.raises(StreamError, match="no commit and no group membership for 2 s"):
+        one.summary()
+    own_node.start()
+    Thread(config.model_copy(update={"outage_timeout_s": 60.0})).summary()
+    expect_each_once(own_node.answers(config), 2_000)
 
 
 def test_a_stop_while_the_broker_is_gone_ends_in_bounded_time(own_node: KafkaNode) -> None:
@@ -220,4 +270,5 @@ def test_a_stop_while_the_broker_is_gone_ends_in_bounded_time(own_node: KafkaNod
     one.until(100)
     own_node.kill()
     one.stop.set()
-    eventually(lambda: bool(one.result), 20, "the stream ended")
+    with pytest.raises(StreamError, match="nothing is lost"):
+        one.summary()

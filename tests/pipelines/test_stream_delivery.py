@@ -6,24 +6,30 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from kafka.admin import KafkaAdminClient
 from kafka_fixtures import KafkaNode
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
 from engine import ConfigError, Engine, QueueFull
 from pipelines.kafka import prepare
 from pipelines.redeliver import redeliver
-from pipelines.stream import StreamConfig, StreamSummary, run
+from pipelines.stream import StreamConfig, StreamError, StreamProgress, StreamSummary, run
 
 real_kafka = pytest.mark.kafka
 
 
-def stream(config: StreamConfig, engine: Engine | None = None) -> StreamSummary:
+def stream(
+    config: StreamConfig,
+    engine: Engine | None = None,
+    on_progress: Callable[[StreamProgress], None] | None = None,
+) -> StreamSummary:
     vertical = TallyVertical()
     with engine or started_engine(vertical) as running:
-        return run(vertical, running, config, threading.Event())
+        return run(vertical, running, config, threading.Event(), on_progress)
 
 
 def by_offset(record: Any) -> int:
@@ -36,7 +42,7 @@ def by_offset(record: Any) -> int:
 def test_every_record_is_answered_once_in_the_order_of_its_card(
     kafka_node: KafkaNode, guarantee: str
 ) -> None:
-    config = kafka_node.config(guarantee=guarantee)
+    config = kafka_node.config(guarantee=guarantee, max_events=2_000)
     kafka_node.fill(config, spends(2_000))
     summary = stream(config)
     assert (summary.records, summary.scored, summary.dead_letters) == (2_000, 2_000, {})
@@ -51,7 +57,7 @@ def test_every_record_is_answered_once_in_the_order_of_its_card(
 def test_bad_records_become_dead_letters_that_say_why_and_the_rest_goes_on(
     kafka_node: KafkaNode,
 ) -> None:
-    config = kafka_node.config(partitions=1, max_record_bytes=1_000)
+    config = kafka_node.config(partitions=1, max_record_bytes=1_000, max_events=104)
     good = spends(100, at_3=-1.0)
     bad = [
         (b"k1", b"{not json"),
@@ -86,10 +92,69 @@ def test_bad_records_become_dead_letters_that_say_why_and_the_rest_goes_on(
 
 
 @real_kafka
+def test_hostile_payments_become_dead_letters_and_honest_ones_decisions(
+    kafka_node: KafkaNode,
+) -> None:
+    finance = pytest.importorskip("verticals.finance")
+    vertical = finance.FraudScoring()
+    honest = json.loads(vertical.example().model_dump_json())
+    wrong: dict[str, dict[str, Any]] = {
+        "float_type": {"amount": "12"},
+        "finite_number": {"amount": float("nan")},
+        "less_than_equal": {"amount": 1e300},
+        "greater_than_equal": {"amount": -5},
+        "string_type": {"customer_id": 7},
+        "extra_forbidden": {"colour": "red"},
+        "raw_card_number": {"card": "4111111111111111"},
+        "datetime_parsing": {"event_time": "yesterday"},
+        "future_event": {"event_time": "2099-01-01T00:00:00Z"},
+        "unknown_currency": {"currency": "XTS"},
+    }
+    records = [(b"k", json.dumps(honest | change).encode()) for change in wrong.values()]
+    records += [(b"k", b"{oops"), (b"k", b"[" * 10_000), (b"k", b"")]
+    payments = [honest | {"transaction_id": f"t{n}"} for n in range(len(records))]
+    mixed = [(b"k", json.dumps(payment).encode()) for payment in payments]
+    config = kafka_node.config(partitions=1, max_events=2 * len(records))
+    kafka_node.fill(
+        config, [record for pair in zip(records, mixed, strict=True) for record in pair]
+    )
+    with started_engine(vertical) as engine:
+        summary = run(vertical, engine, config, threading.Event())
+    assert summary.dead_letters == dict.fromkeys(wrong, 1) | {"malformed_json": 3}
+    decisions = kafka_node.answers(config)
+    assert [d["transaction_id"] for d in decisions] == [p["transaction_id"] for p in payments]
+    letters = sorted(kafka_node.read(config.dead_letters), key=by_offset)
+    assert [letter.value for letter in letters] == [value for _, value in records]
+    for letter, change in zip(letters, wrong.values(), strict=False):
+        head = {name: value.decode() for name, value in letter.headers}
+        assert head["plinth_error-field"] == next(iter(change))
+        assert "4111111111111111" not in str(head)
+
+
+@real_kafka
+def test_answers_that_kafka_refuses_stop_the_stream_and_come_once_it_takes_them(
+    kafka_node: KafkaNode,
+) -> None:
+    config = kafka_node.config(max_events=200)
+    kafka_node.fill(config, spends(200))
+    admin = KafkaAdminClient(bootstrap_servers=kafka_node.servers)
+    admin.delete_topics([config.output_topic])
+    small = {"num_partitions": 4, "replication_factor": 1, "configs": {"max.message.bytes": "100"}}
+    admin.create_topics({config.output_topic: small}, wait_for_metadata=True)
+    with pytest.raises(StreamError, match=r"max\.message\.bytes"):
+        stream(config)
+    assert kafka_node.read(config.output_topic) == []
+    admin.delete_topics([config.output_topic])
+    admin.close()
+    stream(config)
+    expect_each_once(kafka_node.answers(config), 200)
+
+
+@real_kafka
 def test_a_record_on_which_the_vertical_fails_is_set_aside_and_counts_nothing_twice(
     kafka_node: KafkaNode,
 ) -> None:
-    config = kafka_node.config()
+    config = kafka_node.config(max_events=1_001)
     records = spends(1_000)
     records[600:600] = [(b"c7", b'{"id": 5000, "card": "bad", "amount": -2}')]
     kafka_node.fill(config, records)
@@ -115,7 +180,7 @@ class Busy(Engine):
 def test_work_that_the_engine_refuses_is_offered_again_and_not_lost(
     kafka_node: KafkaNode,
 ) -> None:
-    config = kafka_node.config()
+    config = kafka_node.config(max_events=2_000)
     kafka_node.fill(config, spends(2_000))
     engine = Busy()
     engine.add(TallyVertical().models()[0])
@@ -130,7 +195,9 @@ def test_max_events_ends_after_exactly_so_many_and_the_next_run_goes_on(
 ) -> None:
     config = kafka_node.config(max_events=300)
     kafka_node.fill(config, spends(500))
-    assert stream(config).records == 300
+    told: list[StreamProgress] = []
+    assert stream(config, on_progress=told.append).records == 300
+    assert (told[-1].records, told[-1].lag, told[-1].partitions) == (300, 200, 4)
     assert len(kafka_node.answers(config)) == 300
     second = stream(config.model_copy(update={"max_events": 200}))
     assert (second.records, second.replayed) == (200, 300)
@@ -146,7 +213,7 @@ def test_a_group_that_starts_at_the_end_warms_its_state_with_what_is_retained(
     first = stream(config)
     assert (first.records, first.replayed) == (0, 100)
     kafka_node.fill(config, spends(100, start=100))
-    stream(config)
+    stream(config.model_copy(update={"max_events": 100}))
     answers = kafka_node.answers(config)
     assert sorted(a["id"] for a in answers) == list(range(100, 200))
     assert {a["count"] for a in answers} == {3, 4}
