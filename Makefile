@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
 
-.PHONY: test setup clean
+.PHONY: test demo setup clean
 
 setup: $(READY)
 
@@ -18,6 +18,9 @@ test: setup            ## everything: style, types, tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest
+
+demo: setup            ## the sample stream and the sample study, in under three minutes
+	$(VENV)/bin/plinth demo
 
 clean:
 	rm -rf $(VENV) build *.egg-info
