@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import struct
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from pydicom.encaps import get_frame
-from pydicom.uid import UID
+from pydicom import Dataset
+from pydicom.dataset import FileMetaDataset
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.uid import UID, SecondaryCaptureImageStorage
 
 from engine.errors import InputError
 from verticals.medical.header import Header
-from verticals.medical.source import Source
 from verticals.medical.volume import Array
 
 Decoder = Callable[[Any, bytes, Header], bytes | bytearray]
@@ -30,18 +30,33 @@ class Codec:
         package: what to ``pip install``.
         module: what it imports as.
         decode: (module, frame, header) to the bytes of the stored values, little endian.
+        size: (rows, columns) that the code stream itself states, if it does.
         end: marker at the end of a whole code stream, if the format has one.
     """
 
     package: str
     module: str
     decode: Decoder
+    size: Callable[[bytes], tuple[int, int]] | None = None
     end: bytes = b""
 
 
 def _jpeg_ls(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
     decoded: bytearray = module.decode_pixel_data(frame)[0]
     return decoded
+
+
+def _jpeg_ls_size(frame: bytes) -> tuple[int, int]:
+    """From the frame header SOF55 (ITU-T T.87, C.2.2)."""
+    rows, columns = struct.unpack_from(">HH", frame, frame.index(b"\xff\xf7") + 5)
+    return rows, columns
+
+
+def _jpeg_2000_size(frame: bytes) -> tuple[int, int]:
+    """From the marker SIZ, which follows SOC (ITU-T T.800, A.5.1)."""
+    at = frame.index(b"\xff\x4f\xff\x51") + 8
+    right, bottom, left, top = struct.unpack_from(">IIII", frame, at)
+    return bottom - top, right - left
 
 
 def _jpeg_2000(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
@@ -60,10 +75,40 @@ def _rle(module: Any, frame: bytes, header: Header) -> bytes | bytearray:
     return decoded
 
 
-_JPEG_LS = Codec("pyjpegls", "jpeg_ls", _jpeg_ls, b"\xff\xd9")
-_JPEG_2000 = Codec("pylibjpeg-openjpeg", "openjpeg", _jpeg_2000, b"\xff\xd9")
+def _jpeg(module: Any, frame: bytes, header: Header) -> bytes | bytearray:
+    """JPEG baseline, extended and lossless through SimpleITK, which reads nothing but files.
+
+    The file holds this frame alone and no rescale, so that every codec gives stored values.
+    """
+    image = Dataset()
+    image.SOPClassUID, image.SOPInstanceUID = SecondaryCaptureImageStorage, "2.25.1"
+    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+    image.Rows, image.Columns = header.rows, header.columns
+    image.BitsAllocated, image.BitsStored = header.bits_allocated, header.bits_stored
+    image.HighBit, image.PixelRepresentation = header.high_bit, 0
+    image.PixelData = encapsulate([frame])
+    image["PixelData"].VR = "OB"
+    image.file_meta = FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = UID(header.syntax)
+    reader = module.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    with tempfile.NamedTemporaryFile(suffix=".dcm") as file:
+        image.save_as(file, enforce_file_format=True)
+        file.flush()
+        reader.SetFileName(file.name)
+        values: Array = module.GetArrayFromImage(reader.Execute())
+    return values.astype(values.dtype.newbyteorder("<")).tobytes()
+
+
+_JPEG = Codec("SimpleITK", "SimpleITK", _jpeg, end=b"\xff\xd9")
+_JPEG_LS = Codec("pyjpegls", "jpeg_ls", _jpeg_ls, _jpeg_ls_size, b"\xff\xd9")
+_JPEG_2000 = Codec("pylibjpeg-openjpeg", "openjpeg", _jpeg_2000, _jpeg_2000_size, b"\xff\xd9")
 
 CODECS = {
+    "1.2.840.10008.1.2.4.50": _JPEG,
+    "1.2.840.10008.1.2.4.51": _JPEG,
+    "1.2.840.10008.1.2.4.57": _JPEG,
+    "1.2.840.10008.1.2.4.70": _JPEG,
     "1.2.840.10008.1.2.5": Codec("pylibjpeg-rle", "rle", _rle),
     "1.2.840.10008.1.2.4.80": _JPEG_LS,
     "1.2.840.10008.1.2.4.81": _JPEG_LS,
@@ -73,14 +118,6 @@ CODECS = {
     "1.2.840.10008.1.2.4.202": _JPEG_2000,
     "1.2.840.10008.1.2.4.203": _JPEG_2000,
 }
-
-WHOLE_FILE = {
-    "1.2.840.10008.1.2.4.50",
-    "1.2.840.10008.1.2.4.51",
-    "1.2.840.10008.1.2.4.57",
-    "1.2.840.10008.1.2.4.70",
-}
-"""JPEG baseline, extended and lossless: read by SimpleITK, which wants the whole file."""
 
 
 def syntax_name(syntax: str) -> str:
@@ -111,8 +148,6 @@ def check_decoder(header: Header) -> None:
     codec = CODECS.get(header.syntax)
     if codec is not None:
         _library(codec.module, codec.package, header)
-    elif header.syntax in WHOLE_FILE:
-        _library("SimpleITK", "SimpleITK", header)
     else:
         raise InputError(
             f"{header.source.name} is stored as {syntax_name(header.syntax)}, which is not read",
@@ -138,12 +173,13 @@ def decode_frame(header: Header, fragments: bytes, index: int) -> Array:
     check_fragments(header, fragments)
     try:
         frame = get_frame(fragments, index, number_of_frames=header.frames)
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, struct.error) as error:
         raise _broken(header, str(error)) from None
     if codec.end and not frame.rstrip(b"\0\xff").endswith(codec.end):
         raise _broken(
             header, f"frame {index + 1} ends after {len(frame)} bytes without its end mark"
         )
+    _check_size(codec, header, frame)
     try:
         decoded = codec.decode(module, frame, header)
     except (RuntimeError, ValueError, TypeError, OSError, MemoryError) as error:
@@ -153,6 +189,19 @@ def decode_frame(header: Header, fragments: bytes, index: int) -> Array:
     if width not in (1, 2, 4) or len(decoded) != pixels * width:
         raise _broken(header, f"{len(decoded)} bytes decoded for {pixels} pixels")
     return np.frombuffer(decoded, dtype=f"<u{width}").reshape(header.rows, header.columns)
+
+
+def _check_size(codec: Codec, header: Header, frame: bytes) -> None:
+    """A code stream of another size than the header's would be decoded into other memory."""
+    if codec.size is None:
+        return
+    try:
+        rows, columns = codec.size(frame)
+    except (ValueError, struct.error):
+        raise _broken(header, "its code stream states no size") from None
+    if (rows, columns) != (header.rows, header.columns):
+        expected = f"{header.columns} x {header.rows}"
+        raise _broken(header, f"its code stream is {columns} x {rows} pixels, not {expected}")
 
 
 def check_fragments(header: Header, data: bytes) -> None:
@@ -165,8 +214,9 @@ def check_fragments(header: Header, data: bytes) -> None:
         if mark != b"\xfe\xff\x00\xe0":
             raise _broken(header, "its fragments are not items")
         at += 8 + length
-    if at > len(data):
-        raise truncated(header, header.size + at - len(data))
+    if at != len(data):
+        needed = at if at > len(data) else at + 8
+        raise truncated(header, header.size + needed - len(data))
 
 
 def truncated(header: Header, expected: int) -> InputError:
@@ -187,44 +237,3 @@ def _broken(header: Header, what: str) -> InputError:
         hint="send the file again",
         reason="damaged_pixels",
     )
-
-
-def decode_whole(header: Header) -> Array:
-    """All frames of a JPEG file through SimpleITK, (frames, y, x), already rescaled.
-
-    ITK applies the file's own slope and intercept, so the values are in modality units.
-    """
-    sitk = _library("SimpleITK", "SimpleITK", header)
-    with ExitStack() as held:
-        path = held.enter_context(_on_disk(header.source))
-        reader = sitk.ImageFileReader()
-        reader.SetImageIO("GDCMImageIO")
-        reader.SetFileName(str(path))
-        try:
-            values: Array = sitk.GetArrayFromImage(reader.Execute())
-        except RuntimeError as error:
-            raise _broken(header, str(error).strip().splitlines()[-1][:120]) from None
-    if values.size != header.frames * header.rows * header.columns:
-        raise _broken(header, f"{values.size} values decoded")
-    return values.reshape(header.frames, header.rows, header.columns)
-
-
-class _on_disk:
-    """The source as a path: itself, or a temporary copy of an archive's member."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.copy: IO[bytes] | None = None
-
-    def __enter__(self) -> Path:
-        if self.source.member is None:
-            return self.source.path
-        self.copy = tempfile.NamedTemporaryFile(suffix=".dcm")
-        with self.source.open() as (stream, _):
-            self.copy.write(stream.read())
-        self.copy.flush()
-        return Path(self.copy.name)
-
-    def __exit__(self, *_: object) -> None:
-        if self.copy is not None:
-            self.copy.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +17,9 @@ CT_AIR, CT_TOP = -1024, 3071
 """Padding outside this range of HU is replaced by CT_AIR."""
 
 INT16 = np.iinfo(np.int16)
+
+MOST_VOXELS = 1 << 32
+"""Voxels of the largest volume that is read: 8 GiB as int16."""
 
 
 class _TooWide(Exception):
@@ -44,6 +47,7 @@ def decode(frames: Sequence[Frame]) -> Array:
     for header in {frame.header.syntax: frame.header for frame in reversed(frames)}.values():
         if header.encapsulated:
             codecs.check_decoder(header)
+    _check_sizes(frames)
     whole = all(frame.slope.is_integer() and frame.intercept.is_integer() for frame in frames)
     if whole:
         try:
@@ -51,6 +55,23 @@ def decode(frames: Sequence[Frame]) -> Array:
         except _TooWide:
             pass
     return _decode_as(frames, np.float32)
+
+
+def _check_sizes(frames: Sequence[Frame]) -> None:
+    """Refuse before anything is allocated: pixels that are not there, or too many of them."""
+    header = frames[0].header
+    wanted = len(frames) * header.rows * header.columns
+    if wanted > MOST_VOXELS:
+        raise InputError(
+            f"{len(frames)} images of {header.columns} x {header.rows} from {header.source.name} "
+            f"on are {wanted} voxels, at most {MOST_VOXELS} are read",
+            field=header.source.name,
+            hint="load a part of the series",
+            reason="too_large",
+        )
+    for header in {id(frame.header): frame.header for frame in frames}.values():
+        if not header.encapsulated:
+            _check(header)
 
 
 def _decode_as(frames: Sequence[Frame], dtype: type[np.generic]) -> Array:
@@ -67,21 +88,15 @@ def _decode_as(frames: Sequence[Frame], dtype: type[np.generic]) -> Array:
 def _read_file(out: Array, slices: list[tuple[int, Frame]]) -> None:
     """All wanted frames of one file into their slices of ``out``."""
     header = slices[0][1].header
-    if header.offset is None:
-        raise codecs.truncated(header, header.size + header.frame_bytes * header.frames)
-    if header.syntax in codecs.WHOLE_FILE:
-        values = codecs.decode_whole(header)
-        for k, frame in slices:
-            _store(out[k], values[frame.index], frame)
-    elif header.encapsulated:
-        fragments = b"".join(_value(header))
+    if header.encapsulated:
+        fragments = _value(header)
         for k, frame in slices:
             _finish(out[k], codecs.decode_frame(header, fragments, frame.index), frame)
     elif _direct(header, out):
         _read_direct(out, slices)
     else:
         order = ">" if header.syntax == BIG_ENDIAN else "<"
-        data = b"".join(_value(header))
+        data = _value(header)
         kind = np.dtype(f"{order}u{header.bits_allocated // 8}")
         count = header.rows * header.columns
         for k, frame in slices:
@@ -110,7 +125,6 @@ def _read_direct(out: Array, slices: list[tuple[int, Frame]]) -> None:
 
 def _check(header: Header) -> int:
     """Offset of the uncompressed pixels, after their declared and real lengths were checked."""
-    assert header.offset is not None
     needed = header.frame_bytes * header.frames
     if header.size < header.offset + needed:
         raise codecs.truncated(header, header.offset + needed)
@@ -125,14 +139,13 @@ def _check(header: Header) -> int:
     return header.offset
 
 
-def _value(header: Header) -> Iterator[bytes]:
+def _value(header: Header) -> bytes:
     """The bytes of the pixel data's value, to the end of the file when compressed."""
     offset = header.offset if header.encapsulated else _check(header)
-    assert offset is not None
     with header.source.open() as (file, _):
         stream = inflate(file)[0] if header.syntax == DEFLATED else file
         stream.seek(offset)
-        yield stream.read(-1 if header.encapsulated else header.frame_bytes * header.frames)
+        return stream.read(-1 if header.encapsulated else header.frame_bytes * header.frames)
 
 
 # -- stored values to modality values --------------------------------------------------------
@@ -199,17 +212,6 @@ def _rescale_whole(out: Array, values: Array, frame: Frame) -> None:
 def _fits(ends: tuple[int, int], slope: int, intercept: int) -> bool:
     first, last = (end * slope + intercept for end in ends)
     return INT16.min <= min(first, last) and max(first, last) <= INT16.max
-
-
-def _store(out: Array, values: Array, frame: Frame) -> None:
-    """Values already rescaled by the decoder."""
-    if out.dtype == np.int16:
-        if values.dtype.kind == "f" and not np.array_equal(values, np.rint(values)):
-            raise _TooWide
-        if values.min() < INT16.min or values.max() > INT16.max:
-            raise _TooWide
-    out[...] = values
-    _replace_padding(out, frame)
 
 
 def _replace_padding(out: Array, frame: Frame) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydicom import Dataset
 
 from engine.errors import InputError
-from verticals.medical.header import Frame, read_frames
+from verticals.medical.header import Frame, Header, read_frames
 from verticals.medical.source import DEFAULT_LIMITS, Limits, Source, open_archive
 from verticals.medical.split import split_repeats
 from verticals.medical.volume import Issue
@@ -160,8 +160,11 @@ def _sources(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
 
 
 def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+    except OSError:
+        return False  # reading it as DICOM will say why it cannot be opened
 
 
 def _walk(folder: Path, limits: Limits) -> Iterator[Source | Ignored]:
@@ -190,7 +193,7 @@ def _walk(folder: Path, limits: Limits) -> Iterator[Source | Ignored]:
 
 def _directory(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
     """The files that a DICOMDIR refers to (PS3.10 8.5, PS3.3 F), never outside its folder."""
-    index = Source(path).dataset()
+    index = Source(path).dataset(pixels=False)
     records: list[Dataset] = list(index.get("DirectoryRecordSequence") or [])
     if len(records) > limits.files:
         raise InputError(f"{path} has {len(records)} records", reason="too_many_files")
@@ -221,6 +224,8 @@ def _groups(frames: Iterable[Frame]) -> list[list[Frame]]:
             header.rows,
             header.columns,
             header.sop_class,
+            header.samples,
+            header.photometric,
             frame.placed,
         )
         exact.setdefault(key, []).append(frame)
@@ -265,14 +270,15 @@ def _one(
 ) -> Series:
     first = frames[0]
     header = first.header
-    rounded = tuple(round(value, 2) + 0.0 for value in first.orientation or ())
+    plane = (*(first.orientation or ()), *(first.spacing or ()))
     parts = (
         header.series_uid,
         header.frame_of_reference,
-        rounded,
+        tuple(round(value, 4) + 0.0 for value in plane),
         header.rows,
         header.columns,
         header.sop_class,
+        header.photometric,
         part,
     )
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
@@ -284,8 +290,12 @@ def _images(count: int) -> str:
 
 
 def _unfit(frames: list[Frame]) -> str | None:
-    """Why images that are placed still cannot be read as scalars."""
-    header = frames[0].header
+    """Why images that are placed still cannot be read as scalars: the first reason."""
+    headers = {id(frame.header): frame.header for frame in frames}.values()
+    return next(filter(None, map(_unfit_header, headers)), None)
+
+
+def _unfit_header(header: Header) -> str | None:
     if header.modality in ("SEG", "RTDOSE") or header.sop_class == PARAMETRIC_MAP:
         return "not a scan but something derived from one"
     if header.samples != 1 or header.photometric not in ("MONOCHROME1", "MONOCHROME2"):

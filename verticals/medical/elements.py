@@ -12,6 +12,8 @@ from typing import Any, cast
 from pydicom import Dataset
 from pydicom.tag import BaseTag, Tag
 
+from verticals.medical.source import Unreadable
+
 MARKS = (
     "TemporalPositionIdentifier",
     "TemporalPositionIndex",
@@ -31,6 +33,7 @@ MARKS = (
     "DiffusionGradientOrientation",
     "ConvolutionKernel",
     "FrameReferenceTime",
+    "RescaleType",
 )
 """Attributes that tell repeated positions apart, the most telling first."""
 
@@ -80,7 +83,7 @@ def numbers(dataset: Dataset, keyword: str) -> tuple[float, ...]:
     """Decimal or Integer Strings of any length as floats; empty when absent.
 
     Raises:
-        ValueError: when a value is no finite number.
+        Unreadable: when a value is no finite number.
     """
     tag = TAGS[keyword]
     if tag not in dataset:
@@ -88,14 +91,17 @@ def numbers(dataset: Dataset, keyword: str) -> tuple[float, ...]:
     value = dataset.get_item(tag).value
     if value is None or value == "" or value == b"":
         return ()
-    if isinstance(value, bytes):
-        parts = [part.strip(b" \0") for part in value.split(b"\\")]
-        found = tuple(float(part) for part in parts if part)
-    else:
-        several = value if not isinstance(value, str) and hasattr(value, "__iter__") else [value]
-        found = tuple(float(str(part)) for part in several)
+    try:
+        if isinstance(value, bytes):
+            parts = [part.strip(b" \0") for part in value.split(b"\\")]
+            found = tuple(float(part) for part in parts if part)
+        else:
+            alone = isinstance(value, str) or not hasattr(value, "__iter__")
+            found = tuple(float(str(part)) for part in ([value] if alone else value))
+    except ValueError:
+        found = (math.nan,)
     if not all(map(math.isfinite, found)):
-        raise ValueError(keyword)
+        raise Unreadable(f"{keyword} is no finite number")
     return found
 
 

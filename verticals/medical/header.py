@@ -12,13 +12,23 @@ from pydicom.tag import BaseTag
 
 from engine.errors import InputError
 from verticals.medical.elements import MARKS, READ, TAGS, integer, numbers, plain, text, texts
-from verticals.medical.source import DEFLATED, MALFORMED, Source, Unreadable, damaged, inflate
+from verticals.medical.source import (
+    DEFLATED,
+    MALFORMED,
+    Capped,
+    Source,
+    Unreadable,
+    damaged,
+    inflate,
+    is_deflated,
+)
 from verticals.medical.volume import Window
 
 IMPLICIT = "1.2.840.10008.1.2"
 BIG_ENDIAN = "1.2.840.10008.1.2.2"
 PIXEL_TAGS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
 UNDEFINED = 0xFFFFFFFF
+MOST_FRAMES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -29,7 +39,7 @@ class Header:
         source: the file.
         size: its bytes (of the inflated data set for a deflated file).
         syntax: Transfer Syntax UID.
-        offset: byte where the pixel data's value starts; ``None`` without pixel data.
+        offset: byte where the pixel data's value starts.
         length: declared bytes of it; ``UNDEFINED`` when encapsulated.
         floating: the pixels are Float or Double Float Pixel Data.
         frames: Number of Frames.
@@ -39,7 +49,7 @@ class Header:
     source: Source
     size: int
     syntax: str
-    offset: int | None
+    offset: int
     length: int
     floating: bool
     sop_class: str
@@ -88,6 +98,7 @@ class Frame:
         spacing: Pixel Spacing: (row step, column step) = (y, x) mm (PS3.3 10.7.1.3).
         slope: Rescale Slope.
         intercept: Rescale Intercept.
+        rescaled: the image says what slope turns its stored values into modality values.
         marks: attributes that may tell repeats of a position apart.
     """
 
@@ -98,6 +109,7 @@ class Frame:
     spacing: tuple[float, ...] | None
     slope: float
     intercept: float
+    rescaled: bool
     marks: dict[str, str] = field(repr=False)
 
     @property
@@ -109,6 +121,12 @@ class Frame:
     def key(self) -> tuple[str, int, str]:
         """Orders equal positions the same way on every run."""
         return self.header.sop_uid, self.index, self.header.source.name
+
+    @property
+    def units(self) -> str:
+        """Of the modality values: Rescale Type, which CT may leave out for HU (PS3.3 C.8.2.1)."""
+        assumed = "HU" if self.header.modality == "CT" and self.rescaled else ""
+        return self.marks.get("RescaleType", assumed)
 
 
 def read_frames(source: Source) -> list[Frame]:
@@ -124,8 +142,7 @@ def read_frames(source: Source) -> list[Frame]:
     with source.open() as (stream, size):
         try:
             dataset, syntax, stream, size = _parse(source, stream, size)
-            offset, length, floating = _pixel_element(stream, syntax)
-            header = _header(dataset, source, size, syntax, (offset, length, floating))
+            header = _header(dataset, source, size, syntax, _pixel_element(stream, syntax))
             if header is None:
                 return []
             return list(_frames(dataset, header))
@@ -141,11 +158,11 @@ def _parse(source: Source, stream: IO[bytes], size: int) -> tuple[Dataset, str, 
         raise InputError(
             f"{source.name} is not DICOM: {empty}", field=source.name, reason="not_dicom"
         )
-    if DEFLATED.encode() in start:
+    if is_deflated(stream):
         inflated, _ = inflate(stream)
         dataset = read_dataset(inflated, False, True, stop_when=_at_pixels, specific_tags=READ)
         return dataset, DEFLATED, inflated, len(inflated.getbuffer())
-    dataset = dcmread(stream, stop_before_pixels=True, force=True, specific_tags=READ)
+    dataset = dcmread(Capped(stream), stop_before_pixels=True, force=True, specific_tags=READ)
     syntax = str(dataset.file_meta.get("TransferSyntaxUID", "") or "").strip()
     if not syntax:
         implicit, little = dataset.original_encoding
@@ -162,28 +179,30 @@ def _bare(start: bytes) -> bool:
     return len(start) > 8 and start[0] in (2, 8) and start[1] == 0 and start[3] == 0
 
 
-def _pixel_element(stream: IO[bytes], syntax: str) -> tuple[int | None, int, bool]:
+def _pixel_element(stream: IO[bytes], syntax: str) -> tuple[int, int, bool] | None:
     """Offset and declared length of the pixel data's value, and whether it is floating."""
     order = "big" if syntax == BIG_ENDIAN else "little"
     start = stream.read(8)
-    if len(start) < 8:
-        return None, 0, False
     group, element = (int.from_bytes(start[n : n + 2], cast(Any, order)) for n in (0, 2))
     if group != 0x7FE0:
-        return None, 0, False
+        return None
     length = start[4:8] if syntax == IMPLICIT else stream.read(4)
+    if len(length) < 4:
+        return None
     return stream.tell(), int.from_bytes(length, cast(Any, order)), element != 0x0010
 
 
 def _header(
-    dataset: Dataset, source: Source, size: int, syntax: str, pixels: tuple[int | None, int, bool]
+    dataset: Dataset, source: Source, size: int, syntax: str, pixels: tuple[int, int, bool] | None
 ) -> Header | None:
     rows, columns = integer(dataset, "Rows"), integer(dataset, "Columns")
     sop_class = text(dataset, "SOPClassUID") or ""
+    if pixels is None and not rows and not _is_scan(sop_class):
+        return None
     if not rows or not columns:
-        if pixels[0] is None and not _cut_image(dataset, sop_class):
-            return None
         raise Unreadable("no Rows or Columns")
+    if pixels is None:
+        raise Unreadable("an image without pixel data")
     allocated = integer(dataset, "BitsAllocated") or 16
     stored = integer(dataset, "BitsStored") or allocated
     high = integer(dataset, "HighBit")
@@ -203,7 +222,7 @@ def _header(
         frame_of_reference=text(dataset, "FrameOfReferenceUID") or "",
         rows=rows,
         columns=columns,
-        frames=max(1, int((numbers(dataset, "NumberOfFrames") or (1,))[0])),
+        frames=_number_of_frames(dataset),
         samples=integer(dataset, "SamplesPerPixel") or 1,
         photometric=text(dataset, "PhotometricInterpretation") or "MONOCHROME2",
         bits_allocated=allocated,
@@ -212,7 +231,7 @@ def _header(
         signed=signed,
         padding=_padding(dataset, signed),
         modality_lut=TAGS["ModalityLUTSequence"] in dataset,
-        thickness=_first(numbers(dataset, "SliceThickness")),
+        thickness=_thickness(dataset),
         kernel=text(dataset, "ConvolutionKernel"),
         image_type=texts(dataset, "ImageType"),
         windows=_windows(dataset),
@@ -220,10 +239,26 @@ def _header(
     )
 
 
-def _cut_image(dataset: Dataset, sop_class: str) -> bool:
-    """A CT, MR or PET image without pixel data or size: the file ends too early."""
+def _is_scan(sop_class: str) -> bool:
+    """A CT, MR or PET image: without a size or pixel data, its file ends too early."""
     storage = "1.2.840.10008.5.1.4.1.1."
     return sop_class in {storage + end for end in ("2", "2.1", "4", "4.1", "128", "130")}
+
+
+def _number_of_frames(dataset: Dataset) -> int:
+    count = int(_first(numbers(dataset, "NumberOfFrames"), 1))
+    if count > MOST_FRAMES:
+        raise Unreadable(f"{count} frames, at most {MOST_FRAMES} are read")
+    return max(1, count)
+
+
+def _thickness(dataset: Dataset) -> float | None:
+    """Slice Thickness in mm, for information only: a bad one is as good as none."""
+    try:
+        thickness: float | None = _first(numbers(dataset, "SliceThickness"))
+    except Unreadable:
+        return None
+    return thickness if thickness and 0 < thickness < 1e3 else None
 
 
 def _padding(dataset: Dataset, signed: bool) -> tuple[int, int] | None:
@@ -240,7 +275,7 @@ def _windows(dataset: Dataset) -> tuple[Window, ...]:
     try:
         pairs = zip(numbers(dataset, "WindowCenter"), numbers(dataset, "WindowWidth"), strict=False)
         return tuple(Window(center, width, function) for center, width in pairs)
-    except ValueError:
+    except Unreadable:
         return ()
 
 
@@ -260,8 +295,6 @@ def _frames(dataset: Dataset, header: Header) -> Iterator[Frame]:
         raise Unreadable("functional groups and Number of Frames disagree")
     if not groups and header.frames > 1:
         base = base | {"position": ()}
-    if header.frames > 1 << 20:
-        raise Unreadable("Number of Frames is beyond any image")
     for index in range(header.frames):
         values, own = dict(base), dict(marks)
         for macro in (*shared, *groups[index : index + 1]):
@@ -301,6 +334,7 @@ def _frame(
         spacing=exactly("spacing", 2),
         slope=_first(values["slope"], 1.0),
         intercept=_first(values["intercept"], 0.0),
+        rescaled=bool(values["slope"]),
         marks=marks,
     )
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from engine.errors import ConfigError, InputError
 from verticals.medical import geometry
+from verticals.medical.choose import choose
 from verticals.medical.decode import CT_AIR, CT_TOP, decode, padding_hu
-from verticals.medical.discover import Scan, Series, scan
+from verticals.medical.discover import Series
 from verticals.medical.geometry import Stack
 from verticals.medical.header import Frame
 from verticals.medical.regrid import regrid
@@ -45,7 +46,7 @@ STATUS_OF: dict[str, Status] = {
     "tilt": "resampled_tilt",
 }
 
-NOTES = ("padding", "left_out", "window")
+NOTES = ("padding", "left_out", "units", "window")
 """Issues that concern no voxel's place; they leave a verdict ``"ok"``."""
 
 
@@ -73,14 +74,15 @@ def load_volume(
         InputError: names the file or lists the series to choose from; also for geometry that
             was refused, with the mm.
     """
-    chosen, found = _choose(path_or_series, series)
+    chosen, found = choose(path_or_series, series)
     stack = geometry.stack(chosen.frames)
     notes = (*chosen.notes, *found)
     _refuse(chosen, stack, notes, strict=strict, gaps=gaps)
     voxels = decode(stack.frames)
     _check_repeats(stack, voxels)
-    verdict = _verdict((*notes, *stack.issues, *_padding_note(stack)), stack)
     facts = _facts(chosen, stack)
+    found = (*notes, *stack.issues, *_padding_note(stack), *_units_note(facts))
+    verdict = _verdict(found, stack)
     if stack.regular:
         return Volume(voxels, stack.affine(), verdict, facts)
     voxels, affine = regrid(voxels, stack)
@@ -210,92 +212,6 @@ class DICOMLoader:
         return grid
 
 
-# -- choosing --------------------------------------------------------------------------------
-def _choose(
-    what: str | Path | Series, wanted: str | Series | None
-) -> tuple[Series, tuple[Issue, ...]]:
-    """The one series meant, and notes on what beside it was left out."""
-    if isinstance(what, Series):
-        return _loadable(what), ()
-    if isinstance(wanted, Series):
-        return _loadable(wanted), ()
-    found = scan(what)
-    chosen = _only(found, what) if wanted is None else _named(found, wanted, what)
-    return _loadable(chosen), _others(found, chosen)
-
-
-def _loadable(series: Series) -> Series:
-    if series.problem is not None:
-        raise InputError(
-            f"no volume can be made of series {series.describe()}",
-            field=series.frames[0].header.source.name,
-            hint="choose another series",
-            reason="not_a_volume",
-        )
-    return series
-
-
-def _named(found: Scan, wanted: str, where: object) -> Series:
-    exact = [one for one in found.series if wanted in (one.id, one.uid)]
-    matches = exact or [one for one in found.series if one.uid.endswith(wanted)]
-    if len(matches) != 1:
-        listing = "; ".join(one.describe() for one in found.series) or "none"
-        few = "no series" if not matches else f"{len(matches)} series"
-        raise InputError(
-            f"{few} of {where} answer to {wanted!r}; there are: {listing}",
-            field="series",
-            hint="give the id at the start of a line",
-            reason="no_such_series" if not matches else "several_series",
-        )
-    return matches[0]
-
-
-def _only(found: Scan, where: object) -> Series:
-    candidates = [one for one in found.series if one.volumetric]
-    if not candidates:
-        candidates = [one for one in found.series if one.problem is None] or list(found.series)
-    if not candidates:
-        raise _nothing(found, where)
-    main = candidates[0]
-    minor = all(one.uid == main.uid and _minor(one, main) for one in candidates[1:])
-    if len(candidates) > 1 and not minor:
-        listing = "; ".join(one.describe() for one in found.series)
-        raise InputError(
-            f"{where} holds {len(found.series)} series: {listing}",
-            field="series",
-            hint='choose one by its id: load(path, series="...")',
-            reason="several_series",
-        )
-    return main
-
-
-def _minor(one: Series, main: Series) -> bool:
-    """A few stray images of another orientation or size, beside a much larger stack."""
-    return one.part is None and len(one.frames) <= max(3, len(main.frames) // 10)
-
-
-def _nothing(found: Scan, where: object) -> InputError:
-    damaged = [one for one in found.ignored if one.damaged]
-    reasons = {one.reason for one in found.ignored}
-    why = damaged[0].reason if damaged else ", ".join(sorted(reasons)[:3]) or "it is empty"
-    reason = "damaged" if damaged else "not_dicom" if reasons == {"not DICOM"} else "no_images"
-    return InputError(
-        f"{where} holds no DICOM images: {why}",
-        field=str(where),
-        hint="give a folder, zip, DICOMDIR or file with DICOM images",
-        reason=reason,
-    )
-
-
-def _others(found: Scan, chosen: Series) -> tuple[Issue, ...]:
-    others = sum(one.uid != chosen.uid or one.part is not None for one in found.series)
-    others -= chosen.part is not None
-    if not others:
-        return ()
-    return (Issue("left_out", f"{others} other series at this path were not loaded"),)
-
-
-# -- judging ---------------------------------------------------------------------------------
 def _refuse(
     series: Series, stack: Stack, notes: Sequence[Issue], *, strict: bool, gaps: Gaps
 ) -> None:
@@ -352,6 +268,13 @@ def _padding_note(stack: Stack) -> tuple[Issue, ...]:
     return (Issue("padding", f"padding of {low:g} HU is shown as {CT_AIR} HU"),)
 
 
+def _units_note(facts: SeriesFacts) -> tuple[Issue, ...]:
+    if facts.modality != "CT" or facts.units == "HU":
+        return ()
+    why = f"of Rescale Type {facts.units}" if facts.units else "without Rescale Slope"
+    return (Issue("units", f"CT {why}: the values are not Hounsfield units"),)
+
+
 def _facts(series: Series, stack: Stack) -> SeriesFacts:
     header = stack.frames[0].header
     x, y = stack.pixel
@@ -362,6 +285,7 @@ def _facts(series: Series, stack: Stack) -> SeriesFacts:
         rows=header.rows,
         columns=header.columns,
         spacing=(x, y, stack.step),
+        units="/".join(sorted({frame.units for frame in stack.frames})),
         number_of_slices=len(stack.frames),
         slice_thickness=header.thickness,
         kernel=header.kernel,

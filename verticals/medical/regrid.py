@@ -30,8 +30,7 @@ def regrid(voxels: Array, stack: Stack) -> tuple[Array, Affine]:
 
     Returns:
         Voxels (z, y, x) of the same dtype (int16 rounded to nearest) and their (4, 4) affine to
-        LPS mm. Where no slice reaches, the lowest value of the source (for CT at least
-        -1024 HU) stands.
+        LPS mm. Where no slice reaches, the lowest value of the source stands.
 
     Raises:
         InputError: when the result would be absurdly large.

@@ -44,6 +44,12 @@ class Unreadable(ValueError):
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
 
+HEADER_BYTES = 64 << 20
+"""Most bytes that are read of a file before its pixels."""
+
+DENSE = 256 << 20
+"""Unpacked bytes below which packing of any ratio is taken for honest."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -53,7 +59,7 @@ class Limits:
         files: files of a folder, or members of an archive.
         total_bytes: sum of the unpacked sizes of an archive's members.
         member_bytes: one unpacked member or deflated data set.
-        ratio: unpacked over packed size of an archive above 256 MiB unpacked.
+        ratio: unpacked over packed size, of what unpacks to more than 256 MiB.
     """
 
     files: int = 200_000
@@ -119,11 +125,16 @@ class Source:
         """The whole data set, with or without pixel data.
 
         Raises:
-            InputError: when it is not DICOM or is damaged.
+            InputError: when it is not DICOM, is damaged, or its header is too long.
         """
         with self.open() as (stream, _):
             try:
-                return dcmread(stream, stop_before_pixels=not pixels, force=True)
+                if is_deflated(stream):
+                    inflate(stream)  # within the limits, which pydicom has not
+                    stream.seek(0)
+                if pixels:
+                    return dcmread(stream, force=True)
+                return dcmread(Capped(stream), stop_before_pixels=True, force=True)
             except MALFORMED as error:
                 raise damaged(self, error) from None
 
@@ -177,7 +188,7 @@ def _archive_problem(members: list[zipfile.ZipInfo], limits: Limits) -> str | No
     packed = max(1, sum(info.compress_size for info in members))
     if unpacked > limits.total_bytes:
         return f"{unpacked} bytes unpacked, at most {limits.total_bytes} are read"
-    if unpacked > 256 << 20 and unpacked / packed > limits.ratio:
+    if unpacked > DENSE and unpacked / packed > limits.ratio:
         return f"it unpacks to {unpacked / packed:.0f} times its size"
     for info in members:
         parts = PurePosixPath(info.filename.replace("\\", "/"))
@@ -190,20 +201,44 @@ def _archive_problem(members: list[zipfile.ZipInfo], limits: Limits) -> str | No
     return None
 
 
-def inflate(
-    stream: IO[bytes], limit: int = DEFAULT_LIMITS.member_bytes
-) -> tuple[io.BytesIO, bytes]:
+class Capped:
+    """A stream that gives out at most HEADER_BYTES; seeking is free."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._left = HEADER_BYTES
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """As the stream's; raises Unreadable when the header is longer than that."""
+        data = self._stream.read(size if 0 <= size <= self._left else self._left + 1)
+        self._left -= len(data)
+        if self._left < 0:
+            raise Unreadable(f"a header of more than {HEADER_BYTES} bytes")
+        return data
+
+
+def is_deflated(stream: IO[bytes]) -> bool:
+    """The file is in Deflated Explicit VR; the stream is left at its start."""
+    start = stream.read(1024)
+    stream.seek(0)
+    return DEFLATED.encode() in start
+
+
+def inflate(stream: IO[bytes], limits: Limits = DEFAULT_LIMITS) -> tuple[io.BytesIO, bytes]:
     """The data set of a file in Deflated Explicit VR (PS3.5 A.5), and its meta group.
 
     Raises:
-        Unreadable: when there is no meta group length or the data set exceeds ``limit``.
+        Unreadable: when there is no meta group length or the data set is beyond ``limits``.
     """
     start = stream.read(144)
     if len(start) < 144 or start[132:140] != b"\x02\x00\x00\x00UL\x04\x00":
         raise Unreadable("a deflated file without File Meta Information Group Length")
     meta = stream.read(min(int.from_bytes(start[140:144], "little"), 1 << 20))
+    packed = stream.read()
+    limit = min(limits.member_bytes, max(DENSE, int(limits.ratio * len(packed))))
     engine = zlib.decompressobj(-zlib.MAX_WBITS)
-    unpacked = engine.decompress(stream.read(), limit)
+    unpacked = engine.decompress(packed, limit)
     if engine.unconsumed_tail:
         raise Unreadable(f"a deflated data set of more than {limit} bytes")
     return io.BytesIO(unpacked), meta

@@ -48,8 +48,9 @@ class Issue:
 
     Args:
         kind: ``tilt``, ``spacing``, ``gap``, ``duplicate``, ``mixed``, ``no_position``,
-            ``single_slice``, ``padding`` or ``left_out``; the last two are notes that change
-            no voxel's place and never refuse a series.
+            ``single_slice``, ``partial``, ``damaged``, ``padding``, ``units``, ``window`` or
+            ``left_out``; the last four are notes that concern no voxel's place and never
+            refuse a series.
         message: a sentence for the user, with numbers in mm.
         mm: the size of it in mm (drift, deviation, width of a gap), where there is one.
         slices: indices of the slices concerned, in the order along the normal.
@@ -125,6 +126,7 @@ class SeriesFacts:
         columns: number of columns (x) of the images.
         spacing: (x, y, z) mm of the source images; z is the mean step along the normal.
         number_of_slices: images (or frames) used, after duplicates were dropped.
+        units: of the modality values: ``"HU"``, another Rescale Type, or ``""`` if unknown.
         slice_thickness: Slice Thickness in mm, which says nothing about the spacing.
         kernel: Convolution Kernel.
         photometric: ``"MONOCHROME2"``, or ``"MONOCHROME1"`` where low values are white.
@@ -148,6 +150,7 @@ class SeriesFacts:
     columns: int
     spacing: tuple[float, float, float]
     number_of_slices: int
+    units: str = ""
     slice_thickness: float | None = None
     kernel: str | None = None
     photometric: str = "MONOCHROME2"
@@ -184,6 +187,7 @@ class SeriesFacts:
             "rows": self.rows,
             "columns": self.columns,
             "slices": self.number_of_slices,
+            "units": self.units,
             "spacing_mm": [round(value, 4) for value in self.spacing],
             "slice_thickness_mm": self.slice_thickness,
             "kernel": self.kernel,

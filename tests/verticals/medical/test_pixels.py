@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from pydicom.uid import ExplicitVRBigEndian
+from pydicom.uid import ExplicitVRBigEndian, JPEGLosslessSV1
 
 from engine.errors import InputError
 from verticals.medical.loader import load_volume
@@ -240,3 +240,81 @@ def test_a_syntax_nobody_reads_is_named(write: Write) -> None:
     with pytest.raises(InputError, match=r"stored as 1\.2\.840\.10008\.1\.9\.9") as refusal:
         load_volume(folder)
     assert refusal.value.reason == "unsupported_syntax"
+
+
+# -- JPEG through SimpleITK -------------------------------------------------------------------
+def jpeg_lossless(folder: Path) -> None:
+    """Compress the slices of a folder to JPEG Lossless, rescale untouched."""
+    sitk = pytest.importorskip("SimpleITK")
+    for path in sorted(folder.glob("*.dcm")):
+        image = pydicom.dcmread(path)
+        stored = sitk.GetImageFromArray(image.pixel_array[None])
+        writer = sitk.ImageFileWriter()
+        writer.SetImageIO("GDCMImageIO")
+        writer.UseCompressionOn()
+        writer.SetCompressor("JPEG")
+        writer.SetFileName(str(path.with_suffix(".jpeg.dcm")))
+        writer.Execute(stored)
+        packed = pydicom.dcmread(path.with_suffix(".jpeg.dcm"))
+        path.with_suffix(".jpeg.dcm").unlink()
+        image.file_meta.TransferSyntaxUID = packed.file_meta.TransferSyntaxUID
+        image.PixelData = packed.PixelData
+        image["PixelData"].is_undefined_length = True
+        image.save_as(path)
+
+
+def test_jpeg_lossless_keeps_every_slices_own_rescale(
+    write: Write, edit: Edit, expected: Any
+) -> None:
+    folder = write()
+    edit(folder, pixels(lambda s: s, RescaleSlope=lambda k: 1 + k / 8, RescaleIntercept="-10.5"))
+    jpeg_lossless(folder)
+    volume = load_volume(folder)
+    assert volume.series.transfer_syntax_uid == JPEGLosslessSV1
+    slopes = 1 + np.arange(10) / 8
+    exact = (expected().astype(float) + 1024) * slopes[:, None, None] - 10.5
+    assert np.array_equal(volume.voxels, exact.astype(np.float32))
+
+
+# -- units ------------------------------------------------------------------------------------
+def unscaled(image: pydicom.Dataset, _: int) -> None:
+    del image.RescaleSlope, image.RescaleIntercept, image.RescaleType
+
+
+@pytest.mark.parametrize(
+    ("change", "units", "message"),
+    [
+        (lambda image, _: None, "HU", None),
+        (lambda image, _: delattr(image, "RescaleType"), "HU", None),
+        (
+            lambda image, _: setattr(image, "RescaleType", "Z_EFF"),
+            "Z_EFF",
+            "CT of Rescale Type Z_EFF: the values are not Hounsfield units",
+        ),
+        (unscaled, "", "CT without Rescale Slope: the values are not Hounsfield units"),
+    ],
+)
+def test_ct_that_is_not_in_hounsfield_units_is_remarked(
+    write: Write, edit: Edit, change: Callable[..., None], units: str, message: str | None
+) -> None:
+    folder = write()
+    edit(folder, change)
+    volume = load_volume(folder, strict=True)
+    assert volume.series.units == units
+    assert [issue.message for issue in volume.verdict.issues] == ([message] if message else [])
+
+
+def test_one_colour_image_of_a_series_is_never_read_as_grey(
+    write: Write, edit: Edit, expected: Any
+) -> None:
+    def paint(image: pydicom.Dataset, _: int) -> None:
+        image.SamplesPerPixel, image.PhotometricInterpretation = 3, "RGB"
+        image.PlanarConfiguration = 0
+        image.BitsAllocated, image.BitsStored, image.HighBit = 8, 8, 7
+        image.PixelData = bytes(image.Rows * image.Columns * 3)
+
+    folder = write()
+    edit(folder / "slice_0010.dcm", paint)
+    volume = load_volume(folder)
+    assert volume.verdict.status == "mixed_split"
+    assert np.array_equal(volume.voxels, expected()[:9])
