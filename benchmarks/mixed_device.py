@@ -1,0 +1,341 @@
+"""One device, two kinds of work: fraud scores due in 150 ms while CT studies fill the rest.
+
+    python benchmarks/mixed_device.py [--rate 200] [--seconds 60] [--repeats 1] [--json FILE]
+
+Two arms, each a server process of its own with the packaged models of finance and medical:
+
+- ``plinth``: ``plinth serve finance medical`` as it is.
+- ``plain``: the same server with a Batcher whose slices of background work are bounded by
+  nothing but the largest batch, and payments without a deadline: what a queue would do.
+
+In both, ``--studies`` uploads of one CT series (a zip of sample_data/ct_phantom) are kept in work
+through the HTTP door, and payments (sample_data/transactions) come at a steady Poisson rate, open
+loop. Latency runs from when a payment was due to its whole answer. Device figures are differences
+of ``/metrics`` over the same seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import io
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import psutil  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from pipelines.load import Load  # noqa: E402
+
+ARMS = ("plinth", "plain")
+UNBOUNDED = 3600.0  # seconds of a slice: no bound but the largest batch
+SERIES = re.compile(r"^(plinth_\w+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
+ADDRESS = re.compile(r"serving .* on (http://\S+)")
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+CONFIG = """
+[engine]
+threads = {threads}
+[serve]
+port = 0
+[serve.upload]
+workers = {workers}
+[verticals.finance]
+[verticals.medical]
+overlap = {overlap}
+"""
+FIGURES = {
+    "payments_per_second": "payments answered /s",
+    "p50_ms": "p50, ms",
+    "p99_ms": "p99, ms",
+    "max_ms": "max, ms",
+    "in_time": "within SLA",
+    "refused": "refused",
+    "errors": "errors",
+    "device_busy": "device busy",
+    "windows_per_minute": "CT windows /min",
+    "studies_per_minute": "CT studies /min",
+    "window_batch_ms": "CT batch, ms",
+    "payment_batch_ms": "payment batch, ms",
+    "server_cores": "server CPU, cores",
+}
+
+
+# -- the servers -----------------------------------------------------------------------------
+def serve_plain(file: Path) -> None:
+    """The server without slices and without deadlines."""
+    from engine import Batcher, Engine, LatencyModel, Sla
+    from pipelines.assembly import load_verticals
+    from pipelines.config import load
+    from pipelines.serve import Server, bind, create_app
+
+    config = load(file)
+    bound = bind(config.serve.host, config.serve.port)
+    verticals = load_verticals(config)
+    batcher = Batcher(LatencyModel(), slice_share=UNBOUNDED, idle_slice=UNBOUNDED)
+    engine = Engine(batcher, **config.engine.model_dump())
+    for vertical in verticals.values():
+        vertical.__dict__["sla"] = Sla()
+        for model in vertical.models():
+            engine.add(model, sla=Sla())
+    with engine:
+        server = Server(create_app(verticals, engine, config), config, bound)
+        print(f"serving {', '.join(verticals)} on {server.url}", file=sys.stderr, flush=True)
+        server.run()
+
+
+@contextlib.contextmanager
+def serving(arm: str, given: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]]:
+    """URL and process of a server that is ready; it is told to end afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, log = Path(folder) / "plinth.toml", Path(folder) / "log"
+        file.write_text(
+            CONFIG.format(threads=given.threads, workers=given.studies, overlap=given.overlap)
+        )
+        if arm == "plinth":
+            command = [sys.executable, "-m", "pipelines.cli", "serve", "--config", str(file)]
+        else:
+            command = [sys.executable, __file__, "--serve-plain", str(file)]
+        environment = os.environ | (ONE_THREAD if given.threads == 1 else {})
+        with log.open("wb") as told:
+            process = subprocess.Popen(command, stderr=told, cwd=ROOT, env=environment)
+        try:
+            yield await_ready(process, log), psutil.Process(process.pid)
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def await_ready(process: subprocess.Popen[bytes], log: Path, seconds: float = 180.0) -> str:
+    """The URL, once the server has warmed up."""
+    pause, until, url = threading.Event(), time.monotonic() + seconds, ""
+    while time.monotonic() < until and process.poll() is None:
+        if found := ADDRESS.search(" ".join(log.read_text().split())):
+            url = found[1]
+            with contextlib.suppress(OSError), ask(f"{url}/health/ready"):
+                return url
+        pause.wait(0.1)
+    raise SystemExit(f"the server did not get ready:\n{log.read_text()}")
+
+
+def ask(url: str, data: bytes | None = None) -> Any:
+    """The answer to a GET, or to a POST of a zip; to be read and closed."""
+    headers = {} if data is None else {"content-type": "application/zip"}
+    request = urllib.request.Request(url, data, headers)  # noqa: S310 - our own server
+    return urllib.request.urlopen(request, timeout=60)  # noqa: S310
+
+
+def metrics(url: str) -> dict[str, float]:
+    """Value by series of the server's ``/metrics``."""
+    with ask(f"{url}/metrics") as answer:
+        return {name: float(value) for name, value in SERIES.findall(answer.read().decode())}
+
+
+# -- the CT studies --------------------------------------------------------------------------
+def study_zip() -> bytes:
+    """The sample CT series as one archive."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for path in sorted((ROOT / "sample_data" / "ct_phantom").glob("*.dcm")):
+            archive.write(path, path.name)
+    return packed.getvalue()
+
+
+@dataclass
+class Studies:
+    """Keeps uploads in work until it is closed.
+
+    Args:
+        url: of the server.
+        count: how many at a time.
+    """
+
+    url: str
+    count: int
+    finished: list[float] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def __enter__(self) -> Studies:
+        self._over = threading.Event()
+        self._body = study_zip()
+        self._threads = [threading.Thread(target=self._feed) for _ in range(self.count)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _feed(self) -> None:
+        while not self._over.is_set() and len(self.failed) < 5:
+            try:
+                self._one()
+            except OSError as error:
+                self.failed.append(str(error))
+                self._over.wait(1.0)
+
+    def _one(self) -> None:
+        with ask(f"{self.url}/v1/medical/analyse", self._body) as answer:
+            job = json.load(answer)
+        while job["state"] not in ("done", "failed") and not self._over.wait(0.25):
+            with ask(f"{self.url}{job['url']}") as answer:
+                job = json.load(answer)
+        if job["state"] == "failed":
+            self.failed.append(job["error"]["message"])
+        elif job["state"] == "done":
+            self.finished.append(time.perf_counter())
+
+
+# -- one run ---------------------------------------------------------------------------------
+def payments() -> list[bytes]:
+    """The sample payments, one request body each."""
+    packed = ROOT / "sample_data" / "transactions" / "transactions.jsonl.gz"
+    return [line for line in gzip.decompress(packed.read_bytes()).splitlines() if line]
+
+
+def measure(arm: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One arm: start, warm up under the whole load, measure."""
+    bodies = payments()
+
+    def load(url: str, seconds: float, seed: int) -> Load:
+        return Load(
+            f"{url}/v1/finance/score",
+            bodies,
+            {"content-type": "application/json"},
+            rate=given.rate,
+            seconds=seconds,
+            seed=seed,
+            connections=max(64, round(given.rate)),
+            timeout=30.0,
+        )
+
+    with serving(arm, given) as (url, server), Studies(url, given.studies) as studies:
+        load(url, given.warm_up, seed + 1000).run()
+        before, cpu, begun = metrics(url), sum(server.cpu_times()[:2]), time.perf_counter()
+        result = load(url, given.seconds, seed).run()
+        seconds = time.perf_counter() - begun
+        after, cpu = metrics(url), sum(server.cpu_times()[:2]) - cpu
+        done = sum(at > begun for at in studies.finished)
+    if studies.failed:
+        raise SystemExit(f"{arm}: a study failed: {studies.failed[0]}")
+
+    def grown(name: str) -> float:
+        return sum(value - before.get(key, 0.0) for key, value in after.items() if name in key)
+
+    def batch_ms(model: str) -> float:
+        of = f'{{model="{model}"}}'
+        count = grown(f"plinth_batch_seconds_count{of}")
+        return 1e3 * grown(f"plinth_batch_seconds_sum{of}") / max(count, 1.0)
+
+    told = result.as_dict(given.sla_ms / 1e3)
+    return {
+        "arm": arm,
+        "payments_per_second": told["throughput"],
+        "p50_ms": told["latency_of_ok_ms"]["p50"],
+        "p99_ms": told["latency_of_ok_ms"]["p99"],
+        "max_ms": told["latency_of_ok_ms"]["max"],
+        "in_time": told["share_in_time"],
+        "refused": told["refused"],
+        "errors": told["errors"] + told["timeouts"] + told["unsent"],
+        "degraded": grown("plinth_degraded_total"),
+        "device_busy": grown("plinth_device_busy_seconds_total") / seconds,
+        "windows_per_minute": 60 * grown('plinth_batch_rows_sum{model="nodules"}') / seconds,
+        "studies_per_minute": 60 * done / seconds,
+        "window_batch_ms": batch_ms("nodules"),
+        "payment_batch_ms": batch_ms("fraud"),
+        "server_cores": cpu / seconds,
+        "sla_misses": {key: after[key] - before.get(key, 0.0) for key in misses(after)},
+        "load": told,
+    }
+
+
+def misses(after: dict[str, float]) -> list[str]:
+    """The series that count broken promises of payments."""
+    return [key for key in after if key.startswith("plinth_sla_misses_total{") and "fraud" in key]
+
+
+# -- the report ------------------------------------------------------------------------------
+def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Medians by arm over its runs."""
+    return {
+        arm: {
+            name: statistics.median(run[name] for run in runs if run["arm"] == arm)
+            for name in FIGURES
+        }
+        for arm in dict.fromkeys(run["arm"] for run in runs)
+    }
+
+
+def show(medians: dict[str, dict[str, float]], runs: list[dict[str, Any]]) -> None:
+    """Print a column for each arm: median, and the range over the repeats."""
+    table = Table(
+        "", *medians, title=f"{runs[0]['load']['rate']:g} payments/s due, with CT studies"
+    )
+    for name, title in FIGURES.items():
+        cells = []
+        for arm, figures in medians.items():
+            values = [run[name] for run in runs if run["arm"] == arm]
+            span = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
+            cells.append(f"{figures[name]:.4g}{span}")
+        table.add_row(title, *cells)
+    console = Console(width=120)
+    console.print(table)
+    for run in runs:
+        for problem in run["load"]["problems"]:
+            console.print(f"{run['arm']}: {problem}")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rate", type=float, default=200.0, help="payments per second")
+    parser.add_argument("--seconds", type=float, default=60.0, help="measured, for each arm")
+    parser.add_argument("--warm-up", type=float, default=20.0, help="seconds of load before")
+    parser.add_argument("--studies", type=int, default=3, help="CT studies in work at a time")
+    parser.add_argument("--overlap", type=float, default=0.5, help="of the CT windows")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of one forward")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each arm, interleaved")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--sla-ms", type=float, default=150.0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve-plain", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.serve_plain is not None:
+        serve_plain(given.serve_plain)
+        return
+    runs = [measure(arm, given, seed) for seed in range(given.repeats) for arm in given.arms]
+    medians = summary(runs)
+    show(medians, runs)
+    if given.json:
+        machine = {"cpus": psutil.cpu_count(), "python": platform.python_version()}
+        given.json.write_text(json.dumps({"machine": machine, "medians": medians, "runs": runs}))
+
+
+if __name__ == "__main__":
+    main()
