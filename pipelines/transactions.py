@@ -19,6 +19,7 @@ from kafka import KafkaProducer
 from kafka.errors import (
     AuthorizationError,
     FencedInstanceIdError,
+    InvalidTransactionTimeoutError,
     KafkaError,
     KafkaTimeoutError,
     MessageSizeTooLargeError,
@@ -110,9 +111,9 @@ class KafkaSink(ABC):
         except TimeoutError:
             self._abandon_lane()
             self._failed(scored, "commit_timeout", f"no answer in {self._deadline:.0f} s")
-        except (AuthorizationError, FencedInstanceIdError, MessageSizeTooLargeError) as error:
-            raise _hopeless(error, self.config) from None
         except KafkaError as error:
+            if hopeless := _hopeless(error, self.config):
+                raise hopeless from None
             self._failed(scored, "commit_failed", repr(error))
         else:
             COMMIT_SECONDS.labels(self.config.guarantee).observe(seconds)
@@ -140,11 +141,11 @@ class KafkaSink(ABC):
                 try:
                     job = self._lane.start(partial(self._connect, slot))
                     self._slots[slot] = job.wait(self._deadline + 1)
-                except AuthorizationError as error:
-                    raise _hopeless(error, self.config) from None
                 except TimeoutError:
                     self._abandon_lane()
                     raise
+                except KafkaError as error:
+                    raise _hopeless(error, self.config) or error from None
 
     def close(self) -> None:
         """Close every producer, in bounded time."""
@@ -334,7 +335,8 @@ def _drop(producer: Any, seconds: float) -> None:
     threading.Thread(target=close, name="plinth-drop", daemon=True).start()
 
 
-def _hopeless(error: KafkaError, config: StreamConfig) -> StreamError:
+def _hopeless(error: KafkaError, config: StreamConfig) -> StreamError | None:
+    """What to end with, if trying again has no point."""
     if isinstance(error, FencedInstanceIdError):
         return namesake(config)
     if isinstance(error, MessageSizeTooLargeError):
@@ -342,11 +344,18 @@ def _hopeless(error: KafkaError, config: StreamConfig) -> StreamError:
             f"Kafka refuses an answer or dead letter as too large: {error}",
             hint="raise the topics' max.message.bytes or lower stream.max_record_bytes",
         )
-    return StreamError(
-        f"Kafka refuses this client: {error!r}",
-        hint="it needs Read on the input topic and the group, Write on the output and "
-        "dead-letter topics, and Write on the transactional ids <group>-*",
-    )
+    if InvalidTransactionTimeoutError.__name__ in str(error):  # the client wraps it
+        return StreamError(
+            f"the brokers do not allow transactions of {config.transaction_timeout_ms} ms",
+            hint="lower stream.transaction_timeout_ms or raise transaction.max.timeout.ms there",
+        )
+    if isinstance(error, AuthorizationError):
+        return StreamError(
+            f"Kafka refuses this client: {error!r}",
+            hint="it needs Read on the input topic and the group, Write on the output and "
+            "dead-letter topics, and Write on the transactional ids <group>-*",
+        )
+    return None
 
 
 def namesake(config: StreamConfig) -> StreamError:

@@ -229,6 +229,14 @@ def test_missing_topics_are_named_with_what_to_do(kafka_node: KafkaNode) -> None
 
 
 @real_kafka
+def test_a_transaction_timeout_that_the_brokers_forbid_is_said_at_once(
+    kafka_node: KafkaNode,
+) -> None:
+    with pytest.raises(StreamError, match=r"transaction\.max\.timeout\.ms"):
+        stream(kafka_node.config(transaction_timeout_ms=3_600_000))
+
+
+@real_kafka
 def test_created_topics_have_the_partitions_of_the_input(kafka_node: KafkaNode) -> None:
     config = kafka_node.config(partitions=3)
     assert set(prepare(config).values()) == {3}
