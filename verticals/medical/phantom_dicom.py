@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import (
+    UID,
     CTImageStorage,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -31,6 +32,9 @@ SYNTAX = {
 }
 
 INTERCEPT = -1024
+
+WRITER = UID("2.25.178914586823160914372053372180561438012")
+"""Implementation Class UID, fixed so that no library's version changes the bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +132,7 @@ def _image(phantom: Phantom, k: int, *, copy: int, number: int, series: int) -> 
     meta.MediaStorageSOPClassUID = image.SOPClassUID
     meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.ImplementationClassUID, meta.ImplementationVersionName = WRITER, "PLINTH_1"
     image.file_meta = meta
     return image
 

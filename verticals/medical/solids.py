@@ -257,7 +257,7 @@ class Capsule(Solid):
         start = np.asarray(self.start, dtype=np.float32)
         axis = np.asarray(self.end, dtype=np.float32) - start
         offset = (x - start[0], y - start[1], z - start[2])
-        along = sum(offset[n] * axis[n] for n in range(3)) / np.float32(axis @ axis)
+        along = sum(offset[n] * axis[n] for n in range(3)) / sum(axis * axis)
         along = np.clip(along, 0, 1)
         square = sum((offset[n] - along * axis[n]) ** 2 for n in range(3))
         inside: npt.NDArray[np.bool_] = square < np.float32(self.radius**2)
@@ -271,6 +271,6 @@ def _sampled(inside: Inside, points: Sequence[Float], cell: Float) -> Float:
     for a in steps:
         for b in steps:
             for c in steps:
-                shift = cell @ np.array([a, b, c], dtype=np.float32)
+                shift = cell[:, 0] * a + cell[:, 1] * b + cell[:, 2] * c
                 total += inside(*(points[axis] + shift[axis] for axis in range(3)))
     return total / np.float32(FINE**3)
