@@ -161,7 +161,11 @@ def serve(
 
 
 def _warn_if_open(config: Config) -> None:
-    if config.serve.api_key_env is None and config.serve.host not in ("127.0.0.1", "::1"):
+    if config.serve.api_key_env is None and config.serve.host not in (
+        "127.0.0.1",
+        "::1",
+        "localhost",
+    ):
         say(
             f"warning: {config.serve.host} can be reached by others and asks for no key; "
             "set serve.api_key_env"
@@ -179,6 +183,10 @@ def stream(
     max_events: Annotated[int | None, typer.Option(help="End after so many records.")] = None,
     idle_exit_s: Annotated[
         float | None, typer.Option(help="End after so many idle seconds.")
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Serve Prometheus metrics, lag included, there."),
     ] = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
@@ -200,7 +208,7 @@ def stream(
             "engine.precision": precision,
         },
     )
-    raise typer.Exit(run_stream(config, name, as_json))
+    raise typer.Exit(run_stream(config, name, metrics, as_json))
 
 
 @app.command(epilog="Example: plinth batch ./studies --out ./results --vertical medical")

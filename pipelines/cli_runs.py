@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any
 
+from prometheus_client import start_http_server
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,6 +22,7 @@ from rich.progress import (
 )
 
 from engine import ConfigError, Engine
+from engine.metrics import REGISTRY
 from pipelines.assembly import build_engine, doors, load_vertical, sla_of, use_store
 from pipelines.batch import Batch, Summary, check_folders
 from pipelines.batch import Progress as Step
@@ -64,8 +66,44 @@ class Signals:
                 signal.signal(number, handler)
 
 
-def run_stream(config: Config, name: str, as_json: bool) -> int:
+@contextlib.contextmanager
+def metrics_at(address: str | None) -> Iterator[str | None]:
+    """Serve ``/metrics`` while a block runs; its URL.
+
+    Args:
+        address: ``host:port``, port 0 takes a free one; ``None`` serves nothing.
+
+    Raises:
+        ConfigError: not an address, or it cannot be listened on.
+    """
+    if address is None:
+        yield None
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65_535:
+        raise ConfigError(f"--metrics {address!r} is not host:port", hint="such as 127.0.0.1:9100")
+    try:
+        server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=REGISTRY)
+    except OSError as error:
+        raise ConfigError(
+            f"metrics cannot be served on {address}: {error.strerror}", hint="choose another port"
+        ) from None
+    try:
+        yield f"http://{host}:{server.server_port}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def run_stream(config: Config, name: str, metrics: str | None, as_json: bool) -> int:
     """``plinth stream``: returns the exit code.
+
+    Args:
+        config: has a ``[stream]`` table.
+        name: of the vertical.
+        metrics: ``host:port`` for Prometheus, or ``None``.
+        as_json: print the summary as JSON.
 
     Raises:
         ConfigError: no ``[stream]`` table, or no broker.
@@ -80,8 +118,14 @@ def run_stream(config: Config, name: str, as_json: bool) -> int:
     use_store(config)
     vertical = load_vertical(config, name)
     stop = threading.Event()
-    with Signals(stop.set).handled(), build_engine(config, {name: vertical}) as engine:
+    with (
+        Signals(stop.set).handled(),
+        metrics_at(metrics) as url,
+        build_engine(config, {name: vertical}) as engine,
+    ):
         say(f"streaming {config.stream.input_topic} -> {config.stream.output_topic}")
+        if url is not None:
+            say(f"metrics: {url}")
         summary = stream.run(
             vertical, engine, config.stream, stop, _stream_line, sla=sla_of(vertical, config)
         )

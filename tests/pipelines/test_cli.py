@@ -16,6 +16,7 @@ import httpx
 import pytest
 from tiny_verticals import GATE, Gate, install
 
+from engine import ConfigError
 from pipelines.cli import main
 
 COMMANDS = ("list", "check", "serve", "stream", "batch", "benchmark", "models", "demo")
@@ -211,3 +212,19 @@ def test_batch_prints_its_summary_as_json(plinth: Plinth) -> None:
     summary = json.loads(plinth(*arguments, code=1)[0])
     assert summary["states"] == {"a": "skipped", "b": "failed"}
     assert summary["failures"][0]["reason"] == "invalid_input"
+
+
+def test_a_stream_can_serve_its_metrics() -> None:
+    from pipelines.cli_runs import metrics_at
+
+    with metrics_at("127.0.0.1:0") as url:
+        assert url is not None
+        assert "plinth_queue_rows" in httpx.get(url).text
+        address = url.removeprefix("http://").removesuffix("/metrics")
+        with pytest.raises(ConfigError, match="Address already in use"), metrics_at(address):
+            pass
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url)
+    for wrong in ("9100", "host:", "host:many"):
+        with pytest.raises(ConfigError, match="is not host:port"), metrics_at(wrong):
+            pass
