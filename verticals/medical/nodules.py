@@ -223,6 +223,8 @@ def measure(
     Returns:
         The nodules, largest first.
     """
+    if not found.boxes:
+        return []
     native = seen.grid.to_native(found.labels)
     lung = _lung_region(analysis, seen.box)
     told: list[tuple[Box, Bool, dict[str, Any]]] = []
@@ -247,8 +249,10 @@ def measure(
 
 def _lung_region(analysis: Analysis, box: Box) -> Labels:
     """Lungs with their edges on the native grid of a box: 1 right, 2 left."""
-    bits = analysis.regions.grid.to_native(analysis.regions.bits)[box]
-    return np.where(bits & RIGHT, 1, np.where(bits & LEFT, 2, 0)).astype(np.uint8)
+    coarse = np.zeros_like(analysis.regions.bits)
+    coarse[(analysis.regions.bits & LEFT) > 0] = 2
+    coarse[(analysis.regions.bits & RIGHT) > 0] = 1
+    return cast(Labels, analysis.regions.grid.to_native(coarse)[box])
 
 
 def _widened(box: tuple[slice, ...], shape: tuple[int, ...], spacing: tuple[float, ...]) -> Box:

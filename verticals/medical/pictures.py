@@ -80,7 +80,7 @@ def key_image(evidence: Evidence, nodule: Nodule) -> Image.Image:
 def png(picture: Image.Image) -> bytes:
     """A picture as a PNG file."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG")
     return buffer.getvalue()
 
 

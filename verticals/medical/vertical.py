@@ -129,7 +129,7 @@ class CtAnalysis(Vertical[StudyRequest, CtReport]):
 
     def example(self) -> StudyRequest:
         """A slab of the chest phantom, built in memory."""
-        phantom = Phantom(shape=(112, 112, 18), spacing=(3.1, 3.1, 3.0))
+        phantom = Phantom(shape=(88, 72, 12), spacing=(4.0, 4.0, 3.0))
         return StudyRequest(phantom_volume(phantom))
 
     # -- folders -----------------------------------------------------------------------------

@@ -12,12 +12,12 @@ from verticals.medical.phantom import Phantom
 from verticals.medical.vertical import phantom_volume
 from verticals.medical.volume import Volume
 
-COARSE = {"shape": (120, 96, 72), "spacing": (3.0, 3.0, 3.0)}
+SMALL = {"shape": (120, 96, 72), "spacing": (3.0, 3.0, 3.0)}
 
 
 def chest(**changes: Any) -> Volume:
     """The chest phantom, small enough for a test, as a volume."""
-    return phantom_volume(Phantom(**{**COARSE, **changes}))
+    return phantom_volume(Phantom(**{**SMALL, **changes}))
 
 
 def values(analysis: Analysis) -> dict[str, float | None]:

@@ -1,0 +1,192 @@
+"""The DICOM SEG, read back by highdicom and held against the labels and the source images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import highdicom
+import numpy as np
+import pydicom
+import pytest
+import torch
+from torch import Tensor
+
+from engine import Call
+from verticals.medical.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
+from verticals.medical.phantom import Phantom
+from verticals.medical.phantom_dicom import Faults, write_series
+from verticals.medical.report import CtReport, Evidence
+from verticals.medical.segmentation import write_segmentation
+from verticals.medical.vertical import CtAnalysis, CtSettings
+from verticals.testing import feed
+
+CHEST = {"shape": (76, 64, 48), "spacing": (4.6, 4.5, 4.5)}
+
+
+def scanned(folder: Path, faults: Faults | None = None, **changes: object) -> Path:
+    write_series(Phantom(**{**CHEST, **changes}), folder / "series", faults=faults)  # type: ignore[arg-type]
+    return folder / "series"
+
+
+def analysed(folder: Path) -> tuple[CtReport, Evidence]:
+    """The rules' findings and the voxels they come from."""
+    vertical = CtAnalysis(CtSettings(nodules=False))
+    (item,) = vertical.discover(folder)
+    report = feed(vertical.infer([vertical.load(item)]))[0]
+    assert isinstance(report, CtReport)
+    assert report._evidence is not None
+    return report, report._evidence
+
+
+def read_back(path: Path, evidence: Evidence) -> dict[str, np.ndarray]:
+    """Masks (z, y, x) on the volume's grid by segment label, placed by the SEG's own geometry."""
+    seg = highdicom.seg.segread(path)
+    volume = seg.get_volume()
+    masks = {}
+    for number in seg.segment_numbers:
+        mask = np.zeros(evidence.volume.shape, bool)
+        voxels = np.argwhere(volume.array[..., number - 1] > 0)
+        lps = voxels @ volume.affine[:3, :3].T + volume.affine[:3, 3]
+        index = evidence.volume.lps_to_index(lps)
+        assert np.abs(index - np.rint(index)).max() < 0.01, "off the volume's grid"
+        i, j, k = np.rint(index).astype(int).T
+        mask[k, j, i] = True
+        masks[seg.get_segment_description(number).segment_label] = mask
+    return masks
+
+
+@pytest.mark.parametrize(
+    "scan",
+    [
+        {},
+        {"rotation": (12.0, 8.0, 5.0)},
+        {"rotation": (90.0, 0.0, 0.0), "shape": (76, 48, 64)},
+        {"tilt": 15.0},
+    ],
+    ids=["axial", "oblique", "coronal", "tilted and resampled"],
+)
+def test_segments_lie_where_the_labels_are(tmp_path: Path, scan: dict[str, object]) -> None:
+    report, evidence = analysed(scanned(tmp_path, **scan))
+    path = tmp_path / "seg.dcm"
+    write_segmentation(evidence, report, path)
+    masks = read_back(path, evidence)
+    assert list(masks) == ["Right lung", "Left lung"]
+    assert np.array_equal(masks["Right lung"], evidence.analysis.labels == LUNG_RIGHT)
+    assert np.array_equal(masks["Left lung"], evidence.analysis.labels == LUNG_LEFT)
+
+
+@pytest.fixture(scope="module")
+def shuffled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A series in no order, and the SEG made of it."""
+    root = tmp_path_factory.mktemp("shuffled")
+    folder = scanned(root, faults=Faults(shuffled=True))
+    report, evidence = analysed(folder)
+    write_segmentation(evidence, report, root / "seg.dcm")
+    return folder, root / "seg.dcm"
+
+
+def test_frames_refer_to_their_source_images(shuffled: tuple[Path, Path]) -> None:
+    folder, path = shuffled
+    seg = pydicom.dcmread(path)
+    by_uid = {image.SOPInstanceUID: image for image in map(pydicom.dcmread, folder.glob("*.dcm"))}
+    for frame in seg.PerFrameFunctionalGroupsSequence:
+        (source,) = frame.DerivationImageSequence[0].SourceImageSequence
+        image = by_uid[source.ReferencedSOPInstanceUID]
+        place = frame.PlanePositionSequence[0].ImagePositionPatient
+        assert np.allclose(np.float64(place), np.float64(image.ImagePositionPatient), atol=1e-3)
+    (series,) = seg.ReferencedSeriesSequence
+    assert {one.ReferencedSOPInstanceUID for one in series.ReferencedInstanceSequence} == set(
+        by_uid
+    )
+
+
+def test_the_object_says_what_it_is_and_whose(shuffled: tuple[Path, Path]) -> None:
+    folder, path = shuffled
+    seg, source = pydicom.dcmread(path), pydicom.dcmread(folder / "slice_0001.dcm")
+    for keyword in ("PatientID", "PatientName", "StudyInstanceUID", "FrameOfReferenceUID"):
+        assert seg[keyword].value == source[keyword].value
+    assert seg.SeriesInstanceUID != source.SeriesInstanceUID
+    assert (seg.Modality, seg.SegmentationType) == ("SEG", "BINARY")
+    assert "Research use only" in seg.ContentDescription
+    for segment in seg.SegmentSequence:
+        assert segment.SegmentAlgorithmType == "AUTOMATIC"
+        assert segment.SegmentedPropertyTypeCodeSequence[0].CodingSchemeDesignator == "SCT"
+
+
+def dense(call: Call) -> Tensor:
+    """Every dense voxel of the volume as a nodule."""
+    assert isinstance(call.rows, Tensor)
+    return (call.rows[0] > 0.2).to(torch.uint8)
+
+
+def sure(call: Call) -> Tensor:
+    """Logits for nodule, everywhere."""
+    assert isinstance(call.rows, Tensor)
+    shape = call.rows.shape
+    return torch.tensor([0.0, 2.0])[None, :, None, None, None].expand(shape[0], 2, *shape[2:])
+
+
+def test_nodules_are_segments_of_their_own(tmp_path: Path) -> None:
+    vertical = CtAnalysis()
+    (item,) = vertical.discover(scanned(tmp_path))
+    request = vertical.load(item)
+
+    report = feed(vertical.infer([request]), dense, sure)[0]
+    assert isinstance(report, CtReport)
+    evidence = report._evidence
+    assert evidence is not None
+    assert report.nodules
+    path = tmp_path / "seg.dcm"
+    write_segmentation(evidence, report, path)
+    masks = read_back(path, evidence)
+    names = [f"Nodule candidate {nodule.number}" for nodule in report.nodules]
+    assert list(masks) == ["Right lung", "Left lung", *names]
+    for nodule in report.nodules:
+        mask = masks[f"Nodule candidate {nodule.number}"]
+        assert np.array_equal(mask, evidence.analysis.labels == NODULE + nodule.number - 1)
+    kinds = {
+        segment.SegmentLabel: segment.SegmentedPropertyTypeCodeSequence[0].CodeValue
+        for segment in pydicom.dcmread(path).SegmentSequence
+    }
+    assert kinds["Right lung"] == "3341006"
+    assert kinds["Left lung"] == "44029006"
+    assert {kinds[name] for name in names} == {"27925004"}
+
+
+def _strip(image: pydicom.Dataset, _: int) -> None:
+    for keyword in ("PatientName", "PatientID", "AccessionNumber", "StudyID", "StudyDate"):
+        if keyword in image:
+            del image[keyword]
+    image.PatientSex, image.PatientAge = "U", "42"
+
+
+def test_sloppy_patient_attributes_do_not_prevent_it(
+    tmp_path: Path, edit: Callable[..., None]
+) -> None:
+    folder = scanned(tmp_path)
+    with pytest.warns(UserWarning, match="Invalid value"):
+        edit(folder, _strip)
+    report, evidence = analysed(folder)
+    write_segmentation(evidence, report, tmp_path / "seg.dcm")
+    seg = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert seg.PatientSex == ""
+    assert not seg.get("PatientAge")
+
+
+def _no_frame(image: pydicom.Dataset, _: int) -> None:
+    del image.FrameOfReferenceUID
+
+
+def test_without_a_frame_of_reference_it_is_left_out_and_said(
+    tmp_path: Path, edit: Callable[..., None]
+) -> None:
+    folder = scanned(tmp_path)
+    edit(folder, _no_frame)
+    report, _ = analysed(folder)
+    out = tmp_path / "out"
+    out.mkdir()
+    files = CtAnalysis(CtSettings(nodules=False, pictures=False, page=False)).write(report, out)
+    assert [path.name for path in files] == ["report.json"]
+    told = CtReport.model_validate_json((out / "report.json").read_text())
+    assert told.outputs["segmentation.dcm"].startswith("not written: the source's headers")

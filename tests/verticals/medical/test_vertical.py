@@ -1,0 +1,214 @@
+"""CT analysis as a vertical: the contract, the folder door, real studies, and memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from medical.chests import chest
+from pydantic import ValidationError
+
+from engine import Call, InputError, ModelStore
+from verticals.medical.phantom import Phantom
+from verticals.medical.phantom_dicom import write_series
+from verticals.medical.report import CtReport
+from verticals.medical.vertical import MODEL, STORE, CtAnalysis, CtSettings, StudyRequest
+from verticals.testing import check_vertical, feed
+from verticals.testing.flows import run_with_models
+
+SMALL = {"shape": (76, 64, 20), "spacing": (4.6, 4.5, 4.5)}
+Edit = Callable[..., None]
+
+
+@pytest.fixture
+def series(tmp_path: Path) -> Path:
+    """A small slab of a chest as DICOM."""
+    write_series(Phantom(**SMALL), tmp_path / "chest")  # type: ignore[arg-type]
+    return tmp_path / "chest"
+
+
+def refused(vertical: CtAnalysis, folder: Path) -> InputError:
+    with pytest.raises(InputError) as caught:
+        vertical.load(next(vertical.discover(folder)))
+    return caught.value
+
+
+# -- the contract --------------------------------------------------------------------------------
+def test_it_conforms(series: Path) -> None:
+    vertical = CtAnalysis(CtSettings(working_spacing_mm=3))
+    another = StudyRequest(chest(**{**SMALL, "seed": 3, "noise_hu": 30.0}))
+    check_vertical(vertical, [another], folder=series.parent).raise_if_failed()
+
+
+def test_one_study_is_two_calls_and_no_loop_over_windows() -> None:
+    vertical, calls = CtAnalysis(), list[Call]()
+    scan = chest(shape=(90, 70, 54), spacing=(3.9, 3.9, 4.0))
+    (report,) = run_with_models(vertical, [StudyRequest(scan)], on_call=calls.append)
+    volume, look = calls
+    assert volume.model == look.model == MODEL
+    assert volume.tiling is not None
+    assert volume.tiling.window == vertical.settings.window
+    assert look.tiling is None
+    model = ModelStore(STORE).load(MODEL)
+    assert (report.network.version, report.network.digest) == (model.spec.version, model.digest())
+    assert report.network.metrics == model.spec.metrics
+
+
+def test_a_bad_study_does_not_take_its_neighbours_along() -> None:
+    good, bad = chest(**SMALL), chest(**{**SMALL, "shape": (76, 64, 5)})
+    vertical = CtAnalysis(CtSettings(nodules=False))
+    first, second, third = feed(vertical.infer([StudyRequest(v) for v in (good, bad, good)]))
+    assert isinstance(second, InputError)
+    assert second.reason == "too_thin"
+    assert isinstance(first, CtReport)
+    assert isinstance(third, CtReport)
+    assert first.findings == third.findings
+
+
+# -- settings ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"window": (30, 48, 48)},
+        {"window": (8, 48, 48)},
+        {"overlap": 1.0},
+        {"gaps": "ignore"},
+        {"least_confidence": 2},
+        {"windows": (32, 48, 48)},
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        CtSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_without_nodules_no_model_is_needed(tmp_path: Path) -> None:
+    vertical = CtAnalysis(CtSettings(nodules=False, store=tmp_path))
+    assert vertical.models() == []
+    (report,) = feed(vertical.infer([StudyRequest(chest(**SMALL))]))
+    assert isinstance(report, CtReport)
+    assert (report.nodules, report.network) == (None, None)
+
+
+# -- folders -----------------------------------------------------------------------------------
+def test_series_that_are_not_ct_are_named_and_skipped(series: Path, edit: Edit) -> None:
+    write_series(Phantom(**{**SMALL, "seed": 8}), series.parent / "mr")  # type: ignore[arg-type]
+    edit(series.parent / "mr", lambda image, k: setattr(image, "Modality", "MR"))
+    (item,) = CtAnalysis().discover(series.parent)
+    assert item.facts["images"] == 20
+    (skipped,) = item.facts["skipped"]
+    assert "not CT" in skipped
+
+
+def test_a_folder_without_ct_is_refused_with_its_contents(series: Path, edit: Edit) -> None:
+    edit(series, lambda image, k: setattr(image, "Modality", "MR"))
+    error = refused(CtAnalysis(), series)
+    assert error.reason == "no_ct"
+    assert "MR" in str(error)
+
+
+def test_an_item_is_loaded_by_another_process_too(series: Path) -> None:
+    """A resumed batch has the item and a fresh vertical that never discovered it."""
+    (item,) = CtAnalysis().discover(series.parent)
+    request = CtAnalysis().load(item)
+    assert request.volume.shape == (20, 64, 76)
+
+
+def test_gaps_are_refused_or_filled_as_set(series: Path) -> None:
+    (series / "slice_0009.dcm").unlink()
+    assert refused(CtAnalysis(), series).reason == "geometry_gap"
+    filling = CtAnalysis(CtSettings(gaps="fill", nodules=False))
+    (item,) = filling.discover(series)
+    (report,) = feed(filling.infer([filling.load(item)]))
+    assert isinstance(report, CtReport)
+    assert report.geometry["status"] == "gaps_filled"
+    assert any("gap" in warning or "missing" in warning for warning in report.warnings)
+
+
+def test_strict_refuses_what_was_repaired(tmp_path: Path) -> None:
+    write_series(Phantom(**{**SMALL, "tilt": 15.0}), tmp_path)  # type: ignore[arg-type]
+    assert refused(CtAnalysis(CtSettings(strict=True)), tmp_path).reason == "geometry_tilt"
+
+
+# -- real studies ------------------------------------------------------------------------------
+def test_a_real_head_ct_gets_an_honest_report(real: Callable[[str], Path], tmp_path: Path) -> None:
+    vertical = CtAnalysis()
+    items = list(vertical.discover(real("ge-head-ct-28")))
+    reports = []
+    for item in items:
+        answer = run_with_models(vertical, [vertical.load(item)])[0]
+        if isinstance(answer, CtReport):
+            reports.append(answer)
+        else:
+            assert answer.reason in ("too_thin", "not_hu", "no_body"), answer
+    assert reports, "at least the largest stack is a head that can be measured"
+    for report in reports:
+        assert report.finding("lungs_volume").value is None
+        assert report.nodules is None
+        assert any("no lungs" in warning for warning in report.warnings)
+        bone, body = report.finding("bone_volume").value, report.finding("body_volume").value
+        assert bone is not None
+        assert body is not None
+        assert 100 < bone < body / 2
+        assert 500 < body < 8000
+    vertical.write(reports[0], tmp_path)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_real_mr_is_refused(real: Callable[[str], Path]) -> None:
+    error = refused(CtAnalysis(), real("t1-mr-384"))
+    assert error.reason == "no_ct"
+
+
+def test_a_real_quality_phantom_is_no_chest(real: Callable[[str], Path]) -> None:
+    vertical = CtAnalysis(CtSettings(nodules=False))
+    for item in vertical.discover(real("philips-ct-s2010-28x5mm")):
+        (answer,) = feed(vertical.infer([vertical.load(item)]))
+        if isinstance(answer, CtReport):
+            assert answer.finding("lungs_volume").value is None
+            assert any("no lungs" in warning for warning in answer.warnings)
+        else:
+            assert answer.hint or answer.field
+
+
+# -- memory ------------------------------------------------------------------------------------
+MEASURE = """
+import resource, sys, torch
+torch.set_num_threads(1)
+from verticals.medical.phantom import Phantom
+from verticals.medical.vertical import *
+from verticals.testing.flows import run_with_models
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+vertical = CtAnalysis(CtSettings(working_spacing_mm=3))
+run_with_models(vertical, [vertical.example()])
+slices = int(sys.argv[1])
+volume = phantom_volume(Phantom(shape=(300, 240, slices), spacing=(1.2, 1.2, 216 / slices)))
+before = peak()
+run_with_models(vertical, [StudyRequest(volume)])
+print(volume.voxels.nbytes, peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux")
+def test_peak_memory_grows_by_little_more_than_two_masks_with_the_slices() -> None:
+    """What is held besides the volume: its labels and regions, one byte a voxel each."""
+    measured = [
+        subprocess.run(
+            [sys.executable, "-c", MEASURE, str(slices)],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        for slices in (100, 300)
+    ]
+    (small, peak_small), (large, peak_large) = ((int(a), int(b)) for a, b in measured)
+    grown = (peak_large - peak_small) / ((large - small) / 2)  # bytes per further voxel
+    assert grown < 4.0
