@@ -1,6 +1,6 @@
 """Latency of the HTTP door, and the CPU it costs.
 
-    python -m benchmarks.http_latency --vertical finance --records sample_data/transactions.jsonl.gz
+    python -m benchmarks.http_latency --records sample_data/transactions/transactions.jsonl.gz
 
 Starts a real server process, waits until it is ready, and sends one record a request over
 keep-alive connections; each sends its next request when its last is answered. Times are the
