@@ -1,4 +1,4 @@
-"""How good scores are: AUC, average precision, and card precision at 100 per day."""
+"""How good scores are, and from which scores on to act."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from verticals.finance.history import Data, Rows
 
 Scores = npt.NDArray[np.floating[Any]]
 Labels = npt.NDArray[np.bool_]
@@ -67,3 +69,37 @@ def calibration_error(scores: Scores, fraud: Labels, *, bins: int = 10) -> float
     parts = np.array_split(np.argsort(scores, kind="stable"), bins)
     gaps = [abs(scores[part].mean() - fraud[part].mean()) * len(part) for part in parts]
     return float(sum(gaps) / len(scores))
+
+
+def measure(scores: Scores, data: Data, chosen: Rows, budget: int) -> dict[str, float]:
+    """AUC, average precision and card precision of scores."""
+    fraud, card = data.table["fraud"][chosen], data.table["customer"][chosen]
+    cards = card_precision(scores, fraud, card, data.day[chosen], budget=budget)
+    return {
+        "auc": auc(scores, fraud),
+        "ap": average_precision(scores, fraud),
+        "card_precision_100": cards,
+    }
+
+
+def review_threshold(scores: Scores, data: Data, chosen: Rows, budget: int) -> float:
+    """The score above which ``budget`` cards per day lie on average over these rows."""
+    days = data.day[chosen]
+    _, place = np.unique(card_days(data, chosen), return_inverse=True)
+    top = np.zeros(place.max() + 1)
+    np.maximum.at(top, place, scores)
+    wanted = min(budget * len(np.unique(days)), len(top))
+    return float(np.sort(top)[-wanted])
+
+
+def card_days(data: Data, chosen: Rows) -> Rows:
+    """One number for each pair of card and day, (n,)."""
+    return np.asarray(data.day[chosen] * (1 << 32) + data.table["customer"][chosen])
+
+
+def decline_threshold(scores: Scores, data: Data, chosen: Rows, cost: float) -> float:
+    """The score from which refusing costs least: frauds cost their amount, mistakes ``cost``."""
+    order = np.argsort(-scores, kind="stable")
+    table = data.table[chosen[order]]
+    change = np.where(table["fraud"], -table["amount"], cost)
+    return float(scores[order][int(np.argmin(np.cumsum(change)))])

@@ -1,9 +1,9 @@
-"""Train, calibrate, measure and store the fraud models on simulated payments.
+"""Train, calibrate, measure and store the fraud models, on simulated or recorded payments.
 
 ``python -m verticals.finance.train --seed 0 --out verticals/finance/store``
 
 Protocol (Fraud Detection Handbook, chapter 5): 7 days of training, 7 days in which labels are
-not known yet, 7 days of test; four such folds a week apart, the first from day 115. Cards
+not known yet, 7 days of test; four such folds a week apart. Cards
 known as defrauded leave the test days. The stored model trains on 21 days, is calibrated and
 gets its thresholds on the week after the delay, and is tested on the week after that.
 """
@@ -14,9 +14,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +28,25 @@ from rich.table import Table as Sheet
 from torch.nn import functional
 
 from engine import ConfigError, ModelSpec, ModelStore, PlinthError, TensorSpec
-from verticals.finance.features import MODEL_FEATURES, FeatureState
+from verticals.finance.features import MODEL_FEATURES
+from verticals.finance.history import WEEK, Data, Rows, recorded, simulated
 from verticals.finance.model import FraudScorer, fraud_lite, fraud_mlp
-from verticals.finance.quality import auc, average_precision, calibration_error, card_precision
-from verticals.finance.simulator import Population, Table, events, simulate
-from verticals.finance.timeline import DAY, LABEL_DELAY
+from verticals.finance.quality import (
+    calibration_error,
+    card_days,
+    decline_threshold,
+    measure,
+    review_threshold,
+)
+from verticals.finance.simulator import Population
 
-Rows = npt.NDArray[np.int64]
 Quality = dict[str, float]
+Read = Callable[[Callable[[int], None]], Data]
+"""Gives the payments; is passed what it tells its progress to."""
 FOLDS = 4
-WEEK = 7
-FIRST_DAY = 115
-CHUNK = 4096
+SIMULATED = Population(days=160)
+FIRST_SIMULATED = 115
+FIRST_RECORDED = 37
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +54,41 @@ class Plan:
     """How to train.
 
     Args:
-        population: what to simulate; long enough for the folds and the final model.
-        first_day: first training day of the first fold.
+        first_day: first training day of the first fold; the days before fill the windows.
         final_days: training days of the stored model.
         epochs: passes over a fold's 7 days.
         alert_budget: cards per day that people can look at; sets the review threshold.
         decline_cost: EUR lost by refusing a genuine payment; sets the decline threshold.
     """
 
-    population: Population = field(default_factory=lambda: Population(days=160))
-    first_day: int = FIRST_DAY
+    first_day: int = FIRST_SIMULATED
     final_days: int = 3 * WEEK
     epochs: int = 12
     alert_budget: int = 100
     decline_cost: float = 50.0
 
-    def __post_init__(self) -> None:
-        needed = self.first_day + max(self.final_days + 3 * WEEK, (FOLDS + 2) * WEEK)
-        if self.population.days < needed:
-            raise ConfigError(f"{self.population.days} days are simulated, {needed} are needed")
+    @property
+    def days(self) -> int:
+        """How many days of payments are needed."""
+        return self.first_day + max(self.final_days + 3 * WEEK, (FOLDS + 2) * WEEK)
+
+    def check(self, data: Data) -> None:
+        """See that there is enough to train and to measure on.
+
+        Raises:
+            ConfigError: too few days, or a week without any fraud.
+        """
+        if data.days < self.days:
+            raise ConfigError(
+                f"there are {data.days} days of payments, {self.days} are needed",
+                hint="bring more, or set an earlier --first-day",
+            )
+        for first in range(self.first_day, self.days, WEEK):
+            if not data.table["fraud"][data.between(first, WEEK)].any():
+                raise ConfigError(
+                    f"days {first} to {first + WEEK - 1} have no fraud labels",
+                    hint="every week from --first-day on needs some",
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,63 +120,6 @@ RECIPES = (
         rate=2e-2,
     ),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """Simulated payments with their features.
-
-    Args:
-        table: rows as in :mod:`verticals.finance.simulator`.
-        rows: float32 (n, features), as serving computes them.
-        day: (n,) days since the start.
-    """
-
-    table: Table
-    rows: npt.NDArray[np.float32]
-    day: npt.NDArray[np.int64]
-
-    def between(self, first: int, days: int) -> Rows:
-        """Row numbers of these days."""
-        return np.nonzero((self.day >= first) & (self.day < first + days))[0]
-
-    def test(self, first: int, known_from: int, days: int = WEEK) -> Rows:
-        """Row numbers of test days without cards known as defrauded by then.
-
-        A fraud is known from 7 days after its day on; frauds before ``known_from`` do not count.
-        """
-        parts = []
-        for today in range(first, first + days):
-            known = self.between(known_from, today - WEEK - known_from)
-            gone = np.unique(self.table["customer"][known[self.table["fraud"][known]]])
-            rows = self.between(today, 1)
-            parts.append(rows[~np.isin(self.table["customer"][rows], gone)])
-        return np.concatenate(parts)
-
-
-def prepare(population: Population, seed: int, advance: Callable[[int], None]) -> Data:
-    """Simulate, then run every payment through the code that serving runs.
-
-    Args:
-        population: what to simulate.
-        seed: of the simulation.
-        advance: told how many more payments are done.
-    """
-    table = simulate(population, seed=seed)
-    state = FeatureState()
-    rows = np.empty((len(table), len(MODEL_FEATURES)), np.float32)
-    stream = events(table)
-    fraud = table["fraud"].tolist()
-    for start in range(0, len(table), CHUNK):
-        chunk = list(islice(stream, CHUNK))
-        taken = state.update(chunk).rows
-        rows[start : start + len(chunk)] = taken[:, : len(MODEL_FEATURES)]
-        for event, bad in zip(chunk, fraud[start : start + CHUNK], strict=True):
-            if bad:
-                known = event.time + LABEL_DELAY
-                state.label(event.transaction, event.terminal, event.time, known=known, fraud=True)
-        advance(len(chunk))
-    return Data(table, rows, (table["time"] - population.start_ms) // DAY)
 
 
 def fit(
@@ -206,44 +171,6 @@ def score(model: FraudScorer, data: Data, chosen: Rows) -> npt.NDArray[np.float6
     return torch.cat([model(part)[:, 0] for part in parts]).double().numpy()
 
 
-def measure(scores: npt.NDArray[np.float64], data: Data, chosen: Rows, budget: int) -> Quality:
-    """AUC, average precision and card precision of scores."""
-    fraud, card = data.table["fraud"][chosen], data.table["customer"][chosen]
-    cards = card_precision(scores, fraud, card, data.day[chosen], budget=budget)
-    return {
-        "auc": auc(scores, fraud),
-        "ap": average_precision(scores, fraud),
-        "card_precision_100": cards,
-    }
-
-
-def review_threshold(
-    scores: npt.NDArray[np.float64], data: Data, chosen: Rows, budget: int
-) -> float:
-    """The score above which ``budget`` cards per day lie on average over these rows."""
-    days = data.day[chosen]
-    _, place = np.unique(_card_days(data, chosen), return_inverse=True)
-    top = np.zeros(place.max() + 1)
-    np.maximum.at(top, place, scores)
-    wanted = min(budget * len(np.unique(days)), len(top))
-    return float(np.sort(top)[-wanted])
-
-
-def _card_days(data: Data, chosen: Rows) -> Rows:
-    """One number for each pair of card and day, (n,)."""
-    return np.asarray(data.day[chosen] * (1 << 32) + data.table["customer"][chosen])
-
-
-def decline_threshold(
-    scores: npt.NDArray[np.float64], data: Data, chosen: Rows, cost: float
-) -> float:
-    """The score from which refusing costs least: frauds cost their amount, mistakes ``cost``."""
-    order = np.argsort(-scores, kind="stable")
-    table = data.table[chosen[order]]
-    change = np.where(table["fraud"], -table["amount"], cost)
-    return float(scores[order][int(np.argmin(np.cumsum(change)))])
-
-
 def folds(
     recipe: Recipe, data: Data, plan: Plan, seed: int, advance: Callable[[int], None]
 ) -> Quality:
@@ -286,7 +213,7 @@ def final(
 
     test = data.test(first + days + 2 * WEEK, known_from=first)
     scores, fraud = score(model, data, test), data.table["fraud"][test]
-    alerts = _card_days(data, test)[scores >= review]
+    alerts = card_days(data, test)[scores >= review]
     refused = scores >= decline
     amount = measure(data.table["amount"][test], data, test, plan.alert_budget)
     return model, {
@@ -302,7 +229,7 @@ def final(
     }
 
 
-def specification(recipe: Recipe, version: str, seed: int, metrics: Quality) -> ModelSpec:
+def specification(recipe: Recipe, version: str, source: str, metrics: Quality) -> ModelSpec:
     """What the manifest says."""
     return ModelSpec(
         name=recipe.name,
@@ -313,17 +240,29 @@ def specification(recipe: Recipe, version: str, seed: int, metrics: Quality) -> 
         outputs=(TensorSpec(name="probability_and_variant", shape=(2,), dtype="float32"),),
         description=recipe.description,
         licence="Apache-2.0",
-        source=f"python -m verticals.finance.train --seed {seed}; simulated payments",
+        source=source,
         metrics={name: round(value, 6) for name, value in metrics.items()},
         cheaper=recipe.cheaper,
     )
 
 
-def run(plan: Plan, out: Path, *, seed: int, version: str, console: Console) -> list[ModelSpec]:
+def run(
+    plan: Plan, read: Read, out: Path, *, seed: int, version: str, source: str, console: Console
+) -> list[ModelSpec]:
     """Train and store all models; returns their specs.
 
+    Args:
+        plan: how to train.
+        read: gives the payments.
+        out: folder of the model store.
+        seed: of weights, order and dropout.
+        version: of the models to write.
+        source: where they come from, for the manifest.
+        console: shows progress.
+
     Raises:
-        ConfigError: the version is in the store already.
+        ConfigError: the version is in the store already, or the payments do not suffice.
+        InputError: a record cannot be read.
     """
     for recipe in RECIPES:
         if (out / recipe.name / version).exists():
@@ -335,13 +274,14 @@ def run(plan: Plan, out: Path, *, seed: int, version: str, console: Console) -> 
     specs = []
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bar = progress.add_task("features", total=None)
-        data = prepare(plan.population, seed, partial(progress.advance, bar))
+        data = read(partial(progress.advance, bar))
+        plan.check(data)
         for recipe in RECIPES:
             total = plan.epochs * FOLDS + max(plan.epochs * 2 // 3, 1)
             bar = progress.add_task(recipe.name, total=total)
             metrics = folds(recipe, data, plan, seed, partial(progress.advance, bar))
             model, quality = final(recipe, data, plan, seed, partial(progress.advance, bar))
-            spec = specification(recipe, version, seed, metrics | quality)
+            spec = specification(recipe, version, source, metrics | quality)
             ModelStore(out).save(spec, model)
             specs.append(spec)
     return specs
@@ -355,25 +295,72 @@ def sheet(specs: list[ModelSpec]) -> Sheet:
     return table
 
 
+def rates_of(words: list[str]) -> dict[str, float]:
+    """Currencies and rates from words such as ``USD=0.9``.
+
+    Raises:
+        ConfigError: a word says something else.
+    """
+    rates = {}
+    for word in words or ["EUR=1"]:
+        currency, _, value = word.partition("=")
+        try:
+            rates[currency] = float(value)
+        except ValueError:
+            raise ConfigError(f"--rate {word}: expected a currency and a number") from None
+    return rates
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m verticals.finance.train", description=__doc__)
+    parser.add_argument(
+        "--records",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="transactions and labels, JSON lines or .gz; default: simulated ones",
+    )
+    parser.add_argument(
+        "--rate",
+        action="append",
+        default=[],
+        metavar="CUR=VALUE",
+        help="a currency in the records and what one unit is worth; default EUR=1",
+    )
+    parser.add_argument(
+        "--first-day", type=int, help="of training; default: 37 of records, 115 of simulated days"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "store")
     parser.add_argument("--version", default="1.0.0", help="of the models to write")
     parser.add_argument("--epochs", type=int, default=12, help="per fold")
     parser.add_argument("--alert-budget", type=int, default=100, help="cards per day")
-    parser.add_argument("--decline-cost", type=float, default=50.0, help="EUR per mistake")
+    parser.add_argument("--decline-cost", type=float, default=50.0, help="base currency, a mistake")
     given = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    first = FIRST_RECORDED if given.records else FIRST_SIMULATED
     plan = Plan(
+        first_day=first if given.first_day is None else given.first_day,
         epochs=given.epochs,
         alert_budget=given.alert_budget,
         decline_cost=given.decline_cost,
     )
+    read: Read = partial(simulated, SIMULATED, given.seed)
+    kind = "simulated"
     console = Console()
     try:
-        specs = run(plan, given.out, seed=given.seed, version=given.version, console=console)
+        if given.records:
+            read, kind = partial(recorded, given.records, rates_of(given.rate)), "recorded"
+        specs = run(
+            plan,
+            read,
+            given.out,
+            seed=given.seed,
+            version=given.version,
+            source=f"python -m verticals.finance.train --seed {given.seed}; {kind} payments",
+            console=console,
+        )
     except PlinthError as error:
         print(error, file=sys.stderr)
         return 2

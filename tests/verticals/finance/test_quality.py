@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,16 +9,14 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from rich.console import Console
 
-from engine import ConfigError, ModelStore
-from verticals.finance import FraudScoring, FraudSettings
+from engine import ModelStore
+from verticals.finance import FraudScoring
 from verticals.finance.features import MODEL_FEATURES
 from verticals.finance.quality import auc, average_precision, calibration_error, card_precision
 from verticals.finance.schema import Decision
 from verticals.finance.simulator import Population, Table, labels_json, simulate, transactions_json
 from verticals.finance.timeline import DAY, LABEL_DELAY
-from verticals.finance.train import Plan, run
 from verticals.finance.vertical import STORE
 
 CASES = st.lists(
@@ -157,45 +154,6 @@ def test_alerts_fit_the_budget_and_declines_are_mostly_right(
     declined = found["decision"] == "decline"
     assert rows["fraud"][declined].mean() > 0.7
     assert declined[rows["fraud"]].mean() > 0.45
-
-
-TINY = Plan(
-    population=Population(customers=150, terminals=60, days=50, radius=50, bad_terminals=0.3),
-    first_day=8,
-    final_days=7,
-    epochs=2,
-    alert_budget=5,
-)
-
-
-def test_training_is_repeatable_and_what_it_stores_scores(tmp_path: Path) -> None:
-    quiet = Console(quiet=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for store in ("one", "two"):
-            run(TINY, tmp_path / store, seed=3, version="2.0.0", console=quiet)
-    finally:
-        torch.set_num_threads(threads)
-    first, second = (
-        {spec.name: spec for spec in ModelStore(tmp_path / store).list()}
-        for store in ("one", "two")
-    )
-    assert first.keys() == {"fraud", "fraud-lite"}
-    assert first == second
-    weights = "2.0.0/weights.safetensors"
-    for name in first:
-        made, again = (tmp_path / store / name / weights for store in ("one", "two"))
-        assert made.read_bytes() == again.read_bytes()
-    vertical = FraudScoring(FraudSettings(store=tmp_path / "one"))
-    assert [variant.version for variant in vertical.variants] == ["2.0.0", "2.0.0"]
-    with pytest.raises(ConfigError, match="already"):
-        run(TINY, tmp_path / "one", seed=3, version="2.0.0", console=quiet)
-
-
-def test_a_plan_needs_enough_days() -> None:
-    with pytest.raises(ConfigError, match="days are simulated"):
-        Plan(population=Population(days=60))
 
 
 def test_the_stored_models_are_as_good_as_the_published_ones() -> None:

@@ -1,0 +1,137 @@
+"""Models are trained repeatably, on simulated payments or on a user's own records."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from payments import DAY, HOUR, NOON, label, payment
+from rich.console import Console
+
+from engine import ConfigError, InputError, ModelStore
+from verticals.finance import FraudScoring, FraudSettings
+from verticals.finance.history import recorded, simulated
+from verticals.finance.simulator import Population, labels_json, simulate, transactions_json
+from verticals.finance.train import Plan, main, run
+
+PEOPLE = Population(customers=150, terminals=60, days=80, radius=50, bad_terminals=0.3)
+TINY = Plan(first_day=38, final_days=7, epochs=2, alert_budget=5)
+
+
+def ignore(done: int) -> None:
+    assert done > 0
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The simulated payments as a user would have them on disk."""
+    folder = tmp_path_factory.mktemp("records")
+    table = simulate(PEOPLE, seed=3)
+    with gzip.open(folder / "transactions.jsonl.gz", "wb") as lines:
+        lines.writelines(raw + b"\n" for raw in transactions_json(table))
+    (folder / "labels.jsonl").write_bytes(b"\n".join(labels_json(table)))
+    return [folder / "labels.jsonl", folder / "transactions.jsonl.gz"]
+
+
+def test_training_is_repeatable_and_what_it_stores_scores(tmp_path: Path) -> None:
+    for store in ("one", "two"):
+        run(
+            TINY,
+            partial(simulated, PEOPLE, 3),
+            tmp_path / store,
+            seed=3,
+            version="2.0.0",
+            source="a test",
+            console=Console(quiet=True),
+        )
+    first, second = (
+        {spec.name: spec for spec in ModelStore(tmp_path / store).list()}
+        for store in ("one", "two")
+    )
+    assert first.keys() == {"fraud", "fraud-lite"}
+    assert first == second
+    weights = "2.0.0/weights.safetensors"
+    for name in first:
+        made, again = (tmp_path / store / name / weights for store in ("one", "two"))
+        assert made.read_bytes() == again.read_bytes()
+    vertical = FraudScoring(FraudSettings(store=tmp_path / "one"))
+    assert [variant.version for variant in vertical.variants] == ["2.0.0", "2.0.0"]
+
+
+def test_recorded_payments_give_what_simulated_ones_give(files: list[Path]) -> None:
+    read, made = recorded(files, {"EUR": 1.0}, ignore), simulated(PEOPLE, 3, ignore)
+    assert read.rows.tobytes() == made.rows.tobytes()
+    assert bool(np.all(read.table["fraud"] == made.table["fraud"]))
+    assert bool(np.all(read.day == made.day))
+
+
+def test_the_command_trains_on_records(
+    files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--records", *map(str, files), "--epochs", "1", "--version", "3.1.0"]
+    out = ["--out", str(tmp_path)]
+    assert main([*words, *out]) == 0
+    assert "fold_ap_mean" in capsys.readouterr().out
+    spec = ModelStore(tmp_path).verify("fraud")
+    assert spec.version == "3.1.0"
+    assert spec.source is not None
+    assert "recorded" in spec.source
+    assert main([*words, *out]) == 2
+    assert "already" in capsys.readouterr().err
+    assert main([*words, *out, "--first-day", "60", "--version", "4"]) == 2
+    assert "80 days of payments, 102 are needed" in capsys.readouterr().err
+    assert main([*words, *out, "--rate", "EUR", "--version", "4"]) == 2
+    assert "--rate EUR" in capsys.readouterr().err
+
+
+def test_a_wrong_record_is_named_by_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes(payment(1) + b"\n\n" + payment(2, amount=-1.0) + b"\n")
+    with pytest.raises(InputError, match=r"mine\.jsonl:3: amount") as caught:
+        recorded([file], {"EUR": 1.0}, ignore)
+    assert caught.value.field == "amount"
+    file.write_bytes(payment(1, currency="USD"))
+    with pytest.raises(InputError, match=r"mine\.jsonl:1: currency"):
+        recorded([file], {"EUR": 1.0}, ignore)
+
+
+def test_records_may_be_in_disorder_repeated_and_relabelled(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    raws = [
+        label(2, NOON + HOUR, NOON + 2 * DAY),
+        payment(2, NOON + HOUR, amount=9.0),
+        payment(1, NOON),
+        payment(2, NOON + HOUR, amount=9.0),
+        label(1, NOON, NOON + 3 * DAY),
+        label(2, NOON + HOUR, NOON + 4 * DAY, fraud=False),
+    ]
+    file.write_bytes(b"\n".join(raws))
+    data = recorded([file], {"EUR": 2.0}, ignore)
+    assert data.table["amount"].tolist() == [85.0, 18.0]
+    assert data.table["fraud"].tolist() == [True, False]
+    assert data.days == 1
+
+
+def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_bytes(b"")
+    with pytest.raises(ConfigError, match="no transactions"):
+        recorded([empty], {"EUR": 1.0}, ignore)
+    with pytest.raises(ConfigError, match="not a file"):
+        recorded([tmp_path / "absent"], {"EUR": 1.0}, ignore)
+    calm = Population(customers=20, terminals=20, days=81, bad_terminals=0, bad_cards=0)
+    with pytest.raises(ConfigError, match="no fraud labels"):
+        TINY.check(simulated(calm, 1, ignore))
