@@ -1,0 +1,215 @@
+"""How long a CT series takes from files to a volume, and how much memory, beside SimpleITK.
+
+    python benchmarks/ct_loading.py [--slices 200] [--size 512] [--runs 5] [--json]
+
+The chest phantom is written as DICOM CT once per transfer syntax. Each load runs in a process of
+its own, the loaders in turn, from finding the files to the last voxel; all must give the
+same voxels, spacing and origin, or the run fails. Seconds and CPU seconds are medians; memory is
+what the process holds at most, and how much of it was added after the imports. One thread each;
+the page cache is warm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+EXTENT = (348.0, 348.0, 208.0)
+LOADERS = ("plinth", "plinth tensor", "simpleitk")
+"""``plinth tensor`` also resamples to 256 x 256 x 128 and windows, and keeps the volume."""
+
+
+Loaded = tuple[npt.NDArray[Any], tuple[float, ...], tuple[float, ...], object]
+"""Voxels, spacing, origin, and the image that owns the voxels."""
+
+
+def resident_mb(field: str) -> float:
+    """``VmRSS`` (now) or ``VmHWM`` (at most so far) of this process, MB."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def load(loader: str, folder: str) -> dict[str, Any]:
+    """Load the series once in this process; what it took and what came out."""
+    if loader == "plinth":
+        from verticals.medical.loader import load_volume
+
+        def read() -> Loaded:
+            volume = load_volume(folder, strict=True)
+            return volume.voxels, volume.spacing, volume.origin, volume
+    elif loader == "plinth tensor":
+        from verticals.medical.loader import DICOMLoader
+
+        def read() -> Loaded:
+            loaded = DICOMLoader(strict=True).load(folder)
+            volume = loaded.native
+            return volume.voxels, volume.spacing, volume.origin, loaded
+    else:
+        sitk: Any = importlib.import_module("SimpleITK")
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+
+        def read() -> Loaded:
+            reader = sitk.ImageSeriesReader()
+            reader.SetFileNames(reader.GetGDCMSeriesFileNames(folder))
+            image = reader.Execute()
+            voxels = sitk.GetArrayViewFromImage(image)
+            return voxels, image.GetSpacing(), image.GetOrigin(), image
+
+    before = resident_mb("VmRSS")
+    wall, cpu = time.perf_counter(), time.process_time()
+    voxels, spacing, origin, _image = read()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {
+        "seconds": wall,
+        "cpu_seconds": cpu,
+        "import_mb": before,
+        "peak_mb": resident_mb("VmHWM"),
+        "volume_mb": voxels.nbytes / 1e6,
+        "dtype": str(voxels.dtype),
+        "sha256": hashlib.sha256(voxels.astype("<i2").tobytes()).hexdigest(),
+        "place": [*spacing, *origin],
+    }
+
+
+def compare(given: argparse.Namespace, compression: Any) -> dict[str, dict[str, Any]]:
+    """Write the series in one transfer syntax, load it in turn, and take medians."""
+    from verticals.medical.phantom import Phantom
+    from verticals.medical.phantom_dicom import write_series
+
+    x, y, z = (
+        extent / n for extent, n in zip(EXTENT, (*[given.size] * 2, given.slices), strict=True)
+    )
+    phantom = Phantom(shape=(given.size, given.size, given.slices), spacing=(x, y, z))
+    runs: dict[str, list[dict[str, Any]]] = {loader: [] for loader in LOADERS}
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_series(phantom, Path(folder), compression=compression)
+        megabytes = sum(path.stat().st_size for path in files) / 1e6
+        (Path(folder) / "truth.json").unlink()
+        for _ in range(given.runs):
+            for loader in LOADERS:
+                runs[loader].append(in_own_process(loader, folder))
+    check_equal([one for made in runs.values() for one in made])
+    return {
+        loader: medians(made) | {"files_mb": round(megabytes, 1)} for loader, made in runs.items()
+    }
+
+
+def in_own_process(loader: str, folder: str) -> dict[str, Any]:
+    """One load in a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--loader", loader, "--folder", folder],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    measured: dict[str, Any] = json.loads(done.stdout)
+    return measured
+
+
+def check_equal(runs: list[dict[str, Any]]) -> None:
+    """Every run gave the same voxels at the same place."""
+    if len({run["sha256"] for run in runs}) != 1:
+        raise SystemExit("the loaders disagree about the voxels")
+    if not np.allclose([run["place"] for run in runs], runs[0]["place"], atol=1e-3):
+        raise SystemExit("the loaders disagree about spacing or origin")
+
+
+def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The middle of each measure."""
+
+    def middle(name: str) -> float:
+        return float(statistics.median(run[name] for run in runs))
+
+    return {
+        "seconds": round(middle("seconds"), 3),
+        "cpu_seconds": round(middle("cpu_seconds"), 3),
+        "peak_mb": round(middle("peak_mb")),
+        "added_mb": round(statistics.median(run["peak_mb"] - run["import_mb"] for run in runs)),
+        "volume_mb": round(runs[0]["volume_mb"], 1),
+        "dtype": runs[0]["dtype"],
+    }
+
+
+def show(told: dict[str, dict[str, dict[str, Any]]], given: argparse.Namespace) -> None:
+    """Print one table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = (
+        "files",
+        "loader",
+        "seconds",
+        "CPU seconds",
+        "ratio",
+        "peak MB",
+        "added MB",
+        "/ volume",
+    )
+    table = Table(*columns, title=f"{given.slices} slices of {given.size} x {given.size}")
+    for compression, loaders in told.items():
+        reference = loaders["simpleitk"]
+        for loader, one in loaders.items():
+            table.add_row(
+                f"{compression}, {one['files_mb']:g} MB",
+                loader,
+                f"{one['seconds']:.2f}",
+                f"{one['cpu_seconds']:.2f}",
+                f"{one['cpu_seconds'] / reference['cpu_seconds']:.2f}",
+                f"{one['peak_mb']}",
+                f"{one['added_mb']}",
+                f"{one['added_mb'] / one['volume_mb']:.2f}",
+            )
+    console = Console(width=100)
+    console.print(table)
+    console.print("ratio: CPU seconds over SimpleITK's; / volume: added memory over int16 voxels")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--slices", type=int, default=200)
+    parser.add_argument("--size", type=int, default=512, help="rows and columns")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--compression", nargs="+", default=["none", "jpegls"])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--loader", choices=LOADERS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.loader:
+        print(json.dumps(load(given.loader, given.folder)))
+        return
+    told = {compression: compare(given, compression) for compression in given.compression}
+    if given.json:
+        machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        print(
+            json.dumps(
+                {**machine, "slices": given.slices, "size": given.size, "loads": told}, indent=2
+            )
+        )
+    else:
+        show(told, given)
+
+
+if __name__ == "__main__":
+    main()
