@@ -44,11 +44,11 @@ def await_line(process: subprocess.Popen[str], words: str) -> list[psutil.Proces
 
 @pytest.mark.slow
 def test_both_verticals_are_shown_and_nothing_is_left(tmp_path: Path) -> None:
-    with demo(tmp_path, "--events", "2000", "--rate", "800") as process:
+    with demo(tmp_path, "--events", "1000", "--rate", "1000") as process:
         started = await_line(process, "answered:")
         out, err = process.communicate(timeout=110)
     assert process.returncode == 0, err
-    assert "2,000 (0 dead letters)" in out
+    assert "1,000 (0 dead letters)" in out
     assert "approve" in out
     (study,) = [path for path in (tmp_path / "results").iterdir() if path.is_dir()]
     written = {path.name for path in study.iterdir()}
@@ -60,15 +60,12 @@ def test_both_verticals_are_shown_and_nothing_is_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_it_and_all_it_started(
-    tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+def test_ctrl_c_ends_it_and_all_it_started(tmp_path: Path) -> None:
     with demo(tmp_path, "--rate", "100") as process:
         started = await_line(process, "answered:")
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
+    assert process.returncode == 130, err
     assert "Traceback" not in err
     assert started
     assert not any(child.is_running() for child in started)
