@@ -23,6 +23,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -107,8 +108,7 @@ def measure(vertical: FraudScoring, raws: Sequence[bytes], chunk: int) -> Spent:
 def report(raws: list[bytes], history: int, runs: int) -> dict[str, Any]:
     """Microseconds per event by chunk size and stage."""
     vertical = FraudScoring()
-    for start in range(0, history, 4096):
-        vertical.observe([vertical.parse(raw) for raw in raws[start : min(start + 4096, history)]])
+    state = remember(vertical, raws[:history])
     each = (len(raws) - history) // (runs * len(CHUNKS))
     found: dict[str, Any] = {}
     at = history
@@ -128,7 +128,37 @@ def report(raws: list[bytes], history: int, runs: int) -> dict[str, Any]:
                 "p50": round(cuts[49] / 1e3, 1),
                 "p99": round(cuts[98] / 1e3, 1),
             }
-    return {"history": history, "events_per_pass": each, "runs": runs, "us_per_event": found}
+    return {
+        "history": history,
+        "state": state,
+        "events_per_pass": each,
+        "runs": runs,
+        "us_per_event": found,
+    }
+
+
+def remember(vertical: FraudScoring, raws: list[bytes]) -> dict[str, float]:
+    """Observe the history; what its state costs in memory, as a snapshot, and in seconds."""
+    gc.collect()
+    process = psutil.Process()
+    before = process.memory_info().rss
+    for start in range(0, len(raws), 4096):
+        vertical.observe([vertical.parse(raw) for raw in raws[start : start + 4096]])
+    gc.collect()
+    grown = process.memory_info().rss - before
+    entries = vertical.state.cards.entries
+    begun = time.process_time()
+    kept = vertical.snapshot()
+    saved = time.process_time()
+    FraudScoring().restore(kept)
+    return {
+        "card_events": entries,
+        "memory_bytes_per_event": round(grown / entries, 1),
+        "snapshot_bytes_per_event": round(len(kept) / entries, 1),
+        "snapshot_bytes": len(kept),
+        "snapshot_s": round(saved - begun, 3),
+        "restore_s": round(time.process_time() - saved, 3),
+    }
 
 
 def main() -> None:
@@ -156,6 +186,7 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(f"lone request without the model: p50 {lone['p50']} us, p99 {lone['p99']} us")
+    console.print(", ".join(f"{name} {value:,}" for name, value in found["state"].items()))
 
 
 if __name__ == "__main__":
