@@ -196,7 +196,12 @@ def _directory(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
     index = Source(path).dataset(pixels=False)
     records: list[Dataset] = list(index.get("DirectoryRecordSequence") or [])
     if len(records) > limits.files:
-        raise InputError(f"{path} has {len(records)} records", reason="too_many_files")
+        raise InputError(
+            f"{path} has {len(records)} records, at most {limits.files} are read",
+            field=str(path),
+            hint="give a folder of one study or patient",
+            reason="too_many_files",
+        )
     root = path.parent.resolve()
     for record in records:
         reference = record.get("ReferencedFileID")

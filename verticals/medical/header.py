@@ -156,7 +156,10 @@ def _parse(source: Source, stream: IO[bytes], size: int) -> tuple[Dataset, str, 
     if start[128:132] != b"DICM" and not _bare(start):
         empty = "it is empty" if size == 0 else "no DICM prefix"
         raise InputError(
-            f"{source.name} is not DICOM: {empty}", field=source.name, reason="not_dicom"
+            f"{source.name} is not DICOM: {empty}",
+            field=source.name,
+            hint="give DICOM files (PS3.10)",
+            reason="not_dicom",
         )
     if is_deflated(stream):
         inflated, _ = inflate(stream)

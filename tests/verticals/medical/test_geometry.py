@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from engine.errors import InputError
 from verticals.medical.discover import discover
 from verticals.medical.geometry import stack
 from verticals.medical.loader import load_volume
+from verticals.medical.orientation import Orientation
 from verticals.medical.phantom import Phantom, rotation_matrix
 from verticals.medical.phantom_dicom import datasets
 from verticals.medical.volume import SeriesFacts, Verdict, Volume
@@ -141,3 +143,28 @@ def test_a_gap_names_its_place_its_width_and_the_slices_missing(
     ((kind, message),) = steps_of(write, (5.0, 5.0, 15.0, 5.0))
     assert kind == "gap"
     assert message == "2 slices missing between slices 2 and 3: 15.000 mm where 5.000 mm is usual"
+
+
+signed_axes = [
+    (order, signs) for order in permutations(range(3)) for signs in product((1, -1), repeat=3)
+]
+
+
+@pytest.mark.parametrize(("order", "signs"), signed_axes)
+def test_any_of_the_48_ways_to_cut_is_turned_to_patient_axes(
+    order: tuple[int, int, int], signs: tuple[int, int, int]
+) -> None:
+    """Each voxel holds a number made of its place in the patient; turned, all ascend."""
+    spacing = np.array([1.0, 2.0, 3.0])
+    affine = np.eye(4)
+    affine[:3, :3] = np.eye(3)[:, order] * signs * spacing
+    k, j, i = np.indices((4, 3, 2))
+    places = np.stack([i, j, k], -1) @ affine[:3, :3].T
+    voxels = places @ [1, 100, 10_000]
+    orientation = Orientation.of(affine)
+    turned = orientation.to_patient(voxels)
+    for axis, step in enumerate((10_000, 100, 1)):
+        mm = orientation.spacing((1.0, 2.0, 3.0))[axis]
+        assert np.diff(turned, axis=axis) == pytest.approx(mm * step)
+    assert np.array_equal(orientation.from_patient(turned), voxels)
+    assert orientation.lean == pytest.approx(0, abs=1e-5)

@@ -20,6 +20,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, JPE
 from engine.errors import InputError
 from verticals.medical import Volume, load_volume
 from verticals.medical.discover import scan
+from verticals.medical.loader import STATUS_OF
 from verticals.medical.phantom import Phantom
 from verticals.medical.phantom_dicom import write_series
 
@@ -267,3 +268,25 @@ def test_a_folder_of_which_some_is_hostile_still_gives_its_series(
     found = scan(folder)
     assert [len(series.frames) for series in found.series] == [10]
     assert {"cut", "noise"} <= {Path(bad.name).name for bad in found.ignored}
+
+
+# -- documentation --------------------------------------------------------------------------------
+def test_every_reason_for_a_refusal_is_documented() -> None:
+    root = Path(__file__).resolve().parents[3]
+    page = (root / "docs" / "dicom.md").read_text()
+    modules = [
+        "source",
+        "header",
+        "decode",
+        "codecs",
+        "choose",
+        "discover",
+        "geometry",
+        "regrid",
+        "loader",
+    ]
+    text = "".join((root / f"verticals/medical/{name}.py").read_text() for name in modules)
+    reasons = set(re.findall(r'reason(?:=| = )[^\n]*?"([a-z_]+)"', text))
+    reasons |= {f"geometry_{kind}" for kind in STATUS_OF}
+    assert len(reasons) > 25
+    assert {reason for reason in reasons if f"`{reason}`" not in page} == set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,3 +192,20 @@ def test_monochrome1_is_shown_the_right_way_round(write: Write, edit: Edit) -> N
 def test_a_ct_window_on_mr_is_remarked(pydicom_data: Files) -> None:
     loaded = DICOMLoader((8, 8, 1)).load(pydicom_data("MR_small.dcm"))
     assert any("no fixed scale" in issue.message for issue in loaded.verdict.issues)
+
+
+# -- memory -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(("tilt", "most"), [(0.0, 1.15), (15.0, 2.8)])
+def test_memory_is_the_volume_and_little_else(write: Write, tilt: float, most: float) -> None:
+    """Peak of what Python and numpy hold, over the int16 voxels of the source."""
+    shape = (320, 300, 50)
+    folder = write(shape=shape, spacing=(1.2, 1.2, 4.0), tilt=tilt, noise_hu=0.0)
+    load_volume(folder)  # imports and caches
+    tracemalloc.start()
+    try:
+        volume = load_volume(folder)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert volume.verdict.resampled == (tilt > 0)
+    assert peak < most * 2 * math.prod(shape)
