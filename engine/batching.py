@@ -274,6 +274,8 @@ class Batcher:
         key = jobs[0].key
         most = self._class(key).most
         rows = max(1, self.latency.rows_within(key, self.blocking_bound, most, 0.5))
+        if not self.latency.predict(key, 1):
+            rows = 1  # nobody knows yet how long more would hold the device
         parts: list[Part] = []
         for work in jobs:
             count = min(rows, work.left)

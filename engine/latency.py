@@ -70,10 +70,12 @@ class _Curve:
         # A cost that falls with rows is measurement noise; the planner needs it monotone.
         cost = np.maximum.accumulate([self.knots[int(k)] for k in at])
         grid = np.arange(size + 1, dtype=float)
-        if len(at) == 1:  # half of a lone measurement is taken as fixed cost
-            curve = cost[0] * (0.5 + 0.5 * grid / at[0])
+        # Beyond the largest, at least half of its cost is taken to grow with the rows.
+        slope = 0.5 * cost[-1] / at[-1]
+        if len(at) == 1:
+            curve = cost[0] + slope * (grid - at[0])
         else:
-            slope = (cost[-1] - cost[-2]) / (at[-1] - at[-2])
+            slope = max(slope, (cost[-1] - cost[-2]) / (at[-1] - at[-2]))
             curve = np.interp(grid, at, cost)
             beyond = grid > at[-1]
             curve[beyond] = cost[-1] + slope * (grid[beyond] - at[-1])
@@ -85,6 +87,10 @@ class _Curve:
         if rows >= len(self.table):
             self.rebuild(max(rows, 2 * len(self.table)))
         return self.table[rows]
+
+    def is_far(self, rows: int) -> bool:
+        """Whether the curve says next to nothing about so many rows: they lie far outside."""
+        return not self.knots or not min(self.knots) / 2 < rows < max(self.knots) * 2
 
     def level(self) -> float:
         return self.ratios.quantile(0.5, 1.0)
@@ -142,8 +148,8 @@ class LatencyModel:
     def observe(self, key: str, rows: int, seconds: float) -> None:
         """Learn from a finished batch."""
         curve = self._curves.setdefault(key, _Curve())
-        if not curve.knots:
-            self.seed(key, rows, seconds)
+        if curve.is_far(rows):
+            self.seed(key, rows, seconds / curve.level())
         curve.observe(rows, max(seconds, 1e-7))
 
     def predict(self, key: str, rows: int, quantile: float = 0.99) -> float:

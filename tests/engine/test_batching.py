@@ -112,6 +112,17 @@ def test_background_slices_respect_the_tightest_promise():
     assert batch.predicted <= queue.blocking_bound + 1e-9
 
 
+def test_the_first_slice_of_a_class_nobody_measured_is_one_row():
+    queue = batcher()
+    queue.expect(URGENT)
+    queue.offer(work(key="new", rows=500, sla=Sla()), 0.0)
+    first, _ = queue.next(0.0)
+    assert first.rows == 1
+    queue.finished(first, 0.010, 0.010)
+    second, _ = queue.next(0.010)
+    assert 2 <= second.rows <= 16  # in 80 ms, if half of the 10 ms was fixed cost
+
+
 def test_background_work_shares_by_weight():
     queue = batcher(idle_slice=0.021)
     heavy, light = (work(key="volume", rows=400, sla=Sla(weight=w)) for w in (3.0, 1.0))

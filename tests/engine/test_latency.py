@@ -70,3 +70,20 @@ def test_a_stall_adds_to_a_prediction_and_does_not_multiply_it():
         model.observe("net", 1, 5e-3 if batch % 30 == 10 else 50e-6)
     assert model.predict("net", 1) == pytest.approx(5e-3, rel=0.1)
     assert model.predict("net", 128) == pytest.approx(5e-3 + 128 * 50e-6, rel=0.1)
+
+
+@pytest.mark.parametrize(("rows", "stall"), [(48, 1), (1, 1), (1, 4), (128, 0.5)])
+def test_a_class_nobody_measured_is_learned_whatever_its_first_batch_was(rows, stall):
+    model = LatencyModel()
+
+    def cost(rows: int) -> float:
+        return 0.005 + 0.010 * rows
+
+    model.observe("net", rows, stall * cost(rows))
+    taken = []
+    for batch in range(60):
+        rows = max(1, model.rows_within("net", 0.060, 128, 0.5))
+        taken.append(rows)
+        model.observe("net", rows, cost(rows) * (0.9, 1.0, 1.2)[batch % 3])
+    assert max(taken) <= 11
+    assert {4, 5} >= set(taken[20:])
