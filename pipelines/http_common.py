@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine import Closed, Engine, PlinthError, QueueFull
+from engine import Closed, Engine, PlinthError, QueueFull, Refused
 from engine.metrics import REGISTRY
 from pipelines.config import ServeConfig
 from pipelines.http_errors import Stop, error_response, internal_error
@@ -150,6 +150,8 @@ class Gate:
             return None
         if self.key is not None and not self._has_key(headers, self.key):
             return UNAUTHORISED
+        if "warm_up" in self.health.reasons and path.startswith("/v1/"):
+            return Refused(self.health.reasons["warm_up"], retry_after=1.0)
         return BUSY if self.in_work > self.most else None
 
     @staticmethod
