@@ -56,7 +56,12 @@ def module_name(path: Path) -> str:
 
 @cache
 def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    try:
+        return ast.parse(text)
+    except SystemError:
+        # CPython 3.11 counts the parser's depth across threads (gh-106905); another may be at it.
+        return ast.parse(text)
 
 
 @cache
