@@ -170,17 +170,21 @@ class Studies:
     Args:
         url: of the server.
         count: how many at a time.
+        apart: seconds between their beginnings, so that not all are read while none is inferred.
     """
 
     url: str
     count: int
+    apart: float
     finished: list[float] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
     def __enter__(self) -> Studies:
         self._over = threading.Event()
         self._body = study_zip()
-        self._threads = [threading.Thread(target=self._feed) for _ in range(self.count)]
+        self._threads = [
+            threading.Thread(target=self._feed, args=(self.apart * n,)) for n in range(self.count)
+        ]
         for thread in self._threads:
             thread.start()
         return self
@@ -190,7 +194,8 @@ class Studies:
         for thread in self._threads:
             thread.join()
 
-    def _feed(self) -> None:
+    def _feed(self, after: float) -> None:
+        self._over.wait(after)
         while not self._over.is_set() and len(self.failed) < 5:
             try:
                 self._one()
@@ -233,7 +238,10 @@ def measure(arm: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
             timeout=30.0,
         )
 
-    with serving(arm, given) as (url, server), Studies(url, given.studies) as studies:
+    with (
+        serving(arm, given) as (url, server),
+        Studies(url, given.studies, given.warm_up / (2 * given.studies)) as studies,
+    ):
         load(url, given.warm_up, seed + 1000).run()
         before, cpu, begun = metrics(url), sum(server.cpu_times()[:2]), time.perf_counter()
         result = load(url, given.seconds, seed).run()
@@ -317,7 +325,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=200.0, help="payments per second")
     parser.add_argument("--seconds", type=float, default=60.0, help="measured, for each arm")
     parser.add_argument("--warm-up", type=float, default=20.0, help="seconds of load before")
-    parser.add_argument("--studies", type=int, default=3, help="CT studies in work at a time")
+    parser.add_argument("--studies", type=int, default=2, help="CT studies in work at a time")
     parser.add_argument("--overlap", type=float, default=0.5, help="of the CT windows")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one forward")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each arm, interleaved")
