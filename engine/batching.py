@@ -29,6 +29,7 @@ from engine.work import Batch, Part, Refusal, Work, WorkClass
 
 _LOOK_AHEAD = 3  # batches after which a queue of mixed promises counts as overload
 _RATE_MEMORY = 0.4  # seconds; how fast the arrival rate is forgotten
+_PROMISE_MEMORY = 5.0  # seconds; a request's own promise bounds slices as long, to twice as long
 _BY_DEADLINE = attrgetter("deadline")
 
 
@@ -66,7 +67,8 @@ class Batcher:
         self._background: list[Work] = []
         self._rows: dict[str, int] = {}
         self._rates: dict[str, tuple[float, float]] = {}
-        self._tightest = float("inf")
+        self._expected = self._recent = self._earlier = float("inf")
+        self._turn = 0.0
         self._busy_until = 0.0
         self._credit = 0.0
         self._floor = 0.0
@@ -83,9 +85,9 @@ class Batcher:
         self._class(key).most = most
 
     def expect(self, sla: Sla) -> None:
-        """Make a promise known before its first request, so that slices respect it."""
+        """Make a promise known for good, so that slices respect it before its first request."""
         if sla.deadline_ms is not None:
-            self._tightest = min(self._tightest, sla.deadline_ms / 1e3)
+            self._expected = min(self._expected, sla.deadline_ms / 1e3)
 
     @property
     def urgent_rows(self) -> int:
@@ -112,13 +114,13 @@ class Batcher:
         if work.sla.deadline_ms is None:
             self._add_background(work)
             return None
-        self.expect(work.sla)
         if self.urgent_rows + work.rows > self.max_queue:
             return Refusal(work, self._full(work, now))
         self._count(work, now)
         start = max(now, self._busy_until)
         if self._finish(work.key, work.left, start) <= work.deadline:
             self._add_urgent(work)
+            self._recent = min(self._recent, work.sla.deadline_ms / 1e3)
             return None
         return self._overdue(work, now, start)
 
@@ -143,6 +145,9 @@ class Batcher:
     def next(self, now: float) -> tuple[Batch | None, list[Refusal]]:
         """The batch to run now, and the work given up to make it possible."""
         refused: list[Refusal] = []
+        if now >= self._turn:
+            self._earlier, self._recent = self._recent, float("inf")
+            self._turn = now + _PROMISE_MEMORY
         for key in list(self._urgent):
             self._sweep(key, now, refused)
         owed = self._background and self._credit > 0
@@ -295,7 +300,8 @@ class Batcher:
     @property
     def blocking_bound(self) -> float:
         """Seconds that one background slice may hold the device."""
-        return min(self.slice_share * self._tightest, self.idle_slice)
+        tightest = min(self._expected, self._recent, self._earlier)
+        return min(self.slice_share * tightest, self.idle_slice)
 
     def _account(self, batch: Batch) -> None:
         """Background work earns its share while it waits, and pays for what it gets."""

@@ -112,6 +112,21 @@ def test_background_slices_respect_the_tightest_promise():
     assert batch.predicted <= queue.blocking_bound + 1e-9
 
 
+def test_a_requests_own_promise_bounds_slices_for_some_seconds_only():
+    queue = batcher(slice_share=0.4)
+    queue.expect(URGENT)
+    assert queue.blocking_bound == pytest.approx(0.08)
+    assert queue.offer(work(sla=Sla(deadline_ms=0.1)), 0.0) is not None  # nobody can keep that
+    assert queue.offer(work(sla=Sla(deadline_ms=50)), 0.0) is None
+    queue.next(0.0)
+    assert queue.blocking_bound == pytest.approx(0.02)
+    queue.next(4.9)
+    assert queue.blocking_bound == pytest.approx(0.02)
+    queue.next(10.1)
+    queue.next(20.2)
+    assert queue.blocking_bound == pytest.approx(0.08)
+
+
 def test_the_first_slice_of_a_class_nobody_measured_is_one_row():
     queue = batcher()
     queue.expect(URGENT)
