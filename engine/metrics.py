@@ -5,7 +5,9 @@ Labels are names of models, devices and causes; never ids, keys or contents.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
@@ -92,6 +94,29 @@ HALVED = Counter(
     ("model",),
     registry=REGISTRY,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetrics:
+    """The histograms of one model, looked up once."""
+
+    call_seconds: Histogram
+    queue_seconds: Histogram
+    batch_rows: Histogram
+    batch_seconds: Histogram
+
+
+@cache
+def of_model(name: str) -> ModelMetrics:
+    """The histograms of a model."""
+    families = (CALL_SECONDS, QUEUE_SECONDS, BATCH_ROWS, BATCH_SECONDS)
+    return ModelMetrics(*(family.labels(name) for family in families))
+
+
+def show_queue(rows: Callable[[str], int]) -> None:
+    """Let the gauges of what waits ask at each scrape; ``rows`` takes urgent or background."""
+    for kind in ("urgent", "background"):
+        QUEUE_ROWS.labels(kind).set_function(partial(rows, kind))
 
 
 def show_memory(device: Device) -> None:

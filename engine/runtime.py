@@ -78,7 +78,9 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._busy = 0.0
         self._started = clock()
+        self._busy_seconds = metrics.DEVICE_SECONDS.labels(str(self.device))
         metrics.show_memory(self.device)
+        metrics.show_queue(self._waiting)
 
     # -- models and life ---------------------------------------------------------------------
     def add(
@@ -255,6 +257,7 @@ class Engine:
         job.over = True
         for work in job.works:
             self._batcher.cancel(work)
+        job.works.clear()
         name = job.resident.spec.name
         metrics.CALLS.labels(name, error.reason).inc()
         if error.reason in ("deadline", "queue_full"):
@@ -272,14 +275,23 @@ class Engine:
                 batch, refused = self._batcher.next(self._clock())
                 for refusal in refused:
                     self._give_up(refusal.work.payload[0], refusal.error)
-                metrics.QUEUE_ROWS.labels("urgent").set(self._batcher.urgent_rows)
-                metrics.QUEUE_ROWS.labels("background").set(self._batcher.background_rows)
             if batch is not None:
                 self._execute(batch)
-            for mailbox in list(self._mailboxes.values()):
-                mailbox.post()
+            else:
+                self._post()
+
+    def _post(self) -> None:
+        """Wake the event loops that have answers."""
+        for mailbox in list(self._mailboxes.values()):
+            mailbox.post()
+
+    def _waiting(self, kind: str) -> int:
+        with self._wake:
+            batcher = self._batcher
+            return batcher.urgent_rows if kind == "urgent" else batcher.background_rows
 
     def _execute(self, batch: Batch) -> None:
+        """Run a batch and hand out its answers; learning and counting come after them."""
         begun = self._clock()
         resident = self._keys[batch.key]
         output: dict[str, Any] | PlinthError
@@ -292,15 +304,6 @@ class Engine:
         except PlinthError as error:
             output = error
         now = self._clock()
-        with self._wake:
-            if resident.most < batch.rows:
-                self._batcher.shrink(batch.key, resident.most)
-            self._busy += now - begun
-            self._batcher.finished(batch, now - begun, now)
-        name = resident.spec.name
-        metrics.DEVICE_SECONDS.labels(str(self.device)).inc(now - begun)
-        metrics.BATCH_ROWS.labels(name).observe(batch.rows)
-        metrics.BATCH_SECONDS.labels(name).observe(now - begun)
         first = 0
         for part in batch.parts:
             job: Job = part.work.payload[0]
@@ -315,6 +318,16 @@ class Engine:
             except PlinthError as error:
                 with self._wake:
                     self._give_up(job, error)
+        self._post()
+        with self._wake:
+            if resident.most < batch.rows:
+                self._batcher.shrink(batch.key, resident.most)
+            self._busy += now - begun
+            self._batcher.finished(batch, now - begun, now)
+        self._busy_seconds.inc(now - begun)
+        meters = metrics.of_model(resident.spec.name)
+        meters.batch_rows.observe(batch.rows)
+        meters.batch_seconds.observe(now - begun)
 
     def _deliver(
         self,
@@ -334,6 +347,7 @@ class Engine:
         timing.queue = max(0.0, now - work.arrival - timing.device)
         timing.total = now - work.arrival
         value, job.over = job.value(), True
+        job.works.clear()  # a cycle would be left to the garbage collector
         ran, late = self._keys[work.key], now > work.deadline
         self._count(job, ran, _why_late(work, batch, begun) if late else None)
         job.waiter.settle(Result(value, timing, ran.model, late))
@@ -341,8 +355,9 @@ class Engine:
     def _count(self, job: Job, ran: Resident, cause: str | None) -> None:
         asked, name = job.resident.spec.name, ran.spec.name
         metrics.CALLS.labels(asked, "late" if cause else "answered").inc()
-        metrics.CALL_SECONDS.labels(asked).observe(job.timing.total)
-        metrics.QUEUE_SECONDS.labels(asked).observe(job.timing.queue)
+        meters = metrics.of_model(asked)
+        meters.call_seconds.observe(job.timing.total)
+        meters.queue_seconds.observe(job.timing.queue)
         if cause:
             metrics.SLA_MISSES.labels(asked, cause).inc()
         if name != asked:

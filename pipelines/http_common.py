@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -22,22 +22,10 @@ from engine import Closed, Engine, PlinthError, QueueFull, Refused
 from engine.metrics import REGISTRY
 from pipelines.config import ServeConfig
 from pipelines.http_errors import Stop, error_response, internal_error
+from pipelines.http_metrics import HTTP
 from pipelines.http_records import RecordDoor
 from verticals import Vertical
 
-REQUESTS = Counter(
-    "plinth_http_requests_total",
-    "HTTP requests by route and status; status 0 had no answer, the client was gone.",
-    ("route", "status"),
-    registry=REGISTRY,
-)
-SECONDS = Histogram(
-    "plinth_http_request_seconds",
-    "Time from the request's headers to the end of its answer.",
-    ("route",),
-    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
-    registry=REGISTRY,
-)
 OPEN_PATHS = ("/health/live", "/health/ready")
 UNAUTHORISED = Stop(
     "this server needs an API key",
@@ -93,7 +81,6 @@ class Gate:
         self.most = settings.max_requests
         self.health = health
         self.in_work = 0
-        self._counters: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
@@ -130,19 +117,7 @@ class Gate:
         finally:
             self.in_work -= 1
             route = path if door else getattr(scope.get("route"), "path", "other")
-            self.note(route, status, time.perf_counter() - started)
-
-    def note(self, route: str, status: int, seconds: float) -> None:
-        """Count an answered request; status 0: its client was gone."""
-        counter, histogram = self._counters_of(route, status)
-        counter.inc()
-        histogram.observe(seconds)
-
-    def _counters_of(self, route: str, status: int) -> tuple[Counter, Histogram]:
-        key = route, status
-        if key not in self._counters:
-            self._counters[key] = REQUESTS.labels(route, status), SECONDS.labels(route)
-        return self._counters[key]
+            HTTP.note(route, status, time.perf_counter() - started)
 
     def refusal(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> PlinthError | None:
         """Why a request is turned away before anybody looks at it, or ``None``."""

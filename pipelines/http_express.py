@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -21,7 +21,17 @@ from engine import Answer, Cancelled, DeadlineRefused, InputError, PlinthError, 
 from pipelines.http_body import media_type
 from pipelines.http_common import DRAINED, Gate
 from pipelines.http_errors import error_response, internal_error
-from pipelines.http_records import DEADLINE_HEADER, JSON, RecordDoor, answer_headers, late_at_door
+from pipelines.http_heads import Head
+from pipelines.http_metrics import HTTP
+from pipelines.http_records import (
+    DEADLINE_HEADER,
+    JSON,
+    RecordDoor,
+    about_models,
+    late_at_door,
+    timing_json,
+)
+from pipelines.http_turn import Turn
 from pipelines.http_watch import timed_out
 
 MAX_BODY = 32 << 10
@@ -30,8 +40,9 @@ MAX_BODY = 32 << 10
 _GROUP = 32  # requests inferred together: more would wait for each other's parsing
 _TURN_SHARE = 0.25  # of the promise that one turn of the loop may take
 _STALE = 0.005  # seconds of age that are worth a shorter promise
-_REST = 0.0002  # seconds without anything to do after which a loop counts as idle
 _DEADLINE = DEADLINE_HEADER.encode()
+_OK = b"%b%bx-plinth-timing: %b\r\ncontent-length: %d\r\n\r\n%b"
+_LATE = b"x-plinth-late: true\r\n"
 
 
 class Connection(Protocol):
@@ -51,32 +62,32 @@ class Exchange:
 
     Args:
         connection: where it came from.
-        lane: where it goes.
-        headers: of the request.
-        keep_alive: whether the connection stays open.
+        head: what its head means.
+        body: of the request, as far as it came.
     """
 
     __slots__ = (
-        *("age", "body", "connection", "disconnected", "gone", "group", "headers", "keep_alive"),
-        *("lane", "message_event", "more_body", "read", "response_complete", "taken"),
+        *("age", "body", "connection", "disconnected", "gone", "group", "head", "keep_alive"),
+        *("more_body", "read", "response_complete", "taken"),
     )
 
-    def __init__(
-        self, connection: Connection, lane: Express, headers: dict[bytes, bytes], keep_alive: bool
-    ) -> None:
+    def __init__(self, connection: Connection, head: Head, body: bytes = b"") -> None:
         self.connection = connection
-        self.lane = lane
-        self.headers = headers
-        self.keep_alive = keep_alive
-        self.body = b""
+        self.head = head
+        self.keep_alive = head.keep_alive
+        self.body = body
         self.more_body = True
         self.disconnected = False
         self.response_complete = False
-        self.message_event = self
         self.taken = False
         self.read = self.age = 0.0
         self.group: Group | None = None
         self.gone: asyncio.Event | None = None
+
+    @property
+    def message_event(self) -> Exchange:
+        """What uvicorn sets when something happened."""
+        return self
 
     def set(self) -> None:
         """uvicorn says: the body grew, is complete, or the client has left."""
@@ -86,8 +97,7 @@ class Exchange:
             if self.gone is not None:
                 self.gone.set()
         elif not self.more_body and not self.taken:
-            self.taken = True
-            self.lane.take(self)
+            self.head.lane.take(self)
 
     async def receive(self) -> dict[str, Any]:
         """As an ASGI app would be told: that the client has left."""
@@ -95,18 +105,15 @@ class Exchange:
         await self.gone.wait()
         return {"type": "http.disconnect"}
 
-    def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    def write(self, answer: bytes) -> None:
         """Write the whole answer at once."""
-        parts = [STATUS_LINE[status]]
-        for name, value in (*self.connection.default_headers, *headers):
-            parts += (name, b": ", value, b"\r\n")
-        if not self.keep_alive:
-            parts.append(b"connection: close\r\n")
-        parts += (b"\r\n", body)
         transport = self.connection.transport
-        transport.write(b"".join(parts))
-        if not self.keep_alive:
-            transport.close()
+        if self.keep_alive:
+            transport.write(answer)
+            return
+        status, _, rest = answer.partition(b"\r\n")
+        transport.write(status + b"\r\nconnection: close\r\n" + rest)
+        transport.close()
 
 
 class Group:
@@ -139,41 +146,55 @@ class Express:
         self._gate = gate
         self._door = door
         self._groups: dict[float | None, Group] = {}
-        self._turn = _Turn()
+        self._turn = Turn()
 
-    def fits(self, headers: dict[bytes, bytes]) -> bool:
-        """Whether a request may take the lane: a short body whose length is known."""
-        length = headers.get(b"content-length", b"")
-        return (
-            length.isdigit()
-            and int(length) <= min(MAX_BODY, self._door.config.max_body_bytes)
-            and b"expect" not in headers
-            and not self._door.vertical.heavy
-        )
+    def head(self, headers: dict[bytes, bytes], keep_alive: bool) -> Head | None:
+        """What a head means, or ``None`` if its request may not take the lane.
+
+        It may with a short body whose length is known.
+        """
+        door, length = self._door, headers.get(b"content-length", b"")
+        if (
+            not length.isdigit()
+            or int(length) > min(MAX_BODY, door.config.max_body_bytes)
+            or b"expect" in headers
+            or b"upgrade" in headers
+            or door.vertical.heavy
+        ):
+            return None
+        sla, error = door.sla, None
+        try:
+            media_type(headers, JSON)
+            sla = door.promise(headers.get(_DEADLINE))
+        except PlinthError as wrong:
+            error = wrong
+        return Head(self, headers, int(length), keep_alive, sla, error)
 
     def take(self, exchange: Exchange) -> None:
         """Parse a whole request and let it wait for the end of this turn of the loop."""
+        exchange.taken = True
         exchange.read = time.perf_counter()
-        self._gate.in_work += 1
-        turn = self._turn
+        gate, door, turn, head = self._gate, self._door, self._turn, exchange.head
+        gate.in_work += 1
         exchange.age = turn.age(exchange.read)
+        sla = head.sla
+        refusal = (
+            gate.refusal(door.path, head.headers.items()) or head.error or self._late(exchange, sla)
+        )
+        if refusal is not None:
+            self._fail((exchange,), refusal)
+            return
+        body = bytes(exchange.body)
+        if body[:1] != b"{" and body.lstrip()[:1] != b"{":
+            _start(self._alone(exchange, body, sla), exchange)
+            return
         try:
-            refusal = self._gate.refusal(self._door.path, exchange.headers.items())
-            if refusal is not None:
-                raise refusal
-            media_type(exchange.headers, JSON)
-            sla = self._door.promise(exchange.headers.get(_DEADLINE))
-            self._shed(exchange, sla)
-            body = bytes(exchange.body)
-            if body[:1] != b"{" and body.lstrip()[:1] != b"{":
-                _start(self._alone(exchange, body, sla), exchange)
-                return
-            record = self._door.vertical.parse(body)
+            record = door.vertical.parse(body)
         except PlinthError as error:
-            self._fail(exchange, error)
+            self._fail((exchange,), error)
             return
         except Exception as error:  # noqa: BLE001 - answered with 500, and logged
-            self._answer(exchange, internal_error(error))
+            self._answer((exchange,), internal_error(error))
             return
         turn.taken += 1
         group = self._groups.get(sla.deadline_ms)
@@ -186,21 +207,22 @@ class Express:
         if len(group.waiting) >= _GROUP:
             self._launch(self._groups.pop(sla.deadline_ms))
 
-    def _shed(self, exchange: Exchange, sla: Sla) -> None:
-        """Refuse what this process has no time to serve, before work is put into it."""
+    def _late(self, exchange: Exchange, sla: Sla) -> DeadlineRefused | None:
+        """The refusal of what this process has no time to serve, before work is put into it."""
         if sla.deadline_ms is None:
-            return
+            return None
         turn, allowed = self._turn, sla.deadline_ms / 1e3
         ahead = turn.taken * turn.cost
-        if exchange.age + ahead > allowed or ahead > _TURN_SHARE * allowed:
-            raise DeadlineRefused(
-                f"{turn.taken} requests are ahead in this process, and {exchange.age * 1e3:.0f} ms "
-                f"of the {sla.deadline_ms:g} ms have passed",
-                predicted=exchange.age + ahead,
-                deadline=allowed,
-                rows_ahead=turn.taken,
-                retry_after=ahead,
-            )
+        if exchange.age + ahead <= allowed and ahead <= _TURN_SHARE * allowed:
+            return None
+        return DeadlineRefused(
+            f"{turn.taken} requests are ahead in this process, and {exchange.age * 1e3:.0f} ms "
+            f"of the {sla.deadline_ms:g} ms have passed",
+            predicted=exchange.age + ahead,
+            deadline=allowed,
+            rows_ahead=turn.taken,
+            retry_after=ahead,
+        )
 
     def _flush(self) -> None:
         groups, self._groups = self._groups, {}
@@ -212,7 +234,8 @@ class Express:
 
     async def _infer(self, group: Group) -> None:
         door, sla = self._door, group.sla
-        age = max(exchange.age for exchange, _, _ in group.waiting)
+        exchanges = [exchange for exchange, _, _ in group.waiting]
+        age = max(exchange.age for exchange in exchanges)
         if sla.deadline_ms is not None and age > _STALE:
             left = max(sla.deadline_ms - age * 1e3, 0.001)
             sla = dataclasses.replace(sla, deadline_ms=left)
@@ -221,38 +244,38 @@ class Express:
             async with asyncio.timeout(door.config.request_timeout_seconds):
                 answer = await door.engine.run_async(flow, sla)
         except PlinthError as error:
-            self._fail_all(group, error)
+            self._fail(exchanges, error)
         except TimeoutError:
-            self._fail_all(group, timed_out(door.config.request_timeout_seconds))
+            self._fail(exchanges, timed_out(door.config.request_timeout_seconds))
         except asyncio.CancelledError:
             drained = self._gate.health.drain_until is not None and group.left < len(group.waiting)
-            self._fail_all(group, DRAINED if drained else Cancelled("the client went away"))
+            self._fail(exchanges, DRAINED if drained else Cancelled("the client went away"))
         except Exception as error:  # noqa: BLE001 - answered with 500, and logged
-            for exchange, _, _ in group.waiting:
-                self._answer(exchange, internal_error(error))
+            self._answer(exchanges, internal_error(error))
         else:
             self._deliver(group, answer)
 
     def _deliver(self, group: Group, answer: Answer[list[Any]]) -> None:
-        door, timing = self._door, answer.timing
+        encode, timing, late = self._door.vertical.encode, answer.timing, answer.late
         begun = time.perf_counter()
-        for (exchange, _, parsed), result in zip(group.waiting, answer.value, strict=True):
+        first, _, parsed = group.waiting[0]
+        timing.mates = timing.device - (timing.device - timing.mates) / len(group.waiting)
+        common = _head(first.connection, 200, (*JSON_TYPE, *about_models(answer)))
+        for (exchange, _, read), result in zip(group.waiting, answer.value, strict=True):
             if isinstance(result, InputError):
-                self._fail(exchange, result)
+                self._fail((exchange,), result)
                 continue
             encoding = time.perf_counter()
-            content = door.vertical.encode(result)
+            content = encode(result)
             now = time.perf_counter()
-            timing.decode, timing.encode = parsed - exchange.read, now - encoding
+            timing.decode, timing.encode = read - exchange.read, now - encoding
             timing.total = now - exchange.read + exchange.age
-            answer.late = answer.late or late_at_door(answer, group.sla)
-            headers = [
-                (b"content-type", b"application/json"),
-                (b"content-length", b"%d" % len(content)),
-                *answer_headers(answer),
-            ]
-            self._finish(exchange, 200, headers, content)
-        first, _, parsed = group.waiting[0]
+            told = _LATE if late or late_at_door(answer, group.sla) else b""
+            self._finish(
+                exchange,
+                200,
+                _OK % (common, told, timing_json(timing), len(content), content),
+            )
         writing = time.perf_counter() - begun
         self._turn.served(len(group.waiting), parsed - first.read, writing)
 
@@ -266,29 +289,41 @@ class Express:
             response = error_response(DRAINED)
         except Exception as error:  # noqa: BLE001 - answered with 500, and logged
             response = internal_error(error)
-        self._answer(exchange, response)
+        self._answer((exchange,), response)
 
-    def _fail_all(self, group: Group, error: PlinthError) -> None:
-        for exchange, _, _ in group.waiting:
-            self._fail(exchange, error)
+    def _fail(self, exchanges: Iterable[Exchange], error: PlinthError) -> None:
+        self._answer(exchanges, error_response(error))
 
-    def _fail(self, exchange: Exchange, error: PlinthError) -> None:
-        self._answer(exchange, error_response(error))
+    def _answer(self, exchanges: Iterable[Exchange], response: Response) -> None:
+        """Give the same answer to all."""
+        whole = b""
+        for exchange in exchanges:
+            if not whole:
+                head = _head(exchange.connection, response.status_code, response.raw_headers)
+                whole = head + b"\r\n" + bytes(response.body)
+            self._finish(exchange, response.status_code, whole)
 
-    def _answer(self, exchange: Exchange, response: Response) -> None:
-        self._finish(exchange, response.status_code, response.raw_headers, bytes(response.body))
-
-    def _finish(
-        self, exchange: Exchange, status: int, headers: list[tuple[bytes, bytes]], body: bytes
-    ) -> None:
+    def _finish(self, exchange: Exchange, status: int, answer: bytes) -> None:
         if exchange.disconnected:
             status = 0
         else:
-            exchange.respond(status, headers, body)
+            exchange.write(answer)
         exchange.response_complete = True
+        exchange.group = None  # a cycle would be left to the garbage collector
         exchange.connection.on_response_complete()
         self._gate.in_work -= 1
-        self._gate.note(self._door.path, status, time.perf_counter() - exchange.read)
+        HTTP.note(self._door.path, status, time.perf_counter() - exchange.read)
+
+
+JSON_TYPE = ((b"content-type", b"application/json"),)
+
+
+def _head(connection: Connection, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Status line and headers, without the empty line at their end."""
+    parts = [STATUS_LINE[status]]
+    for name, value in (*connection.default_headers, *headers):
+        parts += (name, b": ", value, b"\r\n")
+    return b"".join(parts)
 
 
 def _start(work: Coroutine[Any, Any, None], exchange: Exchange) -> asyncio.Task[None]:
@@ -298,36 +333,3 @@ def _start(work: Coroutine[Any, Any, None], exchange: Exchange) -> asyncio.Task[
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     return task
-
-
-class _Turn:
-    """The turns of the event loop, as the requests that are read in them see them.
-
-    Sockets are asked once a turn. A loop that was idle read a request as it came; in a loop
-    that never rested, it may have waited since the sockets were asked the time before.
-    """
-
-    def __init__(self) -> None:
-        self.taken = 0
-        self.cost = 50e-6
-        self._begun = self._active = 0.0
-        self._waited = 0.0
-        self._open = False
-
-    def age(self, now: float) -> float:
-        """Seconds that a request read now may have waited in its socket, at most."""
-        if not self._open:
-            self._open = True
-            self._waited = now - self._begun if now - self._active < _REST else 0.0
-            self._begun, self.taken = now, 0
-            asyncio.get_running_loop().call_soon(self._close)
-        self._active = now
-        return self._waited + now - self._begun
-
-    def served(self, count: int, reading: float, writing: float) -> None:
-        """Answers were written: what reading one and writing all took the loop (seconds)."""
-        self.cost += 0.05 * (reading + writing / count - self.cost)
-        self._active = time.perf_counter()
-
-    def _close(self) -> None:
-        self._open = False

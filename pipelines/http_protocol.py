@@ -13,6 +13,7 @@ from pipelines.config import ServeConfig
 from pipelines.http_body import too_slow
 from pipelines.http_errors import Stop, body_of, error_response, status_of
 from pipelines.http_express import Exchange, Express
+from pipelines.http_heads import END, Heads
 
 MAX_HEAD = 64 << 10
 """Bytes of request line and headers, counted in whole reads."""
@@ -39,14 +40,23 @@ class Protocol(HttpToolsProtocol):
     Args:
         settings: ``config.serve``.
         lanes: express lanes by the URL they begin at.
+        heads: what is known of the heads of their requests; shared by all connections.
         options: those of uvicorn.
     """
 
     def __init__(
-        self, settings: ServeConfig, lanes: Mapping[bytes, Express], **options: Any
+        self,
+        settings: ServeConfig,
+        lanes: Mapping[bytes, Express],
+        heads: Heads,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         self._lanes = lanes
+        self._heads = heads
+        self._data = b""
+        self._parsing = False
+        self._quiet_since = 0.0
         self._exchange: Exchange | None = None
         self.default_headers = self.server_state.default_headers
         self._most = settings.max_connections
@@ -60,7 +70,7 @@ class Protocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._await_head()
         if len(self.connections) > self._most:
-            self.app, self._lanes = error_response(FULL), {}
+            self.app, self._lanes, self._heads = error_response(FULL), {}, Heads()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
@@ -81,7 +91,19 @@ class Protocol(HttpToolsProtocol):
         super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        """Parse, unless the head grows without end."""
+        """Parse, unless the head is known or grows without end."""
+        self._data = b""
+        if not self._parsing and (self.cycle is None or self.cycle.response_complete):
+            cut = data.find(END) + len(END)
+            known = self._heads.find(data[:cut])
+            if known is not None and len(data) == cut + known.length:
+                self._head_is_there()
+                cycle: Any = Exchange(self, known, data[cut:])
+                self.cycle = cycle
+                cycle.more_body = False
+                known.lane.take(cycle)
+                return
+            self._data = data
         super().data_received(data)
         if self._head is not None:
             self._head_bytes += len(data)
@@ -90,19 +112,25 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A head begins."""
+        self._parsing = True
         self._await_head()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         """The head is whole; what answers a POST here is sent whole, and so in one write."""
+        data, self._data = self._data, b""
         lane = self._lanes.get(self.url)
-        if lane is not None and (self.cycle is None or self.cycle.response_complete):
-            headers = dict(self.headers)
-            if self.parser.get_method() == b"POST" and lane.fits(headers):
+        if (
+            lane is not None
+            and self.parser.get_method() == b"POST"
+            and (self.cycle is None or self.cycle.response_complete)
+        ):
+            head = lane.head(dict(self.headers), self.parser.should_keep_alive())
+            if head is not None:
                 # The timer goes on: the few bytes of the body are as good as part of the head.
                 self._head_bytes = 0
-                keep_alive = self.parser.should_keep_alive()
-                cycle: Any = Exchange(self, lane, headers, keep_alive)
+                self._heads.learn(data, head)
+                cycle: Any = Exchange(self, head)
                 self._exchange = self.cycle = cycle
                 return
         self._head_is_there()
@@ -113,8 +141,37 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The request is whole."""
+        self._parsing = False
         self._head_is_there()
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The answer is written: let the next request come, for as long as connections are kept.
+
+        The timer of a kept connection is not set anew for each request; it looks, when it goes
+        off, how long it has been quiet.
+        """
+        self._quiet_since = self.loop.time()
+        running, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
+        if running is None or self.pipeline or self.transport.is_closing():
+            if running is not None:
+                running.cancel()
+            super().on_response_complete()
+            return
+        self.timeout_keep_alive_task = running
+        self.server_state.total_requests += 1
+        self.flow.resume_reading()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the connection if it has been quiet for long enough."""
+        self.timeout_keep_alive_task = None
+        if self.cycle is not None and not self.cycle.response_complete:
+            return  # the end of its answer sets the timer again
+        left = self._quiet_since + self.timeout_keep_alive - self.loop.time()
+        if left <= 0:
+            super().timeout_keep_alive_handler()
+            return
+        self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
 
     def send_400_response(self, msg: str) -> None:
         """Answer what cannot be parsed."""

@@ -96,7 +96,7 @@ def _plinth_config(place: Place) -> None:
         python = PLINTH.home / "bin" / "python"
         run([python, "-m", "plinth_fraud_mlp", WEIGHTS, STORE], PLINTH, place)
     (BUILD / "plinth.toml").write_text(
-        f'[engine]\ndevice = "cpu"\nthreads = 1\n'
+        f'[engine]\ndevice = "cpu"\nthreads = 1\nbackend = "auto"\n'
         f'[serve]\nhost = "{HOST}"\nport = {place.port}\n'
         f'[models]\nstore = "{STORE}"\n'
         f"[verticals.fraud_mlp.sla]\ndeadline_ms = {place.sla_ms}\n"

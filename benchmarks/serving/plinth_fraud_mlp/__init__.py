@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import fraud_mlp
-import torch
 from pydantic import BaseModel, Field
 
 from engine import (
@@ -63,5 +62,5 @@ class FraudMlp(Vertical[Transaction, Score]):
     def infer(self, requests: Sequence[Transaction]) -> Flow[list[Score | InputError]]:
         if not requests:
             return []
-        scores = yield Call(SPEC.name, torch.tensor([one.features for one in requests]))
+        scores = yield Call(SPEC.name, fraud_mlp.tensor([one.features for one in requests]))
         return [Score(score=score) for score in scores[:, 0].tolist()]
