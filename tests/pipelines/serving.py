@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -57,6 +59,40 @@ def running(verticals: Mapping[str, Vertical[Any, Any]], **tables: Any) -> Itera
             running.thread.join(30)
             running.client.close()
             assert not running.thread.is_alive()
+
+
+class Raw:
+    """A connection on which the test writes the bytes itself."""
+
+    def __init__(self, server: Running) -> None:
+        url = server.client.base_url
+        self.socket = socket.create_connection((url.host, url.port or 0), timeout=20)
+        self.file = self.socket.makefile("rb")
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.socket.close()
+
+    def send(self, head: str, body: bytes = b"") -> None:
+        """Write a head, in which a line ends with a newline, and a body."""
+        self.socket.sendall(head.replace("\n", "\r\n").encode() + body)
+
+    def post(self, route: str, record: Any) -> None:
+        """Send one record and do not wait."""
+        body = json.dumps(record).encode()
+        self.send(f"POST {route} HTTP/1.1\nHost: x\nContent-Length: {len(body)}\n\n", body)
+
+    def answer(self) -> tuple[int, dict[str, str], Any]:
+        """Status, headers and JSON of the next answer."""
+        status, headers = int(self.file.readline().split()[1]), {}
+        while line := self.file.readline().strip():
+            name, _, value = line.decode().partition(": ")
+            headers[name] = value
+        body = self.file.read(int(headers.get("content-length", 0)))
+        return status, headers, json.loads(body) if body else None
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
-from serving import Running, error, running, until
+from serving import Raw, Running, error, running, until
 from test_uploads import ZIP, zipped
 from tiny_verticals import GATE, Gate, Page, Shelf, Tiny
 
@@ -35,38 +33,6 @@ def tiny() -> Iterator[Running]:
 def gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gate:
     monkeypatch.setenv(GATE, str(tmp_path))
     return Gate(tmp_path)
-
-
-class Raw:
-    """A connection on which the test writes the bytes itself."""
-
-    def __init__(self, server: Running) -> None:
-        url = server.client.base_url
-        self.socket = socket.create_connection((url.host, url.port or 0), timeout=20)
-        self.file = self.socket.makefile("rb")
-
-    def __enter__(self) -> Raw:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self.socket.close()
-
-    def send(self, head: str, body: bytes = b"") -> None:
-        self.socket.sendall(head.replace("\n", "\r\n").encode() + body)
-
-    def post(self, record: Any) -> None:
-        body = json.dumps(record).encode()
-        self.send(f"POST {ROUTE} HTTP/1.1\nHost: x\nContent-Length: {len(body)}\n\n", body)
-
-    def answer(self) -> tuple[int, dict[str, str], Any]:
-        """Status, headers and JSON of the next answer."""
-        status, headers = int(self.file.readline().split()[1]), {}
-        while line := self.file.readline().strip():
-            name, _, value = line.decode().partition(": ")
-            headers[name] = value
-        body = self.file.read(int(headers.get("content-length", 0)))
-        return status, headers, json.loads(body) if body else None
 
 
 # -- heads and connections -----------------------------------------------------------------------
@@ -110,12 +76,12 @@ def test_a_body_that_does_not_come_is_408() -> None:
 def test_connections_are_bounded() -> None:
     with running({"tiny": Tiny()}, serve={"max_connections": 2}) as server:
         with Raw(server) as second, Raw(server) as third:
-            third.post(GOOD)
+            third.post(ROUTE, GOOD)
             status, headers, body = third.answer()
             assert (status, body["error"]["reason"]) == (503, "too_many_connections")
             assert headers["retry-after"] == "1"
             assert third.file.read() == b""
-            second.post(GOOD)
+            second.post(ROUTE, GOOD)
             assert second.answer()[0] == 200
         assert server.post(ROUTE, json=GOOD).status_code == 200
 
@@ -138,7 +104,7 @@ def test_requests_in_work_are_bounded_but_health_answers(gate: Gate) -> None:
 def test_requests_in_one_go_are_answered_in_order(tiny: Running) -> None:
     with Raw(tiny) as client:
         for value in (1, 2, 3):
-            client.post({"id": "a", "value": value})
+            client.post(ROUTE, {"id": "a", "value": value})
         assert [client.answer()[2]["twice"] for _ in range(3)] == [2.0, 4.0, 6.0]
 
 
@@ -181,7 +147,7 @@ def test_a_vanished_client_frees_its_place(vertical: Tiny, gate: Gate) -> None:
         held = pool.submit(server.post, ROUTE, json=HELD)
         gate.await_arrival()
         with Raw(server) as client:
-            client.post(GOOD)
+            client.post(ROUTE, GOOD)
             until(lambda: server.engine.status()["urgent_rows"] == 1)
         until(lambda: server.engine.status()["urgent_rows"] == 0)
         gate.open()
