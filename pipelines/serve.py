@@ -16,9 +16,11 @@ import logging
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -26,7 +28,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from engine import ConfigError, Engine, PlinthError
+from engine import ConfigError, Engine, InputError, PlinthError
 from pipelines import http_openapi
 from pipelines.assembly import is_folder_vertical, sla_of
 from pipelines.config import Config, ServeConfig
@@ -124,9 +126,13 @@ async def warm_up(
 
 
 def _warm_one(vertical: Vertical[Any, Any], engine: Engine) -> None:
+    """Run the example to its end: a library that loads its tables late would stop the others."""
     state = vertical.snapshot()
     try:
-        engine.run(vertical.infer([vertical.example()]))
+        result = engine.run(vertical.infer([vertical.example()])).value[0]
+        if is_folder_vertical(vertical) and not isinstance(result, InputError):
+            with tempfile.TemporaryDirectory(prefix="plinth-warm-up-") as folder:
+                vertical.write(result, Path(folder))
     finally:
         if state is not None:
             vertical.restore(state)
