@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import errno
 import functools
-import gc
 import logging
 import signal
 import socket
@@ -32,6 +31,7 @@ from engine import ConfigError, Engine, InputError, PlinthError
 from pipelines import http_openapi
 from pipelines.assembly import is_folder_vertical, sla_of
 from pipelines.config import Config, ServeConfig
+from pipelines.garbage import slow_garbage
 from pipelines.http_common import Gate, Health, add_common_routes, add_error_handlers, publish
 from pipelines.http_express import Express
 from pipelines.http_heads import Heads
@@ -42,8 +42,6 @@ from pipelines.jobs import Jobs
 from verticals import Vertical
 
 log = logging.getLogger("plinth.serve")
-GARBAGE = 50_000
-"""Objects made and not freed after which cycles are looked for."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -64,21 +62,18 @@ def create_app(verticals: Mapping[str, Vertical[Any, Any]], engine: Engine, conf
     folders = {name: v for name, v in verticals.items() if is_folder_vertical(v)}
     jobs = Jobs(folders, engine, slas, config.serve.upload) if folders else None
 
-    pace = gc.get_threshold()
-
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(warm_up(verticals, engine, health))]
-        if jobs is not None:
-            tasks.append(asyncio.create_task(_purge(jobs)))
-        yield
-        for task in tasks:
-            task.cancel()
-        if jobs is not None:
-            await asyncio.to_thread(jobs.close, health.seconds_left)
-        pool.shutdown(wait=False, cancel_futures=True)
-        gc.unfreeze()
-        gc.set_threshold(*pace)
+        with contextlib.ExitStack() as stack:
+            tasks = [asyncio.create_task(warm_up(verticals, engine, health, stack))]
+            if jobs is not None:
+                tasks.append(asyncio.create_task(_purge(jobs)))
+            yield
+            for task in tasks:
+                task.cancel()
+            if jobs is not None:
+                await asyncio.to_thread(jobs.close, health.seconds_left)
+            pool.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
         title="Plinth",
@@ -104,13 +99,18 @@ def create_app(verticals: Mapping[str, Vertical[Any, Any]], engine: Engine, conf
 
 
 async def warm_up(
-    verticals: Mapping[str, Vertical[Any, Any]], engine: Engine, health: Health
+    verticals: Mapping[str, Vertical[Any, Any]],
+    engine: Engine,
+    health: Health,
+    stack: contextlib.ExitStack,
 ) -> None:
     """Run each vertical's example once, its state left as it was; then the server is ready.
 
-    What lives by then lives as long as the server, so the garbage collector need not look at it
-    again: a full collection over all that torch brings stops every request for 0.1 s. Requests
-    leave next to no cycles, and at the default pace looking for them is an eighth of the CPU.
+    Args:
+        verticals: by name.
+        engine: has their models.
+        health: told when it is over, or why it failed.
+        stack: ends with the server.
     """
     for name, vertical in verticals.items():
         try:
@@ -119,9 +119,7 @@ async def warm_up(
             log.error("warm-up of %s: %s", name, error)
             health.reasons["warm_up"] = f"{name} failed to warm up: {error.message}"
             return
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GARBAGE)
+    stack.enter_context(slow_garbage())
     health.reasons.pop("warm_up", None)
 
 
