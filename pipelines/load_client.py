@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import re
 import socket
 import ssl
 import sys
@@ -28,6 +29,13 @@ PENDING, OK, REFUSED, ERROR, TIMEOUT, UNSENT = range(6)
 
 _SWEEP = 0.02  # seconds between two looks for requests whose time is up
 _AGAIN = 0.05  # seconds until a refused connection is tried again
+_WHOLE = re.compile(
+    rb"HTTP/1\.1 (\d{3})[^\r\n]*\r\n"
+    rb"(?:(?!connection:|transfer-encoding:)[^\r\n]+\r\n)*?content-length: *(\d+)\r\n"
+    rb"(?:(?!connection:|transfer-encoding:)[^\r\n]+\r\n)*\r\n",
+    re.IGNORECASE,
+)
+"""The head of an answer that needs no parser if its body came with it."""
 _TOGETHER = 64  # connections opened at once, so that no backlog overflows
 
 
@@ -111,6 +119,13 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if not self._first:
+            whole = _WHOLE.match(data)
+            if whole and whole.end() + int(whole[2]) == len(data) and whole[1] >= b"200":
+                self._first = data
+                self._answered(int(whole[1]))
+                self._first = b""
+                self._client.free(self)
+                return
             self._first = data
         try:
             self._parser.feed_data(data)
