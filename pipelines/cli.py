@@ -149,11 +149,15 @@ def serve(
     )
     from pipelines import serve as door
     from pipelines.assembly import build_engine, load_verticals
+    from pipelines.http_state import kept_states
 
     bound = door.bind(config.serve.host, config.serve.port)
     verticals = load_verticals(config, names or [])
     _warn_if_open(config)
-    with build_engine(config, verticals) as engine:
+    with (
+        kept_states(config.serve.state_dir, verticals),
+        build_engine(config, verticals) as engine,
+    ):
         server = door.Server(door.create_app(verticals, engine, config), config, bound)
         say(f"serving {', '.join(verticals)} on {server.url} (API docs: {server.url}/docs)")
         server.run()

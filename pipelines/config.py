@@ -133,6 +133,10 @@ class ServeConfig(Table):
     api_key_env: str | None = Field(
         default=None, description="environment variable that holds the API key"
     )
+    state_dir: Path | None = Field(
+        default=None,
+        description="folder that keeps the verticals' state from one run to the next; none: lost",
+    )
     upload: UploadConfig = Field(default_factory=UploadConfig)
 
 

@@ -31,8 +31,12 @@ Offsets = dict[Partition, int]
 
 
 @contextlib.contextmanager
-def claim(folder: Path | None) -> Iterator[str | None]:
+def claim(folder: Path | None, key: str = "stream.state_dir") -> Iterator[str | None]:
     """Hold a state folder for this process alone; gives the worker's lasting name kept there.
+
+    Args:
+        folder: made if it is not there; ``None`` holds nothing.
+        key: what it is called in the config file.
 
     Raises:
         ConfigError: another process holds it, or it cannot be written.
@@ -46,7 +50,7 @@ def claim(folder: Path | None) -> Iterator[str | None]:
     except OSError as error:
         raise ConfigError(
             f"the state folder {folder} cannot be used: {error.strerror}",
-            hint="set stream.state_dir to a folder this user may write",
+            hint=f"set {key} to a folder this user may write",
         ) from None
     with lock:
         try:
@@ -54,7 +58,7 @@ def claim(folder: Path | None) -> Iterator[str | None]:
         except OSError:
             raise ConfigError(
                 f"the state folder {folder} is in use by another worker",
-                hint="give each worker a stream.state_dir of its own",
+                hint=f"give each worker a {key} of its own",
             ) from None
         name = folder / "worker"
         if not name.exists():
@@ -123,15 +127,8 @@ class Keeper:
             return
         started = time.perf_counter()
         body = self.vertical.snapshot() or b""
-        header = {
-            "format": FORMAT,
-            "origin": self.origin,
-            "offsets": [[p.topic, p.partition, at] for p, at in sorted(self.applied.items())],
-            "bytes": len(body),
-        }
-        head = json.dumps(header, separators=(",", ":")).encode()
-        digest = hashlib.sha256(head + b"\n" + body).hexdigest().encode()
-        _replace(self.path, digest + b"\n" + head + b"\n" + body)
+        offsets = [[p.topic, p.partition, at] for p, at in sorted(self.applied.items())]
+        write_snapshot(self.path, self.origin, body, {"offsets": offsets})
         log.info("snapshot: %d bytes in %.2f s", len(body), time.perf_counter() - started)
 
     def _ahead(self, committed: Offsets) -> list[Partition]:
@@ -158,9 +155,9 @@ class Keeper:
         if self.path is None or not self.path.exists():
             return
         try:
-            offsets, body = self._read(self.path)
+            header, body = read_snapshot(self.path, self.origin)
             self.vertical.restore(body)
-            self.applied = offsets
+            self.applied = {Partition(topic, p): at for topic, p, at in header["offsets"]}
         except (InputError, OSError) as error:
             log.warning(
                 "the snapshot %s cannot be used (%s); "
@@ -169,15 +166,38 @@ class Keeper:
             )  # fmt: skip
             self._clear()
 
-    def _read(self, path: Path) -> tuple[Offsets, bytes]:
-        digest, _, rest = path.read_bytes().partition(b"\n")
-        if hashlib.sha256(rest).hexdigest().encode() != digest:
-            raise InputError("its checksum does not match", field=str(path))
-        head, _, body = rest.partition(b"\n")
-        header = json.loads(head[:MAX_HEADER])
-        if header["format"] != FORMAT or header["origin"] != self.origin:
-            raise InputError("it belongs to another format, vertical, topic or group")
-        return {Partition(topic, p): at for topic, p, at in header["offsets"]}, body
+
+def write_snapshot(
+    path: Path, origin: Mapping[str, str], body: bytes, more: Mapping[str, Any] | None = None
+) -> None:
+    """Replace a snapshot file by a new one, whole or not at all.
+
+    Args:
+        path: the file.
+        origin: whose state it is; must match when it is read.
+        body: the state.
+        more: what else stands in its header, JSON-ready.
+    """
+    header = {"format": FORMAT, "origin": dict(origin), **(more or {}), "bytes": len(body)}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    digest = hashlib.sha256(head + b"\n" + body).hexdigest().encode()
+    _replace(path, digest + b"\n" + head + b"\n" + body)
+
+
+def read_snapshot(path: Path, origin: Mapping[str, str]) -> tuple[dict[str, Any], bytes]:
+    """Header and state of a snapshot file.
+
+    Raises:
+        InputError: it is damaged, or somebody else's.
+    """
+    digest, _, rest = path.read_bytes().partition(b"\n")
+    if hashlib.sha256(rest).hexdigest().encode() != digest:
+        raise InputError("its checksum does not match", field=str(path))
+    head, _, body = rest.partition(b"\n")
+    header: dict[str, Any] = json.loads(head[:MAX_HEADER])
+    if header["format"] != FORMAT or header["origin"] != origin:
+        raise InputError(f"it belongs to another format or origin than {dict(origin)}")
+    return header, body
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 from serving import Running, error, running
 
+from engine import ConfigError
+from pipelines.http_state import kept_states
 from verticals import registry
 
 ROUTE = "/v1/finance/score"
@@ -74,3 +77,26 @@ def test_a_lone_payment_is_answered_within_10_ms(finance: Running, payment: dict
         assert finance.post(ROUTE, content=body).status_code == 200
         spent.append(time.perf_counter() - begun)
     assert median(spent) < 0.010
+
+
+def test_what_was_known_of_a_card_outlives_the_server(
+    tmp_path: Path, payment: dict[str, Any]
+) -> None:
+    def known(server: Running) -> bytes | None:
+        assert server.post(ROUTE, json=payment).status_code == 200
+        return vertical.snapshot()
+
+    vertical = registry.load("finance")
+    with kept_states(tmp_path, {"finance": vertical}), running({"finance": vertical}) as server:
+        once = known(server)
+    vertical = registry.load("finance")
+    with kept_states(tmp_path, {"finance": vertical}):
+        assert vertical.snapshot() == once
+        with pytest.raises(ConfigError, match="in use"), kept_states(tmp_path, {}):
+            pass
+    damaged = tmp_path / "finance.snapshot"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    vertical = registry.load("finance")
+    empty = vertical.snapshot()
+    with kept_states(tmp_path, {"finance": vertical}):
+        assert vertical.snapshot() == empty
