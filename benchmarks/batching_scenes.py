@@ -31,6 +31,8 @@ from engine.simulate import (
     bursts,
     clairvoyant,
     elastic,
+    fair,
+    full_speed,
     poisson,
     replay,
     steady,
@@ -101,7 +103,9 @@ def by_arrival(*streams: Sequence[Work]) -> list[Work]:
 def mixed_shapes(duration: float, seed: int) -> Iterator[Line]:
     """Two to four work classes, alike or unlike, that never share a batch.
 
-    The ceiling is :func:`engine.simulate.steady`.
+    The ceiling is :func:`engine.simulate.steady`: the most answers in time, whoever goes
+    without. ``least_of_fair_share`` holds each class against what it would have of an equal
+    share of the device's time (:func:`engine.simulate.fair`), and names the worst off.
     """
     unlike = (
         Setting(0.010, 0.0005, 128),
@@ -122,9 +126,27 @@ def mixed_shapes(duration: float, seed: int) -> Iterator[Line]:
             parts = [trace.outcome(stream, duration) for stream in streams]
             shares = [part.in_sla / part.offered for part in parts]
             everything = trace.outcome(by_arrival(*streams), duration)
-            most = steady([(setting, each) for setting in classes])
-            more = {"least_served_share": min(shares), "most_served_share": max(shares)}
+            offered = [(setting, each) for setting in classes]
+            most, entitled = steady(offered), fair(offered)
+            more = {
+                "least_served_share": min(shares),
+                "most_served_share": max(shares),
+                "least_of_fair_share": least_of(parts, entitled),
+            }
             yield line("mixed shapes", f"{name}, {rate}/s", everything, most, more)
+
+
+def least_of(parts: Sequence[Outcome], entitled: Sequence[float]) -> float:
+    """The worst-off part's answers in time, as a share of what it is entitled to."""
+    pairs = zip(parts, entitled, strict=True)
+    return min(part.goodput / min(most, part.offered / part.duration) for part, most in pairs)
+
+
+def ceiling(setting: Setting, arrivals: Arrivals) -> float:
+    """Clairvoyant answers in time per second; not worked out where a policy answers all."""
+    alone = elastic(setting, arrivals)
+    best = alone if alone.in_sla == alone.offered else clairvoyant(setting, arrivals)
+    return best.goodput
 
 
 def on_and_off(duration: float, seed: int) -> Iterator[Line]:
@@ -132,7 +154,7 @@ def on_and_off(duration: float, seed: int) -> Iterator[Line]:
     setting = replace(DEVICE, duration=duration)
     for rate in (800, 1200, 1600):
         arrivals = bursts(rate, duration, seed)
-        most = clairvoyant(setting, arrivals).goodput
+        most = ceiling(setting, arrivals)
         yield line("bursts", f"{rate}/s on, 0 off", elastic(setting, arrivals), most)
 
 
@@ -160,18 +182,21 @@ def drift(duration: float, seed: int) -> Iterator[Line]:
                 times = poisson(rate, duration, seed)
                 times = times[(times >= begin) & (times < end)] - begin
                 outcome = trace.outcome(inside, end - begin)
-                most = clairvoyant(there, times).goodput
+                most = ceiling(there, times)
                 yield line(f"cost {name}", f"{rate}/s, {part}", outcome, most)
 
 
 def two_promises(duration: float, seed: int) -> Iterator[Line]:
     """100 ms and 1 s, of one work class or of two.
 
-    The ceiling is what each would have of half of the device: every batch taking twice as
-    long, and nobody else there. A policy that shares batches can beat it.
+    The ceiling is each promise's fair share: what it would have of half of the device, every
+    batch taking twice as long and nobody else there (processor sharing). It can be beaten by
+    sharing batches, and where the other does not need its half. It is no upper bound: a device
+    of one's own, less the time the other needs, would be one, but a batch cannot be
+    interrupted, and who waits for the other's batch is late.
     """
     for name, keys in (("same shape", "aa"), ("two shapes", "ab")):
-        for rates in ((300, 200), (200, 400), (100, 1000), (900, 200)):
+        for rates in ((300, 200), (200, 400), (100, 1000), (900, 200), (600, 1000)):
             streams = [
                 works(poisson(rate, duration, seed + place), sla, key)
                 for place, (rate, sla, key) in enumerate(
@@ -183,9 +208,15 @@ def two_promises(duration: float, seed: int) -> Iterator[Line]:
             trace = replay(batcher, by_arrival(*streams), costs)
             for stream, rate, sla in zip(streams, rates, (TIGHT, LOOSE), strict=True):
                 allowed = sla.deadline_ms or 0.0
-                half = steady([(replace(SLOW, deadline=allowed / 1e3), rate)])
+                half = half_of(DEVICE, allowed / 1e3, rate)
                 case = f"{name}, {rates[0]} + {rates[1]}/s: {allowed:g} ms"
                 yield line("two promises", case, trace.outcome(stream, duration), half)
+
+
+def half_of(device: Setting, deadline: float, rate: float) -> float:
+    """Answers in time per second that half of a device gives, every batch taking twice as long."""
+    slow = replace(device, fixed=2 * device.fixed, per_row=2 * device.per_row, deadline=deadline)
+    return min(rate, full_speed(slow, rate))
 
 
 def background(duration: float, seed: int) -> Iterator[Line]:
@@ -209,7 +240,7 @@ def background(duration: float, seed: int) -> Iterator[Line]:
         trace = replay(batcher, by_arrival([volume], stream), costs, until=duration)
         ended = [work for work in stream if work.arrival < duration - DEVICE.deadline]
         outcome = trace.outcome(ended, duration - DEVICE.deadline)
-        most = clairvoyant(setting, arrivals).goodput
+        most = ceiling(setting, arrivals)
         if max(rates) > CAPACITY:
             most *= 1 - batcher.background_share
         more = background_figures(trace, batcher, duration)

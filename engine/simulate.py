@@ -252,15 +252,19 @@ def clairvoyant(setting: Setting, arrivals: Arrivals, tick: float = 0.001) -> Ou
     )
     width = int((here - low).max()) + 2
     best = np.zeros((steps + 1 + tail, width), dtype=np.int32)
+    flat = best.reshape(-1)
     for step in range(steps - 1, -1, -1):
         first = low[step] + np.arange(width)
         value = best[step + 1, np.clip(first - low_all[step + 1], 0, width - 1)]
         waiting = here[step] - low[step]
         if waiting > 0:
-            end = np.maximum(first[: waiting + 1, None], eligible[step]) + sizes
-            then = step + spans
-            column = np.clip(end - low_all[then], 0, width - 1)
-            gain = np.where(end <= here[step], best[then, column] + sizes, -1)
+            size = sizes[:waiting]
+            end = np.maximum(first[: waiting + 1, None], eligible[step, : len(size)]) + size
+            then = step + spans[: len(size)]
+            oldest = low_all[then]
+            # What is over by then is lost; what has not come yet cannot have run.
+            place = np.minimum(np.maximum(end, oldest), here[step]) + (then * width - oldest)
+            gain = np.where(end <= here[step], flat.take(place) + size, -1)
             value[: waiting + 1] = np.maximum(value[: waiting + 1], gain.max(1))
         best[step] = value
     count = int(best[0, 0])
@@ -268,23 +272,47 @@ def clairvoyant(setting: Setting, arrivals: Arrivals, tick: float = 0.001) -> Ou
     return Outcome(len(arrivals), count, 0, lost, setting.duration, float("nan"))
 
 
+def full_speed(setting: Setting, rate: float) -> float:
+    """The most rows per second of one work class while the device does nothing else.
+
+    A batch of n rows finds at most ``rate * (deadline - cost(n))`` rows young enough to be in
+    time, so n is bounded. Arrivals come evenly; bunched ones may carry a policy a little above.
+    """
+    young = rate * (setting.deadline - setting.fixed) / (1 + rate * setting.per_row)
+    rows = min(float(setting.most), young)
+    return rows / (setting.fixed + setting.per_row * rows)
+
+
 def steady(classes: Sequence[tuple[Setting, float]]) -> float:
     """The most answers in time per second, in the long run, when arrivals come evenly.
 
-    A batch of n rows of one class finds at most ``rate * (deadline - cost(n))`` rows young
-    enough, so n is bounded, and with it what a second of the device can give: the classes
-    that give most per second come first. Bunched arrivals may carry a policy a little above.
+    The classes that give most per second of the device come first; the others may get nothing.
+    Nobody waits here while another class holds the device, so no policy can have quite as much.
 
     Args:
         classes: work classes that share the device: setting, and rows per second offered.
     """
-    made = []
-    for setting, rate in classes:
-        young = rate * (setting.deadline - setting.fixed) / (1 + rate * setting.per_row)
-        rows = min(float(setting.most), young)
-        made.append((rows / (setting.fixed + setting.per_row * rows), rate))
+    made = sorted(((full_speed(*each), each[1]) for each in classes), reverse=True)
     total, left = 0.0, 1.0
-    for per_second, rate in sorted(made, reverse=True):
-        share = min(left, rate / per_second)
-        total, left = total + share * per_second, left - share
+    for speed, rate in made:
+        share = min(left, rate / speed)
+        total, left = total + share * speed, left - share
     return total
+
+
+def fair(classes: Sequence[tuple[Setting, float]]) -> list[float]:
+    """Answers in time per second of each class, when the device's time is shared out equally.
+
+    What one class does not need goes to the others (max-min fairness). As in :func:`steady`,
+    nobody waits while another class holds the device.
+
+    Args:
+        classes: as for :func:`steady`.
+    """
+    speeds = [full_speed(*each) for each in classes]
+    needs = [rate / speed for speed, (_, rate) in zip(speeds, classes, strict=True)]
+    made, left = [0.0] * len(classes), 1.0
+    for done, place in enumerate(sorted(range(len(classes)), key=needs.__getitem__)):
+        share = min(needs[place], left / (len(classes) - done))
+        made[place], left = share * speeds[place], left - share
+    return made

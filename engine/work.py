@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.errors import Refused
 from engine.flow import Sla
@@ -40,8 +40,7 @@ class Work:
         return self.rows - self.taken
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Rows ``first`` to ``first + rows`` (exclusive) of one piece of work."""
 
     work: Work

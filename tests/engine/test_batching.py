@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import Batcher, DeadlineRefused, LatencyModel, QueueFull, Sla, Work
+from engine.stream import Stream, rows_of
 
 URGENT = Sla(deadline_ms=200)
 
@@ -48,6 +49,71 @@ def test_different_shapes_never_close_each_others_batches():
     for index in range(20):
         queue.offer(work(key="ab"[index % 2]), 0.0)
     assert [queue.next(0.0)[0].rows, queue.next(0.03)[0].rows] == [10, 10]
+
+
+def offer_many(queue: Batcher, count: int, **of) -> None:
+    for _ in range(count):
+        assert queue.offer(work(**of), of.get("arrival", 0.0)) is None
+
+
+TIGHT, LOOSE = Sla(deadline_ms=100), Sla(deadline_ms=1000)
+
+
+def test_a_tight_promise_is_kept_beside_a_crowd_of_loose_ones():
+    queue = batcher()
+    offer_many(queue, 300, sla=LOOSE)
+    offer_many(queue, 5, sla=TIGHT)
+    batch, refused = queue.next(0.0)
+    assert refused == []
+    assert sum(part.work.sla is TIGHT for part in batch.parts) == 5
+    assert batch.rows == 80  # what 100 ms allow; the rest of it is loose
+    assert batch.predicted <= 0.1
+
+
+def test_a_batch_of_loose_promises_is_kept_short_for_tight_ones_that_may_come():
+    queue = batcher()
+    offer_many(queue, 1, key="a", sla=TIGHT)
+    offer_many(queue, 1, key="b", sla=LOOSE)
+    assert [queue.next(0.0)[0].key, queue.next(0.021)[0].key] == ["a", "b"]
+    offer_many(queue, 300, key="b", arrival=0.042, sla=LOOSE)
+    batch, _ = queue.next(0.042)
+    comes = queue.latency.predict("a", 1)
+    assert 0.04 < batch.predicted <= 0.1 - comes
+
+
+def test_where_both_cannot_be_in_time_the_one_that_had_less_goes_first():
+    queue = batcher()
+    ran = []
+    for turn in range(8):
+        now = turn * 0.2
+        offer_many(queue, 70, key="a", arrival=now)
+        offer_many(queue, 60, key="b", arrival=now + 0.001)
+        ran.append(queue.next(now + 0.15)[0])
+        queue.next(now + 0.2)  # what waits is given up
+    assert [batch.key for batch in ran[:4]] in (list("abab"), list("baba"))
+
+
+def test_a_stream_that_was_idle_has_saved_nothing_up():
+    queue = batcher()
+    for turn in range(50):  # "b" alone has the device for long
+        offer_many(queue, 60, key="b", arrival=float(turn))
+        queue.next(float(turn))
+    keys = []
+    for turn in range(50, 60):
+        offer_many(queue, 60, key="a", arrival=turn + 0.001)
+        offer_many(queue, 60, key="b", arrival=float(turn))
+        for wait in (0.1, 0.2):
+            batch, _ = queue.next(turn + wait)
+            keys += [batch.key] if batch else []
+    assert keys.count("a") <= keys.count("b") + 2
+
+
+def test_one_crowd_cannot_fill_the_queue_and_shut_out_the_others():
+    queue = batcher(max_queue=900)
+    refusals = [queue.offer(work(sla=LOOSE), 0.0) for _ in range(2000)]
+    assert 790 <= refusals.count(None) <= 810
+    assert queue.offer(work(sla=TIGHT), 0.0) is None
+    assert queue.offer(work(key="b"), 0.0) is None
 
 
 def test_a_hopeless_deadline_is_refused_on_arrival_with_the_reason():
@@ -213,6 +279,39 @@ def test_nothing_is_lost_nothing_runs_twice_and_what_runs_is_in_time(arrivals):
             assert part.work.deadline >= now - 1e-6
     for item in everything:
         assert ran[item] == (0 if item in answered else item.rows)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 0.3), st.integers(1, 9)), min_size=1, max_size=80),
+    st.integers(1, 40),
+)
+def test_the_largest_batch_is_in_time_and_no_batch_of_what_is_left_is_larger(waiting, most):
+    stream = Stream("a", 0.99)
+    for deadline, rows in waiting:
+        sla = Sla(deadline_ms=1 + deadline * 1e3)
+        stream.add(Work("a", rows, 0.0, sla), 0.0)
+    first, count = stream.largest(most, lambda rows: 0.020 + 0.001 * rows)
+    rows = rows_of(stream.works[first : first + count])
+    can = [int((work.deadline - 0.020) / 0.001 + 1e-6) for work in stream.works]
+    fits = [min(most, rows) for rows in can]
+    if count:
+        assert rows <= fits[first]
+    for work, room in zip(stream.works[:first], fits, strict=False):
+        assert room < rows or work.rows > room  # given up because of its age or size alone
+    if all(work.rows == 1 for work in stream.works):
+        best = max(min(stream.rows - skip, room) for skip, room in enumerate(fits))
+        assert rows == max(0, best)
+    assert bool(count) == any(
+        room >= work.rows for work, room in zip(stream.works, fits, strict=True)
+    )
+
+
+def test_work_of_several_rows_is_not_given_up_for_packing_badly():
+    queue = batcher()
+    for rows in (128, 128, 44):
+        queue.offer(work(rows=rows, sla=LOOSE), 0.0)
+    ran = [queue.next(now) for now in (0.0, 0.2, 0.4)]
+    assert [(batch.rows, refused) for batch, refused in ran] == [(128, []), (128, []), (44, [])]
 
 
 def test_stalls_longer_than_the_promise_do_not_close_the_door_for_good():
