@@ -90,8 +90,8 @@ def test_backend_and_precision_are_the_engines_unless_a_model_names_its_own():
         assert (status["plain"]["backend"], status["plain"]["precision"]) == ("onnxruntime", "fp32")
         assert (status["other"]["backend"], status["other"]["precision"]) == ("eager", "bf16")
         assert engine.run(call("plain", torch.ones(3, 4))).value.shape == (3, 4)
-    with pytest.raises(ConfigError, match="no backend 'onnxruntim'"):
-        engine.add(model("wrong", nn.Linear(4, 4)), backend="onnxruntim")
+        with pytest.raises(ConfigError, match="no backend 'onnxruntim'"):
+            engine.add(model("wrong", nn.Linear(4, 4)), backend="onnxruntim")
 
 
 def test_a_model_with_several_outputs_answers_by_name():
