@@ -85,9 +85,9 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(vertical: str, config: Path | None) -> Iterator[tuple[str, psutil.Process]]:
-    """URL and process of a server that is ready; it drains at the end."""
-    command = [sys.executable, "-m", "pipelines.cli", "serve", vertical, "--port", "0"]
+def serving(verticals: str, config: Path | None) -> Iterator[tuple[str, psutil.Process]]:
+    """URL and process of a server of one or more verticals; it drains at the end."""
+    command = [sys.executable, "-m", "pipelines.cli", "serve", *verticals.split(), "--port", "0"]
     if config is not None:
         command += ["--config", str(config)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
