@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -17,11 +17,16 @@ from engine.backends.base import Executable
 from engine.cache import cache_folder
 from engine.model import Model
 
+Clock = Callable[[], float]
 LARGEST = 1024
 NEAR_BEST = 0.98  # of the best throughput: beyond it more rows cost latency and give nothing
 _SECONDS = 10.0
-_SLOWEST = 2.0  # seconds; a batch that takes longer ends the search
-_ROUNDS = 7
+_SLOWEST = 2.0  # seconds; a batch that takes longer ends the climb, as two far from the best do
+_FAR = 0.7  # of the best throughput
+_HOPE = 0.9  # of the best throughput; what is below it after a few rounds is not run again
+_SAMPLE = 0.005  # seconds, at least, of one size in a round: a delay then costs all sizes alike
+_ROUNDS = 21
+_FORMAT = "2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,32 @@ class BatchRange:
     seconds: dict[int, float]
 
 
+@dataclass(slots=True)
+class _Size:
+    """What was measured at one size: seconds of the wall a batch, and rows per second."""
+
+    rows: int
+    repeats: int = 1
+    seconds: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        return median(self.rates)
+
+    def run(self, executable: Executable, inputs: Mapping[str, Tensor], clock: Clock) -> None:
+        """Run it as often as fills a sample."""
+        rows = {name: tensor[: self.rows] for name, tensor in inputs.items()}
+        begun, spent = time.perf_counter(), clock()
+        for _ in range(self.repeats):
+            executable.run(rows)
+        executable.device.synchronize()
+        spent, seconds = max(clock() - spent, 1e-9), time.perf_counter() - begun
+        self.rates.append(self.rows * self.repeats / spent)
+        self.seconds.append(seconds / self.repeats)
+        self.repeats = max(1, round(self.repeats * _SAMPLE / spent))
+
+
 def find(
     executable: Executable,
     make_rows: Callable[[int], Mapping[str, Tensor]],
@@ -46,37 +77,64 @@ def find(
 ) -> BatchRange:
     """Measure the throughput curve and take its knee.
 
-    Sizes double from 1 to what fits, at most 1,024 rows; all sizes are run in turn, so that
-    what else the machine does hits all alike. The knee is the smallest size with 98 % of the
+    Sizes are 1, 2, 3, 4, 6, 8, 12 and so on to what fits, at most 1,024 rows. They are run in
+    turn, each for as long, so that what else the machine does hits all alike; those far from
+    the best are left out after a few rounds. The knee is the smallest size with 98 % of the
     best throughput.
 
     Args:
         executable: the model, compiled.
         make_rows: inputs for so many rows.
         fits: most rows inside the memory budget.
-        budget: seconds to spend, about.
+        budget: seconds to spend, about, after each size has been run once.
     """
-    sizes: list[int] = []
-    times: dict[int, list[float]] = {}
-    size = 1
-    while size <= min(fits, LARGEST):
-        example = make_rows(size)
-        executable.run(example)
-        sizes.append(size)
-        times[size] = [_timed(executable, example)]
-        if times[size][0] > _SLOWEST:
-            break
-        size *= 2
+    clock = _clock(executable)
+    sizes, inputs = _climb(executable, make_rows, min(fits, LARGEST), clock)
     until = time.perf_counter() + budget
-    for _ in range(_ROUNDS):
-        for size in sizes:
-            times[size].append(_timed(executable, make_rows(size)))
-        if time.perf_counter() > until:
+    hopeful = sizes
+    for turn in range(_ROUNDS):
+        for size in hopeful:
+            if turn and time.perf_counter() > until:
+                break
+            size.run(executable, inputs, clock)
+        if turn >= 2:
+            best = max(size.rate for size in hopeful)
+            hopeful = [size for size in hopeful if size.rate >= _HOPE * best]
+    best = max(size.rate for size in hopeful)
+    most = next(size.rows for size in hopeful if size.rate >= NEAR_BEST * best)
+    return BatchRange(most, {s.rows: median(s.seconds) for s in sizes if s.rows <= most})
+
+
+def _climb(
+    executable: Executable,
+    make_rows: Callable[[int], Mapping[str, Tensor]],
+    largest: int,
+    clock: Clock,
+) -> tuple[list[_Size], Mapping[str, Tensor]]:
+    """The sizes worth measuring, each run once, and inputs for the largest of them."""
+    sizes: list[_Size] = []
+    rows, best, far = 1, 0.0, 0
+    while rows <= largest:
+        inputs = make_rows(rows)
+        executable.run(inputs)
+        size = _Size(rows)
+        size.run(executable, inputs, clock)
+        sizes.append(size)
+        best = max(best, size.rate)
+        far = far + 1 if size.rate < _FAR * best else 0
+        if far > 1 or size.seconds[0] > _SLOWEST:
             break
-    cost = {size: median(times[size]) for size in sizes}
-    best = max(size / cost[size] for size in sizes)
-    most = next(size for size in sizes if size / cost[size] >= NEAR_BEST * best)
-    return BatchRange(most, {size: cost[size] for size in sizes if size <= most})
+        rows = rows * 3 // 2 if rows > 1 and rows & (rows - 1) == 0 else -(-rows * 4 // 3)
+    return sizes, inputs
+
+
+def _clock(executable: Executable) -> Clock:
+    """Seconds by which sizes are compared: this thread's own, where it does all the work.
+
+    They leave out what other processes take of a core.
+    """
+    alone = executable.device.kind == "cpu" and executable.report.get("threads") == 1
+    return time.thread_time if alone else time.perf_counter
 
 
 def remembered(model: Model, executable: Executable) -> BatchRange | None:
@@ -100,18 +158,11 @@ def remember(model: Model, executable: Executable, found: BatchRange) -> None:
     part.replace(path)
 
 
-def _timed(executable: Executable, inputs: Mapping[str, Tensor]) -> float:
-    begun = time.perf_counter()
-    executable.run(inputs)
-    executable.device.synchronize()
-    return time.perf_counter() - begun
-
-
 def _file(model: Model, executable: Executable) -> Path:
     device = executable.device
     facts = (
         *(model.digest(), str(device), device.name, executable.backend, executable.precision),
-        *(torch.__version__, str(executable.report.get("threads"))),
+        *(_FORMAT, torch.__version__, str(executable.report.get("threads"))),
     )
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     return cache_folder("batch-ranges") / f"{digest}.json"
