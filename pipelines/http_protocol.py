@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +25,9 @@ FULL = Stop(
     hint="keep connections alive and use fewer, or raise serve.max_connections",
     headers={"connection": "close", "retry-after": "1"},
 )
+LINGER = 0.5
+"""Seconds an idle connection stays open while the server drains: its client may just be sending."""
+
 TOO_LARGE = Stop(
     f"the head of the request is larger than {MAX_HEAD:,} bytes",
     reason="head_too_large",
@@ -54,6 +59,9 @@ class Protocol(HttpToolsProtocol):
         self._head: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._unread: asyncio.TimerHandle | None = None
+        self._begun = False
+        self._draining = False
+        self._linger: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request; too many connections are answered, but with a refusal."""
@@ -65,8 +73,27 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._head_is_there()
+        if self._linger is not None:
+            self._linger.cancel()
         self.resume_writing()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """The server drains: answer what is on its way, and then close.
+
+        An idle connection lingers. Closed at once, it would reset the requests that its client
+        sent while it was being closed: with hundreds of requests a second there is always one.
+        """
+        self._draining = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+        elif not self._begun:
+            self._linger = self.loop.call_later(LINGER, self._leave)
+
+    def _leave(self) -> None:
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and not self._begun and not _has_bytes(self.transport):
+            self.transport.close()
 
     def pause_writing(self) -> None:
         """The client reads too slowly."""
@@ -90,6 +117,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A head begins."""
+        self._begun = True
         self._await_head()
         super().on_message_begin()
 
@@ -101,18 +129,21 @@ class Protocol(HttpToolsProtocol):
             if self.parser.get_method() == b"POST" and lane.fits(headers):
                 # The timer goes on: the few bytes of the body are as good as part of the head.
                 self._head_bytes = 0
-                keep_alive = self.parser.should_keep_alive()
+                keep_alive = self.parser.should_keep_alive() and not self._draining
                 cycle: Any = Exchange(self, lane, headers, keep_alive)
                 self._exchange = self.cycle = cycle
                 return
         self._head_is_there()
         super().on_headers_complete()
+        if self._draining:
+            self.cycle.keep_alive = False
         if self.scope["method"] == "POST" and not self.expect_100_continue:
             together: Any = _Together(self.transport)
             self.cycle.transport = together
 
     def on_message_complete(self) -> None:
         """The request is whole."""
+        self._begun = False
         self._head_is_there()
         super().on_message_complete()
 
@@ -148,6 +179,15 @@ class Protocol(HttpToolsProtocol):
             + body
         )
         self.transport.close()
+
+
+def _has_bytes(transport: asyncio.Transport) -> bool:
+    """Whether the client has sent something that nobody has read yet."""
+    try:
+        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as same:
+            return bool(same.recv(1, socket.MSG_PEEK))
+    except OSError:  # nothing there
+        return False
 
 
 class _Together:
