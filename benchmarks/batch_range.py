@@ -1,6 +1,6 @@
 """Does ``batch_range = "auto"`` find the best batch? Against an exhaustive search over sizes.
 
-    python -m benchmarks.batch_range [--rounds 7] [--json]
+    python benchmarks/batch_range.py [--rounds 7] [--json]
 
 Each model is added to the device twice with an empty cache: the first time ``auto`` measures, the
 second time it remembers. Then every size (1, 2, 3, 4, 6, 8, 12 ... and what auto chose) is run,

@@ -1,6 +1,6 @@
 """SIGTERM in the middle of a load: is everything that was accepted answered?
 
-    python -m benchmarks.drain_under_load [--runs 5] [--rate 400] [--json]
+    python benchmarks/drain_under_load.py [--runs 5] [--rate 400] [--json]
 
 A real ``plinth serve finance`` gets payments when they are due (Poisson, open loop) over keep-alive
 connections, and SIGTERM somewhere in the middle. The client goes on sending for as long as a
@@ -27,11 +27,11 @@ from urllib.parse import urlsplit
 
 import httptools
 import psutil
+from http_latency import requests_of, serving
+from mixed_device import ROOT
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.http_latency import requests_of, serving
-from benchmarks.mixed_device import ROOT
 from pipelines.load import poisson
 
 RECORDS = ROOT / "sample_data" / "transactions" / "transactions.jsonl.gz"

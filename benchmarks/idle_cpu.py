@@ -1,6 +1,6 @@
 """What an idle server costs: CPU as a share of one core, and how often it wakes.
 
-    python -m benchmarks.idle_cpu [--seconds 30] [--json]
+    python benchmarks/idle_cpu.py [--seconds 30] [--json]
 
 Starts a real ``plinth serve finance medical``, waits until it is ready and has settled, and
 watches its process do nothing. Then it scores payments and analyses one CT study, settles, and is
@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from http_latency import measure, requests_of, serving
+from mixed_device import ask, study_zip
 from rich.console import Console
 from rich.table import Table
-
-from benchmarks.http_latency import measure, requests_of, serving
-from benchmarks.mixed_device import ask, study_zip
 
 WINDOWS = 3  # stretches of equal length that a watch is cut into, for the spread
 CLEAN = 0.05  # seconds of CPU in two seconds, below which a server has settled

@@ -1,13 +1,15 @@
 """How long does a refusal take? From the offer of work that cannot be in time to the answer.
 
-    python -m benchmarks.refusal_latency [--requests 1000] [--json]
+    python benchmarks/refusal_latency.py [--requests 1000] [--json]
 
-Three places, each with the packaged models:
+Four places, each with the packaged models:
 
 - ``engine, idle``: ``engine.run`` in this process, with nothing else to do.
 - ``engine, busy``: the same while CT volumes keep the device busy with background windows.
-- ``http, busy``: a real ``plinth serve finance medical`` with CT uploads always in work; one
-  keep-alive connection, from the first byte sent to the last byte read.
+- ``http, busy``: a server process whose device is kept busy in the same way; one keep-alive
+  connection, from the first byte sent to the last byte read.
+- ``http, CT uploads``: the same through a real ``plinth serve finance medical`` with two CT uploads
+  always in work: their reading, rules and pictures share Python's lock with the door.
 
 The deadline of every request is shorter than the model takes alone. Requests come one by one, at
 Poisson times that know nothing of the batches. Each refusal is checked for its facts: reason,
@@ -21,7 +23,7 @@ import contextlib
 import json
 import platform
 import random
-import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -29,16 +31,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import psutil
 import torch
+from http_latency import Client, route_and_example, serving, started
+from mixed_device import Studies, metrics
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.http_latency import Client, route_and_example, serving
-from benchmarks.mixed_device import Studies
 from engine import Call, DeadlineRefused, Engine, Flow, ModelStore, Sla, Tiling
+from engine.metrics import REGISTRY
 from verticals.finance.vertical import STORE as FINANCE
 from verticals.medical.vertical import STORE as MEDICAL
 
@@ -101,8 +106,6 @@ def in_process(given: argparse.Namespace) -> list[Seen]:
     with Engine(threads=1) as engine:
         engine.add(ModelStore(FINANCE).load("fraud"), sla=Sla(deadline_ms=150))
         engine.add(ModelStore(MEDICAL).load("nodules"))
-        spec = engine.status()["models"]
-        assert {"fraud", "nodules"} <= spec.keys()
         rows = ModelStore(FINANCE).load("fraud").spec.example(1)
         sla = Sla(deadline_ms=given.deadline_ms)
 
@@ -153,15 +156,15 @@ def volumes(engine: Engine) -> Iterator[None]:
 
 
 def _busy_seconds(engine: Engine) -> float:
-    from engine.metrics import REGISTRY
-
     labels = {"device": str(engine.device)}
     return REGISTRY.get_sample_value("plinth_device_busy_seconds_total", labels) or 0.0
 
 
 # -- over HTTP -------------------------------------------------------------------------------
-def over_http(given: argparse.Namespace) -> Seen:
-    """Refusals of a server whose device analyses CT studies."""
+def over_http(given: argparse.Namespace) -> list[Seen]:
+    """Refusals of a server with background windows, and of one that analyses CT studies."""
+    with started([sys.executable, __file__, "--serve"]) as (url, _):
+        busy = ask_server("http, busy", url, given)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "plinth.toml"
         config.write_text(CONFIG)
@@ -169,34 +172,52 @@ def over_http(given: argparse.Namespace) -> Seen:
             serving("finance medical", config) as (url, _),
             Studies(url, 2, 1.0) as studies,
         ):
-            threading.Event().wait(5.0)
-            route, body = route_and_example(url, "finance")
-            client = Client(url)
-            head = f"POST {route} HTTP/1.1\r\nhost: {urlsplit(url).netloc}\r\n"
-            head += (
-                f"x-slo-deadline-ms: {given.deadline_ms:g}\r\ncontent-type: application/json\r\n"
-            )
-            request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
-
-            def ask() -> bool:
-                status, said = client.ask(request)
-                return status == 503 and b"\r\nretry-after: " in said
-
-            before = _served_busy(url)
-            seen = collect("http, busy", ask, given)
-            after = _served_busy(url)
-            seen.busy = (after[0] - before[0]) / (after[1] - before[1])
-            seen.improper += not _has_facts(url, route, body, given.deadline_ms)
-            client.close()
+            threading.Event().wait(5.0)  # both uploads are in work
+            whole = ask_server("http, CT uploads", url, given)
         if studies.failed:
             raise SystemExit(f"a study failed: {studies.failed[0]}")
+    return [busy, whole]
+
+
+def ask_server(place: str, url: str, given: argparse.Namespace) -> Seen:
+    """Refusals on one connection."""
+    route, body = route_and_example(url, "finance")
+    client = Client(url)
+    head = f"POST {route} HTTP/1.1\r\nhost: {urlsplit(url).netloc}\r\n"
+    head += f"x-slo-deadline-ms: {given.deadline_ms:g}\r\ncontent-type: application/json\r\n"
+    request = f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+
+    def ask() -> bool:
+        status, said = client.ask(request)
+        return status == 503 and b"\r\nretry-after: " in said
+
+    before = _served_busy(url)
+    seen = collect(place, ask, given)
+    after = _served_busy(url)
+    seen.busy = (after[0] - before[0]) / (after[1] - before[1])
+    seen.improper += not _has_facts(url, route, body, given.deadline_ms)
+    client.close()
     return seen
 
 
-def _has_facts(url: str, route: str, body: bytes, deadline: float) -> bool:
-    from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
+def serve() -> None:
+    """A server of finance whose engine also has CT windows to run, always."""
+    from pipelines.assembly import build_engine, load_verticals
+    from pipelines.config import Config
+    from pipelines.serve import Server, bind, create_app
 
+    config = Config.model_validate({"engine": {"threads": 1}, "serve": {"port": 0}})
+    bound = bind(config.serve.host, config.serve.port)
+    verticals = load_verticals(config, ["finance"])
+    engine = build_engine(config, verticals)
+    engine.add(ModelStore(MEDICAL).load("nodules"))
+    with engine, volumes(engine):
+        server = Server(create_app(verticals, engine, config), config, bound)
+        print(f"serving finance on {server.url}", file=sys.stderr, flush=True)
+        server.run()
+
+
+def _has_facts(url: str, route: str, body: bytes, deadline: float) -> bool:
     headers = {"content-type": "application/json", "x-slo-deadline-ms": f"{deadline:g}"}
     try:
         urlopen(Request(f"{url}{route}", body, headers)).close()  # noqa: S310 - our own server
@@ -207,8 +228,6 @@ def _has_facts(url: str, route: str, body: bytes, deadline: float) -> bool:
 
 
 def _served_busy(url: str) -> tuple[float, float]:
-    from benchmarks.mixed_device import metrics
-
     found = metrics(url)
     busy = sum(value for name, value in found.items() if "device_busy_seconds_total" in name)
     return busy, time.perf_counter()
@@ -240,22 +259,18 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=100, help="requests that do not count")
     parser.add_argument("--rate", type=float, default=50.0, help="requests per second, at most")
     parser.add_argument("--deadline-ms", type=float, default=0.02)
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each place")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    found = [
-        seen.as_dict()
-        for _ in range(given.repeats)
-        for seen in (*in_process(given), over_http(given))
-    ]
+    if given.serve:
+        serve()
+        return
+    found = [seen.as_dict() for seen in (*in_process(given), *over_http(given))]
     if given.json:
         machine = {"cpus": psutil.cpu_count(), "python": platform.python_version()}
         print(json.dumps({"deadline_ms": given.deadline_ms, "places": found, "machine": machine}))
         return
     show(found, given.deadline_ms)
-    spread = [one["p50_ms"] for one in found if one["place"] == "http, busy"]
-    if len(spread) > 1:
-        print(f"http, busy: median of p50 {statistics.median(spread):.2f} ms")
 
 
 if __name__ == "__main__":

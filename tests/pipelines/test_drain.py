@@ -16,10 +16,10 @@ import pytest
 from serving import running
 from tiny_verticals import Tiny
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from benchmarks.drain_under_load import Witness, send
-from benchmarks.http_latency import requests_of, serving
+from drain_under_load import Witness, send
+from http_latency import requests_of, serving
 
 ROUTE = "/v1/tiny/double"
 
