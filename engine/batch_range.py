@@ -24,9 +24,10 @@ _SECONDS = 10.0
 _SLOWEST = 2.0  # seconds; a batch that takes longer ends the climb, as two far from the best do
 _FAR = 0.7  # of the best throughput
 _HOPE = 0.9  # of the best throughput; what is below it after a few rounds is not run again
-_SAMPLE = 0.005  # seconds, at least, of one size in a round: a delay then costs all sizes alike
+_SAMPLE = 0.005  # seconds, at least, of one size in a round, the same for all: so are delays
+_LONGEST = 0.1  # seconds; larger batches are run once a round
 _ROUNDS = 21
-_FORMAT = "2"
+_FORMAT = "2"  # of what is remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +48,31 @@ class _Size:
     """What was measured at one size: seconds of the wall a batch, and rows per second."""
 
     rows: int
-    repeats: int = 1
     seconds: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
-        return median(self.rates)
+        """The upper quartile: what delays a round takes from it, and nothing gives."""
+        return sorted(self.rates)[3 * len(self.rates) // 4]
 
-    def run(self, executable: Executable, inputs: Mapping[str, Tensor], clock: Clock) -> None:
-        """Run it as often as fills a sample."""
+    @property
+    def cost(self) -> float:
+        """Seconds a batch takes, as ``rate`` counts them."""
+        return self.rows / self.rate
+
+    def run(
+        self, executable: Executable, inputs: Mapping[str, Tensor], clock: Clock, times: int
+    ) -> None:
+        """Run it so many times in a row."""
         rows = {name: tensor[: self.rows] for name, tensor in inputs.items()}
         begun, spent = time.perf_counter(), clock()
-        for _ in range(self.repeats):
+        for _ in range(times):
             executable.run(rows)
         executable.device.synchronize()
         spent, seconds = max(clock() - spent, 1e-9), time.perf_counter() - begun
-        self.rates.append(self.rows * self.repeats / spent)
-        self.seconds.append(seconds / self.repeats)
-        self.repeats = max(1, round(self.repeats * _SAMPLE / spent))
+        self.rates.append(self.rows * times / spent)
+        self.seconds.append(seconds / times)
 
 
 def find(
@@ -77,7 +84,7 @@ def find(
 ) -> BatchRange:
     """Measure the throughput curve and take its knee.
 
-    Sizes are 1, 2, 3, 4, 6, 8, 12 and so on to what fits, at most 1,024 rows. They are run in
+    Sizes are 1, 2, 3, 4, 6, 8, 12 and so on, and what fits, at most 1,024 rows. They are run in
     turn, each for as long, so that what else the machine does hits all alike; those far from
     the best are left out after a few rounds. The knee is the smallest size with 98 % of the
     best throughput.
@@ -93,10 +100,11 @@ def find(
     until = time.perf_counter() + budget
     hopeful = sizes
     for turn in range(_ROUNDS):
+        sample = min(max(_SAMPLE, *(size.cost for size in hopeful)), _LONGEST)
         for size in hopeful:
             if turn and time.perf_counter() > until:
                 break
-            size.run(executable, inputs, clock)
+            size.run(executable, inputs, clock, max(1, round(sample / size.cost)))
         if turn >= 2:
             best = max(size.rate for size in hopeful)
             hopeful = [size for size in hopeful if size.rate >= _HOPE * best]
@@ -118,13 +126,17 @@ def _climb(
         inputs = make_rows(rows)
         executable.run(inputs)
         size = _Size(rows)
-        size.run(executable, inputs, clock)
+        size.run(executable, inputs, clock, 1)
+        for _ in range(2):
+            if size.rate < _FAR * best:  # or only delayed
+                size.run(executable, inputs, clock, 1)
         sizes.append(size)
         best = max(best, size.rate)
         far = far + 1 if size.rate < _FAR * best else 0
         if far > 1 or size.seconds[0] > _SLOWEST:
             break
-        rows = rows * 3 // 2 if rows > 1 and rows & (rows - 1) == 0 else -(-rows * 4 // 3)
+        step = rows * 3 // 2 if rows > 1 and rows & (rows - 1) == 0 else -(-rows * 4 // 3)
+        rows = step if rows == largest else min(step, largest)
     return sizes, inputs
 
 
