@@ -137,7 +137,7 @@ def test_the_knee_of_the_throughput_curve_is_found_and_remembered():
     found = find(executable, quadratic.spec.example, 512)
     rate = {rows: rows / seconds for rows, seconds in found.seconds.items()}
     assert 1 < found.most < 512
-    assert rate[found.most] == max(rate.values())
+    assert rate[found.most] >= 0.8 * max(rate.values())
 
     first, second = Engine(threads=1), Engine(threads=1)
     first.add(quadratic, batch_range="auto")
