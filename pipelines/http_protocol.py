@@ -92,7 +92,9 @@ class Protocol(HttpToolsProtocol):
 
     def _leave(self) -> None:
         idle = self.cycle is None or self.cycle.response_complete
-        if idle and not self._begun and not _has_bytes(self.transport):
+        if self._begun or not idle or self.transport.is_closing():
+            return
+        if not _has_bytes(self.transport):
             self.transport.close()
 
     def pause_writing(self) -> None:
