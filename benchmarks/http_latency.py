@@ -85,11 +85,18 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(vertical: str, config: Path | None) -> Iterator[tuple[str, psutil.Process]]:
-    """URL and process of a server that is ready; it drains at the end."""
-    command = [sys.executable, "-m", "pipelines.cli", "serve", vertical, "--port", "0"]
+def serving(verticals: str, config: Path | None) -> Iterator[tuple[str, psutil.Process]]:
+    """URL and process of a server of one or more verticals; it drains at the end."""
+    command = [sys.executable, "-m", "pipelines.cli", "serve", *verticals.split(), "--port", "0"]
     if config is not None:
         command += ["--config", str(config)]
+    with started(command) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def started(command: list[str]) -> Iterator[tuple[str, psutil.Process]]:
+    """URL and process of a server that says on stderr where it listens."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

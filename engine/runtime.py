@@ -74,6 +74,7 @@ class Engine:
         self._keys: dict[str, Resident] = {}
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
         self._wake = threading.Condition()
+        self._ending = threading.Lock()  # one thread at a time ends the engine; others wait for it
         self._closing = False
         self._thread: threading.Thread | None = None
         self._busy = 0.0
@@ -105,7 +106,10 @@ class Engine:
             ConfigError: an impossible range, backend or precision.
             ModelError: nothing can run the model.
             OutOfMemory: not even one row fits into the budget.
+            Closed: the engine was closed.
         """
+        if self._closing:
+            raise self._takes_nothing()
         promise = sla or Sla()
         resident = settle(
             model,
@@ -126,15 +130,22 @@ class Engine:
                 self._know(key, old)
 
     def start(self) -> Engine:
-        """Start the device thread."""
-        if self._thread is None:
-            self._closing = False
-            self._thread = threading.Thread(target=self._loop, name="plinth-device", daemon=True)
-            self._thread.start()
+        """Start the device thread; after :meth:`close`, again."""
+        with self._wake:
+            if self._thread is None:
+                self._closing = False
+                self._thread = threading.Thread(
+                    target=self._loop, name="plinth-device", daemon=True
+                )
+                self._thread.start()
         return self
 
     def close(self, drain: bool = True) -> None:
         """Take no new work, stop the device thread, keep what was learned of costs.
+
+        Any thread may call it, and several at once: each returns when the engine has ended.
+        In the device thread itself, as in a callback of :meth:`submit`'s future, it returns at
+        once and the engine ends after it.
 
         Args:
             drain: finish what was accepted first; otherwise it fails with :class:`Closed`.
@@ -145,10 +156,16 @@ class Engine:
                 for work in self._batcher.clear():
                     self._give_up(work.payload[0], Closed("the engine was closed"))
             self._wake.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self._batcher.latency.save()
+            thread = self._thread
+        if thread is threading.current_thread():
+            return
+        with self._ending:
+            if thread is not None:
+                thread.join()
+                with self._wake:
+                    if self._thread is thread:
+                        self._thread = None
+            self._batcher.latency.save()
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -222,7 +239,7 @@ class Engine:
         step = resident.most if promise.deadline_ms is not None else job.total
         with self._wake:
             if self._closing or self._thread is None:
-                self._give_up(job, Closed("the engine takes no new work"))
+                self._give_up(job, self._takes_nothing())
                 return job
             now = self._clock()
             self._know(job.key, resident)
@@ -235,6 +252,14 @@ class Engine:
                     break
             self._wake.notify()
         return job
+
+    def _takes_nothing(self) -> Closed:
+        if self._closing:
+            return Closed("the engine was closed and takes no new work", hint="make another")
+        return Closed(
+            "the engine takes no new work before it is started",
+            hint="use it as a context manager, or call start()",
+        )
 
     def _know(self, key: str, resident: Resident) -> None:
         """Tell the batcher of a work class it may see for the first time."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -13,7 +15,7 @@ from pipelines.config import ServeConfig
 from pipelines.http_body import too_slow
 from pipelines.http_errors import Stop, body_of, error_response, status_of
 from pipelines.http_express import Exchange, Express
-from pipelines.http_heads import END, Heads
+from pipelines.http_heads import END, Head, Heads
 
 MAX_HEAD = 64 << 10
 """Bytes of request line and headers, counted in whole reads."""
@@ -24,6 +26,9 @@ FULL = Stop(
     hint="keep connections alive and use fewer, or raise serve.max_connections",
     headers={"connection": "close", "retry-after": "1"},
 )
+LINGER = 0.5
+"""Seconds an idle connection stays open while the server drains: its client may just be sending."""
+
 TOO_LARGE = Stop(
     f"the head of the request is larger than {MAX_HEAD:,} bytes",
     reason="head_too_large",
@@ -55,7 +60,6 @@ class Protocol(HttpToolsProtocol):
         self._lanes = lanes
         self._heads = heads
         self._data = b""
-        self._parsing = False
         self._quiet_since = 0.0
         self._exchange: Exchange | None = None
         self.default_headers = self.server_state.default_headers
@@ -64,6 +68,9 @@ class Protocol(HttpToolsProtocol):
         self._head: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._unread: asyncio.TimerHandle | None = None
+        self._begun = False
+        self._draining = False
+        self._linger: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request; too many connections are answered, but with a refusal."""
@@ -75,8 +82,29 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._head_is_there()
+        if self._linger is not None:
+            self._linger.cancel()
         self.resume_writing()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """The server drains: answer what is on its way, and then close.
+
+        An idle connection lingers. Closed at once, it would reset the requests that its client
+        sent while it was being closed: with hundreds of requests a second there is always one.
+        """
+        self._draining = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+        elif not self._begun:
+            self._linger = self.loop.call_later(LINGER, self._leave)
+
+    def _leave(self) -> None:
+        idle = self.cycle is None or self.cycle.response_complete
+        if self._begun or not idle or self.transport.is_closing():
+            return
+        if not _has_bytes(self.transport):
+            self.transport.close()
 
     def pause_writing(self) -> None:
         """The client reads too slowly."""
@@ -93,15 +121,14 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse, unless the head is known or grows without end."""
         self._data = b""
-        if not self._parsing and (self.cycle is None or self.cycle.response_complete):
+        if not self._begun and (self.cycle is None or self.cycle.response_complete):
             cut = data.find(END) + len(END)
             known = self._heads.find(data[:cut])
             if known is not None and len(data) == cut + known.length:
                 self._head_is_there()
-                cycle: Any = Exchange(self, known, data[cut:])
-                self.cycle = cycle
-                cycle.more_body = False
-                known.lane.take(cycle)
+                exchange = self._exchange_of(known, data[cut:])
+                exchange.more_body = False
+                known.lane.take(exchange)
                 return
             self._data = data
         super().data_received(data)
@@ -112,7 +139,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A head begins."""
-        self._parsing = True
+        self._begun = True
         self._await_head()
         super().on_message_begin()
 
@@ -130,18 +157,26 @@ class Protocol(HttpToolsProtocol):
                 # The timer goes on: the few bytes of the body are as good as part of the head.
                 self._head_bytes = 0
                 self._heads.learn(data, head)
-                cycle: Any = Exchange(self, head)
-                self._exchange = self.cycle = cycle
+                self._exchange = self._exchange_of(head)
                 return
         self._head_is_there()
         super().on_headers_complete()
+        if self._draining:
+            self.cycle.keep_alive = False
         if self.scope["method"] == "POST" and not self.expect_100_continue:
             together: Any = _Together(self.transport)
             self.cycle.transport = together
 
+    def _exchange_of(self, head: Head, body: bytes = b"") -> Exchange:
+        exchange: Any = Exchange(self, head, body)
+        if self._draining:
+            exchange.keep_alive = False
+        self.cycle = exchange
+        return cast(Exchange, exchange)
+
     def on_message_complete(self) -> None:
         """The request is whole."""
-        self._parsing = False
+        self._begun = False
         self._head_is_there()
         super().on_message_complete()
 
@@ -205,6 +240,15 @@ class Protocol(HttpToolsProtocol):
             + body
         )
         self.transport.close()
+
+
+def _has_bytes(transport: asyncio.Transport) -> bool:
+    """Whether the client has sent something that nobody has read yet."""
+    try:
+        with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as same:
+            return bool(same.recv(1, socket.MSG_PEEK))
+    except OSError:  # nothing there
+        return False
 
 
 class _Together:

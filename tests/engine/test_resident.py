@@ -90,8 +90,8 @@ def test_backend_and_precision_are_the_engines_unless_a_model_names_its_own():
         assert (status["plain"]["backend"], status["plain"]["precision"]) == ("onnxruntime", "fp32")
         assert (status["other"]["backend"], status["other"]["precision"]) == ("eager", "bf16")
         assert engine.run(call("plain", torch.ones(3, 4))).value.shape == (3, 4)
-    with pytest.raises(ConfigError, match="no backend 'onnxruntim'"):
-        engine.add(model("wrong", nn.Linear(4, 4)), backend="onnxruntim")
+        with pytest.raises(ConfigError, match="no backend 'onnxruntim'"):
+            engine.add(model("wrong", nn.Linear(4, 4)), backend="onnxruntim")
 
 
 def test_a_model_with_several_outputs_answers_by_name():
@@ -137,7 +137,7 @@ def test_the_knee_of_the_throughput_curve_is_found_and_remembered():
     found = find(executable, quadratic.spec.example, 512)
     rate = {rows: rows / seconds for rows, seconds in found.seconds.items()}
     assert 1 < found.most < 512
-    assert rate[found.most] == max(rate.values())
+    assert rate[found.most] >= 0.8 * max(rate.values())
 
     first, second = Engine(threads=1), Engine(threads=1)
     first.add(quadratic, batch_range="auto")

@@ -55,9 +55,9 @@ def running(verticals: Mapping[str, Vertical[Any, Any]], **tables: Any) -> Itera
             running.await_ready()
             yield running
         finally:
+            running.client.close()  # an open connection would linger
             running.server.drain()
             running.thread.join(30)
-            running.client.close()
             assert not running.thread.is_alive()
 
 

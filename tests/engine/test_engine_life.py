@@ -1,0 +1,124 @@
+"""The life of an engine: started, idle, closed, by whichever thread and however often."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from engine import Call, Closed, Engine, Model, ModelSpec, Sla, TensorSpec
+from engine.batching import Batcher
+from engine.latency import LatencyModel
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+class Held(nn.Module):
+    """Waits in the forward until the test lets it go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.go = threading.Event(), threading.Event()
+        self.go.set()
+
+    def forward(self, x):
+        self.entered.set()
+        assert self.go.wait(30)
+        return x * 2
+
+
+def model(module: nn.Module, name: str = "double") -> Model:
+    spec = ModelSpec(
+        name=name,
+        inputs=(TensorSpec(name="x", shape=(4,)),),
+        outputs=(TensorSpec(name="y", shape=(4,)),),
+    )
+    return Model(spec, module.eval())
+
+
+def double(name: str = "double"):
+    return (yield Call(name, torch.ones(1, 4)))
+
+
+def device_thread() -> threading.Thread:
+    (thread,) = [t for t in threading.enumerate() if t.name == "plinth-device"]
+    return thread
+
+
+def held(engine: Engine, module: Held):
+    """One call in the forward, one behind it."""
+    engine.add(model(module))
+    engine.start()
+    module.go.clear()
+    module.entered.clear()
+    first = engine.submit(Call("double", torch.ones(1, 4)))
+    assert module.entered.wait(30)
+    return first, engine.submit(Call("double", torch.ones(1, 4)))
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_many_threads_may_close_at_once_and_each_returns_when_the_engine_has_ended(drain, tmp_path):
+    engine, module = Engine(latency_file=tmp_path / "latency.json"), Held()
+    first, second = held(engine, module)
+    thread, together = device_thread(), threading.Barrier(9)
+
+    def close() -> bool:
+        together.wait(30)
+        engine.close(drain=drain)
+        return thread.is_alive()
+
+    with ThreadPoolExecutor(8) as pool:
+        closing = [pool.submit(close) for _ in range(8)]
+        together.wait(30)
+        module.go.set()
+        assert [closed.result(30) for closed in closing] == [False] * 8
+    assert first.result(0).value.sum() == 8
+    if drain:
+        assert second.result(0).value.sum() == 8
+    assert not engine.status()["running"]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_callback_in_the_device_thread_may_close_the_engine():
+    engine, module = Engine(), Held()
+    first, second = held(engine, module)
+    thread = device_thread()
+    first.add_done_callback(lambda _: engine.close())
+    module.go.set()
+    assert second.result(30).value.sum() == 8
+    engine.close()
+    assert not thread.is_alive()
+
+
+def test_what_comes_before_the_start_or_after_the_end_is_told_so():
+    engine = Engine()
+    engine.add(model(Double()))
+    with pytest.raises(Closed, match="before it is started") as caught:
+        engine.run(double())
+    assert "start()" in caught.value.hint
+    with engine:
+        engine.run(double())
+    engine.close()
+    for late in (lambda: engine.run(double()), lambda: engine.add(model(Double(), "other"))):
+        with pytest.raises(Closed, match="was closed"):
+            late()
+    with engine:
+        assert engine.run(double()).value.sum() == 8
+
+
+def test_an_idle_engine_never_wakes():
+    """Its thread's CPU time stands still; one turn of its loop would cost microseconds."""
+    with Engine(Batcher(LatencyModel())) as engine:
+        engine.add(model(Double()), sla=Sla(deadline_ms=5000))
+        clock = time.pthread_getcpuclockid(device_thread().ident)
+        engine.run(double())
+        pause, before = threading.Event(), -1.0
+        while before != (before := time.clock_gettime(clock)):
+            pause.wait(0.05)  # the turn that answered ends
+        pause.wait(1.0)
+        assert time.clock_gettime(clock) == before
