@@ -164,7 +164,7 @@ class KafkaNode:
         with contextlib.closing(KafkaAdminClient(bootstrap_servers=self.servers)) as admin:
             admin.create_topics({topic: asked}, wait_for_metadata=True)
 
-    def delete(self, topic: str, seconds: float = 20.0) -> None:
+    def delete(self, topic: str, seconds: float = 60.0) -> None:
         """Delete a topic, and wait until the node no longer tells of it."""
         until = time.monotonic() + seconds
         pause = threading.Event()
@@ -175,7 +175,7 @@ class KafkaNode:
                     raise TimeoutError(f"{topic} is still there after {seconds:g} s")
                 pause.wait(0.02)
 
-    def read(self, topic: str, seconds: float = 20.0) -> list[Any]:
+    def read(self, topic: str, seconds: float = 60.0) -> list[Any]:
         """Everything committed in a topic, as a read_committed consumer sees it."""
         consumer = KafkaConsumer(
             bootstrap_servers=self.servers,
@@ -186,11 +186,11 @@ class KafkaNode:
         with contextlib.closing(consumer):
             places = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic)]
             consumer.assign(places)
-            ends = consumer.end_offsets(places, timeout_ms=10_000)
+            ends = consumer.end_offsets(places, timeout_ms=30_000)
             consumer.seek_to_beginning(*places)
             found: list[Any] = []
             until = time.monotonic() + seconds
-            while any(consumer.position(p, timeout_ms=5_000) < ends[p] for p in places):
+            while any(consumer.position(p, timeout_ms=30_000) < ends[p] for p in places):
                 assert time.monotonic() < until, f"{topic}: read {len(found)}, then nothing came"
                 for records in consumer.poll(500).values():
                     found.extend(records)

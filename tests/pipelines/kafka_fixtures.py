@@ -64,7 +64,7 @@ def clients_end() -> Iterator[None]:
         return not left
 
     try:
-        eventually(none, 15, "every Kafka client ended")
+        eventually(none, 60, "every Kafka client ended")
     except AssertionError as error:
         error.add_note(f"left: {', '.join(left)}")
         raise

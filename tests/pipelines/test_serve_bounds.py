@@ -42,7 +42,7 @@ class Raw:
 
     def __init__(self, server: Running) -> None:
         url = server.client.base_url
-        self.socket = socket.create_connection((url.host, url.port or 0), timeout=20)
+        self.socket = socket.create_connection((url.host, url.port or 0), timeout=60)
         self.file = self.socket.makefile("rb")
 
     def __enter__(self) -> Raw:
