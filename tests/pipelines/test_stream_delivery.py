@@ -18,6 +18,7 @@ from pipelines.kafka import prepare
 from pipelines.redeliver import redeliver
 from pipelines.stream import StreamConfig, StreamError, StreamProgress, StreamSummary, run
 
+pytestmark = pytest.mark.slow
 real_kafka = pytest.mark.kafka
 
 
@@ -267,9 +268,11 @@ def test_a_broker_that_is_not_there_is_said_within_the_time_allowed() -> None:
         config = StreamConfig(
             bootstrap_servers=server, input_topic="a", output_topic="b", connect_timeout_s=1
         )
-        started = time.monotonic()
-        with pytest.raises(ConfigError) as caught:
-            stream(config)
+        vertical = TallyVertical()
+        with started_engine(vertical) as engine:
+            started = time.monotonic()
+            with pytest.raises(ConfigError) as caught:
+                run(vertical, engine, config, threading.Event())
     assert time.monotonic() - started < 5
     assert server in str(caught.value)
     assert "bootstrap_servers" in str(caught.value)
