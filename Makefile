@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV   := .venv
 READY  := $(VENV)/.ready
+JOBS   ?= 2
 
 .PHONY: test demo setup clean
 
@@ -17,7 +18,8 @@ test: setup            ## everything: style, types, tests
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m "not clock" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/pytest -m clock
 
 demo: setup            ## the sample stream and the sample study, in under three minutes
 	$(VENV)/bin/plinth demo

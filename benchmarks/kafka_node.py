@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import KafkaAdminClient
 
 from pipelines.broker import Guarded, free_port
 from pipelines.kafka import prepare
@@ -150,13 +152,30 @@ class KafkaNode:
         """Create the topics and append records (key, value)."""
         prepare(config)
         producer = KafkaProducer(bootstrap_servers=self.servers, linger_ms=20, batch_size=200_000)
-        sent = [producer.send(config.input_topic, value, key) for key, value in records]
-        producer.flush(60)
-        producer.close(5)
+        with contextlib.closing(producer):
+            sent = [producer.send(config.input_topic, value, key) for key, value in records]
+            producer.flush(60)
         if failed := [future.exception for future in sent if not future.succeeded()]:
             raise RuntimeError(f"{len(failed)} records were not written: {failed[0]!r}")
 
-    def read(self, topic: str, seconds: float = 20.0) -> list[Any]:
+    def create(self, topic: str, partitions: int = 4, **configs: str) -> None:
+        """Create a topic with settings of its own, and wait until it can be written."""
+        asked = {"num_partitions": partitions, "replication_factor": 1, "configs": configs}
+        with contextlib.closing(KafkaAdminClient(bootstrap_servers=self.servers)) as admin:
+            admin.create_topics({topic: asked}, wait_for_metadata=True)
+
+    def delete(self, topic: str, seconds: float = 60.0) -> None:
+        """Delete a topic, and wait until the node no longer tells of it."""
+        until = time.monotonic() + seconds
+        pause = threading.Event()
+        with contextlib.closing(KafkaAdminClient(bootstrap_servers=self.servers)) as admin:
+            admin.delete_topics([topic])
+            while not admin.describe_topics([topic])[0]["error_code"]:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"{topic} is still there after {seconds:g} s")
+                pause.wait(0.02)
+
+    def read(self, topic: str, seconds: float = 60.0) -> list[Any]:
         """Everything committed in a topic, as a read_committed consumer sees it."""
         consumer = KafkaConsumer(
             bootstrap_servers=self.servers,
@@ -164,17 +183,17 @@ class KafkaNode:
             enable_auto_commit=False,
             auto_offset_reset="earliest",
         )
-        places = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic)]
-        consumer.assign(places)
-        ends = consumer.end_offsets(places, timeout_ms=10_000)
-        consumer.seek_to_beginning(*places)
-        found: list[Any] = []
-        until = time.monotonic() + seconds
-        while any(consumer.position(p, timeout_ms=5_000) < ends[p] for p in places):
-            assert time.monotonic() < until, f"{topic}: read {len(found)}, then nothing came"
-            for records in consumer.poll(500).values():
-                found.extend(records)
-        consumer.close()
+        with contextlib.closing(consumer):
+            places = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic)]
+            consumer.assign(places)
+            ends = consumer.end_offsets(places, timeout_ms=30_000)
+            consumer.seek_to_beginning(*places)
+            found: list[Any] = []
+            until = time.monotonic() + seconds
+            while any(consumer.position(p, timeout_ms=30_000) < ends[p] for p in places):
+                assert time.monotonic() < until, f"{topic}: read {len(found)}, then nothing came"
+                for records in consumer.poll(500).values():
+                    found.extend(records)
         return found
 
     def answers(self, config: StreamConfig) -> list[dict[str, Any]]:

@@ -17,10 +17,12 @@ from kafka.errors import (
     FencedInstanceIdError,
     KafkaError,
     TopicAlreadyExistsError,
+    UnknownTopicOrPartitionError,
 )
 from kafka.structs import TopicPartition
 
 from engine import ConfigError
+from pipelines.clients import connect
 from pipelines.lane import Lane
 from pipelines.metrics import LAG, PARTITIONS
 from pipelines.replay import Replay
@@ -44,8 +46,10 @@ def prepare(config: StreamConfig) -> dict[str, int]:
     options = config.client()
     try:
         with _hushed():
-            admin = KafkaAdminClient(
-                **options, request_timeout_ms=int(config.connect_timeout_s * 1e3)
+            admin = connect(
+                KafkaAdminClient,
+                **options,
+                request_timeout_ms=int(config.connect_timeout_s * 1e3),
             )
     except (KafkaError, OSError, ValueError) as error:
         raise _unreachable(config, error) from None
@@ -70,7 +74,7 @@ def _hushed() -> Iterator[None]:
 
 
 def _topics(admin: Any, config: StreamConfig) -> dict[str, int]:
-    wanted = (config.input_topic, config.output_topic, config.dead_letters)
+    wanted = _topics_of(config)
     found = _counts(admin, wanted)
     missing = [name for name in wanted if name not in found]
     if missing and not config.create_topics:
@@ -91,12 +95,31 @@ def _topics(admin: Any, config: StreamConfig) -> dict[str, int]:
     return _counts(admin, wanted) if missing else found
 
 
+def _topics_of(config: StreamConfig) -> tuple[str, str, str]:
+    return config.input_topic, config.output_topic, config.dead_letters
+
+
 def _counts(admin: Any, names: tuple[str, ...]) -> dict[str, int]:
     return {
         topic["name"]: len(topic["partitions"])
         for topic in admin.describe_topics(list(names))
         if not topic["error_code"] and topic["partitions"]
     }
+
+
+def vanished(config: StreamConfig) -> set[str] | None:
+    """Topics of the stream that the cluster does not have; ``None`` if it does not say."""
+    try:
+        with _hushed():
+            admin = connect(KafkaAdminClient, **config.client())
+            try:
+                found = admin.describe_topics(list(_topics_of(config)))
+            finally:
+                admin.close()
+    except (KafkaError, OSError, ValueError) as error:
+        log.debug("asking for the topics failed: %r", error)
+        return None
+    return {t["name"] for t in found if t["error_code"] == UnknownTopicOrPartitionError.errno}
 
 
 def _unreachable(config: StreamConfig, error: Exception) -> ConfigError:
@@ -115,7 +138,8 @@ def _unreachable(config: StreamConfig, error: Exception) -> ConfigError:
 
 def _member(config: StreamConfig, identity: str) -> Any:
     """A consumer that will join the group at its first poll, and knows the topic by then."""
-    consumer = KafkaConsumer(
+    consumer = connect(
+        KafkaConsumer,
         config.input_topic,
         **config.client(),
         client_id=f"plinth-{identity}",
@@ -134,7 +158,11 @@ def _member(config: StreamConfig, identity: str) -> Any:
     lane = Lane("plinth-metadata")
     job = lane.start(partial(consumer.partitions_for_topic, config.input_topic))
     lane.close()
-    job.wait(config.connect_timeout_s)
+    try:
+        job.wait(config.connect_timeout_s)
+    except BaseException:
+        consumer.close(autocommit=False, timeout_ms=1_000)
+        raise
     return consumer
 
 

@@ -22,6 +22,8 @@ class Job(Generic[T]):
         self._done = threading.Event()
         self._value: T | None = None
         self._error: BaseException | None = None
+        self._late: Callable[[T], object] | None = None
+        self._lock = threading.Lock()
 
     def run(self) -> None:
         """Do the work and keep what came of it."""
@@ -29,7 +31,21 @@ class Job(Generic[T]):
             self._value = self._work()
         except BaseException as error:  # noqa: BLE001 - raised again by wait() in the caller
             self._error = error
-        self._done.set()
+        with self._lock:
+            self._done.set()
+        self._dispose()
+
+    def abandon(self, late: Callable[[T], object]) -> None:
+        """Nobody waits any more: hand the result to ``late`` if there will be one."""
+        with self._lock:
+            self._late = late
+        self._dispose()
+
+    def _dispose(self) -> None:
+        with self._lock:
+            late, self._late = (self._late, None) if self._done.is_set() else (None, self._late)
+        if late is not None and self._error is None:
+            late(self._value)  # type: ignore[arg-type]
 
     def wait(self, seconds: float) -> T:
         """The result.

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from kafka import KafkaConsumer
+from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 
+from pipelines.clients import connect
 from pipelines.run import Chunk, Partition, Record
 from pipelines.stream_config import StreamConfig
 
@@ -37,7 +39,8 @@ class Replay:
         self._at = {place: start for place, (start, _) in ranges.items()}
         self._held: dict[Partition, deque[Record]] = {place: deque() for place in ranges}
         self._heard = time.monotonic()
-        self._consumer = KafkaConsumer(
+        self._consumer = connect(
+            KafkaConsumer,
             **config.client(),
             enable_auto_commit=False,
             auto_offset_reset="earliest",
@@ -69,7 +72,10 @@ class Replay:
 
     def close(self) -> None:
         """Close the reader."""
-        self._consumer.close(autocommit=False, timeout_ms=1_000)
+        try:
+            self._consumer.close(autocommit=False, timeout_ms=1_000)
+        except KafkaError as error:
+            log.debug("a reader of the past did not close cleanly: %r", error)
 
     def _poll(self) -> None:
         now = time.monotonic()

@@ -18,7 +18,7 @@ from typing import Any
 from kafka.errors import KafkaError
 
 from engine import Engine, Refused, Sla
-from pipelines.kafka import KafkaReader, prepare
+from pipelines.kafka import KafkaReader, prepare, vanished
 from pipelines.metrics import DEAD_LETTERS, RECORDS, RECOVERIES, REFUSED
 from pipelines.run import Answerer, Chunk, Poisoned, Rewind, Scored, pump
 from pipelines.scorer import Scorer
@@ -32,6 +32,8 @@ __all__ = ["StreamConfig", "StreamError", "StreamProgress", "StreamSummary", "ru
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 1.0
+GONE_S = 3.0
+"""A topic that is missing for so long was deleted; brokers may differ for a moment."""
 KEPT_TIMES = 100_000
 
 
@@ -182,6 +184,8 @@ class Stream:
         self._ended = (0.0, 0.0)
         self._alive = self._reported = self._saved = self._busy = time.monotonic()
         self._stopping: float | None = None
+        self._gone: dict[str, float] = {}
+        self._looked = 0.0
         self._breath = threading.Event()
 
     # -- the run ---------------------------------------------------------------------------
@@ -202,8 +206,10 @@ class Stream:
 
     def close(self) -> None:
         """Give back partitions and producers."""
-        self.reader.close()
-        self.sink.close()
+        try:
+            self.reader.close()
+        finally:
+            self.sink.close()
 
     # -- after every turn ------------------------------------------------------------------
     def _after(self, chunk: Chunk | None) -> bool:
@@ -279,6 +285,8 @@ class Stream:
         while True:
             try:
                 self.sink.ready()
+                if self._undone:
+                    self._look()
                 if self._resume():
                     return
             except Rewind:
@@ -288,6 +296,24 @@ class Stream:
             self._patience(time.monotonic())
             self._breath.wait(0.2)
             self.reader.keep_alive()
+
+    def _look(self) -> None:
+        """Raise when commits fail because a topic was deleted: none will come."""
+        now = time.monotonic()
+        if now - self._looked < GONE_S / 2:
+            return
+        self._looked = now
+        missing = vanished(self.config)
+        if missing is None:
+            return
+        self._gone = {name: self._gone.get(name, now) for name in missing}
+        if deleted := sorted(name for name, at in self._gone.items() if now - at >= GONE_S):
+            raise StreamError(
+                f"deleted on {self.config.bootstrap_servers} while the stream ran: topic "
+                + ", ".join(deleted),
+                hint="create it again with as many partitions as before, then start again: what "
+                "was not committed will be read again",
+            )
 
     def _resume(self) -> bool:
         found = self.reader.committed()

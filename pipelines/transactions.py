@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from kafka import KafkaProducer
 from kafka.errors import (
     AuthorizationError,
     FencedInstanceIdError,
     InvalidTransactionTimeoutError,
     KafkaError,
-    KafkaTimeoutError,
     MessageSizeTooLargeError,
 )
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from engine import PlinthError
+from pipelines.clients import Producer, connect
 from pipelines.dead_letters import app_version, headers, payload
 from pipelines.lane import Job, Lane
 from pipelines.metrics import COMMIT_SECONDS
@@ -39,6 +37,7 @@ RETRY_BACKOFF_MS = 5
 """A transaction that begins before the last one's markers are written waits so long."""
 MAX_KEY = 32_768
 HEADROOM = 128 * 1024
+LEAVE_S = 5.0
 
 
 class StreamError(PlinthError):
@@ -138,10 +137,11 @@ class KafkaSink(ABC):
         """
         for slot, producer in enumerate(self._slots):
             if producer is None:
+                job = self._lane.start(partial(self._connect, slot))
                 try:
-                    job = self._lane.start(partial(self._connect, slot))
                     self._slots[slot] = job.wait(self._deadline + 1)
                 except TimeoutError:
+                    job.abandon(Producer.give_up)
                     self._abandon_lane()
                     raise
                 except KafkaError as error:
@@ -153,9 +153,10 @@ class KafkaSink(ABC):
             if producer is not None:
                 self._slots[slot] = None
                 try:
-                    self._lane.start(partial(self._leave, producer)).wait(5)
-                except (TimeoutError, KafkaError):
-                    log.debug("a producer did not close in time")
+                    self._lane.start(partial(self._leave, producer)).wait(LEAVE_S)
+                except (TimeoutError, KafkaError) as error:
+                    log.debug("a producer did not close in time: %r", error)
+                producer.give_up()  # nothing to do where it closed
         self._lane.close()
 
     # -- what differs ----------------------------------------------------------------------
@@ -187,7 +188,7 @@ class KafkaSink(ABC):
         for slot, producer in enumerate(self._slots):
             if producer is not None:
                 self._slots[slot] = None
-                _drop(producer, self._deadline)
+                producer.give_up()
         raise Rewind(cause)
 
     def _abandon_lane(self) -> None:
@@ -231,16 +232,16 @@ class KafkaSink(ABC):
                 futures.append(send(topic, message.value, key, list(message.headers), place))
         return futures
 
-    def _all_written(self, producer: Any, futures: list[Any]) -> None:
+    def _all_written(self, futures: list[Any]) -> None:
         """Wait for what was sent, and see that all of it was.
 
         The client itself forgets a batch that it could not deliver in time, and would go on to
-        commit a transaction without it.
+        commit a transaction without it. Its flush() fails when a batch is split meanwhile.
         """
-        producer.flush(self._deadline * 2)  # whoever waits for this job gives up before
+        until = time.monotonic() + self._deadline * 2  # whoever waits for this job gives up before
         for future in futures:
             if not future.succeeded():
-                raise future.exception or KafkaTimeoutError("a message was not written")
+                future.get(max(0.0, until - time.monotonic()))
 
     def _send_dead(self, producer: Any, message: Message) -> Any:
         record, error = message.record, message.error
@@ -271,7 +272,8 @@ class ExactlyOnceSink(KafkaSink):
 
     def _connect(self, slot: int) -> Any:
         name = f"{self.config.group}-{self._identity}-{slot}"
-        producer = KafkaProducer(
+        producer = connect(
+            Producer,
             **self._options(),
             transactional_id=name,
             transaction_timeout_ms=self.config.transaction_timeout_ms,
@@ -279,7 +281,7 @@ class ExactlyOnceSink(KafkaSink):
         try:
             producer.init_transactions()
         except KafkaError:
-            _drop(producer, 0)
+            producer.give_up()
             raise
         return producer
 
@@ -287,7 +289,7 @@ class ExactlyOnceSink(KafkaSink):
         producer.begin_transaction()
         futures = self._send_all(producer, scored)
         producer.send_offsets_to_transaction(as_offsets(scored.chunk.ends), scored.chunk.owner)
-        self._all_written(producer, futures)
+        self._all_written(futures)
         producer.commit_transaction()
 
     def _leave(self, producer: Any) -> None:
@@ -307,10 +309,10 @@ class AtLeastOnceSink(KafkaSink):
         self._commit_offsets = commit
 
     def _connect(self, slot: int) -> Any:
-        return KafkaProducer(**self._options())
+        return connect(Producer, **self._options())
 
     def _commit(self, producer: Any, scored: Scored) -> None:
-        self._all_written(producer, self._send_all(producer, scored))
+        self._all_written(self._send_all(producer, scored))
 
     def _finish(self, scored: Scored) -> None:
         self._commit_offsets(scored.chunk.ends)
@@ -321,30 +323,17 @@ def as_offsets(ends: Mapping[Partition, int]) -> dict[Any, Any]:
     return {TopicPartition(*p): OffsetAndMetadata(at, "", -1) for p, at in ends.items()}
 
 
-def _drop(producer: Any, seconds: float) -> None:
-    """Close a producer that is no longer trusted, without waiting for it."""
-
-    def close() -> None:
-        for _ in range(2):  # a close whose flush times out closes nothing
-            try:
-                producer.close(timeout=seconds * 2)
-                return
-            except KafkaError as error:
-                log.debug("a dropped producer did not close in time: %r", error)
-
-    threading.Thread(target=close, name="plinth-drop", daemon=True).start()
-
-
 def _hopeless(error: KafkaError, config: StreamConfig) -> StreamError | None:
     """What to end with, if trying again has no point."""
+    words = repr(error)  # the client wraps what came first
     if isinstance(error, FencedInstanceIdError):
         return namesake(config)
-    if isinstance(error, MessageSizeTooLargeError):
+    if MessageSizeTooLargeError.__name__ in words:
         return StreamError(
             f"Kafka refuses an answer or dead letter as too large: {error}",
             hint="raise the topics' max.message.bytes or lower stream.max_record_bytes",
         )
-    if InvalidTransactionTimeoutError.__name__ in str(error):  # the client wraps it
+    if InvalidTransactionTimeoutError.__name__ in words:
         return StreamError(
             f"the brokers do not allow transactions of {config.transaction_timeout_ms} ms",
             hint="lower stream.transaction_timeout_ms or raise transaction.max.timeout.ms there",

@@ -46,8 +46,8 @@ def double(name: str = "double"):
 
 
 def device_thread() -> threading.Thread:
-    (thread,) = [t for t in threading.enumerate() if t.name == "plinth-device"]
-    return thread
+    """Of the engine that was started last."""
+    return [t for t in threading.enumerate() if t.name == "plinth-device"][-1]
 
 
 def held(engine: Engine, module: Held):

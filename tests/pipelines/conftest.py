@@ -7,6 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kafka_fixtures import kafka_node, own_node, spare_node
+from kafka_fixtures import clients_end, kafka_node, own_node, spare_node
 
-__all__ = ["kafka_node", "own_node", "spare_node"]
+__all__ = ["clients_end", "kafka_node", "own_node", "spare_node"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -14,7 +15,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from kafka_node import KafkaNode, find_home
 
-__all__ = ["KafkaNode", "eventually", "kafka_node", "own_node", "spare_node"]
+__all__ = ["KafkaNode", "clients_end", "eventually", "kafka_node", "own_node", "spare_node"]
+CLIENTS = re.compile("kafka-io-|-network-thread|^plinth-(commit|metadata)")
 
 
 def required_home() -> Path:
@@ -48,6 +50,24 @@ def own_node(spare_node: KafkaNode) -> KafkaNode:
     """A running node for a test that kills or freezes it, in whatever state that leaves it."""
     spare_node.revive()
     return spare_node
+
+
+@pytest.fixture(autouse=True)
+def clients_end() -> Iterator[None]:
+    """No Kafka client outlives the test that made it, nor its stream."""
+    before = set(threading.enumerate())
+    yield
+    left: list[str] = []
+
+    def none() -> bool:
+        left[:] = [t.name for t in set(threading.enumerate()) - before if CLIENTS.search(t.name)]
+        return not left
+
+    try:
+        eventually(none, 60, "every Kafka client ended")
+    except AssertionError as error:
+        error.add_note(f"left: {', '.join(left)}")
+        raise
 
 
 def eventually(check: Callable[[], bool], seconds: float, what: str) -> None:

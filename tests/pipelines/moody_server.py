@@ -161,7 +161,7 @@ def running() -> Iterator[str]:
     assert process.stdout is not None
     yield f"http://127.0.0.1:{int(process.stdout.readline())}"
     process.stdin.close()
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     process.stdout.close()
 
 

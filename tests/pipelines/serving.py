@@ -24,7 +24,7 @@ class Running:
     def __init__(self, server: Server, engine: Engine) -> None:
         self.server = server
         self.engine = engine
-        self.client = httpx.Client(base_url=server.url, timeout=20)
+        self.client = httpx.Client(base_url=server.url, timeout=60)
         self.thread = threading.Thread(target=server.run)
         self.thread.start()
 
@@ -57,7 +57,7 @@ def running(verticals: Mapping[str, Vertical[Any, Any]], **tables: Any) -> Itera
         finally:
             running.client.close()  # an open connection would linger
             running.server.drain()
-            running.thread.join(30)
+            running.thread.join(60)
             assert not running.thread.is_alive()
 
 
@@ -66,7 +66,7 @@ class Raw:
 
     def __init__(self, server: Running) -> None:
         url = server.client.base_url
-        self.socket = socket.create_connection((url.host, url.port or 0), timeout=20)
+        self.socket = socket.create_connection((url.host, url.port or 0), timeout=60)
         self.file = self.socket.makefile("rb")
 
     def __enter__(self) -> Raw:
@@ -96,13 +96,13 @@ class Raw:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Look until the condition holds; at most 10 s."""
+    """Look until the condition holds; at most a minute, for a machine with other things to do."""
     pause = threading.Event()
-    for _ in range(1000):
+    for _ in range(6000):
         if condition():
             return
         pause.wait(0.01)
-    raise AssertionError("it did not come true within 10 s")
+    raise AssertionError("it did not come true within a minute")
 
 
 def error(response: httpx.Response, status: int, reason: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from engine import ConfigError, ModelSpec, ModelStore, PlinthError, TensorSpec, 
 from pipelines.benchmark_http import connections_for
 from pipelines.cli_benchmark import EPILOG, benchmark
 
+pytestmark = pytest.mark.clock
 QUICK = ("--quantile", "0.9", "--seconds", "0.2")
 Plinth = Callable[..., Any]
 

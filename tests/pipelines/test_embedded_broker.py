@@ -54,11 +54,12 @@ def listening(port: int) -> bool:
 
 
 HOLD = """
-import json, os, signal, sys
+import json, os, sys, threading
 from pipelines.broker import EmbeddedBroker
 with EmbeddedBroker() as broker:
     print(json.dumps(broker.port), flush=True)
-    signal.pause()
+    while not threading.Event().wait(0.1):  # a signal just before a wait without end is lost
+        pass
 """
 
 
@@ -71,15 +72,19 @@ def test_the_broker_ends_with_its_process_however_that_ends(how: signal.Signals)
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert owner.stdout is not None
-    port = json.loads(owner.stdout.readline())
-    family = psutil.Process(owner.pid).children(recursive=True)
-    assert listening(port)
-    assert family
-    owner.send_signal(how)
-    owner.wait(10)
-    eventually(lambda: not listening(port), 10, "the port is free")
-    psutil.wait_procs(family, timeout=10)
-    assert not any(process.is_running() for process in family)
+    try:
+        port = json.loads(owner.stdout.readline())
+        family = psutil.Process(owner.pid).children(recursive=True)
+        assert listening(port)
+        assert family
+        owner.send_signal(how)
+        owner.wait(60)
+        eventually(lambda: not listening(port), 60, "the port is free")
+        psutil.wait_procs(family, timeout=60)
+        assert not any(process.is_running() for process in family)
+    finally:
+        owner.kill()
+        owner.wait(60)
 
 
 def test_a_taken_port_is_refused_in_plain_words() -> None:

@@ -15,6 +15,7 @@ from scipy import stats
 from engine import ConfigError
 from pipelines.load import Load, LoadResult, poisson
 
+pytestmark = pytest.mark.clock
 PARALLEL = 2
 ONE_STALL = [b""] * 100 + [b"stall"] + [b""] * 900
 

@@ -224,7 +224,7 @@ def test_draining_answers_all_that_was_accepted(gate: Gate) -> None:
         assert reasons == {"draining": "the server is shutting down"}
         gate.open()
         assert [answer.result().status_code for answer in (first, *rest)] == [200] * 9
-        server.thread.join(10)
+        server.thread.join(60)
         assert not server.thread.is_alive()
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.server.url}/health/live")
@@ -238,7 +238,7 @@ def test_draining_is_bounded(gate: Gate) -> None:
         held = pool.submit(server.post, ROUTE, json={"id": "a", "value": 1000})
         gate.await_arrival()
         server.server.drain()
-        server.thread.join(10)
+        server.thread.join(60)
         assert not server.thread.is_alive()
         gate.open()
-        error(held.result(10), 503, "shutting_down")
+        error(held.result(60), 503, "shutting_down")

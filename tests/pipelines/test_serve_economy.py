@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from serving import error, running, until
-from test_serve_bounds import GOOD, HELD, ROUTE, Raw
+from serving import Raw, error, running, until
+from test_serve_bounds import GOOD, HELD, ROUTE
 from tiny_verticals import GATE, Gate, Tiny
 
 from engine.metrics import REGISTRY
@@ -33,7 +33,7 @@ def test_work_whose_clients_left_behind_a_long_batch_is_never_run(gate: Gate) ->
         gate.await_arrival()
         clients = [Raw(server) for _ in range(5)]
         for client in clients:
-            client.post(GOOD)
+            client.post(ROUTE, GOOD)
         until(lambda: server.engine.status()["urgent_rows"] == 5)
         for client in clients:
             client.__exit__()

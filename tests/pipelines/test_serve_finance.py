@@ -69,6 +69,7 @@ def test_a_wrong_field_is_refused_by_name_and_its_value_kept_to_itself(
     assert payment["card"] not in answer.text
 
 
+@pytest.mark.clock
 def test_a_lone_payment_is_answered_within_10_ms(finance: Running, payment: dict[str, Any]) -> None:
     spent = []
     for number in range(200):

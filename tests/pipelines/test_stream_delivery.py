@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from kafka.admin import KafkaAdminClient
 from kafka_fixtures import KafkaNode
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
@@ -19,6 +18,7 @@ from pipelines.kafka import prepare
 from pipelines.redeliver import redeliver
 from pipelines.stream import StreamConfig, StreamError, StreamProgress, StreamSummary, run
 
+pytestmark = pytest.mark.slow
 real_kafka = pytest.mark.kafka
 
 
@@ -137,17 +137,36 @@ def test_answers_that_kafka_refuses_stop_the_stream_and_come_once_it_takes_them(
 ) -> None:
     config = kafka_node.config(max_events=200)
     kafka_node.fill(config, spends(200))
-    admin = KafkaAdminClient(bootstrap_servers=kafka_node.servers)
-    admin.delete_topics([config.output_topic])
-    small = {"num_partitions": 4, "replication_factor": 1, "configs": {"max.message.bytes": "100"}}
-    admin.create_topics({config.output_topic: small}, wait_for_metadata=True)
+    kafka_node.delete(config.output_topic)
+    kafka_node.create(config.output_topic, **{"max.message.bytes": "100"})
     with pytest.raises(StreamError, match=r"max\.message\.bytes"):
         stream(config)
     assert kafka_node.read(config.output_topic) == []
-    admin.delete_topics([config.output_topic])
-    admin.close()
+    kafka_node.delete(config.output_topic)
     stream(config)
     expect_each_once(kafka_node.answers(config), 200)
+
+
+@real_kafka
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+def test_an_output_topic_that_is_deleted_ends_the_stream_and_is_named(
+    kafka_node: KafkaNode, guarantee: str
+) -> None:
+    config = kafka_node.config(guarantee=guarantee, idle_exit_s=None, commit_timeout_ms=2_000)
+    kafka_node.fill(config, spends(200))
+    gone = threading.Event()
+
+    def delete(progress: StreamProgress) -> None:
+        if progress.records >= 200 and not gone.is_set():
+            gone.set()
+            kafka_node.delete(config.output_topic)
+            kafka_node.fill(config.model_copy(update={"output_topic": "other"}), spends(50))
+
+    with pytest.raises(StreamError, match=f"deleted .* topic {config.output_topic}") as caught:
+        stream(config, on_progress=delete)
+    assert "create it again" in str(caught.value.hint)
+    again = config.model_copy(update={"max_events": 50})
+    assert stream(again).records == 50  # none of them was lost
 
 
 @real_kafka
@@ -249,9 +268,11 @@ def test_a_broker_that_is_not_there_is_said_within_the_time_allowed() -> None:
         config = StreamConfig(
             bootstrap_servers=server, input_topic="a", output_topic="b", connect_timeout_s=1
         )
-        started = time.monotonic()
-        with pytest.raises(ConfigError) as caught:
-            stream(config)
+        vertical = TallyVertical()
+        with started_engine(vertical) as engine:
+            started = time.monotonic()
+            with pytest.raises(ConfigError) as caught:
+                run(vertical, engine, config, threading.Event())
     assert time.monotonic() - started < 5
     assert server in str(caught.value)
     assert "bootstrap_servers" in str(caught.value)

@@ -238,7 +238,7 @@ def finished(jobs: Jobs, **files: str) -> Any:
     for name, text in files.items():
         (job.folder / "in" / f"{name}.txt").write_text(text)
     jobs.submit(job, 1)
-    job.ended.result(10)
+    job.ended.result(60)
     return job
 
 

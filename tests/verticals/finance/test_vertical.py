@@ -297,6 +297,7 @@ class Slow(nn.Module):
         return answer
 
 
+@pytest.mark.clock
 def test_under_load_the_cheaper_variant_answers_with_its_own_thresholds_and_says_so() -> None:
     vertical = FraudScoring()
     main, lite = vertical.models()

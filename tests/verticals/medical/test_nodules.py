@@ -27,6 +27,7 @@ from verticals.medical.vertical import MODEL, STORE, CtAnalysis, CtSettings, Stu
 from verticals.medical.volume import Volume
 from verticals.testing import feed
 
+pytestmark = pytest.mark.slow
 COARSE = {"shape": (120, 90, 72), "spacing": (2.9, 2.9, 3.0)}
 FINE = {"shape": (220, 160, 130), "spacing": (1.6, 1.7, 1.6)}
 WINDOW = (32, 48, 48)

@@ -21,6 +21,7 @@ from verticals.medical.segmentation import write_segmentation
 from verticals.medical.vertical import CtAnalysis, CtSettings
 from verticals.testing import feed
 
+pytestmark = pytest.mark.slow
 CHEST = {"shape": (76, 64, 48), "spacing": (4.6, 4.5, 4.5)}
 
 

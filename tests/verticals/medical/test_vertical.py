@@ -19,6 +19,7 @@ from verticals.medical.vertical import MODEL, STORE, CtAnalysis, CtSettings, Stu
 from verticals.testing import check_vertical, feed
 from verticals.testing.flows import run_with_models
 
+pytestmark = pytest.mark.slow
 SMALL = {"shape": (76, 64, 20), "spacing": (4.6, 4.5, 4.5)}
 Edit = Callable[..., None]
 
@@ -196,19 +197,17 @@ print(volume.voxels.nbytes, peak() - before)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux")
 def test_peak_memory_grows_by_little_more_than_two_masks_with_the_slices() -> None:
     """What is held besides the volume: its labels and regions, one byte a voxel each."""
-    measured = [
-        subprocess.run(
-            [sys.executable, "-c", MEASURE, str(slices)],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.split()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEASURE, str(slices)], stdout=subprocess.PIPE, text=True
+        )
         for slices in (100, 300)
     ]
+    measured = [process.communicate()[0].split() for process in started]
+    assert [process.returncode for process in started] == [0, 0]
     (small, peak_small), (large, peak_large) = ((int(a), int(b)) for a, b in measured)
     grown = (peak_large - peak_small) / ((large - small) / 2)  # bytes per further voxel
     assert grown < 4.0
