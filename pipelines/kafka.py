@@ -16,6 +16,7 @@ from kafka.errors import (
     AuthorizationError,
     FencedInstanceIdError,
     KafkaError,
+    KafkaTimeoutError,
     TopicAlreadyExistsError,
     UnknownTopicOrPartitionError,
 )
@@ -301,7 +302,7 @@ class KafkaReader:
         found: dict[Partition, int] = {}
         fresh: dict[Partition, int] = {}
         for place in places:
-            at = self.consumer.committed(place, timeout_ms=self._timeout_ms)
+            at = self._committed(place)
             if at is None:
                 at = first[place] if self.config.start_at == "earliest" else last[place]
                 fresh[Partition(*place)] = at
@@ -309,6 +310,16 @@ class KafkaReader:
         if fresh:
             self.commit(fresh)
         return owner, found, {Partition(*p): at for p, at in first.items()}
+
+    def _committed(self, place: Any) -> int | None:
+        try:
+            at: int | None = self.consumer.committed(place, timeout_ms=self._timeout_ms)
+        except KafkaTimeoutError:
+            raise KafkaTimeoutError(
+                "the group's offsets were not told: the coordinator is away, or a transaction that "
+                "nobody ends keeps them unstable (kafka-transactions.sh find-hanging)"
+            ) from None
+        return at
 
     def _retained(self, place: Any, at: int, first: int, last: int) -> int:
         if first <= at <= last:

@@ -184,6 +184,7 @@ class Stream:
         self._ended = (0.0, 0.0)
         self._alive = self._reported = self._saved = self._busy = time.monotonic()
         self._stopping: float | None = None
+        self._trouble = ""
         self._gone: dict[str, float] = {}
         self._looked = 0.0
         self._breath = threading.Event()
@@ -293,6 +294,7 @@ class Stream:
                 self._undone = self.sink.take_back() + self._undone
             except (TimeoutError, KafkaError) as error:
                 log.warning("recovering from %s is tried again: %r", why.cause, error)
+                self._trouble = f"; last: {error!r}"
             self._patience(time.monotonic())
             self._breath.wait(0.2)
             self.reader.keep_alive()
@@ -348,7 +350,7 @@ class Stream:
         if now - self._alive > self.config.outage_timeout_s:
             raise StreamError(
                 f"no commit and no group membership for {self.config.outage_timeout_s:g} s "
-                f"at {self.config.bootstrap_servers}",
+                f"at {self.config.bootstrap_servers}{self._trouble}",
                 hint="check the brokers; what was committed is complete, start again to go on",
             )
 
