@@ -28,7 +28,7 @@ from pipelines.batch import Batch, Summary, check_folders
 from pipelines.batch import Progress as Step
 from pipelines.cli_output import err, say, show_json, show_table
 from pipelines.config import Config
-from pipelines.garbage import slow_garbage
+from pipelines.interpreter import set_for_serving
 from verticals import registry
 
 
@@ -123,7 +123,7 @@ def run_stream(config: Config, name: str, metrics: str | None, as_json: bool) ->
         Signals(stop.set).handled(),
         metrics_at(metrics) as url,
         build_engine(config, {name: vertical}) as engine,
-        slow_garbage(),
+        set_for_serving(),
     ):
         say(f"streaming {config.stream.input_topic} -> {config.stream.output_topic}")
         if url is not None:

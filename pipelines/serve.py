@@ -31,13 +31,13 @@ from engine import ConfigError, Engine, InputError, PlinthError
 from pipelines import http_openapi
 from pipelines.assembly import is_folder_vertical, sla_of
 from pipelines.config import Config, ServeConfig
-from pipelines.garbage import slow_garbage
 from pipelines.http_common import Gate, Health, add_common_routes, add_error_handlers, publish
 from pipelines.http_express import Express
 from pipelines.http_heads import Heads
 from pipelines.http_jobs import UploadDoor
 from pipelines.http_protocol import Protocol
 from pipelines.http_records import RecordDoor
+from pipelines.interpreter import set_for_serving
 from pipelines.jobs import Jobs
 from verticals import Vertical
 
@@ -119,7 +119,7 @@ async def warm_up(
             log.error("warm-up of %s: %s", name, error)
             health.reasons["warm_up"] = f"{name} failed to warm up: {error.message}"
             return
-    stack.enter_context(slow_garbage())
+    stack.enter_context(set_for_serving())
     health.reasons.pop("warm_up", None)
 
 
