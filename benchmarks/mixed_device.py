@@ -5,8 +5,8 @@
 Two arms, each a server process of its own with the packaged models of finance and medical:
 
 - ``plinth``: ``plinth serve finance medical`` as it is.
-- ``plain``: the same server with a Batcher whose slices of background work are bounded by
-  nothing but the largest batch, and payments without a deadline: what a queue would do.
+- ``plain``: the same server as a plain queue: first come, first served, no deadlines, and slices
+  bounded by nothing but the largest batch.
 
 In both, ``--studies`` uploads of one CT series (a zip of sample_data/ct_phantom) are kept in work
 through the HTTP door, and payments (sample_data/transactions) come at a steady Poisson rate, open
@@ -21,6 +21,7 @@ import contextlib
 import gzip
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -92,10 +93,11 @@ def serve_plain(file: Path) -> None:
     verticals = load_verticals(config)
     batcher = Batcher(LatencyModel(), slice_share=UNBOUNDED, idle_slice=UNBOUNDED)
     engine = Engine(batcher, **config.engine.model_dump())
+    queued = Sla(weight=math.inf)  # nobody is served less than the others: order of arrival
     for vertical in verticals.values():
-        vertical.__dict__["sla"] = Sla()
+        vertical.__dict__["sla"] = queued
         for model in vertical.models():
-            engine.add(model, sla=Sla())
+            engine.add(model, sla=queued)
     with engine:
         server = Server(create_app(verticals, engine, config), config, bound)
         print(f"serving {', '.join(verticals)} on {server.url}", file=sys.stderr, flush=True)

@@ -107,7 +107,8 @@ PLINTH = Server(
     name="plinth",
     package="plinth",
     command=lambda _: ["plinth", "serve", "fraud_mlp", "--config", str(BUILD / "plinth.toml")],
-    settings="batches up to 128 by deadline, SLA 150 ms, refuses what cannot be in time",
+    settings="batches up to 128 by deadline, SLA 150 ms, refuses what cannot be in time, "
+    "backend auto",
     path="/v1/fraud_mlp/score",
     install=(
         ("--no-deps", "--no-build-isolation", "--editable", str(ROOT)),
