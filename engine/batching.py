@@ -72,6 +72,7 @@ class Batcher:
         self._rows = 0
         self._level = 0.0
         self._busy_until = 0.0
+        self._running = False
 
     # -- settings and state ------------------------------------------------------------------
     def register(self, key: str, most: int = 128, cheaper: str | None = None) -> None:
@@ -127,7 +128,7 @@ class Batcher:
         stream, room = self._stream(work), self.max_queue - self._rows
         if work.rows > room or stream.rows + work.rows > _CROWD * room:
             return Refusal(work, self._full(work, now))
-        start = max(now, self._busy_until)
+        start = self._free(now)
         alone = self.latency.predict(work.key, work.rows, 0.5)
         promise = work.sla.deadline_ms / 1e3
         if now + alone <= work.deadline:  # else nobody could keep it
@@ -166,6 +167,7 @@ class Batcher:
             batch = self._urgent_batch(now, refused) or self._slice()
         if batch is not None:
             self._busy_until = self._finish(batch.key, batch.rows, now)
+            self._running = True
             self._background.account(batch)
         return batch, refused
 
@@ -173,6 +175,7 @@ class Batcher:
         """Learn what a batch really took; the device is free from ``now`` on."""
         self.latency.observe(batch.key, batch.rows, seconds)
         self._busy_until = now
+        self._running = False
 
     def _slice(self) -> Batch | None:
         return self._background.slice(lambda key: self._class(key).most)
@@ -330,6 +333,15 @@ class Batcher:
         stream.add(work, self._level)
         self._rows += work.rows
 
+    def _free(self, now: float) -> float:
+        """When the device is likely to be free.
+
+        Of a batch that runs longer than predicted, nothing is known but that: it may take as long
+        again as it is over.
+        """
+        over = now - self._busy_until if self._running else 0.0
+        return max(now, self._busy_until) + max(0.0, over)
+
     def _finish(self, key: str, rows: int, start: float) -> float:
         """When rows that run next are likely to be done; what misses that is hopeless."""
         return start + self.latency.predict(key, rows, 0.5)
@@ -366,7 +378,7 @@ class Batcher:
         """Seconds until the device is free and what waits now has run."""
         most, rows = self._class(key).most, self._rows_of(key)
         batches = rows / most
-        return max(0.0, self._busy_until - now) + batches * self.latency.predict(key, most)
+        return self._free(now) - now + batches * self.latency.predict(key, most)
 
 
 def _name(work: Work) -> tuple[str, int, float]:

@@ -126,9 +126,28 @@ class Stream:
         if low < len(tail):  # there are rows for a larger batch, but not time for all of them
             between = range(rows + 1, min(most, sizes[low] - 1) + 1)
             rows += bisect_right(between, tail[low].deadline + _ROUNDING, key=end)
-        first = bisect_left(works, end(rows) - _ROUNDING, key=_BY_DEADLINE)
-        while first < len(works) and works[first].rows > rows:
-            first += 1
-        packed = accumulate(map(_BY_ROWS, works[first : first + rows]))
-        count = bisect_right(list(packed), rows)
+        first, count, packed = self._pack(rows, most, end)
+        while packed < rows:  # work of several rows packs badly, and older work may have time
+            rows = packed if count else min(1, rows - 1)
+            older = self._pack(rows, most, end)
+            if count and older[0] >= first:
+                break
+            first, count, packed = older
         return (first, count) if count else (0, 0)
+
+    def _pack(self, rows: int, most: int, end: Callable[[int], float]) -> tuple[int, int, int]:
+        """The fullest batch that begins with the oldest work which has time for ``rows``.
+
+        Returns:
+            The place of its first piece of work, how many, and their rows.
+        """
+        works = self.works
+        first = bisect_left(works, end(rows) - _ROUNDING, key=_BY_DEADLINE)
+        while first < len(works):
+            in_time = works[first].deadline + _ROUNDING
+            packed = list(accumulate(map(_BY_ROWS, works[first : first + most])))
+            count = min(bisect_right(packed, most), bisect_right(packed, in_time, key=end))
+            if count:
+                return first, count, packed[count - 1]
+            first += 1  # it alone is too large
+        return first, 0, 0

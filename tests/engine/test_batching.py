@@ -1,7 +1,7 @@
 """The scheduling policy, with the clock in the test's own hand."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine import Batcher, DeadlineRefused, LatencyModel, QueueFull, Sla, Work
@@ -97,14 +97,17 @@ def test_a_stream_that_was_idle_has_saved_nothing_up():
     queue = batcher()
     for turn in range(50):  # "b" alone has the device for long
         offer_many(queue, 60, key="b", arrival=float(turn))
-        queue.next(float(turn))
+        batch, _ = queue.next(float(turn))
+        queue.finished(batch, batch.predicted, turn + batch.predicted)
     keys = []
     for turn in range(50, 60):
         offer_many(queue, 60, key="a", arrival=turn + 0.001)
         offer_many(queue, 60, key="b", arrival=float(turn))
         for wait in (0.1, 0.2):
             batch, _ = queue.next(turn + wait)
-            keys += [batch.key] if batch else []
+            if batch:
+                queue.finished(batch, batch.predicted, turn + wait + batch.predicted)
+                keys.append(batch.key)
     assert keys.count("a") <= keys.count("b") + 2
 
 
@@ -281,6 +284,7 @@ def test_nothing_is_lost_nothing_runs_twice_and_what_runs_is_in_time(arrivals):
         assert ran[item] == (0 if item in answered else item.rows)
 
 
+@example([(0.25, 1), (0.25, 4), (0.25, 9), (0.03125, 1)], 13)
 @given(
     st.lists(st.tuples(st.floats(0, 0.3), st.integers(1, 9)), min_size=1, max_size=80),
     st.integers(1, 40),
@@ -326,3 +330,16 @@ def test_stalls_longer_than_the_promise_do_not_close_the_door_for_good():
     batch, refused = made.next(30.0)
     assert batch is not None
     assert not refused
+
+
+def test_a_batch_that_overruns_is_not_taken_to_end_at_any_moment():
+    queue = batcher()
+    queue.offer(work(), 0.0)
+    batch, _ = queue.next(0.0)  # predicted to end at 0.021
+    tight = Sla(deadline_ms=60)
+    assert queue.offer(work(arrival=0.04, sla=tight), 0.04) is None  # free at 0.059, say
+    refusal = queue.offer(work(arrival=0.08, sla=tight), 0.08)  # free at 0.139, as likely as not
+    assert isinstance(refusal.error, DeadlineRefused)
+    assert refusal.error.predicted == pytest.approx(0.08)
+    queue.finished(batch, 0.09, 0.09)
+    assert queue.offer(work(arrival=0.09, sla=Sla(deadline_ms=150)), 0.09) is None
