@@ -33,8 +33,12 @@ class Turn:
         return self._waited + now - self._begun
 
     def served(self, count: int, reading: float, writing: float) -> None:
-        """Answers were written: what reading one and writing all took the loop (seconds)."""
-        self.cost += 0.05 * (reading + writing / count - self.cost)
+        """Answers were written: what reading one and writing all took the loop (seconds).
+
+        A stall of the machine is no cost of a request, and must not close the door after it.
+        """
+        seen = min(reading + writing / count, 2 * self.cost)
+        self.cost += 0.05 * (seen - self.cost)
         self._active = time.perf_counter()
 
     def _close(self) -> None:

@@ -67,6 +67,18 @@ def goodput(results: dict[str, Any], multiples: list[float]) -> str:
     return table(head, rows)
 
 
+def same_rates(results: dict[str, Any]) -> str:
+    """Answers in time per second, and their p99, at the same offered rates."""
+    rates = results["settings"]["rates"]
+
+    def cell(entry: dict[str, Any], rate: float) -> str:
+        runs = [run for run in entry["same_rates"] if run["rate"] == rate]
+        return f"{middle(runs, lambda run: run['goodput'])} ({middle(runs, latency('p99'))})"
+
+    rows = [[name, *(cell(entry, rate) for rate in rates)] for name, entry in measured(results)]
+    return table(["server", *(f"{rate:g}/s" for rate in rates)], rows)
+
+
 def details(results: dict[str, Any], multiple: float) -> str:
     """Latency, what was not answered, and cost at one multiple."""
     figures: list[tuple[str, Figure, int]] = [
@@ -119,6 +131,7 @@ def page(results: dict[str, Any]) -> str:
         f"{settings['rounds']} rounds of {settings['seconds']:g} s, "
         f"{results['measured_seconds'] / 60:.0f} minutes.",
         goodput(results, multiples),
+        "The same rate offered to all: in time /s (p99, ms):\n\n" + same_rates(results),
         *(f"At {m:g}× its own capacity:\n\n{details(results, m)}" for m in multiples),
         "Settings:\n\n"
         + "\n".join(f"- {name}: {entry['settings']}" for name, entry in results["servers"].items()),

@@ -35,6 +35,7 @@ from pipelines.load import Load, LoadResult
 from pipelines.search import Goal, Search, Trial
 
 MULTIPLES = (0.5, 1.0, 1.5, 2.0)
+RATES = [500.0, 1000.0, 2000.0, 4000.0, 8000.0, 16000.0, 24000.0]
 PROBE_SECONDS = 1.5
 FIRST_RATE = 200.0  # requests per second the search for the capacity begins with
 MOST_CONNECTIONS = 4000
@@ -243,6 +244,10 @@ def visit(entry: dict[str, Any], bench: Bench, round_: int, given: argparse.Name
                 flush=True,
             )
         entry["runs"] += runs
+        for rate in given.rates:
+            time.sleep(REST_SECONDS)
+            run = bench.measure(rate / entry["capacity"], entry["capacity"], given.rate_seconds, 0)
+            entry["same_rates"].append({"round": round_, "rate": rate, **run})
         time.sleep(GIVE_UP_SECONDS)
         bench.check()
 
@@ -262,6 +267,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=servers.BUILD / "results.json")
     parser.add_argument("--servers", nargs="+", choices=[s.name for s in servers.SERVERS])
     parser.add_argument("--multiples", nargs="+", type=float, default=list(MULTIPLES))
+    parser.add_argument(
+        "--rates", nargs="*", type=float, default=RATES, help="offered to every server alike, /s"
+    )
+    parser.add_argument("--rate-seconds", type=float, default=4.0, help="of each of these runs")
     parser.add_argument("--sla-ms", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -278,7 +287,8 @@ def installed(chosen: Sequence[Server]) -> dict[str, dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     for server in chosen:
         print(f"installing {server.name}", flush=True)
-        entry: dict[str, Any] = {"settings": server.settings, "runs": [], "failures": []}
+        entry: dict[str, Any] = {"settings": server.settings, "failures": []}
+        entry |= {"runs": [], "same_rates": []}
         reason = servers.install(server)
         if reason is None:
             entry["version"] = servers.version(server)
