@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 PROGRESS_S = 1.0
 GONE_S = 3.0
+IDLE_LOOK_S = 15.0
 """A topic that is missing for so long was deleted; brokers may differ for a moment."""
 KEPT_TIMES = 100_000
 
@@ -227,6 +228,8 @@ class Stream:
                 self._began = time.perf_counter(), time.process_time()
         else:
             self.sink.settle()
+            if now - self._busy >= IDLE_LOOK_S:
+                self._look(IDLE_LOOK_S)
         if now - self._saved >= self.config.snapshot_interval_s:
             self.sink.settle()
             self.keeper.save()
@@ -299,10 +302,10 @@ class Stream:
             self._breath.wait(0.2)
             self.reader.keep_alive()
 
-    def _look(self) -> None:
-        """Raise when commits fail because a topic was deleted: none will come."""
+    def _look(self, every: float = GONE_S / 2) -> None:
+        """Raise when commits fail, or nothing comes, because a topic was deleted."""
         now = time.monotonic()
-        if now - self._looked < GONE_S / 2:
+        if now - self._looked < every:
             return
         self._looked = now
         missing = vanished(self.config)

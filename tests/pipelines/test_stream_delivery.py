@@ -170,6 +170,24 @@ def test_an_output_topic_that_is_deleted_ends_the_stream_and_is_named(
 
 
 @real_kafka
+def test_an_input_topic_that_is_deleted_ends_the_stream_and_is_named(
+    kafka_node: KafkaNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.stream.IDLE_LOOK_S", 1.0)
+    config = kafka_node.config(idle_exit_s=None)
+    kafka_node.fill(config, spends(50))
+    gone = threading.Event()
+
+    def delete(progress: StreamProgress) -> None:
+        if progress.records == 50 and not gone.is_set():
+            gone.set()
+            kafka_node.delete(config.input_topic)
+
+    with pytest.raises(StreamError, match=f"deleted .* topic {config.input_topic}"):
+        stream(config, on_progress=delete)
+
+
+@real_kafka
 def test_a_record_on_which_the_vertical_fails_is_set_aside_and_counts_nothing_twice(
     kafka_node: KafkaNode,
 ) -> None:
