@@ -147,6 +147,8 @@ class Express:
         self._door = door
         self._groups: dict[float | None, Group] = {}
         self._turn = Turn()
+        self._refused: tuple[float, int, int, float] | None = None
+        self._refusal = b""
 
     def head(self, headers: dict[bytes, bytes], keep_alive: bool) -> Head | None:
         """What a head means, or ``None`` if its request may not take the lane.
@@ -178,11 +180,13 @@ class Express:
         gate.in_work += 1
         exchange.age = turn.age(exchange.read)
         sla = head.sla
-        refusal = (
-            gate.refusal(door.path, head.headers.items()) or head.error or self._late(exchange, sla)
-        )
+        refusal = gate.refusal(door.path, head.headers.items()) or head.error
         if refusal is not None:
             self._fail((exchange,), refusal)
+            return
+        too_late = self._too_late(exchange, sla)
+        if too_late is not None:
+            self._finish(exchange, 503, too_late)
             return
         body = bytes(exchange.body)
         if body[:1] != b"{" and body.lstrip()[:1] != b"{":
@@ -207,22 +211,29 @@ class Express:
         if len(group.waiting) >= _GROUP:
             self._launch(self._groups.pop(sla.deadline_ms))
 
-    def _late(self, exchange: Exchange, sla: Sla) -> DeadlineRefused | None:
-        """The refusal of what this process has no time to serve, before work is put into it."""
+    def _too_late(self, exchange: Exchange, sla: Sla) -> bytes | None:
+        """The answer to what this process has no time to serve, before work is put into it.
+
+        It is the same for all of one millisecond: under overload it must cost next to nothing.
+        """
         if sla.deadline_ms is None:
             return None
-        turn, allowed = self._turn, sla.deadline_ms / 1e3
+        turn, allowed, age = self._turn, sla.deadline_ms / 1e3, exchange.age
         ahead = turn.taken * turn.cost
-        if exchange.age + ahead <= allowed and ahead <= _TURN_SHARE * allowed:
+        if age + ahead <= allowed and ahead <= _TURN_SHARE * allowed:
             return None
-        return DeadlineRefused(
-            f"{turn.taken} requests are ahead in this process, and {exchange.age * 1e3:.0f} ms "
-            f"of the {sla.deadline_ms:g} ms have passed",
-            predicted=exchange.age + ahead,
-            deadline=allowed,
-            rows_ahead=turn.taken,
-            retry_after=ahead,
-        )
+        key = turn.begun, turn.taken, int(age * 1e3), sla.deadline_ms
+        if key != self._refused:
+            error = DeadlineRefused(
+                f"{turn.taken} requests are ahead in this process, and {age * 1e3:.0f} ms "
+                f"of the {sla.deadline_ms:g} ms have passed",
+                predicted=age + ahead,
+                deadline=allowed,
+                rows_ahead=turn.taken,
+                retry_after=ahead,
+            )
+            self._refused, self._refusal = key, _whole(exchange, error_response(error))
+        return self._refusal
 
     def _flush(self) -> None:
         groups, self._groups = self._groups, {}
@@ -298,9 +309,7 @@ class Express:
         """Give the same answer to all."""
         whole = b""
         for exchange in exchanges:
-            if not whole:
-                head = _head(exchange.connection, response.status_code, response.raw_headers)
-                whole = head + b"\r\n" + bytes(response.body)
+            whole = whole or _whole(exchange, response)
             self._finish(exchange, response.status_code, whole)
 
     def _finish(self, exchange: Exchange, status: int, answer: bytes) -> None:
@@ -324,6 +333,12 @@ def _head(connection: Connection, status: int, headers: Iterable[tuple[bytes, by
     for name, value in (*connection.default_headers, *headers):
         parts += (name, b": ", value, b"\r\n")
     return b"".join(parts)
+
+
+def _whole(exchange: Exchange, response: Response) -> bytes:
+    """A response as it goes to the socket."""
+    head = _head(exchange.connection, response.status_code, response.raw_headers)
+    return head + b"\r\n" + bytes(response.body)
 
 
 def _start(work: Coroutine[Any, Any, None], exchange: Exchange) -> asyncio.Task[None]:

@@ -18,7 +18,7 @@ class Turn:
     def __init__(self) -> None:
         self.taken = 0
         self.cost = 50e-6
-        self._begun = self._active = 0.0
+        self.begun = self._active = 0.0
         self._waited = 0.0
         self._open = False
 
@@ -26,11 +26,11 @@ class Turn:
         """Seconds that a request read now may have waited in its socket, at most."""
         if not self._open:
             self._open = True
-            self._waited = now - self._begun if now - self._active < _REST else 0.0
-            self._begun, self.taken = now, 0
+            self._waited = now - self.begun if now - self._active < _REST else 0.0
+            self.begun, self.taken = now, 0
             asyncio.get_running_loop().call_soon(self._close)
         self._active = now
-        return self._waited + now - self._begun
+        return self._waited + now - self.begun
 
     def served(self, count: int, reading: float, writing: float) -> None:
         """Answers were written: what reading one and writing all took the loop (seconds).

@@ -36,6 +36,7 @@ _WHOLE = re.compile(
     re.IGNORECASE,
 )
 """The head of an answer that needs no parser if its body came with it."""
+_ACCEPT = 0.0002  # seconds a server may need to accept a connection
 _TOGETHER = 64  # connections opened at once, so that no backlog overflows
 
 
@@ -252,6 +253,8 @@ class Client:
         for begin in range(0, self._target.connections, _TOGETHER):
             count = min(_TOGETHER, self._target.connections - begin)
             await asyncio.gather(*(self._open() for _ in range(count)))
+        # A connection is open before the server has accepted it: let it take them all in.
+        await asyncio.sleep(_ACCEPT * self._target.connections)
 
     async def run(self) -> Record:
         """Send every request and wait until each is answered or given up."""

@@ -35,7 +35,8 @@ from pipelines.load import Load, LoadResult
 from pipelines.search import Goal, Search, Trial
 
 MULTIPLES = (0.5, 1.0, 1.5, 2.0)
-RATES = [500.0, 1000.0, 2000.0, 4000.0, 8000.0, 16000.0, 24000.0]
+RATES = [500.0, 1000.0, 2000.0, 4000.0, 8000.0, 16000.0, 32000.0]
+BROKEN_DOWN = 0.2  # share of requests in time below which no higher rate is tried
 PROBE_SECONDS = 1.5
 FIRST_RATE = 200.0  # requests per second the search for the capacity begins with
 MOST_CONNECTIONS = 4000
@@ -244,12 +245,22 @@ def visit(entry: dict[str, Any], bench: Bench, round_: int, given: argparse.Name
                 flush=True,
             )
         entry["runs"] += runs
+        time.sleep(GIVE_UP_SECONDS)
+        bench.check()
+
+
+def visit_rates(
+    entry: dict[str, Any], bench: Bench, round_: int, given: argparse.Namespace
+) -> None:
+    """Start a server anew and offer it rising rates until it has broken down."""
+    with bench:
+        bench.load(FIRST_RATE, 1.0, seed=0)
         for rate in given.rates:
             time.sleep(REST_SECONDS)
             run = bench.measure(rate / entry["capacity"], entry["capacity"], given.rate_seconds, 0)
             entry["same_rates"].append({"round": round_, "rate": rate, **run})
-        time.sleep(GIVE_UP_SECONDS)
-        bench.check()
+            if run["share_in_time"] < BROKEN_DOWN:
+                break
 
 
 def facts(given: argparse.Namespace) -> dict[str, Any]:
@@ -317,7 +328,8 @@ def main() -> None:
             print(f"round {round_ + 1}: {server.name}", flush=True)
             entry = entries[server.name]
             try:
-                visit(entry, Bench(server, given, chosen.index(server)), round_, given)
+                for do in (visit, visit_rates):
+                    do(entry, Bench(server, given, chosen.index(server)), round_, given)
             except (Broken, PlinthError) as error:
                 entry["failures"].append(f"round {round_ + 1}: {error}")
                 print(f"  {error}", flush=True)
