@@ -73,6 +73,8 @@ def same_rates(results: dict[str, Any]) -> str:
 
     def cell(entry: dict[str, Any], rate: float) -> str:
         runs = [run for run in entry["same_rates"] if run["rate"] == rate]
+        if not runs:
+            return NONE
         good = middle(runs, lambda run: run["goodput"])
         return f"{good} ({middle(runs, latency('p50'), 1)} / {middle(runs, latency('p99'), 1)})"
 
@@ -134,7 +136,6 @@ def page(results: dict[str, Any]) -> str:
         goodput(results, multiples),
         "The same rate offered to all: in time /s (p50 / p99, ms); – was not tried, since the "
         "server had broken down at the rate before:\n\n" + same_rates(results),
-        +same_rates(results),
         *(f"At {m:g}× its own capacity:\n\n{details(results, m)}" for m in multiples),
         "Settings:\n\n"
         + "\n".join(f"- {name}: {entry['settings']}" for name, entry in results["servers"].items()),
