@@ -42,6 +42,7 @@ _TURN_SHARE = 0.25  # of the promise that one turn of the loop may take
 _STALE = 0.005  # seconds of age that are worth a shorter promise
 _DEADLINE = DEADLINE_HEADER.encode()
 _OK = b"%b%bx-plinth-timing: %b\r\ncontent-length: %d\r\n\r\n%b"
+_JSON_TYPE = (b"content-type", b"application/json")
 _LATE = b"x-plinth-late: true\r\n"
 
 
@@ -271,7 +272,7 @@ class Express:
         begun = time.perf_counter()
         first, _, parsed = group.waiting[0]
         timing.mates = timing.device - (timing.device - timing.mates) / len(group.waiting)
-        common = _head(first.connection, 200, (*JSON_TYPE, *about_models(answer)))
+        common = _head(first.connection, 200, (_JSON_TYPE, *about_models(answer)))
         for (exchange, _, read), result in zip(group.waiting, answer.value, strict=True):
             if isinstance(result, InputError):
                 self._fail((exchange,), result)
@@ -280,9 +281,8 @@ class Express:
             content = encode(result)
             now = time.perf_counter()
             timing.decode, timing.encode = read - exchange.read, now - encoding
-            timing.total = now - exchange.read + exchange.age
-            told = _LATE if late or late_at_door(answer, group.sla) else b""
-            timing.total -= exchange.age  # a bound, not a measurement, so it is not told
+            timing.total = now - exchange.read
+            told = _LATE if late or late_at_door(answer, group.sla, exchange.age) else b""
             self._finish(
                 exchange,
                 200,
@@ -323,9 +323,6 @@ class Express:
         exchange.connection.on_response_complete()
         self._gate.in_work -= 1
         HTTP.note(self._door.path, status, time.perf_counter() - exchange.read)
-
-
-JSON_TYPE = ((b"content-type", b"application/json"),)
 
 
 def _head(connection: Connection, status: int, headers: Iterable[tuple[bytes, bytes]]) -> bytes:

@@ -7,7 +7,7 @@ threads that an event loop does not have.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import accumulate
 
@@ -26,17 +26,14 @@ class RequestMetrics(Collector):
 
     def __init__(self) -> None:
         self._statuses: Counter[tuple[str, int]] = Counter()
-        self._buckets: dict[str, list[int]] = {}
-        self._sums: Counter[str] = Counter()
+        self._buckets: dict[str, list[int]] = defaultdict(lambda: [0] * len(_LABELS))
+        self._sums: dict[str, float] = defaultdict(float)
 
     def note(self, route: str, status: int, seconds: float) -> None:
         """Count an answered request; status 0: its client was gone. For one thread at a time."""
         self._statuses[route, status] += 1
-        buckets = self._buckets.get(route)
-        if buckets is None:
-            buckets = self._buckets[route] = [0] * len(_LABELS)
-        buckets[bisect_left(_BOUNDS, seconds)] += 1
-        self._sums[route] += seconds  # type: ignore[assignment]
+        self._buckets[route][bisect_left(_BOUNDS, seconds)] += 1
+        self._sums[route] += seconds
 
     def collect(self) -> Iterator[Metric]:
         """What a scrape shows."""

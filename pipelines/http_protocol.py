@@ -187,13 +187,9 @@ class Protocol(HttpToolsProtocol):
         off, how long it has been quiet.
         """
         self._quiet_since = self.loop.time()
-        running, self.timeout_keep_alive_task = self.timeout_keep_alive_task, None
-        if running is None or self.pipeline or self.transport.is_closing():
-            if running is not None:
-                running.cancel()
+        if self.timeout_keep_alive_task is None or self.pipeline or self.transport.is_closing():
             super().on_response_complete()
             return
-        self.timeout_keep_alive_task = running
         self.server_state.total_requests += 1
         self.flow.resume_reading()
 

@@ -233,9 +233,15 @@ def _clock(answer: Answer[Any], sla: Sla, arrived: float, decoded: float, encodi
     answer.late = answer.late or late_at_door(answer, sla)
 
 
-def late_at_door(answer: Answer[Any], sla: Sla) -> bool:
-    """Whether an answer missed its promise, and if only at the door, count that."""
-    if sla.deadline_ms is None or answer.timing.total * 1e3 <= sla.deadline_ms:
+def late_at_door(answer: Answer[Any], sla: Sla, waited: float = 0.0) -> bool:
+    """Whether an answer missed its promise, and if only at the door, count that.
+
+    Args:
+        answer: with its time so far.
+        sla: the promise.
+        waited: seconds the request may have waited before that time began.
+    """
+    if sla.deadline_ms is None or (answer.timing.total + waited) * 1e3 <= sla.deadline_ms:
         return False
     for model in answer.models:
         SLA_MISSES.labels(model, "door").inc()

@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 
 PROGRESS_S = 1.0
 GONE_S = 3.0
-IDLE_LOOK_S = 15.0
 """A topic that is missing for so long was deleted; brokers may differ for a moment."""
+IDLE_LOOK_S = 15.0
+"""After so long without records, and as often, we look whether the topics are still there."""
 KEPT_TIMES = 100_000
 
 
