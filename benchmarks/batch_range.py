@@ -33,12 +33,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from engine import ConfigError, LatencyModel, Model, ModelSpec, ModelStore, Sla, TensorSpec
-from engine.accelerator import Device, pick
-from engine.backends.base import Executable
-from engine.resident import Resident, settle
-from verticals.finance.vertical import STORE as FINANCE
-from verticals.medical.vertical import STORE as MEDICAL
+from plinth.engine import ConfigError, LatencyModel, Model, ModelSpec, ModelStore, Sla, TensorSpec
+from plinth.engine.backends.base import Executable
+from plinth.engine.devices.device import Device, pick
+from plinth.engine.runtime.loaded_model import Resident, settle
+from plinth.verticals.finance.vertical import STORE as FINANCE
+from plinth.verticals.medical.vertical import STORE as MEDICAL
 
 BACKENDS = ("eager", "onnxruntime")
 WINDOW = (32, 48, 48)  # voxels (z, y, x) of the packaged CT analysis

@@ -16,7 +16,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from engine.simulate import Arrivals, Outcome, Setting, clairvoyant, elastic, poisson, queueing
+from plinth.engine.scheduler.simulate import (
+    Arrivals,
+    Outcome,
+    Setting,
+    clairvoyant,
+    elastic,
+    poisson,
+    queueing,
+)
 
 RATES = (400, 600, 800, 865, 1000, 1250, 1500)
 TUNED = tuple(step / 100 for step in range(2, 13, 2))

@@ -20,10 +20,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from engine.batching import Batcher
-from engine.flow import Sla
-from engine.latency import LatencyModel
-from engine.simulate import (
+from plinth.engine.flow import Sla
+from plinth.engine.scheduler.batcher import Batcher
+from plinth.engine.scheduler.cost_model import LatencyModel
+from plinth.engine.scheduler.simulate import (
     Arrivals,
     Outcome,
     Setting,
@@ -38,7 +38,7 @@ from engine.simulate import (
     steady,
     warmed,
 )
-from engine.work import Work
+from plinth.engine.scheduler.work import Work
 
 DEVICE = Setting()
 WINDOWS = Setting(fixed=0.005, per_row=0.025, most=8)
@@ -103,9 +103,9 @@ def by_arrival(*streams: Sequence[Work]) -> list[Work]:
 def mixed_shapes(duration: float, seed: int) -> Iterator[Line]:
     """Two to four work classes, alike or unlike, that never share a batch.
 
-    The ceiling is :func:`engine.simulate.steady`: the most answers in time, whoever goes
+    The ceiling is ``simulate.steady``: the most answers in time, whoever goes
     without. ``least_of_fair_share`` holds each class against what it would have of an equal
-    share of the device's time (:func:`engine.simulate.fair`), and names the worst off.
+    share of the device's time (``simulate.fair``), and names the worst off.
     """
     unlike = (
         Setting(0.010, 0.0005, 128),

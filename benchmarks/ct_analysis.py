@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "src"))
 
 STAGES = ("import", "discover", "load", "rules", "resample", "network", "nodules", "outputs")
 EXTENT = (348.0, 348.0, 208.0)
@@ -40,8 +40,8 @@ def analyse(folder: Path, rows: int, threads: int) -> dict[str, Any]:
     """Analyse the one series below a folder; seconds and memory by stage."""
     import torch
 
-    from engine import Engine, InputError
-    from verticals.medical.vertical import CtAnalysis
+    from plinth.engine import Engine, InputError
+    from plinth.verticals.medical.vertical import CtAnalysis
 
     torch.set_num_threads(threads)
     seconds, memory = {"import": 0.0}, {"import": peak_mb()}
@@ -82,8 +82,8 @@ def analyse(folder: Path, rows: int, threads: int) -> dict[str, Any]:
 
 def runs(given: argparse.Namespace) -> list[dict[str, Any]]:
     """Write the phantom, then analyse it in fresh processes."""
-    from verticals.medical.phantom import Phantom
-    from verticals.medical.phantom_dicom import write_series
+    from plinth.verticals.medical.phantom.chest import Phantom
+    from plinth.verticals.medical.phantom.dicom import write_series
 
     size = (given.size, given.size, given.slices)
     spacing = tuple(extent / n for extent, n in zip(EXTENT, size, strict=True))

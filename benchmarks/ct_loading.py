@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "src"))
 
 EXTENT = (348.0, 348.0, 208.0)
 LOADERS = ("plinth", "plinth tensor", "simpleitk")
@@ -50,13 +50,13 @@ def resident_mb(field: str) -> float:
 def load(loader: str, folder: str) -> dict[str, Any]:
     """Load the series once in this process; what it took and what came out."""
     if loader == "plinth":
-        from verticals.medical.loader import load_volume
+        from plinth.verticals.medical.dicom.loader import load_volume
 
         def read() -> Loaded:
             volume = load_volume(folder, strict=True)
             return volume.voxels, volume.spacing, volume.origin, volume
     elif loader == "plinth tensor":
-        from verticals.medical.loader import DICOMLoader
+        from plinth.verticals.medical.dicom.loader import DICOMLoader
 
         def read() -> Loaded:
             loaded = DICOMLoader(strict=True).load(folder)
@@ -91,8 +91,8 @@ def load(loader: str, folder: str) -> dict[str, Any]:
 
 def compare(given: argparse.Namespace, compression: Any) -> dict[str, dict[str, Any]]:
     """Write the series in one transfer syntax, load it in turn, and take medians."""
-    from verticals.medical.phantom import Phantom
-    from verticals.medical.phantom_dicom import write_series
+    from plinth.verticals.medical.phantom.chest import Phantom
+    from plinth.verticals.medical.phantom.dicom import write_series
 
     x, y, z = (
         extent / n for extent, n in zip(EXTENT, (*[given.size] * 2, given.slices), strict=True)

@@ -32,7 +32,7 @@ from mixed_device import ROOT
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.load import poisson
+from plinth.pipelines.bench.load import poisson
 
 RECORDS = ROOT / "sample_data" / "transactions" / "transactions.jsonl.gz"
 PATIENCE = 60.0  # seconds after which a connection that says nothing counts as hung

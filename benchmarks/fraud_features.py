@@ -28,8 +28,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from verticals.finance import FraudScoring
-from verticals.finance.simulator import Population, simulate, transactions_json
+from plinth.verticals.finance import FraudScoring
+from plinth.verticals.finance.training.simulator import Population, simulate, transactions_json
 
 CHUNKS = (1, 16, 128)
 STAGES = ("parse", "features", "model", "decide", "encode", "key")

@@ -87,7 +87,7 @@ class Client:
 @contextlib.contextmanager
 def serving(verticals: str, config: Path | None) -> Iterator[tuple[str, psutil.Process]]:
     """URL and process of a server of one or more verticals; it drains at the end."""
-    command = [sys.executable, "-m", "pipelines.cli", "serve", *verticals.split(), "--port", "0"]
+    command = [sys.executable, "-m", "plinth", "serve", *verticals.split(), "--port", "0"]
     if config is not None:
         command += ["--config", str(config)]
     with started(command) as running:

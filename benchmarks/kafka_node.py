@@ -22,9 +22,9 @@ from typing import Any
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
 
-from pipelines.broker import Guarded, free_port
-from pipelines.kafka import prepare
-from pipelines.stream_config import StreamConfig
+from plinth.pipelines.cli.embedded_broker import Guarded, free_port
+from plinth.pipelines.stream.kafka_consumer import prepare
+from plinth.pipelines.stream.settings import StreamConfig
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "kafka"
 PROPERTIES = """\

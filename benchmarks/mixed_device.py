@@ -39,13 +39,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "src"))
 
 import psutil  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from pipelines.load import Load  # noqa: E402
+from plinth.pipelines.bench.load import Load  # noqa: E402
 
 ARMS = ("plinth", "plain")
 UNBOUNDED = 3600.0  # seconds of a slice: no bound but the largest batch
@@ -83,10 +83,10 @@ FIGURES = {
 # -- the servers -----------------------------------------------------------------------------
 def serve_plain(file: Path) -> None:
     """The server without slices and without deadlines."""
-    from engine import Batcher, Engine, LatencyModel, Sla
-    from pipelines.assembly import load_verticals
-    from pipelines.config import load
-    from pipelines.serve import Server, bind, create_app
+    from plinth.engine import Batcher, Engine, LatencyModel, Sla
+    from plinth.pipelines.assembly import load_verticals
+    from plinth.pipelines.config.settings import load
+    from plinth.pipelines.http.server import Server, bind, create_app
 
     config = load(file)
     bound = bind(config.serve.host, config.serve.port)
@@ -113,7 +113,7 @@ def serving(arm: str, given: argparse.Namespace) -> Iterator[tuple[str, psutil.P
             CONFIG.format(threads=given.threads, workers=given.studies, overlap=given.overlap)
         )
         if arm == "plinth":
-            command = [sys.executable, "-m", "pipelines.cli", "serve", "--config", str(file)]
+            command = [sys.executable, "-m", "plinth", "serve", "--config", str(file)]
         else:
             command = [sys.executable, __file__, "--serve-plain", str(file)]
         environment = os.environ | (ONE_THREAD if given.threads == 1 else {})

@@ -43,10 +43,10 @@ from mixed_device import Studies, metrics
 from rich.console import Console
 from rich.table import Table
 
-from engine import Call, DeadlineRefused, Engine, Flow, ModelStore, Sla, Tiling
-from engine.metrics import REGISTRY
-from verticals.finance.vertical import STORE as FINANCE
-from verticals.medical.vertical import STORE as MEDICAL
+from plinth.engine import Call, DeadlineRefused, Engine, Flow, ModelStore, Sla, Tiling
+from plinth.engine.metrics import REGISTRY
+from plinth.verticals.finance.vertical import STORE as FINANCE
+from plinth.verticals.medical.vertical import STORE as MEDICAL
 
 PROMISE = 0.002  # seconds
 FACTS = ("predicted_seconds", "deadline_seconds", "rows_ahead", "retry_after_seconds")
@@ -203,9 +203,9 @@ def ask_server(place: str, url: str, given: argparse.Namespace) -> Seen:
 
 def serve() -> None:
     """A server of finance whose engine also has CT windows to run, always."""
-    from pipelines.assembly import build_engine, load_verticals
-    from pipelines.config import Config
-    from pipelines.serve import Server, bind, create_app
+    from plinth.pipelines.assembly import build_engine, load_verticals
+    from plinth.pipelines.config.settings import Config
+    from plinth.pipelines.http.server import Server, bind, create_app
 
     config = Config.model_validate({"engine": {"threads": 1}, "serve": {"port": 0}})
     bound = bind(config.serve.host, config.serve.port)

@@ -29,16 +29,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition  # noqa: E402
 from kafka_node import KafkaNode, find_home  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from pipelines.kafka import prepare  # noqa: E402
-from pipelines.stream_config import StreamConfig  # noqa: E402
-from verticals.finance.simulator import Population, simulate, transactions_json  # noqa: E402
+from plinth.pipelines.stream.kafka_consumer import prepare  # noqa: E402
+from plinth.pipelines.stream.settings import StreamConfig  # noqa: E402
+from plinth.verticals.finance.training.simulator import Population, simulate, transactions_json  # noqa: E402
 
 CUSTOMERS = 5_000
 GUARANTEES = ("exactly_once", "at_least_once")
@@ -65,7 +65,7 @@ class Worker:
         told = config.model_dump(mode="json", exclude_unset=True).items()
         settings = {f"PLINTH_STREAM__{name.upper()}": str(value) for name, value in told}
         self.process = subprocess.Popen(
-            ["taskset", "-c", "1", sys.executable, "-m", "pipelines.cli", "stream", "finance",
+            ["taskset", "-c", "1", sys.executable, "-m", "plinth", "stream", "finance",
              "--json"],
             env={**os.environ, **SINGLE, **settings, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,

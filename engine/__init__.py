@@ -1,7 +1,6 @@
 """Tensors under deadlines. Knows no domain."""
 
-from engine.batching import Batcher
-from engine.errors import (
+from plinth.engine.errors import (
     Cancelled,
     Closed,
     ConfigError,
@@ -13,12 +12,20 @@ from engine.errors import (
     QueueFull,
     Refused,
 )
-from engine.flow import Answer, Call, Flow, Sla, Timing
-from engine.latency import LatencyModel
-from engine.model import Model, ModelSpec, ModelStore, TensorSpec, architecture, from_pretrained
-from engine.runtime import Engine
-from engine.tiling import Tiling
-from engine.work import Batch, Work
+from plinth.engine.flow import Answer, Call, Flow, Sla, Timing
+from plinth.engine.models.store import (
+    Model,
+    ModelSpec,
+    ModelStore,
+    TensorSpec,
+    architecture,
+    from_pretrained,
+)
+from plinth.engine.runtime.engine import Engine
+from plinth.engine.scheduler.batcher import Batcher
+from plinth.engine.scheduler.cost_model import LatencyModel
+from plinth.engine.scheduler.work import Batch, Work
+from plinth.engine.tiling import Tiling
 
 __all__ = [
     "Answer",

@@ -13,8 +13,8 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError
-from engine.tiling import Tiling
+from plinth.engine.errors import ConfigError
+from plinth.engine.tiling import Tiling
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -68,7 +68,7 @@ class Call:
         tiling: cut the volume into windows, run each as a row, blend the results back.
 
     The flow is sent back a tensor (n, ...) (or a mapping when the model has several outputs);
-    with ``tiling``, the blended and reduced volume (see :class:`engine.Tiling`).
+    with ``tiling``, the blended and reduced volume (see :class:`plinth.engine.Tiling`).
     """
 
     model: str

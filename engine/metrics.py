@@ -11,7 +11,7 @@ from functools import cache, partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from engine.accelerator import Device
+from plinth.engine.devices.device import Device
 
 REGISTRY = CollectorRegistry()
 """What ``/metrics`` shows."""

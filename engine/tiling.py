@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError, InputError
+from plinth.engine.errors import ConfigError, InputError
 
 _SIGMA = 0.125  # of the window; the value nnU-Net made usual
 _FLOOR = 1e-3  # smallest weight, so that lone corners are not divided by almost nothing

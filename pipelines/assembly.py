@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import ConfigError, Engine, Sla
-from pipelines.config import Config
-from pipelines.config_source import validated
-from verticals import Vertical, registry
+from plinth.engine import ConfigError, Engine, Sla
+from plinth.pipelines.config.settings import Config
+from plinth.pipelines.config.source import validated
+from plinth.verticals import Vertical, registry
 
 log = logging.getLogger("plinth.assembly")
 
@@ -47,7 +47,7 @@ def load_verticals(config: Config, names: Sequence[str] = ()) -> dict[str, Verti
 
 
 def use_store(config: Config) -> None:
-    """Make ``models.store`` the store that :func:`engine.from_pretrained` reads."""
+    """Make ``models.store`` the store that :func:`plinth.engine.from_pretrained` reads."""
     if config.models.store is not None:
         os.environ[STORE_VARIABLE] = str(config.models.store)
 
@@ -145,7 +145,7 @@ def sample_data() -> Path:
     Raises:
         ConfigError: an installed package without its repository.
     """
-    for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
+    for folder in (Path(__file__).resolve().parents[1], Path.cwd()):
         if (folder / "sample_data").is_dir():
             return folder / "sample_data"
     raise ConfigError(

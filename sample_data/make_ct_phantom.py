@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from verticals.medical.phantom import Phantom
-from verticals.medical.phantom_dicom import SYNTAX, Faults, write_series
+from plinth.verticals.medical.phantom.chest import Phantom
+from plinth.verticals.medical.phantom.dicom import SYNTAX, Faults, write_series
 
 
 def main(arguments: list[str] | None = None) -> None:

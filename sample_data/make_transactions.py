@@ -14,7 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from verticals.finance.simulator import Population, labels_json, simulate, transactions_json
+from plinth.verticals.finance.training.simulator import (
+    Population,
+    labels_json,
+    simulate,
+    transactions_json,
+)
 
 START = datetime(2026, 9, 1, tzinfo=UTC)
 

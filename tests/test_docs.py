@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from verticals import registry
+from plinth.verticals import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if path.is_file())
@@ -102,7 +102,7 @@ def test_python_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) ->
 @in_language("toml")
 def test_toml_is_valid_and_plinth_takes_it(block: Block, tmp_path: Path) -> None:
     tables = tomllib.loads(block.text)
-    config = pytest.importorskip("pipelines.config")
+    config = pytest.importorskip("plinth.pipelines.config.settings")
     if not tables.keys() & config.Config.model_fields.keys():
         return
     file = tmp_path / "plinth.toml"
@@ -145,7 +145,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def check_plinth(words: list[str], where: str) -> None:
-    cli = pytest.importorskip("pipelines.cli")
+    cli = pytest.importorskip("plinth.pipelines.cli.main")
     command: Any = get_command(cli.app)
     known: set[str] = set()
     for word in words:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 httpx = pytest.importorskip("httpx")
-pytest.importorskip("pipelines.cli", reason="the doors are not installed")
+pytest.importorskip("plinth.pipelines.cli.main", reason="the doors are not installed")
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "tests" / "example_vertical"
 sys.path.insert(0, str(ROOT / "tests" / "pipelines"))
@@ -30,9 +30,9 @@ KNOCKING = [8.0 if at % 64 == 0 else 0.1 * (-1) ** at for at in range(256)]
 HUMMING = [(-1.0) ** at for at in range(256)]
 
 USE = """
-from engine import Engine
-from verticals import registry
-from verticals.testing import check_vertical
+from plinth.engine import Engine
+from plinth.verticals import registry
+from plinth.verticals.testing import check_vertical
 
 vertical = registry.load("sensors", {"alarm_above": 0.4})
 check_vertical(vertical).raise_if_failed()
@@ -65,7 +65,7 @@ class Environment:
 
     def command(self, *words: str | Path) -> list[str]:
         """The words of a ``plinth`` command."""
-        return [str(self.python), "-m", "pipelines.cli", *map(str, words)]
+        return [str(self.python), "-m", "plinth", *map(str, words)]
 
     def plinth(self, *words: str | Path) -> Any:
         """Run a command to its end; returns the JSON it printed."""

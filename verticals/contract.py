@@ -1,7 +1,7 @@
 """The contract between a vertical (a domain) and everything else.
 
 A vertical is one class. It names its request and response types, brings its models, and
-describes inference as a :data:`engine.Flow`. The doors (HTTP, Kafka, folders) drive it; it
+describes inference as a :data:`plinth.engine.Flow`. The doors (HTTP, Kafka, folders) drive it; it
 knows none of them, and no device, batch size, thread or socket.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engine import Flow, InputError, Model, Sla
+from plinth.engine import Flow, InputError, Model, Sla
 
 Req = TypeVar("Req")
 Res = TypeVar("Res", bound=BaseModel)
@@ -85,7 +85,7 @@ class Vertical(ABC, Generic[Req, Res]):
     def infer(self, requests: Sequence[Req]) -> Flow[list[Res | InputError]]:
         """Answer a list of requests, in order, one result or InputError each.
 
-        A generator: yield :class:`engine.Call`, be sent tensors. No I/O. A bad request never
+        A generator: yield :class:`plinth.engine.Call`, be sent tensors. No I/O. A bad request never
         takes its neighbours along.
         """
 

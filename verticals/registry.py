@@ -16,8 +16,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from engine import ConfigError, PlinthError
-from verticals.contract import Settings, Vertical
+from plinth.engine import ConfigError, PlinthError
+from plinth.verticals.contract import Settings, Vertical
 
 GROUP = "plinth.verticals"
 

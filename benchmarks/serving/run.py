@@ -29,10 +29,10 @@ import servers
 from processes import Running
 from servers import HOST, ROOT, Place, Server
 
-from engine import PlinthError
-from pipelines import environment
-from pipelines.load import Load, LoadResult
-from pipelines.search import Goal, Search, Trial
+from plinth.engine import PlinthError
+from plinth.pipelines.bench import environment
+from plinth.pipelines.bench.load import Load, LoadResult
+from plinth.pipelines.bench.search import Goal, Search, Trial
 
 MULTIPLES = (0.5, 1.0, 1.5, 2.0)
 RATES = [500.0, 1000.0, 2000.0, 4000.0, 8000.0, 16000.0, 32000.0]

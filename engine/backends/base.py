@@ -9,10 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from engine.accelerator import Device
-from engine.errors import ModelError
-from engine.model import Model
-from engine.precision import PrecisionPolicy
+from plinth.engine.devices.device import Device
+from plinth.engine.errors import ModelError
+from plinth.engine.models.store import Model
+from plinth.engine.precision.policy import PrecisionPolicy
 
 
 @runtime_checkable

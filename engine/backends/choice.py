@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.accelerator import Device
-from engine.backends.base import Backend, Executable
-from engine.backends.eager import Eager
-from engine.backends.inductor import Inductor
-from engine.backends.onnxruntime import OnnxRuntime
-from engine.errors import ConfigError, ModelError, PlinthError, nearest
-from engine.model import Model
-from engine.precision import PRESETS, PrecisionPolicy, resolve
+from plinth.engine.backends.base import Backend, Executable
+from plinth.engine.backends.eager import Eager
+from plinth.engine.backends.inductor import Inductor
+from plinth.engine.backends.onnxruntime import OnnxRuntime
+from plinth.engine.devices.device import Device
+from plinth.engine.errors import ConfigError, ModelError, PlinthError, nearest
+from plinth.engine.models.store import Model
+from plinth.engine.precision.policy import PRESETS, PrecisionPolicy, resolve
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (Eager(), Inductor(), OnnxRuntime())

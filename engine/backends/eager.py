@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.accelerator import Device
-from engine.backends.base import named, torch_threads
-from engine.model import Model
-from engine.precision import PrecisionPolicy, apply, report
+from plinth.engine.backends.base import named, torch_threads
+from plinth.engine.devices.device import Device
+from plinth.engine.models.store import Model
+from plinth.engine.precision.policy import PrecisionPolicy, apply, report
 
 
 class TorchExecutable:
-    """A torch callable on a device; see :class:`engine.backends.base.Executable`."""
+    """A torch callable on a device; see :class:`plinth.engine.backends.base.Executable`."""
 
     def __init__(
         self,

@@ -6,12 +6,12 @@ import shutil
 
 import torch
 
-from engine.accelerator import Device
-from engine.backends.base import torch_threads
-from engine.backends.eager import TorchExecutable, placed
-from engine.errors import ModelError
-from engine.model import Model
-from engine.precision import PrecisionPolicy
+from plinth.engine.backends.base import torch_threads
+from plinth.engine.backends.eager import TorchExecutable, placed
+from plinth.engine.devices.device import Device
+from plinth.engine.errors import ModelError
+from plinth.engine.models.store import Model
+from plinth.engine.precision.policy import PrecisionPolicy
 
 
 class Inductor:

@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.accelerator import Device
-from engine.backends.base import named
-from engine.cache import cache_folder
-from engine.errors import ModelError
-from engine.model import Model
-from engine.onnx_file import session
-from engine.precision import PrecisionPolicy
+from plinth.engine.backends.base import named
+from plinth.engine.cache import cache_folder
+from plinth.engine.devices.device import Device
+from plinth.engine.errors import ModelError
+from plinth.engine.models.onnx import session
+from plinth.engine.models.store import Model
+from plinth.engine.precision.policy import PrecisionPolicy
 
 MAX_WEIGHTS = 1 << 30
 EXAMPLE_ROWS = 2
 
 
 class OrtExecutable:
-    """A session and the order of its tensors; see :class:`engine.backends.base.Executable`."""
+    """A session and the order of its tensors; see ``base.Executable``."""
 
     backend = "onnxruntime"
     precision = "fp32"
@@ -61,7 +61,7 @@ class OnnxRuntime:
         need = ["onnxruntime"] if model.onnx else ["onnxruntime", "onnx", "onnxscript"]
         missing = [name for name in need if importlib.util.find_spec(name) is None]
         if missing:
-            return f"not installed: {', '.join(missing)} (pip install 'plinth[onnx]')"
+            return f"not installed: {', '.join(missing)} (pip install 'plinth-engine[onnx]')"
         if device.kind != "cpu":
             return f"only its CPU provider is used here, not {device.kind}"
         if not policy.plain and not policy.auto:

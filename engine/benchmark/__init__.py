@@ -8,7 +8,7 @@ Benchmark", ISCA 2020). The figures are LoadGen-based; they are no MLPerf scores
 official models, data sets, run rules and review.
 """
 
-from engine.benchmark.callers import Subject
-from engine.benchmark.scenarios import Outcome, offline, server, single_stream
+from plinth.engine.benchmark.callers import Subject
+from plinth.engine.benchmark.scenarios import Outcome, offline, server, single_stream
 
 __all__ = ["Outcome", "Subject", "offline", "server", "single_stream"]

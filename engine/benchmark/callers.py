@@ -10,10 +10,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.benchmark import loadgen
-from engine.errors import InputError, PlinthError, Refused
-from engine.flow import Flow, Sla
-from engine.runtime import Engine
+from plinth.engine.benchmark import loadgen
+from plinth.engine.errors import InputError, PlinthError, Refused
+from plinth.engine.flow import Flow, Sla
+from plinth.engine.runtime.engine import Engine
 
 LATE = 1.05  # a refused query is reported to LoadGen at this multiple of the allowed latency
 AHEAD = 4  # Offline: flows in work at a time, so that the device never runs dry

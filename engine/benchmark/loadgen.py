@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError
+from plinth.engine.errors import ConfigError
 
 Issue = Callable[[Sequence[Any]], None]
 """Takes LoadGen's queries, each with an ``id`` and the ``index`` of a sample."""
@@ -27,7 +27,7 @@ def module() -> Any:
         import mlperf_loadgen
     except ModuleNotFoundError:
         raise ConfigError(
-            "LoadGen is not installed", hint="pip install 'plinth[benchmark]'"
+            "LoadGen is not installed", hint="pip install 'plinth-engine[benchmark]'"
         ) from None
     return mlperf_loadgen
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.benchmark import loadgen
-from engine.benchmark.callers import Callers, LoneCaller, Subject, Tally
-from engine.errors import ConfigError
-from engine.flow import Sla
-from engine.runtime import Engine
+from plinth.engine.benchmark import loadgen
+from plinth.engine.benchmark.callers import Callers, LoneCaller, Subject, Tally
+from plinth.engine.errors import ConfigError
+from plinth.engine.flow import Sla
+from plinth.engine.runtime.engine import Engine
 
 MARGIN = 1.3  # how much more work than measured LoadGen is told to prepare
 _PROBE = 0.3  # seconds of trying out before a test

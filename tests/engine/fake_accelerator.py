@@ -72,9 +72,9 @@ def install() -> list[torch.library.Library]:
 
 
 def main() -> None:
-    from engine import Model, ModelSpec, TensorSpec
-    from engine.accelerator import devices, pick
-    from engine.backends import prepare
+    from plinth.engine import Model, ModelSpec, TensorSpec
+    from plinth.engine.backends import prepare
+    from plinth.engine.devices.device import devices, pick
 
     keep = install()
     module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 2)).eval()

@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 
-from engine import ConfigError, DeviceError
-from engine.accelerator import Absent, Device, cgroup_memory, cores, devices, pick
+from plinth.engine import ConfigError, DeviceError
+from plinth.engine.devices.device import Absent, Device, cgroup_memory, cores, devices, pick
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE = Path(__file__).with_name("fake_accelerator.py")

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import ConfigError, Model, ModelError, ModelSpec, TensorSpec
-from engine.accelerator import Device, pick
-from engine.backends import BACKENDS, Executable, prepare
-from engine.backends.choice import difference
-from engine.backends.inductor import Inductor
-from engine.precision import PRESETS
+from plinth.engine import ConfigError, Model, ModelError, ModelSpec, TensorSpec
+from plinth.engine.backends import BACKENDS, Executable, prepare
+from plinth.engine.backends.choice import difference
+from plinth.engine.backends.inductor import Inductor
+from plinth.engine.devices.device import Device, pick
+from plinth.engine.precision.policy import PRESETS
 
 CPU = pick("cpu")
 

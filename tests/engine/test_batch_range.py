@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine import batch_range
-from engine.accelerator import pick
+from plinth.engine.devices.device import pick
+from plinth.engine.runtime import batch_range
 
 CURVES: dict[str, Callable[[int], float]] = {
     "saturates late": lambda n: 120e-6 + 2.3e-6 * n,

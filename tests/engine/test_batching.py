@@ -4,8 +4,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from engine import Batcher, DeadlineRefused, LatencyModel, QueueFull, Sla, Work
-from engine.stream import Stream, rows_of
+from plinth.engine import Batcher, DeadlineRefused, LatencyModel, QueueFull, Sla, Work
+from plinth.engine.scheduler.deadline_queue import Stream, rows_of
 
 URGENT = Sla(deadline_ms=200)
 

@@ -11,8 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine import Call, ConfigError, Engine, Flow, InputError, Model, ModelSpec, Sla, TensorSpec
-from engine.benchmark import Subject, offline, server, single_stream
+from plinth.engine import (
+    Call,
+    ConfigError,
+    Engine,
+    Flow,
+    InputError,
+    Model,
+    ModelSpec,
+    Sla,
+    TensorSpec,
+)
+from plinth.engine.benchmark import Subject, offline, server, single_stream
 
 SAMPLES = torch.arange(32.0).reshape(8, 4)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine import Call, Closed, Engine, Model, ModelSpec, Sla, TensorSpec
-from engine.batching import Batcher
-from engine.latency import LatencyModel
+from plinth.engine import Call, Closed, Engine, Model, ModelSpec, Sla, TensorSpec
+from plinth.engine.scheduler.batcher import Batcher
+from plinth.engine.scheduler.cost_model import LatencyModel
 
 
 class Double(nn.Module):

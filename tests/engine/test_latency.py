@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import ConfigError, LatencyModel
+from plinth.engine import ConfigError, LatencyModel
 
 
 def warmed(path=None) -> LatencyModel:

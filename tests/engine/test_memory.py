@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from engine import ConfigError, Model, ModelSpec, TensorSpec
-from engine.accelerator import pick
-from engine.backends import prepare
-from engine.errors import OutOfMemory
-from engine.memory import MOST_ROWS, MemoryPlan, budget, measure
+from plinth.engine import ConfigError, Model, ModelSpec, TensorSpec
+from plinth.engine.backends import prepare
+from plinth.engine.devices.device import pick
+from plinth.engine.errors import OutOfMemory
+from plinth.engine.runtime.memory_plan import MOST_ROWS, MemoryPlan, budget, measure
 
 CPU = pick("cpu")
 BYTES = st.integers(0, 1 << 40)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import (
+from plinth.engine import (
     InputError,
     Model,
     ModelError,
@@ -148,7 +148,7 @@ def test_weights_of_another_dtype_are_refused_not_rounded(store):
 
 def test_what_to_import_is_said(store, monkeypatch):
     store.save(spec(), nn.Linear(3, 1))
-    monkeypatch.setattr("engine.model._FACTORIES", {})
+    monkeypatch.setattr("plinth.engine.models.store._FACTORIES", {})
     with pytest.raises(ModelError, match=f"import {__name__}"):
         store.load("line")
 

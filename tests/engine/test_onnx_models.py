@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine import (
+from plinth.engine import (
     Call,
     Engine,
     ModelError,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine import ConfigError
-from engine.precision import CLASSES, PRESETS, PrecisionPolicy, apply, report, resolve
+from plinth.engine import ConfigError
+from plinth.engine.precision.policy import CLASSES, PRESETS, PrecisionPolicy, apply, report, resolve
 
 
 def network() -> nn.Sequential:

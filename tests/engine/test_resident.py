@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import (
+from plinth.engine import (
     Call,
     Closed,
     ConfigError,
@@ -20,11 +20,11 @@ from engine import (
     TensorSpec,
     Tiling,
 )
-from engine.accelerator import pick
-from engine.backends import prepare
-from engine.batch_range import find
-from engine.errors import OutOfMemory
-from engine.metrics import REGISTRY
+from plinth.engine.backends import prepare
+from plinth.engine.devices.device import pick
+from plinth.engine.errors import OutOfMemory
+from plinth.engine.metrics import REGISTRY
+from plinth.engine.runtime.batch_range import find
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import (
+from plinth.engine import (
     Call,
     DeadlineRefused,
     Engine,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from engine import Sla
-from engine.simulate import Setting, poisson, replay, warmed
+from plinth.engine import Sla
+from plinth.engine.scheduler.simulate import Setting, poisson, replay, warmed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import batching_scenes

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from engine.simulate import Setting, clairvoyant, elastic, poisson, queueing
+from plinth.engine.scheduler.simulate import Setting, clairvoyant, elastic, poisson, queueing
 
 SCENE = Setting(duration=15.0)
 SEED = 7

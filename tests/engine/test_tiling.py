@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import ConfigError, InputError, Tiling
-from engine.tiling import Canvas, Grid
+from plinth.engine import ConfigError, InputError, Tiling
+from plinth.engine.tiling import Canvas, Grid
 
 sizes = st.tuples(*[st.integers(1, 13)] * 3)
 windows = st.tuples(*[st.integers(1, 6)] * 3)

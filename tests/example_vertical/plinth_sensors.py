@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from engine import Call, Flow, InputError, Model, ModelSpec, Sla, TensorSpec
-from verticals import Item, Settings, Vertical
+from plinth.engine import Call, Flow, InputError, Model, ModelSpec, Sla, TensorSpec
+from plinth.verticals import Item, Settings, Vertical
 
 WINDOW = 256
 Acceleration = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]

@@ -23,7 +23,7 @@ import httptools
 import torch
 from torch import nn
 
-from engine import Call, Engine, Flow, Model, ModelSpec, Refused, Sla, TensorSpec
+from plinth.engine import Call, Engine, Flow, Model, ModelSpec, Refused, Sla, TensorSpec
 
 STALL_SECONDS = 0.2
 PLAIN = b"HTTP/1.1 %s\r\n%scontent-length: %d\r\n\r\n%s"

@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 
-from engine import Engine
-from pipelines.assembly import build_engine
-from pipelines.config import Config
-from pipelines.serve import Server, bind, create_app
-from verticals import Vertical
+from plinth.engine import Engine
+from plinth.pipelines.assembly import build_engine
+from plinth.pipelines.config.settings import Config
+from plinth.pipelines.http.server import Server, bind, create_app
+from plinth.verticals import Vertical
 
 
 class Running:

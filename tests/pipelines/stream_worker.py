@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 from tally import TallyVertical, started_engine
 
-import pipelines.stream as stream
+import plinth.pipelines.stream.worker as stream
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
-from engine import Call, Engine, Flow, InputError, Model, ModelSpec, TensorSpec
-from verticals.contract import Vertical
+from plinth.engine import Call, Engine, Flow, InputError, Model, ModelSpec, TensorSpec
+from plinth.verticals.contract import Vertical
 
 
 class Spend(BaseModel):

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from tiny_verticals import GATE, Gate, Shelf, install
 
-from engine import ConfigError, Engine, PlinthError
-from pipelines.assembly import build_engine
-from pipelines.batch import Batch, Progress, Summary
-from pipelines.config import Config
-from pipelines.items import write_whole
-from pipelines.journal import Journal
-from verticals import Item, Settings
+from plinth.engine import ConfigError, Engine, PlinthError
+from plinth.pipelines.assembly import build_engine
+from plinth.pipelines.config.settings import Config
+from plinth.pipelines.folders.batch import Batch, Progress, Summary
+from plinth.pipelines.folders.items import write_whole
+from plinth.pipelines.folders.journal import Journal
+from plinth.verticals import Item, Settings
 
 PLAIN = Config.model_validate({"engine": {"backend": "eager", "precision": "fp32"}})
 
@@ -272,7 +272,7 @@ class Command:
     @contextlib.contextmanager
     def running(self) -> Iterator[subprocess.Popen[str]]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cli", "batch", self.folder, "--out", self.out,
+            [sys.executable, "-m", "plinth", "batch", self.folder, "--out", self.out,
              "--vertical", "shelf", "--json"],
             env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip

@@ -14,9 +14,9 @@ from moody_server import running
 from tiny_verticals import install
 from typer.testing import CliRunner
 
-from engine import ConfigError, ModelSpec, ModelStore, PlinthError, TensorSpec, architecture
-from pipelines.benchmark_http import connections_for
-from pipelines.cli_benchmark import EPILOG, benchmark
+from plinth.engine import ConfigError, ModelSpec, ModelStore, PlinthError, TensorSpec, architecture
+from plinth.pipelines.bench.over_http import connections_for
+from plinth.pipelines.cli.benchmark import EPILOG, benchmark
 
 pytestmark = pytest.mark.clock
 QUICK = ("--quantile", "0.9", "--seconds", "0.2")

@@ -16,8 +16,8 @@ import httpx
 import pytest
 from tiny_verticals import GATE, Gate, install
 
-from engine import ConfigError
-from pipelines.cli import main
+from plinth.engine import ConfigError
+from plinth.pipelines.cli.main import main
 
 COMMANDS = ("list", "check", "serve", "stream", "batch", "benchmark", "models", "demo")
 
@@ -43,7 +43,7 @@ class Plinth:
     def start(self, *arguments: str, **env: str) -> subprocess.Popen[str]:
         """Start it as a process of its own."""
         return subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cli", *arguments],
+            [sys.executable, "-m", "plinth", *arguments],
             env=self.env | env, cwd=self.folder, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
@@ -68,7 +68,7 @@ def test_help_teaches_and_is_quick(plinth: Plinth) -> None:
     assert all(command in out for command in COMMANDS)
     assert "Exit codes" in out
     loaded = subprocess.run(
-        [sys.executable, "-c", "import sys, pipelines.cli; print(*sys.modules)"],
+        [sys.executable, "-c", "import sys, plinth.pipelines.cli.main; print(*sys.modules)"],
         env=plinth.env, capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     assert not {"torch", "numpy", "fastapi", "pydantic", "kafka"} & set(loaded)
@@ -175,7 +175,7 @@ def _await_url(process: subprocess.Popen[str]) -> tuple[str, list[str]]:
 
 def test_models_are_listed_shown_and_verified(plinth: Plinth) -> None:
     torch = pytest.importorskip("torch")
-    from engine import ModelSpec, ModelStore, TensorSpec
+    from plinth.engine import ModelSpec, ModelStore, TensorSpec
 
     store = ModelStore(plinth.folder / "store")
     spec = ModelSpec(
@@ -215,7 +215,7 @@ def test_batch_prints_its_summary_as_json(plinth: Plinth) -> None:
 
 
 def test_a_stream_can_serve_its_metrics() -> None:
-    from pipelines.cli_runs import metrics_at
+    from plinth.pipelines.cli.runs import metrics_at
 
     with metrics_at("127.0.0.1:0") as url:
         assert url is not None

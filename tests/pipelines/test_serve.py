@@ -13,8 +13,8 @@ import pytest
 from serving import Running, error, running, until
 from tiny_verticals import GATE, Gate, Tiny
 
-from engine import ConfigError
-from pipelines.serve import bind
+from plinth.engine import ConfigError
+from plinth.pipelines.http.server import bind
 
 ROUTE = "/v1/tiny/double"
 GOOD = {"id": "a", "value": 2.5}

@@ -12,7 +12,7 @@ from serving import Raw, error, running, until
 from test_serve_bounds import GOOD, HELD, ROUTE
 from tiny_verticals import GATE, Gate, Tiny
 
-from engine.metrics import REGISTRY
+from plinth.engine.metrics import REGISTRY
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from serving import Running, error, running
 
-from engine import ConfigError
-from pipelines.http_state import kept_states
-from verticals import registry
+from plinth.engine import ConfigError
+from plinth.pipelines.http.kept_state import kept_states
+from plinth.verticals import registry
 
 ROUTE = "/v1/finance/score"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from engine import ConfigError
-from pipelines.stream import StreamConfig
+from plinth.engine import ConfigError
+from plinth.pipelines.stream.worker import StreamConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "streaming.md"
 TOPICS: dict[str, Any] = {"input_topic": "a", "output_topic": "b"}

@@ -17,8 +17,14 @@ import pytest
 from kafka_fixtures import KafkaNode, eventually
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
-from engine.metrics import REGISTRY
-from pipelines.stream import StreamConfig, StreamError, StreamProgress, StreamSummary, run
+from plinth.engine.metrics import REGISTRY
+from plinth.pipelines.stream.worker import (
+    StreamConfig,
+    StreamError,
+    StreamProgress,
+    StreamSummary,
+    run,
+)
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
 WORKER = Path(__file__).with_name("stream_worker.py")
@@ -111,7 +117,7 @@ class Thread:
 
 @pytest.fixture(autouse=True)
 def prompt_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.stream.PROGRESS_S", 0.0)
+    monkeypatch.setattr("plinth.pipelines.stream.worker.PROGRESS_S", 0.0)
 
 
 def test_exactly_once_however_often_and_whenever_the_worker_is_killed(

@@ -13,10 +13,16 @@ import pytest
 from kafka_fixtures import KafkaNode
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
-from engine import ConfigError, Engine, QueueFull
-from pipelines.kafka import prepare
-from pipelines.redeliver import redeliver
-from pipelines.stream import StreamConfig, StreamError, StreamProgress, StreamSummary, run
+from plinth.engine import ConfigError, Engine, QueueFull
+from plinth.pipelines.stream.kafka_consumer import prepare
+from plinth.pipelines.stream.redeliver import redeliver
+from plinth.pipelines.stream.worker import (
+    StreamConfig,
+    StreamError,
+    StreamProgress,
+    StreamSummary,
+    run,
+)
 
 pytestmark = pytest.mark.slow
 real_kafka = pytest.mark.kafka
@@ -81,7 +87,7 @@ def test_bad_records_become_dead_letters_that_say_why_and_the_rest_goes_on(
     assert head["kafka_dlt-original-offset"] == "51"
     assert abs(int(head["kafka_dlt-original-timestamp"]) / 1e3 - time.time()) < 600
     assert head["kafka_dlt-original-consumer-group"] == config.group
-    assert head["kafka_dlt-exception-fqcn"] == "engine.errors.InputError"
+    assert head["kafka_dlt-exception-fqcn"] == "plinth.engine.errors.InputError"
     assert "amount" in head["kafka_dlt-exception-message"]
     assert (head["plinth_error-reason"], head["plinth_error-field"]) == ("missing", "amount")
     assert (head["plinth_vertical"], bool(head["plinth_version"])) == ("tally", True)
@@ -95,7 +101,7 @@ def test_bad_records_become_dead_letters_that_say_why_and_the_rest_goes_on(
 def test_hostile_payments_become_dead_letters_and_honest_ones_decisions(
     kafka_node: KafkaNode,
 ) -> None:
-    finance = pytest.importorskip("verticals.finance")
+    finance = pytest.importorskip("plinth.verticals.finance")
     vertical = finance.FraudScoring()
     honest = json.loads(vertical.example().model_dump_json())
     wrong: dict[str, dict[str, Any]] = {
@@ -173,7 +179,7 @@ def test_an_output_topic_that_is_deleted_ends_the_stream_and_is_named(
 def test_an_input_topic_that_is_deleted_ends_the_stream_and_is_named(
     kafka_node: KafkaNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.stream.IDLE_LOOK_S", 1.0)
+    monkeypatch.setattr("plinth.pipelines.stream.worker.IDLE_LOOK_S", 1.0)
     config = kafka_node.config(idle_exit_s=None)
     kafka_node.fill(config, spends(50))
     gone = threading.Event()

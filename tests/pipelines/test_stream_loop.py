@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tally import TallyVertical, expect_each_once, started_engine
 
-from engine import ConfigError, InputError, ModelError, Refused
-from pipelines.run import Chunk, Partition, Rewind, Scored, pump
-from pipelines.scorer import LONGEST_STREAK, Scorer
-from pipelines.state import Keeper, claim
+from plinth.engine import ConfigError, InputError, ModelError, Refused
+from plinth.pipelines.stream.checkpoint import Keeper, claim
+from plinth.pipelines.stream.loop import Chunk, Partition, Rewind, Scored, pump
+from plinth.pipelines.stream.scorer import LONGEST_STREAK, Scorer
 
 P = Partition("in", 0)
 ENGINE = started_engine(TallyVertical())

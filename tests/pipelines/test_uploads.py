@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from serving import Running, error, running
 from tiny_verticals import GATE, Gate, Shelf
 
-from engine import Engine, InputError, Sla
-from pipelines.assembly import build_engine
-from pipelines.config import Config, UploadConfig
-from pipelines.jobs import Jobs
-from pipelines.uploads import Sink, safe_name, unzip
+from plinth.engine import Engine, InputError, Sla
+from plinth.pipelines.assembly import build_engine
+from plinth.pipelines.config.settings import Config, UploadConfig
+from plinth.pipelines.folders.archives import Sink, safe_name, unzip
+from plinth.pipelines.folders.jobs import Jobs
 
 ROUTE = "/v1/shelf/read"
 PLAIN = Config.model_validate({"engine": {"backend": "eager", "precision": "fp32"}})

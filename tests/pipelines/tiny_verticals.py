@@ -15,8 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from engine import Call, Flow, InputError, Model, ModelSpec, Sla, TensorSpec
-from verticals import Item, Settings, Vertical
+from plinth.engine import Call, Flow, InputError, Model, ModelSpec, Sla, TensorSpec
+from plinth.verticals import Item, Settings, Vertical
 
 GATE = "PLINTH_TEST_GATE"
 HELD = 1000.0

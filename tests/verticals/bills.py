@@ -11,8 +11,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from engine import Call, Flow, InputError, Model, ModelSpec, TensorSpec
-from verticals import Item, Settings, Vertical
+from plinth.engine import Call, Flow, InputError, Model, ModelSpec, TensorSpec
+from plinth.verticals import Item, Settings, Vertical
 
 
 class Basket(BaseModel):

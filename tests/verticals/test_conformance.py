@@ -17,9 +17,9 @@ from bills import Basket, Bill, Bills, Files, Loyal, Sum, model
 from pydantic import BaseModel
 from torch import Tensor
 
-from engine import Call, Flow, InputError, Model
-from verticals import Item, Settings
-from verticals.testing import check_vertical
+from plinth.engine import Call, Flow, InputError, Model
+from plinth.verticals import Item, Settings
+from plinth.verticals.testing import check_vertical
 
 
 class BadName(Bills):

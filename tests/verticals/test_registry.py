@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from engine import ConfigError
-from verticals import registry
+from plinth.engine import ConfigError
+from plinth.verticals import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """
 from pydantic import BaseModel, Field
-from verticals import Settings, Vertical
+from plinth.verticals import Settings, Vertical
 
 class Limits(Settings):
     upper: float = 1.0
@@ -115,7 +115,7 @@ def test_wrong_settings_are_refused_by_name(
 
 
 def test_settings_of_another_vertical_are_refused(plant: Plant) -> None:
-    from verticals import Settings
+    from plinth.verticals import Settings
 
     class Other(Settings):
         pass

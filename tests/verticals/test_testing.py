@@ -11,8 +11,8 @@ import torch
 from bills import Basket, Bill, Bills, Files, Loyal, model
 from torch import Tensor, nn
 
-from engine import Call, Flow, InputError, Model, Tiling
-from verticals.testing import check_vertical, checks, devices_named, feed, run_with_models
+from plinth.engine import Call, Flow, InputError, Model, Tiling
+from plinth.verticals.testing import check_vertical, checks, devices_named, feed, run_with_models
 
 
 # -- feed ------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """Fraud scoring of card payments: real-time features, a calibrated model, rules and reasons."""
 
-from verticals.finance.vertical import FraudScoring, FraudSettings
+from plinth.verticals.finance.vertical import FraudScoring, FraudSettings
 
 __all__ = ["FraudScoring", "FraudSettings"]

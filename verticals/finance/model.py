@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.model import architecture
+from plinth.engine.models.store import architecture
 
 
 class Standardise(nn.Module):

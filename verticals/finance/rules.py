@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from verticals.finance.features import FEATURES, MODEL_FEATURES
-from verticals.finance.schema import Reason
+from plinth.verticals.finance.features.online import FEATURES, MODEL_FEATURES
+from plinth.verticals.finance.schema import Reason
 
 Action = Literal["approve", "review", "decline"]
 MASKED = -1.0

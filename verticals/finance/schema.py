@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from engine.errors import InputError
+from plinth.engine.errors import InputError
 
 MIN_AMOUNT = 0.0001
 """The finest subdivision of a currency in ISO 4217."""

@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-import verticals.finance.model  # noqa: F401  (registers the architectures)
-from engine import (
+import plinth.verticals.finance.model  # noqa: F401  (registers the architectures)
+from plinth.engine import (
     Call,
     ConfigError,
     Flow,
@@ -26,9 +26,18 @@ from engine import (
     Refused,
     Sla,
 )
-from verticals.contract import Settings, Vertical
-from verticals.finance.features import MODEL_FEATURES, Batch, Event, FeatureState, Flag, Limits
-from verticals.finance.rules import (
+from plinth.verticals.contract import Settings, Vertical
+from plinth.verticals.finance.features import persistence
+from plinth.verticals.finance.features.online import (
+    MODEL_FEATURES,
+    Batch,
+    Event,
+    FeatureState,
+    Flag,
+    Limits,
+)
+from plinth.verticals.finance.features.timeline import DAY
+from plinth.verticals.finance.rules import (
     MAX_REASONS,
     NO_TIME,
     Action,
@@ -37,7 +46,7 @@ from verticals.finance.rules import (
     main_reasons,
     masked_rows,
 )
-from verticals.finance.schema import (
+from plinth.verticals.finance.schema import (
     Decision,
     Label,
     Reason,
@@ -45,7 +54,6 @@ from verticals.finance.schema import (
     milliseconds,
     read,
 )
-from verticals.finance.timeline import DAY
 
 MODEL = "fraud"
 STORE = Path(__file__).parent / "store"
@@ -173,7 +181,7 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
             raise ModelError(
                 f"{spec.name} {spec.version} gave {tuple(answer.shape)} for one row of "
                 f"{len(MODEL_FEATURES)} features, expected probability and variant {place}",
-                hint="train it with python -m verticals.finance.train",
+                hint="train it with python -m plinth.verticals.finance.training.train",
             )
         review, decline = given.review_threshold, given.decline_threshold
         review = spec.metrics.get("review_threshold", 0.5) if review is None else review
@@ -237,10 +245,10 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
         self.state.update(self._taken_in(requests, []))
 
     def snapshot(self) -> bytes:
-        return self.state.snapshot()
+        return persistence.pack(self.state)
 
     def restore(self, state: bytes) -> None:
-        self.state.restore(state)
+        self.state = persistence.unpack(state, self.state.limits)
 
     def _taken_in(
         self,

@@ -17,7 +17,7 @@ from typing import IO
 from pydicom import Dataset, dcmread
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
-from engine.errors import InputError
+from plinth.engine.errors import InputError
 
 MALFORMED = (
     InvalidDicomError,

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from engine import Call, Flow, InputError, Model, ModelStore, Sla, Tiling
-from verticals.contract import Item, Settings, Vertical
-from verticals.medical.analysis import LEAST_SLICES, Analysis, analyse
-from verticals.medical.discover import Series, scan
-from verticals.medical.loader import load_volume
-from verticals.medical.network import STRIDE
-from verticals.medical.nodules import (
+from plinth.engine import Call, Flow, InputError, Model, ModelStore, Sla, Tiling
+from plinth.verticals.contract import Item, Settings, Vertical
+from plinth.verticals.medical.ct.analysis import LEAST_SLICES, Analysis, analyse
+from plinth.verticals.medical.ct.segment import BONE_HU, COARSE_MM, LUNG_HU, TISSUE_HU
+from plinth.verticals.medical.dicom.discover import Series, scan
+from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.nodules.candidates import (
     Least,
     Nodule,
     View,
@@ -28,11 +28,11 @@ from verticals.medical.nodules import (
     second_look,
     view,
 )
-from verticals.medical.outputs import write_outputs
-from verticals.medical.phantom import Phantom
-from verticals.medical.report import SYNTHETIC, CtReport, Evidence, Network, pseudonym
-from verticals.medical.segment import BONE_HU, COARSE_MM, LUNG_HU, TISSUE_HU
-from verticals.medical.volume import SeriesFacts, Verdict, Volume
+from plinth.verticals.medical.nodules.network import STRIDE
+from plinth.verticals.medical.output.outputs import write_outputs
+from plinth.verticals.medical.output.report import SYNTHETIC, CtReport, Evidence, Network, pseudonym
+from plinth.verticals.medical.phantom.chest import Phantom
+from plinth.verticals.medical.volumes.volume import SeriesFacts, Verdict, Volume
 
 STORE = Path(__file__).parent / "store"
 MODEL = "nodules"

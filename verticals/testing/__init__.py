@@ -13,9 +13,9 @@ or, one test per clause of the contract::
         check()
 """
 
-from verticals.testing.flows import drive, feed, run_with_models
-from verticals.testing.kit import Check, Outcome, Report, check_vertical, checks
-from verticals.testing.source import devices_named
+from plinth.verticals.testing.flows import drive, feed, run_with_models
+from plinth.verticals.testing.kit import Check, Outcome, Report, check_vertical, checks
+from plinth.verticals.testing.source import devices_named
 
 __all__ = [
     "Check",

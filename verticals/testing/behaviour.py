@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from engine import InputError
-from verticals.testing.case import (
+from plinth.engine import InputError
+from plinth.verticals.testing.case import (
     Case,
     NotApplicable,
     changed,
@@ -21,9 +21,9 @@ from verticals.testing.case import (
     leaves,
     strict,
 )
-from verticals.testing.clauses import Clause, must
-from verticals.testing.flows import run_with_models
-from verticals.testing.watch import watched
+from plinth.verticals.testing.clauses import Clause, must
+from plinth.verticals.testing.flows import run_with_models
+from plinth.verticals.testing.watch import watched
 
 MARKER = "plinth-4111111111111111"
 MALFORMED = (b"", b"{", b"null", b"[]", b'"text"', b"\xff\xfe", b"[" * 5000)

@@ -15,9 +15,9 @@ import numpy as np
 from pydantic import BaseModel
 from torch import Tensor
 
-from engine import InputError
-from verticals.contract import Vertical
-from verticals.testing.flows import run_with_models
+from plinth.engine import InputError
+from plinth.verticals.contract import Vertical
+from plinth.verticals.testing.flows import run_with_models
 
 VARIANTS = 3
 Place = tuple[str | int, ...]

@@ -13,10 +13,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from engine import InputError, Model, Sla
-from verticals.contract import Item, Settings, Vertical
-from verticals.testing.case import Case, NotApplicable, close, difference
-from verticals.testing.source import devices_named, files_of
+from plinth.engine import InputError, Model, Sla
+from plinth.verticals.contract import Item, Settings, Vertical
+from plinth.verticals.testing.case import Case, NotApplicable, close, difference
+from plinth.verticals.testing.source import devices_named, files_of
 
 Clause = Callable[[Case], None]
 

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from engine import Call, Flow, Model, PlinthError
-from engine.flow import Tensors, as_mapping, row_count
-from engine.tiling import Canvas, Grid
-from verticals.contract import Vertical
+from plinth.engine import Call, Flow, Model, PlinthError
+from plinth.engine.flow import Tensors, as_mapping, row_count
+from plinth.engine.tiling import Canvas, Grid
+from plinth.verticals.contract import Vertical
 
 T = TypeVar("T")
 

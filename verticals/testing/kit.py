@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from verticals.contract import Vertical
-from verticals.testing.behaviour import BEHAVIOUR
-from verticals.testing.case import Case, NotApplicable
-from verticals.testing.clauses import DECLARED, Clause
+from plinth.verticals.contract import Vertical
+from plinth.verticals.testing.behaviour import BEHAVIOUR
+from plinth.verticals.testing.case import Case, NotApplicable
+from plinth.verticals.testing.clauses import DECLARED, Clause
 
 Status = Literal["ok", "failed", "skipped"]
 

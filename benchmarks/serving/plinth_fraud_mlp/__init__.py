@@ -8,7 +8,7 @@ from typing import Annotated
 import fraud_mlp
 from pydantic import BaseModel, Field
 
-from engine import (
+from plinth.engine import (
     Call,
     Flow,
     InputError,
@@ -19,7 +19,7 @@ from engine import (
     architecture,
     from_pretrained,
 )
-from verticals import Vertical
+from plinth.verticals import Vertical
 
 SPEC = ModelSpec(
     name="fraud-mlp",

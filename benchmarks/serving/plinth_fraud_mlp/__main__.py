@@ -10,7 +10,7 @@ from pathlib import Path
 
 import fraud_mlp
 
-from engine import ModelStore
+from plinth.engine import ModelStore
 from plinth_fraud_mlp import SPEC
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from verticals.finance import FraudScoring
-from verticals.finance.simulator import rfc3339
-from verticals.testing import feed
+from plinth.verticals.finance import FraudScoring
+from plinth.verticals.finance.training.simulator import rfc3339
+from plinth.verticals.testing import feed
 
 NOON = 1_756_728_000_000
 """Monday 2025-09-01T12:00:00Z, epoch milliseconds."""
@@ -44,8 +44,8 @@ def label(number: int = 1, at: int = NOON, known: int = NOON + DAY, **changes: A
 
 def features(vertical: FraudScoring, *raws: bytes) -> list[dict[str, float]]:
     """What the model is shown of some records: one dictionary per transaction."""
-    from verticals.finance.features import MODEL_FEATURES
-    from verticals.finance.model import fraud_lite
+    from plinth.verticals.finance.features.online import MODEL_FEATURES
+    from plinth.verticals.finance.model import fraud_lite
 
     seen: list[list[float]] = []
 

@@ -10,14 +10,25 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from engine import ModelStore
-from verticals.finance import FraudScoring
-from verticals.finance.features import MODEL_FEATURES
-from verticals.finance.quality import auc, average_precision, calibration_error, card_precision
-from verticals.finance.schema import Decision
-from verticals.finance.simulator import Population, Table, labels_json, simulate, transactions_json
-from verticals.finance.timeline import DAY, LABEL_DELAY
-from verticals.finance.vertical import STORE
+from plinth.engine import ModelStore
+from plinth.verticals.finance import FraudScoring
+from plinth.verticals.finance.features.online import MODEL_FEATURES
+from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
+from plinth.verticals.finance.schema import Decision
+from plinth.verticals.finance.training.quality import (
+    auc,
+    average_precision,
+    calibration_error,
+    card_precision,
+)
+from plinth.verticals.finance.training.simulator import (
+    Population,
+    Table,
+    labels_json,
+    simulate,
+    transactions_json,
+)
+from plinth.verticals.finance.vertical import STORE
 
 CASES = st.lists(
     st.tuples(st.sampled_from((0.0, 0.1, 0.5, 0.5, 0.9)), st.booleans()), min_size=2, max_size=30

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import verticals.finance.model  # noqa: F401  (registers the architectures)
-from engine import ModelStore
-from verticals.finance.features import FEATURES, MODEL_FEATURES
-from verticals.finance.rules import (
+import plinth.verticals.finance.model  # noqa: F401  (registers the architectures)
+from plinth.engine import ModelStore
+from plinth.verticals.finance.features.online import FEATURES, MODEL_FEATURES
+from plinth.verticals.finance.rules import (
     GROUPS,
     LEAST_EFFECT,
     Rules,
@@ -18,7 +18,7 @@ from verticals.finance.rules import (
     main_reasons,
     masked_rows,
 )
-from verticals.finance.vertical import STORE
+from plinth.verticals.finance.vertical import STORE
 
 LITE = ModelStore(STORE).load("fraud-lite").module
 RULES = Rules(hard_amount=5000.0, card_count_5m=10, device_cards_24h=5)

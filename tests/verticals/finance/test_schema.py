@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from payments import NOON, label, payment
 
-from engine import InputError
-from verticals.finance import FraudScoring
-from verticals.finance.schema import Decision, Label, Transaction, milliseconds, read
+from plinth.engine import InputError
+from plinth.verticals.finance import FraudScoring
+from plinth.verticals.finance.schema import Decision, Label, Transaction, milliseconds, read
 
 MARKER = "marker-4711"
 

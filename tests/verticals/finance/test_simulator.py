@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import ConfigError
-from verticals.finance.schema import Label, Transaction, read
-from verticals.finance.simulator import (
+from plinth.engine import ConfigError
+from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
+from plinth.verticals.finance.schema import Label, Transaction, read
+from plinth.verticals.finance.training.simulator import (
     BIG_AMOUNT,
     Population,
     Table,
@@ -23,7 +24,6 @@ from verticals.finance.simulator import (
     simulate,
     transactions_json,
 )
-from verticals.finance.timeline import DAY, LABEL_DELAY
 
 SAMPLES = Path(__file__).resolve().parents[3] / "sample_data"
 

@@ -13,11 +13,16 @@ import torch
 from payments import DAY, HOUR, NOON, label, payment
 from rich.console import Console
 
-from engine import ConfigError, InputError, ModelStore
-from verticals.finance import FraudScoring, FraudSettings
-from verticals.finance.history import recorded, simulated
-from verticals.finance.simulator import Population, labels_json, simulate, transactions_json
-from verticals.finance.train import Plan, main, run
+from plinth.engine import ConfigError, InputError, ModelStore
+from plinth.verticals.finance import FraudScoring, FraudSettings
+from plinth.verticals.finance.training.history import recorded, simulated
+from plinth.verticals.finance.training.simulator import (
+    Population,
+    labels_json,
+    simulate,
+    transactions_json,
+)
+from plinth.verticals.finance.training.train import Plan, main, run
 
 PEOPLE = Population(customers=150, terminals=60, days=80, radius=50, bad_terminals=0.3)
 TINY = Plan(first_day=38, final_days=7, epochs=2, alert_budget=5)

@@ -12,7 +12,7 @@ import torch
 from payments import DAY, HOUR, NOON, label, payment
 from torch import nn
 
-from engine import (
+from plinth.engine import (
     ConfigError,
     Engine,
     InputError,
@@ -24,11 +24,11 @@ from engine import (
     Sla,
     TensorSpec,
 )
-from verticals.finance import FraudScoring, FraudSettings
-from verticals.finance.schema import Decision, Label
-from verticals.finance.vertical import STORE
-from verticals.testing import check_vertical, checks
-from verticals.testing.flows import run_with_models
+from plinth.verticals.finance import FraudScoring, FraudSettings
+from plinth.verticals.finance.schema import Decision, Label
+from plinth.verticals.finance.vertical import STORE
+from plinth.verticals.testing import check_vertical, checks
+from plinth.verticals.testing.flows import run_with_models
 
 NOW = NOON / 1000
 
@@ -262,7 +262,7 @@ def test_settings_are_checked(wrong: dict[str, Any]) -> None:
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path: Path) -> None:
-    from engine import architecture
+    from plinth.engine import architecture
 
     architecture("test-finance-sum")(lambda: nn.Linear(21, 1))
     spec = ModelSpec(

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from verticals.medical.analysis import Analysis
-from verticals.medical.phantom import Phantom
-from verticals.medical.vertical import phantom_volume
-from verticals.medical.volume import Volume
+from plinth.verticals.medical.ct.analysis import Analysis
+from plinth.verticals.medical.phantom.chest import Phantom
+from plinth.verticals.medical.vertical import phantom_volume
+from plinth.verticals.medical.volumes.volume import Volume
 
 SMALL = {"shape": (120, 96, 72), "spacing": (3.0, 3.0, 3.0)}
 

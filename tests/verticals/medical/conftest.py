@@ -11,8 +11,8 @@ import numpy as np
 import pydicom
 import pytest
 
-from verticals.medical.phantom import Phantom
-from verticals.medical.phantom_dicom import Faults, write_series
+from plinth.verticals.medical.phantom.chest import Phantom
+from plinth.verticals.medical.phantom.dicom import Faults, write_series
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "dicom"
 

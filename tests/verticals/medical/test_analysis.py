@@ -12,12 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from medical.chests import chest, refilled, turned, values
 
-from engine import InputError
-from verticals.medical.analysis import BONE_LABEL, LUNG_LEFT, LUNG_RIGHT, Analysis, analyse
-from verticals.medical.findings import density
-from verticals.medical.phantom import FAT, LUNG, MUSCLE, OUTER, Phantom
-from verticals.medical.vertical import phantom_volume
-from verticals.medical.volume import Volume
+from plinth.engine import InputError
+from plinth.verticals.medical.ct.analysis import (
+    BONE_LABEL,
+    LUNG_LEFT,
+    LUNG_RIGHT,
+    Analysis,
+    analyse,
+)
+from plinth.verticals.medical.ct.findings import density
+from plinth.verticals.medical.phantom.chest import FAT, LUNG, MUSCLE, OUTER, Phantom
+from plinth.verticals.medical.vertical import phantom_volume
+from plinth.verticals.medical.volumes.volume import Volume
 
 TRUTH = Phantom().truth()
 SCANS = {

@@ -14,10 +14,10 @@ import pydicom
 import pytest
 from pydicom.fileset import FileSet
 
-from engine.errors import InputError
-from verticals.medical.discover import discover, scan
-from verticals.medical.loader import load_volume
-from verticals.medical.source import Limits
+from plinth.engine.errors import InputError
+from plinth.verticals.medical.dicom.discover import discover, scan
+from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.source import Limits
 
 Write = Callable[..., Path]
 

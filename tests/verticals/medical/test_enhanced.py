@@ -10,7 +10,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from verticals.medical.loader import load_volume
+from plinth.verticals.medical.dicom.loader import load_volume
 
 Write = Callable[..., Path]
 Files = Callable[[str], Path]

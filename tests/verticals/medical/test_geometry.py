@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import InputError
-from verticals.medical.discover import discover
-from verticals.medical.geometry import stack
-from verticals.medical.loader import load_volume
-from verticals.medical.orientation import Orientation
-from verticals.medical.phantom import Phantom, rotation_matrix
-from verticals.medical.phantom_dicom import datasets
-from verticals.medical.volume import SeriesFacts, Verdict, Volume
+from plinth.engine.errors import InputError
+from plinth.verticals.medical.dicom.discover import discover
+from plinth.verticals.medical.dicom.geometry import stack
+from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.phantom.chest import Phantom, rotation_matrix
+from plinth.verticals.medical.phantom.dicom import datasets
+from plinth.verticals.medical.volumes.orientation import Orientation
+from plinth.verticals.medical.volumes.volume import SeriesFacts, Verdict, Volume
 
 angles = st.tuples(*[st.floats(-180, 180)] * 3)
 steps = st.tuples(*[st.floats(0.1, 10)] * 3)

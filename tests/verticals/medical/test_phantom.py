@@ -14,10 +14,10 @@ import numpy as np
 import pydicom
 import pytest
 
-from verticals.medical.loader import load_volume
-from verticals.medical.phantom import LUNG, MUSCLE, Phantom
-from verticals.medical.phantom_dicom import SYNTAX, write_series
-from verticals.medical.volume import Volume
+from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.phantom.chest import LUNG, MUSCLE, Phantom
+from plinth.verticals.medical.phantom.dicom import SYNTAX, write_series
+from plinth.verticals.medical.volumes.volume import Volume
 
 SAMPLE = Path(__file__).resolve().parents[3] / "sample_data" / "ct_phantom"
 SCRIPT = SAMPLE.parent / "make_ct_phantom.py"

@@ -12,8 +12,8 @@ import pydicom
 import pytest
 from pydicom.uid import ExplicitVRBigEndian, JPEGLosslessSV1
 
-from engine.errors import InputError
-from verticals.medical.loader import load_volume
+from plinth.engine.errors import InputError
+from plinth.verticals.medical.dicom.loader import load_volume
 
 Write = Callable[..., Path]
 Edit = Callable[..., None]

@@ -9,12 +9,12 @@ import numpy as np
 import pydicom
 import pytest
 
-from engine.errors import InputError
-from verticals.medical.decode import CT_AIR, decode, padding_hu
-from verticals.medical.discover import discover
-from verticals.medical.geometry import stack
-from verticals.medical.loader import DICOMLoader, load_volume
-from verticals.medical.volume import Volume
+from plinth.engine.errors import InputError
+from plinth.verticals.medical.dicom.decode import CT_AIR, decode, padding_hu
+from plinth.verticals.medical.dicom.discover import discover
+from plinth.verticals.medical.dicom.geometry import stack
+from plinth.verticals.medical.dicom.loader import DICOMLoader, load_volume
+from plinth.verticals.medical.volumes.volume import Volume
 
 Real = Callable[[str], Path]
 

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine import Call
-from verticals.medical.phantom import NODULES, Phantom
-from verticals.medical.phantom_dicom import write_series
-from verticals.medical.pictures import COLOURS
-from verticals.medical.report import RESEARCH_USE, CtReport, pseudonym
-from verticals.medical.vertical import CtAnalysis, CtSettings
-from verticals.testing import feed
+from plinth.engine import Call
+from plinth.verticals.medical.output.pictures import COLOURS
+from plinth.verticals.medical.output.report import RESEARCH_USE, CtReport, pseudonym
+from plinth.verticals.medical.phantom.chest import NODULES, Phantom
+from plinth.verticals.medical.phantom.dicom import write_series
+from plinth.verticals.medical.vertical import CtAnalysis, CtSettings
+from plinth.verticals.testing import feed
 
 PHANTOM = Phantom(shape=(110, 84, 64), spacing=(3.2, 3.2, 3.3))
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import Call
-from verticals.medical.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
-from verticals.medical.phantom import Phantom
-from verticals.medical.phantom_dicom import Faults, write_series
-from verticals.medical.report import CtReport, Evidence
-from verticals.medical.segmentation import write_segmentation
-from verticals.medical.vertical import CtAnalysis, CtSettings
-from verticals.testing import feed
+from plinth.engine import Call
+from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
+from plinth.verticals.medical.output.dicom_seg import write_segmentation
+from plinth.verticals.medical.output.report import CtReport, Evidence
+from plinth.verticals.medical.phantom.chest import Phantom
+from plinth.verticals.medical.phantom.dicom import Faults, write_series
+from plinth.verticals.medical.vertical import CtAnalysis, CtSettings
+from plinth.verticals.testing import feed
 
 pytestmark = pytest.mark.slow
 CHEST = {"shape": (76, 64, 48), "spacing": (4.6, 4.5, 4.5)}

@@ -11,13 +11,13 @@ import pytest
 from medical.chests import chest
 from pydantic import ValidationError
 
-from engine import Call, InputError, ModelStore
-from verticals.medical.phantom import Phantom
-from verticals.medical.phantom_dicom import write_series
-from verticals.medical.report import CtReport
-from verticals.medical.vertical import MODEL, STORE, CtAnalysis, CtSettings, StudyRequest
-from verticals.testing import check_vertical, feed
-from verticals.testing.flows import run_with_models
+from plinth.engine import Call, InputError, ModelStore
+from plinth.verticals.medical.output.report import CtReport
+from plinth.verticals.medical.phantom.chest import Phantom
+from plinth.verticals.medical.phantom.dicom import write_series
+from plinth.verticals.medical.vertical import MODEL, STORE, CtAnalysis, CtSettings, StudyRequest
+from plinth.verticals.testing import check_vertical, feed
+from plinth.verticals.testing.flows import run_with_models
 
 pytestmark = pytest.mark.slow
 SMALL = {"shape": (76, 64, 20), "spacing": (4.6, 4.5, 4.5)}
@@ -180,9 +180,9 @@ def test_a_real_quality_phantom_is_no_chest(real: Callable[[str], Path]) -> None
 MEASURE = """
 import resource, sys, torch
 torch.set_num_threads(1)
-from verticals.medical.phantom import Phantom
-from verticals.medical.vertical import *
-from verticals.testing.flows import run_with_models
+from plinth.verticals.medical.phantom.chest import Phantom
+from plinth.verticals.medical.vertical import *
+from plinth.verticals.testing.flows import run_with_models
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,1 @@
+"""Which devices there are: rows of data on torch.accelerator."""

@@ -1,0 +1,279 @@
+"""One thin layer over ``torch.accelerator``: which devices there are and what they can do.
+
+Nothing else in the engine names ``torch.cuda`` or another vendor's module. Only the CPU has
+run so far; the other rows of the table follow torch's documentation and are untested.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from plinth.engine.errors import ConfigError, DeviceError
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    vendor: str
+    collectives: str
+    backend: str
+
+
+_KINDS = {
+    "cpu": _Kind("", "gloo", "onnxruntime"),
+    "cuda": _Kind("NVIDIA", "nccl", "eager"),
+    "npu": _Kind("Huawei", "hccl", "eager"),
+    "xpu": _Kind("Intel", "xccl", "eager"),
+    "mps": _Kind("Apple", "gloo", "eager"),
+}
+
+_ISA = {
+    "bf16": {"avx512_bf16", "amx_bf16", "bf16"},
+    "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+    "int8": {"avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of a device: in use by this process, free for it, and altogether."""
+
+    allocated: int
+    available: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device.
+
+    Args:
+        kind: ``"cpu"``, ``"cuda"`` (NVIDIA and AMD), ``"npu"``, ``"xpu"``, ``"mps"``.
+        index: which one; ``None`` for the CPU.
+        vendor: who made it.
+        name: what it is called.
+        dtypes: precisions with instructions of their own, not emulated.
+        collectives: the torch.distributed backend that fits.
+        backend: the execution backend to try first.
+    """
+
+    kind: str
+    index: int | None = None
+    vendor: str = ""
+    name: str = ""
+    dtypes: tuple[str, ...] = ("fp32",)
+    collectives: str = "gloo"
+    backend: str = "eager"
+
+    def __str__(self) -> str:
+        return self.kind if self.index is None else f"{self.kind}:{self.index}"
+
+    @property
+    def torch(self) -> torch.device:
+        """As torch spells it."""
+        return torch.device(str(self))
+
+    def native(self, precision: str) -> bool:
+        """Whether ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"`` is not emulated here."""
+        return precision in self.dtypes
+
+    def memory(self) -> Memory:
+        """Bytes now; for the CPU of this process and within its cgroup's limit."""
+        if self.kind == "cpu":
+            return _host_memory()
+        free, total = torch.accelerator.get_memory_info(self.torch)
+        return Memory(torch.accelerator.memory_allocated(self.torch), int(free), int(total))
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.kind != "cpu":
+            torch.accelerator.synchronize(self.torch)
+
+    def utilisation(self) -> float | None:
+        """Share of the device in use by anyone, 0 to 1; ``None`` where it cannot be told.
+
+        For the CPU: since the previous call.
+        """
+        if self.kind == "cpu":
+            return psutil.cpu_percent() / 100
+        probe = getattr(torch.get_device_module(self.torch), "utilization", None)
+        try:
+            return None if probe is None else float(probe(self.index)) / 100
+        except (RuntimeError, ImportError, ModuleNotFoundError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A kind of device that is not there, and why."""
+
+    kind: str
+    reason: str
+
+
+def devices() -> list[Device | Absent]:
+    """Every kind of device: those that are there, and the others with the reason."""
+    found: list[Device | Absent] = [_cpu()]
+    current = _current()
+    kinds = [kind for kind in _KINDS if kind != "cpu"]
+    if current is not None and current not in kinds:
+        kinds.append(current)
+    for kind in kinds:
+        if kind == current:
+            found += [
+                _accelerator(kind, index) for index in range(torch.accelerator.device_count())
+            ]
+        else:
+            found.append(Absent(kind, _why_absent(kind, current)))
+    return found
+
+
+def pick(device: str = "auto") -> Device:
+    """The device of a setting.
+
+    Args:
+        device: ``"auto"`` (an accelerator if there is one, else the CPU), a kind such as
+            ``"cuda"``, or a kind and an index such as ``"cuda:1"``.
+
+    Raises:
+        ConfigError: not the name of a device.
+        DeviceError: it is not there; says why and what is.
+    """
+    every = devices()
+    present = [entry for entry in every if isinstance(entry, Device)]
+    if device == "auto":
+        return present[1] if len(present) > 1 else present[0]
+    kind, colon, index = device.partition(":")
+    known = {entry.kind for entry in every}
+    if kind not in known or (colon and not index.isdecimal()):
+        raise ConfigError(
+            f"device {device!r} is not the name of a device",
+            hint=f"use auto, {', '.join(sorted(known))}, or a name and an index such as cuda:1",
+        )
+    for entry in present:
+        if entry.kind == kind and (not colon or (entry.index or 0) == int(index)):
+            return entry
+    reasons = {entry.kind: entry.reason for entry in every if isinstance(entry, Absent)}
+    raise DeviceError(
+        f"there is no device {device}: {reasons.get(kind, 'its index is too high')}",
+        hint=f"there are {', '.join(map(str, present))}",
+    )
+
+
+# -- what is there -----------------------------------------------------------------------------
+def _current() -> str | None:
+    if not torch.accelerator.is_available():
+        return None
+    current = torch.accelerator.current_accelerator()
+    return None if current is None else str(current.type)
+
+
+def _accelerator(kind: str, index: int) -> Device:
+    row = _KINDS.get(kind, _Kind("unknown", "gloo", "eager"))
+    vendor = "AMD" if kind == "cuda" and torch.version.hip else row.vendor
+    module: Any = torch.get_device_module(kind)
+    name = module.get_device_name(index) if hasattr(module, "get_device_name") else kind
+    dtypes = ("fp32", *(["bf16"] if _accelerates_bf16(module) else []))
+    return Device(kind, index, vendor, str(name), dtypes, row.collectives, row.backend)
+
+
+def _accelerates_bf16(module: Any) -> bool:
+    probe = getattr(module, "is_bf16_supported", None)
+    if probe is None:
+        return False
+    try:
+        return bool(probe(including_emulation=False))
+    except TypeError:
+        return bool(probe())
+
+
+def _why_absent(kind: str, current: str | None) -> str:
+    if current is not None:
+        return f"torch serves one kind of accelerator per process, here {current}"
+    if kind == "npu":
+        there = importlib.util.find_spec("torch_npu") is not None
+        return "torch_npu finds no device" if there else "the package torch_npu is not installed"
+    built = {
+        "cuda": bool(torch.version.cuda or torch.version.hip),
+        "xpu": bool(getattr(torch.version, "xpu", None)),
+        "mps": torch.backends.mps.is_built(),
+    }
+    if not built.get(kind, False):
+        return f"this torch ({torch.__version__}) is built without it"
+    return "torch finds no device or no driver"
+
+
+# -- the CPU -----------------------------------------------------------------------------------
+@cache
+def _cpu() -> Device:
+    facts = _cpuinfo()
+    flags = set(facts.get("flags", facts.get("Features", "")).split())
+    native = tuple(name for name, isa in _ISA.items() if flags & isa)
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    vendor = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}.get(facts.get("vendor_id", ""), "")
+    row = _KINDS["cpu"]
+    return Device("cpu", None, vendor, name, ("fp32", *native), row.collectives, row.backend)
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    first = path.read_text(errors="replace").partition("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _host_memory() -> Memory:
+    host = psutil.virtual_memory()
+    limit, used = cgroup_memory()
+    total = min(host.total, limit) if limit else host.total
+    available = min(host.available, max(0, limit - used)) if limit else host.available
+    return Memory(psutil.Process().memory_info().rss, available, total)
+
+
+def cgroup_memory(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> tuple[int, int]:
+    """Tightest memory limit on this process's cgroups and what it uses, bytes; (0, 0) for none.
+
+    Args:
+        root: where the cgroup file system is mounted.
+        own: the file that names the cgroup of this process.
+    """
+    path = ""
+    if own.exists():
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+        path = next((parts[2] for parts in lines if len(parts) == 3 and parts[0] == "0"), "")
+    folder = root / path.lstrip("/")
+    found: list[tuple[int, int]] = []
+    for level in [folder, *folder.parents]:
+        if root in (level, *level.parents):
+            found += _limit(level / "memory.max", level / "memory.current")
+    old = root / "memory"
+    found += _limit(old / "memory.limit_in_bytes", old / "memory.usage_in_bytes")
+    return min(found, key=lambda pair: pair[0] - pair[1], default=(0, 0))
+
+
+def _limit(limit: Path, used: Path) -> list[tuple[int, int]]:
+    try:
+        most, now = limit.read_text().strip(), used.read_text().strip()
+    except OSError:
+        return []
+    if not (most.isdecimal() and now.isdecimal()) or int(most) >= 1 << 60:
+        return []
+    return [(int(most), int(now))]

@@ -1,0 +1,1 @@
+"""What a model is, how it lies on disk, and its weights."""

@@ -1,0 +1,160 @@
+"""The contract of a model: what it is, takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from torch import Tensor
+
+from plinth.engine.errors import InputError, ModelError
+from plinth.engine.models.onnx import Contract
+
+DTYPES = (
+    *("float32", "float64", "float16", "bfloat16"),
+    *("int64", "int32", "int16", "int8", "uint8", "bool"),
+)
+
+
+class TensorSpec(BaseModel):
+    """One input or output of a model.
+
+    Args:
+        name: its name.
+        shape: sizes of one row, without the dimension of rows; ``None`` is any size.
+        dtype: name of a torch dtype, such as ``"float32"``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str = "float32"
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        if dtype not in DTYPES:
+            raise ValueError(f"{dtype!r} is not one of {', '.join(DTYPES)}")
+        return dtype
+
+    def example(self, rows: int = 1, *, free: int = 32) -> Tensor:
+        """Rows (rows, *shape) to try a model with: the same noise each time, zeros for integers.
+
+        Args:
+            rows: how many.
+            free: the size of dimensions of any size.
+        """
+        sizes = [rows, *(free if size is None else size for size in self.shape)]
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        if not dtype.is_floating_point:
+            return torch.zeros(sizes, dtype=dtype)
+        return torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+class ModelSpec(BaseModel):
+    """What a model is: its contract, origin and measured quality.
+
+    Args:
+        name: lower case, ``[a-z0-9._-]``.
+        version: compared naturally, so that 1.10 follows 1.9.
+        architecture: name under which its code is registered.
+        config: keyword arguments of that code.
+        inputs: what it takes; ``outputs``: what it gives.
+        description: what it is for; ``licence``: of the weights; ``source``: where from.
+        metrics: measured quality by name.
+        cheaper: name of the variant that degraded work goes to.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    version: str = Field(default="1", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    architecture: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    description: str = ""
+    licence: str = ""
+    source: str = ""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    cheaper: str | None = None
+
+    def check(self, rows: Mapping[str, Tensor]) -> None:
+        """Hold rows (n, ...) by input name against the contract.
+
+        Raises:
+            InputError: names the input, what was expected and what came.
+        """
+        expected = {spec.name for spec in self.inputs}
+        if set(rows) != expected:
+            raise InputError(
+                f"model {self.name} takes inputs {sorted(expected)}, got {sorted(rows)}"
+            )
+        for spec in self.inputs:
+            got = rows[spec.name]
+            shape = tuple(got.shape[1:])
+            fits = len(shape) == len(spec.shape) and all(
+                want is None or want == size for want, size in zip(spec.shape, shape, strict=True)
+            )
+            dtype = str(got.dtype).removeprefix("torch.")
+            if not fits or dtype != spec.dtype or got.ndim == 0:
+                raise InputError(
+                    f"model {self.name}: input {spec.name} has rows {shape} {dtype}, "
+                    f"expected {spec.shape} {spec.dtype}",
+                    field=spec.name,
+                )
+        counts = {name: len(tensor) for name, tensor in rows.items()}
+        if len(set(counts.values())) > 1:
+            raise InputError(
+                f"model {self.name}: the inputs have different numbers of rows, {counts}",
+                field=self.inputs[0].name,
+            )
+
+    def example(self, rows: int = 1, *, free: int = 32) -> dict[str, Tensor]:
+        """Rows by input name to try the model with; see :meth:`TensorSpec.example`."""
+        return {spec.name: spec.example(rows, free=free) for spec in self.inputs}
+
+
+Found = tuple[list[Contract], list[Contract]]
+
+
+def spec_of(path: Path, found: Found, name: str, version: str) -> ModelSpec:
+    """The spec of an ONNX file whose graph says ``found``; raises ModelError on a bad name."""
+    inputs, outputs = (
+        [{"name": n, "shape": shape, "dtype": dtype} for n, shape, dtype in side] for side in found
+    )
+    fields = {"name": name, "version": version, "source": path.name}
+    try:
+        return ModelSpec.model_validate(fields | {"inputs": inputs, "outputs": outputs})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ModelError(
+            f"{path}: {where}: {first['msg']}", hint="name the model and its version"
+        ) from None
+
+
+def hold_against(spec: ModelSpec, path: Path, found: Found) -> None:
+    """Raises ModelError, naming the tensor, if an ONNX file does not fulfil a spec."""
+    if spec.architecture is not None:
+        raise ModelError(f"{spec.name}: an ONNX file has no architecture", hint="leave it out")
+    for kind, wanted, have in zip(
+        ("input", "output"), (spec.inputs, spec.outputs), found, strict=True
+    ):
+        facts = {name: (shape, dtype) for name, shape, dtype in have}
+        if kind == "input" and {tensor.name for tensor in wanted} != set(facts):
+            raise ModelError(f"{path} has inputs {sorted(facts)}, the spec others")
+        for tensor in wanted:
+            shape, dtype = facts.get(tensor.name, ((), "absent"))
+            fits = len(shape) == len(tensor.shape) and all(
+                None in (a, b) or a == b for a, b in zip(shape, tensor.shape, strict=True)
+            )
+            if not fits or dtype != tensor.dtype:
+                raise ModelError(
+                    f"{path}: {kind} {tensor.name} is {shape} {dtype} in the graph, "
+                    f"{tensor.shape} {tensor.dtype} in the spec"
+                )

@@ -1,0 +1,290 @@
+"""Models and the store they live in: safetensors and a manifest, never a pickle.
+
+On disk: ``<root>/<name>/<version>/manifest.json`` with the spec and the sha256 of each file,
+and ``weights.safetensors`` or ``model.onnx``. A model's code is found by the name it was
+registered under with :func:`architecture`, so that loading executes nothing that lies in the
+store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from plinth.engine.errors import ModelError
+from plinth.engine.models import weights
+from plinth.engine.models.onnx import OnnxModule, read_contract
+from plinth.engine.models.spec import ModelSpec, TensorSpec, hold_against, spec_of
+
+__all__ = ["Model", "ModelSpec", "ModelStore", "TensorSpec", "architecture", "from_pretrained"]
+
+FORMAT = 1
+_WEIGHTS = "weights.safetensors"
+_ONNX = "model.onnx"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_MANIFEST_LIMIT = 1 << 20  # bytes
+_FACTORIES: dict[str, Callable[..., nn.Module]] = {}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model.
+
+    Args:
+        spec: its contract.
+        module: the network in eval mode, on the host; for an ONNX file, one that runs it.
+        onnx: the ONNX file, if it is one.
+    """
+
+    spec: ModelSpec
+    module: nn.Module
+    onnx: Path | None = None
+
+    def digest(self) -> str:
+        """SHA-256 over weights, structure and code: the key of what is derived from them."""
+        return _sha256(self.onnx) if self.onnx else weights.digest(self.module)
+
+
+def architecture(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Register the code of a model, a callable of keyword arguments that gives a module."""
+
+    def register(factory: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        known = _FACTORIES.setdefault(name, factory)
+        if known is not factory and known.__qualname__ != factory.__qualname__:
+            raise ModelError(f"architecture {name} is registered twice", hint="choose another name")
+        return factory
+
+    return register
+
+
+class ModelStore:
+    """A folder of models by name and version.
+
+    Args:
+        root: the folder; made when the first model is saved.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    def save(self, spec: ModelSpec, module: nn.Module) -> Path:
+        """Write a new version; whole or not at all. Returns its folder.
+
+        Raises:
+            ModelError: the version exists already.
+        """
+        factory = _FACTORIES.get(spec.architecture or "")
+        origin = None if factory is None else f"{factory.__module__}.{factory.__qualname__}"
+
+        def fill(folder: Path) -> dict[str, Any]:
+            return {"shared": weights.write(module, folder / _WEIGHTS), "factory": origin}
+
+        return self._write(spec, _WEIGHTS, fill)
+
+    def import_onnx(
+        self,
+        spec: ModelSpec | None,
+        path: Path,
+        *,
+        name: str | None = None,
+        version: str | None = None,
+    ) -> Path:
+        """Check an ONNX file and copy it into a new version. Returns its folder.
+
+        Args:
+            spec: its contract; ``None`` reads inputs and outputs from its graph.
+            path: one file with all weights; the first dimension of its tensors is dynamic.
+            name: without a spec, the model's name; by default the file's stem.
+            version: without a spec, its version; by default ``"1"``.
+
+        Raises:
+            ModelError: the file is not valid, has a fixed number of rows, keeps weights
+                elsewhere, does not fulfil the spec; or the version exists already.
+        """
+        path = Path(path)
+        found = read_contract(path)
+        if spec is None:
+            spec = spec_of(path, found, name or path.stem.lower(), version or "1")
+        else:
+            hold_against(spec, path, found)
+        return self._write(spec, _ONNX, lambda folder: _copy(path, folder / _ONNX))
+
+    def _write(self, spec: ModelSpec, file: str, fill: Callable[[Path], dict[str, Any]]) -> Path:
+        target = self.root / spec.name / spec.version
+        if target.exists():
+            raise _exists(spec, self.root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=".part-", dir=target.parent))
+        try:
+            extra = fill(part)
+            manifest = {
+                "format": FORMAT,
+                "spec": spec.model_dump(mode="json"),
+                "files": {
+                    file: {
+                        "sha256": _sha256(part / file),
+                        "bytes": (part / file).stat().st_size,
+                    }
+                },
+                **extra,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "torch": torch.__version__,
+            }
+            (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+            part.chmod(0o755)
+            part.rename(target)
+        except OSError as error:
+            if target.exists():
+                raise _exists(spec, self.root) from error
+            raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return target
+
+    def versions(self, name: str) -> list[str]:
+        """Versions of a model, oldest first."""
+        _safe(name)
+        found = (self.root / name).glob("[!.]*/manifest.json")
+        return sorted(
+            (path.parent.name for path in found if _NAME.fullmatch(path.parent.name)), key=_natural
+        )
+
+    def list(self) -> list[ModelSpec]:
+        """The specs of all models and versions."""
+        names = sorted(path.name for path in self.root.glob("*") if _NAME.fullmatch(path.name))
+        return [self._manifest(n, v)[0] for n in names for v in self.versions(n)]
+
+    def load(self, name: str, version: str | None = None) -> Model:
+        """Load a model, the newest version unless one is named.
+
+        Raises:
+            ModelError: unknown, damaged, or not fitting its architecture.
+        """
+        chosen = self._choose(name, version)
+        spec = self.verify(name, chosen)
+        data = self._manifest(name, chosen)[1]
+        folder = self.root / name / chosen
+        if _ONNX in data["files"]:
+            tensors = ([t.name for t in spec.inputs], [t.name for t in spec.outputs])
+            module = OnnxModule(folder / _ONNX, tuple(tensors[0]), tuple(tensors[1]))
+            return Model(spec, module.eval(), folder / _ONNX)
+        built = _build(spec, data.get("factory"))
+        weights.fill(built, folder / _WEIGHTS, name, data.get("shared") or {})
+        return Model(spec, built.eval())
+
+    def _choose(self, name: str, version: str | None) -> str:
+        versions = self.versions(name)
+        if not versions:
+            known = sorted({spec.name for spec in self.list()})
+            raise ModelError(
+                f"no model {name} in {self.root}", hint=f"it holds {known or 'nothing'}"
+            )
+        chosen = version if version is not None else versions[-1]
+        if chosen not in versions:
+            raise ModelError(f"{name} has no version {chosen}", hint=f"there are {versions}")
+        return chosen
+
+    def verify(self, name: str, version: str | None = None) -> ModelSpec:
+        """Check every file of a version (the newest unless one is named) against its sha256.
+
+        Raises:
+            ModelError: names the file that is missing or was changed.
+        """
+        version = self._choose(name, version)
+        spec, data = self._manifest(name, version)
+        for file, facts in data["files"].items():
+            path = self.root / name / version / file
+            there = path.is_file() and path.stat().st_size == facts.get("bytes")
+            if not there or _sha256(path) != facts.get("sha256"):
+                raise ModelError(
+                    f"{path} is missing or not what was saved", hint="copy the version again"
+                )
+        return spec
+
+    def _manifest(self, name: str, version: str) -> tuple[ModelSpec, dict[str, Any]]:
+        _safe(name)
+        _safe(version)
+        path = self.root / name / version / "manifest.json"
+        try:
+            if path.stat().st_size > _MANIFEST_LIMIT:
+                raise ModelError(f"{path} is larger than {_MANIFEST_LIMIT} bytes")
+            data = json.loads(path.read_text())
+            if data["format"] != FORMAT:
+                raise ModelError(f"{path} has format {data['format']}, expected {FORMAT}")
+            spec = ModelSpec.model_validate(data["spec"])
+            if (spec.name, spec.version) != (name, version):
+                raise ModelError(f"{path} is of {spec.name} {spec.version}, not of its folder")
+            if list(data["files"]) not in ([_WEIGHTS], [_ONNX]):
+                raise ModelError(f"{path} lists {list(data['files'])}, expected one model file")
+            return spec, data
+        except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+
+
+def from_pretrained(name: str, *, version: str | None = None, store: Path | None = None) -> Model:
+    """Load a model from a store: ``store``, else ``PLINTH_MODEL_STORE``, else the user's own."""
+    default = Path.home() / ".local" / "share" / "plinth" / "models"
+    root = store or Path(os.environ.get("PLINTH_MODEL_STORE") or default)
+    return ModelStore(root).load(name, version)
+
+
+def _build(spec: ModelSpec, origin: str | None) -> nn.Module:
+    factory = _FACTORIES.get(spec.architecture or "")
+    if factory is None:
+        package = origin.rpartition(".")[0] if origin else "the package that defines it"
+        raise ModelError(
+            f"{spec.name} {spec.version} is of architecture {spec.architecture}, "
+            "which is not registered",
+            hint=f"import {package}; registered are {sorted(_FACTORIES)}",
+        )
+    try:
+        return factory(**spec.config)
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"{spec.name} {spec.version}: architecture {spec.architecture} does not take its "
+            f"config: {error}",
+            hint="the architecture changed since the model was saved",
+        ) from error
+
+
+def _copy(path: Path, target: Path) -> dict[str, Any]:
+    shutil.copyfile(path, target)
+    return {}
+
+
+def _exists(spec: ModelSpec, root: Path) -> ModelError:
+    return ModelError(
+        f"{spec.name} {spec.version} exists already in {root}",
+        hint="versions never change; save a new one",
+    )
+
+
+def _safe(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ModelError(
+            f"{name!r} is not a model name or version", hint="use a-z, 0-9, dot, _ and -"
+        )
+
+
+def _natural(version: str) -> list[tuple[int, int | str]]:
+    """1 < 2 < 10 and 1.2 < 1.10; a word comes before the end: 2.0-rc1 < 2.0 < 2.0.1."""
+    parts = re.findall(r"\d+|[a-z]+", version)
+    return [*((2, int(part)) if part.isdigit() else (0, part) for part in parts), (1, 0)]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

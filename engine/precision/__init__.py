@@ -1,0 +1,1 @@
+"""Operation class to dtype, and what each layer really runs."""

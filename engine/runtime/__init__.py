@@ -1,0 +1,1 @@
+"""The engine: requests, flows, loaded models and the thread that runs batches."""

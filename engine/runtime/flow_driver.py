@@ -1,0 +1,68 @@
+"""A flow under way: driven by its caller, call by call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from plinth.engine.errors import PlinthError
+from plinth.engine.flow import Answer, Call, Flow, Tensors, Timing
+from plinth.engine.models.store import Model
+
+T = TypeVar("T")
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one call: its output, where the time went, and the model that ran."""
+
+    value: Tensors
+    timing: Timing
+    ran: Model
+    late: bool
+
+
+class Course(Generic[T]):
+    """A flow under way: the call it waits for, and what its answer will tell."""
+
+    def __init__(self, flow: Flow[T], clock: Clock) -> None:
+        self._flow = flow
+        self._clock = clock
+        self._begun = clock()
+        self._timing = Timing()
+        self._models: dict[str, str] = {}
+        self._degraded: dict[str, str] = {}
+        self._late = False
+        self._value: list[T] = []
+        self.call: Call | None = None
+        self._step(lambda: next(flow))
+
+    def send(self, result: Result) -> None:
+        """Give the flow the result of its call."""
+        asked, ran = self.call.model if self.call else "", result.ran.spec
+        self._models[ran.name] = ran.version
+        if ran.name != asked:
+            self._degraded[asked] = ran.name
+        self._late |= result.late
+        for name in ("queue", "device", "mates", "padding"):
+            setattr(self._timing, name, getattr(self._timing, name) + getattr(result.timing, name))
+        self._timing.batch_rows = max(self._timing.batch_rows, result.timing.batch_rows)
+        self._step(lambda: self._flow.send(result.value))
+
+    def throw(self, error: PlinthError) -> None:
+        """Tell the flow that its call failed; raises what the flow does not handle."""
+        self._step(lambda: self._flow.throw(error))
+
+    def answer(self) -> Answer[T]:
+        """The answer of the finished flow."""
+        self._timing.total = self._clock() - self._begun
+        return Answer(self._value[0], self._timing, self._models, self._degraded, self._late)
+
+    def _step(self, advance: Callable[[], Call]) -> None:
+        try:
+            self.call = advance()
+        except StopIteration as stop:
+            self.call = None
+            self._value.append(stop.value)

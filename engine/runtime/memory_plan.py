@@ -1,0 +1,264 @@
+"""How much memory work takes, measured, and how much of it fits.
+
+``peak(rows) = weights + fixed + per_row * rows``, held against a budget of bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from plinth.engine.backends.base import Executable
+from plinth.engine.devices.device import Device
+from plinth.engine.errors import ConfigError, OutOfMemory
+
+SHARE = 0.6
+MOST_ROWS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What work takes and what it may take; all in bytes.
+
+    Args:
+        weights: the model's parameters and buffers, loaded before anything runs.
+        fixed: what a forward takes whatever the number of rows.
+        per_row: what each row adds at the peak of a forward.
+        budget: what weights and forward may take together.
+        how: how it was measured.
+    """
+
+    weights: int
+    fixed: int
+    per_row: int
+    budget: int
+    how: str = "given"
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "fixed", "per_row", "budget"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"MemoryPlan.{name} is {getattr(self, name)}, expected >= 0")
+
+    def peak(self, rows: int) -> int:
+        """Bytes at the peak of a forward over so many rows."""
+        return self.weights + self.fixed + self.per_row * rows
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows of one forward inside the budget, at most 2**20; 0 if not even one."""
+        spare = self.budget - self.weights - self.fixed
+        if spare < 0:
+            return 0
+        return min(MOST_ROWS, spare // self.per_row) if self.per_row else MOST_ROWS
+
+    def check(self, rows: int) -> None:
+        """Refuse work that does not fit.
+
+        Raises:
+            OutOfMemory: names the bytes needed and those of the budget.
+        """
+        needed = self.peak(rows)
+        if needed > self.budget:
+            most = self.max_rows
+            raise OutOfMemory(
+                f"{rows} rows need {needed} bytes (weights {self.weights}, fixed {self.fixed}, "
+                f"{self.per_row} per row), the budget is {self.budget}",
+                needed=needed,
+                available=self.budget,
+                hint=f"send at most {most} rows at once" if most else "raise the memory budget",
+            )
+
+
+def budget(device: Device, setting: int | str = "auto", *, share: float = SHARE) -> int:
+    """Bytes a model may take on a device.
+
+    Args:
+        device: whose memory; for the CPU inside the cgroup's limit.
+        setting: bytes, or ``"auto"`` for a share of what is available now.
+        share: that share, 0 < share <= 1.
+
+    Raises:
+        ConfigError: not a number of bytes, or a share out of range.
+        OutOfMemory: more bytes than the device has.
+    """
+    if not 0 < share <= 1:
+        raise ConfigError(f"share is {share}, expected 0 < share <= 1")
+    memory = device.memory()
+    if setting == "auto":
+        return int(share * memory.available)
+    if isinstance(setting, str) or setting < 1:
+        raise ConfigError(f"memory budget is {setting!r}, expected bytes above 0 or 'auto'")
+    if setting > memory.total:
+        raise OutOfMemory(
+            f"a budget of {setting} bytes was asked for, {device} has {memory.total}",
+            needed=setting,
+            available=memory.total,
+        )
+    return setting
+
+
+Rows = Mapping[str, Tensor]
+
+
+def measure(
+    executable: Executable,
+    make_rows: Callable[[int], Rows],
+    rows: tuple[int, int] = (1, 16),
+    *,
+    weights: int = 0,
+    limit: int | str = "auto",
+) -> MemoryPlan:
+    """Run a model at two sizes and fit the plan.
+
+    On Linux the peak of resident memory is read from the kernel, elsewhere sampled; on
+    accelerators torch's allocator tells it. Memory that other threads take meanwhile counts
+    too, so measure before serving. A row never counts as less than its input and output.
+
+    Args:
+        executable: the compiled model.
+        make_rows: inputs for so many rows.
+        rows: the small and the large size, small < large.
+        weights: bytes the model's weights take.
+        limit: the budget, see :func:`budget`.
+
+    Raises:
+        ConfigError: the sizes are not in order.
+        OutOfMemory: the large size does not fit on the device.
+    """
+    small, large = rows
+    if not 1 <= small < large:
+        raise ConfigError(f"rows is {rows}, expected 1 <= small < large")
+    meter = _meter(executable.device)
+    first, _ = _peak(executable, make_rows(small), meter)
+    second, floor = _peak(executable, make_rows(large), meter)
+    per_row = max(-(-(second - first) // (large - small)), -(-floor // large), 0)
+    fixed = max(first - per_row * small, second - per_row * large, 0)
+    return MemoryPlan(weights, fixed, per_row, budget(executable.device, limit), meter.how)
+
+
+def _peak(executable: Executable, inputs: Rows, meter: _Meter) -> tuple[int, int]:
+    """Growth at the peak of a forward, and the bytes of its inputs and outputs."""
+    held = sum(tensor.nbytes for tensor in inputs.values())
+    meter.start()
+    try:
+        outputs = executable.run(inputs)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise
+        available = executable.device.memory().available
+        raise OutOfMemory(
+            f"the device ran out of memory while {executable.backend} was measured",
+            needed=available + 1,
+            available=available,
+            hint="measure with fewer rows",
+        ) from error
+    finally:
+        growth = meter.stop()
+    moved = held + sum(tensor.nbytes for tensor in outputs.values())
+    return max(growth + held, moved), moved
+
+
+# -- meters ------------------------------------------------------------------------------------
+class _Meter:
+    """Bytes a stretch of work added at its peak."""
+
+    how = ""
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def stop(self) -> int:
+        raise NotImplementedError
+
+
+class _Kernel(_Meter):
+    """Peak resident memory as Linux counts it; the first start is the base of all."""
+
+    how = "peak resident memory of the kernel"
+
+    def __init__(self) -> None:
+        self._base: int | None = None
+
+    def start(self) -> None:
+        _trim()
+        Path("/proc/self/clear_refs").write_text("5")
+        if self._base is None:
+            self._base = _status("VmRSS")
+
+    def stop(self) -> int:
+        return max(0, _status("VmHWM") - (self._base or 0))
+
+
+class _Sampled(_Meter):
+    """Resident memory looked at every millisecond by a thread."""
+
+    how = "resident memory, sampled"
+
+    def __init__(self) -> None:
+        self._base: int | None = None
+
+    def start(self) -> None:
+        self._process = psutil.Process()
+        self._most = self._process.memory_info().rss
+        self._base = self._most if self._base is None else self._base
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.001):
+            self._most = max(self._most, self._process.memory_info().rss)
+
+    def stop(self) -> int:
+        self._done.set()
+        self._thread.join()
+        self._most = max(self._most, self._process.memory_info().rss)
+        return max(0, self._most - (self._base or 0))
+
+
+class _Allocator(_Meter):
+    how = "torch's allocator"
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def start(self) -> None:
+        self._device.synchronize()
+        torch.accelerator.reset_peak_memory_stats(self._device.torch)
+        self._base = torch.accelerator.memory_allocated(self._device.torch)
+
+    def stop(self) -> int:
+        self._device.synchronize()
+        return max(0, torch.accelerator.max_memory_allocated(self._device.torch) - self._base)
+
+
+def _meter(device: Device) -> _Meter:
+    if device.kind != "cpu":
+        return _Allocator(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        _status("VmHWM")
+    except (OSError, LookupError):
+        return _Sampled()
+    return _Kernel()
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(field)
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, so that it does not hide growth (glibc only)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,199 @@
+"""One call on its way through the engine, and the two ways in which its caller waits."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from plinth.engine.errors import InputError, ModelError, PlinthError
+from plinth.engine.flow import Call, Tensors, Timing, as_mapping, row_count
+from plinth.engine.runtime.flow_driver import Result
+from plinth.engine.runtime.loaded_model import Resident
+from plinth.engine.scheduler.work import Work
+from plinth.engine.tiling import Canvas, Grid
+
+_log = logging.getLogger(__name__)
+
+
+class Waiter(Protocol):
+    """A caller that waits for one call."""
+
+    def settle(self, outcome: Result | PlinthError) -> None:
+        """Hand over the result or the error; a caller that has left is passed over."""
+        ...
+
+
+class ThreadWaiter:
+    """A caller that waits in a thread of its own.
+
+    Args:
+        future: what the caller holds.
+    """
+
+    def __init__(self, future: Future[Result]) -> None:
+        self.future = future
+
+    def settle(self, outcome: Result | PlinthError) -> None:
+        """See :class:`Waiter`."""
+        if self.future.done() or not self.future.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, Result):
+            self.future.set_result(outcome)
+        else:
+            self.future.set_exception(outcome)
+
+
+class Mailbox:
+    """Outcomes for the callers of one event loop, which is woken once for many of them.
+
+    Args:
+        loop: where the callers wait; make the mailbox in its thread.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._thread = threading.get_ident()
+        self._waiting: deque[tuple[asyncio.Future[Result], Result | PlinthError]] = deque()
+        self._woken = False
+
+    def put(self, future: asyncio.Future[Result], outcome: Result | PlinthError) -> None:
+        """Hand over an outcome; from other threads it lies until :meth:`post`."""
+        self._waiting.append((future, outcome))
+        if threading.get_ident() == self._thread:
+            self._open()
+
+    def post(self) -> None:
+        """Wake the loop if something lies here."""
+        if not self._waiting or self._woken:
+            return
+        self._woken = True
+        try:
+            self._loop.call_soon_threadsafe(self._open)
+        except RuntimeError:
+            self._waiting.clear()
+            _log.debug("an event loop closed before its answers came")
+
+    def _open(self) -> None:
+        self._woken = False
+        while self._waiting:
+            future, outcome = self._waiting.popleft()
+            if future.done():
+                continue
+            if isinstance(outcome, Result):
+                future.set_result(outcome)
+            else:
+                future.set_exception(outcome)
+
+
+class LoopWaiter:
+    """A caller that waits in an event loop."""
+
+    def __init__(self, mailbox: Mailbox, future: asyncio.Future[Result]) -> None:
+        self.mailbox = mailbox
+        self._future = future
+
+    def settle(self, outcome: Result | PlinthError) -> None:
+        """See :class:`Waiter`."""
+        self.mailbox.put(self._future, outcome)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One call on its way.
+
+    Args:
+        resident: the model that was asked for.
+        rows: what it runs on: tensors (n, ...) by input name, or one volume (c, z, y, x).
+        key: its work class.
+        waiter: who waits for it.
+        grid: the windows of a volume.
+
+    Attributes:
+        over: answered or given up; what still comes of it is passed over.
+    """
+
+    resident: Resident
+    rows: dict[str, Tensor]
+    key: str
+    waiter: Waiter
+    grid: Grid | None = None
+    canvas: Canvas | None = field(init=False)
+    outputs: list[dict[str, Tensor]] = field(default_factory=list)
+    total: int = field(init=False)
+    done: int = 0
+    over: bool = False
+    timing: Timing = field(default_factory=Timing)
+    works: list[Work] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.canvas = None if self.grid is None else Canvas(self.grid)
+        self.total = row_count(self.rows) if self.grid is None else len(self.grid)
+
+    def take(self, first: int, count: int) -> dict[str, Tensor]:
+        """Rows ``first`` to ``first + count`` (exclusive), or the windows of these numbers."""
+        if self.grid is None:
+            if count == self.total:
+                return self.rows
+            return {name: rows[first : first + count] for name, rows in self.rows.items()}
+        name, volume = next(iter(self.rows.items()))
+        return {name: self.grid.cut(volume, first, first + count)}
+
+    def put(self, output: dict[str, Tensor], count: int) -> bool:
+        """Take in the next rows of the output; whether all are there."""
+        self.done += count
+        if self.canvas is not None:
+            self.canvas.put(next(iter(output.values())))
+        else:
+            self.outputs.append(output)
+        return self.done >= self.total
+
+    def value(self) -> Tensors:
+        """The whole output: a tensor, or tensors by name where the model has several."""
+        if self.canvas is not None:
+            return self.canvas.result()
+        first = self.outputs[0]
+        whole = {
+            name: first[name]
+            if len(self.outputs) == 1
+            else torch.cat([part[name] for part in self.outputs])
+            for name in first
+        }
+        return whole if len(whole) > 1 else next(iter(whole.values()))
+
+
+def job_of(resident: Resident, call: Call, waiter: Waiter) -> Job:
+    """Check a call against its model's contract.
+
+    Raises:
+        InputError: the rows are not what the model takes.
+        ModelError: there are none, or a tiling on a model with several outputs.
+    """
+    spec = resident.spec
+    names = tuple(tensor.name for tensor in spec.inputs)
+    rows = as_mapping(call.rows, names)
+    if call.tiling is None:
+        spec.check(rows)
+        if not row_count(rows):
+            raise ModelError(f"a call of {spec.name} has no rows")
+        return Job(resident, rows, resident.bucket(rows), waiter)
+    volume = rows.get(names[0])
+    if volume is None or volume.ndim != 4:
+        shape: Any = None if volume is None else tuple(volume.shape)
+        raise InputError(
+            f"a call of {spec.name} with a tiling takes a volume (c, z, y, x), got {shape}",
+            field=names[0],
+        )
+    if len(spec.outputs) > 1:
+        raise ModelError(f"{spec.name} has {len(spec.outputs)} outputs, a tiling blends one")
+    channels, z, y, x = volume.shape
+    window = {names[0]: volume.new_empty((1, channels, *call.tiling.window), device="meta")}
+    spec.check(window)
+    return Job(resident, rows, resident.bucket(window), waiter, Grid(call.tiling, (z, y, x)))

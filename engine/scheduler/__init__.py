@@ -1,0 +1,1 @@
+"""The policy: what runs next and what cannot make it; no clock, no thread."""

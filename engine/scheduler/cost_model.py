@@ -1,0 +1,200 @@
+"""How long will a batch take? An on-line model of seconds by work class and rows.
+
+A work class (``key``) is one model on one shape bucket at one precision. Its cost curve over
+rows is seeded by warm-up; each finished batch then scales it. Predictions are upper
+quantiles, so that a promise made from them is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right, insort
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from plinth.engine.errors import ConfigError
+
+_MEMORY = 256  # batches remembered for the quantiles
+_SHIFT = 6  # as many in a row beyond the band mean that the cost has changed
+_BAND = 1.2
+_LEARN = 0.05  # how fast the curve's own shape follows
+_REBUILD = 8  # batches after which the moved curve is tabulated anew
+
+
+@dataclass(slots=True)
+class _Sample:
+    """The last values seen, in order of arrival and of size."""
+
+    values: deque[float] = field(default_factory=lambda: deque(maxlen=_MEMORY))
+    ordered: list[float] = field(default_factory=list)
+
+    def add(self, value: float) -> None:
+        if len(self.values) == _MEMORY:
+            del self.ordered[bisect_right(self.ordered, self.values[0]) - 1]
+        self.values.append(value)
+        insort(self.ordered, value)
+
+    def quantile(self, share: float, empty: float) -> float:
+        if not self.ordered:
+            return empty
+        return self.ordered[min(int(share * len(self.ordered)), len(self.ordered) - 1)]
+
+    def keep(self, count: int) -> None:
+        recent = list(self.values)[-count:] if count else []
+        self.values.clear()
+        self.values.extend(recent)
+        self.ordered = sorted(recent)
+
+
+@dataclass(slots=True)
+class _Curve:
+    """Cost of one work class: a curve over rows, times a level, plus a delay.
+
+    The level is the median ratio of what was seen to the curve; it follows the present. The
+    delay is what single batches took beyond that. It is added, not multiplied: a core taken
+    away for 5 ms costs a batch of one as much as a batch of a hundred.
+    """
+
+    knots: dict[int, float] = field(default_factory=dict)
+    ratios: _Sample = field(default_factory=_Sample)
+    delays: _Sample = field(default_factory=_Sample)
+    table: list[float] = field(default_factory=list)
+    moved: int = 0
+
+    def rebuild(self, rows: int) -> None:
+        size = max(rows, len(self.table) - 1, max(self.knots, default=1))
+        at = np.array(sorted(self.knots), dtype=float)
+        # A cost that falls with rows is measurement noise; the planner needs it monotone.
+        cost = np.maximum.accumulate([self.knots[int(k)] for k in at])
+        grid = np.arange(size + 1, dtype=float)
+        # Beyond the largest, at least half of its cost is taken to grow with the rows.
+        slope = 0.5 * cost[-1] / at[-1]
+        if len(at) == 1:
+            curve = cost[0] + slope * (grid - at[0])
+        else:
+            slope = max(slope, (cost[-1] - cost[-2]) / (at[-1] - at[-2]))
+            curve = np.interp(grid, at, cost)
+            beyond = grid > at[-1]
+            curve[beyond] = cost[-1] + slope * (grid[beyond] - at[-1])
+        self.table = curve.tolist()
+
+    def base(self, rows: int) -> float:
+        if not self.knots:
+            return 0.0
+        if rows >= len(self.table):
+            self.rebuild(max(rows, 2 * len(self.table)))
+        return self.table[rows]
+
+    def is_far(self, rows: int) -> bool:
+        """Whether the curve says next to nothing about so many rows: they lie far outside."""
+        return not self.knots or not min(self.knots) / 2 < rows < max(self.knots) * 2
+
+    def level(self) -> float:
+        return self.ratios.quantile(0.5, 1.0)
+
+    def delay(self, share: float) -> float:
+        return max(0.0, self.delays.quantile(share, 0.0)) if share > 0.5 else 0.0
+
+    def observe(self, rows: int, seconds: float) -> None:
+        self.ratios.add(seconds / self.base(rows))
+        self._forget_if_shifted()
+        self.delays.add(seconds - self.level() * self.base(rows))
+        self._follow(rows, seconds)
+
+    def _forget_if_shifted(self) -> None:
+        """Drop the past once the last few batches all lie on one side of it."""
+        if len(self.ratios.values) < 2 * _SHIFT:
+            return
+        middle = self.level()
+        recent = list(self.ratios.values)[-_SHIFT:]
+        if min(recent) > middle * _BAND or max(recent) < middle / _BAND:
+            self.ratios.keep(_SHIFT)
+            self.delays.keep(0)
+
+    def _follow(self, rows: int, seconds: float) -> None:
+        """Move the curve's knots near ``rows`` a little towards what was seen."""
+        off = seconds / (self.level() * self.base(rows)) - 1
+        near = sorted(self.knots, key=lambda knot: abs(knot - rows))[:2]
+        span = sum(abs(knot - rows) for knot in near) or 1
+        for knot in near:
+            closeness = 1 - abs(knot - rows) / span if len(near) > 1 else 1.0
+            self.knots[knot] *= 1 + _LEARN * closeness * max(-0.5, min(off, 0.5))
+        self.moved += 1
+        if self.moved >= _REBUILD:
+            self.moved = 0
+            self.rebuild(rows)
+
+
+class LatencyModel:
+    """Seconds by (work class, rows), learned on line.
+
+    Args:
+        path: where the curves are kept between runs; ``None`` keeps them in memory only.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._curves: dict[str, _Curve] = {}
+        self._path = path
+
+    def seed(self, key: str, rows: int, seconds: float) -> None:
+        """Set the curve at ``rows`` from a warm-up measurement (seconds)."""
+        curve = self._curves.setdefault(key, _Curve())
+        curve.knots[rows] = max(seconds, 1e-7)
+        curve.rebuild(rows)
+
+    def observe(self, key: str, rows: int, seconds: float) -> None:
+        """Learn from a finished batch."""
+        curve = self._curves.setdefault(key, _Curve())
+        if curve.is_far(rows):
+            self.seed(key, rows, seconds / curve.level())
+        curve.observe(rows, max(seconds, 1e-7))
+
+    def predict(self, key: str, rows: int, quantile: float = 0.99) -> float:
+        """Upper quantile of the seconds a batch of ``rows`` takes; 0.0 for an unknown key."""
+        curve = self._curves.get(key)
+        return curve.base(rows) * curve.level() + curve.delay(quantile) if curve else 0.0
+
+    def rows_within(self, key: str, seconds: float, most: int, quantile: float = 0.99) -> int:
+        """The largest number of rows, at most ``most``, predicted to take ``seconds`` or less."""
+        curve = self._curves.get(key)
+        if curve is None or not curve.knots:
+            return most
+        curve.base(most)
+        budget = (seconds - curve.delay(quantile)) / curve.level() * (1 + 1e-9)
+        return bisect_right(curve.table, budget, 1, most + 1) - 1
+
+    def save(self) -> None:
+        """Write the curves to ``path`` (JSON), atomically."""
+        if self._path is None:
+            return
+        data = {
+            key: {str(rows): cost * curve.level() for rows, cost in curve.knots.items()}
+            for key, curve in self._curves.items()
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        part = self._path.with_suffix(".part")
+        part.write_text(json.dumps({"format": 1, "seconds": data}))
+        part.replace(self._path)
+
+    def restore(self) -> int:
+        """Read what :meth:`save` wrote; returns how many work classes are known.
+
+        Raises:
+            ConfigError: the file is not what :meth:`save` writes.
+        """
+        if self._path is None or not self._path.exists():
+            return 0
+        try:
+            data = json.loads(self._path.read_text())["seconds"]
+            for key, knots in data.items():
+                for rows, seconds in knots.items():
+                    self.seed(str(key), int(rows), float(seconds))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{self._path} is not a latency file: {error}",
+                hint="delete it; it is measured again",
+            ) from error
+        return len(self._curves)

@@ -1,0 +1,1 @@
+"""``plinth benchmark``: load, search for the highest rate, report."""

@@ -1,0 +1,321 @@
+"""The command ``plinth``. Everything heavy is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from plinth.pipelines.cli.benchmark import EPILOG as BENCHMARK_EPILOG
+from plinth.pipelines.cli.benchmark import benchmark
+from plinth.pipelines.cli.models import models
+from plinth.pipelines.console import (
+    FAILED,
+    USAGE,
+    say,
+    show_error,
+    show_json,
+    show_table,
+    start_logging,
+)
+
+if TYPE_CHECKING:
+    from plinth.pipelines.config.settings import Config
+
+EPILOG = (
+    "Exit codes: 0 all well (a server or stream told to stop has drained) · 1 something failed · "
+    "2 a setting or argument is wrong · 130, 143 Ctrl-C, SIGTERM before the end. "
+    "One config file serves every command: ./plinth.toml, --config or PLINTH_CONFIG."
+)
+app = typer.Typer(
+    name="plinth",
+    help="One inference engine under pluggable verticals.\n\n"
+    "Start here: [bold]plinth demo[/], [bold]plinth list[/], [bold]plinth serve[/].",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(models, name="models")
+app.command(epilog=BENCHMARK_EPILOG)(benchmark)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="TOML file; default ./plinth.toml if there.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="auto, or a name: plinth check shows it.", show_default="auto")
+]
+PrecisionOption = Annotated[
+    str | None, typer.Option(help="A preset, such as auto, fp32 or bf16.", show_default="auto")
+]
+VerticalsArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[VERTICAL]...", help="Which verticals; default: those in the file, else all."
+    ),
+]
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+) -> None:
+    """Options of every command."""
+    start_logging(debug)
+
+
+@app.command("list", epilog="Example: plinth list --json | jq '.[].name'")
+def list_verticals(as_json: JsonOption = False) -> None:
+    """List the installed verticals and the doors each one opens."""
+    from plinth.verticals import registry
+
+    found = [_listing(listing) for listing in registry.describe()]
+    if as_json:
+        show_json(found)
+    else:
+        rows = [(f["name"], f["error"] or f["summary"], ", ".join(f["doors"])) for f in found]
+        show_table("Verticals", ("name", "what it does", "doors"), rows)
+
+
+def _listing(listing: Any) -> dict[str, Any]:
+    from plinth.pipelines.assembly import doors
+    from plinth.verticals import registry
+
+    return {
+        "name": listing.name,
+        "summary": listing.summary,
+        "distribution": listing.distribution,
+        "version": listing.version,
+        "doors": [] if listing.error else doors(registry.find(listing.name)),
+        "error": listing.error,
+    }
+
+
+@app.command(epilog="Example: plinth check finance --config plinth.toml")
+def check(
+    names: VerticalsArgument = None,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the config and say what would run: device, precision, verticals, models."""
+    from plinth.pipelines.assembly import plan
+
+    found = plan(_load(config_file), names or [])
+    if as_json:
+        show_json(found)
+        return
+    show_table("Engine", ("setting", "value"), found["engine"].items())
+    models = [
+        (name, *(m[key] for key in ("version", "backend", "precision", "largest_batch")))
+        for name, m in found["models"].items()
+    ]
+    show_table("Models", ("name", "version", "backend", "precision", "largest batch"), models)
+    rows = [
+        (name, ", ".join(v["doors"]), ", ".join(v["models"]), v["sla"]["deadline_ms"] or "none")
+        for name, v in found["verticals"].items()
+    ]
+    show_table("Verticals", ("name", "doors", "models", "deadline ms"), rows)
+    say(f"{found['config'] or 'no config file, defaults'}: all is well")
+
+
+@app.command(epilog="Example: plinth serve finance --port 9000 --device cpu")
+def serve(
+    names: VerticalsArgument = None,
+    config_file: ConfigOption = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port; 0 takes a free one.", show_default="8000")
+    ] = None,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
+) -> None:
+    """Serve verticals over HTTP until Ctrl-C or SIGTERM, then drain. API docs are at /docs."""
+    config = _load(
+        config_file,
+        **{
+            "serve.host": host,
+            "serve.port": port,
+            "engine.device": device,
+            "engine.precision": precision,
+        },
+    )
+    from plinth.pipelines.assembly import build_engine, load_verticals
+    from plinth.pipelines.http import server as door
+    from plinth.pipelines.http.kept_state import kept_states
+
+    bound = door.bind(config.serve.host, config.serve.port)
+    verticals = load_verticals(config, names or [])
+    _warn_if_open(config)
+    with (
+        kept_states(config.serve.state_dir, verticals),
+        build_engine(config, verticals) as engine,
+    ):
+        server = door.Server(door.create_app(verticals, engine, config), config, bound)
+        say(f"serving {', '.join(verticals)} on {server.url} (API docs: {server.url}/docs)")
+        server.run()
+    say("drained, good bye")
+
+
+def _warn_if_open(config: Config) -> None:
+    if config.serve.api_key_env is None and config.serve.host not in (
+        "127.0.0.1",
+        "::1",
+        "localhost",
+    ):
+        say(
+            f"warning: {config.serve.host} can be reached by others and asks for no key; "
+            "set serve.api_key_env"
+        )
+
+
+@app.command(epilog="Example: plinth stream finance --input-topic tx --output-topic scores")
+def stream(
+    name: Annotated[str, typer.Argument(metavar="VERTICAL", help="Who reads the records.")],
+    config_file: ConfigOption = None,
+    bootstrap_servers: Annotated[str | None, typer.Option(help="host:port, comma between.")] = None,
+    input_topic: Annotated[str | None, typer.Option(help="Topic of records.")] = None,
+    output_topic: Annotated[str | None, typer.Option(help="Topic of answers.")] = None,
+    group: Annotated[str | None, typer.Option(help="Consumer group.")] = None,
+    max_events: Annotated[int | None, typer.Option(help="End after so many records.")] = None,
+    idle_exit_s: Annotated[
+        float | None, typer.Option(help="End after so many idle seconds.")
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Serve Prometheus metrics, lag included, there."),
+    ] = None,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a Kafka topic until Ctrl-C or SIGTERM; answers and offsets commit together."""
+    from plinth.pipelines.cli.runs import run_stream
+
+    config = _load(
+        config_file,
+        **{
+            "stream.bootstrap_servers": bootstrap_servers,
+            "stream.input_topic": input_topic,
+            "stream.output_topic": output_topic,
+            "stream.group": group,
+            "stream.max_events": max_events,
+            "stream.idle_exit_s": idle_exit_s,
+            "engine.device": device,
+            "engine.precision": precision,
+        },
+    )
+    raise typer.Exit(run_stream(config, name, metrics, as_json))
+
+
+@app.command(epilog="Example: plinth batch ./studies --out ./results --vertical medical")
+def batch(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder to read; default: batch.input.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
+    vertical: Annotated[
+        str | None, typer.Option("--vertical", help="Who reads it; default: the only one.")
+    ] = None,
+    config_file: ConfigOption = None,
+    workers: Annotated[int | None, typer.Option(help="Items inferred at the same time.")] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option("--resume/--no-resume", help="Skip what is done.", show_default="resume"),
+    ] = None,
+    retry_failed: Annotated[
+        bool | None, typer.Option("--retry-failed", help="Run failed items again.")
+    ] = None,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Analyse every item below a folder; run it again to go on where it was stopped.
+
+    Outputs are in OUT/<item>/, the journal in OUT/journal.jsonl, failures in OUT/failed.jsonl.
+    """
+    from plinth.pipelines.cli.runs import run_batch
+
+    config = _load(
+        config_file,
+        **{
+            "batch.input": folder,
+            "batch.output": out,
+            "batch.vertical": vertical,
+            "batch.workers": workers,
+            "batch.resume": resume,
+            "batch.retry_failed": retry_failed,
+            "engine.device": device,
+            "engine.precision": precision,
+        },
+    )
+    raise typer.Exit(run_batch(config, as_json))
+
+
+@app.command(epilog="Example: plinth demo --out ./demo-out --events 20000")
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.")] = Path(
+        "demo-out"
+    ),
+    events: Annotated[int, typer.Option(min=1, help="Transactions to stream.")] = 20_000,
+    rate: Annotated[float, typer.Option(min=1, help="Transactions a second.")] = 1_000.0,
+) -> None:
+    """Show it all in under three minutes: a Kafka stream of payments, then a CT study."""
+    from plinth.pipelines.cli.demo import run
+
+    raise typer.Exit(run(out, events, rate))
+
+
+def _load(config_file: Path | None, **overrides: Any) -> Config:
+    from plinth.pipelines.config.settings import load
+
+    return load(config_file, overrides=overrides)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: run, and show any error as one panel instead of a traceback.
+
+    Args:
+        arguments: of the command line; those of the process by default.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in given
+    try:
+        app(given, prog_name="plinth")
+    except Exception as error:  # noqa: BLE001 - the last resort, every error is shown
+        if debug:
+            traceback.print_exc()
+        raise SystemExit(_explain(error, debug)) from None
+
+
+def _explain(error: Exception, debug: bool) -> int:
+    from plinth.engine.errors import ConfigError, PlinthError
+
+    if isinstance(error, PlinthError):
+        show_error(error.message, error.hint)
+        return USAGE if isinstance(error, ConfigError) else FAILED
+    if isinstance(error, ModuleNotFoundError):
+        show_error(
+            f"the module {error.name!r} is not installed",
+            "pip install 'plinth-engine[all]', or an extra: serve, kafka, finance, medical",
+        )
+        return USAGE
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(at.filename).name}:{at.lineno}"
+    hint = None if debug else "this is a fault in the software; --debug shows all of it"
+    show_error(f"unexpected {type(error).__name__} in {where}", hint)  # its text may be private
+    return FAILED
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""``plinth models``: what is in the model store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from plinth.pipelines.console import FAILED, show_error, show_json, show_table
+
+if TYPE_CHECKING:
+    from plinth.engine import ModelSpec, ModelStore
+
+models = typer.Typer(
+    help="List, show, import and verify the models in the store.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--store", help="Folder of the store; default: models.store, then PLINTH_MODEL_STORE."
+    ),
+]
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
+VersionOption = Annotated[str | None, typer.Option(help="Version; default: the newest.")]
+
+
+@models.command("list", epilog="Example: plinth models list --json")
+def list_models(
+    store: StoreOption = None, config: ConfigOption = None, as_json: JsonOption = False
+) -> None:
+    """List every model and version."""
+    target = _store(store, config)
+    specs = target.list()
+    if as_json:
+        show_json([spec.model_dump(mode="json") for spec in specs])
+        return
+    rows = [(s.name, s.version, s.licence or "", s.description) for s in specs]
+    show_table(f"Models in {target.root}", ("name", "version", "licence", "description"), rows)
+
+
+@models.command(epilog="Example: plinth models show fraud")
+def show(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    version: VersionOption = None,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one model: inputs, outputs, licence, metrics, source."""
+    spec = _find(_store(store, config), name, version)
+    if as_json:
+        show_json(spec.model_dump(mode="json"))
+        return
+    rows = [(key, _cell(value)) for key, value in spec.model_dump(mode="json").items() if value]
+    show_table(f"{spec.name} {spec.version}", ("field", "value"), rows)
+
+
+@models.command(
+    "import-onnx", epilog="Example: plinth models import-onnx net.onnx --name fraud --version 2"
+)
+def import_onnx(
+    path: Annotated[Path, typer.Argument(help="The .onnx file.")],
+    name: Annotated[str, typer.Option(help="Name in the store.")],
+    version: Annotated[str, typer.Option(help="Version in the store.")] = "1",
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy an ONNX file into the store; inputs and outputs are read from its graph."""
+    target = _store(store, config)
+    target.import_onnx(None, path, name=name, version=version)
+    spec = _find(target, name, version)
+    if as_json:
+        show_json(spec.model_dump(mode="json"))
+        return
+    rows = [(s.name, s.dtype, _cell(s.shape)) for s in (*spec.inputs, *spec.outputs)]
+    show_table(f"{name} {version} is in the store", ("tensor", "dtype", "row shape"), rows)
+
+
+@models.command(epilog="Example: plinth models verify")
+def verify(
+    name: Annotated[str | None, typer.Argument(help="Name; default: all.")] = None,
+    version: VersionOption = None,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the files of models against the checksums in their manifests."""
+    from plinth.engine.errors import ModelError
+
+    target = _store(store, config)
+    specs = [_find(target, name, version)] if name else target.list()
+    results = []
+    for one, which in ((spec.name, spec.version) for spec in specs):
+        try:
+            target.verify(one, which)
+            results.append({"name": one, "version": which, "ok": True, "message": ""})
+        except ModelError as error:
+            results.append({"name": one, "version": which, "ok": False, "message": str(error)})
+    if as_json:
+        show_json(results)
+    else:
+        rows = [
+            (r["name"], r["version"], "ok" if r["ok"] else "DAMAGED", r["message"]) for r in results
+        ]
+        show_table("Checksums", ("name", "version", "state", "message"), rows)
+    broken = [str(r["name"]) for r in results if not r["ok"]]
+    if broken:
+        show_error(f"damaged or missing: {', '.join(broken)}", "bring them into the store again")
+        raise typer.Exit(FAILED)
+
+
+def _store(path: Path | None, config_file: Path | None) -> ModelStore:
+    from plinth.engine import ModelStore
+    from plinth.pipelines.assembly import store_path
+    from plinth.pipelines.config.settings import load
+
+    config = load(config_file, overrides={"models.store": path})
+    return ModelStore(store_path(config))
+
+
+def _find(store: ModelStore, name: str, version: str | None) -> ModelSpec:
+    """The spec of a version, the newest unless one is named; its code need not be there."""
+    from plinth.engine.errors import ModelError, nearest
+
+    specs = store.list()
+    found = [s for s in specs if s.name == name and version in (None, s.version)]
+    if not found:
+        words = sorted({s.name for s in specs} | {f"{s.name} {s.version}" for s in specs})
+        wanted = f"{name} {version}" if version else name
+        raise ModelError(
+            f"there is no model {wanted} in {store.root}",
+            hint=nearest(wanted, words) if words else "the store is empty",
+        )
+    return found[-1]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join("any" if v is None else _cell(v) for v in value) + ")"
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {_cell(v)}" for key, v in value.items())
+    return str(value)

@@ -1,0 +1,256 @@
+"""The long commands: streams and batches with their live views and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+from prometheus_client import start_http_server
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from plinth.engine import ConfigError, Engine
+from plinth.engine.metrics import REGISTRY
+from plinth.pipelines.assembly import build_engine, doors, load_vertical, sla_of, use_store
+from plinth.pipelines.config.settings import Config
+from plinth.pipelines.console import err, say, show_json, show_table
+from plinth.pipelines.folders.batch import Batch, Summary, check_folders
+from plinth.pipelines.folders.batch import Progress as Step
+from plinth.pipelines.interpreter import set_for_serving
+from plinth.verticals import registry
+
+
+class Signals:
+    """SIGINT and SIGTERM while a block runs: the first stops, the second ends at once.
+
+    Args:
+        on_first: called on a thread of its own; the block does not end before it.
+    """
+
+    def __init__(self, on_first: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=on_first, name="plinth-stop", daemon=True)
+        self.got: int | None = None
+
+    @property
+    def exit_code(self) -> int | None:
+        """128 plus the signal's number, or ``None`` without a signal."""
+        return None if self.got is None else 128 + self.got
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.got is not None:
+            os._exit(128 + number)
+        self.got = number
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[Signals]:
+        """Handle them inside the block."""
+        before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            if self.got is not None:
+                self._thread.join()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def metrics_at(address: str | None) -> Iterator[str | None]:
+    """Serve ``/metrics`` while a block runs; its URL.
+
+    Args:
+        address: ``host:port``, port 0 takes a free one; ``None`` serves nothing.
+
+    Raises:
+        ConfigError: not an address, or it cannot be listened on.
+    """
+    if address is None:
+        yield None
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65_535:
+        raise ConfigError(f"--metrics {address!r} is not host:port", hint="such as 127.0.0.1:9100")
+    try:
+        server, thread = start_http_server(int(port), addr=host.strip("[]"), registry=REGISTRY)
+    except OSError as error:
+        raise ConfigError(
+            f"metrics cannot be served on {address}: {error.strerror}", hint="choose another port"
+        ) from None
+    try:
+        yield f"http://{host}:{server.server_port}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def run_stream(config: Config, name: str, metrics: str | None, as_json: bool) -> int:
+    """``plinth stream``: returns the exit code.
+
+    Args:
+        config: has a ``[stream]`` table.
+        name: of the vertical.
+        metrics: ``host:port`` for Prometheus, or ``None``.
+        as_json: print the summary as JSON.
+
+    Raises:
+        ConfigError: no ``[stream]`` table, or no broker.
+    """
+    if config.stream is None:
+        raise ConfigError(
+            "the stream has no topics",
+            hint="add a [stream] table, or give --input-topic and --output-topic",
+        )
+    from plinth.pipelines.stream import worker as stream
+
+    use_store(config)
+    vertical = load_vertical(config, name)
+    stop = threading.Event()
+    with (
+        Signals(stop.set).handled(),
+        metrics_at(metrics) as url,
+        build_engine(config, {name: vertical}) as engine,
+        set_for_serving(),
+    ):
+        say(f"streaming {config.stream.input_topic} -> {config.stream.output_topic}")
+        if url is not None:
+            say(f"metrics: {url}")
+        summary = stream.run(
+            vertical, engine, config.stream, stop, _stream_line, sla=sla_of(vertical, config)
+        )
+    if as_json:
+        show_json(summary.as_dict())
+    else:
+        show_table("Stream", ("", ""), summary.as_dict().items())
+    return 0
+
+
+def _stream_line(progress: Any) -> None:
+    say(
+        f"{progress.records:,} records, {progress.dead_letters:,} dead letters, "
+        f"lag {progress.lag:,}, {progress.partitions} partitions"
+    )
+
+
+def run_batch(config: Config, as_json: bool) -> int:
+    """``plinth batch``: returns the exit code.
+
+    Raises:
+        ConfigError: folders or vertical are not named or not there.
+    """
+    settings = config.batch
+    if settings.input is None or settings.output is None:
+        missing = "input folder" if settings.input is None else "output folder"
+        raise ConfigError(
+            f"the batch has no {missing}", hint="plinth batch FOLDER --out DIR, or a [batch] table"
+        )
+    check_folders(settings.input, settings.output)
+    name = settings.vertical or _only_folder_vertical()
+    use_store(config)
+    vertical = load_vertical(config, name)
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(build_engine(config, {name: vertical}))
+        view = stack.enter_context(BatchView())
+        job = Batch(
+            vertical,
+            engine,
+            settings.input,
+            settings.output,
+            sla=replace(sla_of(vertical, config), deadline_ms=None),
+            workers=settings.workers,
+            resume=settings.resume,
+            retry_failed=settings.retry_failed,
+            on_progress=view.show,
+        )
+        signals = stack.enter_context(Signals(lambda: _abort(job, engine)).handled())
+        summary = job.run()
+    if as_json:
+        show_json(summary.as_dict())
+    else:
+        show_summary(summary)
+        say(f"results: {settings.output}")
+    return signals.exit_code or summary.exit_code
+
+
+def _abort(job: Batch, engine: Engine) -> None:
+    """Stop now: what is in work is done again next time."""
+    job.stop()
+    engine.close(drain=False)
+
+
+def _only_folder_vertical() -> str:
+    able = [
+        one.name
+        for one in registry.describe()
+        if one.error is None and "folder" in doors(registry.find(one.name))
+    ]
+    if len(able) != 1:
+        raise ConfigError(
+            f"which vertical? these read folders: {', '.join(able) or 'none'}",
+            hint="name it with --vertical",
+        )
+    return able[0]
+
+
+def show_summary(summary: Summary) -> None:
+    """The failed items, and how many of what."""
+    if summary.failed:
+        rows = [
+            (entry.id, (entry.error or {}).get("reason"), (entry.error or {}).get("message"))
+            for entry in summary.failed
+        ]
+        show_table("Failed", ("item", "reason", "message"), rows)
+    counts = summary.as_dict()
+    keys = ("items", "done", "skipped", "failed", "open", "seconds")
+    show_table("Batch", keys, [[counts[key] for key in keys]])
+
+
+class BatchView:
+    """A progress bar on a terminal, a line per finished item elsewhere; all on stderr."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[now]}"),
+            console=err,
+            disable=not err.is_terminal,
+        )
+        self._task = self._bar.add_task("batch", total=None, now="")
+        self._total = self._done = 0
+
+    def __enter__(self) -> BatchView:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def show(self, step: Step) -> None:
+        """Show one step of the batch."""
+        if step.kind == "total":
+            self._total = step.total
+            self._bar.update(self._task, total=step.total)
+        elif step.kind == "stage":
+            self._bar.update(self._task, now=f"{step.stage} {step.item}")
+        else:
+            self._done += 1
+            self._bar.update(self._task, advance=1)
+            if not err.is_terminal:
+                say(f"{self._done}/{self._total} {step.item}: {step.state}")

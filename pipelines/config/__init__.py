@@ -1,0 +1,1 @@
+"""``plinth.toml``, the environment and the command line, checked."""

@@ -1,0 +1,293 @@
+"""One TOML file, checked at the door.
+
+Tables: ``[engine]``, ``[serve]`` (with ``[serve.upload]``), ``[stream]``, ``[batch]``,
+``[models]`` and one ``[verticals.<name>]`` each. Every key may be overridden by an environment
+variable ``PLINTH_<TABLE>__<KEY>``. Order of precedence: command line, environment, file, default.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    model_validator,
+)
+
+from plinth.engine.errors import ConfigError
+from plinth.pipelines.config.source import Origin, Place, from_env, places, put, validated
+from plinth.pipelines.stream.settings import StreamConfig
+
+DEFAULT_FILE = Path("plinth.toml")
+RESERVED = ("sla", "batch_range")
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for suffix, base in (("b", 1000), ("ib", 1024))
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_bytes(value: object) -> object:
+    """``"512 MiB"`` or ``"1.5GB"`` as a number of bytes; numbers pass through."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError("expected bytes, such as 1048576, '512MiB' or '2GB'")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class Table(BaseModel):
+    """Base of every table: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EngineConfig(Table):
+    """``[engine]``: where and how models run."""
+
+    device: str = Field(default="auto", description="`auto`, or a name such as `cpu`")
+    precision: str | dict[str, str] = Field(
+        default="auto", description="a preset, or a table of operation class to `fp32` or `bf16`"
+    )
+    backend: str = Field(
+        default="auto", description="what runs models; `auto`: the fastest one that is right"
+    )
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads of one forward; none: all cores"
+    )
+    max_queue: int = Field(
+        default=4096, ge=1, description="urgent rows that may wait before new ones are refused"
+    )
+    memory_budget: Bytes | None = Field(
+        default=None, ge=1 << 20, description="bytes one model may take; none: measured"
+    )
+    latency_file: Path | None = Field(
+        default=None, description="where learned costs are kept; none: forgotten at exit"
+    )
+
+
+class UploadConfig(Table):
+    """``[serve.upload]``: bounds of folder verticals over HTTP."""
+
+    max_bytes: Bytes = Field(
+        default=1 << 30, ge=1, le=(1 << 32) - 1, description="bytes of one upload"
+    )
+    max_unpacked_bytes: Bytes = Field(default=4 << 30, ge=1, description="bytes after unpacking")
+    max_files: int = Field(default=10_000, ge=1, le=65_535, description="files in one upload")
+    max_ratio: float = Field(
+        default=200.0, ge=1, description="unpacked bytes per packed byte of one file"
+    )
+    max_jobs: int = Field(
+        default=16, ge=1, le=10_000, description="jobs kept, waiting ones included"
+    )
+    max_job_bytes: Bytes = Field(
+        default=16 << 30, ge=1, description="disk all jobs together may hold"
+    )
+    keep_seconds: float = Field(
+        default=3600.0, gt=0, description="age at which a finished job is deleted"
+    )
+    workers: int = Field(default=1, ge=1, le=64, description="jobs that run at the same time")
+    folder: Path | None = Field(
+        default=None, description="where jobs live; none: a private temp folder"
+    )
+
+
+class ServeConfig(Table):
+    """``[serve]``: the HTTP door."""
+
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int = Field(
+        default=8000, ge=0, le=65_535, description="port to listen on; 0 takes a free one"
+    )
+    max_body_bytes: Bytes = Field(default=1 << 20, ge=64, description="bytes of one record request")
+    max_items: int = Field(default=1024, ge=1, le=100_000, description="records in one request")
+    request_timeout_seconds: float = Field(
+        default=30.0, gt=0, description="longest wait for an answer"
+    )
+    keep_alive_seconds: int = Field(
+        default=30, ge=0, description="idle time before a connection closes"
+    )
+    max_requests: int = Field(default=1024, ge=1, description="requests in work before 429")
+    max_connections: int = Field(default=4096, ge=2, description="open connections before 503")
+    announce_seconds: float = Field(
+        default=0.0, ge=0, description="on SIGTERM: time to be not ready yet still serving"
+    )
+    drain_seconds: float = Field(
+        default=20.0, ge=0, description="on SIGTERM: time for accepted work"
+    )
+    api_key_env: str | None = Field(
+        default=None, description="environment variable that holds the API key"
+    )
+    state_dir: Path | None = Field(
+        default=None,
+        description="folder that keeps the verticals' state from one run to the next; none: lost",
+    )
+    upload: UploadConfig = Field(default_factory=UploadConfig)
+
+
+class BatchConfig(Table):
+    """``[batch]``: the folder door."""
+
+    input: Path | None = Field(default=None, description="folder to read; `FOLDER` of the command")
+    output: Path | None = Field(default=None, description="folder to write; `--out` of the command")
+    vertical: str | None = Field(
+        default=None, description="who reads the folder; none: the only one that can"
+    )
+    workers: int = Field(default=1, ge=1, le=64, description="items inferred at the same time")
+    resume: bool = Field(
+        default=True, description="skip what the journal in the output has as done"
+    )
+    retry_failed: bool = Field(default=False, description="run items again that failed before")
+
+
+class ModelsConfig(Table):
+    """``[models]``: where models are kept."""
+
+    store: Path | None = Field(
+        default=None,
+        description="folder; none: `PLINTH_MODEL_STORE`, then `~/.local/share/plinth/models`",
+    )
+
+
+class SlaConfig(Table):
+    """``[verticals.<name>.sla]``: what differs from the vertical's own promise."""
+
+    deadline_ms: float | None = Field(
+        default=None, description="milliseconds from arrival to answer"
+    )
+    quantile: float | None = Field(
+        default=None, description="share of answers the promise covers, 0.5 up to 1"
+    )
+    on_overload: Literal["reject", "degrade", "late"] | None = Field(
+        default=None, description="what happens to work that would miss"
+    )
+    weight: float | None = Field(
+        default=None, description="share of left-over time among background work"
+    )
+
+
+class VerticalConfig(Table):
+    """``[verticals.<name>]``: the vertical's settings, and two keys the doors own."""
+
+    settings: dict[str, Any] = {}
+    sla: SlaConfig | None = None
+    batch_range: tuple[int, int] | Literal["auto"] | None = Field(
+        default=None, description="smallest and largest batch in rows, or `auto`: measured"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, table: Any) -> Any:
+        if not isinstance(table, Mapping):
+            return table
+        own = {key: table[key] for key in RESERVED if key in table}
+        return own | {"settings": {k: v for k, v in table.items() if k not in RESERVED}}
+
+
+class Config(Table):
+    """The whole file. Build it with :func:`load`."""
+
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    serve: ServeConfig = Field(default_factory=ServeConfig)
+    stream: StreamConfig | None = None
+    batch: BatchConfig = Field(default_factory=BatchConfig)
+    models: ModelsConfig = Field(default_factory=ModelsConfig)
+    verticals: dict[str, VerticalConfig] = {}
+
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the values came from, for messages."""
+        return self._origin
+
+    def vertical(self, name: str) -> VerticalConfig:
+        """The table of one vertical; an empty one when the file has none."""
+        return self.verticals.get(name, VerticalConfig())
+
+    def api_key(self, env: Mapping[str, str] | None = None) -> str | None:
+        """The HTTP API key, read from the variable that ``serve.api_key_env`` names.
+
+        Raises:
+            ConfigError: the variable is unset or empty.
+        """
+        name = self.serve.api_key_env
+        if name is None:
+            return None
+        key = (os.environ if env is None else env).get(name, "").strip()
+        if not key:
+            raise ConfigError(
+                f"{self.origin.where(('serve', 'api_key_env'))}serve.api_key_env names the "
+                f"environment variable {name}, which is not set",
+                hint=f"export {name}=..., or remove api_key_env",
+            )
+        return key
+
+
+def find(path: Path | None, env: Mapping[str, str]) -> Path | None:
+    """The file to read: the one named, ``PLINTH_CONFIG``, ``./plinth.toml``, or none."""
+    if path is None and env.get("PLINTH_CONFIG"):
+        path = Path(env["PLINTH_CONFIG"])
+    if path is None:
+        return DEFAULT_FILE if DEFAULT_FILE.is_file() else None
+    if not path.is_file():
+        raise ConfigError(f"there is no config file {path}", hint="check --config or PLINTH_CONFIG")
+    return path
+
+
+def load(
+    path: Path | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read, merge and check the configuration.
+
+    Args:
+        path: a TOML file; without it ``PLINTH_CONFIG``, then ``./plinth.toml``, then defaults.
+        env: environment to read overrides from; the process's own by default.
+        overrides: dotted key to value, from the command line; ``None`` values are left out.
+
+    Raises:
+        ConfigError: names the file and line (or variable), the key, the nearest known key.
+    """
+    env = os.environ if env is None else env
+    file = find(path, env)
+    text = _read(file) if file else ""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: {error}", hint="see https://toml.io for the syntax") from None
+    variables: dict[Place, str] = {}
+    for place, name, value in from_env(env):
+        put(data, place, value, name)
+        variables[place] = name
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            put(data, tuple(key.split(".")), value, "the command line")
+    origin = Origin(file, dict(places(text)), variables)
+    config = validated(Config, data, (), origin)
+    config._origin = origin
+    return config
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from None

@@ -1,0 +1,1 @@
+"""Folders of items: batch runs that can be killed and go on."""

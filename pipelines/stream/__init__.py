@@ -1,0 +1,1 @@
+"""The Kafka door: a topic in, decisions out, exactly once."""

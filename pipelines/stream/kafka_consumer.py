@@ -1,0 +1,394 @@
+"""The Kafka side of the stream: connecting, topics, and the reader."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from kafka import KafkaConsumer
+from kafka.admin import KafkaAdminClient
+from kafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
+from kafka.errors import (
+    AuthorizationError,
+    FencedInstanceIdError,
+    KafkaError,
+    KafkaTimeoutError,
+    TopicAlreadyExistsError,
+    UnknownTopicOrPartitionError,
+)
+from kafka.structs import TopicPartition
+
+from plinth.engine import ConfigError
+from plinth.pipelines.stream.abandonable import Lane
+from plinth.pipelines.stream.kafka_producer import connect
+from plinth.pipelines.stream.kafka_replay import Replay
+from plinth.pipelines.stream.kafka_sink import StreamError, as_offsets, namesake
+from plinth.pipelines.stream.loop import Chunk, Partition, Record, Rewind
+from plinth.pipelines.stream.metrics import LAG, PARTITIONS
+from plinth.pipelines.stream.settings import StreamConfig
+
+log = logging.getLogger(__name__)
+
+IDLE_MS = 200
+KEEP_ALIVE_S = 1.0
+Plan = dict[Partition, tuple[int, int]]
+
+
+def prepare(config: StreamConfig) -> dict[str, int]:
+    """Reach the broker and see that the topics are there; number of partitions by topic.
+
+    Raises:
+        ConfigError: no broker answers, it refuses us, or topics are missing; says what to do.
+    """
+    options = config.client()
+    try:
+        with _hushed():
+            admin = connect(
+                KafkaAdminClient,
+                **options,
+                request_timeout_ms=int(config.connect_timeout_s * 1e3),
+            )
+    except (KafkaError, OSError, ValueError) as error:
+        raise _unreachable(config, error) from None
+    try:
+        return _topics(admin, config)
+    except KafkaError as error:
+        raise _unreachable(config, error) from None
+    finally:
+        admin.close()
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """No log of each attempt to connect: the error that follows says it once."""
+    logger = logging.getLogger("kafka")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _topics(admin: Any, config: StreamConfig) -> dict[str, int]:
+    wanted = _topics_of(config)
+    found = _counts(admin, wanted)
+    missing = [name for name in wanted if name not in found]
+    if missing and not config.create_topics:
+        raise ConfigError(
+            f"missing on {config.bootstrap_servers}: topic " + ", ".join(missing),
+            hint="create them (kafka-topics.sh --create --topic NAME --partitions N) or set "
+            "stream.create_topics = true",
+        )
+    for name in missing:
+        count = found.get(config.input_topic, config.partitions)
+        try:
+            admin.create_topics(
+                {name: {"num_partitions": count, "replication_factor": config.replication_factor}},
+                wait_for_metadata=True,
+            )
+        except TopicAlreadyExistsError:
+            log.debug("topic %s was created by another worker meanwhile", name)
+    return _counts(admin, wanted) if missing else found
+
+
+def _topics_of(config: StreamConfig) -> tuple[str, str, str]:
+    return config.input_topic, config.output_topic, config.dead_letters
+
+
+def _counts(admin: Any, names: tuple[str, ...]) -> dict[str, int]:
+    return {
+        topic["name"]: len(topic["partitions"])
+        for topic in admin.describe_topics(list(names))
+        if not topic["error_code"] and topic["partitions"]
+    }
+
+
+def vanished(config: StreamConfig) -> set[str] | None:
+    """Topics of the stream that the cluster does not have; ``None`` if it does not say."""
+    try:
+        with _hushed():
+            admin = connect(KafkaAdminClient, **config.client())
+            try:
+                found = admin.describe_topics(list(_topics_of(config)))
+            finally:
+                admin.close()
+    except (KafkaError, OSError, ValueError) as error:
+        log.debug("asking for the topics failed: %r", error)
+        return None
+    return {t["name"] for t in found if t["error_code"] == UnknownTopicOrPartitionError.errno}
+
+
+def _unreachable(config: StreamConfig, error: Exception) -> ConfigError:
+    if isinstance(error, AuthorizationError):
+        return ConfigError(
+            f"{config.bootstrap_servers} refuses this client: {type(error).__name__}",
+            hint="it needs Describe on the input, output and dead-letter topics",
+        )
+    return ConfigError(
+        f"no Kafka broker answers at {config.bootstrap_servers} within "
+        f"{config.connect_timeout_s:g} s ({type(error).__name__})",
+        hint="check stream.bootstrap_servers, that the broker runs and advertises an address "
+        "reachable from here, and stream.security_protocol",
+    )
+
+
+def _member(config: StreamConfig, identity: str) -> Any:
+    """A consumer that will join the group at its first poll, and knows the topic by then."""
+    consumer = connect(
+        KafkaConsumer,
+        config.input_topic,
+        **config.client(),
+        client_id=f"plinth-{identity}",
+        group_id=config.group,
+        group_instance_id=config.instance_id,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        session_timeout_ms=config.session_timeout_ms,
+        heartbeat_interval_ms=max(250, min(3_000, config.session_timeout_ms // 5)),
+        partition_assignment_strategy=[StickyPartitionAssignor],
+        metrics_enabled=False,
+        allow_auto_create_topics=False,
+    )
+    # a group leader that does not know the topic yet would assign nothing at first
+    lane = Lane("plinth-metadata")
+    job = lane.start(partial(consumer.partitions_for_topic, config.input_topic))
+    lane.close()
+    try:
+        job.wait(config.connect_timeout_s)
+    except BaseException:
+        consumer.close(autocommit=False, timeout_ms=1_000)
+        raise
+    return consumer
+
+
+class KafkaReader:
+    """A member of the consumer group that gives chunks of records.
+
+    Whenever the membership changes, :meth:`take` discards what it has and raises Rewind; the
+    owner then calls :meth:`committed` and :meth:`begin`, which seek every partition anew. So no
+    record of an older membership is ever used, and none is skipped.
+    """
+
+    def __init__(self, config: StreamConfig, identity: str) -> None:
+        self.config = config
+        self.limit = min(config.max_records, config.max_events or config.max_records)
+        try:
+            self.consumer = _member(config, identity)
+        except (KafkaError, TimeoutError) as error:
+            raise _unreachable(config, error) from None
+        self._timeout_ms = config.commit_timeout_ms
+        self._claim: tuple[int, str, frozenset[Any]] | None = None
+        self._positions: dict[Partition, int] = {}
+        self._ends: dict[Any, int] = {}
+        self._replay: Replay | None = None
+        self._polled = time.monotonic()
+
+    # -- reading ---------------------------------------------------------------------------
+    def take(self) -> Chunk | None:
+        """Up to ``limit`` records, or what came within the linger time of the first one."""
+        if self._replay is not None:
+            return self._replayed()
+        parts: dict[Partition, list[Record]] = {}
+        count, until, owner = 0, 0.0, None
+        while count < self.limit:
+            wait = (until - time.monotonic()) * 1e3 if count else IDLE_MS
+            if wait <= 0:
+                break
+            polled = self._poll(max(1, wait), self.limit - count)
+            owner = self._owner()
+            if owner is None:
+                return None
+            if not polled:
+                break
+            if not count:
+                until = time.monotonic() + self.config.linger_ms / 1e3
+            for raw, records in polled.items():
+                parts.setdefault(Partition(*raw), []).extend(records)
+                count += len(records)
+        return self._chunk(parts, owner) if parts else None
+
+    def keep_alive(self) -> None:
+        """Stay in the group without reading on, while work waits."""
+        if time.monotonic() - self._polled > KEEP_ALIVE_S and self._poll(1, 1):
+            self._claim = None  # a record was taken: seek back to it
+
+    def _replayed(self) -> Chunk | None:
+        assert self._replay is not None
+        try:
+            chunk = self._replay.take()
+        except KafkaError as error:
+            log.warning("reading again for the state failed and is started anew: %r", error)
+            self._claim = None
+            raise Rewind("replay_failed") from None
+        if chunk is None and not self._replay.partitions:
+            self._end_replay()
+            for place, at in self._positions.items():
+                self.consumer.seek(TopicPartition(*place), at)
+        elif time.monotonic() - self._polled > KEEP_ALIVE_S:
+            self._poll(1, 1)
+            self._owner()
+        return chunk
+
+    def _end_replay(self) -> None:
+        if self._replay is not None:
+            self._replay.close()
+            self._replay = None
+
+    def _poll(self, wait_ms: float, limit: int) -> Mapping[Any, list[Record]]:
+        self._polled = time.monotonic()
+        try:
+            polled: Mapping[Any, list[Record]] = self.consumer.poll(wait_ms, max_records=limit)
+        except FencedInstanceIdError:
+            raise namesake(self.config) from None
+        except AuthorizationError as error:
+            raise StreamError(
+                f"Kafka refuses this client: {error!r}",
+                hint="it needs Read on the input topic and on the group",
+            ) from None
+        except KafkaError as error:
+            log.warning("reading failed and is tried again: %r", error)
+            self._claim = None
+            return {}
+        return polled
+
+    def _owner(self) -> Any:
+        owner = self.consumer.group_metadata()
+        # without a generation the broker would take our offsets unchecked
+        if owner.generation_id < 0 or not owner.member_id:
+            self._claim = None
+            return None
+        if self._claim_of(owner, self.consumer.assignment()) != self._claim:
+            raise Rewind("assigned")
+        return owner
+
+    @staticmethod
+    def _claim_of(owner: Any, places: Iterable[Any]) -> tuple[int, str, frozenset[Any]]:
+        # some brokers count generations anew, so the partitions are compared too
+        return owner.generation_id, owner.member_id, frozenset(places)
+
+    def _chunk(self, parts: dict[Partition, list[Record]], owner: Any) -> Chunk:
+        starts, ends, every = {}, {}, []
+        for place, records in parts.items():
+            starts[place] = self._positions[place]
+            ends[place] = self._positions[place] = records[-1].offset + 1
+            every.extend(records)
+        return Chunk(every, starts, ends, owner)
+
+    # -- positions -------------------------------------------------------------------------
+    def committed(self) -> tuple[Any, dict[Partition, int], dict[Partition, int]] | None:
+        """Our claim, the group's offset and the oldest offset of every partition we have.
+
+        ``None`` while we are not in the group. A partition without an offset gets one, at the
+        start or the end as configured.
+
+        Raises:
+            KafkaError: the broker did not answer in time.
+        """
+        owner = self.consumer.group_metadata()
+        if owner.generation_id < 0 or not owner.member_id:
+            return None
+        places = sorted(self.consumer.assignment())
+        if not places:
+            return owner, {}, {}
+        first = self.consumer.beginning_offsets(places, timeout_ms=self._timeout_ms)
+        last = self.consumer.end_offsets(places, timeout_ms=self._timeout_ms)
+        self._ends = last
+        found: dict[Partition, int] = {}
+        fresh: dict[Partition, int] = {}
+        for place in places:
+            at = self._committed(place)
+            if at is None:
+                at = first[place] if self.config.start_at == "earliest" else last[place]
+                fresh[Partition(*place)] = at
+            found[Partition(*place)] = self._retained(place, at, first[place], last[place])
+        if fresh:
+            self.commit(fresh)
+        return owner, found, {Partition(*p): at for p, at in first.items()}
+
+    def _committed(self, place: Any) -> int | None:
+        try:
+            at: int | None = self.consumer.committed(place, timeout_ms=self._timeout_ms)
+        except KafkaTimeoutError:
+            raise KafkaTimeoutError(
+                "the group's offsets were not told: the coordinator is away, or a transaction that "
+                "nobody ends keeps them unstable (kafka-transactions.sh find-hanging)"
+            ) from None
+        return at
+
+    def _retained(self, place: Any, at: int, first: int, last: int) -> int:
+        if first <= at <= last:
+            return at
+        log.warning(
+            "%s[%d]: the committed offset %d is outside of the retained %d to %d; %s",
+            *place, at, first, last,
+            f"{first - at} records were deleted unread" if at < first else "going on at the end",
+        )  # fmt: skip
+        return min(max(at, first), last)
+
+    def begin(self, plan: Plan, owner: Any) -> None:
+        """Go on at the second number of each partition, once [first, second) was replayed."""
+        self._end_replay()
+        self._positions = {place: end for place, (_, end) in plan.items()}
+        PARTITIONS.set(len(plan))
+        LAG.clear()
+        try:
+            for place, at in self._positions.items():
+                self.consumer.seek(TopicPartition(*place), at)
+        except (ValueError, AssertionError):
+            log.debug("the assignment changed meanwhile")
+            self._claim = None
+            return
+        again = {place: span for place, span in plan.items() if span[0] < span[1]}
+        if again:
+            self._replay = Replay(self.config, again)
+        self._claim = self._claim_of(owner, {TopicPartition(*place) for place in plan})
+
+    def commit(self, ends: Mapping[Partition, int]) -> None:
+        """Commit offsets outside of a transaction.
+
+        Raises:
+            KafkaError: they were not committed.
+        """
+        self.consumer.commit(as_offsets(ends), timeout_ms=self._timeout_ms)
+
+    @property
+    def joined(self) -> bool:
+        """This worker is in the group and reads what it was given."""
+        return self._claim is not None
+
+    @property
+    def partitions(self) -> int:
+        """Partitions this worker reads."""
+        return len(self._positions) if self.joined else 0
+
+    @property
+    def replaying(self) -> int:
+        """Partitions whose state is still being rebuilt."""
+        return self._replay.partitions if self._replay else 0
+
+    def lag(self) -> int:
+        """Records waiting in the partitions we have; also set as metric."""
+        total = 0
+        for place in self.consumer.assignment():
+            at = self._positions.get(place)
+            if at is not None:
+                # the client knows the end of a partition from its first fetch on
+                end = max(self.consumer.highwater(place) or 0, self._ends.get(place, 0))
+                behind = max(0, end - at)
+                LAG.labels(place.topic, str(place.partition)).set(behind)
+                total += behind
+        return total
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._end_replay()
+        try:
+            self.consumer.close(autocommit=False, timeout_ms=3_000)
+        except KafkaError as error:
+            log.warning("the consumer did not leave cleanly: %r", error)

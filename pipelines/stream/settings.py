@@ -1,0 +1,174 @@
+"""``[stream]``: which Kafka, which topics, which guarantee."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from plinth.engine import ConfigError
+
+Topic = Annotated[str, Field(min_length=1, max_length=249, pattern=r"^[A-Za-z0-9._-]+$")]
+Guarantee = Literal["exactly_once", "at_least_once"]
+_SERVER = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:,/]+):\d{1,5}")
+
+
+class StreamConfig(BaseModel):
+    """Settings of the Kafka door. Secrets are named by environment variable, never written here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bootstrap_servers: str = Field(
+        default="127.0.0.1:9092", description="brokers to ask first, host:port, comma between them"
+    )
+    input_topic: Topic = Field(description="topic of records to score")
+    output_topic: Topic = Field(description="topic of answers")
+    dead_letter_topic: Topic | None = Field(
+        default=None,
+        description="topic of records without an answer; none: <input_topic>.dead-letter",
+    )
+    group: str = Field(
+        default="plinth",
+        min_length=1,
+        max_length=200,
+        description="consumer group: workers that share",
+    )
+    instance_id: str | None = Field(
+        default=None,
+        max_length=200,
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="this worker's own lasting name: it returns to its partitions after a crash",
+    )
+    guarantee: Guarantee = Field(
+        default="exactly_once", description="exactly_once or at_least_once"
+    )
+
+    max_records: int = Field(default=512, ge=1, le=10_000, description="records in one transaction")
+    linger_ms: float = Field(default=20.0, ge=0, le=5_000, description="longest wait to fill one")
+    max_record_bytes: int = Field(
+        default=1_000_000, ge=64, le=100_000_000, description="larger records become dead letters"
+    )
+    compression: Literal["none", "gzip", "lz4"] = Field(
+        default="none", description="of what is written"
+    )
+
+    session_timeout_ms: int = Field(
+        default=10_000, ge=1_000, description="silence after which the group gives partitions away"
+    )
+    commit_timeout_ms: int = Field(
+        default=10_000,
+        ge=500,
+        description="longest commit before its producer is replaced",
+    )
+    transaction_timeout_ms: int = Field(
+        default=60_000,
+        ge=1_000,
+        description="time after which Kafka aborts what a vanished worker left open",
+    )
+    connect_timeout_s: float = Field(
+        default=10.0, gt=0, description="longest wait for a broker at start"
+    )
+    outage_timeout_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="time without a commit or a group before the stream gives up",
+    )
+    drain_timeout_s: float = Field(default=20.0, gt=0, description="time to finish after a stop")
+
+    state_dir: Path | None = Field(
+        default=None, description="folder of this worker's state; its alone"
+    )
+    snapshot_interval_s: float = Field(default=60.0, gt=0, description="time between snapshots")
+    replay_max_records: int = Field(
+        default=1_000_000,
+        ge=0,
+        description="per partition: records read again to rebuild lost state",
+    )
+    start_at: Literal["earliest", "latest"] = Field(
+        default="earliest", description="where a group without committed offsets begins"
+    )
+
+    create_topics: bool = Field(default=False, description="create topics that are missing")
+    partitions: int = Field(default=4, ge=1, le=10_000, description="partitions of created topics")
+    replication_factor: int = Field(
+        default=-1, ge=-1, description="of created topics; -1: the broker's"
+    )
+
+    idle_exit_s: float | None = Field(
+        default=None, gt=0, description="end after so long without records"
+    )
+    max_events: int | None = Field(default=None, ge=1, description="end after so many records")
+
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    sasl_username: str | None = None
+    sasl_password_env: str = Field(
+        default="PLINTH_KAFKA_PASSWORD", description="environment variable that holds the password"
+    )
+    ssl_cafile: Path | None = None
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+    ssl_password_env: str = Field(
+        default="PLINTH_KAFKA_KEY_PASSWORD",
+        description="environment variable that holds the key's password",
+    )
+    ssl_check_hostname: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> StreamConfig:
+        for server in self.bootstrap_servers.split(","):
+            if not _SERVER.fullmatch(server.strip()):
+                raise ValueError(f"bootstrap_servers: {server.strip()!r} is not host:port")
+        if self.transaction_timeout_ms < self.commit_timeout_ms:
+            raise ValueError("transaction_timeout_ms must not be below commit_timeout_ms")
+        topics = (self.input_topic, self.output_topic, self.dead_letters)
+        if len(set(topics)) < len(topics):
+            raise ValueError("input_topic, output_topic and dead_letter_topic must differ")
+        if self.security_protocol.startswith("SASL") and not (
+            self.sasl_mechanism and self.sasl_username
+        ):
+            raise ValueError(f"{self.security_protocol} needs sasl_mechanism and sasl_username")
+        return self
+
+    @property
+    def dead_letters(self) -> str:
+        """The dead-letter topic in force."""
+        return self.dead_letter_topic or f"{self.input_topic}.dead-letter"
+
+    def client(self) -> dict[str, Any]:
+        """Connection options of every Kafka client, secrets read from the environment.
+
+        Raises:
+            ConfigError: a password is needed and its variable is not set.
+        """
+        options: dict[str, Any] = {
+            "bootstrap_servers": [s.strip() for s in self.bootstrap_servers.split(",")],
+            "security_protocol": self.security_protocol,
+            "bootstrap_timeout_ms": int(self.connect_timeout_s * 1e3),
+            "reconnect_backoff_max_ms": 1_000,
+        }
+        if self.security_protocol.startswith("SASL"):
+            options |= {
+                "sasl_mechanism": self.sasl_mechanism,
+                "sasl_plain_username": self.sasl_username,
+                "sasl_plain_password": _secret(self.sasl_password_env),
+            }
+        if self.security_protocol.endswith("SSL"):
+            files = ("ssl_cafile", "ssl_certfile", "ssl_keyfile")
+            options |= {name: str(path) for name in files if (path := getattr(self, name))}
+            options["ssl_check_hostname"] = self.ssl_check_hostname
+            options["ssl_password"] = os.environ.get(self.ssl_password_env)
+        return options
+
+
+def _secret(name: str) -> str:
+    value = os.environ.get(name)
+    if not value:
+        raise ConfigError(
+            f"the environment variable {name} is not set",
+            hint="put the SASL password there, or name another with stream.sasl_password_env",
+        )
+    return value

@@ -1,0 +1,93 @@
+"""Plinth: one inference engine under pluggable verticals.
+
+The engine's words are importable from here, each loaded when first asked for, so that
+``import plinth`` costs nothing::
+
+    from plinth import Call, Engine, Model, ModelSpec, Sla, TensorSpec
+
+Domains have doors of their own: ``from plinth.medical import DICOMLoader``,
+``from plinth.finance import FraudScoring``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from plinth.engine import (
+        Answer,
+        Call,
+        Cancelled,
+        Closed,
+        ConfigError,
+        DeadlineRefused,
+        DeviceError,
+        Engine,
+        Flow,
+        InputError,
+        Model,
+        ModelError,
+        ModelSpec,
+        ModelStore,
+        PlinthError,
+        QueueFull,
+        Refused,
+        Sla,
+        TensorSpec,
+        Tiling,
+        Timing,
+        architecture,
+        from_pretrained,
+    )
+    from plinth.verticals import Item, Settings, Vertical
+
+__all__ = [
+    "Answer",
+    "Call",
+    "Cancelled",
+    "Closed",
+    "ConfigError",
+    "DeadlineRefused",
+    "DeviceError",
+    "Engine",
+    "Flow",
+    "InputError",
+    "Item",
+    "Model",
+    "ModelError",
+    "ModelSpec",
+    "ModelStore",
+    "PlinthError",
+    "QueueFull",
+    "Refused",
+    "Settings",
+    "Sla",
+    "TensorSpec",
+    "Tiling",
+    "Timing",
+    "Vertical",
+    "__version__",
+    "architecture",
+    "from_pretrained",
+]
+
+DISTRIBUTION = "plinth-engine"
+_VERTICALS = ("Item", "Settings", "Vertical")
+
+try:
+    __version__ = version(DISTRIBUTION)
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'plinth' has no attribute {name!r}")
+    room = "plinth.verticals" if name in _VERTICALS else "plinth.engine"
+    return getattr(importlib.import_module(room), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Real-time features of card payments: one implementation for training and serving."""

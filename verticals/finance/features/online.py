@@ -1,0 +1,295 @@
+"""Real-time features over event time; one code for training and serving.
+
+Every window is exact and reads (t - w, t] at the event's own time ``t``, the event included,
+over the events known when it came. A late event is placed at its time; a repeated one is not
+counted again and gets the row of its first time. Labels have a time of their own and are
+never read before it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntFlag
+from sys import intern
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from plinth.engine.errors import ConfigError, InputError
+from plinth.verticals.finance.features.timeline import (
+    DAY,
+    FEATURE_COUNT,
+    HOUR,
+    LABEL_DELAY,
+    MINUTE,
+    ROW,
+    Card,
+    Device,
+    Entities,
+    Terminal,
+    Timeline,
+)
+
+FEATURES: tuple[str, ...] = (
+    "amount",
+    "weekend",
+    "night",
+    "card_count_5m",
+    "card_count_1h",
+    "card_count_24h",
+    "card_count_7d",
+    "card_count_30d",
+    "card_sum_5m",
+    "card_sum_1h",
+    "card_sum_24h",
+    "card_sum_7d",
+    "card_sum_30d",
+    "card_amount_ratio_30d",
+    "card_recency",
+    "card_terminals_24h",
+    "terminal_count_24h",
+    "terminal_risk_1d",
+    "terminal_risk_7d",
+    "terminal_risk_30d",
+    "customer_count_24h",
+    "device_cards_24h",
+)
+"""Names of the columns; amounts in base currency, recency in seconds, shares in [0, 1]."""
+MODEL_FEATURES: tuple[str, ...] = FEATURES[:-1]
+"""The columns the model sees. Devices serve the rules: the training data has none."""
+UNITS = 10_000
+"""Amounts are counted in 1/10000 of the base currency, the finest subdivision of ISO 4217."""
+MAX_AMOUNT = 1e9
+"""Base currency; keeps the integer sums of a card far from their bound."""
+COLD_RECENCY = 30 * 86_400.0
+"""Seconds since the last event where there is none within 30 days."""
+CARD_REACH = 30 * DAY
+RISK_REACH = LABEL_DELAY + 30 * DAY
+
+
+class Flag(IntFlag):
+    """What was special about an event.
+
+    LATE: a later event of the card had come before it. PARTIAL: a window reached below what
+    is still remembered, so counts may be too low. DUPLICATE: the row was given before.
+    UNCOUNTED: the event is older than what its card has forgotten, so it cannot be told from a
+    repeated one; it is answered as the first of its card and not remembered.
+    """
+
+    NONE = 0
+    LATE = 1
+    PARTIAL = 2
+    DUPLICATE = 4
+    UNCOUNTED = 8
+
+
+class Event(NamedTuple):
+    """One transaction as the features see it.
+
+    Args:
+        transaction: id, unique on the card.
+        time: event time, milliseconds since 1970-01-01T00:00Z.
+        amount: base currency, above 0.
+        card: token of the card.
+        customer: id.
+        terminal: id.
+        device: id, if known.
+    """
+
+    transaction: str
+    time: int
+    amount: float
+    card: str
+    customer: str
+    terminal: str
+    device: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on memory, and how late an event may be.
+
+    Args:
+        lateness_ms: an event up to this much older than the newest of its card, customer,
+            terminal and device still has complete windows.
+        max_cards, max_terminals, max_customers, max_devices: entities remembered; beyond, the
+            one longest without an event is forgotten.
+        max_events: events remembered over all cards together, likewise events and labels over
+            all terminals, events over all customers and all devices; beyond, the entities
+            longest without an event are forgotten.
+        card_events, terminal_events, customer_events, device_events: events remembered per
+            entity; beyond, the oldest are forgotten.
+    """
+
+    lateness_ms: int = 7 * DAY
+    max_cards: int = 200_000
+    max_terminals: int = 200_000
+    max_customers: int = 200_000
+    max_devices: int = 200_000
+    max_events: int = 10_000_000
+    card_events: int = 4096
+    terminal_events: int = 65_536
+    customer_events: int = 4096
+    device_events: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            if getattr(self, name) < (0 if name == "lateness_ms" else 8):
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected 8 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Features of events, in order.
+
+    Args:
+        rows: float32 (n, FEATURE_COUNT), columns as in :data:`FEATURES`.
+        flags: uint8 (n,), bits as in :class:`Flag`.
+    """
+
+    rows: npt.NDArray[np.float32]
+    flags: npt.NDArray[np.uint8]
+
+
+class FeatureState:
+    """What is remembered of cards, terminals, customers and devices; for one thread at a time.
+
+    Args:
+        limits: bounds on memory and lateness.
+    """
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits if limits is not None else Limits()
+        most = self.limits.max_events
+        self.cards = Entities(Card, self.limits.max_cards, most)
+        self.terminals = Entities(Terminal, self.limits.max_terminals, most)
+        self.customers = Entities(Timeline, self.limits.max_customers, most)
+        self.devices = Entities(Device, self.limits.max_devices, most)
+
+    def update(self, events: Iterable[Event]) -> Batch:
+        """Take events in, in this order, and return the features of each as of its time.
+
+        Raises:
+            InputError: an amount is not in (0, MAX_AMOUNT]; the events before it are taken in.
+        """
+        rows: list[bytes] = []
+        flags = bytearray()
+        for event in events:
+            row, flag = self._take(*event)
+            rows.append(row)
+            flags.append(flag)
+        values = np.frombuffer(b"".join(rows), dtype=np.float32).reshape(-1, FEATURE_COUNT)
+        return Batch(values, np.frombuffer(flags, dtype=np.uint8))
+
+    def label(self, transaction: str, terminal: str, time: int, *, known: int, fraud: bool) -> None:
+        """Enter what became known of a transaction.
+
+        Args:
+            transaction: its id.
+            terminal: where it happened.
+            time: its event time, milliseconds.
+            known: when the label became known, milliseconds; events before it never see it.
+            fraud: fraud or, to withdraw an earlier label, genuine.
+        """
+        place = self.terminals.touch(terminal)
+        before = place.entries()
+        place.mark(transaction, time, known, fraud)
+        self.terminals.entries += place.entries() - before
+        self.terminals.hold()
+
+    def _take(
+        self,
+        transaction: str,
+        time: int,
+        amount: float,
+        card_id: str,
+        customer_id: str,
+        terminal_id: str,
+        device_id: str | None,
+    ) -> tuple[bytes, int]:
+        if not 0 < amount <= MAX_AMOUNT:
+            raise InputError(f"amount: expected above 0 and at most {MAX_AMOUNT:g}", field="amount")
+        card = self.cards.touch(card_id)
+        if transaction in card.known:
+            row, flags = card.row(transaction)
+            return row, flags | Flag.DUPLICATE.value
+        if time <= card.floor:
+            return self._answer_only(
+                transaction, time, amount, card_id, customer_id, terminal_id, device_id
+            )
+        limits = self.limits
+        units = round(amount * UNITS)
+        end = card.place(time, units, transaction, intern(terminal_id))
+        late = end < len(card.times)
+        partial = card.floor > time - CARD_REACH
+
+        terminal = self.terminals.touch(terminal_id)
+        terminal_count = terminal.count(time, DAY, terminal.add(time))
+        risks = terminal.shares(time) if terminal.marks else (0.0, 0.0, 0.0)
+        reach = RISK_REACH if terminal.marks else DAY
+        partial |= terminal.floor > time - reach or terminal.blind > time - RISK_REACH
+
+        customer = self.customers.touch(customer_id)
+        customer_count = customer.count(time, DAY, customer.add(time))
+        partial |= customer.floor > time - DAY
+
+        device_cards = 0
+        if device_id is not None:
+            device = self.devices.touch(device_id)
+            device_cards = device.distinct(time, DAY, device.place(time, card_id))
+            partial |= device.floor > time - DAY
+            self.devices.grown(device, DAY + limits.lateness_ms, limits.device_events)
+
+        row = ROW.pack(
+            *_card_features(card, time, units, end),
+            terminal_count,
+            *risks,
+            customer_count,
+            device_cards,
+        )
+        flags = (Flag.LATE.value if late else 0) | (Flag.PARTIAL.value if partial else 0)
+        card.keep_row(end, row, flags)
+        self.cards.grown(card, CARD_REACH + limits.lateness_ms, limits.card_events)
+        self.terminals.grown(terminal, RISK_REACH + limits.lateness_ms, limits.terminal_events)
+        self.customers.grown(customer, DAY + limits.lateness_ms, limits.customer_events)
+        return row, flags
+
+    def _answer_only(self, *event: Any) -> tuple[bytes, int]:
+        row, _ = FeatureState(self.limits)._take(*event)
+        return row, Flag.LATE.value | Flag.PARTIAL.value | Flag.UNCOUNTED.value
+
+
+def _card_features(card: Card, time: int, units: int, end: int) -> tuple[float, ...]:
+    """The first sixteen columns; ``end`` counts the card's entries up to the event itself."""
+    times, sums = card.times, card.sums
+    start30 = bisect_right(times, time - 30 * DAY, 0, end)
+    start7 = bisect_right(times, time - 7 * DAY, start30, end)
+    start1 = bisect_right(times, time - DAY, start7, end)
+    hour = bisect_right(times, time - HOUR, start1, end)
+    five = bisect_right(times, time - 5 * MINUTE, hour, end)
+    total = sums[end]
+    month = total - sums[start30]
+    recency = COLD_RECENCY
+    if end > 1:
+        recency = min((time - times[end - 2]) / 1000, COLD_RECENCY)
+    return (
+        units / UNITS,
+        (time // DAY + 3) % 7 >= 5,
+        time % DAY < 7 * HOUR,
+        end - five,
+        end - hour,
+        end - start1,
+        end - start7,
+        end - start30,
+        (total - sums[five]) / UNITS,
+        (total - sums[hour]) / UNITS,
+        (total - sums[start1]) / UNITS,
+        (total - sums[start7]) / UNITS,
+        month / UNITS,
+        units * (end - start30) / month if month else 1.0,
+        recency,
+        1 if end - start1 == 1 else len(set(card.terminals[start1:end])),
+    )

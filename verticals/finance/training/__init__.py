@@ -1,0 +1,1 @@
+"""Histories, training and the measures of quality."""

@@ -1,0 +1,374 @@
+"""Train, calibrate, measure and store the fraud models, on simulated or recorded payments.
+
+``python -m plinth.verticals.finance.training.train --seed 0 --out verticals/finance/store``
+
+Protocol (Fraud Detection Handbook, chapter 5): 7 days of training, 7 days in which labels are
+not known yet, 7 days of test; four such folds a week apart. Cards
+known as defrauded leave the test days. The stored model trains on 21 days, is calibrated and
+gets its thresholds on the week after the delay, and is tested on the week after that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table as Sheet
+from torch.nn import functional
+
+from plinth.engine import ConfigError, ModelSpec, ModelStore, PlinthError, TensorSpec
+from plinth.verticals.finance.features.online import MODEL_FEATURES
+from plinth.verticals.finance.model import FraudScorer, fraud_lite, fraud_mlp
+from plinth.verticals.finance.training.history import WEEK, Data, Rows, recorded, simulated
+from plinth.verticals.finance.training.quality import (
+    calibration_error,
+    card_days,
+    decline_threshold,
+    measure,
+    review_threshold,
+)
+from plinth.verticals.finance.training.simulator import Population
+
+COMMAND = "python -m plinth.verticals.finance.training.train"
+
+Quality = dict[str, float]
+Read = Callable[[Callable[[int], None]], Data]
+"""Gives the payments; is passed what it tells its progress to."""
+FOLDS = 4
+SIMULATED = Population(days=160)
+FIRST_SIMULATED = 115
+FIRST_RECORDED = 37
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to train.
+
+    Args:
+        first_day: first training day of the first fold; the days before fill the windows.
+        final_days: training days of the stored model.
+        epochs: passes over a fold's 7 days.
+        alert_budget: cards per day that people can look at; sets the review threshold.
+        decline_cost: EUR lost by refusing a genuine payment; sets the decline threshold.
+    """
+
+    first_day: int = FIRST_SIMULATED
+    final_days: int = 3 * WEEK
+    epochs: int = 12
+    alert_budget: int = 100
+    decline_cost: float = 50.0
+
+    @property
+    def days(self) -> int:
+        """How many days of payments are needed."""
+        return self.first_day + max(self.final_days + 3 * WEEK, (FOLDS + 2) * WEEK)
+
+    def check(self, data: Data) -> None:
+        """See that there is enough to train and to measure on.
+
+        Raises:
+            ConfigError: too few days, or a week without any fraud.
+        """
+        if data.days < self.days:
+            raise ConfigError(
+                f"there are {data.days} days of payments, {self.days} are needed",
+                hint="bring more, or set an earlier --first-day",
+            )
+        for first in range(self.first_day, self.days, WEEK):
+            if not data.table["fraud"][data.between(first, WEEK)].any():
+                raise ConfigError(
+                    f"days {first} to {first + WEEK - 1} have no fraud labels",
+                    hint="every week from --first-day on needs some",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One kind of model and how it is fitted."""
+
+    name: str
+    make: Callable[..., FraudScorer]
+    config: dict[str, Any]
+    description: str
+    rate: float
+    cheaper: str | None = None
+
+
+RECIPES = (
+    Recipe(
+        "fraud",
+        fraud_mlp,
+        {"features": len(MODEL_FEATURES), "width": 128, "blocks": 2, "dropout": 0.3},
+        "Gated residual network over real-time card, terminal and customer features",
+        rate=2e-3,
+        cheaper="fraud-lite",
+    ),
+    Recipe(
+        "fraud-lite",
+        fraud_lite,
+        {"features": len(MODEL_FEATURES)},
+        "Logistic regression over the same features: the cheaper variant of fraud",
+        rate=2e-2,
+    ),
+)
+
+
+def fit(
+    recipe: Recipe,
+    data: Data,
+    chosen: Rows,
+    *,
+    epochs: int,
+    seed: int,
+    advance: Callable[[int], None],
+) -> FraudScorer:
+    """Fit a model on some rows; the same seed gives the same model.
+
+    Args:
+        recipe: what to fit.
+        data: where the rows are.
+        chosen: row numbers to train on.
+        epochs: passes over them.
+        seed: of initial weights, order and dropout.
+        advance: told after each epoch.
+    """
+    torch.manual_seed(seed)
+    model = recipe.make(**recipe.config)
+    rows = torch.from_numpy(data.rows[chosen])
+    truth = torch.from_numpy(data.table["fraud"][chosen]).float()[:, None]
+    model.standardise.fit(rows)
+    size = 512
+    optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.rate, weight_decay=1e-4)
+    steps = epochs * -(-len(chosen) // size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.rate, total_steps=steps)
+    model.train()
+    for _ in range(epochs):
+        for part in torch.randperm(len(chosen)).split(size):  # type: ignore[no-untyped-call]
+            loss = functional.binary_cross_entropy_with_logits(
+                model.logits(rows[part]), truth[part]
+            )
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            schedule.step()
+        advance(1)
+    return model.eval()
+
+
+@torch.inference_mode()
+def score(model: FraudScorer, data: Data, chosen: Rows) -> npt.NDArray[np.float64]:
+    """Probabilities (n,) of some rows."""
+    parts = torch.from_numpy(data.rows[chosen]).split(8192)  # type: ignore[no-untyped-call]
+    return torch.cat([model(part)[:, 0] for part in parts]).double().numpy()
+
+
+def folds(
+    recipe: Recipe, data: Data, plan: Plan, seed: int, advance: Callable[[int], None]
+) -> Quality:
+    """Mean and standard deviation over the folds."""
+    found: list[Quality] = []
+    for number in range(FOLDS):
+        first = plan.first_day + number * WEEK
+        model = fit(
+            recipe,
+            data,
+            data.between(first, WEEK),
+            epochs=plan.epochs,
+            seed=seed + number,
+            advance=advance,
+        )
+        test = data.test(first + 2 * WEEK, known_from=first)
+        found.append(measure(score(model, data, test), data, test, plan.alert_budget))
+    values = {name: [quality[name] for quality in found] for name in found[0]}
+    means = {f"fold_{name}_mean": float(np.mean(of)) for name, of in values.items()}
+    return means | {f"fold_{name}_sd": float(np.std(of, ddof=1)) for name, of in values.items()}
+
+
+def final(
+    recipe: Recipe, data: Data, plan: Plan, seed: int, advance: Callable[[int], None]
+) -> tuple[FraudScorer, Quality]:
+    """The model to store, with its thresholds, and its quality on a week of its own.
+
+    ``amount_alone_*`` is the baseline on the same week: the amount as the score.
+    """
+    first, days = plan.first_day, plan.final_days
+    epochs = max(plan.epochs * 2 // 3, 1)
+    model = fit(recipe, data, data.between(first, days), epochs=epochs, seed=seed, advance=advance)
+    week = data.test(first + days + WEEK, known_from=first)
+    with torch.inference_mode():
+        logits = model.logits(torch.from_numpy(data.rows[week]))
+    model.calibration.fit(logits, torch.from_numpy(data.table["fraud"][week]))
+    scores = score(model, data, week)
+    review = review_threshold(scores, data, week, plan.alert_budget)
+    decline = decline_threshold(scores, data, week, plan.decline_cost)
+
+    test = data.test(first + days + 2 * WEEK, known_from=first)
+    scores, fraud = score(model, data, test), data.table["fraud"][test]
+    alerts = card_days(data, test)[scores >= review]
+    refused = scores >= decline
+    amount = measure(data.table["amount"][test], data, test, plan.alert_budget)
+    return model, {
+        **measure(scores, data, test, plan.alert_budget),
+        **{f"amount_alone_{name}": value for name, value in amount.items()},
+        "calibration_error": calibration_error(scores, fraud),
+        "review_threshold": review,
+        "decline_threshold": max(review, decline),
+        "alert_cards_per_day": len(np.unique(alerts)) / WEEK,
+        "decline_precision": float(fraud[refused].mean()) if refused.any() else 0.0,
+        "decline_recall": float(refused[fraud].mean()),
+        "review_recall": float((scores[fraud] >= review).mean()),
+    }
+
+
+def specification(recipe: Recipe, version: str, source: str, metrics: Quality) -> ModelSpec:
+    """What the manifest says."""
+    return ModelSpec(
+        name=recipe.name,
+        version=version,
+        architecture="fraud-mlp" if recipe.make is fraud_mlp else "fraud-lite",
+        config=recipe.config,
+        inputs=(TensorSpec(name="features", shape=(len(MODEL_FEATURES),), dtype="float32"),),
+        outputs=(TensorSpec(name="probability_and_variant", shape=(2,), dtype="float32"),),
+        description=recipe.description,
+        licence="Apache-2.0",
+        source=source,
+        metrics={name: round(value, 6) for name, value in metrics.items()},
+        cheaper=recipe.cheaper,
+    )
+
+
+def run(
+    plan: Plan, read: Read, out: Path, *, seed: int, version: str, source: str, console: Console
+) -> list[ModelSpec]:
+    """Train and store all models; returns their specs.
+
+    Args:
+        plan: how to train.
+        read: gives the payments.
+        out: folder of the model store.
+        seed: of weights, order and dropout.
+        version: of the models to write.
+        source: where they come from, for the manifest.
+        console: shows progress.
+
+    Raises:
+        ConfigError: the version is in the store already, or the payments do not suffice.
+        InputError: a record cannot be read.
+    """
+    for recipe in RECIPES:
+        if (out / recipe.name / version).exists():
+            raise ConfigError(
+                f"{recipe.name} {version} is in {out} already",
+                hint="versions never change: choose a new one with --version",
+            )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    specs = []
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bar = progress.add_task("features", total=None)
+        data = read(partial(progress.advance, bar))
+        plan.check(data)
+        for recipe in RECIPES:
+            total = plan.epochs * FOLDS + max(plan.epochs * 2 // 3, 1)
+            bar = progress.add_task(recipe.name, total=total)
+            metrics = folds(recipe, data, plan, seed, partial(progress.advance, bar))
+            model, quality = final(recipe, data, plan, seed, partial(progress.advance, bar))
+            spec = specification(recipe, version, source, metrics | quality)
+            ModelStore(out).save(spec, model)
+            specs.append(spec)
+    return specs
+
+
+def sheet(specs: list[ModelSpec]) -> Sheet:
+    """The measured quality as a table."""
+    table = Sheet("measure", *(spec.name for spec in specs))
+    for name in specs[0].metrics:
+        table.add_row(name, *(f"{spec.metrics[name]:.4f}" for spec in specs))
+    return table
+
+
+def rates_of(words: list[str]) -> dict[str, float]:
+    """Currencies and rates from words such as ``USD=0.9``.
+
+    Raises:
+        ConfigError: a word says something else.
+    """
+    rates = {}
+    for word in words or ["EUR=1"]:
+        currency, _, value = word.partition("=")
+        try:
+            rates[currency] = float(value)
+        except ValueError:
+            raise ConfigError(f"--rate {word}: expected a currency and a number") from None
+    return rates
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument(
+        "--records",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="transactions and labels, JSON lines or .gz; default: simulated ones",
+    )
+    parser.add_argument(
+        "--rate",
+        action="append",
+        default=[],
+        metavar="CUR=VALUE",
+        help="a currency in the records and what one unit is worth; default EUR=1",
+    )
+    parser.add_argument(
+        "--first-day", type=int, help="of training; default: 37 of records, 115 of simulated days"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "store")
+    parser.add_argument("--version", default="1.0.0", help="of the models to write")
+    parser.add_argument("--epochs", type=int, default=12, help="per fold")
+    parser.add_argument("--alert-budget", type=int, default=100, help="cards per day")
+    parser.add_argument("--decline-cost", type=float, default=50.0, help="base currency, a mistake")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    first = FIRST_RECORDED if given.records else FIRST_SIMULATED
+    plan = Plan(
+        first_day=first if given.first_day is None else given.first_day,
+        epochs=given.epochs,
+        alert_budget=given.alert_budget,
+        decline_cost=given.decline_cost,
+    )
+    read: Read = partial(simulated, SIMULATED, given.seed)
+    kind = "simulated"
+    console = Console()
+    try:
+        if given.records:
+            read, kind = partial(recorded, given.records, rates_of(given.rate)), "recorded"
+        specs = run(
+            plan,
+            read,
+            given.out,
+            seed=given.seed,
+            version=given.version,
+            source=f"{COMMAND} --seed {given.seed}; {kind} payments",
+            console=console,
+        )
+    except PlinthError as error:
+        print(error, file=sys.stderr)
+        return 2
+    console.print(sheet(specs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

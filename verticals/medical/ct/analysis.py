@@ -1,0 +1,291 @@
+"""What is measured in a CT volume: volumes, lung density, bone, and areas of a middle plane.
+
+Thresholds and their sources: lung densitometry below -950 HU and the 15th percentile as in
+Gevenois et al. (AJRCCM 1996) and Parr et al. (Respir Res 2008); adipose tissue -190 to -30 HU
+and muscle -29 to 150 HU as in Mitsiopoulos et al. (J Appl Physiol 1998).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from plinth.engine import InputError
+from plinth.verticals.medical.ct.findings import Finding, density, finding
+from plinth.verticals.medical.ct.segment import (
+    AIRWAY,
+    BODY,
+    BONE,
+    BONE_HU,
+    INSIDE,
+    LEFT,
+    LEFT_CORE,
+    LUNG_HU,
+    RIGHT,
+    RIGHT_CORE,
+    TISSUE_HU,
+    Regions,
+    regions,
+)
+from plinth.verticals.medical.volumes.orientation import Orientation
+from plinth.verticals.medical.volumes.volume import Volume
+
+LUNG_RIGHT, LUNG_LEFT, BONE_LABEL, NODULE = 1, 2, 3, 4
+"""Values of :attr:`Analysis.labels`; 0 is everything else, NODULE + n - 1 is nodule n."""
+
+FAT, MUSCLE = (-190, -30), (-29, 150)
+LOWEST = -1100
+LEAST_SLICES, LEAST_EXTENT_MM = 8, 30.0
+AIRY_HU, LEAST_AIR = -300, 0.001
+
+Bins = npt.NDArray[np.int64]
+Labels = npt.NDArray[np.uint8]
+
+
+@dataclass(eq=False)
+class Analysis:
+    """What was found in a volume by HU rules.
+
+    Args:
+        labels: (z, y, x) uint8 on the native grid: LUNG_RIGHT, LUNG_LEFT, BONE_LABEL; from
+            NODULE on the nodules, once ``candidates.measure`` has run.
+        orientation: how the array lies in the patient.
+        regions: the coarse regions the labels were refined from.
+        findings: the numbers, with units and methods.
+        warnings: what limits them, one sentence each.
+    """
+
+    labels: Labels
+    orientation: Orientation
+    regions: Regions
+    findings: list[Finding] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def check_ct(volume: Volume) -> None:
+    """Refuse what the HU rules say nothing about.
+
+    Raises:
+        InputError: not CT, too few slices, or values that are not HU.
+    """
+    modality = volume.series.modality
+    if modality != "CT":
+        raise InputError(
+            f"series {volume.series.id} is {modality or 'of no modality'}, expected CT",
+            field="Modality",
+            hint="HU thresholds mean nothing on other modalities",
+            reason="not_ct",
+        )
+    slices, extent = volume.shape[0], volume.shape[0] * volume.spacing[2]
+    if slices < LEAST_SLICES or extent < LEAST_EXTENT_MM:
+        raise InputError(
+            f"series {volume.series.id} has {slices} slices over {extent:.0f} mm, expected at "
+            f"least {LEAST_SLICES} over {LEAST_EXTENT_MM:.0f} mm",
+            field="NumberOfSlices",
+            reason="too_thin",
+        )
+    sample = volume.voxels[:: max(1, slices // 32), ::4, ::4]
+    dense = sample[sample > AIRY_HU]
+    middle = float(np.median(dense)) if dense.size else float("nan")
+    airy = 1 - dense.size / sample.size
+    if -150 <= middle <= 500 and airy >= LEAST_AIR and float(sample.min()) >= -10_000:
+        return
+    raise InputError(
+        f"series {volume.series.id} does not look like HU: {100 * airy:.1f} % of it lie below "
+        f"{AIRY_HU} HU, expected at least {100 * LEAST_AIR:g} %, and the median above is "
+        f"{middle:.0f}, expected soft tissue (-150 to 500)",
+        field="RescaleIntercept",
+        hint="check Rescale Slope and Intercept; localisers and derived maps are not HU",
+        reason="not_hu",
+    )
+
+
+def analyse(volume: Volume, max_slice_spacing_mm: float = 3.0) -> Analysis:
+    """Segment by rules and measure.
+
+    Args:
+        volume: HU, of a CT series.
+        max_slice_spacing_mm: a step between slices above this draws a warning.
+
+    Raises:
+        InputError: see :func:`check_ct`; also when no body is found.
+    """
+    check_ct(volume)
+    orientation = Orientation.of(volume.affine)
+    found = regions(volume, orientation)
+    bits = found.grid.to_native(found.bits)
+    if not (bits & INSIDE).any():
+        raise InputError(
+            f"no body was found in series {volume.series.id}", field="PixelData", reason="no_body"
+        )
+    counts = _Counts()
+    labels = np.zeros(volume.shape, np.uint8)
+    box = _box(bits)
+    for k, hu in enumerate(volume.voxels):
+        counts.add(hu[box], bits[k][box], labels[k][box])
+    analysis = Analysis(labels, orientation, found)
+    analysis.findings = [
+        *_lung_findings(counts, volume),
+        *_volume_findings(counts, volume),
+        *_areas(volume, orientation, bits),
+    ]
+    analysis.warnings = _warnings(volume, orientation, found, counts, max_slice_spacing_mm)
+    return analysis
+
+
+@dataclass(eq=False)
+class _Counts:
+    """Voxels by structure, and HU histograms of the air-filled lungs."""
+
+    body: int = 0
+    bone: int = 0
+    airway: int = 0
+    lung: dict[int, int] = field(default_factory=lambda: {LUNG_RIGHT: 0, LUNG_LEFT: 0})
+    air: dict[int, Bins] = field(
+        default_factory=lambda: {
+            side: np.zeros(LUNG_HU - LOWEST, np.int64) for side in (LUNG_RIGHT, LUNG_LEFT)
+        }
+    )
+
+    def add(self, hu: npt.NDArray[Any], bits: Labels, labels: Labels) -> None:
+        """Count one native plane (y, x) and write its labels."""
+        body = ((bits & INSIDE) > 0) | (((bits & BODY) > 0) & (hu > TISSUE_HU))
+        self.body += int(np.count_nonzero(body))
+        bone = (hu >= BONE_HU) & ((bits & BONE) > 0) & body
+        labels[bone] = BONE_LABEL
+        low = hu < LUNG_HU
+        airy = low & ((bits & AIRWAY) == 0)
+        for side, may, core in (
+            (LUNG_RIGHT, RIGHT, RIGHT_CORE),
+            (LUNG_LEFT, LEFT, LEFT_CORE),
+        ):
+            inner = (bits & core) > 0
+            air = (((bits & may) > 0) & airy) | (inner & low)
+            whole = air | inner
+            labels[whole] = side
+            self.lung[side] += int(np.count_nonzero(whole))
+            self.air[side] += _histogram(hu[air])
+        self.bone += int(np.count_nonzero(labels == BONE_LABEL))
+        tubes = (hu < TISSUE_HU) & ((bits & AIRWAY) > 0) & (labels == 0)
+        self.airway += int(np.count_nonzero(tubes))
+
+
+def _histogram(hu: npt.NDArray[Any]) -> Bins:
+    """Voxels by HU rounded to integers, from LOWEST to below LUNG_HU; what is lower is lowest."""
+    whole = hu if hu.dtype.kind == "i" else np.rint(hu).astype(np.int32)
+    return np.bincount(np.clip(whole, LOWEST, LUNG_HU - 1) - LOWEST, minlength=LUNG_HU - LOWEST)
+
+
+def _box(bits: Labels) -> tuple[slice, slice]:
+    """Rows and columns outside of which no plane (z, y, x) has a bit."""
+    flat = np.bitwise_or.reduce(bits, axis=0)
+    rows, columns = np.flatnonzero(np.any(flat, axis=1)), np.flatnonzero(np.any(flat, axis=0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def _lung_findings(counts: _Counts, volume: Volume) -> list[Finding]:
+    ml = volume.voxel_volume_mm3 / 1000
+    right, left = (counts.lung[side] * ml for side in (LUNG_RIGHT, LUNG_LEFT))
+    how = (
+        f"air-filled components (below {LUNG_HU} HU) of at least 100 mL inside the body, closed "
+        "by 8 mm over vessels and nodules, airway left out"
+    )
+    findings = [
+        finding("lung_right_volume", "Right lung volume", right or None, "mL", how),
+        finding("lung_left_volume", "Left lung volume", left or None, "mL", how),
+        finding("lungs_volume", "Lung volume, both", (right + left) or None, "mL", how),
+    ]
+    bins = counts.air
+    for key, title, histogram in (
+        ("lung_right", "Right lung", bins[LUNG_RIGHT]),
+        ("lung_left", "Left lung", bins[LUNG_LEFT]),
+        ("lungs", "Both lungs", bins[LUNG_RIGHT] + bins[LUNG_LEFT]),
+    ):
+        findings += density(key, title, histogram, LOWEST)
+    if right or left:
+        air = counts.airway * ml or None
+        method = (
+            f"air (below {TISSUE_HU} HU) followed plane by plane from the upper trachea into the "
+            "main bronchi, lungs left out"
+        )
+        findings.append(finding("airway_volume", "Trachea and main bronchi", air, "mL", method))
+    return findings
+
+
+def _volume_findings(counts: _Counts, volume: Volume) -> list[Finding]:
+    ml = volume.voxel_volume_mm3 / 1000
+    return [
+        finding(
+            "body_volume",
+            "Body in the field of view",
+            counts.body * ml,
+            "mL",
+            f"largest components above {TISSUE_HU} HU after parting the couch, holes filled by "
+            "axial plane",
+        ),
+        finding(
+            "bone_volume",
+            "Bone",
+            counts.bone * ml,
+            "mL",
+            f"voxels of at least {BONE_HU} HU in components of at least 0.5 mL; dense contrast "
+            "medium counts as bone",
+        ),
+    ]
+
+
+def _areas(volume: Volume, orientation: Orientation, bits: Labels) -> list[Finding]:
+    """Fat and muscle in the middle axial plane of the volume."""
+    hu, plane = orientation.to_patient(volume.voxels), orientation.to_patient(bits)
+    middle = hu.shape[0] // 2
+    inside = (plane[middle] & INSIDE) > 0
+    _, row, column = orientation.spacing(volume.spacing)
+    cm2 = row * column / 100
+    findings = []
+    for key, title, (low, high) in (
+        ("fat_area", "Fat, middle axial plane", FAT),
+        ("muscle_area", "Muscle density, middle axial plane", MUSCLE),
+    ):
+        values = hu[middle]
+        area = float(np.count_nonzero(inside & (values >= low) & (values <= high))) * cm2
+        method = (
+            f"voxels of {low} to {high} HU inside the body; the level is the middle of the stack"
+        )
+        findings.append(finding(key, title, area, "cm²", method))
+    return findings
+
+
+def _warnings(
+    volume: Volume, orientation: Orientation, found: Regions, counts: _Counts, most: float
+) -> list[str]:
+    warnings = []
+    step = volume.spacing[2]
+    if step > most:
+        warnings.append(
+            f"slices are {step:.1f} mm apart (more than {most:g} mm): small nodules can be missed "
+            "and densitometry is averaged over thick slices"
+        )
+    if orientation.lean > 20:
+        warnings.append(
+            f"slices lean {orientation.lean:.0f} degrees from the patient's axes: left and right, "
+            "airway and couch follow the nearest axis"
+        )
+    right, left = counts.lung[LUNG_RIGHT], counts.lung[LUNG_LEFT]
+    if not right and not left:
+        warnings.append("no lungs were found in the field of view: lung measurements are empty")
+    elif not (right and left):
+        side = "right" if left else "left"
+        warnings.append(f"no {side} lung was found: it is absent, collapsed or out of view")
+    if found.touching:
+        where = " and ".join(found.touching)
+        warnings.append(
+            f"the lungs reach the border of the field of view ({where}): lung volumes are partial"
+        )
+    if found.split == "midline":
+        warnings.append("the lungs could not be told apart and were cut at the body's middle")
+    if (right or left) and not counts.airway:
+        warnings.append("no airway was followed: airway air may count as lung")
+    return warnings

@@ -1,0 +1,246 @@
+"""Body, airway, lungs and bone by HU thresholds and connected components.
+
+Deterministic and without a network. Which structure a voxel may belong to is decided on a
+coarse isotropic grid; which voxels belong to it is decided by thresholds on the native grid
+(:mod:`plinth.verticals.medical.ct.analysis`), so that volumes keep the native resolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from plinth.verticals.medical.ct.airway import airway, labels_in_plane
+from plinth.verticals.medical.volumes.orientation import Orientation
+from plinth.verticals.medical.volumes.resample import Grid, fit_spacing, resample
+from plinth.verticals.medical.volumes.volume import Volume
+
+Bool = npt.NDArray[np.bool_]
+Float = npt.NDArray[np.float32]
+Bits = npt.NDArray[np.uint8]
+
+COARSE_MM = 2.0
+TISSUE_HU, LUNG_HU, BONE_HU = -500, -400, 226
+COARSE_BONE_HU = 200
+OPENING_MM, CLOSING_MM = 4.0, 8.0
+LEAST_BODY, LEAST_LUNG_ML, LEAST_BONE_ML = 0.2, 100.0, 0.5
+GAS_HU = -950.0
+
+INSIDE, BODY, RIGHT, LEFT, RIGHT_CORE, LEFT_CORE, AIRWAY, BONE = (1 << n for n in range(8))
+"""Bits of :attr:`Regions.bits`: where a structure may be; ``INSIDE`` and ``*_CORE`` where it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Regions:
+    """Where structures may be, on the coarse grid.
+
+    Args:
+        grid: the coarse grid over the native one.
+        bits: (z, y, x) uint8 on the coarse grid, axes as the native array's.
+        touching: borders of the field of view that the lungs reach: ``"superior"``,
+            ``"inferior"``, ``"sides"``.
+        split: how the lungs were told apart: ``"components"``, ``"erosion"``, ``"midline"``
+            or ``"none"``.
+    """
+
+    grid: Grid
+    bits: Bits
+    touching: tuple[str, ...]
+    split: str
+
+
+def regions(volume: Volume, orientation: Orientation) -> Regions:
+    """Find the regions of a CT volume.
+
+    Args:
+        volume: HU.
+        orientation: of its array.
+    """
+    x, y, z = volume.spacing
+    grid = fit_spacing(volume.shape, (z, y, x), (COARSE_MM,) * 3)
+    hu = cast(Float, orientation.to_patient(resample(volume.voxels, grid, "area").numpy()))
+    tissue, body = _body(hu)
+    air = (hu < LUNG_HU) & body
+    bits = np.zeros(hu.shape, np.uint8)
+    bits[_eroded(body)] |= INSIDE
+    bits[_dilated(body | tissue)] |= BODY
+    bits[_dilated(_bone(hu, body))] |= BONE
+    tubes = airway(air, COARSE_MM)
+    bits[_dilated(tubes)] |= AIRWAY
+    sides, split = _lungs(hu, air & ~_dilated(tubes), body)
+    for side, may, core in ((sides[0], RIGHT, RIGHT_CORE), (sides[1], LEFT, LEFT_CORE)):
+        if side.any():
+            _mark(bits, side, body, may, core)
+    _part(bits, *sides)
+    lungs = sides[0] | sides[1]
+    native = np.ascontiguousarray(orientation.from_patient(bits))
+    return Regions(grid, native, _touching(lungs), split)
+
+
+def _eroded(mask: Bool) -> Bool:
+    return ndimage.binary_erosion(mask, border_value=1)
+
+
+def _dilated(mask: Bool) -> Bool:
+    return ndimage.binary_dilation(mask)
+
+
+def _ball(radius_mm: float, spacing: float = COARSE_MM) -> float:
+    return radius_mm / spacing
+
+
+def _body(hu: Float) -> tuple[Bool, Bool]:
+    """Tissue of the body without couch and clothes, and the body with its air-filled holes.
+
+    Opening by OPENING_MM parts the body from the couch; in each axial plane, air that does
+    not reach the edge of the image is inside.
+    """
+    dense = hu > TISSUE_HU
+    if not dense.any():
+        return dense, dense
+    core = _depth(dense) > _ball(OPENING_MM)
+    labels, count = ndimage.label(core)
+    if count == 0:
+        return np.zeros_like(dense), np.zeros_like(dense)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    keep = sizes >= LEAST_BODY * sizes.max()
+    kept = keep[labels]
+    tissue = dense & (ndimage.distance_transform_edt(~kept) <= _ball(OPENING_MM) + 1)
+    return tissue, tissue | _holes(tissue)
+
+
+def _depth(mask: Bool) -> npt.NDArray[np.float64]:
+    """Distance of each voxel of a mask from its outside; what leaves the volume goes on."""
+    padded = np.pad(mask, 1, mode="edge")
+    return cast(npt.NDArray[np.float64], ndimage.distance_transform_edt(padded))[1:-1, 1:-1, 1:-1]
+
+
+def _holes(tissue: Bool) -> Bool:
+    labels, count = labels_in_plane(~tissue)
+    outside = np.zeros(count + 1, bool)
+    for edge in (labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]):
+        outside[np.unique(edge)] = True
+    outside[0] = True
+    return cast(Bool, ~outside[labels])
+
+
+def _bone(hu: Float, body: Bool) -> Bool:
+    labels, _ = ndimage.label((hu > COARSE_BONE_HU) & body, np.ones((3, 3, 3)))
+    sizes = np.bincount(labels.ravel()) * COARSE_MM**3 / 1000
+    sizes[0] = 0
+    return (sizes >= LEAST_BONE_ML)[labels]
+
+
+# -- lungs -----------------------------------------------------------------------------------
+def _lungs(hu: Float, air: Bool, body: Bool) -> tuple[tuple[Bool, Bool], str]:
+    """Air-filled right and left lung, and how they were told apart."""
+    none = np.zeros_like(air)
+    labels, count = ndimage.label(air)
+    if count == 0:
+        return (none, none), "none"
+    sizes = np.bincount(labels.ravel()) * COARSE_MM**3 / 1000
+    sizes[0] = 0
+    mean = ndimage.mean(hu, labels, np.arange(count + 1))
+    chosen = np.flatnonzero((sizes >= LEAST_LUNG_ML) & (np.asarray(mean) > GAS_HU))
+    if not chosen.size:
+        return (none, none), "none"
+    middle = _middle(body)
+    right, left, split = none.copy(), none.copy(), "components"
+    for label in chosen:
+        part = labels == label
+        columns = part.sum(axis=(0, 1))
+        across = float(columns[: int(middle)].sum() / columns.sum())
+        if 0.15 < across < 0.85:
+            (one, other), split = _parted(part, middle)
+            right |= one
+            left |= other
+        elif across >= 0.5:
+            right |= part
+        else:
+            left |= part
+    return (right, left), split
+
+
+def _middle(body: Bool) -> float:
+    """Column of the body's centre; columns ascend towards patient left."""
+    columns = body.sum(axis=(0, 1))
+    return float((columns * np.arange(columns.size)).sum() / max(1, columns.sum()))
+
+
+def _parted(lungs: Bool, middle: float) -> tuple[tuple[Bool, Bool], str]:
+    """One component as two lungs: eroded until it parts, each voxel to the nearer piece."""
+    depth = _depth(lungs)
+    for radius in (1.0, 2.0, 3.0, 4.0, 6.0):
+        labels, count = ndimage.label(depth > radius)
+        sizes = np.bincount(labels.ravel())[1:]
+        if count < 2:
+            continue
+        first, second = (int(n) + 1 for n in np.argsort(sizes)[::-1][:2])
+        if sizes[second - 1] < 0.2 * sizes[first - 1]:
+            continue
+        right, left = sorted((first, second), key=lambda n: np.nonzero(labels == n)[2].mean())
+        seeds = np.where((labels == right) | (labels == left), labels, 0)
+        nearest = ndimage.distance_transform_edt(
+            seeds == 0, return_distances=False, return_indices=True
+        )
+        owner = seeds[tuple(nearest)]
+        return (lungs & (owner == right), lungs & (owner == left)), "erosion"
+    columns = np.arange(lungs.shape[2]) < middle
+    return (lungs & columns, lungs & ~columns), "midline"
+
+
+def _mark(bits: Bits, lung: Bool, body: Bool, may: int, core: int) -> None:
+    """Close a lung over vessels and nodules; mark where it is and where its edge may be."""
+    box = _box(lung, int(CLOSING_MM / COARSE_MM) + 3)
+    part, inside, here = lung[box], body[box], bits[box]
+    wide = ndimage.distance_transform_edt(~part) <= _ball(CLOSING_MM)
+    closed = (_depth(wide) > _ball(CLOSING_MM)) & inside & ((here & AIRWAY) == 0) | part
+    labels, count = ndimage.label(~closed)
+    outside = np.zeros(count + 1, bool)
+    for axis in range(3):
+        for edge in (0, -1):
+            outside[np.unique(labels.take(edge, axis))] = True
+    closed |= ~outside[labels]
+    here[_eroded(closed)] |= core
+    here[_dilated(closed)] |= may
+
+
+def _box(mask: Bool, margin: int) -> tuple[slice, ...]:
+    found = ndimage.find_objects(mask.astype(np.uint8))[0]
+    return tuple(
+        slice(max(0, s.start - margin), min(n, s.stop + margin))
+        for s, n in zip(found, mask.shape, strict=True)
+    )
+
+
+def _part(bits: Bits, right: Bool, left: Bool) -> None:
+    """Where both lungs may be, the one whose air is nearer is."""
+    both = ((bits & RIGHT) > 0) & ((bits & LEFT) > 0)
+    if not both.any():
+        return
+    box = _box(both, 6)
+    nearer = ndimage.distance_transform_edt(~right[box]) <= ndimage.distance_transform_edt(
+        ~left[box]
+    )
+    here, doubt = bits[box], both[box]
+    here[doubt & nearer] &= 255 - LEFT - LEFT_CORE
+    here[doubt & ~nearer] &= 255 - RIGHT - RIGHT_CORE
+
+
+def _touching(lungs: Bool) -> tuple[str, ...]:
+    """Borders of the field of view that the lungs reach; a few stray voxels do not count."""
+    least = 100.0 / COARSE_MM**2  # a contact of 1 cm²
+    found = []
+    if lungs[-1].sum() > least:
+        found.append("superior")
+    if lungs[0].sum() > least:
+        found.append("inferior")
+    sides = (lungs[:, 0], lungs[:, -1], lungs[:, :, 0], lungs[:, :, -1])
+    if max(float(side.sum()) for side in sides) > least:
+        found.append("sides")
+    return tuple(found)

@@ -1,0 +1,1 @@
+"""From DICOM files to one volume with its true geometry."""

@@ -1,0 +1,239 @@
+"""Pixels of a stack into one preallocated array, in the smallest type that is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from plinth.engine.errors import InputError
+from plinth.verticals.medical.dicom import codecs
+from plinth.verticals.medical.dicom.header import BIG_ENDIAN, Frame, Header
+from plinth.verticals.medical.source import DEFLATED, Source, inflate
+from plinth.verticals.medical.volumes.volume import Array
+
+CT_AIR, CT_TOP = -1024, 3071
+"""Padding outside this range of HU is replaced by CT_AIR."""
+
+INT16 = np.iinfo(np.int16)
+
+MOST_VOXELS = 1 << 32
+"""Voxels of the largest volume that is read: 8 GiB as int16."""
+
+
+class _TooWide(Exception):
+    """A value does not fit int16."""
+
+
+def decode(frames: Sequence[Frame]) -> Array:
+    """Read the pixels of frames of one size, in the order given.
+
+    Every slice is rescaled by its own slope and intercept (PS3.3 C.11.1). The result is int16
+    when all of them are whole numbers and all values fit, else float32. Bits beyond Bits
+    Stored are masked. Padding (PS3.3 C.7.5.1.1.2) of CT images that lies outside -1024 to 3071
+    HU becomes -1024 HU.
+
+    Args:
+        frames: scalar images of equal rows and columns.
+
+    Returns:
+        (len(frames), rows, columns) int16 or float32, modality units.
+
+    Raises:
+        InputError: truncated or damaged file, or a transfer syntax without decoder; names the
+            file, its bytes and what to install.
+    """
+    for header in {frame.header.syntax: frame.header for frame in reversed(frames)}.values():
+        if header.encapsulated:
+            codecs.check_decoder(header)
+    _check_sizes(frames)
+    whole = all(frame.slope.is_integer() and frame.intercept.is_integer() for frame in frames)
+    if whole:
+        try:
+            return _decode_as(frames, np.int16)
+        except _TooWide:
+            pass
+    return _decode_as(frames, np.float32)
+
+
+def _check_sizes(frames: Sequence[Frame]) -> None:
+    """Refuse before anything is allocated: pixels that are not there, or too many of them."""
+    header = frames[0].header
+    wanted = len(frames) * header.rows * header.columns
+    if wanted > MOST_VOXELS:
+        raise InputError(
+            f"{len(frames)} images of {header.columns} x {header.rows} from {header.source.name} "
+            f"on are {wanted} voxels, at most {MOST_VOXELS} are read",
+            field=header.source.name,
+            hint="load a part of the series",
+            reason="too_large",
+        )
+    for header in {id(frame.header): frame.header for frame in frames}.values():
+        if not header.encapsulated:
+            _check(header)
+
+
+def _decode_as(frames: Sequence[Frame], dtype: type[np.generic]) -> Array:
+    header = frames[0].header
+    out: Array = np.empty((len(frames), header.rows, header.columns), dtype=dtype)
+    by_file: dict[Source, list[int]] = {}
+    for k, frame in enumerate(frames):
+        by_file.setdefault(frame.header.source, []).append(k)
+    for slices in by_file.values():
+        _read_file(out, [(k, frames[k]) for k in slices])
+    return out
+
+
+def _read_file(out: Array, slices: list[tuple[int, Frame]]) -> None:
+    """All wanted frames of one file into their slices of ``out``."""
+    header = slices[0][1].header
+    if header.encapsulated:
+        fragments = _value(header)
+        for k, frame in slices:
+            _finish(out[k], codecs.decode_frame(header, fragments, frame.index), frame)
+    elif _direct(header, out):
+        _read_direct(out, slices)
+    else:
+        order = ">" if header.syntax == BIG_ENDIAN else "<"
+        data = _value(header)
+        kind = np.dtype(f"{order}u{header.bits_allocated // 8}")
+        count = header.rows * header.columns
+        for k, frame in slices:
+            stored = np.frombuffer(data, kind, count, frame.index * header.frame_bytes)
+            image = stored.reshape(header.rows, header.columns).astype(kind.newbyteorder("="))
+            _finish(out[k], image, frame)
+
+
+def _direct(header: Header, out: Array) -> bool:
+    """Stored bytes can be read straight into the result."""
+    return out.dtype == np.int16 and header.bits_allocated == 16 and header.syntax != DEFLATED
+
+
+def _read_direct(out: Array, slices: list[tuple[int, Frame]]) -> None:
+    header = slices[0][1].header
+    with header.source.open() as (stream, _):
+        for k, frame in slices:
+            stream.seek(_check(header) + frame.index * header.frame_bytes)
+            image = out[k].view(np.uint16)
+            if stream.readinto(memoryview(cast(Any, image)).cast("B")) != header.frame_bytes:  # type: ignore[attr-defined]
+                raise codecs.truncated(header, header.size + header.frame_bytes)
+            if header.syntax == BIG_ENDIAN:
+                image.byteswap(inplace=True)
+            _finish(out[k], image, frame)
+
+
+def _check(header: Header) -> int:
+    """Offset of the uncompressed pixels, after their declared and real lengths were checked."""
+    needed = header.frame_bytes * header.frames
+    if header.size < header.offset + needed:
+        raise codecs.truncated(header, header.offset + needed)
+    if header.length < needed:
+        raise InputError(
+            f"{header.source.name}: pixel data of {header.length} bytes, "
+            f"{header.rows} x {header.columns} x {header.frames} pixels need {needed}",
+            field=header.source.name,
+            hint="ask the sender for the original image",
+            reason="damaged_pixels",
+        )
+    return header.offset
+
+
+def _value(header: Header) -> bytes:
+    """The bytes of the pixel data's value, to the end of the file when compressed."""
+    offset = header.offset if header.encapsulated else _check(header)
+    with header.source.open() as (file, _):
+        stream = inflate(file)[0] if header.syntax == DEFLATED else file
+        stream.seek(offset)
+        return stream.read(-1 if header.encapsulated else header.frame_bytes * header.frames)
+
+
+# -- stored values to modality values --------------------------------------------------------
+def _finish(out: Array, stored: Array, frame: Frame) -> None:
+    """Mask and sign stored bits, rescale, replace padding; ``stored`` may share ``out``."""
+    header = frame.header
+    values = _significant(stored, header)
+    if out.dtype == np.int16:
+        _rescale_whole(out, values, frame)
+    else:
+        np.copyto(out, values * frame.slope + frame.intercept, casting="same_kind")
+    _replace_padding(out, frame)
+
+
+def _significant(stored: Array, header: Header) -> Array:
+    """Bits Stored bits up to High Bit, sign-extended for signed images; in place if writable."""
+    width = stored.dtype.itemsize * 8
+    bits, high = header.bits_stored, header.high_bit
+    if not 1 <= bits <= high + 1 <= header.bits_allocated:
+        raise InputError(
+            f"{header.source.name}: Bits Stored {bits} and High Bit {high} of "
+            f"{header.bits_allocated} allocated make no sense",
+            field="BitsStored",
+            hint="ask the sender for the original image",
+            reason="damaged_pixels",
+        )
+    drop = 0 if header.encapsulated and high + 1 > width else high + 1 - bits
+    values = stored if stored.flags.writeable else stored.copy()
+    if drop:
+        values >>= drop
+    spare = width - bits
+    if spare > 0 and not header.signed:
+        values &= (1 << bits) - 1
+    if not header.signed:
+        return values
+    signed = values.view(f"i{values.dtype.itemsize}")
+    if spare > 0:
+        signed <<= spare
+        signed >>= spare
+    return signed
+
+
+def _rescale_whole(out: Array, values: Array, frame: Frame) -> None:
+    """Whole slope and intercept in int16; wrap-around arithmetic is exact if the ends fit."""
+    header = frame.header
+    slope, intercept = int(frame.slope), int(frame.intercept)
+    bits = header.bits_stored
+    ends = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if header.signed else (0, (1 << bits) - 1)
+    if not _fits(ends, slope, intercept):
+        ends = int(values.min()), int(values.max())
+        if not _fits(ends, slope, intercept):
+            raise _TooWide
+    if not np.shares_memory(out, values):
+        np.copyto(
+            out, values.astype(np.int64) if values.dtype.itemsize > 2 else values, casting="unsafe"
+        )
+    wrapped = out.view(np.uint16)
+    if slope != 1:
+        wrapped *= np.uint16(slope % 65536)
+    if intercept:
+        wrapped += np.uint16(intercept % 65536)
+
+
+def _fits(ends: tuple[int, int], slope: int, intercept: int) -> bool:
+    first, last = (end * slope + intercept for end in ends)
+    return INT16.min <= min(first, last) and max(first, last) <= INT16.max
+
+
+def _replace_padding(out: Array, frame: Frame) -> None:
+    header = frame.header
+    if header.padding is None or header.modality != "CT":
+        return
+    low, high = sorted(value * frame.slope + frame.intercept for value in header.padding)
+    if low >= CT_AIR and high <= CT_TOP:
+        return
+    if low == high:
+        out[out == out.dtype.type(low) if _holds(out, low) else np.zeros((), bool)] = CT_AIR
+    else:
+        out[(out >= low) & (out <= high)] = CT_AIR
+
+
+def _holds(out: Array, value: float) -> bool:
+    return out.dtype.kind == "f" or INT16.min <= value <= INT16.max
+
+
+def padding_hu(frame: Frame) -> tuple[float, float] | None:
+    """Padding of a CT frame in HU, lower end first, if it declares any."""
+    if frame.header.padding is None or frame.header.modality != "CT":
+        return None
+    low, high = sorted(value * frame.slope + frame.intercept for value in frame.header.padding)
+    return low, high

@@ -1,0 +1,331 @@
+"""Find the image series below a folder, in a zip archive or behind a DICOMDIR."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pydicom import Dataset
+
+from plinth.engine.errors import InputError
+from plinth.verticals.medical.dicom.header import Frame, Header, read_frames
+from plinth.verticals.medical.dicom.split import split_repeats
+from plinth.verticals.medical.source import DEFAULT_LIMITS, Limits, Source, open_archive
+from plinth.verticals.medical.volumes.volume import Issue
+
+PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """A file that belongs to no series.
+
+    Args:
+        name: the file.
+        reason: why, such as ``"not DICOM"``.
+        damaged: it is DICOM, but cannot be read: an image may be missing from a series.
+        folder: where it lies, to tell which series may miss it.
+    """
+
+    name: str
+    reason: str
+    damaged: bool = False
+    folder: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Images that may form one volume.
+
+    Same Series Instance UID, Frame of Reference UID, orientation, rows, columns, pixel spacing
+    and SOP class; a series whose positions repeat (4D, phases, echoes) is several of these.
+
+    Args:
+        id: stable, short, free of personal data; a choice for ``load(path, series=...)``.
+        modality: Modality.
+        frames: the images, in a fixed order that is not the spatial one.
+        part: what tells this part of a repeating series from its siblings.
+        notes: what was found while grouping; goes into the volume's verdict.
+        problem: why it cannot become a volume, or ``None``.
+    """
+
+    id: str
+    modality: str
+    frames: tuple[Frame, ...] = field(repr=False)
+    part: str | None = None
+    notes: tuple[Issue, ...] = ()
+    problem: str | None = None
+
+    @property
+    def uid(self) -> str:
+        """Series Instance UID."""
+        return self.frames[0].header.series_uid
+
+    @property
+    def study_uid(self) -> str:
+        """Study Instance UID."""
+        return self.frames[0].header.study_uid
+
+    @property
+    def localiser(self) -> bool:
+        """A scout or localiser image."""
+        return any(kind in ("LOCALIZER", "SCOUT") for kind in self.frames[0].header.image_type)
+
+    @property
+    def volumetric(self) -> bool:
+        """Two or more placed images that are no localiser."""
+        return self.problem is None and len(self.frames) > 1 and not self.localiser
+
+    def describe(self) -> str:
+        """One line for a list: id, end of the UID, modality, images, size; no free text."""
+        header = self.frames[0].header
+        part = f", {self.part}" if self.part else ""
+        kind = ", localiser" if self.localiser else ""
+        problem = f", not loadable: {self.problem}" if self.problem else ""
+        return (
+            f"{self.id} (UID ...{self.uid[-8:]}): {self.modality or 'no modality'}, "
+            f"{_images(len(self.frames))} of {header.columns} x {header.rows}{kind}{part}{problem}"
+        )
+
+
+@dataclass(frozen=True)
+class Scan:
+    """All that was found below a path.
+
+    Args:
+        series: the series, largest first.
+        ignored: the files left out, each with a reason.
+    """
+
+    series: tuple[Series, ...]
+    ignored: tuple[Ignored, ...]
+
+
+def discover(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> list[Series]:
+    """The image series below ``path``, largest first; headers only are read.
+
+    Args:
+        path: a folder (walked), a zip archive (never unpacked to disk), a DICOMDIR or a file.
+        limits: bounds on what is walked and unpacked.
+
+    Raises:
+        InputError: no such path, or an archive that is refused.
+    """
+    return list(scan(path, limits).series)
+
+
+def scan(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Scan:
+    """As :func:`discover`, with the files that were left out and why."""
+    frames: list[Frame] = []
+    ignored: list[Ignored] = []
+    for found in _sources(Path(path), limits):
+        if isinstance(found, Ignored):
+            ignored.append(found)
+            continue
+        try:
+            images = read_frames(found)
+        except InputError as error:
+            harmless = error.reason == "not_dicom"
+            reason = "not DICOM" if harmless else error.message
+            ignored.append(Ignored(found.name, reason, not harmless, found.folder))
+            continue
+        if not images:
+            ignored.append(Ignored(found.name, "DICOM without an image"))
+        frames += images
+    series = [one for group in _groups(frames) for one in _series(group)]
+    noted = [replace(one, notes=(*one.notes, *_beside(one, series, ignored))) for one in series]
+    return Scan(tuple(sorted(noted, key=lambda one: (-len(one.frames), one.id))), tuple(ignored))
+
+
+# -- files -----------------------------------------------------------------------------------
+def _sources(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
+    if path.is_dir():
+        yield from _walk(path, limits)
+    elif not path.is_file():
+        raise InputError(
+            f"{path} does not exist",
+            field=str(path),
+            hint="give a folder, a zip archive, a DICOMDIR or a DICOM file",
+            reason="not_found",
+        )
+    elif path.name.upper() == "DICOMDIR":
+        yield from _directory(path, limits)
+    elif _is_zip(path):
+        yield from open_archive(path, limits)
+    else:
+        yield Source(path)
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+    except OSError:
+        return False  # reading it as DICOM will say why it cannot be opened
+
+
+def _walk(folder: Path, limits: Limits) -> Iterator[Source | Ignored]:
+    count = 0
+    for here, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            count += 1
+            if count > limits.files:
+                raise InputError(
+                    f"{folder} holds more than {limits.files} files",
+                    field=str(folder),
+                    hint="give a folder of one study or patient",
+                    reason="too_many_files",
+                )
+            path = Path(here, name)
+            if name.upper() == "DICOMDIR":
+                yield Ignored(str(path), "an index; the files themselves are walked")
+            elif path.is_file() and _is_zip(path):
+                yield Ignored(str(path), "a zip archive inside a folder; give it by itself")
+            elif path.is_file():
+                yield Source(path)
+            else:
+                yield Ignored(str(path), "not a regular file")
+
+
+def _directory(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
+    """The files that a DICOMDIR refers to (PS3.10 8.5, PS3.3 F), never outside its folder."""
+    index = Source(path).dataset(pixels=False)
+    records: list[Dataset] = list(index.get("DirectoryRecordSequence") or [])
+    if len(records) > limits.files:
+        raise InputError(
+            f"{path} has {len(records)} records, at most {limits.files} are read",
+            field=str(path),
+            hint="give a folder of one study or patient",
+            reason="too_many_files",
+        )
+    root = path.parent.resolve()
+    for record in records:
+        reference = record.get("ReferencedFileID")
+        if not reference:
+            continue
+        parts = [reference] if isinstance(reference, str) else [str(part) for part in reference]
+        target = root.joinpath(*parts).resolve()
+        if not target.is_relative_to(root):
+            yield Ignored("/".join(parts), "the DICOMDIR points outside its folder", damaged=True)
+        elif not target.is_file():
+            yield Ignored(str(target), "listed in the DICOMDIR but absent", damaged=True)
+        else:
+            yield Source(target)
+
+
+# -- groups ----------------------------------------------------------------------------------
+def _groups(frames: Iterable[Frame]) -> list[list[Frame]]:
+    """Frames that could share a volume; directions and spacings are compared with tolerance."""
+    exact: dict[tuple[object, ...], list[Frame]] = {}
+    for frame in sorted(frames, key=_order):
+        header = frame.header
+        key = (
+            header.series_uid,
+            header.frame_of_reference,
+            header.rows,
+            header.columns,
+            header.sop_class,
+            header.samples,
+            header.photometric,
+            frame.placed,
+        )
+        exact.setdefault(key, []).append(frame)
+    groups: list[list[Frame]] = []
+    for members in exact.values():
+        clusters: list[list[Frame]] = []
+        for frame in members:
+            home = next((group for group in clusters if _parallel(group[0], frame)), None)
+            if home is None:
+                clusters.append([frame])
+            else:
+                home.append(frame)
+        groups += clusters
+    return groups
+
+
+def _order(frame: Frame) -> tuple[tuple[float, ...], tuple[str, int, str]]:
+    return (*(frame.orientation or ()), *(frame.spacing or ())), frame.key
+
+
+def _parallel(one: Frame, other: Frame) -> bool:
+    turned = _differences(one.orientation, other.orientation)
+    scaled = _differences(one.spacing, other.spacing)
+    return max(turned, default=0) < 2e-3 and max(scaled, default=0) < 2e-3
+
+
+def _differences(one: tuple[float, ...] | None, other: tuple[float, ...] | None) -> list[float]:
+    return [abs(a - b) for a, b in zip(one or (), other or (), strict=False)]
+
+
+def _series(group: list[Frame]) -> Iterator[Series]:
+    if not group[0].placed:
+        yield _one(group, None, (), "no position, orientation or pixel spacing")
+        return
+    parts = split_repeats(group)
+    for part in parts:
+        yield _one(list(part.frames), part.label, part.notes, None)
+
+
+def _one(
+    frames: list[Frame], part: str | None, notes: tuple[Issue, ...], problem: str | None
+) -> Series:
+    first = frames[0]
+    header = first.header
+    plane = (*(first.orientation or ()), *(first.spacing or ()))
+    parts = (
+        header.series_uid,
+        header.frame_of_reference,
+        tuple(round(value, 4) + 0.0 for value in plane),
+        header.rows,
+        header.columns,
+        header.sop_class,
+        header.photometric,
+        part,
+    )
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
+    return Series(digest, header.modality, tuple(frames), part, notes, problem or _unfit(frames))
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
+
+
+def _unfit(frames: list[Frame]) -> str | None:
+    """Why images that are placed still cannot be read as scalars: the first reason."""
+    headers = {id(frame.header): frame.header for frame in frames}.values()
+    return next(filter(None, map(_unfit_header, headers)), None)
+
+
+def _unfit_header(header: Header) -> str | None:
+    if header.modality in ("SEG", "RTDOSE") or header.sop_class == PARAMETRIC_MAP:
+        return "not a scan but something derived from one"
+    if header.samples != 1 or header.photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        return f"colour images ({header.photometric})"
+    if header.floating or header.bits_allocated not in (8, 16, 32):
+        return f"{header.bits_allocated}-bit {'floating ' * header.floating}pixels"
+    if header.modality_lut:
+        return "a Modality LUT Sequence instead of a rescale slope"
+    return None
+
+
+def _beside(one: Series, series: list[Series], ignored: list[Ignored]) -> Iterator[Issue]:
+    """What the same series or folder holds that is not in this volume."""
+    for other in series:
+        if other is one or other.uid != one.uid or other.part is not None:
+            continue
+        count, header = len(other.frames), other.frames[0].header
+        if not other.frames[0].placed:
+            text = f"without a position, left out: {_images(count)} of this series"
+            yield Issue("no_position", text)
+        else:
+            size = f"{header.columns} x {header.rows}"
+            text = f"of another orientation or size, left out: {_images(count)} of {size}"
+            yield Issue("mixed", text)
+    folders = {frame.header.source.folder for frame in one.frames}
+    for bad in ignored:
+        if bad.damaged and bad.folder in folders:
+            yield Issue("damaged", f"left out: {bad.reason}")

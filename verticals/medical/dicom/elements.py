@@ -1,0 +1,122 @@
+"""Attribute values straight from the bytes of a data set, read leniently.
+
+Decimal Strings longer than the 16 bytes of PS3.5 6.2 and padded with anything are common, and
+their digits are good; pydicom's own conversion would warn, round or drop them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+from pydicom import Dataset
+from pydicom.tag import BaseTag, Tag
+
+from plinth.verticals.medical.source import Unreadable
+
+MARKS = (
+    "TemporalPositionIdentifier",
+    "TemporalPositionIndex",
+    "EchoTime",
+    "EffectiveEchoTime",
+    "EchoNumbers",
+    "DiffusionBValue",
+    "NominalPercentageOfCardiacPhase",
+    "NominalCardiacTriggerDelayTime",
+    "TriggerTime",
+    "InversionTime",
+    "StackID",
+    "AcquisitionNumber",
+    "FrameType",
+    "ImageType",
+    "ComplexImageComponent",
+    "DiffusionGradientOrientation",
+    "ConvolutionKernel",
+    "FrameReferenceTime",
+    "RescaleType",
+)
+"""Attributes that tell repeated positions apart, the most telling first."""
+
+KEYWORDS = (
+    *("SOPClassUID", "SOPInstanceUID", "Modality", "BurnedInAnnotation"),
+    *("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"),
+    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+    *("PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
+    *("WindowCenter", "WindowWidth", "VOILUTFunction"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+)
+
+TAGS = {keyword: Tag(keyword) for keyword in (*KEYWORDS, *MARKS)}
+READ: list[BaseTag | int] = list(TAGS.values())
+"""The tags that are read of a file before its pixels."""
+
+
+def plain(dataset: Dataset, keyword: str) -> str:
+    """The value as text whatever its VR, for comparing; empty when absent."""
+    tag = TAGS[keyword]
+    if tag not in dataset:
+        return ""
+    value = dataset.get_item(tag).value
+    if isinstance(value, bytes):
+        binary = keyword in ("TemporalPositionIndex", "DiffusionBValue") or keyword.startswith(
+            ("DiffusionGradient", "Effective", "NominalCardiac", "NominalPercentage")
+        )
+        return value.hex() if binary else value.decode("latin-1").strip(" \0")
+    return "" if value is None else str(value)
+
+
+def text(dataset: Dataset, keyword: str) -> str | None:
+    """A text value, trimmed; ``None`` when absent or empty."""
+    return plain(dataset, keyword) or None
+
+
+def texts(dataset: Dataset, keyword: str) -> tuple[str, ...]:
+    """A multi-valued text, each value trimmed."""
+    whole = plain(dataset, keyword)
+    return tuple(part.strip() for part in whole.split("\\")) if whole else ()
+
+
+def numbers(dataset: Dataset, keyword: str) -> tuple[float, ...]:
+    """Decimal or Integer Strings of any length as floats; empty when absent.
+
+    Raises:
+        Unreadable: when a value is no finite number.
+    """
+    tag = TAGS[keyword]
+    if tag not in dataset:
+        return ()
+    value = dataset.get_item(tag).value
+    if value is None or value == "" or value == b"":
+        return ()
+    try:
+        if isinstance(value, bytes):
+            parts = [part.strip(b" \0") for part in value.split(b"\\")]
+            found = tuple(float(part) for part in parts if part)
+        else:
+            alone = isinstance(value, str) or not hasattr(value, "__iter__")
+            found = tuple(float(str(part)) for part in ([value] if alone else value))
+    except ValueError:
+        found = (math.nan,)
+    if not all(map(math.isfinite, found)):
+        raise Unreadable(f"{keyword} is no finite number")
+    return found
+
+
+def integer(dataset: Dataset, keyword: str, *, signed: bool = False) -> int | None:
+    """A 16-bit binary integer; ``None`` when absent."""
+    tag = TAGS[keyword]
+    if tag not in dataset:
+        return None
+    element = dataset.get_item(tag)
+    value = element.value
+    if isinstance(value, bytes):
+        if len(value) < 2:
+            return None
+        order = "little" if getattr(element, "is_little_endian", True) else "big"
+        return int.from_bytes(value[:2], cast(Any, order), signed=signed)
+    if value is None or value == "":
+        return None
+    return int(value)

@@ -1,0 +1,369 @@
+"""What the loader reads of a file before its pixels: one Header, and one Frame per image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import IO, Any, cast
+
+from pydicom import Dataset, dcmread
+from pydicom.filereader import read_dataset
+from pydicom.tag import BaseTag
+
+from plinth.engine.errors import InputError
+from plinth.verticals.medical.dicom.elements import (
+    MARKS,
+    READ,
+    TAGS,
+    integer,
+    numbers,
+    plain,
+    text,
+    texts,
+)
+from plinth.verticals.medical.source import (
+    DEFLATED,
+    MALFORMED,
+    Capped,
+    Source,
+    Unreadable,
+    damaged,
+    inflate,
+    is_deflated,
+)
+from plinth.verticals.medical.volumes.volume import Window
+
+IMPLICIT = "1.2.840.10008.1.2"
+BIG_ENDIAN = "1.2.840.10008.1.2.2"
+PIXEL_TAGS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
+UNDEFINED = 0xFFFFFFFF
+MOST_FRAMES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Header:
+    """Facts of one file.
+
+    Args:
+        source: the file.
+        size: its bytes (of the inflated data set for a deflated file).
+        syntax: Transfer Syntax UID.
+        offset: byte where the pixel data's value starts.
+        length: declared bytes of it; ``UNDEFINED`` when encapsulated.
+        floating: the pixels are Float or Double Float Pixel Data.
+        frames: Number of Frames.
+        padding: Pixel Padding Value and Range Limit, stored values, lower one first.
+    """
+
+    source: Source
+    size: int
+    syntax: str
+    offset: int
+    length: int
+    floating: bool
+    sop_class: str
+    sop_uid: str
+    modality: str
+    study_uid: str
+    series_uid: str
+    frame_of_reference: str
+    rows: int
+    columns: int
+    frames: int
+    samples: int
+    photometric: str
+    bits_allocated: int
+    bits_stored: int
+    high_bit: int
+    signed: bool
+    padding: tuple[int, int] | None
+    modality_lut: bool
+    thickness: float | None
+    kernel: str | None
+    image_type: tuple[str, ...]
+    windows: tuple[Window, ...]
+    burned_in: str | None
+
+    @property
+    def encapsulated(self) -> bool:
+        """The pixel data are compressed fragments."""
+        return self.length == UNDEFINED
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of one uncompressed frame."""
+        return self.rows * self.columns * self.samples * (self.bits_allocated // 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One 2D image: a file, or one frame of a multi-frame file.
+
+    Args:
+        header: facts of its file.
+        index: frame number from 0.
+        position: Image Position (Patient), LPS mm.
+        orientation: Image Orientation (Patient): row direction, column direction.
+        spacing: Pixel Spacing: (row step, column step) = (y, x) mm (PS3.3 10.7.1.3).
+        slope: Rescale Slope.
+        intercept: Rescale Intercept.
+        rescaled: the image says what slope turns its stored values into modality values.
+        marks: attributes that may tell repeats of a position apart.
+    """
+
+    header: Header = field(repr=False)
+    index: int
+    position: tuple[float, ...] | None
+    orientation: tuple[float, ...] | None
+    spacing: tuple[float, ...] | None
+    slope: float
+    intercept: float
+    rescaled: bool
+    marks: dict[str, str] = field(repr=False)
+
+    @property
+    def placed(self) -> bool:
+        """It says where it lies in the patient."""
+        return None not in (self.position, self.orientation, self.spacing)
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """Orders equal positions the same way on every run."""
+        return self.header.sop_uid, self.index, self.header.source.name
+
+    @property
+    def units(self) -> str:
+        """Of the modality values: Rescale Type, which CT may leave out for HU (PS3.3 C.8.2.1)."""
+        assumed = "HU" if self.header.modality == "CT" and self.rescaled else ""
+        return self.marks.get("RescaleType", assumed)
+
+
+def read_frames(source: Source) -> list[Frame]:
+    """The images of a file; headers only.
+
+    Returns:
+        One Frame, or one per frame of a multi-frame object; empty when the file is DICOM
+        without image attributes.
+
+    Raises:
+        InputError: not DICOM (reason ``"not_dicom"``) or damaged.
+    """
+    with source.open() as (stream, size):
+        try:
+            dataset, syntax, stream, size = _parse(source, stream, size)
+            header = _header(dataset, source, size, syntax, _pixel_element(stream, syntax))
+            if header is None:
+                return []
+            return list(_frames(dataset, header))
+        except MALFORMED as error:
+            raise damaged(source, error) from None
+
+
+def _parse(source: Source, stream: IO[bytes], size: int) -> tuple[Dataset, str, IO[bytes], int]:
+    start = stream.read(1024)
+    stream.seek(0)
+    if start[128:132] != b"DICM" and not _bare(start):
+        empty = "it is empty" if size == 0 else "no DICM prefix"
+        raise InputError(
+            f"{source.name} is not DICOM: {empty}",
+            field=source.name,
+            hint="give DICOM files (PS3.10)",
+            reason="not_dicom",
+        )
+    if is_deflated(stream):
+        inflated, _ = inflate(stream)
+        dataset = read_dataset(inflated, False, True, stop_when=_at_pixels, specific_tags=READ)
+        return dataset, DEFLATED, inflated, len(inflated.getbuffer())
+    dataset = dcmread(Capped(stream), stop_before_pixels=True, force=True, specific_tags=READ)
+    syntax = str(dataset.file_meta.get("TransferSyntaxUID", "") or "").strip()
+    if not syntax:
+        implicit, little = dataset.original_encoding
+        syntax = IMPLICIT if implicit else ("1.2.840.10008.1.2.1" if little else BIG_ENDIAN)
+    return dataset, syntax, stream, size
+
+
+def _at_pixels(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+    return tag in PIXEL_TAGS
+
+
+def _bare(start: bytes) -> bool:
+    """Starts like a data set without preamble: group 0002 or 0008, little endian."""
+    return len(start) > 8 and start[0] in (2, 8) and start[1] == 0 and start[3] == 0
+
+
+def _pixel_element(stream: IO[bytes], syntax: str) -> tuple[int, int, bool] | None:
+    """Offset and declared length of the pixel data's value, and whether it is floating."""
+    order = "big" if syntax == BIG_ENDIAN else "little"
+    start = stream.read(8)
+    group, element = (int.from_bytes(start[n : n + 2], cast(Any, order)) for n in (0, 2))
+    if group != 0x7FE0:
+        return None
+    length = start[4:8] if syntax == IMPLICIT else stream.read(4)
+    if len(length) < 4:
+        return None
+    return stream.tell(), int.from_bytes(length, cast(Any, order)), element != 0x0010
+
+
+def _header(
+    dataset: Dataset, source: Source, size: int, syntax: str, pixels: tuple[int, int, bool] | None
+) -> Header | None:
+    rows, columns = integer(dataset, "Rows"), integer(dataset, "Columns")
+    sop_class = text(dataset, "SOPClassUID") or ""
+    if pixels is None and not rows and not _is_scan(sop_class):
+        return None
+    if not rows or not columns:
+        raise Unreadable("no Rows or Columns")
+    if pixels is None:
+        raise Unreadable("an image without pixel data")
+    allocated = integer(dataset, "BitsAllocated") or 16
+    stored = integer(dataset, "BitsStored") or allocated
+    high = integer(dataset, "HighBit")
+    signed = integer(dataset, "PixelRepresentation") == 1
+    return Header(
+        source=source,
+        size=size,
+        syntax=syntax,
+        offset=pixels[0],
+        length=pixels[1],
+        floating=pixels[2],
+        sop_class=sop_class,
+        sop_uid=text(dataset, "SOPInstanceUID") or "",
+        modality=text(dataset, "Modality") or "",
+        study_uid=text(dataset, "StudyInstanceUID") or "",
+        series_uid=text(dataset, "SeriesInstanceUID") or "",
+        frame_of_reference=text(dataset, "FrameOfReferenceUID") or "",
+        rows=rows,
+        columns=columns,
+        frames=_number_of_frames(dataset),
+        samples=integer(dataset, "SamplesPerPixel") or 1,
+        photometric=text(dataset, "PhotometricInterpretation") or "MONOCHROME2",
+        bits_allocated=allocated,
+        bits_stored=stored,
+        high_bit=stored - 1 if high is None else high,
+        signed=signed,
+        padding=_padding(dataset, signed),
+        modality_lut=TAGS["ModalityLUTSequence"] in dataset,
+        thickness=_thickness(dataset),
+        kernel=text(dataset, "ConvolutionKernel"),
+        image_type=texts(dataset, "ImageType"),
+        windows=_windows(dataset),
+        burned_in=text(dataset, "BurnedInAnnotation"),
+    )
+
+
+def _is_scan(sop_class: str) -> bool:
+    """A CT, MR or PET image: without a size or pixel data, its file ends too early."""
+    storage = "1.2.840.10008.5.1.4.1.1."
+    return sop_class in {storage + end for end in ("2", "2.1", "4", "4.1", "128", "130")}
+
+
+def _number_of_frames(dataset: Dataset) -> int:
+    count = int(_first(numbers(dataset, "NumberOfFrames"), 1))
+    if count > MOST_FRAMES:
+        raise Unreadable(f"{count} frames, at most {MOST_FRAMES} are read")
+    return max(1, count)
+
+
+def _thickness(dataset: Dataset) -> float | None:
+    """Slice Thickness in mm, for information only: a bad one is as good as none."""
+    try:
+        thickness: float | None = _first(numbers(dataset, "SliceThickness"))
+    except Unreadable:
+        return None
+    return thickness if thickness and 0 < thickness < 1e3 else None
+
+
+def _padding(dataset: Dataset, signed: bool) -> tuple[int, int] | None:
+    value = integer(dataset, "PixelPaddingValue", signed=signed)
+    if value is None:
+        return None
+    limit = integer(dataset, "PixelPaddingRangeLimit", signed=signed)
+    other = value if limit is None else limit
+    return min(value, other), max(value, other)
+
+
+def _windows(dataset: Dataset) -> tuple[Window, ...]:
+    function = (text(dataset, "VOILUTFunction") or "LINEAR").lower()
+    try:
+        pairs = zip(numbers(dataset, "WindowCenter"), numbers(dataset, "WindowWidth"), strict=False)
+        return tuple(Window(center, width, function) for center, width in pairs)
+    except Unreadable:
+        return ()
+
+
+def _frames(dataset: Dataset, header: Header) -> Iterator[Frame]:
+    """Geometry per frame; a frame's own functional groups come before the shared ones."""
+    base = {
+        "position": numbers(dataset, "ImagePositionPatient"),
+        "orientation": numbers(dataset, "ImageOrientationPatient"),
+        "spacing": numbers(dataset, "PixelSpacing"),
+        "slope": numbers(dataset, "RescaleSlope"),
+        "intercept": numbers(dataset, "RescaleIntercept"),
+    }
+    marks = _marks(dataset)
+    shared = _items(dataset, "SharedFunctionalGroupsSequence")[:1]
+    groups = _items(dataset, "PerFrameFunctionalGroupsSequence")
+    if groups and len(groups) != header.frames:
+        raise Unreadable("functional groups and Number of Frames disagree")
+    if not groups and header.frames > 1:
+        base = base | {"position": ()}
+    for index in range(header.frames):
+        values, own = dict(base), dict(marks)
+        for macro in (*shared, *groups[index : index + 1]):
+            _take(macro, values, own)
+        yield _frame(header, index, values, own)
+
+
+def _take(macro: Dataset, values: dict[str, tuple[float, ...]], marks: dict[str, str]) -> None:
+    for element in macro:
+        if element.VR != "SQ" or not element.value:
+            continue
+        item = element.value[0]
+        for name, keyword in (
+            ("position", "ImagePositionPatient"),
+            ("orientation", "ImageOrientationPatient"),
+            ("spacing", "PixelSpacing"),
+            ("slope", "RescaleSlope"),
+            ("intercept", "RescaleIntercept"),
+        ):
+            found = numbers(item, keyword)
+            if found:
+                values[name] = found
+        marks.update(_marks(item))
+
+
+def _frame(
+    header: Header, index: int, values: dict[str, tuple[float, ...]], marks: dict[str, str]
+) -> Frame:
+    def exactly(name: str, count: int) -> tuple[float, ...] | None:
+        return values[name] if len(values[name]) == count else None
+
+    return Frame(
+        header=header,
+        index=index,
+        position=exactly("position", 3),
+        orientation=exactly("orientation", 6),
+        spacing=exactly("spacing", 2),
+        slope=_first(values["slope"], 1.0),
+        intercept=_first(values["intercept"], 0.0),
+        rescaled=bool(values["slope"]),
+        marks=marks,
+    )
+
+
+def _marks(dataset: Dataset) -> dict[str, str]:
+    found = {}
+    for keyword in MARKS:
+        value = plain(dataset, keyword)
+        if value:
+            found[keyword] = value
+    return found
+
+
+def _items(dataset: Dataset, keyword: str) -> list[Dataset]:
+    tag = TAGS[keyword]
+    return list(dataset[tag].value or []) if tag in dataset else []
+
+
+def _first(values: tuple[float, ...], default: Any = None) -> Any:
+    return values[0] if values else default

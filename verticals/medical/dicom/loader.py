@@ -1,0 +1,315 @@
+"""Load a DICOM series as a volume that says how far its geometry can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from plinth.engine.errors import ConfigError, InputError
+from plinth.verticals.medical.dicom import geometry
+from plinth.verticals.medical.dicom.choose import choose
+from plinth.verticals.medical.dicom.decode import CT_AIR, CT_TOP, decode, padding_hu
+from plinth.verticals.medical.dicom.discover import Series
+from plinth.verticals.medical.dicom.geometry import Stack
+from plinth.verticals.medical.dicom.header import Frame
+from plinth.verticals.medical.dicom.regrid import regrid
+from plinth.verticals.medical.volumes.resample import (
+    Grid,
+    Interpolation,
+    fit_size,
+    fit_spacing,
+    resample,
+)
+from plinth.verticals.medical.volumes.volume import (
+    SEVERITY,
+    Affine,
+    Array,
+    Issue,
+    SeriesFacts,
+    Status,
+    Verdict,
+    Volume,
+)
+from plinth.verticals.medical.volumes.window import Function, apply_window_, check_window
+
+Gaps = Literal["refuse", "fill"]
+
+STATUS_OF: dict[str, Status] = {
+    "single_slice": "single_slice",
+    "duplicate": "duplicates_dropped",
+    "mixed": "mixed_split",
+    "no_position": "partial",
+    "damaged": "partial",
+    "partial": "partial",
+    "gap": "gaps_filled",
+    "spacing": "resampled_spacing",
+    "tilt": "resampled_tilt",
+}
+
+NOTES = ("padding", "left_out", "units", "window")
+"""Issues that concern no voxel's place; they leave a verdict ``"ok"``."""
+
+
+def load_volume(
+    path_or_series: str | Path | Series,
+    strict: bool = False,
+    *,
+    series: str | Series | None = None,
+    gaps: Gaps = "refuse",
+) -> Volume:
+    """Read one series as a volume with its true geometry.
+
+    Args:
+        path_or_series: a folder, zip, DICOMDIR or file, or a series from ``discover``.
+        strict: refuse whatever is not regular instead of repairing it.
+        series: which series of a path with several: its id, its UID or the end of its UID.
+        gaps: ``"refuse"`` a series with slices missing, or ``"fill"`` the gap by linear
+            interpolation (the verdict then says ``gaps_filled`` and how many mm).
+
+    Returns:
+        The volume. A leaning stack or uneven spacing was resampled to an orthogonal, even grid;
+        ``verdict`` says so.
+
+    Raises:
+        InputError: names the file or lists the series to choose from; also for geometry that
+            was refused, with the mm.
+    """
+    chosen, found = choose(path_or_series, series)
+    stack = geometry.stack(chosen.frames)
+    notes = (*chosen.notes, *found)
+    _refuse(chosen, stack, notes, strict=strict, gaps=gaps)
+    voxels = decode(stack.frames)
+    _check_repeats(stack, voxels)
+    facts = _facts(chosen, stack)
+    found = (*notes, *stack.issues, *_padding_note(stack), *_units_note(facts))
+    verdict = _verdict(found, stack)
+    if stack.regular:
+        return Volume(voxels, stack.affine(), verdict, facts)
+    voxels, affine = regrid(voxels, stack)
+    return Volume(voxels, affine, verdict, facts)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedVolume:
+    """A volume prepared for a model, and the way back.
+
+    Args:
+        tensor: (1, z, y, x) float32 in [0, 1].
+        affine: (4, 4) voxel index (i, j, k) of the tensor to patient LPS mm.
+        grid: how the tensor's grid lies on the native one.
+        native: the volume at its own resolution, in modality units.
+        verdict: what was found in the geometry.
+    """
+
+    tensor: Tensor
+    affine: Affine
+    grid: Grid
+    native: Volume
+    verdict: Verdict
+
+    def to_native(self, labels: Tensor | npt.NDArray[np.generic]) -> Array:
+        """Labels (z, y, x) on the tensor's grid, by nearest neighbour on the native grid.
+
+        Args:
+            labels: any dtype; a leading axis of 1 is dropped.
+
+        Returns:
+            (z, y, x) of ``native.shape``, same dtype.
+
+        Raises:
+            InputError: when the labels' shape is not the tensor's.
+        """
+        values = labels.numpy() if isinstance(labels, Tensor) else labels
+        if values.ndim == 4 and values.shape[0] == 1:
+            values = values[0]
+        if values.shape != self.grid.size:
+            raise InputError(
+                f"labels of shape {values.shape} for a volume of {self.grid.size}",
+                field="labels",
+                hint="give one label per voxel of the tensor",
+            )
+        return self.grid.to_native(values)
+
+
+class DICOMLoader:
+    """From a path to a windowed tensor of fixed size or spacing.
+
+    Args:
+        volume_size: (x, y, z) = (columns, rows, slices) of the tensor, which covers the whole
+            field of view; not used when ``spacing`` is given.
+        window_center: centre of the window, modality units (HU for CT; 40/400 is soft tissue).
+        window_width: width of the window.
+        spacing: (x, y, z) mm per voxel, keeping the aspect; the size follows.
+        interpolation: ``"linear"``, or ``"area"``, which averages instead of skipping samples
+            when it shrinks.
+        window: ``"linear_exact"`` (PS3.3 C.11.2.1.3.2) or ``"linear"`` (C.11.2.1.2.1, as displays
+            do).
+        strict: refuse series that are not regular instead of repairing them.
+        gaps: as for :func:`load_volume`.
+
+    Raises:
+        ConfigError: a size, spacing, window or mode that cannot be.
+    """
+
+    def __init__(
+        self,
+        volume_size: tuple[int, int, int] = (256, 256, 128),
+        window_center: float = 40,
+        window_width: float = 400,
+        *,
+        spacing: tuple[float, float, float] | None = None,
+        interpolation: Interpolation = "linear",
+        window: Function = "linear_exact",
+        strict: bool = False,
+        gaps: Gaps = "refuse",
+    ) -> None:
+        if len(volume_size) != 3 or not all(1 <= n <= 4096 for n in volume_size):
+            raise ConfigError(f"volume_size is {volume_size}, expected (x, y, z) of 1 to 4096")
+        if spacing is not None and not (len(spacing) == 3 and all(s >= 0.01 for s in spacing)):
+            raise ConfigError(f"spacing is {spacing}, expected (x, y, z) mm of at least 0.01")
+        if interpolation not in ("linear", "area"):
+            raise ConfigError(f"interpolation is {interpolation!r}, expected 'linear' or 'area'")
+        if gaps not in ("refuse", "fill"):
+            raise ConfigError(f"gaps is {gaps!r}, expected 'refuse' or 'fill'")
+        check_window(window_center, window_width, window)
+        self.volume_size = volume_size
+        self.window_center, self.window_width, self.window = window_center, window_width, window
+        self.spacing, self.interpolation = spacing, interpolation
+        self.strict, self.gaps = strict, gaps
+
+    def load(self, path: str | Path | Series, series: str | Series | None = None) -> LoadedVolume:
+        """Read one series; see :func:`load_volume` for the arguments and errors."""
+        native = load_volume(path, self.strict, series=series, gaps=self.gaps)
+        return self.prepare(native)
+
+    def prepare(self, native: Volume) -> LoadedVolume:
+        """Resample and window a volume that is already loaded."""
+        grid = self._grid(native)
+        tensor = resample(native.voxels, grid, self.interpolation)
+        apply_window_(tensor, self.window_center, self.window_width, self.window)
+        if native.series.photometric == "MONOCHROME1":
+            tensor.neg_().add_(1)
+        verdict = native.verdict
+        if native.series.modality != "CT":
+            text = (
+                f"window {self.window_center:g}/{self.window_width:g} on "
+                f"{native.series.modality or 'unknown'} values, which have no fixed scale"
+            )
+            verdict = replace(verdict, issues=(*verdict.issues, Issue("window", text)))
+        affine = grid.affine(native.affine)
+        return LoadedVolume(tensor.unsqueeze(0), affine, grid, native, verdict)
+
+    def _grid(self, native: Volume) -> Grid:
+        x, y, z = self.volume_size
+        if self.spacing is None:
+            return fit_size(native.shape, (z, y, x))
+        (sx, sy, sz), (wx, wy, wz) = native.spacing, self.spacing
+        grid = fit_spacing(native.shape, (sz, sy, sx), (wz, wy, wx))
+        if np.prod(grid.size, dtype=float) > 1 << 31:
+            raise ConfigError(
+                f"spacing {self.spacing} asks for {grid.size} voxels", hint="ask for coarser voxels"
+            )
+        return grid
+
+
+def _refuse(
+    series: Series, stack: Stack, notes: Sequence[Issue], *, strict: bool, gaps: Gaps
+) -> None:
+    issues = [issue for issue in (*notes, *stack.issues) if issue.kind not in NOTES]
+    blocking = issues if strict else [i for i in issues if i.kind == "gap" and gaps == "refuse"]
+    if not blocking:
+        return
+    text = "; ".join(issue.message for issue in blocking)
+    kinds = sorted({issue.kind for issue in blocking})
+    if kinds == ["gap"]:
+        hint = 'send the missing images, or accept interpolated ones with gaps="fill"'
+        if strict:
+            hint = 'send the missing images, or load with strict=False and gaps="fill"'
+    else:
+        hint = "load with strict=False to have it repaired"
+    raise InputError(
+        f"series {series.id}: {text}",
+        field=series.id,
+        hint=hint,
+        reason=f"geometry_{kinds[0]}",
+    )
+
+
+def _check_repeats(stack: Stack, voxels: Array) -> None:
+    """Images at one position must be copies of each other."""
+    for k, frame in stack.repeats:
+        again = decode([frame])[0]
+        if not np.array_equal(again, voxels[k]):
+            raise InputError(
+                f"{stack.frames[k].header.source.name} and {frame.header.source.name} are "
+                f"different images at one position, and no attribute tells the "
+                f"{len(stack.repeats) + len(stack.frames)} images of this series apart",
+                field="ImagePositionPatient",
+                hint="load the phases, echoes or reconstructions as separate series",
+                reason="ambiguous_repeats",
+            )
+
+
+def _verdict(issues: tuple[Issue, ...], stack: Stack) -> Verdict:
+    states: list[Status] = [STATUS_OF[i.kind] for i in issues if i.kind in STATUS_OF]
+    if "resampled_tilt" in states and not stack.even:
+        states.append("resampled_tilt_spacing")
+    worst = max(states, key=SEVERITY.index, default=SEVERITY[0])
+    return Verdict(worst, issues)
+
+
+def _padding_note(stack: Stack) -> tuple[Issue, ...]:
+    span = padding_hu(stack.frames[0])
+    if span is None:
+        return ()
+    low, high = span
+    if low >= CT_AIR and high <= CT_TOP:
+        return ()
+    return (Issue("padding", f"padding of {low:g} HU is shown as {CT_AIR} HU"),)
+
+
+def _units_note(facts: SeriesFacts) -> tuple[Issue, ...]:
+    if facts.modality != "CT" or facts.units == "HU":
+        return ()
+    why = f"of Rescale Type {facts.units}" if facts.units else "without Rescale Slope"
+    return (Issue("units", f"CT {why}: the values are not Hounsfield units"),)
+
+
+def _facts(series: Series, stack: Stack) -> SeriesFacts:
+    header = stack.frames[0].header
+    x, y = stack.pixel
+    return SeriesFacts(
+        id=series.id,
+        modality=header.modality,
+        sop_class_uid=header.sop_class,
+        rows=header.rows,
+        columns=header.columns,
+        spacing=(x, y, stack.step),
+        units="/".join(sorted({frame.units for frame in stack.frames})),
+        number_of_slices=len(stack.frames),
+        slice_thickness=header.thickness,
+        kernel=header.kernel,
+        photometric=header.photometric,
+        image_type=header.image_type,
+        transfer_syntax_uid=header.syntax,
+        windows=header.windows,
+        burned_in=_burned_in(stack.frames),
+        study_instance_uid=header.study_uid,
+        series_instance_uid=header.series_uid,
+        frame_of_reference_uid=header.frame_of_reference or None,
+        sop_instance_uids=tuple(frame.header.sop_uid for frame in stack.frames),
+        frame_numbers=tuple(frame.index + 1 for frame in stack.frames),
+        positions=tuple((float(x), float(y), float(z)) for x, y, z in stack.positions),
+        sources=tuple(frame.header.source for frame in stack.frames),
+    )
+
+
+def _burned_in(frames: Sequence[Frame]) -> str | None:
+    values = {frame.header.burned_in for frame in frames}
+    return "YES" if "YES" in values else next(iter(values)) if len(values) == 1 else None

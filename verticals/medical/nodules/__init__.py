@@ -1,0 +1,1 @@
+"""Candidates for lung nodules, and the network that ranks them."""

@@ -1,0 +1,306 @@
+"""Nodules: what the network is shown, and what is measured where it answers.
+
+The network says where; the size is measured on the native voxels by the half-maximum rule: a
+voxel belongs to the nodule when it is nearer to the nodule's density than to the lung's around
+it. Half of a blurred edge lies on each side of that surface, whatever the blur.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import BaseModel, ConfigDict
+from scipy import ndimage
+from torch import Tensor
+
+from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE, Analysis
+from plinth.verticals.medical.ct.segment import LEFT, RIGHT
+from plinth.verticals.medical.nodules.network import windowed
+from plinth.verticals.medical.volumes.resample import Grid, fit_spacing, resample
+from plinth.verticals.medical.volumes.volume import Volume
+
+PAD_MM = 18.0
+EDGE_MM = 2.0
+RING_MM = (3.0, 6.0)
+LUNG_TOP_HU = -600
+LEAST_VOXELS, MOST_PIECES = 3, 200
+FULL = np.ones((3, 3, 3), bool)
+
+Bool = npt.NDArray[np.bool_]
+Labels = npt.NDArray[np.uint8]
+Box = tuple[slice, slice, slice]
+
+
+class Nodule(BaseModel):
+    """One candidate found by the network and measured on the native voxels.
+
+    Args:
+        number: from 1, largest first.
+        side: ``"right"`` or ``"left"`` lung.
+        volume_mm3: voxels inside the half-maximum surface times the voxel's volume.
+        diameter_mm: of the sphere of that volume.
+        mean_hu: mean of these voxels.
+        centre_lps_mm: (x, y, z) of their centroid, patient LPS.
+        confidence: mean of the network's nodule probability over the candidate, 0.5 to 1 in
+            practice; it ranks candidates and is no calibrated probability of disease.
+        slice: number of the slice through the centroid, from 1, along the stack's normal.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    number: int
+    side: str
+    volume_mm3: float
+    diameter_mm: float
+    mean_hu: float
+    centre_lps_mm: tuple[float, float, float]
+    confidence: float
+    slice: int
+
+
+@dataclass(frozen=True, slots=True)
+class Least:
+    """What a candidate must reach to be told.
+
+    Args:
+        diameter_mm: equivalent diameter.
+        confidence: 0 to 1.
+    """
+
+    diameter_mm: float = 4.0
+    confidence: float = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The lungs' part of a volume as the network sees it.
+
+    Args:
+        box: (z, y, x) native voxels it covers.
+        grid: the working grid over that box.
+        rows: (1, Z, Y, X) float32 in 0..1 (``network.windowed``).
+    """
+
+    box: Box
+    grid: Grid
+    rows: Tensor
+
+
+def view(volume: Volume, analysis: Analysis, spacing_mm: float) -> View | None:
+    """The box of the lungs, padded by PAD_MM and resampled; None without lungs.
+
+    Args:
+        volume: HU.
+        analysis: its lungs.
+        spacing_mm: the network's working spacing, isotropic.
+    """
+    found = ndimage.find_objects(_lungs(analysis.labels).astype(np.uint8))
+    if not found:
+        return None
+    x, y, z = volume.spacing
+    mm = (z, y, x)
+    box = cast(
+        Box,
+        tuple(
+            slice(max(0, s.start - round(PAD_MM / d)), min(n, s.stop + round(PAD_MM / d)))
+            for s, n, d in zip(found[0], volume.shape, mm, strict=True)
+        ),
+    )
+    part = volume.voxels[box]
+    grid = fit_spacing(part.shape, mm, (spacing_mm,) * 3)
+    return View(box, grid, windowed(resample(part, grid, "area"))[None])
+
+
+def _lungs(labels: Labels) -> Bool:
+    return np.isin(labels, (LUNG_RIGHT, LUNG_LEFT))
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Where the network answered "nodule", piece by piece.
+
+    Args:
+        labels: (Z, Y, X) uint8 on the working grid: number of the piece from 1, 0 elsewhere.
+        boxes: of the pieces, in the order of their numbers.
+        dropped: smaller pieces beyond MOST_PIECES that are left out.
+    """
+
+    labels: Labels
+    boxes: list[Box]
+    dropped: int
+
+
+def pieces(answer: Tensor) -> Pieces:
+    """The connected pieces of the network's answer, largest first.
+
+    Args:
+        answer: (Z, Y, X) uint8 labels on the working grid; above 0 is nodule.
+    """
+    labels, count = ndimage.label(answer.numpy() > 0, FULL)
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    order = np.argsort(-sizes, kind="stable")
+    order = order[sizes[order] >= LEAST_VOXELS]
+    kept = order[:MOST_PIECES]
+    numbers = np.zeros(count + 1, np.uint8)
+    numbers[kept] = np.arange(1, len(kept) + 1)
+    numbered = numbers[labels]
+    boxes = [cast(Box, box) for box in ndimage.find_objects(numbered)]
+    return Pieces(numbered, boxes, len(order) - len(kept))
+
+
+def second_look(seen: View, found: Pieces, window: tuple[int, int, int]) -> Tensor:
+    """One window of the view around each piece, so that none is judged at a window's edge.
+
+    Args:
+        seen: what the network was shown.
+        found: its pieces.
+        window: (z, y, x) voxels of the windows.
+
+    Returns:
+        (pieces, 1, z, y, x) float32.
+    """
+    rows = torch.zeros(len(found.boxes), 1, *window)
+    for row, box in zip(rows, found.boxes, strict=True):
+        here = _window(box, window, found.labels.shape)
+        part = seen.rows[(slice(None), *here)]
+        row[:, : part.shape[1], : part.shape[2], : part.shape[3]] = part
+    return rows
+
+
+def confidences(logits: Tensor, found: Pieces) -> list[float]:
+    """Mean nodule probability over each piece, as the second look sees it.
+
+    Args:
+        logits: (pieces, 2, z, y, x), the network's answer to :func:`second_look`.
+        found: the pieces.
+    """
+    window = (logits.shape[2], logits.shape[3], logits.shape[4])
+    means = []
+    for number, (row, box) in enumerate(zip(logits, found.boxes, strict=True), start=1):
+        mask = found.labels[_window(box, window, found.labels.shape)] == number
+        shares = torch.sigmoid(row[1].float() - row[0].float()).numpy()
+        part = shares[: mask.shape[0], : mask.shape[1], : mask.shape[2]]
+        means.append(float(part[mask].mean()) if mask.any() else 0.0)
+    return means
+
+
+def _window(box: Box, window: tuple[int, int, int], shape: tuple[int, ...]) -> Box:
+    """The window around the middle of a box, moved inside the grid where it can be."""
+    z, y, x = (
+        slice(start, min(size, start + width))
+        for start, width, size in (
+            (max(0, min((s.start + s.stop - width) // 2, size - width)), width, size)
+            for s, width, size in zip(box, window, shape, strict=True)
+        )
+    )
+    return z, y, x
+
+
+def measure(
+    volume: Volume,
+    analysis: Analysis,
+    seen: View,
+    found: Pieces,
+    shares: list[float],
+    least: Least,
+) -> list[Nodule]:
+    """Measure the network's pieces and write them into ``analysis.labels``.
+
+    Args:
+        volume: HU.
+        analysis: its lungs; voxels of nodule n become ``NODULE + n - 1`` in its labels.
+        seen: what the network was shown.
+        found: the pieces of its answer.
+        shares: their confidences.
+        least: what a candidate must reach to be told.
+
+    Returns:
+        The nodules, largest first.
+    """
+    if not found.boxes:
+        return []
+    native = seen.grid.to_native(found.labels)
+    lung = _lung_region(analysis, seen.box)
+    told: list[tuple[Box, Bool, dict[str, Any]]] = []
+    spacing = volume.spacing[::-1]
+    for number, box in enumerate(ndimage.find_objects(native), start=1):
+        if box is None or shares[number - 1] < least.confidence:
+            continue
+        piece = native[box] == number
+        if np.count_nonzero(piece & (lung[box] > 0)) < 0.5 * np.count_nonzero(piece):
+            continue
+        wide = _widened(box, native.shape, spacing)
+        here = _absolute(wide, seen.box)
+        mask = _half_maximum(volume.voxels[here], native[wide] == number, lung[wide] > 0, spacing)
+        facts = _facts(volume, here, mask, lung[wide])
+        if facts["diameter_mm"] >= least.diameter_mm:
+            told.append((here, mask, facts | {"confidence": round(shares[number - 1], 3)}))
+    told.sort(key=lambda one: -one[2]["volume_mm3"])
+    for n, (here, mask, _) in enumerate(told):
+        analysis.labels[here][mask] = NODULE + n
+    return [Nodule(number=n, **facts) for n, (*_, facts) in enumerate(told, start=1)]
+
+
+def _lung_region(analysis: Analysis, box: Box) -> Labels:
+    """Lungs with their edges on the native grid of a box: 1 right, 2 left."""
+    coarse = np.zeros_like(analysis.regions.bits)
+    coarse[(analysis.regions.bits & LEFT) > 0] = 2
+    coarse[(analysis.regions.bits & RIGHT) > 0] = 1
+    return cast(Labels, analysis.regions.grid.to_native(coarse)[box])
+
+
+def _widened(box: tuple[slice, ...], shape: tuple[int, ...], spacing: tuple[float, ...]) -> Box:
+    margin = RING_MM[1] + 1
+    z, y, x = (
+        slice(max(0, s.start - math.ceil(margin / d)), min(n, s.stop + math.ceil(margin / d)))
+        for s, n, d in zip(box, shape, spacing, strict=True)
+    )
+    return z, y, x
+
+
+def _absolute(box: Box, base: Box) -> Box:
+    z, y, x = (slice(b.start + s.start, b.start + s.stop) for s, b in zip(box, base, strict=True))
+    return z, y, x
+
+
+def _half_maximum(
+    hu: npt.NDArray[Any], piece: Bool, lung: Bool, spacing: tuple[float, ...]
+) -> Bool:
+    """Voxels near the piece that are denser than halfway between lung and nodule."""
+    away = ndimage.distance_transform_edt(~piece, sampling=spacing)
+    ring = (away > RING_MM[0]) & (away <= RING_MM[1]) & lung & (hu < LUNG_TOP_HU)
+    around = float(np.median(hu[ring])) if ring.any() else -850.0
+    depth = ndimage.distance_transform_edt(piece, sampling=spacing)
+    core = piece & (depth >= 0.5 * depth.max())
+    inside = float(np.median(hu[core]))
+    if inside <= around:
+        return piece
+    dense = (away <= EDGE_MM) & (hu > (around + inside) / 2) & (lung | piece)
+    labels, _ = ndimage.label(dense, FULL)
+    sizes = np.bincount(labels[piece].ravel(), minlength=2)
+    sizes[0] = 0
+    if not sizes.any():
+        return piece
+    return cast(Bool, labels == int(sizes.argmax()))
+
+
+def _facts(volume: Volume, here: Box, mask: Bool, lung: Labels) -> dict[str, Any]:
+    at = np.argwhere(mask)
+    centre = at.mean(axis=0) + [s.start for s in here]
+    cubic = len(at) * volume.voxel_volume_mm3
+    x, y, z = (round(float(v), 2) for v in volume.index_to_lps(centre[::-1]))
+    sides = np.bincount(lung[mask], minlength=3)
+    return {
+        "side": "right" if sides[1] >= sides[2] else "left",
+        "volume_mm3": round(cubic, 1),
+        "diameter_mm": round((6 * cubic / math.pi) ** (1 / 3), 2),
+        "mean_hu": round(float(volume.voxels[here][mask].mean()), 1),
+        "centre_lps_mm": (x, y, z),
+        "slice": round(float(centre[0])) + 1,
+    }

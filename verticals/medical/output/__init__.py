@@ -1,0 +1,1 @@
+"""Report, page, pictures and DICOM SEG."""

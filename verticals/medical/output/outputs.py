@@ -1,0 +1,106 @@
+"""What is written for each study: report.json, report.html, pictures and a DICOM SEG."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+from plinth.engine import InputError
+from plinth.verticals.medical.output.dicom_seg import write_segmentation
+from plinth.verticals.medical.output.page import page
+from plinth.verticals.medical.output.pictures import key_image, overview, png
+from plinth.verticals.medical.output.report import CtReport, Evidence
+
+REPORT, PAGE, SEGMENTATION = "report.json", "report.html", "segmentation.dcm"
+
+
+class Wanted(Protocol):
+    """The settings that say what is written."""
+
+    @property
+    def page(self) -> bool:
+        """Write ``report.html``."""
+
+    @property
+    def pictures(self) -> bool:
+        """Write PNGs."""
+
+    @property
+    def key_images(self) -> int:
+        """Nodules that get a picture, at most."""
+
+    @property
+    def segmentation(self) -> bool:
+        """Write ``segmentation.dcm``."""
+
+
+def write_outputs(report: CtReport, folder: Path, wanted: Wanted) -> list[Path]:
+    """Write a report and what belongs to it; returns the files.
+
+    A report that was read back from JSON has no voxels any more: of it only the JSON and the
+    page, without pictures, can be written.
+
+    Args:
+        report: from the vertical's flow.
+        folder: exists.
+        wanted: what to write.
+    """
+    begun = time.perf_counter()
+    evidence, outputs = report._evidence, dict[str, str]()
+    drawn: dict[str, bytes] = {}
+    files: list[Path] = []
+    if evidence is not None and (wanted.page or wanted.pictures):
+        drawn = _pictures(report, evidence, wanted.key_images)
+    if wanted.pictures:
+        for name, data in drawn.items():
+            files.append(folder / f"{name}.png")
+            files[-1].write_bytes(data)
+        outputs["pictures"] = "written" if drawn else "no voxels at hand"
+    if wanted.segmentation:
+        path = folder / SEGMENTATION
+        outputs[SEGMENTATION] = _segmentation(report, evidence, path)
+        files += [path] if path.exists() else []
+    outputs |= {PAGE: "written"} if wanted.page else {}
+    seconds = {**report._seconds, "outputs": round(time.perf_counter() - begun, 3)}
+    told = report.model_copy(
+        update={"seconds": seconds, "outputs": outputs, "peak_memory_mb": _peak_memory_mb()}
+    )
+    if wanted.page:
+        files.append(folder / PAGE)
+        files[-1].write_text(page(told, drawn), encoding="utf-8")
+    files.append(folder / REPORT)
+    files[-1].write_text(told.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return files
+
+
+def _pictures(report: CtReport, evidence: Evidence, most: int) -> dict[str, bytes]:
+    drawn = {name: png(picture) for name, picture in overview(evidence)}
+    for nodule in (report.nodules or [])[:most]:
+        drawn[f"nodule-{nodule.number}"] = png(key_image(evidence, nodule))
+    return drawn
+
+
+def _segmentation(report: CtReport, evidence: Evidence | None, path: Path) -> str:
+    if evidence is None:
+        return "not written: no voxels at hand"
+    try:
+        write_segmentation(evidence, report, path)
+    except InputError as error:
+        return f"not written: {error.message}"
+    return "written"
+
+
+def _peak_memory_mb() -> float | None:
+    """Largest resident memory of this process so far, where the system tells it."""
+    info = psutil.Process().memory_info()
+    peak = getattr(info, "peak_wset", None)  # Windows
+    if peak is None:
+        status = Path("/proc/self/status")
+        if not status.exists():
+            return None
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        peak = int(line.split()[1]) * 1024
+    return round(float(peak) / 1e6, 1)

@@ -1,0 +1,41 @@
+"""The report as one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from plinth.verticals.medical.output.report import CtReport
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def page(report: CtReport, pictures: dict[str, bytes]) -> str:
+    """The report as HTML, pictures inside.
+
+    Args:
+        report: what was found.
+        pictures: PNG files by name; names that start with ``nodule`` are shown by the nodules.
+    """
+    inline = {
+        name: "data:image/png;base64," + base64.b64encode(data).decode()
+        for name, data in pictures.items()
+    }
+    views = {name: data for name, data in inline.items() if not name.startswith("nodule")}
+    keys = {name: data for name, data in inline.items() if name.startswith("nodule")}
+    return _template().render(report=report, views=views, keys=keys)
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html")

@@ -1,0 +1,184 @@
+"""Planes of a volume as grey pictures with outlines, as a radiologist expects them to lie."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
+from plinth.verticals.medical.nodules.candidates import Nodule
+from plinth.verticals.medical.output.report import RESEARCH_USE, Evidence
+
+LUNG_WINDOW, TISSUE_WINDOW = (-600.0, 1500.0), (40.0, 400.0)
+SIZE, CROP_SIZE, CROP_MM, FONT = 512, 256, 60.0, 13
+COLOURS = {"right": (80, 200, 255), "left": (120, 230, 120), "nodule": (255, 90, 70)}
+PLANES = ("axial", "coronal", "sagittal")
+EDGES = {
+    "axial": ("R", "L", "A", "P"),
+    "coronal": ("R", "L", "H", "F"),
+    "sagittal": ("A", "P", "H", "F"),
+}
+"""Letters at the left, right, top and bottom edge; axial planes are seen from the feet."""
+
+Grey = npt.NDArray[np.uint8]
+Point = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """One plane of voxels, turned for display.
+
+    Args:
+        name: ``"axial"``, ``"coronal"`` or ``"sagittal"``.
+        hu: (rows, columns).
+        labels: (rows, columns) of the analysis.
+        spacing: (row, column) mm.
+    """
+
+    name: str
+    hu: npt.NDArray[np.generic]
+    labels: Grey
+    spacing: tuple[float, float]
+
+
+def overview(evidence: Evidence) -> Iterator[tuple[str, Image.Image]]:
+    """Axial, coronal and sagittal plane through the lungs, or the middle where there are none.
+
+    Args:
+        evidence: the volume and its labels.
+    """
+    middle = _middle(evidence)
+    lungs = bool(np.isin(evidence.analysis.labels[::4], (LUNG_RIGHT, LUNG_LEFT)).any())
+    for name in PLANES:
+        plane = _plane(evidence, name, middle)
+        yield name, _draw(plane, LUNG_WINDOW if lungs else TISSUE_WINDOW, SIZE)
+
+
+def key_image(evidence: Evidence, nodule: Nodule) -> Image.Image:
+    """Three crops of CROP_MM around a nodule, side by side.
+
+    Args:
+        evidence: the volume and its labels.
+        nodule: with its place in the patient.
+    """
+    sheet = Image.new("RGB", (3 * CROP_SIZE, CROP_SIZE))
+    centre = _place(evidence, nodule.centre_lps_mm)
+    for n, name in enumerate(PLANES):
+        plane = _cropped(_plane(evidence, name, centre), name, centre, evidence)
+        part = _draw(plane, LUNG_WINDOW, CROP_SIZE, note=f"nodule {nodule.number}" if not n else "")
+        sheet.paste(part, (n * CROP_SIZE, 0))
+    return sheet
+
+
+def png(picture: Image.Image) -> bytes:
+    """A picture as a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _middle(evidence: Evidence) -> Point:
+    """(superior, posterior, left) voxel in the middle of the lungs, in the larger lung."""
+    labels = cast(Grey, evidence.analysis.orientation.to_patient(evidence.analysis.labels))
+    thin = labels[::2, ::2, ::2]
+    right, left = thin == LUNG_RIGHT, thin == LUNG_LEFT
+    if not (right.any() or left.any()):
+        z, y, x = (n // 2 for n in labels.shape)
+        return z, y, x
+    lungs = ndimage.find_objects((right | left).astype(np.uint8))[0]
+    larger = ndimage.find_objects((right if right.sum() >= left.sum() else left).astype(np.uint8))[
+        0
+    ]
+    z, y = (s.start + s.stop for s in lungs[:2])
+    return z, y, larger[2].start + larger[2].stop
+
+
+def _place(evidence: Evidence, lps: tuple[float, float, float]) -> Point:
+    """(superior, posterior, left) voxel nearest to a place in the patient."""
+    orientation = evidence.analysis.orientation
+    index = np.rint(evidence.volume.lps_to_index(lps)).astype(int)[::-1]
+    turned = index[list(orientation.axes)]
+    sizes = np.asarray(evidence.volume.shape)[list(orientation.axes)]
+    turned = np.where(orientation.flips, sizes - 1 - turned, turned)
+    z, y, x = np.clip(turned, 0, sizes - 1).tolist()
+    return z, y, x
+
+
+def _plane(evidence: Evidence, name: str, at: Point) -> Plane:
+    orientation = evidence.analysis.orientation
+    arrays = [
+        orientation.to_patient(array)
+        for array in (evidence.volume.voxels, evidence.analysis.labels)
+    ]
+    z, y, x = orientation.spacing(evidence.volume.spacing)
+    if name == "axial":
+        hu, labels = (array[at[0]] for array in arrays)
+        return Plane(name, hu, labels, (y, x))
+    if name == "coronal":
+        hu, labels = (array[::-1, at[1]] for array in arrays)
+        return Plane(name, hu, labels, (z, x))
+    hu, labels = (array[::-1, :, at[2]] for array in arrays)
+    return Plane(name, hu, labels, (z, y))
+
+
+def _cropped(plane: Plane, name: str, at: Point, evidence: Evidence) -> Plane:
+    depth = evidence.analysis.orientation.to_patient(evidence.analysis.labels).shape[0]
+    down = depth - 1 - at[0]
+    row, column = {"axial": at[1:], "coronal": (down, at[2]), "sagittal": (down, at[1])}[name]
+    box = []
+    for centre, size, mm in zip((row, column), plane.hu.shape, plane.spacing, strict=True):
+        half = max(2, round(CROP_MM / 2 / mm))
+        box.append(slice(max(0, centre - half), min(size, centre + half)))
+    part = (box[0], box[1])
+    return Plane(plane.name, plane.hu[part], plane.labels[part], plane.spacing)
+
+
+def _draw(plane: Plane, window: tuple[float, float], size: int, note: str = "") -> Image.Image:
+    """The plane with square pixels inside a square of ``size`` pixels, outlined and lettered."""
+    level, width = window
+    grey = np.clip((plane.hu.astype(np.float32) - level) / width + 0.5, 0, 1) * 255
+    mm = [n * step for n, step in zip(plane.hu.shape, plane.spacing, strict=True)]
+    height, across = (max(1, round(size * extent / max(mm))) for extent in mm)
+    picture = Image.fromarray(grey.astype(np.uint8)).resize(
+        (across, height), Image.Resampling.BILINEAR
+    )
+    coloured = np.asarray(picture.convert("RGB")).copy()
+    labels = np.asarray(
+        Image.fromarray(np.ascontiguousarray(plane.labels)).resize(
+            (across, height), Image.Resampling.NEAREST
+        )
+    )
+    nodules = labels >= NODULE  # drawn last, over the holes they make in the lungs
+    for mask, colour in (
+        ((labels == LUNG_RIGHT) | nodules, COLOURS["right"]),
+        ((labels == LUNG_LEFT) | nodules, COLOURS["left"]),
+        (nodules, COLOURS["nodule"]),
+    ):
+        coloured[mask & ~ndimage.binary_erosion(mask, border_value=1)] = colour
+    sheet = Image.new("RGB", (size, size))
+    sheet.paste(Image.fromarray(coloured), ((size - across) // 2, (size - height) // 2))
+    _letter(sheet, plane.name, note)
+    return sheet
+
+
+def _letter(sheet: Image.Image, name: str, note: str) -> None:
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
+    side, middle = sheet.width, sheet.width // 2
+    left, right, top, bottom = EDGES[name]
+    ink = (255, 220, 120)
+    draw.text((4, middle), left, ink, font, anchor="lm")
+    draw.text((side - 4, middle), right, ink, font, anchor="rm")
+    draw.text((middle, 4), top, ink, font, anchor="ma")
+    draw.text((middle, side - 4), bottom, ink, font, anchor="md")
+    draw.text((4, 4), f"{name} {note}".strip(), ink, font, anchor="la")
+    if side >= SIZE:
+        draw.text((4, side - 4), RESEARCH_USE, ink, font, anchor="ld")
+    else:
+        draw.text((4, side - 4), "Research use only", ink, font, anchor="ld")

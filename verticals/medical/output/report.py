@@ -1,0 +1,111 @@
+"""The report of one study: what travels as JSON, and what its outputs are written from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+from plinth.verticals.medical.ct.analysis import Analysis
+from plinth.verticals.medical.ct.findings import Finding
+from plinth.verticals.medical.nodules.candidates import Nodule
+from plinth.verticals.medical.volumes.volume import Volume
+
+RESEARCH_USE = "Research use only, not for diagnosis."
+SYNTHETIC = (
+    "The nodule network was trained and measured on synthetic phantoms only; it was never "
+    "validated on patients."
+)
+
+
+class Network(BaseModel):
+    """The network that ran.
+
+    Args:
+        name: of the model.
+        version: of the model.
+        digest: SHA-256 over its weights, structure and code.
+        description: what its manifest says it is.
+        metrics: quality measured on synthetic phantoms, by name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    version: str
+    digest: str
+    description: str
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What the outputs are drawn from; stays in memory.
+
+    Args:
+        volume: HU.
+        analysis: its labels and regions.
+    """
+
+    volume: Volume
+    analysis: Analysis
+
+
+class CtReport(BaseModel):
+    """What was found in one CT series.
+
+    Args:
+        statement: research use only.
+        study: pseudonym of the Study Instance UID, or the UID where the settings keep it.
+        series: pseudonym of the Series Instance UID, or the UID.
+        source: facts of the series, without personal data.
+        geometry: the loader's verdict: ``status`` and ``issues`` with mm.
+        grid: (x, y, z) ``voxels`` and ``spacing_mm`` of the analysed volume.
+        findings: the measured numbers, with units and methods.
+        nodules: candidates, largest first; ``None`` when they were not looked for
+            (switched off, or no lungs).
+        network: the network that looked for them.
+        plan: grids, windows and thresholds the numbers depend on.
+        warnings: what limits the numbers.
+        seconds: time by stage; written with the outputs, empty in the engine's answer.
+        peak_memory_mb: largest resident memory of the process so far, where it is known.
+        outputs: by output, ``"written"`` or why not; filled in when they are written.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    statement: str = RESEARCH_USE
+    study: str
+    series: str
+    source: dict[str, Any]
+    geometry: dict[str, Any]
+    grid: dict[str, list[float]]
+    findings: list[Finding]
+    nodules: list[Nodule] | None
+    network: Network | None
+    plan: dict[str, Any]
+    warnings: list[str]
+    seconds: dict[str, float] = Field(default_factory=dict)
+    peak_memory_mb: float | None = None
+    outputs: dict[str, str] = Field(default_factory=dict)
+
+    _evidence: Evidence | None = PrivateAttr(default=None)
+    _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
+
+    def finding(self, key: str) -> Finding:
+        """One finding by its key.
+
+        Raises:
+            KeyError: no such finding.
+        """
+        for one in self.findings:
+            if one.key == key:
+                return one
+        raise KeyError(key)
+
+
+def pseudonym(uid: str) -> str:
+    """A short stand-in for a UID; whoever has the UID can compute it again."""
+    return hashlib.sha256(uid.encode()).hexdigest()[:16]

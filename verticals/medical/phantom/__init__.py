@@ -1,0 +1,1 @@
+"""A synthetic chest with exact truth, written as DICOM."""
