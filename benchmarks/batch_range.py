@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from plinth.engine import ConfigError, LatencyModel, Model, ModelSpec, ModelStore, Sla, TensorSpec
 from plinth.engine.backends.base import Executable
 from plinth.engine.devices.device import Device, pick
-from plinth.engine.runtime.loaded_model import Resident, settle
+from plinth.engine.runtime.loaded_model import LoadedModel, load_model
 from plinth.verticals.finance.vertical import STORE as FINANCE
 from plinth.verticals.medical.vertical import STORE as MEDICAL
 
@@ -175,15 +175,15 @@ def compare(name: str, backend: str, given: argparse.Namespace) -> Compared:
     )
 
 
-def _added(model: Model, device: Device, backend: str, threads: int) -> tuple[Resident, float]:
+def _added(model: Model, device: Device, backend: str, threads: int) -> tuple[LoadedModel, float]:
     begun = time.perf_counter()
-    resident = settle(
+    loaded = load_model(
         *(model, Sla(), device, LatencyModel()),
         backend=backend,
         threads=threads,
         batch_range="auto",
     )
-    return resident, time.perf_counter() - begun
+    return loaded, time.perf_counter() - begun
 
 
 def sizes(largest: int) -> list[int]:
@@ -195,11 +195,11 @@ def sizes(largest: int) -> list[int]:
 
 
 def search(
-    resident: Resident, sizes: list[int], rounds: int, sample: float, clock: Callable[[], float]
+    loaded: LoadedModel, sizes: list[int], rounds: int, sample: float, clock: Callable[[], float]
 ) -> Rates:
     """Rows per second of every size, one figure for each round."""
-    executable, chosen = resident.executable, resident.most
-    inputs = resident.spec.example(max(sizes))
+    executable, chosen = loaded.executable, loaded.most
+    inputs = loaded.spec.example(max(sizes))
     rates: Rates = {}
     repeats: dict[int, int] = {}
     for size in sorted(set(sizes)):

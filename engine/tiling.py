@@ -1,7 +1,7 @@
 """A tensor too big for one row, as windows and back.
 
-:class:`Tiling` says how a volume is cut. :class:`Grid` is the cut of one volume.
-:class:`Canvas` blends window outputs back and finishes z-slabs as the windows pass, so that
+:class:`Tiling` says how a volume is cut. :class:`WindowGrid` is the cut of one volume.
+:class:`WindowMerger` blends window outputs back and finishes z-slabs as the windows pass, so that
 memory for logits is flat in the depth of the volume.
 """
 
@@ -66,7 +66,7 @@ def _profile(window: int, blend: str) -> Tensor:
     return torch.exp(-0.5 * (at / (window * _SIGMA)) ** 2).clamp_min(_FLOOR)
 
 
-class Grid:
+class WindowGrid:
     """The windows of one volume, ordered by z, then y, then x.
 
     Args:
@@ -103,14 +103,14 @@ class Grid:
         return rows
 
 
-class Canvas:
+class WindowMerger:
     """Blends window outputs, given in order, into one volume.
 
     Only one window's depth of logits is held: planes that no later window touches are
     normalised, reduced and written to the result.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: WindowGrid) -> None:
         self.grid = grid
         window, blend = grid.tiling.window, grid.tiling.blend
         self._profiles = tuple(_profile(size, blend) for size in window)

@@ -20,12 +20,19 @@ from plinth.engine.devices.device import pick
 from plinth.engine.errors import Cancelled, Closed, ModelError, PlinthError, nearest
 from plinth.engine.flow import Answer, Call, Flow, Sla, cat_rows
 from plinth.engine.models.store import Model
-from plinth.engine.runtime.flow_driver import Clock, Course, Result
-from plinth.engine.runtime.loaded_model import Range, Resident, settle
-from plinth.engine.runtime.request import Job, LoopWaiter, Mailbox, ThreadWaiter, Waiter, job_of
+from plinth.engine.runtime.flow_driver import Clock, FlowDriver, Result
+from plinth.engine.runtime.loaded_model import LoadedModel, Range, load_model
+from plinth.engine.runtime.request import (
+    LoopWaiter,
+    Mailbox,
+    Request,
+    ThreadWaiter,
+    Waiter,
+    request_of,
+)
 from plinth.engine.scheduler.batcher import Batcher
 from plinth.engine.scheduler.cost_model import LatencyModel
-from plinth.engine.scheduler.work import Batch, Part, Work
+from plinth.engine.scheduler.work import Batch, BatchSlice, Work
 
 T = TypeVar("T")
 
@@ -70,8 +77,8 @@ class Engine:
         self._backend = backend
         self._threads = threads
         self._budget: int | str = "auto" if memory_budget is None else memory_budget
-        self._models: dict[str, Resident] = {}
-        self._keys: dict[str, Resident] = {}
+        self._models: dict[str, LoadedModel] = {}
+        self._keys: dict[str, LoadedModel] = {}
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
         self._wake = threading.Condition()
         self._ending = threading.Lock()  # one thread at a time ends the engine; others wait for it
@@ -111,7 +118,7 @@ class Engine:
         if self._closing:
             raise self._takes_nothing()
         promise = sla or Sla()
-        resident = settle(
+        loaded = load_model(
             model,
             promise,
             self.device,
@@ -124,7 +131,7 @@ class Engine:
         )
         with self._wake:
             self._batcher.expect(promise)
-            self._models[model.spec.name] = resident
+            self._models[model.spec.name] = loaded
             known, self._keys = self._keys, {}
             for key, old in known.items():
                 self._know(key, old)
@@ -179,7 +186,7 @@ class Engine:
             return {
                 "running": self._thread is not None and not self._closing,
                 "device": str(self.device),
-                "models": {name: resident.status() for name, resident in self._models.items()},
+                "models": {name: loaded.status() for name, loaded in self._models.items()},
                 "urgent_rows": self._batcher.urgent_rows,
                 "background_rows": self._batcher.background_rows,
                 "utilisation": self._busy / max(self._clock() - self._started, 1e-9),
@@ -192,66 +199,68 @@ class Engine:
         Raises:
             Refused: a call was refused; the flow was told and did not handle it.
         """
-        course = Course(flow, self._clock)
-        while (call := course.call) is not None:
+        driver = FlowDriver(flow, self._clock)
+        while (call := driver.call) is not None:
             try:
-                course.send(self.submit(call, sla).result())
+                driver.send(self.submit(call, sla).result())
             except PlinthError as error:
-                course.throw(error)
-        return course.answer()
+                driver.throw(error)
+        return driver.answer()
 
     async def run_async(self, flow: Flow[T], sla: Sla | None = None) -> Answer[T]:
         """Drive a flow in the running event loop; cancelling the task cancels its work."""
-        course = Course(flow, self._clock)
+        driver = FlowDriver(flow, self._clock)
         loop = asyncio.get_running_loop()
         mailbox = self._mailboxes.get(loop)
         if mailbox is None:
             mailbox = self._mailboxes[loop] = Mailbox(loop)
-        while (call := course.call) is not None:
+        while (call := driver.call) is not None:
             try:
                 future: asyncio.Future[Result] = loop.create_future()
-                job = self._offer(call, sla, LoopWaiter(mailbox, future))
+                request = self._offer(call, sla, LoopWaiter(mailbox, future))
                 try:
                     result = await future
                 except asyncio.CancelledError:
-                    self._forget(job)
+                    self._forget(request)
                     raise
-                course.send(result)
+                driver.send(result)
             except PlinthError as error:
-                course.throw(error)
-        return course.answer()
+                driver.throw(error)
+        return driver.answer()
 
     def submit(self, call: Call, sla: Sla | None = None) -> Future[Result]:
         """Queue one call; the future also carries refusals. Cancelling it frees its place."""
         future: Future[Result] = Future()
-        job = self._offer(call, sla, ThreadWaiter(future))
-        future.add_done_callback(lambda done: self._forget(job) if done.cancelled() else None)
+        request = self._offer(call, sla, ThreadWaiter(future))
+        future.add_done_callback(lambda done: self._forget(request) if done.cancelled() else None)
         return future
 
-    def _offer(self, call: Call, sla: Sla | None, waiter: Waiter) -> Job:
-        resident = self._models.get(call.model)
-        if resident is None:
+    def _offer(self, call: Call, sla: Sla | None, waiter: Waiter) -> Request:
+        loaded = self._models.get(call.model)
+        if loaded is None:
             raise ModelError(
                 f"there is no model {call.model}", hint=nearest(call.model, self._models)
             )
-        job = job_of(resident, call, waiter)
-        promise = sla or resident.sla
-        step = resident.most if promise.deadline_ms is not None else job.total
+        request = request_of(loaded, call, waiter)
+        promise = sla or loaded.sla
+        step = loaded.most if promise.deadline_ms is not None else request.total
         with self._wake:
             if self._closing or self._thread is None:
-                self._give_up(job, self._takes_nothing())
-                return job
+                self._give_up(request, self._takes_nothing())
+                return request
             now = self._clock()
-            self._know(job.key, resident)
-            for first in range(0, job.total, step):
-                work = Work(job.key, min(step, job.total - first), now, promise, (job, first))
-                job.works.append(work)
+            self._know(request.key, loaded)
+            for first in range(0, request.total, step):
+                work = Work(
+                    request.key, min(step, request.total - first), now, promise, (request, first)
+                )
+                request.works.append(work)
                 refusal = self._batcher.offer(work, now)
                 if refusal is not None:
-                    self._give_up(job, refusal.error)
+                    self._give_up(request, refusal.error)
                     break
             self._wake.notify()
-        return job
+        return request
 
     def _takes_nothing(self) -> Closed:
         if self._closing:
@@ -261,33 +270,33 @@ class Engine:
             hint="use it as a context manager, or call start()",
         )
 
-    def _know(self, key: str, resident: Resident) -> None:
+    def _know(self, key: str, loaded: LoadedModel) -> None:
         """Tell the batcher of a work class it may see for the first time."""
         if key in self._keys:
             return
-        self._keys[key] = resident
-        other, cheaper = self._models.get(resident.spec.cheaper or ""), None
+        self._keys[key] = loaded
+        other, cheaper = self._models.get(loaded.spec.cheaper or ""), None
         if other is not None:
-            cheaper = other.key + (key.removeprefix(resident.key) if other.free else "")
+            cheaper = other.key + (key.removeprefix(loaded.key) if other.free else "")
             self._know(cheaper, other)
-        self._batcher.register(key, resident.most, cheaper)
+        self._batcher.register(key, loaded.most, cheaper)
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, request: Request) -> None:
         with self._wake:
-            self._give_up(job, Cancelled("the client went away"))
+            self._give_up(request, Cancelled("the client went away"))
 
-    def _give_up(self, job: Job, error: PlinthError) -> None:
-        if job.over:
+    def _give_up(self, request: Request, error: PlinthError) -> None:
+        if request.over:
             return
-        job.over = True
-        for work in job.works:
+        request.over = True
+        for work in request.works:
             self._batcher.cancel(work)
-        job.works.clear()
-        name = job.resident.spec.name
+        request.works.clear()
+        name = request.loaded.spec.name
         metrics.CALLS.labels(name, error.reason).inc()
         if error.reason in ("deadline", "queue_full"):
             metrics.SLA_MISSES.labels(name, error.reason).inc()
-        job.waiter.settle(error)
+        request.waiter.settle(error)
 
     # -- the device thread -------------------------------------------------------------------
     def _loop(self) -> None:
@@ -318,71 +327,71 @@ class Engine:
     def _execute(self, batch: Batch) -> None:
         """Run a batch and hand out its answers; learning and counting come after them."""
         begun = self._clock()
-        resident = self._keys[batch.key]
+        loaded = self._keys[batch.key]
         output: dict[str, Any] | PlinthError
         try:
             rows = [
                 part.work.payload[0].take(part.work.payload[1] + part.first, part.rows)
                 for part in batch.parts
             ]
-            output = resident.run(cat_rows(rows))
+            output = loaded.run(cat_rows(rows))
         except PlinthError as error:
             output = error
         now = self._clock()
         first = 0
         for part in batch.parts:
-            job: Job = part.work.payload[0]
+            request: Request = part.work.payload[0]
             span = slice(first, first + part.rows)
             first += part.rows
             try:
                 if isinstance(output, PlinthError):
                     raise output
-                if not job.over:
+                if not request.over:
                     own = {key: rows[span] for key, rows in output.items()}
-                    self._deliver(job, batch, part, own, begun, now)
+                    self._deliver(request, batch, part, own, begun, now)
             except PlinthError as error:
                 with self._wake:
-                    self._give_up(job, error)
+                    self._give_up(request, error)
         self._post()
         with self._wake:
-            if resident.most < batch.rows:
-                self._batcher.shrink(batch.key, resident.most)
+            if loaded.most < batch.rows:
+                self._batcher.shrink(batch.key, loaded.most)
             self._busy += now - begun
             self._batcher.finished(batch, now - begun, now)
         self._busy_seconds.inc(now - begun)
-        meters = metrics.of_model(resident.spec.name)
+        meters = metrics.of_model(loaded.spec.name)
         meters.batch_rows.observe(batch.rows)
         meters.batch_seconds.observe(now - begun)
 
     def _deliver(
         self,
-        job: Job,
+        request: Request,
         batch: Batch,
-        part: Part,
+        part: BatchSlice,
         output: dict[str, Any],
         begun: float,
         now: float,
     ) -> None:
-        seconds, timing, work = now - begun, job.timing, part.work
+        seconds, timing, work = now - begun, request.timing, part.work
         timing.device += seconds
         timing.mates += seconds * (1 - part.rows / batch.rows)
         timing.batch_rows = max(timing.batch_rows, batch.rows)
-        if not job.put(output, part.rows):
+        if not request.put(output, part.rows):
             return
         timing.queue = max(0.0, now - work.arrival - timing.device)
         timing.total = now - work.arrival
-        value, job.over = job.value(), True
-        job.works.clear()  # a cycle would be left to the garbage collector
+        value, request.over = request.value(), True
+        request.works.clear()  # a cycle would be left to the garbage collector
         ran, late = self._keys[work.key], now > work.deadline
-        self._count(job, ran, _why_late(work, batch, begun) if late else None)
-        job.waiter.settle(Result(value, timing, ran.model, late))
+        self._count(request, ran, _why_late(work, batch, begun) if late else None)
+        request.waiter.settle(Result(value, timing, ran.model, late))
 
-    def _count(self, job: Job, ran: Resident, cause: str | None) -> None:
-        asked, name = job.resident.spec.name, ran.spec.name
+    def _count(self, request: Request, ran: LoadedModel, cause: str | None) -> None:
+        asked, name = request.loaded.spec.name, ran.spec.name
         metrics.CALLS.labels(asked, "late" if cause else "answered").inc()
         meters = metrics.of_model(asked)
-        meters.call_seconds.observe(job.timing.total)
-        meters.queue_seconds.observe(job.timing.queue)
+        meters.call_seconds.observe(request.timing.total)
+        meters.queue_seconds.observe(request.timing.queue)
         if cause:
             metrics.SLA_MISSES.labels(asked, cause).inc()
         if name != asked:

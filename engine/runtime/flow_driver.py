@@ -24,7 +24,7 @@ class Result:
     late: bool
 
 
-class Course(Generic[T]):
+class FlowDriver(Generic[T]):
     """A flow under way: the call it waits for, and what its answer will tell."""
 
     def __init__(self, flow: Flow[T], clock: Clock) -> None:

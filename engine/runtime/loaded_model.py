@@ -29,7 +29,7 @@ _MEASURED_ROWS = 16
 
 
 @dataclass(slots=True)
-class Resident:
+class LoadedModel:
     """One model on the device.
 
     Args:
@@ -126,7 +126,7 @@ class Resident:
         }
 
 
-def settle(
+def load_model(
     model: Model,
     sla: Sla,
     device: Device,
@@ -137,7 +137,7 @@ def settle(
     threads: int | None = None,
     batch_range: Range = (1, _MOST),
     budget: int | str = "auto",
-) -> Resident:
+) -> LoadedModel:
     """Compile a model, measure its memory and its cost, and seed the latency model.
 
     Models whose inputs have free sizes run unprobed, on the eager backend unless another is
@@ -170,7 +170,7 @@ def settle(
             raise ConfigError(f"there is no backend {name!r}", hint=f"use {', '.join(BACKENDS)}")
         plain = PRESETS["fp32"] if policy.auto else policy
         executable = compiled(BACKENDS[name], model, device, plain, threads)
-        return Resident(model, sla, executable, high)
+        return LoadedModel(model, sla, executable, high)
     probe = min(_MEASURED_ROWS, high)
     executable = prepare(model, device, precision, backend, threads, rows=probe)
     weights = sum(tensor.nbytes for tensor in model.module.state_dict().values())
@@ -187,10 +187,10 @@ def settle(
         most = min(high, plan.max_rows)
         sizes_tried = sorted({rows for rows in (1, 2, 4, 16, most) if rows <= most})
         cost = {rows: _cost(executable, spec, rows) for rows in sizes_tried}
-    resident = Resident(model, sla, executable, most, plan)
+    loaded = LoadedModel(model, sla, executable, most, plan)
     for rows, seconds in cost.items():
-        latency.seed(resident.key, rows, seconds)
-    return resident
+        latency.seed(loaded.key, rows, seconds)
+    return loaded
 
 
 def is_free(spec: ModelSpec) -> bool:

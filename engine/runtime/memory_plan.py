@@ -118,7 +118,7 @@ def measure(
 ) -> MemoryPlan:
     """Run a model at two sizes and fit the plan.
 
-    On Linux the peak of resident memory is read from the kernel, elsewhere sampled; on
+    On Linux the peak of loaded memory is read from the kernel, elsewhere sampled; on
     accelerators torch's allocator tells it. Memory that other threads take meanwhile counts
     too, so measure before serving. A row never counts as less than its input and output.
 
@@ -180,9 +180,9 @@ class _Meter:
 
 
 class _Kernel(_Meter):
-    """Peak resident memory as Linux counts it; the first start is the base of all."""
+    """Peak loaded memory as Linux counts it; the first start is the base of all."""
 
-    how = "peak resident memory of the kernel"
+    how = "peak loaded memory of the kernel"
 
     def __init__(self) -> None:
         self._base: int | None = None
@@ -198,9 +198,9 @@ class _Kernel(_Meter):
 
 
 class _Sampled(_Meter):
-    """Resident memory looked at every millisecond by a thread."""
+    """LoadedModel memory looked at every millisecond by a thread."""
 
-    how = "resident memory, sampled"
+    how = "loaded memory, sampled"
 
     def __init__(self) -> None:
         self._base: int | None = None

@@ -16,9 +16,9 @@ from torch import Tensor
 from plinth.engine.errors import InputError, ModelError, PlinthError
 from plinth.engine.flow import Call, Tensors, Timing, as_mapping, row_count
 from plinth.engine.runtime.flow_driver import Result
-from plinth.engine.runtime.loaded_model import Resident
+from plinth.engine.runtime.loaded_model import LoadedModel
 from plinth.engine.scheduler.work import Work
-from plinth.engine.tiling import Canvas, Grid
+from plinth.engine.tiling import WindowGrid, WindowMerger
 
 _log = logging.getLogger(__name__)
 
@@ -106,11 +106,11 @@ class LoopWaiter:
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class Request:
     """One call on its way.
 
     Args:
-        resident: the model that was asked for.
+        loaded: the model that was asked for.
         rows: what it runs on: tensors (n, ...) by input name, or one volume (c, z, y, x).
         key: its work class.
         waiter: who waits for it.
@@ -120,12 +120,12 @@ class Job:
         over: answered or given up; what still comes of it is passed over.
     """
 
-    resident: Resident
+    loaded: LoadedModel
     rows: dict[str, Tensor]
     key: str
     waiter: Waiter
-    grid: Grid | None = None
-    canvas: Canvas | None = field(init=False)
+    grid: WindowGrid | None = None
+    merger: WindowMerger | None = field(init=False)
     outputs: list[dict[str, Tensor]] = field(default_factory=list)
     total: int = field(init=False)
     done: int = 0
@@ -134,7 +134,7 @@ class Job:
     works: list[Work] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.canvas = None if self.grid is None else Canvas(self.grid)
+        self.merger = None if self.grid is None else WindowMerger(self.grid)
         self.total = row_count(self.rows) if self.grid is None else len(self.grid)
 
     def take(self, first: int, count: int) -> dict[str, Tensor]:
@@ -149,16 +149,16 @@ class Job:
     def put(self, output: dict[str, Tensor], count: int) -> bool:
         """Take in the next rows of the output; whether all are there."""
         self.done += count
-        if self.canvas is not None:
-            self.canvas.put(next(iter(output.values())))
+        if self.merger is not None:
+            self.merger.put(next(iter(output.values())))
         else:
             self.outputs.append(output)
         return self.done >= self.total
 
     def value(self) -> Tensors:
         """The whole output: a tensor, or tensors by name where the model has several."""
-        if self.canvas is not None:
-            return self.canvas.result()
+        if self.merger is not None:
+            return self.merger.result()
         first = self.outputs[0]
         whole = {
             name: first[name]
@@ -169,21 +169,21 @@ class Job:
         return whole if len(whole) > 1 else next(iter(whole.values()))
 
 
-def job_of(resident: Resident, call: Call, waiter: Waiter) -> Job:
+def request_of(loaded: LoadedModel, call: Call, waiter: Waiter) -> Request:
     """Check a call against its model's contract.
 
     Raises:
         InputError: the rows are not what the model takes.
         ModelError: there are none, or a tiling on a model with several outputs.
     """
-    spec = resident.spec
+    spec = loaded.spec
     names = tuple(tensor.name for tensor in spec.inputs)
     rows = as_mapping(call.rows, names)
     if call.tiling is None:
         spec.check(rows)
         if not row_count(rows):
             raise ModelError(f"a call of {spec.name} has no rows")
-        return Job(resident, rows, resident.bucket(rows), waiter)
+        return Request(loaded, rows, loaded.bucket(rows), waiter)
     volume = rows.get(names[0])
     if volume is None or volume.ndim != 4:
         shape: Any = None if volume is None else tuple(volume.shape)
@@ -196,4 +196,4 @@ def job_of(resident: Resident, call: Call, waiter: Waiter) -> Job:
     channels, z, y, x = volume.shape
     window = {names[0]: volume.new_empty((1, channels, *call.tiling.window), device="meta")}
     spec.check(window)
-    return Job(resident, rows, resident.bucket(window), waiter, Grid(call.tiling, (z, y, x)))
+    return Request(loaded, rows, loaded.bucket(window), waiter, WindowGrid(call.tiling, (z, y, x)))

@@ -7,7 +7,7 @@ from operator import attrgetter
 
 from plinth.engine.errors import ConfigError
 from plinth.engine.scheduler.cost_model import LatencyModel
-from plinth.engine.scheduler.work import Batch, Part, Work
+from plinth.engine.scheduler.work import Batch, BatchSlice, Work
 
 PROMISE_MEMORY = 5.0
 """Seconds that a request's own promise is respected after it, at least; at most twice that."""
@@ -104,17 +104,17 @@ class Background:
         rows = max(1, self.latency.rows_within(key, self.bound, most(key), 0.5))
         if not self.latency.predict(key, 1):
             rows = 1  # nobody knows yet how long more would hold the device
-        parts: list[Part] = []
+        parts: list[BatchSlice] = []
         for work in self._jobs:
             if not rows:
                 break
             if work.key == key:
-                parts.append(Part(work, work.taken, min(rows, work.left)))
+                parts.append(BatchSlice(work, work.taken, min(rows, work.left)))
                 work.taken += parts[-1].rows
                 rows -= parts[-1].rows
         return self._batch(key, tuple(parts))
 
-    def _batch(self, key: str, parts: tuple[Part, ...]) -> Batch:
+    def _batch(self, key: str, parts: tuple[BatchSlice, ...]) -> Batch:
         total = sum(part.rows for part in parts)
         predicted = self.latency.predict(key, total)
         for part in parts:

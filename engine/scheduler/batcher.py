@@ -30,7 +30,7 @@ from plinth.engine.flow import Sla
 from plinth.engine.scheduler.background import PROMISE_MEMORY, Background
 from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.scheduler.deadline_queue import Stream, rows_of
-from plinth.engine.scheduler.work import Batch, Part, Refusal, Work, WorkClass
+from plinth.engine.scheduler.work import Batch, BatchSlice, Refusal, Work, WorkClass
 
 _TIGHTER = 0.5  # of a promise, below which another is sheltered from its batches
 _CROWD = 8  # times the room left that one stream may hold, so that none fills the queue
@@ -275,7 +275,7 @@ class Batcher:
             stream.used += predicted * rows_of(works) / rows
             for work in works:
                 work.taken = work.rows
-                parts.append(Part(work, 0, work.rows))
+                parts.append(BatchSlice(work, 0, work.rows))
         self._rows -= rows
         return Batch(key, tuple(parts), rows, predicted, urgent=True)
 

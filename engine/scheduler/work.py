@@ -40,7 +40,7 @@ class Work:
         return self.rows - self.taken
 
 
-class Part(NamedTuple):
+class BatchSlice(NamedTuple):
     """Rows ``first`` to ``first + rows`` (exclusive) of one piece of work."""
 
     work: Work
@@ -53,7 +53,7 @@ class Batch:
     """What the device does next: parts of one work class and their predicted seconds."""
 
     key: str
-    parts: tuple[Part, ...]
+    parts: tuple[BatchSlice, ...]
     rows: int
     predicted: float
     urgent: bool

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from plinth.engine import Answer, ConfigError, Engine, Flow, InputError, PlinthError, Sla, Timing
 from plinth.engine.metrics import SLA_MISSES
-from plinth.engine.runtime.flow_driver import Course
+from plinth.engine.runtime.flow_driver import FlowDriver
 from plinth.pipelines.config.settings import ServeConfig
 from plinth.pipelines.http.body import headers_of, media_type, whole
 from plinth.pipelines.http.disconnect import Watched
@@ -173,15 +173,15 @@ class RecordDoor:
         async def aside(step: Callable[..., Any], *given: Any) -> Any:
             return await loop.run_in_executor(self.pool, step, *given)
 
-        course: Course[list[Any]] = await aside(Course, flow, time.monotonic)
-        while (call := course.call) is not None:
+        driver: FlowDriver[list[Any]] = await aside(FlowDriver, flow, time.monotonic)
+        while (call := driver.call) is not None:
             try:
                 result = await asyncio.wrap_future(self.engine.submit(call, sla))
             except PlinthError as error:
-                await aside(course.throw, error)
+                await aside(driver.throw, error)
             else:
-                await aside(course.send, result)
-        return course.answer()
+                await aside(driver.send, result)
+        return driver.answer()
 
 
 class Ready(Response):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plinth.engine import ConfigError, InputError, Tiling
-from plinth.engine.tiling import Canvas, Grid
+from plinth.engine.tiling import WindowGrid, WindowMerger
 
 sizes = st.tuples(*[st.integers(1, 13)] * 3)
 windows = st.tuples(*[st.integers(1, 6)] * 3)
@@ -14,11 +14,11 @@ windows = st.tuples(*[st.integers(1, 6)] * 3)
 
 def blend(tiling: Tiling, volume: torch.Tensor, chunk: int = 3) -> torch.Tensor:
     """Run a model that changes nothing over all windows."""
-    grid = Grid(tiling, tuple(volume.shape[1:]))
-    canvas = Canvas(grid)
+    grid = WindowGrid(tiling, tuple(volume.shape[1:]))
+    merger = WindowMerger(grid)
     for first in range(0, len(grid), chunk):
-        canvas.put(grid.cut(volume, first, min(first + chunk, len(grid))))
-    return canvas.result()
+        merger.put(grid.cut(volume, first, min(first + chunk, len(grid))))
+    return merger.result()
 
 
 @given(
@@ -43,7 +43,7 @@ def test_argmax_by_slabs_equals_argmax_of_everything(size, window, overlap):
 
 @given(sizes, windows, st.sampled_from([0.0, 0.3, 0.6]))
 def test_every_voxel_is_covered(size, window, overlap):
-    grid = Grid(Tiling(window, overlap), size)
+    grid = WindowGrid(Tiling(window, overlap), size)
     seen = torch.zeros(size, dtype=torch.bool)
     for index in range(len(grid)):
         z, y, x = grid.corner(index)
@@ -54,9 +54,9 @@ def test_every_voxel_is_covered(size, window, overlap):
 def test_logits_held_at_once_do_not_grow_with_depth():
     held = []
     for depth in (16, 64):
-        canvas = Canvas(Grid(Tiling((8, 8, 8), reduce="argmax"), (depth, 8, 8)))
-        canvas.put(torch.zeros(1, 3, 8, 8, 8))
-        held.append(canvas._slab.numel())
+        merger = WindowMerger(WindowGrid(Tiling((8, 8, 8), reduce="argmax"), (depth, 8, 8)))
+        merger.put(torch.zeros(1, 3, 8, 8, 8))
+        held.append(merger._slab.numel())
     assert held[0] == held[1]
 
 
@@ -65,6 +65,6 @@ def test_wrong_settings_and_outputs_are_named():
         Tiling((4, 4, 4), overlap=1.0)
     with pytest.raises(ConfigError, match="window"):
         Tiling((0, 4, 4))
-    canvas = Canvas(Grid(Tiling((4, 4, 4)), (8, 8, 8)))
+    merger = WindowMerger(WindowGrid(Tiling((4, 4, 4)), (8, 8, 8)))
     with pytest.raises(InputError, match=r"\(4, 4, 4\) into \(2, 2, 2\)"):
-        canvas.put(torch.zeros(1, 1, 2, 2, 2))
+        merger.put(torch.zeros(1, 1, 2, 2, 2))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plinth.engine import Call, Flow, Model, PlinthError
 from plinth.engine.flow import Tensors, as_mapping, row_count
-from plinth.engine.tiling import Canvas, Grid
+from plinth.engine.tiling import WindowGrid, WindowMerger
 from plinth.verticals.contract import Vertical
 
 T = TypeVar("T")
@@ -152,13 +152,13 @@ def _run(model: Model, call: Call) -> Tensors:
         return _forward(model, as_mapping(call.rows, names), _said(call))
     if not isinstance(call.rows, Tensor) or call.rows.ndim != 4:
         raise AssertionError(f"{_said(call)} has a tiling: its rows are one volume (c, z, y, x)")
-    grid = Grid(call.tiling, tuple(call.rows.shape[1:]))  # type: ignore[arg-type]
-    canvas = Canvas(grid)
+    grid = WindowGrid(call.tiling, tuple(call.rows.shape[1:]))  # type: ignore[arg-type]
+    merger = WindowMerger(grid)
     for first in range(0, len(grid), WINDOWS):
         window = grid.cut(call.rows, first, min(first + WINDOWS, len(grid)))
         output = _forward(model, {names[0]: window}, _said(call))
-        canvas.put(output if isinstance(output, Tensor) else next(iter(output.values())))
-    return canvas.result()
+        merger.put(output if isinstance(output, Tensor) else next(iter(output.values())))
+    return merger.result()
 
 
 def _forward(model: Model, rows: dict[str, Tensor], said: str) -> Tensors:
