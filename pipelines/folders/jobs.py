@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import orjson
 
-from plinth.engine import Closed, ConfigError, Engine, InputError, PlinthError, Sla
+from plinth.engine import Closed, ConfigError, Engine, InputError, PlinthError, Refused, Sla
 from plinth.pipelines.config.settings import UploadConfig
 from plinth.pipelines.folders.items import Finished, Steps, analyse, discover
 from plinth.verticals import Item, Vertical
@@ -27,11 +27,10 @@ log = logging.getLogger("plinth.jobs")
 JobState = Literal["receiving", "queued", "running", "done", "failed"]
 
 
-class TooManyJobs(PlinthError):
-    """All places for jobs are taken by work that is not finished."""
+class TooManyJobs(Refused):
+    """All places for jobs, or their disk allowance, are taken by work that is not finished."""
 
     reason = "too_many_jobs"
-    retry_after = 10.0
 
 
 @dataclass(slots=True)
@@ -173,6 +172,7 @@ class Jobs:
             raise TooManyJobs(
                 f"{len(self._jobs)} uploads are in work, no more are taken",
                 hint="try again when one has finished",
+                retry_after=10.0,
             )
         self._remove(min(finished, key=lambda job: job.finished or 0.0))
 

@@ -52,9 +52,11 @@ REASON_STATUS = {
     "too_many_jobs": 429,
     "head_too_large": 431,
     "too_many_connections": 503,
+    "storage": 503,
+    "storage_full": 507,
     "timeout": 504,
 }
-"""Status by an InputError's reason; every other reason is 422."""
+"""Status by an error's reason; any other goes by its type, and an InputError is 422."""
 
 
 class Stop(PlinthError):
@@ -88,8 +90,10 @@ class Stop(PlinthError):
 
 def status_of(error: PlinthError) -> int:
     """The HTTP status that means what the error means."""
-    if isinstance(error, InputError | Stop):
-        return REASON_STATUS.get(error.reason, 422)
+    if error.reason in REASON_STATUS:
+        return REASON_STATUS[error.reason]
+    if isinstance(error, Stop):
+        return 422
     return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from plinth.engine import InputError
+from plinth.engine import InputError, PlinthError
 from plinth.pipelines.stream.checkpoint import claim, read_snapshot, write_snapshot
 from plinth.verticals import Vertical
 
@@ -27,6 +27,7 @@ def kept_states(folder: Path | None, verticals: Mapping[str, Vertical[Any, Any]]
 
     Raises:
         ConfigError: another process holds the folder, or it cannot be written.
+        PlinthError: the block ended well, but a state could not be kept.
     """
     if folder is None:
         yield
@@ -39,11 +40,16 @@ def kept_states(folder: Path | None, verticals: Mapping[str, Vertical[Any, Any]]
         }
         for name, path in files.items():
             _restore(path, name, verticals[name])
+        lost: list[str] = []
         try:
             yield
         finally:
-            for name, path in files.items():
-                _save(path, name, verticals[name])
+            lost += [name for name, path in files.items() if not _save(path, name, verticals[name])]
+        if lost:
+            raise PlinthError(
+                f"the state of {', '.join(lost)} could not be kept in {folder}",
+                hint="make room there; the next run goes on with the state kept before",
+            )
 
 
 def _restore(path: Path, name: str, vertical: Vertical[Any, Any]) -> None:
@@ -58,11 +64,14 @@ def _restore(path: Path, name: str, vertical: Vertical[Any, Any]) -> None:
         log.info("%s goes on with the state in %s (%d bytes)", name, path, len(body))
 
 
-def _save(path: Path, name: str, vertical: Vertical[Any, Any]) -> None:
+def _save(path: Path, name: str, vertical: Vertical[Any, Any]) -> bool:
+    """Whether the state is on disk; the file of the run before stays whole if it is not."""
     try:
         write_snapshot(path, _origin(name), vertical.snapshot() or b"")
     except OSError as error:
         log.error("the state of %s was not kept: %s", name, error)
+        return False
+    return True
 
 
 def _origin(name: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from serving import Running, error, running
 
-from plinth.engine import ConfigError
+from plinth.engine import ConfigError, PlinthError
 from plinth.pipelines.http.kept_state import kept_states
 from plinth.verticals import registry
 
@@ -95,6 +95,13 @@ def test_what_was_known_of_a_card_outlives_the_server(
         assert vertical.snapshot() == once
         with pytest.raises(ConfigError, match="in use"), kept_states(tmp_path, {}):
             pass
+    (tmp_path / "finance.snapshot.part").mkdir()  # where the next state would be written first
+    with (
+        pytest.raises(PlinthError, match="the state of finance could not be kept"),
+        kept_states(tmp_path, {"finance": vertical}),
+    ):
+        pass
+    (tmp_path / "finance.snapshot.part").rmdir()
     damaged = tmp_path / "finance.snapshot"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     vertical = registry.load("finance")
