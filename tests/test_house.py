@@ -135,7 +135,7 @@ def acyclic(graph: dict[str, set[str]], what: str) -> None:
 @pytest.mark.parametrize("path", files(*ROOMS), ids=relative)
 def test_imports_point_one_way(path: Path) -> None:
     room = relative(path).partition("/")[0]
-    ours = {name for name in imports(path) if name.split(".")[0] in ("plinth", *ROOMS)}
+    ours = {name for name in imports(path) if name.split(".")[0] in ("plinth", *ROOMS)} - {"plinth"}
     upward = {name for name in ours if top(name) not in MAY_IMPORT[room]}
     assert not upward, f"{room} must not know {sorted(upward)}"
 
@@ -144,6 +144,14 @@ def test_imports_point_one_way(path: Path) -> None:
 def test_there_is_one_way_to_import(path: Path) -> None:
     found = {name for name in imports(path) if name.split(".")[0] in ROOMS or name[0] == "."}
     assert not found, f"import these as plinth.*: {sorted(found)}"
+
+
+@pytest.mark.parametrize("path", files(*ROOMS), ids=relative)
+def test_rooms_take_their_version_alone_from_the_face(path: Path) -> None:
+    faces = ("plinth", "plinth.finance", "plinth.medical")
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom) and node.module in faces:
+            assert [alias.name for alias in node.names] == ["__version__"]
 
 
 @pytest.mark.parametrize("path", files("verticals"), ids=relative)

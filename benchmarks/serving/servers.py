@@ -105,7 +105,7 @@ def _plinth_config(place: Place) -> None:
 
 PLINTH = Server(
     name="plinth",
-    package="plinth",
+    package="plinth-engine",
     command=lambda _: ["plinth", "serve", "fraud_mlp", "--config", str(BUILD / "plinth.toml")],
     settings="batches up to 128 by deadline, SLA 150 ms, refuses what cannot be in time, "
     "backend auto",

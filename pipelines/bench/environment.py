@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 
+from plinth import __version__
+
 LIBRARIES = ("torch", "numpy", "onnxruntime", "uvloop", "httptools", "mlcommons-loadgen")
 
 
@@ -31,7 +33,7 @@ def describe() -> dict[str, Any]:
         "software": {
             "system": f"{platform.system()} {platform.release()}",
             "python": platform.python_version(),
-            "plinth": _version("plinth"),
+            "plinth": __version__,
             "commit": commit(),
             **{name: _version(name) for name in LIBRARIES},
         },

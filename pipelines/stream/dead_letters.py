@@ -6,8 +6,6 @@ them, and ``plinth_*`` for the rest. All values are text.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 from plinth.engine import InputError
 from plinth.pipelines.stream.loop import Record
 
@@ -18,14 +16,6 @@ REASON = "plinth_error-reason"
 TRUNCATED = "plinth_truncated-from-bytes"
 OURS = ("kafka_dlt-", "plinth_")
 Headers = list[tuple[str, bytes]]
-
-
-def app_version() -> str:
-    """The installed version of Plinth, ``"unknown"`` in a bare checkout."""
-    try:
-        return version("plinth")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def headers(record: Record, error: InputError, *, group: str, vertical: str, app: str) -> Headers:

@@ -23,9 +23,10 @@ from kafka.errors import (
 )
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
+from plinth import __version__
 from plinth.engine import PlinthError
 from plinth.pipelines.stream.abandonable import Job, Lane
-from plinth.pipelines.stream.dead_letters import app_version, headers, payload
+from plinth.pipelines.stream.dead_letters import headers, payload
 from plinth.pipelines.stream.kafka_producer import Producer, connect
 from plinth.pipelines.stream.loop import Message, Partition, Rewind, Scored
 from plinth.pipelines.stream.metrics import COMMIT_SECONDS
@@ -73,7 +74,7 @@ class KafkaSink(ABC):
         self._identity = identity
         self._partitions = partitions
         self._on_durable = on_durable
-        self._app = app_version()
+        self._app = __version__
         self._lane = Lane("plinth-commit")
         self._slots: list[Any] = [None] * self.producers
         self._turn = 0

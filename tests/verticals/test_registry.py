@@ -79,7 +79,7 @@ def test_a_plug_in_stands_beside_the_built_in_ones(plant: Plant) -> None:
     built_in = project.get("entry-points", {}).get("plinth.verticals", {})
     assert {*built_in, "words"} <= set(registry.names())
     assert listed("words") == registry.Listing("words", "Counts words.", "plinth-words", "2.1")
-    assert all(listed(name).distribution == "plinth" for name in built_in)
+    assert all(listed(name).distribution == "plinth-engine" for name in built_in)
 
 
 def test_names_imports_nothing(plant: Plant) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset
 
+from plinth import __version__
 from plinth.engine import InputError
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
 from plinth.verticals.medical.output.report import CtReport, Evidence
@@ -72,7 +72,7 @@ def write_segmentation(evidence: Evidence, report: CtReport, path: Path) -> None
             instance_number=1,
             manufacturer="Plinth",
             manufacturer_model_name=RULES,
-            software_versions=metadata.version("plinth"),
+            software_versions=__version__,
             device_serial_number="0",
             content_label="CT_ANALYSIS",
             content_description="Research use only, not for diagnosis",
@@ -155,7 +155,7 @@ def _description(label: int, number: int, report: CtReport) -> Any:
         name, tracking = ("Right lung" if right else "Left lung"), None
         category = codes.SCT.AnatomicalStructure
         kind = highdicom.sr.CodedConcept("3341006" if right else "44029006", "SCT", name)
-        method, version = RULES, metadata.version("plinth")
+        method, version = RULES, __version__
         family = codes.DCM.MorphologicalOperations
     elif label >= NODULE and network is not None:
         name = tracking = f"Nodule candidate {label - NODULE + 1}"
