@@ -41,7 +41,7 @@ from plinth.engine.scheduler.simulate import (
 from plinth.engine.scheduler.work import Work
 
 DEVICE = Setting()
-WINDOWS = Setting(fixed=0.005, per_row=0.025, most=8)
+WINDOWS = Setting(fixed=0.005, per_row=0.025, max_rows=8)
 """Windows of a volume, as background work: 25 ms each."""
 
 CAPACITY = DEVICE.capacity
@@ -101,7 +101,7 @@ def by_arrival(*streams: Sequence[Work]) -> list[Work]:
 
 
 def mixed_shapes(duration: float, seed: int) -> Iterator[Line]:
-    """Two to four work classes, alike or unlike, that never share a batch.
+    """Two to four batch keys, alike or unlike, that never share a batch.
 
     The ceiling is ``simulate.steady``: the most answers in time, whoever goes
     without. ``least_of_fair_share`` holds each class against what it would have of an equal
@@ -187,7 +187,7 @@ def drift(duration: float, seed: int) -> Iterator[Line]:
 
 
 def two_promises(duration: float, seed: int) -> Iterator[Line]:
-    """100 ms and 1 s, of one work class or of two.
+    """100 ms and 1 s, of one batch key or of two.
 
     The ceiling is each promise's fair share: what it would have of half of the device, every
     batch taking twice as long and nobody else there (processor sharing). It can be beaten by
@@ -235,7 +235,7 @@ def background(duration: float, seed: int) -> Iterator[Line]:
         stream = works(arrivals, PROMISE)
         volume = Work("volume", 10**9, 0.0, Sla())
         batcher = warmed(settings)
-        batcher.expect(PROMISE)
+        batcher.register_sla(PROMISE)
         costs = {key: part.cost for key, part in settings.items()}
         trace = replay(batcher, by_arrival([volume], stream), costs, until=duration)
         ended = [work for work in stream if work.arrival < duration - DEVICE.deadline]

@@ -88,8 +88,7 @@ class Timing:
         decode: reading and checking the request (filled in by the door).
         queue: waiting for the device.
         device: the device's time for the batches this request was part of.
-        mates: the part of ``device`` spent on other requests' rows in those batches.
-        padding: the part of ``device`` spent on rows added to reach a compiled shape.
+        co_batched: the part of ``device`` spent on other requests' rows in those batches.
         encode: writing the answer (filled in by the door).
         total: arrival to answer.
         batch_rows: rows of the largest batch the request was part of (a count).
@@ -98,15 +97,14 @@ class Timing:
     decode: float = 0.0
     queue: float = 0.0
     device: float = 0.0
-    mates: float = 0.0
-    padding: float = 0.0
+    co_batched: float = 0.0
     encode: float = 0.0
     total: float = 0.0
     batch_rows: int = 0
 
     def as_dict(self) -> dict[str, float]:
         """Milliseconds by name, rounded to the microsecond, and ``batch_rows``."""
-        names = ("decode", "queue", "device", "mates", "padding", "encode", "total")
+        names = ("decode", "queue", "device", "co_batched", "encode", "total")
         parts: dict[str, float] = {
             f"{name}_ms": round(getattr(self, name) * 1e3, 3) for name in names
         }

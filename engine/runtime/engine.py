@@ -130,11 +130,11 @@ class Engine:
             budget=self._budget,
         )
         with self._wake:
-            self._batcher.expect(promise)
+            self._batcher.register_sla(promise)
             self._models[model.spec.name] = loaded
             known, self._keys = self._keys, {}
             for key, old in known.items():
-                self._know(key, old)
+                self._register_key(key, old)
 
     def start(self) -> Engine:
         """Start the device thread; after :meth:`close`, again."""
@@ -161,7 +161,7 @@ class Engine:
             self._closing = True
             if not drain:
                 for work in self._batcher.clear():
-                    self._give_up(work.payload[0], Closed("the engine was closed"))
+                    self._fail(work.payload[0], Closed("the engine was closed"))
             self._wake.notify_all()
             thread = self._thread
         if thread is threading.current_thread():
@@ -217,11 +217,11 @@ class Engine:
         while (call := driver.call) is not None:
             try:
                 future: asyncio.Future[Result] = loop.create_future()
-                request = self._offer(call, sla, LoopWaiter(mailbox, future))
+                request = self._admit(call, sla, LoopWaiter(mailbox, future))
                 try:
                     result = await future
                 except asyncio.CancelledError:
-                    self._forget(request)
+                    self._cancel(request)
                     raise
                 driver.send(result)
             except PlinthError as error:
@@ -231,11 +231,11 @@ class Engine:
     def submit(self, call: Call, sla: Sla | None = None) -> Future[Result]:
         """Queue one call; the future also carries refusals. Cancelling it frees its place."""
         future: Future[Result] = Future()
-        request = self._offer(call, sla, ThreadWaiter(future))
-        future.add_done_callback(lambda done: self._forget(request) if done.cancelled() else None)
+        request = self._admit(call, sla, ThreadWaiter(future))
+        future.add_done_callback(lambda done: self._cancel(request) if done.cancelled() else None)
         return future
 
-    def _offer(self, call: Call, sla: Sla | None, waiter: Waiter) -> Request:
+    def _admit(self, call: Call, sla: Sla | None, waiter: Waiter) -> Request:
         loaded = self._models.get(call.model)
         if loaded is None:
             raise ModelError(
@@ -246,18 +246,18 @@ class Engine:
         step = loaded.most if promise.deadline_ms is not None else request.total
         with self._wake:
             if self._closing or self._thread is None:
-                self._give_up(request, self._takes_nothing())
+                self._fail(request, self._takes_nothing())
                 return request
             now = self._clock()
-            self._know(request.key, loaded)
+            self._register_key(request.key, loaded)
             for first in range(0, request.total, step):
                 work = Work(
                     request.key, min(step, request.total - first), now, promise, (request, first)
                 )
                 request.works.append(work)
-                refusal = self._batcher.offer(work, now)
+                refusal = self._batcher.admit(work, now)
                 if refusal is not None:
-                    self._give_up(request, refusal.error)
+                    self._fail(request, refusal.error)
                     break
             self._wake.notify()
         return request
@@ -270,22 +270,22 @@ class Engine:
             hint="use it as a context manager, or call start()",
         )
 
-    def _know(self, key: str, loaded: LoadedModel) -> None:
-        """Tell the batcher of a work class it may see for the first time."""
+    def _register_key(self, key: str, loaded: LoadedModel) -> None:
+        """Tell the batcher of a batch key it may see for the first time."""
         if key in self._keys:
             return
         self._keys[key] = loaded
         other, cheaper = self._models.get(loaded.spec.cheaper or ""), None
         if other is not None:
             cheaper = other.key + (key.removeprefix(loaded.key) if other.free else "")
-            self._know(cheaper, other)
+            self._register_key(cheaper, other)
         self._batcher.register(key, loaded.most, cheaper)
 
-    def _forget(self, request: Request) -> None:
+    def _cancel(self, request: Request) -> None:
         with self._wake:
-            self._give_up(request, Cancelled("the client went away"))
+            self._fail(request, Cancelled("the client went away"))
 
-    def _give_up(self, request: Request, error: PlinthError) -> None:
+    def _fail(self, request: Request, error: PlinthError) -> None:
         if request.over:
             return
         request.over = True
@@ -308,7 +308,7 @@ class Engine:
                     return
                 batch, refused = self._batcher.next(self._clock())
                 for refusal in refused:
-                    self._give_up(refusal.work.payload[0], refusal.error)
+                    self._fail(refusal.work.payload[0], refusal.error)
             if batch is not None:
                 self._execute(batch)
             else:
@@ -351,7 +351,7 @@ class Engine:
                     self._deliver(request, batch, part, own, begun, now)
             except PlinthError as error:
                 with self._wake:
-                    self._give_up(request, error)
+                    self._fail(request, error)
         self._post()
         with self._wake:
             if loaded.most < batch.rows:
@@ -374,7 +374,7 @@ class Engine:
     ) -> None:
         seconds, timing, work = now - begun, request.timing, part.work
         timing.device += seconds
-        timing.mates += seconds * (1 - part.rows / batch.rows)
+        timing.co_batched += seconds * (1 - part.rows / batch.rows)
         timing.batch_rows = max(timing.batch_rows, batch.rows)
         if not request.put(output, part.rows):
             return

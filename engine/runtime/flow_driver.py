@@ -46,7 +46,7 @@ class FlowDriver(Generic[T]):
         if ran.name != asked:
             self._degraded[asked] = ran.name
         self._late |= result.late
-        for name in ("queue", "device", "mates", "padding"):
+        for name in ("queue", "device", "co_batched"):
             setattr(self._timing, name, getattr(self._timing, name) + getattr(result.timing, name))
         self._timing.batch_rows = max(self._timing.batch_rows, result.timing.batch_rows)
         self._step(lambda: self._flow.send(result.value))

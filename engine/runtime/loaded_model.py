@@ -39,7 +39,7 @@ class LoadedModel:
         most: rows of its largest batch.
         plan: its memory; ``None`` where sizes of its inputs are free.
         free: some size of its inputs is free, so that calls fall into shape buckets.
-        key: prefix of its work classes.
+        key: prefix of its batch keys.
     """
 
     model: Model
@@ -62,7 +62,7 @@ class LoadedModel:
         return self.model.spec
 
     def bucket(self, rows: Mapping[str, Tensor]) -> str:
-        """The work class of rows: one for each model and shape."""
+        """The batch key of rows: one for each model and shape."""
         if not self.free:
             return self.key
         shapes = (

@@ -112,7 +112,7 @@ class Request:
     Args:
         loaded: the model that was asked for.
         rows: what it runs on: tensors (n, ...) by input name, or one volume (c, z, y, x).
-        key: its work class.
+        key: its batch key.
         waiter: who waits for it.
         grid: the windows of a volume.
 

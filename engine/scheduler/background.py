@@ -1,4 +1,4 @@
-"""Background work: what has no deadline, in slices short enough for those who have one."""
+"""Background work: no deadline, run in slices that are short against the promises in use."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from operator import attrgetter
 
 from plinth.engine.errors import ConfigError
 from plinth.engine.scheduler.cost_model import LatencyModel
-from plinth.engine.scheduler.work import Batch, BatchSlice, Work
+from plinth.engine.scheduler.work import Batch, BatchKey, BatchSlice, Work
 
 PROMISE_MEMORY = 5.0
-"""Seconds that a request's own promise is respected after it, at least; at most twice that."""
+"""Seconds for which a request's own promise bounds the slices, at least; at most twice that."""
 
 
 class Background:
-    """Work without a deadline: shares by weight, one slice at a time, never starved.
+    """Work without a deadline: service by weight, one slice at a time, never starved.
 
     Args:
         latency: the cost model.
@@ -36,76 +36,76 @@ class Background:
         self.slice_share = slice_share
         self.idle_slice = idle_slice
         self.rows = 0
-        self._jobs: list[Work] = []
-        self._expected = self._recent = self._earlier = float("inf")
-        self._turn = 0.0
-        self._credit = 0.0
-        self._floor = 0.0
+        self._works: list[Work] = []
+        self._registered = self._noted = self._noted_before = float("inf")
+        self._next_rotation = 0.0
+        self._deficit = 0.0
+        self._virtual_time = 0.0
 
     def __bool__(self) -> bool:
-        return bool(self._jobs)
+        return bool(self._works)
 
     @property
-    def owed(self) -> bool:
-        """Whether it waits and has had less than its share."""
-        return bool(self._jobs) and self._credit > 0
+    def in_deficit(self) -> bool:
+        """Whether it waits and has received less than its share."""
+        return bool(self._works) and self._deficit > 0
 
     @property
     def bound(self) -> float:
         """Blocking bound: seconds that one slice may hold the device."""
-        tightest = min(self._expected, self._recent, self._earlier)
+        tightest = min(self._registered, self._noted, self._noted_before)
         return min(self.slice_share * tightest, self.idle_slice)
 
-    def expect(self, seconds: float) -> None:
-        """Respect a promise for good."""
-        self._expected = min(self._expected, seconds)
+    def register_sla(self, seconds: float) -> None:
+        """Let a promise (seconds) bound the slices for good."""
+        self._registered = min(self._registered, seconds)
 
-    def respect(self, seconds: float) -> None:
-        """Respect the promise of a request for some time."""
-        self._recent = min(self._recent, seconds)
+    def note_sla(self, seconds: float) -> None:
+        """Let the promise of one request (seconds) bound the slices for some time."""
+        self._noted = min(self._noted, seconds)
 
-    def turn(self, now: float) -> bool:
-        """Forget promises that nobody has made lately; True when it was time to."""
-        if now < self._turn:
+    def rotate(self, now: float) -> bool:
+        """Forget promises not noted for a while; True when it was time to."""
+        if now < self._next_rotation:
             return False
-        self._earlier, self._recent = self._recent, float("inf")
-        self._turn = now + PROMISE_MEMORY
+        self._noted_before, self._noted = self._noted, float("inf")
+        self._next_rotation = now + PROMISE_MEMORY
         return True
 
     def add(self, work: Work) -> None:
-        """Take work in; it starts level with the least served."""
-        work.used = max(work.used, self._floor)
-        self._jobs.append(work)
+        """Take work in, at the service of the least served: idle time is not saved up."""
+        work.service = max(work.service, self._virtual_time)
+        self._works.append(work)
         self.rows += work.left
 
     def remove(self, work: Work) -> bool:
         """Take one piece of work out; False when it is not here."""
-        if work not in self._jobs:
+        if work not in self._works:
             return False
-        self._jobs.remove(work)
+        self._works.remove(work)
         self.rows -= work.left
         return True
 
     def clear(self) -> list[Work]:
         """Take everything out."""
-        out, self._jobs, self.rows = self._jobs, [], 0
+        out, self._works, self.rows = self._works, [], 0
         return out
 
-    def slice(self, most: Callable[[str], int]) -> Batch | None:
-        """The next slice: the least served job first, filled up by its kin.
+    def slice(self, max_rows: Callable[[BatchKey], int]) -> Batch | None:
+        """The next slice: the least served work first, filled up with work of the same key.
 
         Args:
-            most: the largest batch of a work class, rows.
+            max_rows: the largest batch of a key, rows.
         """
-        if not self._jobs:
+        if not self._works:
             return None
-        self._jobs.sort(key=attrgetter("used"))
-        self._floor, key = self._jobs[0].used, self._jobs[0].key
-        rows = max(1, self.latency.rows_within(key, self.bound, most(key), 0.5))
+        self._works.sort(key=attrgetter("service"))
+        self._virtual_time, key = self._works[0].service, self._works[0].key
+        rows = max(1, self.latency.rows_within(key, self.bound, max_rows(key), 0.5))
         if not self.latency.predict(key, 1):
-            rows = 1  # nobody knows yet how long more would hold the device
+            rows = 1  # cost unknown: the smallest slice measures it
         parts: list[BatchSlice] = []
-        for work in self._jobs:
+        for work in self._works:
             if not rows:
                 break
             if work.key == key:
@@ -114,21 +114,26 @@ class Background:
                 rows -= parts[-1].rows
         return self._batch(key, tuple(parts))
 
-    def _batch(self, key: str, parts: tuple[BatchSlice, ...]) -> Batch:
+    def _batch(self, key: BatchKey, parts: tuple[BatchSlice, ...]) -> Batch:
         total = sum(part.rows for part in parts)
         predicted = self.latency.predict(key, total)
         for part in parts:
-            part.work.used += predicted * part.rows / total / part.work.sla.weight
+            part.work.service += predicted * part.rows / total / part.work.sla.weight
         self.rows -= total
-        self._jobs = [work for work in self._jobs if work.left]
+        self._works = [work for work in self._works if work.left]
         return Batch(key, parts, total, predicted, urgent=False)
 
     def account(self, batch: Batch) -> None:
-        """Earn a share of what urgent batches take while work waits; pay for slices."""
+        """Keep the deficit, in seconds of the device, at most 1.
+
+        While work waits, an urgent batch of t seconds adds t * share / (1 - share), a slice of t
+        seconds subtracts t (deficit round robin; Shreedhar and Varghese, SIGCOMM 1995). Slices
+        that ran in idle time count once at most, so that they are not paid back later.
+        """
         if not batch.urgent:
-            # Only the last slice is owed for: what ran in idle time was nobody's loss.
-            self._credit = max(self._credit, 0.0) - batch.predicted
-        elif self._jobs:
-            self._credit = min(self._credit + batch.predicted * self.share / (1 - self.share), 1.0)
+            self._deficit = max(self._deficit, 0.0) - batch.predicted
+        elif self._works:
+            earned = batch.predicted * self.share / (1 - self.share)
+            self._deficit = min(self._deficit + earned, 1.0)
         else:
-            self._credit = 0.0
+            self._deficit = 0.0

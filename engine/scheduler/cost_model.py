@@ -1,7 +1,7 @@
-"""How long will a batch take? An on-line model of seconds by work class and rows.
+"""How long will a batch take? An on-line model of seconds by batch key and rows.
 
-A work class (``key``) is one model on one shape bucket at one precision. Its cost curve over
-rows is seeded by warm-up; each finished batch then scales it. Predictions are upper
+The cost curve of a key over rows is seeded by warm-up; each finished batch then scales it:
+``seconds(rows, q) = curve(rows) * median ratio + delay quantile(q)``. Predictions are upper
 quantiles, so that a promise made from them is kept.
 """
 
@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from plinth.engine.errors import ConfigError
+from plinth.engine.scheduler.work import BatchKey
 
 _MEMORY = 256  # batches remembered for the quantiles
-_SHIFT = 6  # as many in a row beyond the band mean that the cost has changed
+_SHIFT = 6  # batches in a row on one side of the band mean that the cost has changed
 _BAND = 1.2
 _LEARN = 0.05  # how fast the curve's own shape follows
 _REBUILD = 8  # batches after which the moved curve is tabulated anew
@@ -51,11 +52,11 @@ class _Sample:
 
 @dataclass(slots=True)
 class _Curve:
-    """Cost of one work class: a curve over rows, times a level, plus a delay.
+    """Cost of one batch key: a curve over rows, times a level, plus a delay.
 
-    The level is the median ratio of what was seen to the curve; it follows the present. The
-    delay is what single batches took beyond that. It is added, not multiplied: a core taken
-    away for 5 ms costs a batch of one as much as a batch of a hundred.
+    The level is the median of seen / curve over the last batches. The delay is what single
+    batches took beyond curve * level. It is added, not multiplied: a core taken away for 5 ms
+    costs a batch of one as much as a batch of a hundred.
     """
 
     knots: dict[int, float] = field(default_factory=dict)
@@ -67,7 +68,7 @@ class _Curve:
     def rebuild(self, rows: int) -> None:
         size = max(rows, len(self.table) - 1, max(self.knots, default=1))
         at = np.array(sorted(self.knots), dtype=float)
-        # A cost that falls with rows is measurement noise; the planner needs it monotone.
+        # A cost that falls with rows is measurement noise; rows_within() needs it monotone.
         cost = np.maximum.accumulate([self.knots[int(k)] for k in at])
         grid = np.arange(size + 1, dtype=float)
         # Beyond the largest, at least half of its cost is taken to grow with the rows.
@@ -89,7 +90,7 @@ class _Curve:
         return self.table[rows]
 
     def is_far(self, rows: int) -> bool:
-        """Whether the curve says next to nothing about so many rows: they lie far outside."""
+        """Whether so many rows lie outside (min/2, 2 max) of the measured ones."""
         return not self.knots or not min(self.knots) / 2 < rows < max(self.knots) * 2
 
     def level(self) -> float:
@@ -129,42 +130,44 @@ class _Curve:
 
 
 class LatencyModel:
-    """Seconds by (work class, rows), learned on line.
+    """Seconds by (batch key, rows), learned on line.
 
     Args:
         path: where the curves are kept between runs; ``None`` keeps them in memory only.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._curves: dict[str, _Curve] = {}
+        self._curves: dict[BatchKey, _Curve] = {}
         self._path = path
 
-    def seed(self, key: str, rows: int, seconds: float) -> None:
+    def seed(self, key: BatchKey, rows: int, seconds: float) -> None:
         """Set the curve at ``rows`` from a warm-up measurement (seconds)."""
         curve = self._curves.setdefault(key, _Curve())
         curve.knots[rows] = max(seconds, 1e-7)
         curve.rebuild(rows)
 
-    def observe(self, key: str, rows: int, seconds: float) -> None:
+    def observe(self, key: BatchKey, rows: int, seconds: float) -> None:
         """Learn from a finished batch."""
         curve = self._curves.setdefault(key, _Curve())
         if curve.is_far(rows):
             self.seed(key, rows, seconds / curve.level())
         curve.observe(rows, max(seconds, 1e-7))
 
-    def predict(self, key: str, rows: int, quantile: float = 0.99) -> float:
+    def predict(self, key: BatchKey, rows: int, quantile: float = 0.99) -> float:
         """Upper quantile of the seconds a batch of ``rows`` takes; 0.0 for an unknown key."""
         curve = self._curves.get(key)
         return curve.base(rows) * curve.level() + curve.delay(quantile) if curve else 0.0
 
-    def rows_within(self, key: str, seconds: float, most: int, quantile: float = 0.99) -> int:
-        """The largest number of rows, at most ``most``, predicted to take ``seconds`` or less."""
+    def rows_within(
+        self, key: BatchKey, seconds: float, max_rows: int, quantile: float = 0.99
+    ) -> int:
+        """The most rows, up to ``max_rows``, predicted to take ``seconds`` or less."""
         curve = self._curves.get(key)
         if curve is None or not curve.knots:
-            return most
-        curve.base(most)
+            return max_rows
+        curve.base(max_rows)
         budget = (seconds - curve.delay(quantile)) / curve.level() * (1 + 1e-9)
-        return bisect_right(curve.table, budget, 1, most + 1) - 1
+        return bisect_right(curve.table, budget, 1, max_rows + 1) - 1
 
     def save(self) -> None:
         """Write the curves to ``path`` (JSON), atomically."""
@@ -180,7 +183,7 @@ class LatencyModel:
         part.replace(self._path)
 
     def restore(self) -> int:
-        """Read what :meth:`save` wrote; returns how many work classes are known.
+        """Read what :meth:`save` wrote; returns how many batch keys are known.
 
         Raises:
             ConfigError: the file is not what :meth:`save` writes.

@@ -1,4 +1,4 @@
-"""Batching policies in virtual time: the Batcher that serves, against the field's habits.
+"""Batching policies in virtual time: the Batcher that serves, against the usual policies.
 
 Nothing here sleeps or reads a clock. A cost model stands in for the device, arrivals are
 drawn from a seeded generator, and every policy sees the same arrivals.
@@ -29,14 +29,14 @@ class Setting:
     Args:
         fixed: seconds a batch costs whatever its size.
         per_row: seconds each row adds.
-        most: largest batch, rows.
+        max_rows: largest batch, rows.
         deadline: allowed seconds from arrival to answer.
         duration: seconds of arrivals.
     """
 
     fixed: float = 0.020
     per_row: float = 0.001
-    most: int = 128
+    max_rows: int = 128
     deadline: float = 0.200
     duration: float = 60.0
 
@@ -47,7 +47,7 @@ class Setting:
     @property
     def capacity(self) -> float:
         """Rows per second in batches of the largest size."""
-        return self.most / self.cost(self.most)
+        return self.max_rows / self.cost(self.max_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +119,9 @@ def replay(
     """Run a batcher over work in virtual time.
 
     Args:
-        batcher: made anew, its work classes registered.
+        batcher: made anew, its batch keys registered.
         works: in order of arrival, made anew: the batcher marks what it has taken of them.
-        costs: what batches really take, by work class.
+        costs: what batches really take, by batch key.
         until: seconds after which no batch starts; for background work without end.
     """
     now, index = 0.0, 0
@@ -130,7 +130,7 @@ def replay(
     def admit(up_to: float) -> None:
         nonlocal index
         while index < len(works) and works[index].arrival <= up_to:
-            batcher.offer(works[index], works[index].arrival)
+            batcher.admit(works[index], works[index].arrival)
             index += 1
 
     while (index < len(works) or batcher) and now < until:
@@ -153,18 +153,18 @@ def replay(
 
 
 def warmed(settings: Mapping[str, Setting]) -> Batcher:
-    """A batcher whose work classes were measured at a few batch sizes, as at warm-up."""
+    """A batcher whose batch keys were measured at a few batch sizes, as at warm-up."""
     latency = LatencyModel()
     batcher = Batcher(latency)
     for key, setting in settings.items():
-        batcher.register(key, most=setting.most)
-        for rows in sorted({1, max(1, setting.most // 4), setting.most}):
+        batcher.register(key, max_rows=setting.max_rows)
+        for rows in sorted({1, max(1, setting.max_rows // 4), setting.max_rows}):
             latency.seed(key, rows, setting.cost(rows))
     return batcher
 
 
 def elastic(setting: Setting, arrivals: Arrivals) -> Outcome:
-    """Plinth's own Batcher, warmed up; one work class and one promise."""
+    """Plinth's own Batcher, warmed up; one batch key and one promise."""
     promise = Sla(deadline_ms=setting.deadline * 1e3)
     works = [Work("a", 1, float(at), promise) for at in arrivals]
     trace = replay(warmed({"a": setting}), works, {"a": setting.cost})
@@ -213,11 +213,11 @@ def queueing(
             queue[:] = fresh
         if not queue:
             continue
-        if len(queue) < setting.most and now < queue[0] + window:
+        if len(queue) < setting.max_rows and now < queue[0] + window:
             coming = float(arrivals[index]) if index < len(arrivals) else float("inf")
             now = min(queue[0] + window, coming)
             continue
-        rows = min(len(queue), setting.most)
+        rows = min(len(queue), setting.max_rows)
         if greedy:
             slack = queue[0] + setting.deadline - now
             rows = min(rows, max(1, int((slack - setting.fixed) / setting.per_row)))
@@ -240,7 +240,7 @@ def clairvoyant(setting: Setting, arrivals: Arrivals, tick: float = 0.001) -> Ou
     """
     steps = int((setting.duration + setting.deadline) / tick) + 1
     times = np.arange(steps + 1) * tick
-    sizes = np.arange(1, setting.most + 1)
+    sizes = np.arange(1, setting.max_rows + 1)
     seconds = setting.fixed + setting.per_row * sizes
     spans = np.rint(seconds / tick).astype(int)
     tail = int(spans[-1]) + 1
@@ -273,13 +273,13 @@ def clairvoyant(setting: Setting, arrivals: Arrivals, tick: float = 0.001) -> Ou
 
 
 def full_speed(setting: Setting, rate: float) -> float:
-    """The most rows per second of one work class while the device does nothing else.
+    """The most rows per second of one batch key while the device does nothing else.
 
     A batch of n rows finds at most ``rate * (deadline - cost(n))`` rows young enough to be in
     time, so n is bounded. Arrivals come evenly; bunched ones may carry a policy a little above.
     """
     young = rate * (setting.deadline - setting.fixed) / (1 + rate * setting.per_row)
-    rows = min(float(setting.most), young)
+    rows = min(float(setting.max_rows), young)
     return rows / (setting.fixed + setting.per_row * rows)
 
 
@@ -290,7 +290,7 @@ def steady(classes: Sequence[tuple[Setting, float]]) -> float:
     Nobody waits here while another class holds the device, so no policy can have quite as much.
 
     Args:
-        classes: work classes that share the device: setting, and rows per second offered.
+        classes: batch keys that share the device: setting, and rows per second offered.
     """
     made = sorted(((full_speed(*each), each[1]) for each in classes), reverse=True)
     total, left = 0.0, 1.0

@@ -1,4 +1,4 @@
-"""What the batcher handles: work that waits, the batch made of it, and what was given up."""
+"""What the batcher handles: work that waits, the batch made of it, and what was refused."""
 
 from __future__ import annotations
 
@@ -8,27 +8,34 @@ from typing import Any, NamedTuple
 from plinth.engine.errors import Refused
 from plinth.engine.flow import Sla
 
+BatchKey = str
+"""What may share a batch: model, version, digest, device, backend, precision and input shapes."""
+
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """Rows of one work class that wait for the device.
+    """Rows of one batch key that wait for the device.
 
     Args:
-        key: the work class: model, shape bucket, precision.
+        key: what it may share a batch with.
         rows: number of rows.
         arrival: when it came, seconds.
         sla: the promise it came with.
         payload: whatever the runtime wants back.
+
+    Attributes:
+        taken: rows already given to the device.
+        service: seconds of the device received, divided by the weight (background work).
     """
 
-    key: str
+    key: BatchKey
     rows: int
     arrival: float
     sla: Sla
     payload: Any = None
     deadline: float = field(init=False)
     taken: int = field(init=False, default=0)
-    used: float = field(init=False, default=0.0)
+    service: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
         allowed = self.sla.deadline_ms
@@ -50,9 +57,9 @@ class BatchSlice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What the device does next: parts of one work class and their predicted seconds."""
+    """What the device does next: slices of one batch key and their predicted seconds."""
 
-    key: str
+    key: BatchKey
     parts: tuple[BatchSlice, ...]
     rows: int
     predicted: float
@@ -68,13 +75,13 @@ class Refusal:
 
 
 @dataclass(slots=True)
-class WorkClass:
-    """Settings of one work class.
+class KeySettings:
+    """Settings of one batch key.
 
     Args:
-        most: largest batch in rows.
-        cheaper: the work class that degraded work goes to.
+        max_rows: largest batch in rows.
+        cheaper: the batch key that degraded work goes to.
     """
 
-    most: int = 128
-    cheaper: str | None = None
+    max_rows: int = 128
+    cheaper: BatchKey | None = None

@@ -271,7 +271,7 @@ class Express:
         encode, timing, late = self._door.vertical.encode, answer.timing, answer.late
         begun = time.perf_counter()
         first, _, parsed = group.waiting[0]
-        timing.mates = timing.device - (timing.device - timing.mates) / len(group.waiting)
+        timing.co_batched = timing.device - (timing.device - timing.co_batched) / len(group.waiting)
         common = _head(first.connection, 200, (_JSON_TYPE, *about_models(answer)))
         for (exchange, _, read), result in zip(group.waiting, answer.value, strict=True):
             if isinstance(result, InputError):

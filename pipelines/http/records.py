@@ -30,7 +30,7 @@ DEADLINE_HEADER = "x-slo-deadline-ms"
 JSON = ("application/json",)
 _DEADLINE = DEADLINE_HEADER.encode()
 _TIMING = (
-    b'{"decode_ms":%.3f,"queue_ms":%.3f,"device_ms":%.3f,"mates_ms":%.3f,"padding_ms":%.3f,'
+    b'{"decode_ms":%.3f,"queue_ms":%.3f,"device_ms":%.3f,"co_batched_ms":%.3f,'
     b'"encode_ms":%.3f,"total_ms":%.3f,"batch_rows":%d}'
 )
 
@@ -270,8 +270,7 @@ def timing_json(timing: Timing) -> bytes:
         timing.decode * 1e3,
         timing.queue * 1e3,
         timing.device * 1e3,
-        timing.mates * 1e3,
-        timing.padding * 1e3,
+        timing.co_batched * 1e3,
         timing.encode * 1e3,
         timing.total * 1e3,
         timing.batch_rows,

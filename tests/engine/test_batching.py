@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from plinth.engine import Batcher, DeadlineRefused, LatencyModel, QueueFull, Sla, Work
-from plinth.engine.scheduler.deadline_queue import Stream, rows_of
+from plinth.engine.scheduler.deadline_queue import DeadlineQueue, rows_of
 
 URGENT = Sla(deadline_ms=200)
 
@@ -19,8 +19,8 @@ def batcher(**settings) -> Batcher:
     latency.seed("cheap", 1, 0.002)
     latency.seed("cheap", 128, 0.002)
     made = Batcher(latency, **settings)
-    made.register("a", most=128, cheaper="cheap")
-    made.register("volume", most=8)
+    made.register("a", max_rows=128, cheaper="cheap")
+    made.register("volume", max_rows=8)
     return made
 
 
@@ -30,7 +30,7 @@ def work(arrival: float = 0.0, key: str = "a", rows: int = 1, sla: Sla = URGENT)
 
 def test_a_lone_request_runs_at_once():
     queue = batcher()
-    assert queue.offer(work(), 0.0) is None
+    assert queue.admit(work(), 0.0) is None
     batch, refused = queue.next(0.0)
     assert (batch.rows, batch.urgent, refused) == (1, True, [])
     assert batch.predicted == pytest.approx(0.021)
@@ -38,8 +38,8 @@ def test_a_lone_request_runs_at_once():
 
 def test_the_earliest_deadline_goes_first_across_work_classes():
     queue = batcher()
-    queue.offer(work(key="a", sla=Sla(deadline_ms=500)), 0.0)
-    queue.offer(work(key="b", sla=Sla(deadline_ms=100)), 0.0)
+    queue.admit(work(key="a", sla=Sla(deadline_ms=500)), 0.0)
+    queue.admit(work(key="b", sla=Sla(deadline_ms=100)), 0.0)
     assert queue.next(0.0)[0].key == "b"
     assert queue.next(0.021)[0].key == "a"
 
@@ -47,13 +47,13 @@ def test_the_earliest_deadline_goes_first_across_work_classes():
 def test_different_shapes_never_close_each_others_batches():
     queue = batcher()
     for index in range(20):
-        queue.offer(work(key="ab"[index % 2]), 0.0)
+        queue.admit(work(key="ab"[index % 2]), 0.0)
     assert [queue.next(0.0)[0].rows, queue.next(0.03)[0].rows] == [10, 10]
 
 
 def offer_many(queue: Batcher, count: int, **of) -> None:
     for _ in range(count):
-        assert queue.offer(work(**of), of.get("arrival", 0.0)) is None
+        assert queue.admit(work(**of), of.get("arrival", 0.0)) is None
 
 
 TIGHT, LOOSE = Sla(deadline_ms=100), Sla(deadline_ms=1000)
@@ -113,17 +113,17 @@ def test_a_stream_that_was_idle_has_saved_nothing_up():
 
 def test_one_crowd_cannot_fill_the_queue_and_shut_out_the_others():
     queue = batcher(max_queue=900)
-    refusals = [queue.offer(work(sla=LOOSE), 0.0) for _ in range(2000)]
+    refusals = [queue.admit(work(sla=LOOSE), 0.0) for _ in range(2000)]
     assert 790 <= refusals.count(None) <= 810
-    assert queue.offer(work(sla=TIGHT), 0.0) is None
-    assert queue.offer(work(key="b"), 0.0) is None
+    assert queue.admit(work(sla=TIGHT), 0.0) is None
+    assert queue.admit(work(key="b"), 0.0) is None
 
 
 def test_a_hopeless_deadline_is_refused_on_arrival_with_the_reason():
     queue = batcher()
-    queue.offer(work(rows=100), 0.0)
+    queue.admit(work(rows=100), 0.0)
     queue.next(0.0)  # holds the device for 120 ms
-    refusal = queue.offer(work(arrival=0.01, sla=Sla(deadline_ms=100)), 0.01)
+    refusal = queue.admit(work(arrival=0.01, sla=Sla(deadline_ms=100)), 0.01)
     assert isinstance(refusal.error, DeadlineRefused)
     body = refusal.error.as_dict()
     assert body["reason"] == "deadline"
@@ -135,7 +135,7 @@ def test_a_hopeless_deadline_is_refused_on_arrival_with_the_reason():
 def test_under_overload_the_rows_too_old_for_a_full_batch_are_given_up():
     queue = batcher()
     for index in range(150):
-        queue.offer(work(arrival=index * 0.001), index * 0.001)
+        queue.admit(work(arrival=index * 0.001), index * 0.001)
     batch, refused = queue.next(0.150)
     assert batch.rows > 80
     assert all(part.work.deadline >= 0.150 + batch.predicted for part in batch.parts)
@@ -147,14 +147,14 @@ def test_overload_can_degrade_to_a_cheaper_model_or_run_late():
     for overload, key in (("degrade", "cheap"), ("late", "a")):
         queue = batcher()
         sla = Sla(deadline_ms=15, on_overload=overload)
-        assert queue.offer(work(sla=sla), 0.0) is None
+        assert queue.admit(work(sla=sla), 0.0) is None
         assert queue.next(0.0)[0].key == key
 
 
 def test_a_full_queue_refuses_at_once():
     queue = batcher(max_queue=2)
-    assert queue.offer(work(rows=2), 0.0) is None
-    refusal = queue.offer(work(), 0.0)
+    assert queue.admit(work(rows=2), 0.0) is None
+    refusal = queue.admit(work(), 0.0)
     assert isinstance(refusal.error, QueueFull)
     assert refusal.error.retry_after > 0
 
@@ -163,7 +163,7 @@ def test_cancelled_work_leaves_the_queue():
     queue = batcher()
     gone, kept, patient = work(), work(), work(key="volume", rows=9, sla=Sla())
     for item in (gone, kept, patient):
-        queue.offer(item, 0.0)
+        queue.admit(item, 0.0)
     queue.cancel(gone)
     queue.cancel(patient)
     assert [part.work for part in queue.next(0.0)[0].parts] == [kept]
@@ -173,8 +173,8 @@ def test_cancelled_work_leaves_the_queue():
 
 def test_background_slices_respect_the_tightest_promise():
     queue = batcher(slice_share=0.12)
-    queue.expect(URGENT)
-    queue.offer(work(key="volume", rows=500, sla=Sla()), 0.0)
+    queue.register_sla(URGENT)
+    queue.admit(work(key="volume", rows=500, sla=Sla()), 0.0)
     batch, _ = queue.next(0.0)
     assert not batch.urgent
     assert batch.rows == 4  # 24 ms = 0.12 x 200 ms
@@ -183,10 +183,10 @@ def test_background_slices_respect_the_tightest_promise():
 
 def test_a_requests_own_promise_bounds_slices_for_some_seconds_only():
     queue = batcher(slice_share=0.4)
-    queue.expect(URGENT)
+    queue.register_sla(URGENT)
     assert queue.blocking_bound == pytest.approx(0.08)
-    assert queue.offer(work(sla=Sla(deadline_ms=0.1)), 0.0) is not None  # nobody can keep that
-    assert queue.offer(work(sla=Sla(deadline_ms=50)), 0.0) is None
+    assert queue.admit(work(sla=Sla(deadline_ms=0.1)), 0.0) is not None  # nobody can keep that
+    assert queue.admit(work(sla=Sla(deadline_ms=50)), 0.0) is None
     queue.next(0.0)
     assert queue.blocking_bound == pytest.approx(0.02)
     queue.next(4.9)
@@ -198,8 +198,8 @@ def test_a_requests_own_promise_bounds_slices_for_some_seconds_only():
 
 def test_the_first_slice_of_a_class_nobody_measured_is_one_row():
     queue = batcher()
-    queue.expect(URGENT)
-    queue.offer(work(key="new", rows=500, sla=Sla()), 0.0)
+    queue.register_sla(URGENT)
+    queue.admit(work(key="new", rows=500, sla=Sla()), 0.0)
     first, _ = queue.next(0.0)
     assert first.rows == 1
     queue.finished(first, 0.010, 0.010)
@@ -210,8 +210,8 @@ def test_the_first_slice_of_a_class_nobody_measured_is_one_row():
 def test_background_work_shares_by_weight():
     queue = batcher(idle_slice=0.021)
     heavy, light = (work(key="volume", rows=400, sla=Sla(weight=w)) for w in (3.0, 1.0))
-    queue.offer(heavy, 0.0)
-    queue.offer(light, 0.0)
+    queue.admit(heavy, 0.0)
+    queue.admit(light, 0.0)
     for step in range(200):
         queue.next(step * 0.021)
     assert heavy.taken == pytest.approx(150, abs=2)
@@ -220,13 +220,13 @@ def test_background_work_shares_by_weight():
 
 def test_what_background_work_took_of_idle_time_is_not_held_against_it():
     queue = batcher(background_share=0.1)
-    queue.offer(work(key="volume", rows=10_000, sla=Sla()), 0.0)
+    queue.admit(work(key="volume", rows=10_000, sla=Sla()), 0.0)
     for _ in range(100):  # nobody else is there
         now = queue.latency.predict("volume", 8)
         queue.finished(queue.next(0.0)[0], now, now)
     seen = []
     for turn in range(30):
-        queue.offer(work(arrival=float(turn), rows=100), float(turn))
+        queue.admit(work(arrival=float(turn), rows=100), float(turn))
         seen.append(queue.next(float(turn))[0].urgent)
         if not seen[-1]:
             queue.next(float(turn))
@@ -236,11 +236,11 @@ def test_what_background_work_took_of_idle_time_is_not_held_against_it():
 def test_background_work_never_starves_behind_urgent_work():
     queue = batcher(background_share=0.1)
     patient = work(key="volume", rows=10_000, sla=Sla())
-    queue.offer(patient, 0.0)
+    queue.admit(patient, 0.0)
     now = spent = 0.0
     while now < 20.0:
         for _ in range(64):
-            queue.offer(work(arrival=now), now)
+            queue.admit(work(arrival=now), now)
         batch, _ = queue.next(now)
         spent += 0.0 if batch.urgent else batch.predicted
         now += batch.predicted
@@ -266,7 +266,7 @@ def test_nothing_is_lost_nothing_runs_twice_and_what_runs_is_in_time(arrivals):
         now = max(now, arrival)
         item = work(arrival=now, key=key, rows=rows, sla=Sla(deadline_ms=deadline))
         everything.append(item)
-        if queue.offer(item, now):
+        if queue.admit(item, now):
             answered.append(item)
     ran = dict.fromkeys(everything, 0)
     while queue:
@@ -290,11 +290,11 @@ def test_nothing_is_lost_nothing_runs_twice_and_what_runs_is_in_time(arrivals):
     st.integers(1, 40),
 )
 def test_the_largest_batch_is_in_time_and_no_batch_of_what_is_left_is_larger(waiting, most):
-    stream = Stream("a", 0.99)
+    stream = DeadlineQueue("a", 0.99)
     for deadline, rows in waiting:
         sla = Sla(deadline_ms=1 + deadline * 1e3)
         stream.add(Work("a", rows, 0.0, sla), 0.0)
-    first, count = stream.largest(most, lambda rows: 0.020 + 0.001 * rows)
+    first, count = stream.largest_batch(most, lambda rows: 0.020 + 0.001 * rows)
     rows = rows_of(stream.works[first : first + count])
     can = [int((work.deadline - 0.020) / 0.001 + 1e-6) for work in stream.works]
     fits = [min(most, rows) for rows in can]
@@ -313,7 +313,7 @@ def test_the_largest_batch_is_in_time_and_no_batch_of_what_is_left_is_larger(wai
 def test_work_of_several_rows_is_not_given_up_for_packing_badly():
     queue = batcher()
     for rows in (128, 128, 44):
-        queue.offer(work(rows=rows, sla=LOOSE), 0.0)
+        queue.admit(work(rows=rows, sla=LOOSE), 0.0)
     ran = [queue.next(now) for now in (0.0, 0.2, 0.4)]
     assert [(batch.rows, refused) for batch, refused in ran] == [(128, []), (128, []), (44, [])]
 
@@ -321,12 +321,12 @@ def test_work_of_several_rows_is_not_given_up_for_packing_badly():
 def test_stalls_longer_than_the_promise_do_not_close_the_door_for_good():
     made = batcher()
     for turn in range(20):
-        made.offer(work(float(turn)), float(turn))
+        made.admit(work(float(turn)), float(turn))
         batch, _ = made.next(float(turn))
         assert batch is not None
         made.finished(batch, 0.9 if turn % 5 == 4 else 0.021, turn + 0.9)
     late = work(30.0)
-    assert made.offer(late, 30.0) is None
+    assert made.admit(late, 30.0) is None
     batch, refused = made.next(30.0)
     assert batch is not None
     assert not refused
@@ -334,12 +334,12 @@ def test_stalls_longer_than_the_promise_do_not_close_the_door_for_good():
 
 def test_a_batch_that_overruns_is_not_taken_to_end_at_any_moment():
     queue = batcher()
-    queue.offer(work(), 0.0)
+    queue.admit(work(), 0.0)
     batch, _ = queue.next(0.0)  # predicted to end at 0.021
     tight = Sla(deadline_ms=60)
-    assert queue.offer(work(arrival=0.04, sla=tight), 0.04) is None  # free at 0.059, say
-    refusal = queue.offer(work(arrival=0.08, sla=tight), 0.08)  # free at 0.139, as likely as not
+    assert queue.admit(work(arrival=0.04, sla=tight), 0.04) is None  # free at 0.059, say
+    refusal = queue.admit(work(arrival=0.08, sla=tight), 0.08)  # free at 0.139, as likely as not
     assert isinstance(refusal.error, DeadlineRefused)
     assert refusal.error.predicted == pytest.approx(0.08)
     queue.finished(batch, 0.09, 0.09)
-    assert queue.offer(work(arrival=0.09, sla=Sla(deadline_ms=150)), 0.09) is None
+    assert queue.admit(work(arrival=0.09, sla=Sla(deadline_ms=150)), 0.09) is None
