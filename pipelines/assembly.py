@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -140,14 +141,12 @@ def _described(vertical: Vertical[Any, Any], config: Config) -> dict[str, Any]:
 
 
 def sample_data() -> Path:
-    """The folder ``sample_data`` of the repository this package is run from.
+    """The folder of sample payments and a sample CT study that comes with the package.
 
     Raises:
-        ConfigError: an installed package without its repository.
+        ConfigError: it was left out when the package was built.
     """
-    for folder in (Path(__file__).resolve().parents[1], Path.cwd()):
-        if (folder / "sample_data").is_dir():
-            return folder / "sample_data"
-    raise ConfigError(
-        "there is no folder sample_data", hint="run it from a checkout of the repository"
-    )
+    folder = Path(str(importlib.resources.files("plinth"))) / "sample_data"
+    if not folder.is_dir():
+        raise ConfigError(f"there is no {folder}", hint="install plinth-engine again")
+    return folder

@@ -8,11 +8,8 @@ python sample_data/make_ct_phantom.py /tmp/odd --tilt 15 --missing 10 --compress
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plinth.verticals.medical.phantom.chest import Phantom
 from plinth.verticals.medical.phantom.dicom import SYNTAX, Faults, write_series

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from plinth.verticals.finance.training.simulator import (
     Population,

@@ -180,7 +180,7 @@ def test_a_folder_of_csv_files_becomes_reports(plugged: Environment, tmp_path: P
     recordings.mkdir()
     for name, samples in (("pump-7", KNOCKING), ("fan-1", HUMMING), ("cut-off", HUMMING[:9])):
         (recordings / f"{name}.csv").write_text("\n".join(map(str, samples)))
-    words = ("batch", recordings, "--out", tmp_path / "out", "--vertical", "sensors", "--json")
+    words = ("batch", "sensors", recordings, "--out", tmp_path / "out", "--json")
     done = subprocess.run(
         plugged.command(*words),
         env=plugged.env,

@@ -21,9 +21,9 @@ from plinth.verticals.testing import devices_named
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("engine", "verticals", "pipelines")
 MAY_IMPORT = {
-    "engine": {"engine"},
-    "verticals": {"engine", "verticals"},
-    "pipelines": {"engine", "verticals", "pipelines"},
+    "engine": {"distribution", "engine"},
+    "verticals": {"distribution", "engine", "verticals"},
+    "pipelines": {"distribution", "engine", "verticals", "pipelines"},
 }
 DOORS = {
     *("fastapi", "starlette", "uvicorn", "granian", "httpx", "requests", "aiohttp", "http"),

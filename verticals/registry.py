@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from plinth.distribution import extra_of, install_hint
 from plinth.engine import ConfigError, PlinthError
 from plinth.verticals.contract import Settings, Vertical
 
@@ -58,7 +59,7 @@ def find(name: str) -> type[Vertical[Any, Any]]:
     """
     found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
     if not found:
-        raise _unknown(name)
+        raise unknown(name)
     if len(found) > 1:
         owners = " and ".join(sorted(_owner(entry) for entry in found))
         raise ConfigError(
@@ -123,7 +124,7 @@ def _import(entry: EntryPoint) -> object:
         raise ConfigError(
             f"vertical {entry.name!r} of {_owner(entry)} needs the module {error.name!r}, "
             "which is not installed",
-            hint=_install_hint(entry),
+            hint=_install_hint(entry, error.name or ""),
         ) from error
     except (Exception, SystemExit) as error:
         raise ConfigError(
@@ -133,9 +134,12 @@ def _import(entry: EntryPoint) -> object:
         ) from error
 
 
-def _install_hint(entry: EntryPoint) -> str:
+def _install_hint(entry: EntryPoint, module: str) -> str:
+    """The extra that brings the module; else the one named like the vertical; else all of it."""
     if entry.dist is None:
         return f"install what {entry.value!r} imports"
+    if extra_of(module, entry.dist.name):
+        return install_hint(module, entry.dist.name)
     extras = entry.dist.metadata.get_all("Provides-Extra") or []
     extra = f"[{entry.name}]" if entry.name in extras else ""
     return f"pip install '{entry.dist.name}{extra}'"
@@ -164,7 +168,8 @@ def _checked(entry: EntryPoint, loaded: object) -> type[Vertical[Any, Any]]:
     return loaded
 
 
-def _unknown(name: str) -> ConfigError:
+def unknown(name: str) -> ConfigError:
+    """The error for a name no installed vertical has, with the nearest one that is."""
     installed = names()
     if not installed:
         return ConfigError(

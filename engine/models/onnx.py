@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,20 +16,91 @@ MAX_BYTES = 2 << 30
 Contract = tuple[str, tuple[int | None, ...], str]
 
 
-def read_contract(path: Path) -> tuple[list[Contract], list[Contract]]:
+def read_contract(
+    path: Path, only: Sequence[str] | None = None
+) -> tuple[list[Contract], list[Contract]]:
     """Inputs and outputs of an ONNX file: name, shape of one row, dtype.
 
+    Args:
+        path: the file.
+        only: names of the outputs to keep; by default all of them.
+
     Raises:
-        ModelError: not there, too large, not valid, weights outside the file, or a fixed
-            number of rows.
+        ModelError: not there, too large, not valid, weights outside the file, an output that is
+            no tensor or is not there, or a fixed number of rows.
     """
     graph = _graph(path)
     weights = {tensor.name for tensor in graph.initializer}
-    inputs = [_contract(path, "input", i) for i in graph.input if i.name not in weights]
-    outputs = [_contract(path, "output", value) for value in graph.output]
-    if not inputs or not outputs:
+    given = [value for value in graph.input if value.name not in weights]
+    made = {value.name: value for value in graph.output}
+    if not given or not made:
         raise ModelError(f"{path} has no inputs or no outputs")
+    if absent := [name for name in only or () if name not in made]:
+        raise ModelError(f"{path} has no output {absent[0]}", hint=f"it has {sorted(made)}")
+    kept = [made[name] for name in only] if only else list(made.values())
+    for value in kept:
+        _need_numbers(path, value, made)
+    inputs = [_contract(path, "input", value) for value in given]
+    fixed = {value.name for value in kept if _fixed_rows(value) is not None}
+    free = _rows_follow(path, inputs, fixed) if fixed else frozenset()
+    outputs = [_contract(path, "output", value, value.name in free) for value in kept]
     return inputs, outputs
+
+
+def _need_numbers(path: Path, value: Any, made: Mapping[str, Any]) -> None:
+    """Refuse what a classifier may be exported with: a list of maps (ZipMap), labels in words."""
+    if _is_numbers(value):
+        return
+    tensors = [name for name, other in made.items() if _is_numbers(other)]
+    keep = f"keep only {', '.join(tensors)}: --output {tensors[0]}" if tensors else ""
+    if value.type.HasField("tensor_type"):
+        raise ModelError(
+            f"{path}: output {value.name} is text, not numbers",
+            hint=keep or "train it on numbered classes",
+        )
+    raise ModelError(
+        f"{path}: output {value.name} is a sequence or a map, not a tensor",
+        hint="export it with plain tensors: skl2onnx.to_onnx(model, X, options={'zipmap': False}), "
+        "onnxmltools.convert_lightgbm(model, ..., zipmap=False)" + (f"; or {keep}" if keep else ""),
+    )
+
+
+def _is_numbers(value: Any) -> bool:
+    import onnx
+
+    kind, text = value.type, onnx.TensorProto.STRING
+    return bool(kind.HasField("tensor_type") and kind.tensor_type.elem_type != text)
+
+
+def _fixed_rows(value: Any) -> int | None:
+    shape = value.type.tensor_type.shape
+    fixed = shape.dim and shape.dim[0].HasField("dim_value")
+    return int(shape.dim[0].dim_value) if fixed else None
+
+
+def _rows_follow(path: Path, inputs: list[Contract], fixed: set[str]) -> frozenset[str]:
+    """Which outputs have as many rows as the inputs, whatever the graph says of them.
+
+    onnxmltools writes the label of a classifier as one row; what runs gives one for each.
+    """
+    ran = session(path, 1)
+    found = set(fixed)
+    names = sorted(fixed)
+    for rows in (2, 3):
+        feeds = {
+            name: np.zeros([rows, *(32 if size is None else size for size in shape)], dtype)
+            for name, shape, dtype in inputs
+        }
+        try:
+            arrays = ran.run(names, feeds)
+        except Exception as error:
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            return frozenset()
+        for name, array in zip(names, arrays, strict=True):
+            if array.ndim == 0 or len(array) != rows:
+                found.discard(name)
+    return frozenset(found)
 
 
 def _graph(path: Path) -> Any:
@@ -41,6 +113,7 @@ def _graph(path: Path) -> Any:
         ) from error
     if not path.is_file():
         raise ModelError(f"{path} is not a file")
+    _refuse_other_formats(path)
     if path.stat().st_size > MAX_BYTES:
         raise ModelError(f"{path} has more than {MAX_BYTES} bytes, the most an ONNX file can have")
     try:
@@ -62,6 +135,43 @@ def _graph(path: Path) -> Any:
     return model.graph
 
 
+_SKLEARN = (
+    "export it to ONNX where it was trained: "
+    "skl2onnx.to_onnx(model, X, options={'zipmap': False}), or onnxmltools for LightGBM and XGBoost"
+)
+_TORCH = "load it where it was trained and save it with ModelStore.save, or torch.onnx.export"
+_OTHER_FORMATS: tuple[tuple[tuple[str, ...], tuple[bytes, ...], str, str], ...] = (
+    (
+        (".pkl", ".pickle", ".joblib", ".dill"),
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        "is a pickle, and loading a pickle runs whatever code is in it",
+        _SKLEARN,
+    ),
+    (
+        (".pt", ".pth", ".ckpt"),
+        (b"PK\x03\x04",),
+        "is a checkpoint of torch, whose pickle could run code",
+        _TORCH,
+    ),
+    ((".safetensors",), (), "holds weights without a graph", _TORCH),
+    (
+        (".h5", ".keras", ".tflite", ".pb"),
+        (b"\x89HDF",),
+        "is a model of TensorFlow",
+        "convert it where it was trained: python -m tf2onnx.convert",
+    ),
+)
+"""Suffixes and first bytes of model files that are not ONNX, why not, and what instead."""
+
+
+def _refuse_other_formats(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(8)
+    for suffixes, magics, why, instead in _OTHER_FORMATS:
+        if path.suffix.lower() in suffixes or start.startswith(magics):
+            raise ModelError(f"{path} {why}", hint=instead)
+
+
 def _tensors(onnx: Any, graph: Any) -> Iterator[Any]:
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
@@ -78,14 +188,13 @@ def _external(onnx: Any, tensor: Any) -> bool:
     return bool(tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
-def _contract(path: Path, kind: str, value: Any) -> Contract:
+def _contract(path: Path, kind: str, value: Any, free: bool = False) -> Contract:
+    """One tensor of the graph; ``free``: its rows were seen to follow those of the inputs."""
     import onnx
 
     where = f"{path}: {kind} {value.name}"
     if not value.type.HasField("tensor_type"):
-        raise ModelError(
-            f"{where} is not a tensor", hint="export the model without sequences and maps"
-        )
+        raise ModelError(f"{where} is not a tensor", hint="export the model without maps")
     tensor = value.type.tensor_type
     try:
         name = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
@@ -94,7 +203,7 @@ def _contract(path: Path, kind: str, value: Any) -> Contract:
     if not tensor.HasField("shape") or not tensor.shape.dim:
         raise ModelError(f"{where} has no shape with a dimension for rows")
     sizes = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
-    if sizes[0] is not None:
+    if sizes[0] is not None and not free:
         raise ModelError(
             f"{where} is fixed to {sizes[0]} rows, but batches have any number",
             hint="export it with a dynamic first dimension (dynamic_shapes= or dynamic_axes=)",

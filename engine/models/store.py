@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,6 +101,7 @@ class ModelStore:
         *,
         name: str | None = None,
         version: str | None = None,
+        outputs: Sequence[str] | None = None,
     ) -> Path:
         """Check an ONNX file and copy it into a new version. Returns its folder.
 
@@ -109,13 +110,14 @@ class ModelStore:
             path: one file with all weights; the first dimension of its tensors is dynamic.
             name: without a spec, the model's name; by default the file's stem.
             version: without a spec, its version; by default ``"1"``.
+            outputs: without a spec, names of the outputs to keep; by default all.
 
         Raises:
             ModelError: the file is not valid, has a fixed number of rows, keeps weights
                 elsewhere, does not fulfil the spec; or the version exists already.
         """
         path = Path(path)
-        found = read_contract(path)
+        found = read_contract(path, outputs if spec is None else [o.name for o in spec.outputs])
         if spec is None:
             spec = spec_of(path, found, name or path.stem.lower(), version or "1")
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 import psutil
 
 from plinth import __version__
+from plinth.distribution import version
 
 LIBRARIES = ("torch", "numpy", "onnxruntime", "uvloop", "httptools", "mlcommons-loadgen")
 
@@ -35,7 +35,7 @@ def describe() -> dict[str, Any]:
             "python": platform.python_version(),
             "plinth": __version__,
             "commit": commit(),
-            **{name: _version(name) for name in LIBRARIES},
+            **{name: version(name) for name in LIBRARIES},
         },
     }
 
@@ -72,10 +72,3 @@ def _git(folder: Path, *words: str) -> str:
 def _usable() -> int | None:
     """Threads this process may run on: fewer than the machine has when it is pinned."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None

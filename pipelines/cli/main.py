@@ -215,15 +215,17 @@ def stream(
     raise typer.Exit(run_stream(config, name, metrics, as_json))
 
 
-@app.command(epilog="Example: plinth batch ./studies --out ./results --vertical medical")
+@app.command(epilog="Example: plinth batch medical ./studies --out ./results")
 def batch(
-    folder: Annotated[
-        Path | None, typer.Argument(help="Folder to read; default: batch.input.")
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[VERTICAL] [FOLDER]",
+            help="Who reads which folder; one word is the folder. Defaults: batch.vertical, else "
+            "the only vertical that reads folders; batch.input.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
-    vertical: Annotated[
-        str | None, typer.Option("--vertical", help="Who reads it; default: the only one.")
-    ] = None,
     config_file: ConfigOption = None,
     workers: Annotated[int | None, typer.Option(help="Items inferred at the same time.")] = None,
     resume: Annotated[
@@ -241,8 +243,9 @@ def batch(
 
     Outputs are in OUT/<item>/, the journal in OUT/journal.jsonl, failures in OUT/failed.jsonl.
     """
-    from plinth.pipelines.cli.runs import run_batch
+    from plinth.pipelines.cli.runs import batch_words, run_batch
 
+    vertical, folder = batch_words(what or [])
     config = _load(
         config_file,
         **{
@@ -299,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _explain(error: Exception, debug: bool) -> int:
+    from plinth.distribution import install_hint
     from plinth.engine.errors import ConfigError, PlinthError
 
     if isinstance(error, PlinthError):
@@ -307,7 +311,7 @@ def _explain(error: Exception, debug: bool) -> int:
     if isinstance(error, ModuleNotFoundError):
         show_error(
             f"the module {error.name!r} is not installed",
-            "pip install 'plinth-engine[all]', or an extra: serve, kafka, finance, medical",
+            install_hint(error.name or ""),
         )
         return USAGE
     at = traceback.extract_tb(error.__traceback__)[-1]

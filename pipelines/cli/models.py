@@ -67,13 +67,17 @@ def import_onnx(
     path: Annotated[Path, typer.Argument(help="The .onnx file.")],
     name: Annotated[str, typer.Option(help="Name in the store.")],
     version: Annotated[str, typer.Option(help="Version in the store.")] = "1",
+    output: Annotated[
+        list[str] | None,
+        typer.Option(help="Keep this output; repeat it for several.", show_default="all"),
+    ] = None,
     store: StoreOption = None,
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Copy an ONNX file into the store; inputs and outputs are read from its graph."""
     target = _store(store, config)
-    target.import_onnx(None, path, name=name, version=version)
+    target.import_onnx(None, path, name=name, version=version, outputs=output)
     spec = _find(target, name, version)
     if as_json:
         show_json(spec.model_dump(mode="json"))

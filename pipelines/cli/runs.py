@@ -6,8 +6,9 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -145,6 +146,28 @@ def _stream_line(progress: Any) -> None:
     )
 
 
+def batch_words(words: Sequence[str]) -> tuple[str | None, Path | None]:
+    """Vertical and folder of ``plinth batch [VERTICAL] [FOLDER]``; one word is the folder.
+
+    Raises:
+        ConfigError: more than two words, or a vertical where the folder is missing.
+    """
+    if len(words) > 2:
+        raise ConfigError(
+            f"batch takes a vertical and a folder, not {len(words)} words",
+            hint="plinth batch VERTICAL FOLDER --out DIR; quote a name with spaces",
+        )
+    if not words:
+        return None, None
+    *vertical, folder = words
+    if not vertical and folder in registry.names() and not Path(folder).is_dir():
+        raise ConfigError(
+            f"{folder} is a vertical; the folder is missing",
+            hint=f"plinth batch {folder} FOLDER --out DIR",
+        )
+    return (vertical[0] if vertical else None), Path(folder)
+
+
 def run_batch(config: Config, as_json: bool) -> int:
     """``plinth batch``: returns the exit code.
 
@@ -155,7 +178,8 @@ def run_batch(config: Config, as_json: bool) -> int:
     if settings.input is None or settings.output is None:
         missing = "input folder" if settings.input is None else "output folder"
         raise ConfigError(
-            f"the batch has no {missing}", hint="plinth batch FOLDER --out DIR, or a [batch] table"
+            f"the batch has no {missing}",
+            hint="plinth batch VERTICAL FOLDER --out DIR, or a [batch] table",
         )
     check_folders(settings.input, settings.output)
     name = settings.vertical or _only_folder_vertical()
@@ -200,7 +224,7 @@ def _only_folder_vertical() -> str:
     if len(able) != 1:
         raise ConfigError(
             f"which vertical? these read folders: {', '.join(able) or 'none'}",
-            hint="name it with --vertical",
+            hint="name it: plinth batch VERTICAL FOLDER --out DIR",
         )
     return able[0]
 

@@ -26,6 +26,7 @@ from pydantic import (
 from plinth.engine.errors import ConfigError
 from plinth.pipelines.config.source import Origin, Place, from_env, places, put, validated
 from plinth.pipelines.stream.settings import StreamConfig
+from plinth.verticals import registry
 
 DEFAULT_FILE = Path("plinth.toml")
 RESERVED = ("sla", "batch_range")
@@ -283,7 +284,20 @@ def load(
     origin = Origin(file, dict(places(text)), variables)
     config = validated(Config, data, (), origin)
     config._origin = origin
+    _check_verticals(config)
     return config
+
+
+def _check_verticals(config: Config) -> None:
+    """Whatever a command runs, the name of a vertical that is not installed stops it."""
+    named: list[tuple[str, Place]] = [(name, ("verticals", name)) for name in config.verticals]
+    if config.batch.vertical is not None:
+        named.append((config.batch.vertical, ("batch", "vertical")))
+    installed = registry.names()
+    for name, place in named:
+        if name not in installed:
+            error = registry.unknown(name)
+            raise ConfigError(f"{config.origin.where(place)}{error.message}", hint=error.hint)
 
 
 def _read(file: Path) -> str:

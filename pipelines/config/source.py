@@ -43,7 +43,13 @@ class Origin:
                 return f"{name}: "
             if line := self.lines.get(place[:end]):
                 return f"{self.file}:{line}: "
-        return ""
+        said = [f"{name}: " for below, name in self.variables.items() if _below(below, place)]
+        said += [f"{self.file}:{n}: " for below, n in self.lines.items() if _below(below, place)]
+        return said[0] if said and place else ""
+
+
+def _below(key: Place, table: Place) -> bool:
+    return key[: len(table)] == table
 
 
 def validated(kind: type[M], data: Mapping[str, Any], at: Place, origin: Origin) -> M:

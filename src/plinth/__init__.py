@@ -12,8 +12,9 @@ Domains have doors of their own: ``from plinth.medical import DICOMLoader``,
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
+
+from plinth.distribution import version
 
 if TYPE_CHECKING:
     from plinth.engine import (
@@ -73,13 +74,9 @@ __all__ = [
     "from_pretrained",
 ]
 
-DISTRIBUTION = "plinth-engine"
 _VERTICALS = ("Item", "Settings", "Vertical")
 
-try:
-    __version__ = version(DISTRIBUTION)
-except PackageNotFoundError:  # a checkout on the path, not installed
-    __version__ = "0+unknown"
+__version__ = version()
 
 
 def __getattr__(name: str) -> object:

@@ -1,5 +1,7 @@
 """ONNX files in the store: checked, described from their graph, run by the engine as any model."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -114,3 +116,140 @@ def test_a_changed_byte_is_found(store, tmp_path):
     (folder / "model.onnx").write_bytes(data)
     with pytest.raises(ModelError, match="not what was saved"):
         store.load("line")
+
+
+CASES = Path(__file__).resolve().parents[3] / "shared" / "cases" / "newcomer"
+needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason="the folder of cases is not here")
+
+
+def classifier(label=TensorProto.INT64, *, zipmap, label_rows=None):
+    """Three classes; the label's rows and the list of maps as the common exporters write them."""
+    nodes = [
+        helper.make_node(
+            "LinearClassifier",
+            ["x"],
+            ["label", "raw"],
+            domain="ai.onnx.ml",
+            coefficients=[1.0, 0.0, 0.0, 1.0, -1.0, -1.0],
+            intercepts=[0.0, 0.0, 0.0],
+            post_transform="SOFTMAX",
+            **(
+                {"classlabels_ints": [0, 1, 2]}
+                if label == TensorProto.INT64
+                else {"classlabels_strings": ["a", "b", "c"]}
+            ),
+        )
+    ]
+    outputs = [helper.make_tensor_value_info("label", label, [label_rows])]
+    if zipmap:
+        nodes.append(
+            helper.make_node(
+                "ZipMap", ["raw"], ["scores"], domain="ai.onnx.ml", classlabels_int64s=[0, 1, 2]
+            )
+        )
+        item = helper.make_map_type_proto(
+            TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, [])
+        )
+        outputs.append(helper.make_value_info("scores", helper.make_sequence_type_proto(item)))
+    else:
+        nodes.append(helper.make_node("Identity", ["raw"], ["scores"]))
+        outputs.append(helper.make_tensor_value_info("scores", TensorProto.FLOAT, [None, 3]))
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 2])]
+    return helper.make_graph(nodes, "classifier", inputs, outputs)
+
+
+def write_ml(path, body):
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+    model = helper.make_model(body, opset_imports=opsets)
+    model.ir_version = 9
+    onnx.save_model(model, path)
+    return path
+
+
+def run_rows(store, name, rows):
+    model = store.load(name)
+
+    def flow():
+        return (yield Call(name, rows))
+
+    with Engine() as engine:
+        engine.add(model)
+        return engine.run(flow()).value
+
+
+@pytest.mark.parametrize("label_rows", [None, 1])
+def test_a_classifier_with_plain_tensors_gives_labels_and_probabilities(
+    store, tmp_path, label_rows
+):
+    path = write_ml(tmp_path / "c.onnx", classifier(zipmap=False, label_rows=label_rows))
+    store.import_onnx(None, path)
+    found = run_rows(store, "c", torch.tensor([[9.0, 0.0], [0.0, 9.0], [-9.0, -9.0]]))
+    assert found["label"].tolist() == [0, 1, 2]
+    assert torch.allclose(found["scores"].sum(1), torch.ones(3))
+    assert found["scores"].argmax(1).tolist() == [0, 1, 2]
+
+
+def test_a_list_of_maps_is_refused_with_the_exact_option_or_left_out_on_request(store, tmp_path):
+    path = write_ml(tmp_path / "c.onnx", classifier(zipmap=True))
+    with pytest.raises(ModelError) as refused:
+        store.import_onnx(None, path)
+    assert "output scores is a sequence or a map" in str(refused.value)
+    assert "options={'zipmap': False}" in str(refused.value)
+    assert "--output label" in str(refused.value)
+    store.import_onnx(None, path, outputs=["label"])
+    found = run_rows(store, "c", torch.tensor([[0.0, 9.0], [9.0, 0.0]]))
+    assert found.tolist() == [1, 0]
+    with pytest.raises(ModelError, match=r"no output nonsense.*label"):
+        store.import_onnx(None, path, version="2", outputs=["nonsense"])
+
+
+def test_labels_that_are_words_are_refused_with_what_to_keep(store, tmp_path):
+    path = write_ml(tmp_path / "c.onnx", classifier(TensorProto.STRING, zipmap=False))
+    with pytest.raises(ModelError, match=r"output label.*text.*--output scores"):
+        store.import_onnx(None, path)
+    store.import_onnx(None, path, outputs=["scores"])
+    assert run_rows(store, "c", torch.zeros(4, 2)).shape == (4, 3)
+
+
+def test_an_output_that_really_has_one_row_is_refused(store, tmp_path):
+    body = helper.make_graph(
+        [helper.make_node("ReduceSum", ["x"], ["y"], keepdims=1)],
+        "total",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1])],
+    )
+    with pytest.raises(ModelError, match="output y is fixed to 1 rows"):
+        store.import_onnx(None, write(tmp_path / "total.onnx", body))
+
+
+@needs_cases
+def test_a_lightgbm_classifier_is_imported(store):
+    store.import_onnx(None, CASES / "lgbc_nz.onnx", name="trees")
+    found = run_rows(store, "trees", torch.tensor([[5.0, 0.0, 0.0], [-5.0, 0.0, 0.0]]))
+    assert found["label"].tolist() == [1, 0]
+    assert found["probabilities"].shape == (2, 2)
+    assert torch.allclose(found["probabilities"].sum(1), torch.ones(2))
+
+
+@needs_cases
+def test_a_scikit_learn_classifier_says_how_to_export_it(store):
+    with pytest.raises(ModelError, match=r"skl2onnx\.to_onnx\(model, X, options=\{'zipmap': Fals"):
+        store.import_onnx(None, CASES / "skc.onnx")
+    store.import_onnx(None, CASES / "skc.onnx", outputs=["output_label"])
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "said"),
+    [
+        ("m.pkl", b"\x80\x04\x95", "is a pickle.*skl2onnx"),
+        ("m.joblib", b"ZF123456", "is a pickle.*skl2onnx"),
+        ("m.onnx", b"\x80\x05\x95\x00", "is a pickle.*skl2onnx"),
+        ("m.pt", b"PK\x03\x04", r"checkpoint of torch.*ModelStore\.save"),
+        ("m.safetensors", b"\x08\x00\x00", "without a graph"),
+        ("m.keras", b"PK\x03\x04", "tf2onnx|checkpoint"),
+    ],
+)
+def test_files_of_other_kinds_are_told_what_to_do_instead(store, tmp_path, name, start, said):
+    (tmp_path / name).write_bytes(start + b" more")
+    with pytest.raises(ModelError, match=said):
+        store.import_onnx(None, tmp_path / name)

@@ -272,8 +272,8 @@ class Command:
     @contextlib.contextmanager
     def running(self) -> Iterator[subprocess.Popen[str]]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "plinth", "batch", self.folder, "--out", self.out,
-             "--vertical", "shelf", "--json"],
+            [sys.executable, "-m", "plinth", "batch", "shelf", self.folder,
+             "--out", self.out, "--json"],
             env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         try:

@@ -105,7 +105,10 @@ def test_list_and_check_for_scripts_and_people(plinth: Plinth) -> None:
     [
         ("[serve]\nprot = 1", "plinth.toml:2: unknown key serve.prot; did you mean 'port'?"),
         ("[verticals.tiny]\nofset = 1", "plinth.toml:2: unknown key verticals.tiny.ofset"),
-        ("[verticals.tinny]\nx = 1", "did you mean 'tiny'?"),
+        (
+            "[verticals.tinny]\nx = 1",
+            "plinth.toml:1: no vertical named 'tinny', did you mean 'tiny'",
+        ),
         ("[serve]\napi_key_env = 'NO_SUCH_KEY'", "NO_SUCH_KEY, which is not set"),
     ],
 )
@@ -123,6 +126,39 @@ def test_wrong_arguments_exit_with_2(plinth: Plinth) -> None:
     assert "no output folder" in plinth("batch", ".", code=2)[1]
     assert "no topics" in plinth("stream", "tiny", code=2)[1]
     assert "nosuch" in plinth("serve", "nosuch", "--port", "0", code=2)[1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", "finance"],
+        ["serve", "finance", "--port", "0"],
+        ["stream", "finance", "--input-topic", "a", "--output-topic", "b"],
+        ["batch", "shelf", ".", "--out", "out"],
+        ["benchmark", "finance"],
+        ["models", "list"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_misspelt_vertical_in_the_file_stops_commands_that_run_others(
+    plinth: Plinth, words: list[str]
+) -> None:
+    (plinth.folder / "plinth.toml").write_text("[verticals.fiance]\n")
+    _, err = plinth(*words, code=2)
+    assert "plinth.toml:1: no vertical named 'fiance', did you mean 'finance'?" in err
+
+
+def test_batch_takes_a_vertical_and_a_folder(plinth: Plinth) -> None:
+    (plinth.folder / "in").mkdir()
+    assert "takes a vertical and a folder" in plinth("batch", "a", "b", "c", code=2)[1]
+    assert "shelf is a vertical; the folder is missing" in plinth("batch", "shelf", code=2)[1]
+    assert "which vertical?" in plinth("batch", "in", "--out", "out", code=2)[1]
+    (plinth.folder / "plinth.toml").write_text(
+        "[batch]\nvertical = 'shelf'\ninput = 'in'\noutput = 'out'\n"
+    )
+    (plinth.folder / "in" / "a.txt").write_text("1")
+    assert json.loads(plinth("batch", "--json")[0])["states"] == {"a": "done"}
+    assert json.loads(plinth("batch", "in", "--json")[0])["states"] == {"a": "skipped"}
 
 
 def test_debug_shows_the_traceback(plinth: Plinth) -> None:
@@ -205,7 +241,7 @@ def test_batch_prints_its_summary_as_json(plinth: Plinth) -> None:
     folder: Any = plinth.folder / "in"
     folder.mkdir()
     (folder / "a.txt").write_text("1")
-    arguments = ("batch", "in", "--out", "out", "--vertical", "shelf", "--json")
+    arguments = ("batch", "shelf", "in", "--out", "out", "--json")
     summary = json.loads(plinth(*arguments)[0])
     assert summary["done"] == 1
     (folder / "b.txt").write_text("x")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic.fields import FieldInfo
-from tiny_verticals import Tiny
+from tiny_verticals import Tiny, install
 
 from plinth.engine import ConfigError, Sla
 from plinth.pipelines.assembly import sla_of
@@ -28,6 +28,13 @@ from plinth.pipelines.config.settings import (
 from plinth.pipelines.config.source import validated
 
 Write = Callable[[str], Path]
+
+
+@pytest.fixture(autouse=True)
+def tiny_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config may only name verticals that are installed."""
+    install(tmp_path / "site")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
 
 
 @pytest.fixture
@@ -154,6 +161,26 @@ def test_environment_beats_the_file_and_the_command_line_beats_both(write: Write
     env = {"PLINTH_SERVE__PORT": "2", "PLINTH_SERVE__HOST": "::1", "HOME": "/"}
     config = load(path, env=env, overrides={"serve.port": 3, "serve.host": None})
     assert (config.serve.port, config.serve.host, config.serve.max_items) == (3, "::1", 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[verticals.fiance]", r":1: no vertical named 'fiance', did you mean 'finance'\?"),
+        ("[verticals.finance]\n[verticals.mediacl.sla]\nweight = 1", r":2: .*mean 'medical'"),
+        ("[batch]\nvertical = 'shelv'", r":2: no vertical named 'shelv', did you mean 'shelf'"),
+    ],
+)
+def test_a_vertical_nobody_installed_stops_every_command(
+    write: Write, text: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load(write(text), env={})
+
+
+def test_an_unknown_vertical_in_the_environment_is_named_with_its_variable() -> None:
+    with pytest.raises(ConfigError, match=r"PLINTH_VERTICALS__FIANCE__SLA__WEIGHT: no vertical"):
+        load(env={"PLINTH_VERTICALS__FIANCE__SLA__WEIGHT": "2"})
 
 
 def test_environment_reaches_nested_tables_and_verticals() -> None:
