@@ -23,7 +23,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
 
 from plinth.pipelines.cli.embedded_broker import Guarded, free_port
-from plinth.pipelines.stream.kafka_consumer import prepare
+from plinth.pipelines.stream.kafka_clients import prepare
 from plinth.pipelines.stream.settings import StreamConfig
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "kafka"

@@ -36,7 +36,7 @@ from kafka_node import KafkaNode, find_home  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from plinth.pipelines.stream.kafka_consumer import prepare  # noqa: E402
+from plinth.pipelines.stream.kafka_clients import prepare  # noqa: E402
 from plinth.pipelines.stream.settings import StreamConfig  # noqa: E402
 from plinth.verticals.finance.training.simulator import Population, simulate, transactions_json  # noqa: E402
 

@@ -149,7 +149,7 @@ def serve(
     )
     from plinth.pipelines.assembly import build_engine, load_verticals
     from plinth.pipelines.http import server as door
-    from plinth.pipelines.http.kept_state import kept_states
+    from plinth.pipelines.snapshots import kept_states
 
     bound = door.bind(config.serve.host, config.serve.port)
     verticals = load_verticals(config, names or [])

@@ -1,8 +1,8 @@
 """The folder door: every item below a folder, resumable, one bad item never stops the rest.
 
-``workers + 1`` items are in work, ``workers`` of them may be with the engine: while one waits for
-the device, the next one loads or goes through its own steps. Each item's outputs appear whole in
-``<out>/<id>/``; ``journal.jsonl`` remembers, and ``failed.jsonl`` lists what failed and why.
+While one item infers, the next one loads: ``workers`` items are in the engine and one more is
+ready. Each item's outputs appear whole in ``<out>/<id>/``; ``journal.jsonl`` remembers, and
+``failed.jsonl`` lists what failed and why.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Batch:
         folder: where items are found.
         out: where outputs go; not inside ``folder``.
         sla: the promise per item; background by default.
-        workers: items with the engine at the same time; one more is in work.
+        workers: items in the engine at the same time.
         resume: skip what the journal has as done by the same models on the same files.
         retry_failed: run items again that failed before.
         on_progress: told what happens.

@@ -14,14 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from plinth.engine import Answer, Engine, Flow, InputError, PlinthError, Sla
+from plinth.engine import Answer, Engine, InputError, PlinthError, Sla
 from plinth.verticals import Item, Settings, Vertical
 
 log = logging.getLogger("plinth.items")
-
-T = TypeVar("T")
 
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
@@ -48,7 +46,7 @@ class Steps:
     """Hooks of the one who drives items.
 
     Args:
-        device: held while a call of the item is with the engine, never while its own steps run.
+        device: held while the engine works, bounds how many items infer at a time.
         on_stage: told ``"load"``, ``"infer"``, ``"write"`` as they begin.
     """
 
@@ -130,8 +128,9 @@ def analyse(
     try:
         steps.on_stage("load")
         request = vertical.load(item)
-        steps.on_stage("infer")
-        answer = engine.run(calls_within(steps.device, vertical.infer([request])), sla)
+        with steps.device:
+            steps.on_stage("infer")
+            answer = engine.run(vertical.infer([request]), sla)
         result = answer.value[0]
         if isinstance(result, InputError):
             raise result
@@ -153,28 +152,6 @@ def analyse(
             hint="this is a fault in the software; the log has the place",
         ) from error
     return Finished(folder, files, answer, time.perf_counter() - started)
-
-
-def calls_within(slot: AbstractContextManager[Any], flow: Flow[T]) -> Flow[T]:
-    """The same flow; ``slot`` is held from each of its calls to that call's answer.
-
-    The flow's own steps (rules, measurements on the host) run without the slot, so that another
-    item's calls keep the device busy meanwhile.
-    """
-    try:
-        call = next(flow)
-        while True:
-            try:
-                with slot:
-                    answer = yield call
-            except PlinthError as error:
-                call = flow.throw(error)
-            else:
-                call = flow.send(answer)
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
-    finally:
-        flow.close()
 
 
 def write_whole(folder: Path, write: Callable[[Path], list[Path]]) -> tuple[str, ...]:

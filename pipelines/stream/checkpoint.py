@@ -6,75 +6,36 @@ offsets never lead the group's. What lies between is read again and observed wit
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import json
 import logging
-import os
 import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from plinth.engine import ConfigError, InputError
-from plinth.pipelines.stream.loop import Partition
+from plinth.engine import InputError
+from plinth.pipelines.snapshots import read_snapshot, write_snapshot
+from plinth.pipelines.stream.chunks import Partition
 from plinth.verticals.contract import Vertical
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-MAX_HEADER = 1 << 20
 Offsets = dict[Partition, int]
 
 
-@contextlib.contextmanager
-def claim(folder: Path | None, key: str = "stream.state_dir") -> Iterator[str | None]:
-    """Hold a state folder for this process alone; gives the worker's lasting name kept there.
-
-    Args:
-        folder: made if it is not there; ``None`` holds nothing.
-        key: what it is called in the config file.
-
-    Raises:
-        ConfigError: another process holds it, or it cannot be written.
-    """
-    if folder is None:
-        yield None
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("a")
-    except OSError as error:
-        raise ConfigError(
-            f"the state folder {folder} cannot be used: {error.strerror}",
-            hint=f"set {key} to a folder this user may write",
-        ) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"the state folder {folder} is in use by another worker",
-                hint=f"give each worker a {key} of its own",
-            ) from None
-        name = folder / "worker"
-        if not name.exists():
-            _replace(name, uuid.uuid4().hex.encode())
-        yield name.read_text().strip()
-
-
 @dataclass(slots=True)
-class Keeper:
-    """Keeps a vertical's state, and which records are in it.
+class Checkpoint:
+    """A vertical's state, which records are in it, and its snapshot on disk.
 
     Args:
         vertical: whose state it is.
         path: the snapshot file, or ``None`` to keep nothing.
         origin: what must match for a snapshot to be ours: vertical, topic, group.
         replay_max_records: bound of one partition's replay when nothing of it is known.
+
+    Attributes:
+        applied: position of each partition up to which records are in the state.
+        dirty: a flow failed halfway; the state must be built again before it is used.
     """
 
     vertical: Vertical[Any, Any]
@@ -82,7 +43,7 @@ class Keeper:
     origin: dict[str, str]
     replay_max_records: int
     applied: Offsets = field(default_factory=dict, init=False)
-    torn: bool = field(default=False, init=False)
+    dirty: bool = field(default=False, init=False)
     _empty: bytes | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -95,7 +56,7 @@ class Keeper:
         """The vertical has state to keep."""
         return self._empty is not None
 
-    def note(self, ends: Mapping[Partition, int]) -> None:
+    def advance(self, ends: Mapping[Partition, int]) -> None:
         """Records up to ``ends`` are in the state now."""
         self.applied.update(ends)
 
@@ -110,7 +71,7 @@ class Keeper:
         """
         if not self.stateful:
             return {p: (to, to) for p, to in committed.items()}
-        if self.torn or self._ahead(committed):
+        if self.dirty or self._ahead(committed):
             self._load()
             if ahead := self._ahead(committed):
                 log.warning(
@@ -123,7 +84,7 @@ class Keeper:
 
     def save(self) -> None:
         """Write the state and its offsets; call only when all of it is committed."""
-        if self.path is None or not self.stateful or self.torn or not self.applied:
+        if self.path is None or not self.stateful or self.dirty or not self.applied:
             return
         started = time.perf_counter()
         body = self.vertical.snapshot() or b""
@@ -148,7 +109,7 @@ class Keeper:
         assert self._empty is not None
         self.vertical.restore(self._empty)
         self.applied = {}
-        self.torn = False
+        self.dirty = False
 
     def _load(self) -> None:
         self._clear()
@@ -165,50 +126,3 @@ class Keeper:
                 self.path, error,
             )  # fmt: skip
             self._clear()
-
-
-def write_snapshot(
-    path: Path, origin: Mapping[str, str], body: bytes, more: Mapping[str, Any] | None = None
-) -> None:
-    """Replace a snapshot file by a new one, whole or not at all.
-
-    Args:
-        path: the file.
-        origin: whose state it is; must match when it is read.
-        body: the state.
-        more: what else stands in its header, JSON-ready.
-    """
-    header = {"format": FORMAT, "origin": dict(origin), **(more or {}), "bytes": len(body)}
-    head = json.dumps(header, separators=(",", ":")).encode()
-    digest = hashlib.sha256(head + b"\n" + body).hexdigest().encode()
-    _replace(path, digest + b"\n" + head + b"\n" + body)
-
-
-def read_snapshot(path: Path, origin: Mapping[str, str]) -> tuple[dict[str, Any], bytes]:
-    """Header and state of a snapshot file.
-
-    Raises:
-        InputError: it is damaged, or somebody else's.
-    """
-    digest, _, rest = path.read_bytes().partition(b"\n")
-    if hashlib.sha256(rest).hexdigest().encode() != digest:
-        raise InputError("its checksum does not match", field=str(path))
-    head, _, body = rest.partition(b"\n")
-    header: dict[str, Any] = json.loads(head[:MAX_HEADER])
-    if header["format"] != FORMAT or header["origin"] != origin:
-        raise InputError(f"it belongs to another format or origin than {dict(origin)}")
-    return header, body
-
-
-def _replace(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -6,8 +6,15 @@ them, and ``plinth_*`` for the rest. All values are text.
 
 from __future__ import annotations
 
+import logging
+from collections import deque
+
 from plinth.engine import InputError
-from plinth.pipelines.stream.loop import Record
+from plinth.pipelines.stream.chunks import Record, StreamError
+from plinth.pipelines.stream.metrics import DEAD_ALARM, DEAD_SHARE
+from plinth.pipelines.stream.settings import StreamConfig
+
+log = logging.getLogger(__name__)
 
 MAX_TEXT = 500
 MAX_OWN_HEADERS = 16_384
@@ -64,3 +71,60 @@ def payload(record: Record, limit: int) -> tuple[bytes | None, Headers]:
     if value is None or len(value) <= limit:
         return value, []
     return value[:limit], [(TRUNCATED, str(len(value)).encode())]
+
+
+class DeadLetterShare:
+    """The share of dead letters among the latest records, with an alarm and, if asked, an end.
+
+    Args:
+        config: window and thresholds.
+    """
+
+    def __init__(self, config: StreamConfig) -> None:
+        self.config = config
+        self.alarm = False
+        self._latest: deque[tuple[int, int]] = deque()
+        self._records = self._dead = 0
+
+    def take(self, records: int, dead: int) -> None:
+        """Count a chunk before it is committed.
+
+        Nothing is judged before a tenth of the window has been seen.
+
+        Raises:
+            StreamError: the share is above ``dead_letter_stop_share``.
+        """
+        config, topic = self.config, self.config.input_topic
+        self._latest.append((records, dead))
+        self._records += records
+        self._dead += dead
+        while self._records - self._latest[0][0] >= config.dead_letter_window:
+            old, old_dead = self._latest.popleft()
+            self._records -= old
+            self._dead -= old_dead
+        if not self._records or (not dead and not self._dead and not self.alarm):
+            return
+        share = self._dead / self._records
+        DEAD_SHARE.labels(topic).set(share)
+        if self._records < config.dead_letter_window // 10:
+            return
+        self._sound(share > config.dead_letter_alarm_share, share)
+        if config.dead_letter_stop_share is not None and share > config.dead_letter_stop_share:
+            raise StreamError(
+                f"{share:.0%} of the latest {self._records} records of {topic} have no answer, "
+                f"above stream.dead_letter_stop_share = {config.dead_letter_stop_share:g}",
+                hint="the latest dead letters say why (plinth_error-reason); the chunk in hand "
+                "was not committed and will be read again",
+            )
+
+    def _sound(self, alarm: bool, share: float) -> None:
+        topic = self.config.input_topic
+        if alarm and not self.alarm:
+            log.error(
+                "%.0f %% of the latest %d records of %s are dead letters; their headers say why",
+                share * 100, self._records, topic,
+            )  # fmt: skip
+        elif self.alarm and not alarm:
+            log.warning("dead letters of %s are down to %.1f %%", topic, share * 100)
+        self.alarm = alarm
+        DEAD_ALARM.labels(topic).set(alarm)

@@ -1,34 +1,34 @@
-"""The Kafka side of the stream: connecting, topics, and the reader."""
+"""The member of the consumer group: gives chunks, and knows offsets, lag and what was lost."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from kafka import KafkaConsumer
-from kafka.admin import KafkaAdminClient
 from kafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from kafka.errors import (
-    AuthorizationError,
-    FencedInstanceIdError,
     KafkaError,
     KafkaTimeoutError,
-    TopicAlreadyExistsError,
-    UnknownTopicOrPartitionError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
 )
 from kafka.structs import TopicPartition
 
-from plinth.engine import ConfigError
-from plinth.pipelines.stream.abandonable import Lane
-from plinth.pipelines.stream.kafka_producer import connect
+from plinth.pipelines.stream.chunks import Chunk, Partition, Record, Rewind
+from plinth.pipelines.stream.kafka_clients import (
+    AbandonableThread,
+    as_offsets,
+    connect,
+    hopeless,
+    missing_topics,
+    unreachable,
+)
 from plinth.pipelines.stream.kafka_replay import Replay
-from plinth.pipelines.stream.kafka_sink import StreamError, as_offsets, namesake
-from plinth.pipelines.stream.loop import Chunk, Partition, Record, Rewind
-from plinth.pipelines.stream.metrics import LAG, PARTITIONS
+from plinth.pipelines.stream.metrics import LAG, LOST, OPEN_TRANSACTION, PARTITIONS
 from plinth.pipelines.stream.settings import StreamConfig
 
 log = logging.getLogger(__name__)
@@ -36,105 +36,6 @@ log = logging.getLogger(__name__)
 IDLE_MS = 200
 KEEP_ALIVE_S = 1.0
 Plan = dict[Partition, tuple[int, int]]
-
-
-def prepare(config: StreamConfig) -> dict[str, int]:
-    """Reach the broker and see that the topics are there; number of partitions by topic.
-
-    Raises:
-        ConfigError: no broker answers, it refuses us, or topics are missing; says what to do.
-    """
-    options = config.client()
-    try:
-        with _hushed():
-            admin = connect(
-                KafkaAdminClient,
-                **options,
-                request_timeout_ms=int(config.connect_timeout_s * 1e3),
-            )
-    except (KafkaError, OSError, ValueError) as error:
-        raise _unreachable(config, error) from None
-    try:
-        return _topics(admin, config)
-    except KafkaError as error:
-        raise _unreachable(config, error) from None
-    finally:
-        admin.close()
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """No log of each attempt to connect: the error that follows says it once."""
-    logger = logging.getLogger("kafka")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _topics(admin: Any, config: StreamConfig) -> dict[str, int]:
-    wanted = _topics_of(config)
-    found = _counts(admin, wanted)
-    missing = [name for name in wanted if name not in found]
-    if missing and not config.create_topics:
-        raise ConfigError(
-            f"missing on {config.bootstrap_servers}: topic " + ", ".join(missing),
-            hint="create them (kafka-topics.sh --create --topic NAME --partitions N) or set "
-            "stream.create_topics = true",
-        )
-    for name in missing:
-        count = found.get(config.input_topic, config.partitions)
-        try:
-            admin.create_topics(
-                {name: {"num_partitions": count, "replication_factor": config.replication_factor}},
-                wait_for_metadata=True,
-            )
-        except TopicAlreadyExistsError:
-            log.debug("topic %s was created by another worker meanwhile", name)
-    return _counts(admin, wanted) if missing else found
-
-
-def _topics_of(config: StreamConfig) -> tuple[str, str, str]:
-    return config.input_topic, config.output_topic, config.dead_letters
-
-
-def _counts(admin: Any, names: tuple[str, ...]) -> dict[str, int]:
-    return {
-        topic["name"]: len(topic["partitions"])
-        for topic in admin.describe_topics(list(names))
-        if not topic["error_code"] and topic["partitions"]
-    }
-
-
-def vanished(config: StreamConfig) -> set[str] | None:
-    """Topics of the stream that the cluster does not have; ``None`` if it does not say."""
-    try:
-        with _hushed():
-            admin = connect(KafkaAdminClient, **config.client())
-            try:
-                found = admin.describe_topics(list(_topics_of(config)))
-            finally:
-                admin.close()
-    except (KafkaError, OSError, ValueError) as error:
-        log.debug("asking for the topics failed: %r", error)
-        return None
-    return {t["name"] for t in found if t["error_code"] == UnknownTopicOrPartitionError.errno}
-
-
-def _unreachable(config: StreamConfig, error: Exception) -> ConfigError:
-    if isinstance(error, AuthorizationError):
-        return ConfigError(
-            f"{config.bootstrap_servers} refuses this client: {type(error).__name__}",
-            hint="it needs Describe on the input, output and dead-letter topics",
-        )
-    return ConfigError(
-        f"no Kafka broker answers at {config.bootstrap_servers} within "
-        f"{config.connect_timeout_s:g} s ({type(error).__name__})",
-        hint="check stream.bootstrap_servers, that the broker runs and advertises an address "
-        "reachable from here, and stream.security_protocol",
-    )
 
 
 def _member(config: StreamConfig, identity: str) -> Any:
@@ -147,8 +48,9 @@ def _member(config: StreamConfig, identity: str) -> Any:
         group_id=config.group,
         group_instance_id=config.instance_id,
         enable_auto_commit=False,
-        auto_offset_reset="earliest",
+        auto_offset_reset="none",  # records that were deleted unread are counted, not skipped
         isolation_level="read_committed",
+        metadata_max_age_ms=config.metadata_max_age_ms,
         session_timeout_ms=config.session_timeout_ms,
         heartbeat_interval_ms=max(250, min(3_000, config.session_timeout_ms // 5)),
         partition_assignment_strategy=[StickyPartitionAssignor],
@@ -156,23 +58,23 @@ def _member(config: StreamConfig, identity: str) -> Any:
         allow_auto_create_topics=False,
     )
     # a group leader that does not know the topic yet would assign nothing at first
-    lane = Lane("plinth-metadata")
-    job = lane.start(partial(consumer.partitions_for_topic, config.input_topic))
-    lane.close()
+    thread = AbandonableThread("plinth-metadata")
+    asked = thread.start(partial(consumer.partitions_for_topic, config.input_topic))
+    thread.close()
     try:
-        job.wait(config.connect_timeout_s)
+        asked.wait(config.connect_timeout_s)
     except BaseException:
         consumer.close(autocommit=False, timeout_ms=1_000)
         raise
     return consumer
 
 
-class KafkaReader:
+class GroupConsumer:
     """A member of the consumer group that gives chunks of records.
 
-    Whenever the membership changes, :meth:`take` discards what it has and raises Rewind; the
-    owner then calls :meth:`committed` and :meth:`begin`, which seek every partition anew. So no
-    record of an older membership is ever used, and none is skipped.
+    Whenever the membership changes, :meth:`poll` discards what it has and raises Rewind; the
+    run loop then calls :meth:`committed` and :meth:`begin`, which seek every partition anew. So
+    no record of an older membership is ever used, and none is skipped.
     """
 
     def __init__(self, config: StreamConfig, identity: str) -> None:
@@ -181,17 +83,26 @@ class KafkaReader:
         try:
             self.consumer = _member(config, identity)
         except (KafkaError, TimeoutError) as error:
-            raise _unreachable(config, error) from None
+            raise unreachable(config, error) from None
         self._timeout_ms = config.commit_timeout_ms
         self._claim: tuple[int, str, frozenset[Any]] | None = None
         self._positions: dict[Partition, int] = {}
         self._ends: dict[Any, int] = {}
         self._replay: Replay | None = None
         self._polled = time.monotonic()
+        self._held_back: dict[Any, int] = {}
+        self._read_to: dict[Any, int] = {}
 
     # -- reading ---------------------------------------------------------------------------
-    def take(self) -> Chunk | None:
-        """Up to ``limit`` records, or what came within the linger time of the first one."""
+    def poll(self) -> Chunk | None:
+        """Up to ``limit`` records, or what came within the linger time of the first one.
+
+        ``None`` when none came in time.
+
+        Raises:
+            Rewind: the membership changed, or what was to be read is gone.
+            StreamError: Kafka refuses, or sends what cannot be read here.
+        """
         if self._replay is not None:
             return self._replayed()
         parts: dict[Partition, list[Record]] = {}
@@ -244,14 +155,14 @@ class KafkaReader:
         self._polled = time.monotonic()
         try:
             polled: Mapping[Any, list[Record]] = self.consumer.poll(wait_ms, max_records=limit)
-        except FencedInstanceIdError:
-            raise namesake(self.config) from None
-        except AuthorizationError as error:
-            raise StreamError(
-                f"Kafka refuses this client: {error!r}",
-                hint="it needs Read on the input topic and on the group",
-            ) from None
+        except NoOffsetForPartitionError:
+            return {}  # begin() seeks, once the assignment has been seen
+        except OffsetOutOfRangeError:
+            self._claim = None
+            raise Rewind("deleted_unread") from None
         except KafkaError as error:
+            if final := hopeless(error, self.config):
+                raise final from None
             log.warning("reading failed and is tried again: %r", error)
             self._claim = None
             return {}
@@ -278,7 +189,7 @@ class KafkaReader:
             starts[place] = self._positions[place]
             ends[place] = self._positions[place] = records[-1].offset + 1
             every.extend(records)
-        return Chunk(every, starts, ends, owner)
+        return Chunk(every, starts, ends, owner, width=self.width)
 
     # -- positions -------------------------------------------------------------------------
     def committed(self) -> tuple[Any, dict[Partition, int], dict[Partition, int]] | None:
@@ -296,8 +207,8 @@ class KafkaReader:
         places = sorted(self.consumer.assignment())
         if not places:
             return owner, {}, {}
-        first = self.consumer.beginning_offsets(places, timeout_ms=self._timeout_ms)
-        last = self.consumer.end_offsets(places, timeout_ms=self._timeout_ms)
+        first = self._offsets(self.consumer.beginning_offsets, places)
+        last = self._offsets(self.consumer.end_offsets, places)
         self._ends = last
         found: dict[Partition, int] = {}
         fresh: dict[Partition, int] = {}
@@ -310,6 +221,13 @@ class KafkaReader:
         if fresh:
             self.commit(fresh)
         return owner, found, {Partition(*p): at for p, at in first.items()}
+
+    def _offsets(self, ask: Any, places: Iterable[Any]) -> dict[Any, int]:
+        try:
+            found: dict[Any, int] = ask(places, timeout_ms=self._timeout_ms)
+        except KeyError as error:
+            raise KafkaTimeoutError(f"partition {error} is not known to the brokers yet") from None
+        return found
 
     def _committed(self, place: Any) -> int | None:
         try:
@@ -324,12 +242,17 @@ class KafkaReader:
     def _retained(self, place: Any, at: int, first: int, last: int) -> int:
         if first <= at <= last:
             return at
-        log.warning(
-            "%s[%d]: the committed offset %d is outside of the retained %d to %d; %s",
-            *place, at, first, last,
-            f"{first - at} records were deleted unread" if at < first else "going on at the end",
+        if at > last:
+            log.error("%s[%d]: the committed offset %d is behind the end %d; going on at the end",
+                      *place, at, last)  # fmt: skip
+            return last
+        LOST.labels(place.topic, str(place.partition)).inc(first - at)
+        log.error(
+            "%s[%d]: offsets %d to %d were deleted by retention before they were read; "
+            "raise the topic's retention.ms or add workers",
+            *place, at, first - 1,
         )  # fmt: skip
-        return min(max(at, first), last)
+        return first
 
     def begin(self, plan: Plan, owner: Any) -> None:
         """Go on at the second number of each partition, once [first, second) was replayed."""
@@ -368,6 +291,11 @@ class KafkaReader:
         return len(self._positions) if self.joined else 0
 
     @property
+    def width(self) -> int:
+        """Partitions of the input topic, as far as is known."""
+        return len(self.consumer.partitions_for_topic(self.config.input_topic))
+
+    @property
     def replaying(self) -> int:
         """Partitions whose state is still being rebuilt."""
         return self._replay.partitions if self._replay else 0
@@ -384,6 +312,43 @@ class KafkaReader:
                 LAG.labels(place.topic, str(place.partition)).set(behind)
                 total += behind
         return total
+
+    def backlog(self) -> tuple[int, bool]:
+        """Offsets of committed records not read yet, and whether we got on since the last call.
+
+        Also says which partitions wait for somebody's open transaction: nobody who reads
+        committed records can pass it.
+
+        Raises:
+            KafkaError: the broker did not answer in time.
+        """
+        places = [p for p in self.consumer.assignment() if p in self._positions]
+        if not places:
+            return 0, True
+        stable = self._offsets(self.consumer.end_offsets, places)
+        at = {p: self.consumer.position(p, timeout_ms=self._timeout_ms) or 0 for p in places}
+        for place in places:
+            self._say_held_back(place, (self.consumer.highwater(place) or 0) - stable[place])
+        moved, self._read_to = at != self._read_to, at
+        return sum(max(0, stable[place] - at[place]) for place in places), moved
+
+    def _say_held_back(self, place: Any, count: int) -> None:
+        count = max(0, count)
+        OPEN_TRANSACTION.labels(place.topic, str(place.partition)).set(count)
+        if count and place not in self._held_back:
+            log.warning(
+                "%s[%d]: a transaction of somebody who writes there is open since %d offsets; "
+                "nothing behind it can be read before it ends "
+                "(kafka-transactions.sh find-hanging names one that never will)",
+                *place, count,
+            )  # fmt: skip
+            self._held_back[place] = count
+        elif not count and self._held_back.pop(place, 0):
+            log.warning("%s[%d]: the open transaction has ended", *place)
+
+    def missing_topics(self) -> set[str] | None:
+        """Topics of the stream that the cluster does not have; ``None`` if it does not say."""
+        return missing_topics(self.config)
 
     def close(self) -> None:
         """Leave the group."""

@@ -12,15 +12,15 @@ from kafka import KafkaConsumer
 from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 
-from plinth.pipelines.stream.kafka_producer import connect
-from plinth.pipelines.stream.loop import Chunk, Partition, Record
+from plinth.pipelines.stream.chunks import Chunk, Partition, Record
+from plinth.pipelines.stream.kafka_clients import connect
 from plinth.pipelines.stream.settings import StreamConfig
 
 log = logging.getLogger(__name__)
 
 POLL_MS = 200
 POLL_RECORDS = 2_000
-MOST_HELD = 50_000
+MAX_HELD = 50_000
 SILENCE_S = 5.0
 
 
@@ -65,7 +65,7 @@ class Replay:
         """
         if any(not self._held[place] for place in self._ends):
             self._poll()
-        full = sum(map(len, self._held.values())) >= MOST_HELD
+        full = sum(map(len, self._held.values())) >= MAX_HELD
         if not full and any(not self._held[place] for place in self._ends):
             return None
         return self._merge(everything=full)

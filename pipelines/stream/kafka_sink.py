@@ -1,4 +1,4 @@
-"""Sinks that make answers and offsets durable together, each call under a deadline of ours.
+"""Sinks that make outputs and offsets durable together, each call under a deadline of ours.
 
 On expiry the producer is dropped and a new one with the same transactional id takes its place,
 which fences the old one.
@@ -10,25 +10,22 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from kafka.errors import (
-    AuthorizationError,
-    FencedInstanceIdError,
-    InvalidTransactionTimeoutError,
-    KafkaError,
-    MessageSizeTooLargeError,
-)
-from kafka.structs import OffsetAndMetadata, TopicPartition
+from kafka.errors import KafkaError
 
 from plinth import __version__
-from plinth.engine import PlinthError
-from plinth.pipelines.stream.abandonable import Job, Lane
+from plinth.pipelines.stream.chunks import Committed, Message, Outputs, Rewind
 from plinth.pipelines.stream.dead_letters import headers, payload
-from plinth.pipelines.stream.kafka_producer import Producer, connect
-from plinth.pipelines.stream.loop import Message, Partition, Rewind, Scored
+from plinth.pipelines.stream.kafka_clients import (
+    AbandonableThread,
+    Pending,
+    Producer,
+    as_offsets,
+    connect,
+    hopeless,
+)
 from plinth.pipelines.stream.metrics import COMMIT_SECONDS
 from plinth.pipelines.stream.settings import StreamConfig
 
@@ -41,112 +38,87 @@ HEADROOM = 128 * 1024
 LEAVE_S = 5.0
 
 
-class StreamError(PlinthError):
-    """The stream cannot go on; what was committed is complete, the rest will be read again."""
-
-    reason = "stream"
-
-
 class KafkaSink(ABC):
-    """Writes scored chunks in order, one in flight while the next is scored.
+    """Writes outputs in order; one chunk is being written while the next is processed.
 
     Args:
         config: topics, bounds and client options.
         vertical: name for dead-letter headers.
         identity: this worker's lasting name; part of the transactional ids.
-        partitions: number of partitions of each topic.
-        on_durable: called with each chunk once it is durable, and its seconds.
+
+    Attributes:
+        commits_offsets: offsets are committed with the outputs; else the consumer must commit
+            them once the outputs are written.
     """
 
     producers = 1
+    commits_offsets = False
 
-    def __init__(
-        self,
-        config: StreamConfig,
-        *,
-        vertical: str,
-        identity: str,
-        partitions: Mapping[str, int],
-        on_durable: Callable[[Scored, float], None],
-    ) -> None:
+    def __init__(self, config: StreamConfig, *, vertical: str, identity: str) -> None:
         self.config = config
         self._vertical = vertical
         self._identity = identity
-        self._partitions = partitions
-        self._on_durable = on_durable
         self._app = __version__
-        self._lane = Lane("plinth-commit")
+        self._thread = AbandonableThread("plinth-commit")
         self._slots: list[Any] = [None] * self.producers
         self._turn = 0
-        self._flight: tuple[Scored, Job[float]] | None = None
-        self._undone: list[Scored] = []
+        self._writing: tuple[Outputs, Pending[float]] | None = None
         self._deadline = config.commit_timeout_ms / 1e3
 
-    # -- Sink ------------------------------------------------------------------------------
-    def write(self, scored: Scored) -> None:
-        """Start the commit of a chunk, after the one before is durable."""
-        try:
-            self.settle()
-        except Rewind:
-            self._undone.append(scored)
-            raise
+    # -- writing ---------------------------------------------------------------------------
+    def start(self, outputs: Outputs) -> None:
+        """Begin to write; :meth:`finish` has been called for what was begun before."""
         slot = self._turn
         self._turn = (slot + 1) % self.producers
-        producer = self._slots[slot]
-        self._flight = scored, self._lane.start(partial(self._timed, producer, scored))
+        work = partial(self._timed, self._slots[slot], outputs)
+        self._writing = outputs, self._thread.start(work)
 
-    @property
-    def in_flight(self) -> int:
-        """Records written and not yet known to be durable."""
-        return len(self._flight[0].chunk.records) if self._flight else 0
+    def finish(self) -> Committed | None:
+        """Wait until what was begun is durable; ``None`` if nothing was begun.
 
-    def settle(self) -> None:
-        """Wait until the chunk in flight is durable."""
-        if self._flight is None:
-            return
-        (scored, job), self._flight = self._flight, None
+        Raises:
+            Rewind: it is not known to be durable.
+            StreamError: and it never will be.
+        """
+        if self._writing is None:
+            return None
+        (outputs, pending), self._writing = self._writing, None
         try:
-            seconds = job.wait(self._deadline)
-            self._finish(scored)
+            seconds = pending.wait(self._deadline)
         except TimeoutError:
-            self._abandon_lane()
-            self._failed(scored, "commit_timeout", f"no answer in {self._deadline:.0f} s")
+            self._abandon_thread()
+            why, cause = f"no answer in {self._deadline:.0f} s", "commit_timeout"
         except KafkaError as error:
-            if hopeless := _hopeless(error, self.config):
-                raise hopeless from None
-            self._failed(scored, "commit_failed", repr(error))
+            if final := hopeless(error, self.config):
+                raise final from None
+            why, cause = repr(error), "commit_failed"
         else:
             COMMIT_SECONDS.labels(self.config.guarantee).observe(seconds)
-            self._on_durable(scored, seconds)
+            return Committed(outputs, seconds)
+        log.warning("%d records were not committed: %s", len(outputs.chunk.records), why)
+        self._give_up_producers()
+        raise Rewind(cause)
 
-    # -- recovery --------------------------------------------------------------------------
-    def take_back(self) -> list[Scored]:
-        """Chunks that were written and are not known to be durable, in order."""
-        try:
-            self.settle()
-        except Rewind:
-            log.debug("the chunk in flight did not become durable")
-        undone, self._undone = self._undone, []
-        return undone
-
+    # -- life ------------------------------------------------------------------------------
     def ready(self) -> None:
         """Have a working producer in every slot; fences and completes what an old one left.
 
         Raises:
             TimeoutError: the broker did not answer in time.
             KafkaError: it refused.
+            StreamError: and it always will.
         """
         for slot, producer in enumerate(self._slots):
             if producer is None:
-                job = self._lane.start(partial(self._connect, slot))
+                pending = self._thread.start(partial(self._connect, slot))
                 try:
-                    self._slots[slot] = job.wait(self._deadline + 1)
+                    self._slots[slot] = pending.wait(self._deadline + 1)
                 except TimeoutError:
-                    job.abandon(Producer.give_up)
-                    self._abandon_lane()
+                    pending.abandon(Producer.give_up)
+                    self._abandon_thread()
                     raise
                 except KafkaError as error:
-                    raise _hopeless(error, self.config) or error from None
+                    raise hopeless(error, self.config) or error from None
 
     def close(self) -> None:
         """Close every producer, in bounded time."""
@@ -154,11 +126,11 @@ class KafkaSink(ABC):
             if producer is not None:
                 self._slots[slot] = None
                 try:
-                    self._lane.start(partial(self._leave, producer)).wait(LEAVE_S)
+                    self._thread.start(partial(self._leave, producer)).wait(LEAVE_S)
                 except (TimeoutError, KafkaError) as error:
                     log.debug("a producer did not close in time: %r", error)
                 producer.give_up()  # nothing to do where it closed
-        self._lane.close()
+        self._thread.close()
 
     # -- what differs ----------------------------------------------------------------------
     @abstractmethod
@@ -166,35 +138,28 @@ class KafkaSink(ABC):
         """A producer ready for its first chunk."""
 
     @abstractmethod
-    def _commit(self, producer: Any, scored: Scored) -> None:
-        """Send the chunk's messages and make them durable; runs on the lane."""
-
-    def _finish(self, scored: Scored) -> None:
-        """What is left to do on the reader's own thread."""
-        return
+    def _commit(self, producer: Any, outputs: Outputs) -> None:
+        """Send the messages and make them durable; runs on the sink's own thread."""
 
     def _leave(self, producer: Any) -> None:
-        """Close a producer for good; runs on the lane."""
+        """Close a producer for good; runs on the sink's own thread."""
         producer.close(timeout=2)
 
     # -- shared ----------------------------------------------------------------------------
-    def _timed(self, producer: Any, scored: Scored) -> float:
+    def _timed(self, producer: Any, outputs: Outputs) -> float:
         started = time.perf_counter()
-        self._commit(producer, scored)
+        self._commit(producer, outputs)
         return time.perf_counter() - started
 
-    def _failed(self, scored: Scored, cause: str, why: str) -> None:
-        log.warning("%d records were not committed: %s", len(scored.chunk.records), why)
-        self._undone.append(scored)
+    def _give_up_producers(self) -> None:
         for slot, producer in enumerate(self._slots):
             if producer is not None:
                 self._slots[slot] = None
                 producer.give_up()
-        raise Rewind(cause)
 
-    def _abandon_lane(self) -> None:
-        self._lane.close()
-        self._lane = Lane("plinth-commit")
+    def _abandon_thread(self) -> None:
+        self._thread.close()
+        self._thread = AbandonableThread("plinth-commit")
 
     def _options(self) -> dict[str, Any]:
         config = self.config
@@ -217,19 +182,18 @@ class KafkaSink(ABC):
             "allow_auto_create_topics": False,
         }
 
-    def _send_all(self, producer: Any, scored: Scored) -> list[Any]:
+    def _send_all(self, producer: Any, outputs: Outputs) -> list[Any]:
         """Queue every message; its futures, to be handed to :meth:`_all_written`."""
-        send = producer.send
-        topic = self.config.output_topic
-        same = self._alike(topic)
+        send, topic, width = producer.send, self.config.output_topic, outputs.chunk.width
+        alike = _alike(producer, topic, width)
         futures = []
-        for message in scored.messages:
+        for message in outputs.messages:
             record = message.record
             if message.error is not None:
-                futures.append(self._send_dead(producer, message))
+                futures.append(self._send_dead(producer, message, width))
             else:
                 key = message.key
-                place = record.partition if same and key == record.key else None
+                place = record.partition if alike and key == record.key else None
                 futures.append(send(topic, message.value, key, list(message.headers), place))
         return futures
 
@@ -239,12 +203,12 @@ class KafkaSink(ABC):
         The client itself forgets a batch that it could not deliver in time, and would go on to
         commit a transaction without it. Its flush() fails when a batch is split meanwhile.
         """
-        until = time.monotonic() + self._deadline * 2  # whoever waits for this job gives up before
+        until = time.monotonic() + self._deadline * 2  # whoever waits for this gives up before
         for future in futures:
             if not future.succeeded():
                 future.get(max(0.0, until - time.monotonic()))
 
-    def _send_dead(self, producer: Any, message: Message) -> Any:
+    def _send_dead(self, producer: Any, message: Message, width: int) -> Any:
         record, error = message.record, message.error
         assert error is not None
         topic = self.config.dead_letters
@@ -255,11 +219,13 @@ class KafkaSink(ABC):
         key = record.key if record.key is None or len(record.key) <= MAX_KEY else None
         if value is None and key is None:
             value = b""
-        place = record.partition if self._alike(topic) else None
+        place = record.partition if _alike(producer, topic, width) else None
         return producer.send(topic, value, key, head + cut, place)
 
-    def _alike(self, topic: str) -> bool:
-        return self._partitions[topic] == self._partitions[self.config.input_topic]
+
+def _alike(producer: Any, topic: str, width: int) -> bool:
+    """Whether the topic has as many partitions as the input, as the producer knows it now."""
+    return len(producer.partitions_for(topic)) == width
 
 
 class ExactlyOnceSink(KafkaSink):
@@ -270,6 +236,7 @@ class ExactlyOnceSink(KafkaSink):
     """
 
     producers = 2
+    commits_offsets = True
 
     def _connect(self, slot: int) -> Any:
         name = f"{self.config.group}-{self._identity}-{slot}"
@@ -286,10 +253,11 @@ class ExactlyOnceSink(KafkaSink):
             raise
         return producer
 
-    def _commit(self, producer: Any, scored: Scored) -> None:
+    def _commit(self, producer: Any, outputs: Outputs) -> None:
         producer.begin_transaction()
-        futures = self._send_all(producer, scored)
-        producer.send_offsets_to_transaction(as_offsets(scored.chunk.ends), scored.chunk.owner)
+        futures = self._send_all(producer, outputs)
+        chunk = outputs.chunk
+        producer.send_offsets_to_transaction(as_offsets(chunk.ends), chunk.owner)
         self._all_written(futures)
         producer.commit_transaction()
 
@@ -300,57 +268,13 @@ class ExactlyOnceSink(KafkaSink):
 
 
 class AtLeastOnceSink(KafkaSink):
-    """Answers first, offsets after; a crash between them writes some answers twice.
+    """Answers alone, offsets after them; a crash between them writes some answers twice.
 
     Guarantee: every record is answered at least once, in order per partition.
     """
 
-    def __init__(self, *args: Any, commit: Callable[[Mapping[Partition, int]], None], **rest: Any):
-        super().__init__(*args, **rest)
-        self._commit_offsets = commit
-
     def _connect(self, slot: int) -> Any:
         return connect(Producer, **self._options())
 
-    def _commit(self, producer: Any, scored: Scored) -> None:
-        self._all_written(self._send_all(producer, scored))
-
-    def _finish(self, scored: Scored) -> None:
-        self._commit_offsets(scored.chunk.ends)
-
-
-def as_offsets(ends: Mapping[Partition, int]) -> dict[Any, Any]:
-    """Positions in kafka-python's words."""
-    return {TopicPartition(*p): OffsetAndMetadata(at, "", -1) for p, at in ends.items()}
-
-
-def _hopeless(error: KafkaError, config: StreamConfig) -> StreamError | None:
-    """What to end with, if trying again has no point."""
-    words = repr(error)  # the client wraps what came first
-    if isinstance(error, FencedInstanceIdError):
-        return namesake(config)
-    if MessageSizeTooLargeError.__name__ in words:
-        return StreamError(
-            f"Kafka refuses an answer or dead letter as too large: {error}",
-            hint="raise the topics' max.message.bytes or lower stream.max_record_bytes",
-        )
-    if InvalidTransactionTimeoutError.__name__ in words:
-        return StreamError(
-            f"the brokers do not allow transactions of {config.transaction_timeout_ms} ms",
-            hint="lower stream.transaction_timeout_ms or raise transaction.max.timeout.ms there",
-        )
-    if isinstance(error, AuthorizationError):
-        return StreamError(
-            f"Kafka refuses this client: {error!r}",
-            hint="it needs Read on the input topic and the group, Write on the output and "
-            "dead-letter topics, and Write on the transactional ids <group>-*",
-        )
-    return None
-
-
-def namesake(config: StreamConfig) -> StreamError:
-    """The end of a worker whose lasting name another one took over."""
-    return StreamError(
-        f"another worker of group {config.group} has the instance id {config.instance_id!r}",
-        hint="give every worker a stream.instance_id of its own",
-    )
+    def _commit(self, producer: Any, outputs: Outputs) -> None:
+        self._all_written(self._send_all(producer, outputs))

@@ -34,7 +34,7 @@ COMMIT_SECONDS = Histogram(
     buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
     registry=REGISTRY,
 )
-SCORE_SECONDS = Histogram(
+CHUNK_SECONDS = Histogram(
     "plinth_kafka_chunk_seconds",
     "Time to parse, score and encode one chunk of records.",
     buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5),
@@ -54,5 +54,29 @@ REFUSED = Counter(
 PARTITIONS = Gauge(
     "plinth_kafka_assigned_partitions",
     "Partitions this worker reads now.",
+    registry=REGISTRY,
+)
+LOST = Counter(
+    "plinth_kafka_lost_records_total",
+    "Offsets deleted by retention before this group had read them. Any increase is an alarm.",
+    ("topic", "partition"),
+    registry=REGISTRY,
+)
+OPEN_TRANSACTION = Gauge(
+    "plinth_kafka_open_transaction_records",
+    "Offsets that cannot be read because somebody's transaction in the input is still open.",
+    ("topic", "partition"),
+    registry=REGISTRY,
+)
+DEAD_SHARE = Gauge(
+    "plinth_dead_letter_share",
+    "Share of dead letters among the latest records of this worker (dead_letter_window).",
+    ("topic",),
+    registry=REGISTRY,
+)
+DEAD_ALARM = Gauge(
+    "plinth_dead_letter_alarm",
+    "1 while the share of dead letters is above dead_letter_alarm_share, else 0.",
+    ("topic",),
     registry=REGISTRY,
 )

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
 from plinth.engine import Flow, InputError, Model
+from plinth.pipelines.stream.checkpoint import Checkpoint
+from plinth.pipelines.stream.chunks import Chunk, Message, Outputs, Record
 from plinth.pipelines.stream.dead_letters import ATTEMPT, REASON, TRUNCATED, attempt, own
-from plinth.pipelines.stream.kafka_consumer import prepare
-from plinth.pipelines.stream.loop import Chunk, Message, Record, Scored
+from plinth.pipelines.stream.kafka_clients import prepare
 from plinth.pipelines.stream.settings import StreamConfig
-from plinth.pipelines.stream.worker import Stream, StreamSummary
+from plinth.pipelines.stream.worker import StreamSummary, Worker, join
 from plinth.verticals.contract import Vertical
 
 IDLE_EXIT_S = 3.0
@@ -57,25 +58,29 @@ def redeliver(
             "idle_exit_s": config.idle_exit_s or IDLE_EXIT_S,
         }
     )
-    partitions = prepare(back)
-    name = uuid.uuid4().hex
-    ended = stop or threading.Event()
-    stream = Stream(_Letters(), back, name, partitions, ended)
-    try:
-        return stream.run(_Postman(frozenset(reasons), max_attempts))
-    finally:
-        stream.close()
+    prepare(back)
+    consumer, sink = join(back, uuid.uuid4().hex, _Letters.name)
+    worker = Worker(
+        back,
+        consumer,
+        sink,
+        _Redelivery(frozenset(reasons), max_attempts),
+        Checkpoint(_Letters(), None, {}, 0),
+        stop or threading.Event(),
+    )
+    return worker.run_supervised()
 
 
 @dataclass(frozen=True, slots=True)
-class _Postman:
+class _Redelivery:
     """Answers a dead letter with the record it was."""
 
     reasons: frozenset[str]
     max_attempts: int
 
-    def score(self, chunk: Chunk) -> Scored:
-        return Scored(chunk, [self._message(r) for r in chunk.records if self._wanted(r)])
+    def process(self, chunk: Chunk) -> Generator[float, None, Outputs]:
+        yield from ()
+        return Outputs(chunk, [self._message(r) for r in chunk.records if self._wanted(r)])
 
     def observe(self, chunk: Chunk) -> None:
         """There is no state."""

@@ -51,7 +51,7 @@ class StreamConfig(BaseModel):
     max_record_bytes: int = Field(
         default=1_000_000, ge=64, le=100_000_000, description="larger records become dead letters"
     )
-    compression: Literal["none", "gzip", "lz4"] = Field(
+    compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field(
         default="none", description="of what is written"
     )
 
@@ -76,6 +76,14 @@ class StreamConfig(BaseModel):
         gt=0,
         description="time without a commit or a group before the stream gives up",
     )
+    stall_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        description="time without a commit while records wait before the stream gives up",
+    )
+    metadata_max_age_ms: int = Field(
+        default=30_000, ge=100, description="time after which added partitions are seen"
+    )
     drain_timeout_s: float = Field(default=20.0, gt=0, description="time to finish after a stop")
 
     state_dir: Path | None = Field(
@@ -86,6 +94,18 @@ class StreamConfig(BaseModel):
         default=1_000_000,
         ge=0,
         description="per partition: records read again to rebuild lost state",
+    )
+    dead_letter_window: int = Field(
+        default=1_000, ge=10, description="latest records over which dead letters are counted"
+    )
+    dead_letter_alarm_share: float = Field(
+        default=0.1, gt=0, le=1, description="share of dead letters above which an alarm is raised"
+    )
+    dead_letter_stop_share: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="share of dead letters above which the stream ends with an error",
     )
     start_at: Literal["earliest", "latest"] = Field(
         default="earliest", description="where a group without committed offsets begins"

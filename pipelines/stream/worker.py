@@ -1,4 +1,4 @@
-"""The Kafka door: consume, score, produce, commit.
+"""The Kafka door: poll, parse, infer, encode, commit.
 
 ``run()`` drives one vertical over one input topic until it is told to stop. Exactly once by
 default: answers, dead letters and offsets in one transaction. See ``docs/streaming.md``.
@@ -11,24 +11,33 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from kafka.errors import KafkaError
 
-from plinth.engine import Engine, Refused, Sla
-from plinth.pipelines.stream.checkpoint import Keeper, claim
-from plinth.pipelines.stream.kafka_consumer import KafkaReader, prepare, vanished
-from plinth.pipelines.stream.kafka_sink import (
-    AtLeastOnceSink,
-    ExactlyOnceSink,
-    KafkaSink,
+from plinth.engine import Engine, Sla
+from plinth.pipelines.snapshots import claim
+from plinth.pipelines.stream.checkpoint import Checkpoint
+from plinth.pipelines.stream.chunks import (
+    Chunk,
+    Committed,
+    Outputs,
+    Poisoned,
+    Rewind,
     StreamError,
 )
-from plinth.pipelines.stream.loop import Answerer, Chunk, Poisoned, Rewind, Scored, pump
-from plinth.pipelines.stream.metrics import DEAD_LETTERS, RECORDS, RECOVERIES, REFUSED
-from plinth.pipelines.stream.scorer import Scorer
+from plinth.pipelines.stream.dead_letters import DeadLetterShare
+from plinth.pipelines.stream.kafka_clients import (
+    AbandonableThread,
+    hopeless,
+    prepare,
+)
+from plinth.pipelines.stream.kafka_consumer import GroupConsumer
+from plinth.pipelines.stream.kafka_sink import AtLeastOnceSink, ExactlyOnceSink, KafkaSink
+from plinth.pipelines.stream.metrics import DEAD_LETTERS, RECORDS, RECOVERIES
+from plinth.pipelines.stream.processor import Processor
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.verticals.contract import Vertical
 
@@ -41,7 +50,10 @@ GONE_S = 3.0
 """A topic that is missing for so long was deleted; brokers may differ for a moment."""
 IDLE_LOOK_S = 15.0
 """After so long without records, and as often, we look whether the topics are still there."""
+BACKLOG_LOOK_S = 5.0
+"""After so long without a commit, and as often, we ask whether records wait unread."""
 KEPT_TIMES = 100_000
+GRACE_S = 5.0
 
 
 @dataclass(slots=True)
@@ -107,6 +119,16 @@ class StreamSummary:
         return asdict(self) | {"records_per_second": round(self.records_per_second, 1)}
 
 
+class ChunkProcessor(Protocol):
+    """What turns chunks into outputs; :class:`Processor` is one."""
+
+    def process(self, chunk: Chunk) -> Generator[float, None, Outputs]:
+        """Answer every record; yields seconds to wait while it cannot go on."""
+
+    def observe(self, chunk: Chunk) -> None:
+        """Take a replayed chunk into the state, without answers."""
+
+
 def run(
     vertical: Vertical[Any, Any],
     engine: Engine,
@@ -123,165 +145,283 @@ def run(
         engine: started, with the vertical's models.
         config: which Kafka and how.
         stop: finishes the chunk in hand, commits, takes a snapshot and leaves the group.
-        on_progress: called about once a second.
+        on_progress: called about once a second, on the worker's thread.
         sla: the promise asked of the engine; by default the vertical's own. What would be
             rejected or degraded is late instead: a stream waits rather than scores worse.
 
     Raises:
         ConfigError: no broker, missing topics or an unusable state folder; nothing has started.
-        StreamError: Kafka stayed away or refuses; what was committed is complete.
+        StreamError: Kafka stayed away or refuses, or the loop stands still; what was committed
+            is complete.
         PlinthError: the engine failed for good; nothing of the chunk in hand was committed.
     """
     with claim(config.state_dir) as name:
-        partitions = prepare(config)
+        prepare(config)
         identity = config.instance_id or name or uuid.uuid4().hex
-        stream = Stream(vertical, config, identity, partitions, stop, on_progress)
-        scorer = Scorer(
-            vertical,
-            engine,
-            wait=stream.refused,
-            applied=stream.keeper.note,
-            max_record_bytes=config.max_record_bytes,
-            stateful=stream.keeper.stateful,
-            sla=sla or vertical.sla,
-        )
-        try:
-            return stream.run(scorer)
-        finally:
-            stream.close()
-
-
-class Stream:
-    """One run: the loop's parts, and how they recover together. :func:`run` is the door."""
-
-    def __init__(
-        self,
-        vertical: Vertical[Any, Any],
-        config: StreamConfig,
-        identity: str,
-        partitions: dict[str, int],
-        stop: threading.Event,
-        on_progress: Callable[[StreamProgress], None] | None = None,
-    ) -> None:
-        self.config = config
-        self.stop = stop
-        self.on_progress = on_progress
-        self.summary = StreamSummary()
-        self.keeper = Keeper(
+        checkpoint = Checkpoint(
             vertical,
             config.state_dir / "state.snapshot" if config.state_dir else None,
             {"vertical": vertical.name, "topic": config.input_topic, "group": config.group},
             config.replay_max_records,
         )
-        self.reader = KafkaReader(config, identity)
-        common: dict[str, Any] = {
-            "vertical": vertical.name,
-            "identity": identity,
-            "partitions": partitions,
-            "on_durable": self._durable,
-        }
-        self.sink: KafkaSink = (
-            ExactlyOnceSink(config, **common)
-            if config.guarantee == "exactly_once"
-            else AtLeastOnceSink(config, commit=self.reader.commit, **common)
+        processor = Processor(
+            vertical, engine, config.max_record_bytes, checkpoint.stateful, sla or vertical.sla
         )
-        self._undone: list[Scored] = []
+        consumer, sink = join(config, identity, vertical.name)
+        worker = Worker(config, consumer, sink, processor, checkpoint, stop, on_progress)
+        return worker.run_supervised()
+
+
+def join(config: StreamConfig, identity: str, vertical: str) -> tuple[GroupConsumer, KafkaSink]:
+    """Both ends of a worker: a new member of the group, and what writes its outputs."""
+    sink = ExactlyOnceSink if config.guarantee == "exactly_once" else AtLeastOnceSink
+    return GroupConsumer(config, identity), sink(config, vertical=vertical, identity=identity)
+
+
+class Worker:
+    """One run of the stream: the loop, its accounts, and how it recovers.
+
+    Args:
+        config: which Kafka and how.
+        consumer: gives chunks; closed at the end, as is the sink.
+        sink: makes outputs durable.
+        processor: answers chunks.
+        checkpoint: the vertical's state and its offsets.
+        stop: ends the loop.
+        on_progress: told about once a second.
+
+    Attributes:
+        step: what the loop does now, and since when (``monotonic``).
+    """
+
+    def __init__(
+        self,
+        config: StreamConfig,
+        consumer: GroupConsumer,
+        sink: KafkaSink,
+        processor: ChunkProcessor,
+        checkpoint: Checkpoint,
+        stop: threading.Event,
+        on_progress: Callable[[StreamProgress], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.processor = processor
+        self.checkpoint = checkpoint
+        self.stop = stop
+        self.on_progress = on_progress
+        self.summary = StreamSummary()
+        self.dead_share = DeadLetterShare(config)
+        self.consumer = consumer
+        self.sink = sink
+        self.step = ("start", time.monotonic())
+        self._unsettled: deque[Outputs] = deque()
         self._times: deque[float] = deque(maxlen=KEPT_TIMES)
         self._began: tuple[float, float] | None = None
         self._ended = (0.0, 0.0)
-        self._alive = self._reported = self._saved = self._busy = time.monotonic()
+        now = time.monotonic()
+        self._alive = self._reported = self._saved = self._busy = self._moved = now
         self._stopping: float | None = None
         self._trouble = ""
         self._gone: dict[str, float] = {}
-        self._looked = 0.0
-        self._breath = threading.Event()
+        self._looked = self._counted = 0.0
+        self._pause = threading.Event()
+        self._abandoned = False
 
     # -- the run ---------------------------------------------------------------------------
-    def run(self, answerer: Answerer) -> StreamSummary:
-        """Pump until the end, then keep the state."""
-        pump(
-            self.reader,
-            answerer,
-            self.sink,
-            self.stop,
-            recover=self._recover,
-            after=self._after,
-        )
-        if not self._undone:
-            self.keeper.save()
-        self._report()
-        return self._summarise()
+    def run_supervised(self) -> StreamSummary:
+        """Run the loop on a thread of its own and watch that it moves.
 
-    def close(self) -> None:
-        """Give back partitions and producers."""
+        Raises:
+            StreamError: it stands still in one step, whatever the cause; the thread is left
+                behind and commits nothing more.
+        """
+        thread = AbandonableThread("plinth-stream")
+        running = thread.start(self.run)
+        thread.close()
         try:
-            self.reader.close()
-        finally:
-            self.sink.close()
+            while not running.done(0.5):
+                self._check_step()
+        except BaseException as error:
+            self.stop.set()
+            self._abandoned = isinstance(error, StreamError)
+            running.done(0.0 if self._abandoned else self.config.drain_timeout_s)
+            raise
+        return running.wait(0.0)
 
-    # -- after every turn ------------------------------------------------------------------
-    def _after(self, chunk: Chunk | None) -> bool:
-        now = time.monotonic()
-        if self.reader.joined:
-            self._alive = now
-        else:
-            self._patience(now)
-        if chunk is not None:
-            self._busy = now
-            if chunk.replay:
-                self._replayed(chunk)
-            elif self._began is None:
-                self._began = time.perf_counter(), time.process_time()
-        else:
-            self.sink.settle()
-            if now - self._busy >= IDLE_LOOK_S:
-                self._look(IDLE_LOOK_S)
-        if now - self._saved >= self.config.snapshot_interval_s:
-            self.sink.settle()
-            self.keeper.save()
-            self._saved = time.monotonic()
-        if now - self._reported >= PROGRESS_S:
-            self._reported = now
+    def run(self) -> StreamSummary:
+        """The run loop: poll, process, commit, until the end; then keep the state."""
+        try:
+            over = False
+            while not over:
+                try:
+                    over = self._turn()
+                except Rewind as why:
+                    self._recover(why)
+            if not self._unsettled:
+                self._snapshot()
             self._report()
-        return self._finished(now)
+            return self._summarise()
+        finally:
+            self._at("close")
+            try:
+                self.consumer.close()
+            finally:
+                self.sink.close()
 
-    def _finished(self, now: float) -> bool:
-        config = self.config
-        if config.max_events is not None:
-            left = config.max_events - self.summary.records - self.sink.in_flight
-            if left <= 0:
-                return True
-            self.reader.limit = min(config.max_records, left)
-        return config.idle_exit_s is not None and self._idle(now, config.idle_exit_s)
+    def _turn(self) -> bool:
+        """One round of the loop; true when it was the last."""
+        if self.stop.is_set() or self._finished():
+            self._settle()
+            return True
+        self._at("poll")
+        chunk = self.consumer.poll()
+        if chunk is None:
+            self._settle()
+            self._when_idle()
+        elif chunk.replay:
+            self._observe(chunk)
+        else:
+            self._commit(self._process(chunk))
+        self._look_after()
+        return False
 
-    def _idle(self, now: float, limit: float) -> bool:
-        if not self.reader.joined or self.reader.replaying:
-            self._busy = now
-        elif not self.reader.partitions:  # the group may still be forming
-            limit += self.config.session_timeout_ms / 1e3
-        return now - self._busy >= limit
-
-    def _replayed(self, chunk: Chunk) -> None:
+    def _observe(self, chunk: Chunk) -> None:
+        self._at("process")
+        self.processor.observe(chunk)
+        self.checkpoint.advance(chunk.ends)
         count = len(chunk.records)
         self.summary.replayed += count
         RECORDS.labels(self.config.input_topic, "replayed").inc(count)
+        self._moved = self._busy = time.monotonic()
 
-    def _durable(self, scored: Scored, seconds: float) -> None:
-        dead = Counter(m.error.reason for m in scored.messages if m.error is not None)
+    def _process(self, chunk: Chunk) -> Outputs:
+        """Answers of a chunk; while the engine is not ready, stay in the group and watch."""
+        self._at("process")
+        if self._began is None:
+            self._began = time.perf_counter(), time.process_time()
+        steps = self.processor.process(chunk)
+        while True:
+            try:
+                seconds = next(steps)
+            except StopIteration as end:
+                outputs: Outputs = end.value
+                break
+            self._wait_for_engine(seconds)
+        self.checkpoint.advance(chunk.ends)
+        dead = sum(message.error is not None for message in outputs.messages)
+        self.dead_share.take(len(outputs.messages), dead)
+        self._busy = time.monotonic()
+        return outputs
+
+    def _wait_for_engine(self, seconds: float) -> None:
+        now = time.monotonic()
+        self._check_patience(now)
+        self._check_stall(now, "the engine has refused or not finished this chunk's work")
+        self._pause.wait(seconds)
+        self.consumer.keep_alive()
+        self._at("process")
+
+    # -- committing ------------------------------------------------------------------------
+    def _commit(self, outputs: Outputs) -> None:
+        """Begin to commit, once what was begun before is durable."""
+        self._unsettled.append(outputs)
+        self._settle()
+        if self._abandoned:
+            raise StreamError("this worker was given up")
+        self.sink.start(outputs)
+
+    def _settle(self) -> None:
+        """Wait until what was begun is durable, and account for it."""
+        self._at("commit")
+        committed = self.sink.finish()
+        if committed is None:
+            return
+        if not self.sink.commits_offsets:
+            try:
+                self.consumer.commit(committed.outputs.chunk.ends)
+            except KafkaError as error:
+                if final := hopeless(error, self.config):
+                    raise final from None
+                log.warning("the offsets were not committed: %r", error)
+                raise Rewind("commit_failed") from None
+        self._unsettled.remove(committed.outputs)
+        self._account(committed)
+
+    def _account(self, committed: Committed) -> None:
+        messages = committed.outputs.messages
+        dead = Counter(m.error.reason for m in messages if m.error is not None)
         lost = dead.total()
         topic, summary = self.config.input_topic, self.summary
-        RECORDS.labels(topic, "scored").inc(len(scored.messages) - lost)
+        RECORDS.labels(topic, "scored").inc(len(messages) - lost)
         if dead:
             RECORDS.labels(topic, "dead_letter").inc(lost)
             for reason, count in dead.items():
                 DEAD_LETTERS.labels(topic, reason).inc(count)
                 summary.dead_letters[reason] = summary.dead_letters.get(reason, 0) + count
-        summary.records += len(scored.messages)
-        summary.scored += len(scored.messages) - lost
+        summary.records += len(messages)
+        summary.scored += len(messages) - lost
         summary.transactions += 1
-        self._times.append(seconds)
+        self._times.append(committed.seconds)
         self._ended = time.perf_counter(), time.process_time()
-        self._alive = time.monotonic()
+        self._alive = self._moved = time.monotonic()
+
+    def _snapshot(self) -> None:
+        self._at("snapshot")
+        if not self._abandoned:
+            self.checkpoint.save()
+        self._saved = time.monotonic()
+
+    # -- between rounds --------------------------------------------------------------------
+    def _when_idle(self) -> None:
+        now = time.monotonic()
+        if now - self._busy >= IDLE_LOOK_S:
+            self._look_for_topics(IDLE_LOOK_S)
+        quiet = min(BACKLOG_LOOK_S, self.config.stall_timeout_s / 2)
+        if self.consumer.joined and now - max(self._moved, self._counted) >= quiet:
+            self._counted = now
+            self._look_for_backlog(now)
+
+    def _look_for_backlog(self, now: float) -> None:
+        """Nothing came: is there nothing, or do we fail to read it?"""
+        try:
+            unread, moved = self.consumer.backlog()
+        except (KafkaError, TimeoutError) as error:
+            log.debug("asking how much is unread failed: %r", error)
+            return
+        if moved or not unread:
+            self._moved = now
+        self._check_stall(now, f"{unread} records wait and none of them can be read")
+
+    def _look_after(self) -> None:
+        now = time.monotonic()
+        if self.consumer.joined:
+            self._alive = now
+        else:
+            self._moved = now  # a matter of outage_timeout_s
+            self._check_patience(now)
+        if now - self._saved >= self.config.snapshot_interval_s:
+            self._settle()
+            self._snapshot()
+        if now - self._reported >= PROGRESS_S:
+            self._reported = now
+            self._report()
+
+    def _finished(self) -> bool:
+        config, now = self.config, time.monotonic()
+        if config.max_events is not None:
+            writing = sum(len(outputs.chunk.records) for outputs in self._unsettled)
+            left = config.max_events - self.summary.records - writing
+            if left <= 0:
+                return True
+            self.consumer.limit = min(config.max_records, left)
+        return config.idle_exit_s is not None and self._idle(now, config.idle_exit_s)
+
+    def _idle(self, now: float, limit: float) -> bool:
+        if not self.consumer.joined or self.consumer.replaying:
+            self._busy = now
+        elif not self.consumer.partitions:  # the group may still be forming
+            limit += self.config.session_timeout_ms / 1e3
+        return now - self._busy >= limit
 
     # -- when something is in doubt --------------------------------------------------------
     def _recover(self, why: Rewind) -> None:
@@ -290,31 +430,65 @@ class Stream:
         causes = self.summary.recoveries
         causes[why.cause] = causes.get(why.cause, 0) + 1
         if isinstance(why, Poisoned):
-            self.keeper.torn = True
-        self._undone += self.sink.take_back()
+            self.checkpoint.dirty = True
+        self._settle_if_possible()
         while True:
+            self._at("recover")
             try:
                 self.sink.ready()
-                if self._undone:
-                    self._look()
-                if self._resume():
-                    return
+                if self._unsettled:
+                    self._look_for_topics()
+                self._resume()
             except Rewind:
-                self._undone = self.sink.take_back() + self._undone
+                self._settle_if_possible()
             except (TimeoutError, KafkaError) as error:
                 log.warning("recovering from %s is tried again: %r", why.cause, error)
                 self._trouble = f"; last: {error!r}"
-            self._patience(time.monotonic())
-            self._breath.wait(0.2)
-            self.reader.keep_alive()
+            else:
+                return
+            self._check_patience(time.monotonic())
+            self._pause.wait(0.2)
+            self.consumer.keep_alive()
 
-    def _look(self, every: float = GONE_S / 2) -> None:
+    def _settle_if_possible(self) -> None:
+        try:
+            self._settle()
+        except Rewind:
+            log.debug("the chunk in flight did not become durable")
+
+    def _resume(self) -> None:
+        """Go on behind what the group has committed, writing again what is not among it."""
+        found = self.consumer.committed()
+        if found is None:
+            self.consumer.keep_alive()
+            return  # not in the group now: the next assignment comes back here
+        owner, committed, first = found
+        while self._unsettled:
+            outputs = self._unsettled.popleft()
+            ends, starts = outputs.chunk.ends, outputs.chunk.starts
+            there = {p: at for p, at in ends.items() if committed.get(p) == at}
+            if there:  # it was committed after all; only the answer got lost
+                seconds = self.config.commit_timeout_ms / 1e3
+                self._account(Committed(outputs.only(there, owner), seconds))
+            fits = {p: at for p, at in starts.items() if committed.get(p) == at}
+            if fits:
+                part = outputs.only(fits, owner)
+                self._unsettled.appendleft(part)
+                self.sink.start(part)
+                self._settle()
+                committed |= part.chunk.ends
+        self._at("restore")
+        self.consumer.begin(self.checkpoint.plan(committed, first), owner)
+        self._moved = time.monotonic()
+
+    # -- patience --------------------------------------------------------------------------
+    def _look_for_topics(self, every: float = GONE_S / 2) -> None:
         """Raise when commits fail, or nothing comes, because a topic was deleted."""
         now = time.monotonic()
         if now - self._looked < every:
             return
         self._looked = now
-        missing = vanished(self.config)
+        missing = self.consumer.missing_topics()
         if missing is None:
             return
         self._gone = {name: self._gone.get(name, now) for name in missing}
@@ -326,36 +500,12 @@ class Stream:
                 "was not committed will be read again",
             )
 
-    def _resume(self) -> bool:
-        found = self.reader.committed()
-        if found is None:
-            self.reader.keep_alive()
-            return True  # not in the group now: the next assignment comes back here
-        owner, committed, first = found
-        while self._undone:
-            scored = self._undone.pop(0)
-            there = {p: at for p, at in scored.chunk.ends.items() if committed.get(p) == at}
-            if there:  # it was committed after all; only the answer got lost
-                self._durable(scored.only(there, owner), self.config.commit_timeout_ms / 1e3)
-            fits = {p: at for p, at in scored.chunk.starts.items() if committed.get(p) == at}
-            if fits:
-                part = scored.only(fits, owner)
-                self.sink.write(part)
-                self.sink.settle()
-                committed |= part.chunk.ends
-        self.reader.begin(self.keeper.plan(committed, first), owner)
-        return True
-
-    def _patience(self, now: float) -> None:
-        """Raise when there was no sign of life from Kafka for too long."""
+    def _check_patience(self, now: float) -> None:
+        """Raise when a stop, or Kafka's absence, has lasted too long."""
         if self.stop.is_set():
             self._stopping = self._stopping or now
             if now - self._stopping > self.config.drain_timeout_s:
-                raise StreamError(
-                    f"stopped, but the last chunk could not be committed within "
-                    f"{self.config.drain_timeout_s:g} s",
-                    hint="nothing is lost: it will be read again",
-                )
+                raise self._not_drained()
         if now - self._alive > self.config.outage_timeout_s:
             raise StreamError(
                 f"no commit and no group membership for {self.config.outage_timeout_s:g} s "
@@ -363,17 +513,46 @@ class Stream:
                 hint="check the brokers; what was committed is complete, start again to go on",
             )
 
-    def refused(self, refused: Refused) -> None:
-        """The engine has too much work: wait in the group, without reading on."""
-        REFUSED.inc()
-        self._alive = time.monotonic()
-        self._patience(self._alive)
-        self._breath.wait(min(max(refused.retry_after or 0.05, 0.005), 1.0))
-        self.reader.keep_alive()
+    def _not_drained(self) -> StreamError:
+        return StreamError(
+            f"stopped, but the last chunk could not be committed within "
+            f"{self.config.drain_timeout_s:g} s",
+            hint="nothing is lost: it will be read again",
+        )
+
+    def _check_stall(self, now: float, why: str) -> None:
+        if now - self._moved > self.config.stall_timeout_s:
+            raise StreamError(
+                f"no commit for {self.config.stall_timeout_s:g} s while records wait: {why}",
+                hint="what was committed is complete; where a chunk takes so long, lower "
+                "stream.max_records or raise stream.stall_timeout_s",
+            )
+
+    def _at(self, step: str) -> None:
+        self.step = step, time.monotonic()
+
+    def _check_step(self) -> None:
+        """Raise when the loop hangs in one step; runs on the supervisor's thread."""
+        (step, since), now, config = self.step, time.monotonic(), self.config
+        limit = config.stall_timeout_s + GRACE_S
+        if step == "poll":
+            limit += config.commit_timeout_ms / 1e3
+        elif step != "process":  # each of these has a bound of its own
+            limit += config.outage_timeout_s + config.drain_timeout_s
+        if now - since > limit:
+            raise StreamError(
+                f"no commit for {now - since:.0f} s: the worker hangs in the step {step!r}",
+                hint="what was committed is complete, start again to go on; py-spy dump shows "
+                "where a process hangs",
+            )
+        if self.stop.is_set() and step in ("poll", "process"):
+            self._stopping = self._stopping or now
+            if now - max(since, self._stopping) > config.drain_timeout_s + GRACE_S:
+                raise self._not_drained()
 
     # -- telling ---------------------------------------------------------------------------
     def _report(self) -> None:
-        lag = self.reader.lag()
+        lag = self.consumer.lag()
         if self.on_progress is None:
             return
         summary = self.summary
@@ -385,8 +564,8 @@ class Stream:
                 summary.records - summary.scored,
                 summary.replayed,
                 lag,
-                self.reader.partitions,
-                self.reader.replaying,
+                self.consumer.partitions,
+                self.consumer.replaying,
                 time.perf_counter() - began,
             )
         )

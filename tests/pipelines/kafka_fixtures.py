@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from kafka_node import KafkaNode, find_home
 
 __all__ = ["KafkaNode", "clients_end", "eventually", "kafka_node", "own_node", "spare_node"]
-CLIENTS = re.compile("kafka-io-|-network-thread|^plinth-(commit|metadata)")
+CLIENTS = re.compile("kafka-io-|-network-thread|^plinth-(commit|metadata|stream)")
 
 
 def required_home() -> Path:

@@ -13,7 +13,7 @@ import pytest
 from serving import Running, error, running
 
 from plinth.engine import ConfigError, PlinthError
-from plinth.pipelines.http.kept_state import kept_states
+from plinth.pipelines.snapshots import kept_states
 from plinth.verticals import registry
 
 ROUTE = "/v1/finance/score"

@@ -14,7 +14,7 @@ from kafka_fixtures import KafkaNode
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
 from plinth.engine import ConfigError, Engine, QueueFull
-from plinth.pipelines.stream.kafka_consumer import prepare
+from plinth.pipelines.stream.kafka_clients import prepare
 from plinth.pipelines.stream.redeliver import redeliver
 from plinth.pipelines.stream.worker import (
     StreamConfig,
@@ -212,11 +212,11 @@ class Busy(Engine):
 
     asked = 0
 
-    def run(self, *args: Any, **rest: Any) -> Any:
+    def submit(self, *args: Any, **rest: Any) -> Any:
         self.asked += 1
         if self.asked % 3 == 0:
             raise QueueFull("the queue is full", retry_after=0.01)
-        return super().run(*args, **rest)
+        return super().submit(*args, **rest)
 
 
 @real_kafka

@@ -1,22 +1,28 @@
-"""The loop, the scorer and the state's keeper over a log in memory: every failure, no Kafka."""
+"""The run loop, the processor and the checkpoint over a log in memory: every failure, no Kafka."""
 
 from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Generator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tally import TallyVertical, expect_each_once, started_engine
 
-from plinth.engine import ConfigError, InputError, ModelError, Refused
-from plinth.pipelines.stream.checkpoint import Keeper, claim
-from plinth.pipelines.stream.loop import Chunk, Partition, Rewind, Scored, pump
-from plinth.pipelines.stream.scorer import LONGEST_STREAK, Scorer
+from plinth.engine import Call, ConfigError, Engine, InputError, ModelError, QueueFull
+from plinth.pipelines.snapshots import claim
+from plinth.pipelines.stream.checkpoint import Checkpoint
+from plinth.pipelines.stream.chunks import Chunk, Committed, Outputs, Partition, Rewind, StreamError
+from plinth.pipelines.stream.processor import MAX_FAILURES, Processor
+from plinth.pipelines.stream.settings import StreamConfig
+from plinth.pipelines.stream.worker import StreamSummary, Worker
 
 P = Partition("in", 0)
 ENGINE = started_engine(TallyVertical())
@@ -45,60 +51,136 @@ def lines(count: int, **amounts: float) -> list[Line]:
 
 @dataclass
 class MemoryLog:
-    """One partition in memory, source and sink at once.
+    """One partition in memory, consumer and sink at once.
 
     ``fates`` says what becomes of each commit: "ok", "lost" (nothing was written, and we are
     told so) or "doubt" (it was written, and we are told it was not).
     """
 
     records: list[Line]
-    keeper: Keeper
     fates: list[str] = field(default_factory=list)
     size: int = 4
     at: int = 0
     mark: int = 0
     durable: int = 0
     written: list[Any] = field(default_factory=list)
+    limit: int = 4
+    joined: bool = False
+    partitions: int = 1
+    replaying: int = 0
+    commits_offsets: bool = True
+    writing: Outputs | None = None
+    kept_alive: int = 0
 
-    def take(self) -> Chunk | None:
+    # -- as a consumer -----------------------------------------------------------------------
+    def poll(self) -> Chunk | None:
+        if not self.joined:
+            raise Rewind("assigned")
         replay = self.at < self.mark
-        end = min(self.at + self.size, self.mark if replay else len(self.records))
+        size = self.size if replay else min(self.size, self.limit)
+        end = min(self.at + size, self.mark if replay else len(self.records))
         if end == self.at:
             return None
         chunk = Chunk(list(self.records[self.at : end]), {P: self.at}, {P: end}, None, replay)
         self.at = end
         return chunk
 
-    def write(self, scored: Scored) -> None:
-        fate = self.fates.pop(0) if self.fates else "ok"
-        if fate != "lost":
-            self.durable = scored.chunk.ends[P]
-            self.written += scored.messages
-        if fate != "ok":
-            raise Rewind(fate)
+    def committed(self) -> tuple[None, dict[Partition, int], dict[Partition, int]]:
+        return None, {P: self.durable}, {P: 0}
 
-    def settle(self) -> None:
+    def begin(self, plan: dict[Partition, tuple[int, int]], owner: None) -> None:
+        self.at, self.mark = plan[P]
+        self.joined = True
+
+    def keep_alive(self) -> None:
+        self.kept_alive += 1
+
+    def lag(self) -> int:
+        return len(self.records) - self.at
+
+    def backlog(self) -> tuple[int, bool]:
+        return self.lag(), False
+
+    def missing_topics(self) -> set[str]:
+        return set()
+
+    # -- as a sink ---------------------------------------------------------------------------
+    def ready(self) -> None:
         return None
 
-    def recover(self, why: Rewind) -> None:
-        self.keeper.torn |= why.cause == "poison"
-        self.at, self.mark = self.keeper.plan({P: self.durable}, {P: 0})[P]
+    def start(self, outputs: Outputs) -> None:
+        assert self.writing is None
+        self.writing = outputs
 
-    def run(self, vertical: TallyVertical) -> None:
-        scorer = Scorer(
-            vertical, ENGINE, wait=lambda _: None, applied=self.keeper.note, stateful=True
-        )
-        pump(
-            self, scorer, self, threading.Event(),
-            recover=self.recover, after=lambda chunk: chunk is None,
-        )  # fmt: skip
+    def finish(self) -> Committed | None:
+        outputs, self.writing = self.writing, None
+        if outputs is None:
+            return None
+        fate = self.fates.pop(0) if self.fates else "ok"
+        if fate != "lost":
+            self.durable = outputs.chunk.ends[P]
+            self.written += outputs.messages
+        if fate != "ok":
+            raise Rewind(fate)
+        return Committed(outputs, 0.001)
+
+    def close(self) -> None:
+        return None
+
+    # -- what is done with it ----------------------------------------------------------------
+    def run(
+        self,
+        vertical: TallyVertical,
+        engine: Engine = ENGINE,
+        checkpoint: Checkpoint | None = None,
+        **settings: Any,
+    ) -> StreamSummary:
+        kept = checkpoint or check(vertical)
+        settings = {"max_events": len(self.records), **settings}
+        config = StreamConfig(input_topic="in", output_topic="out", **settings)
+        processor = Processor(vertical, engine, stateful=True)
+        log: Any = self
+        return Worker(config, log, log, processor, kept, threading.Event()).run_supervised()
 
     def answers(self) -> list[dict[str, Any]]:
         return [json.loads(m.value) for m in self.written if m.error is None]
 
 
-def keeper(vertical: TallyVertical, path: Path | None = None, **more: Any) -> Keeper:
-    return Keeper(vertical, path, {"vertical": "tally"}, more.get("replay_max_records", 1_000))
+def check(vertical: TallyVertical, path: Path | None = None, **more: Any) -> Checkpoint:
+    return Checkpoint(vertical, path, {"vertical": "tally"}, more.get("replay_max_records", 1_000))
+
+
+def process(processor: Processor, chunk: Chunk) -> tuple[Outputs, list[float]]:
+    """The outputs of a chunk, and the waits it asked for."""
+    steps: Generator[float, None, Outputs] = processor.process(chunk)
+    waits: list[float] = []
+    while True:
+        try:
+            waits.append(next(steps))
+        except StopIteration as end:
+            return end.value, waits
+
+
+class Strict(Engine):
+    """A running engine whose queue takes so many rows of a call at most."""
+
+    def __init__(self, rows: int, times: int = 1_000_000) -> None:
+        super().__init__()
+        self.rows, self.times = rows, times
+        self.asked: list[int] = []
+        for model in TallyVertical().models():
+            self.add(model)
+        self.start()
+
+    def submit(self, call: Call, sla: Any = None) -> Future[Any]:
+        assert isinstance(call.rows, torch.Tensor)
+        self.asked.append(len(call.rows))
+        if len(call.rows) > self.rows and self.times > 0:
+            self.times -= 1
+            refused: Future[Any] = Future()
+            refused.set_exception(QueueFull("the queue is full", retry_after=0.001))
+            return refused
+        return super().submit(call, sla)
 
 
 @given(
@@ -110,11 +192,10 @@ def test_whatever_becomes_of_commits_nothing_is_lost_or_counted_twice(
     fates: list[str], size: int, bad: set[int]
 ) -> None:
     vertical = TallyVertical()
-    kept = keeper(vertical)
     records = lines(30)
     for number in bad:
         records[number] = Line(number, b"{")
-    log = MemoryLog(records, kept, fates, size)
+    log = MemoryLog(records, fates, size)
     log.run(vertical)
     answers = log.answers()
     assert sorted(a["id"] for a in answers) == sorted(set(range(30)) - bad)
@@ -127,7 +208,7 @@ def test_whatever_becomes_of_commits_nothing_is_lost_or_counted_twice(
 
 def test_a_poison_record_of_a_stateful_vertical_is_found_by_scoring_alone() -> None:
     vertical = TallyVertical()
-    log = MemoryLog(lines(20, at_6=-2.0), keeper(vertical), size=5)
+    log = MemoryLog(lines(20, at_6=-2.0), size=5)
     log.run(vertical)
     errors = [(m.record.offset, m.error.reason) for m in log.written if m.error]
     assert errors == [(6, "infer_failed")]
@@ -137,30 +218,75 @@ def test_a_poison_record_of_a_stateful_vertical_is_found_by_scoring_alone() -> N
 def test_a_vertical_that_fails_on_everything_stops_the_stream_instead_of_draining_it() -> None:
     vertical = TallyVertical()
     amounts = {f"at_{i}": -2.0 for i in range(200)}
-    log = MemoryLog(lines(200, **amounts), keeper(vertical), size=LONGEST_STREAK * 2)
+    log = MemoryLog(lines(200, **amounts), size=MAX_FAILURES * 2)
     with pytest.raises(ModelError, match="in a row"):
         log.run(vertical)
     assert log.written == []
 
 
 def test_refused_work_runs_the_verticals_own_steps_once() -> None:
-    vertical = TallyVertical()
-    waits: list[Refused] = []
-    calls = iter([Refused("full"), Refused("full")])
+    with Strict(0, times=2) as engine:
+        chunk = Chunk(list(lines(1)), {P: 0}, {P: 1})
+        outputs, waits = process(Processor(TallyVertical(), engine), chunk)
+    assert engine.asked == [1, 1, 1]
+    assert len(waits) >= 2
+    expect_each_once([json.loads(m.value) for m in outputs.messages], 1)
 
-    class Full(type(ENGINE)):  # type: ignore[misc]
-        def __init__(self) -> None:
-            """Nothing of its own: it refuses twice, then lends the real engine."""
 
-        def run(self, *args: Any) -> Any:
-            for refused in calls:
-                raise refused
-            return ENGINE.run(*args)
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_work_larger_than_the_queue_goes_in_parts(rows: int) -> None:
+    log = MemoryLog(lines(240), size=240)
+    with Strict(rows) as engine:
+        log.run(TallyVertical(), engine)
+    assert max(engine.asked) == 240
+    assert len([count for count in engine.asked if count <= rows]) >= 240 / rows
+    expect_each_once(log.answers(), 240)
 
-    scorer = Scorer(vertical, Full(), wait=waits.append, applied=lambda _: None)
-    scored = scorer.score(Chunk(list(lines(10)), {P: 0}, {P: 10}))
-    assert len(waits) == 2
-    expect_each_once([json.loads(m.value) for m in scored.messages], 10)
+
+def test_an_engine_that_takes_nothing_ends_the_stream_with_a_named_error() -> None:
+    log = MemoryLog(lines(8), size=4)
+    with Strict(0) as engine, pytest.raises(StreamError, match=r"no commit for 0\.2 s") as caught:
+        log.run(TallyVertical(), engine, stall_timeout_s=0.2)
+    assert "refused" in str(caught.value)
+    assert log.kept_alive
+    assert log.written == []
+
+
+def test_a_vertical_that_never_comes_back_ends_the_stream_with_a_named_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("plinth.pipelines.stream.worker.GRACE_S", 0.0)
+    freed = threading.Event()
+
+    class Stuck(TallyVertical):
+        def infer(self, requests: Any) -> Any:
+            freed.wait(30)
+            return super().infer(requests)
+
+    log = MemoryLog(lines(8))
+    with pytest.raises(StreamError, match="hangs in the step 'process'"):
+        log.run(Stuck(), stall_timeout_s=0.2)
+    freed.set()
+    assert log.written == []
+
+
+def test_records_that_cannot_be_read_end_the_stream_with_a_named_error() -> None:
+    log = MemoryLog(lines(8))
+    log.limit = log.size = 0  # whatever the cause: nothing comes, and 8 records wait
+    with pytest.raises(StreamError, match="8 records wait and none of them can be read"):
+        log.run(TallyVertical(), stall_timeout_s=0.2, max_events=None)
+
+
+def test_too_many_dead_letters_stop_the_stream_before_the_topic_is_empty(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    records = [*lines(100), *(Line(i, b"{") for i in range(100, 1_000))]
+    log = MemoryLog(records, size=20, limit=20)
+    window = {"dead_letter_window": 100, "dead_letter_alarm_share": 0.1}
+    with pytest.raises(StreamError, match=r"dead_letter_stop_share = 0\.5"):
+        log.run(TallyVertical(), **window, dead_letter_stop_share=0.5)
+    assert "of in are dead letters" in caplog.text
+    assert 100 < len(log.written) <= 160
 
 
 def test_a_snapshot_is_picked_up_with_its_offsets_and_only_the_rest_is_read_again(
@@ -168,12 +294,11 @@ def test_a_snapshot_is_picked_up_with_its_offsets_and_only_the_rest_is_read_agai
 ) -> None:
     path = tmp_path / "state"
     first = TallyVertical()
-    kept = keeper(first, path)
-    log = MemoryLog(lines(30), kept)
-    log.run(first)
+    kept = check(first, path)
+    MemoryLog(lines(30)).run(first, checkpoint=kept)
     kept.save()
     second = TallyVertical()
-    again = keeper(second, path)
+    again = check(second, path)
     assert second.counts == first.counts
     assert again.plan({P: 34}, {P: 0}) == {P: (30, 34)}
 
@@ -184,8 +309,8 @@ def test_a_snapshot_that_cannot_be_trusted_is_rebuilt_from_the_input(
 ) -> None:
     path = tmp_path / "state"
     first = TallyVertical()
-    kept = keeper(first, path)
-    MemoryLog(lines(30), kept).run(first)
+    kept = check(first, path)
+    MemoryLog(lines(30)).run(first, checkpoint=kept)
     kept.save()
     data = path.read_bytes()
     if damage == "cut":
@@ -193,12 +318,12 @@ def test_a_snapshot_that_cannot_be_trusted_is_rebuilt_from_the_input(
     elif damage == "flipped":
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     else:
-        Keeper(first, path, {"vertical": "another"}, 1).note({P: 30})
-        other = Keeper(first, path, {"vertical": "another"}, 1)
-        other.note({P: 30})
+        Checkpoint(first, path, {"vertical": "another"}, 1).advance({P: 30})
+        other = Checkpoint(first, path, {"vertical": "another"}, 1)
+        other.advance({P: 30})
         other.save()
     second = TallyVertical()
-    again = keeper(second, path)
+    again = check(second, path)
     assert second.counts == {}
     assert again.plan({P: 30}, {P: 0}) == {P: (0, 30)}
     assert "built again" in caplog.text
@@ -209,11 +334,11 @@ def test_a_snapshot_ahead_of_reset_offsets_is_said_and_set_aside(
 ) -> None:
     path = tmp_path / "state"
     first = TallyVertical()
-    kept = keeper(first, path)
-    MemoryLog(lines(30), kept).run(first)
+    kept = check(first, path)
+    MemoryLog(lines(30)).run(first, checkpoint=kept)
     kept.save()
     second = TallyVertical()
-    assert keeper(second, path).plan({P: 10}, {P: 0}) == {P: (0, 10)}
+    assert check(second, path).plan({P: 10}, {P: 0}) == {P: (0, 10)}
     assert second.counts == {}
     assert "ahead of the committed offsets" in caplog.text
 
@@ -221,10 +346,10 @@ def test_a_snapshot_ahead_of_reset_offsets_is_said_and_set_aside(
 def test_replay_is_bounded_and_says_what_retention_took(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kept = keeper(TallyVertical(), replay_max_records=100)
+    kept = check(TallyVertical(), replay_max_records=100)
     assert kept.plan({P: 1_000}, {P: 0}) == {P: (900, 1_000)}
     assert kept.plan({P: 1_000}, {P: 950}) == {P: (950, 1_000)}
-    kept.note({P: 500})
+    kept.advance({P: 500})
     assert kept.plan({P: 1_000}, {P: 700}) == {P: (700, 1_000)}
     assert "500 to 700 are not retained" in caplog.text
 
@@ -241,11 +366,8 @@ def test_a_state_folder_belongs_to_one_worker(tmp_path: Path) -> None:
 
 
 def test_an_answer_too_large_for_kafka_is_a_dead_letter() -> None:
-    vertical = TallyVertical()
-    scorer = Scorer(
-        vertical, ENGINE, wait=lambda _: None, applied=lambda _: None, max_record_bytes=52
-    )
+    processor = Processor(TallyVertical(), ENGINE, max_record_bytes=52)
     record = Line(0, b'{"id":1,"card":"' + b"x" * 20 + b'","amount":1}')
-    (message,) = scorer.score(Chunk([record], {P: 0}, {P: 1})).messages
+    (message,) = process(processor, Chunk([record], {P: 0}, {P: 1}))[0].messages
     assert isinstance(message.error, InputError)
     assert message.error.reason == "too_large"

@@ -1,0 +1,143 @@
+"""The data that flows through the stream: records in chunks, messages, and what stops them.
+
+poll -> :class:`Chunk` -> parse, infer, encode -> :class:`Outputs` -> commit -> :class:`Committed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from plinth.engine import InputError, PlinthError
+
+
+class Partition(NamedTuple):
+    """One ordered log of a topic; offsets belong to it."""
+
+    topic: str
+    partition: int
+
+
+class Record(Protocol):
+    """One input record as the processor sees it; kafka-python's ``ConsumerRecord`` is one."""
+
+    @property
+    def topic(self) -> str:
+        """The topic it was read from."""
+
+    @property
+    def partition(self) -> int:
+        """The partition it was read from."""
+
+    @property
+    def offset(self) -> int:
+        """Its place in the partition."""
+
+    @property
+    def timestamp(self) -> int:
+        """Milliseconds since 1970, set by the producer or the broker; -1 when unknown."""
+
+    @property
+    def key(self) -> bytes | None:
+        """The key as it came."""
+
+    @property
+    def value(self) -> bytes | None:
+        """The payload as it came."""
+
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes]]:
+        """Headers as they came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message to be written: the answer to ``record``, or the record itself with its error.
+
+    Args:
+        record: the input it answers.
+        key: key of the answer.
+        value: the encoded answer; empty for a dead letter.
+        error: why the record has no answer; ``None`` for an answer.
+        headers: headers of the answer.
+    """
+
+    record: Record
+    key: bytes | None = None
+    value: bytes = b""
+    error: InputError | None = None
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Consecutive records of one or more partitions, processed and committed together.
+
+    Args:
+        records: in reading order.
+        starts: position of each partition before the chunk.
+        ends: position of each partition after it: what is committed with it.
+        owner: the consumer's group membership while it read them, checked at the commit.
+        replay: the records were answered before and only rebuild the state.
+        width: partitions the input topic has.
+    """
+
+    records: list[Record]
+    starts: dict[Partition, int]
+    ends: dict[Partition, int]
+    owner: Any = None
+    replay: bool = False
+    width: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Outputs:
+    """A chunk with its messages, ready to be written."""
+
+    chunk: Chunk
+    messages: list[Message]
+
+    def only(self, partitions: Mapping[Partition, Any], owner: Any) -> Outputs:
+        """The part that belongs to ``partitions``, claimed by ``owner``."""
+        chunk = self.chunk
+        kept = {p for p in chunk.ends if p in partitions}
+        return Outputs(
+            Chunk(
+                [r for r in chunk.records if (r.topic, r.partition) in kept],
+                {p: chunk.starts[p] for p in kept},
+                {p: chunk.ends[p] for p in kept},
+                owner,
+                width=chunk.width,
+            ),
+            [m for m in self.messages if (m.record.topic, m.record.partition) in kept],
+        )
+
+
+class Committed(NamedTuple):
+    """Outputs that are durable, and the seconds from first send to commit."""
+
+    outputs: Outputs
+    seconds: float
+
+
+class Rewind(Exception):
+    """Go back to what is committed. ``cause`` is a short word for the metrics."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+class Poisoned(Rewind):
+    """The vertical failed on a chunk and its state can no longer be trusted."""
+
+    def __init__(self, chunk: Chunk) -> None:
+        super().__init__("poison")
+        self.chunk = chunk
+
+
+class StreamError(PlinthError):
+    """The stream cannot go on; what was committed is complete, the rest will be read again."""
+
+    reason = "stream"

@@ -1,0 +1,271 @@
+"""Parse, infer, encode: from a chunk of records to its messages, one bad record at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plinth.engine import (
+    Call,
+    Closed,
+    Engine,
+    Flow,
+    InputError,
+    ModelError,
+    PlinthError,
+    QueueFull,
+    Refused,
+    Sla,
+)
+from plinth.engine.flow import Tensors, row_count
+from plinth.pipelines.stream.chunks import Chunk, Message, Outputs, Partition, Poisoned, Record
+from plinth.pipelines.stream.metrics import CHUNK_SECONDS, REFUSED
+from plinth.verticals.contract import Vertical
+
+log = logging.getLogger(__name__)
+
+MAX_FAILURES = 50
+"""Records in a row on which the vertical may fail before the stream stops."""
+LOOK_S = 0.5
+"""How long the engine may work on a call before the run loop looks after the group again."""
+
+Steps = Generator[float, None, Any]
+"""Yields seconds to wait whenever the engine is not ready; returns the result."""
+
+
+@dataclass(slots=True)
+class Processor:
+    """Turns chunks into messages with one vertical on one engine.
+
+    Args:
+        vertical: reads, infers and encodes.
+        engine: runs its calls.
+        max_record_bytes: larger records and answers become dead letters.
+        stateful: the vertical has state, which a failed flow leaves unknown.
+        sla: the promise asked of the engine; work that would miss it is late, never refused or
+            degraded.
+    """
+
+    vertical: Vertical[Any, Any]
+    engine: Engine
+    max_record_bytes: int = 1_000_000
+    stateful: bool = False
+    sla: Sla = field(default_factory=Sla)
+    _isolate: dict[Partition, int] = field(default_factory=dict, init=False)
+    _failures: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.sla = replace(self.sla, on_overload="late")
+
+    def process(self, chunk: Chunk) -> Generator[float, None, Outputs]:
+        """Answer every record of a chunk, each with a message or a dead letter.
+
+        A generator: where the engine has no room or no answer yet it yields the seconds to wait,
+        so that the run loop can stay in its group meanwhile; it returns the :class:`Outputs`.
+
+        Raises:
+            Poisoned: the vertical failed on the chunk and has state; the records must come again,
+                after which each is processed alone.
+            PlinthError: the engine cannot do the work at all.
+        """
+        started = time.perf_counter()
+        messages: list[Message] = []
+        readable = self._parse(chunk.records, messages)
+        alone = self._alone(chunk)
+        groups = [[pair] for pair in readable] if alone else [readable] if readable else []
+        for group in groups:
+            yield from self._infer(chunk, group, messages, alone=alone)
+        CHUNK_SECONDS.observe(time.perf_counter() - started)
+        return Outputs(chunk, messages)
+
+    def observe(self, chunk: Chunk) -> None:
+        """Take a replayed chunk into the vertical's state, without answers."""
+        readable = self._parse(chunk.records, [])
+        if readable:
+            self.vertical.observe([request for _, request in readable])
+
+    def _alone(self, chunk: Chunk) -> bool:
+        """Whether a record of the chunk made the vertical fail before."""
+        for p, start in chunk.starts.items():
+            if self._isolate.get(p, start) <= start:
+                self._isolate.pop(p, None)
+        return not self._isolate.keys().isdisjoint(chunk.starts)
+
+    # -- parse -----------------------------------------------------------------------------
+    def _parse(
+        self, records: Sequence[Record], messages: list[Message]
+    ) -> list[tuple[Record, Any]]:
+        parse, limit = self.vertical.parse, self.max_record_bytes
+        readable: list[tuple[Record, Any]] = []
+        for record in records:
+            raw = record.value
+            try:
+                if raw is None or len(raw) > limit:
+                    raise _unfit(raw, limit)
+                readable.append((record, parse(raw)))
+            except InputError as error:
+                messages.append(Message(record, error=error))
+            except Exception as error:
+                log.exception("%s.parse raised on %s", self.vertical.name, _place(record))
+                messages.append(Message(record, error=_failure("parse", error)))
+        return readable
+
+    # -- infer -----------------------------------------------------------------------------
+    def _infer(
+        self,
+        chunk: Chunk,
+        group: Sequence[tuple[Record, Any]],
+        messages: list[Message],
+        *,
+        alone: bool,
+    ) -> Steps:
+        requests = [request for _, request in group]
+        try:
+            results = yield from self._drive(self.vertical.infer(requests))
+            if len(results) != len(requests):
+                raise RuntimeError(f"infer gave {len(results)} results for {len(requests)}")
+        except InputError as error:
+            failure = error
+        except PlinthError as error:
+            if not isinstance(error, ModelError):
+                raise
+            log.error("a model failed on %d records: %s", len(requests), error)
+            failure = _failure("infer", error)
+        except Exception as error:
+            log.exception("%s.infer raised on %d records", self.vertical.name, len(requests))
+            failure = _failure("infer", error)
+        else:
+            self._failures = 0
+            for (record, request), result in zip(group, results, strict=True):
+                messages.append(self._encode(record, request, result))
+            return
+        if alone:
+            messages.append(self._failed_alone(group[0][0], failure))
+        elif self.stateful:
+            self._isolate.update(chunk.ends)
+            raise Poisoned(chunk)
+        else:
+            for pair in group:
+                yield from self._infer(chunk, [pair], messages, alone=True)
+
+    def _failed_alone(self, record: Record, error: InputError) -> Message:
+        self._failures += 1
+        if self._failures >= MAX_FAILURES:
+            raise ModelError(
+                f"{self.vertical.name}.infer failed on {self._failures} records in a row",
+                hint="see the log; nothing of this chunk was committed",
+            ) from error
+        return Message(record, error=error)
+
+    def _drive(self, flow: Flow[list[Any]]) -> Steps:
+        """Run a flow to its end; each of its calls goes to the engine once."""
+        try:
+            call = next(flow)
+            while True:
+                try:
+                    value = yield from self._answer(call)
+                except PlinthError as error:
+                    call = flow.throw(error)
+                else:
+                    call = flow.send(value)
+        except StopIteration as end:
+            return end.value
+
+    def _answer(self, call: Call) -> Steps:
+        """What the engine answers to a call; one too large for its queue goes in parts.
+
+        Work that is refused is offered again later: the vertical's own steps, which may have
+        changed its state, do not run a second time.
+        """
+        waiting: list[Tensors] = [call.rows]
+        done: list[Tensors] = []
+        while waiting:
+            rows = waiting[0]
+            try:
+                part = replace(call, rows=rows)
+                done.append((yield from _result(self.engine.submit(part, self.sla))))
+            except Closed:
+                raise
+            except Refused as refused:
+                REFUSED.inc()
+                count = row_count(rows)
+                if isinstance(refused, QueueFull) and call.tiling is None and count > 1:
+                    waiting[:1] = _halves(rows, count // 2)
+                yield min(max(refused.retry_after or 0.05, 0.005), 1.0)
+            else:
+                del waiting[0]
+        return _joined(done)
+
+    # -- encode ----------------------------------------------------------------------------
+    def _encode(self, record: Record, request: Any, result: Any) -> Message:
+        if isinstance(result, InputError):
+            return Message(record, error=result)
+        try:
+            value = self.vertical.encode(result)
+            key = self.vertical.key(request)
+        except InputError as error:
+            return Message(record, error=error)
+        except Exception as error:
+            log.exception("%s.encode raised on %s", self.vertical.name, _place(record))
+            return Message(record, error=_failure("encode", error))
+        if len(value) > self.max_record_bytes:
+            return Message(record, error=_unfit(value, self.max_record_bytes, "the answer"))
+        return Message(record, record.key if key is None else key.encode(), value)
+
+
+def _result(future: Future[Any]) -> Steps:
+    while True:
+        try:
+            return future.result(LOOK_S).value
+        except TimeoutError:
+            if future.done():
+                raise
+            yield 0.0
+
+
+def _halves(rows: Tensors, first: int) -> tuple[Tensors, Tensors]:
+    if isinstance(rows, Tensor):
+        return rows[:first], rows[first:]
+    return (
+        {name: value[:first] for name, value in rows.items()},
+        {name: value[first:] for name, value in rows.items()},
+    )
+
+
+def _joined(parts: list[Any]) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _place(record: Record) -> str:
+    return f"{record.topic}[{record.partition}]@{record.offset}"
+
+
+def _failure(step: str, error: Exception) -> InputError:
+    return InputError(
+        f"the vertical's {step} step failed on this record: {type(error).__name__}",
+        reason=f"{step}_failed",
+        hint="see the worker's log at this record's topic, partition and offset",
+    )
+
+
+def _unfit(raw: bytes | None, limit: int, what: str = "the record") -> InputError:
+    if raw is None:
+        return InputError(
+            "the record has no value", reason="empty_record", hint="send one JSON object"
+        )
+    return InputError(
+        f"{what} has {len(raw)} bytes, at most {limit} are taken",
+        reason="too_large",
+        hint="raise stream.max_record_bytes and the topics' max.message.bytes, or send less",
+    )
