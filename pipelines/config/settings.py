@@ -134,6 +134,10 @@ class ServeConfig(Table):
     api_key_env: str | None = Field(
         default=None, description="environment variable that holds the API key"
     )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(),
+        description="names with a dot that a server on loopback goes by; `*`: any",
+    )
     state_dir: Path | None = Field(
         default=None,
         description="folder that keeps the verticals' state from one run to the next; none: lost",

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from starlette.types import Receive, Scope
 
 from plinth.engine import Cancelled
-from plinth.pipelines.http.errors import Stop
+from plinth.pipelines.http.errors import HttpError
 
 Headers = Mapping[bytes, bytes]
 """Header value by lower-case name."""
@@ -20,20 +20,20 @@ def headers_of(scope: Scope) -> dict[bytes, bytes]:
 
 
 def media_type(headers: Headers, allowed: tuple[str, ...]) -> str:
-    """The request's media type without parameters; an absent one is the first allowed.
+    """The request's media type without parameters.
+
+    An absent one is not guessed: pages of foreign sites can send requests without one.
 
     Raises:
-        Stop: ``unsupported_media_type``.
+        HttpError: ``unsupported_media_type``.
     """
     given = headers.get(b"content-type", b"").decode("latin-1")
     if given in allowed:
         return given
     given = given.partition(";")[0].strip().lower()
-    if not given:
-        return allowed[0]
     if given not in allowed:
-        raise Stop(
-            f"content-type {given[:80]!r} is not understood here",
+        raise HttpError(
+            f"content-type {given[:80]!r} is not understood here" if given else "no content-type",
             reason="unsupported_media_type",
             hint=f"send {' or '.join(allowed)}",
             headers={"accept-post": ", ".join(allowed)},
@@ -53,7 +53,7 @@ async def chunks(
         patience: seconds a chunk may keep us waiting.
 
     Raises:
-        Stop: ``body_too_large`` as soon as the bound is crossed, ``body_too_slow``.
+        HttpError: ``body_too_large`` as soon as the bound is crossed, ``body_too_slow``.
         Cancelled: the client went away in the middle.
     """
     _check_declared(headers, limit)
@@ -98,9 +98,9 @@ async def _next(receive: Receive, patience: float) -> tuple[bytes, bool]:
     return message.get("body", b""), message.get("more_body", False)
 
 
-def _too_large(limit: int) -> Stop:
+def _too_large(limit: int) -> HttpError:
     """The connection closes, for the rest of the body is not read."""
-    return Stop(
+    return HttpError(
         f"the body is larger than {limit:,} bytes",
         reason="body_too_large",
         hint="send less at once, or raise the limit in the [serve] table",
@@ -108,9 +108,9 @@ def _too_large(limit: int) -> Stop:
     )
 
 
-def too_slow(patience: float) -> Stop:
+def too_slow(patience: float) -> HttpError:
     """The error of a body that keeps the server waiting."""
-    return Stop(
+    return HttpError(
         f"no more of the body came for {patience:g} s",
         reason="body_too_slow",
         hint="send it faster, or raise serve.request_timeout_seconds",

@@ -9,13 +9,13 @@ from typing import Self
 from starlette.types import Receive
 
 from plinth.engine import Cancelled, PlinthError
-from plinth.pipelines.http.errors import Stop
+from plinth.pipelines.http.errors import HttpError
 
 WATCH_AFTER = 0.02
 """Seconds an answer may take before anybody looks whether its client is still there."""
 
 
-class Watched:
+class cancel_on_disconnect:
     """A block that ends when its client leaves or when it takes too long.
 
     Most answers come before the watching begins, and pay for one timer only.
@@ -26,7 +26,7 @@ class Watched:
 
     Raises:
         Cancelled: the client is gone; what the block waited for was cancelled.
-        Stop: ``timeout``.
+        HttpError: ``timeout``.
     """
 
     def __init__(self, receive: Receive, patience: float) -> None:
@@ -70,9 +70,9 @@ class Watched:
         self._task.cancel()
 
 
-def timed_out(seconds: float) -> Stop:
+def timed_out(seconds: float) -> HttpError:
     """The error of a request that took longer than the bound."""
-    return Stop(
+    return HttpError(
         f"no answer within {seconds:g} s",
         reason="timeout",
         hint="send fewer records at once, or raise serve.request_timeout_seconds",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import traceback
 from typing import Any
 
 import orjson
@@ -22,8 +20,8 @@ from plinth.engine import (
     QueueFull,
     Refused,
 )
-
-log = logging.getLogger("plinth.serve")
+from plinth.pipelines.http.wire import answer
+from plinth.pipelines.records import InternalError
 
 STATUS: dict[type[PlinthError], int] = {
     QueueFull: 429,
@@ -35,6 +33,7 @@ STATUS: dict[type[PlinthError], int] = {
     ModelError: 503,
     DeviceError: 503,
     ConfigError: 500,
+    InternalError: 500,
 }
 
 REASON_STATUS = {
@@ -43,6 +42,8 @@ REASON_STATUS = {
     "malformed_http": 400,
     "bad_header": 400,
     "unauthorised": 401,
+    "foreign_host": 403,
+    "cross_site": 403,
     "not_found": 404,
     "not_allowed": 405,
     "body_too_slow": 408,
@@ -59,7 +60,7 @@ REASON_STATUS = {
 """Status by an error's reason; any other goes by its type, and an InputError is 422."""
 
 
-class Stop(PlinthError):
+class HttpError(PlinthError):
     """A request that ends here, for a reason of the door itself.
 
     Args:
@@ -92,7 +93,7 @@ def status_of(error: PlinthError) -> int:
     """The HTTP status that means what the error means."""
     if error.reason in REASON_STATUS:
         return REASON_STATUS[error.reason]
-    if isinstance(error, Stop):
+    if isinstance(error, HttpError):
         return 422
     return next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
 
@@ -102,29 +103,30 @@ def body_of(error: PlinthError) -> dict[str, Any]:
     return {"field": None, **error.as_dict()}
 
 
-def error_response(error: PlinthError) -> Response:
-    """The error as a response, with ``Retry-After`` (whole seconds, at least 1) where it helps."""
+def answer_of(error: PlinthError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+    """Status, fields and body of the answer to an error; the one place that maps them.
+
+    ``Retry-After`` (whole seconds, at least 1) stands where trying again helps.
+    """
     status = status_of(error)
-    headers = dict(error.headers) if isinstance(error, Stop) else {}
+    headers = dict(error.headers) if isinstance(error, HttpError) else {}
     if status in (429, 503):
         wait = getattr(error, "retry_after", None)
         headers.setdefault("retry-after", str(max(1, math.ceil(wait or 0))))
-    return Response(
-        orjson.dumps({"error": body_of(error)}),
-        status_code=status,
-        headers=headers,
-        media_type="application/json",
-    )
+    body = orjson.dumps({"error": body_of(error)})
+    fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    return status, [(b"content-type", b"application/json"), *fields], body
 
 
-def internal_error(error: BaseException) -> Response:
-    """A 500 that tells nothing of the inside; the log gets the frames, never the values."""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    log.error("unexpected %s\n%s", type(error).__name__, frames)
-    body = {
-        "reason": "internal",
-        "message": "something went wrong here; the request was not answered",
-        "field": None,
-        "hint": "try again; if it stays, look into the server's log",
-    }
-    return Response(orjson.dumps({"error": body}), 500, media_type="application/json")
+def error_bytes(error: PlinthError) -> tuple[int, bytes]:
+    """The error as it goes to a socket, and its status."""
+    status, fields, body = answer_of(error)
+    return status, answer.whole(status, [*fields, (b"content-length", b"%d" % len(body))], body)
+
+
+def error_response(error: PlinthError) -> Response:
+    """The error as a response of an ASGI application."""
+    status, fields, body = answer_of(error)
+    response = Response(body, status_code=status)
+    response.raw_headers = [*response.raw_headers, *fields]
+    return response

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from plinth.pipelines.folders.archives import FORM_TYPE, ZIP_TYPES
-from plinth.pipelines.http.records import DEADLINE_HEADER
+from plinth.pipelines.http.record_routes import DEADLINE_HEADER
 from plinth.verticals import Vertical
 
 

@@ -1,8 +1,8 @@
-"""The HTTP door: the app and a server that drains.
+"""The HTTP door: what answers, and a server that drains.
 
-:func:`create_app` makes the ASGI app; :class:`Server` runs it with uvicorn. On SIGTERM or Ctrl-C
-the server is not ready at once, still serves for ``announce_seconds``, then takes no new
-connection, answers every accepted request within ``drain_seconds`` and ends with exit code 0.
+:func:`create_app` makes what answers; :class:`Server` runs it. On SIGTERM or Ctrl-C the server is
+not ready at once, still serves for ``announce_seconds``, then takes no new connection, answers
+every accepted request within ``drain_seconds`` and ends with exit code 0.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import functools
 import logging
 import signal
 import socket
-import sys
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
@@ -32,21 +31,28 @@ from plinth.pipelines.assembly import is_folder_vertical, sla_of
 from plinth.pipelines.config.settings import Config, ServeConfig
 from plinth.pipelines.folders.jobs import Jobs
 from plinth.pipelines.http import openapi as http_openapi
-from plinth.pipelines.http.app import Gate, Health, add_common_routes, add_error_handlers, publish
-from plinth.pipelines.http.fast_path import Express
-from plinth.pipelines.http.head_cache import Heads
-from plinth.pipelines.http.protocol import Protocol
-from plinth.pipelines.http.records import RecordDoor
+from plinth.pipelines.http.access import Access
+from plinth.pipelines.http.app import add_common_routes, add_error_handlers, publish
+from plinth.pipelines.http.application import HttpApplication
+from plinth.pipelines.http.body import headers_of, whole
+from plinth.pipelines.http.disconnect import cancel_on_disconnect
+from plinth.pipelines.http.health import Health
+from plinth.pipelines.http.record_routes import RecordRoute
 from plinth.pipelines.http.upload_routes import UploadDoor
+from plinth.pipelines.http.wire.admission import Limit
+from plinth.pipelines.http.wire.server import Bounds, SocketServer
 from plinth.pipelines.interpreter import set_for_serving
+from plinth.pipelines.records import RecordService
 from plinth.verticals import Vertical
 
 log = logging.getLogger("plinth.serve")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def create_app(verticals: Mapping[str, Vertical[Any, Any]], engine: Engine, config: Config) -> Gate:
-    """The ASGI app.
+def create_app(
+    verticals: Mapping[str, Vertical[Any, Any]], engine: Engine, config: Config
+) -> Application:
+    """What answers requests, and what lives as long as the server.
 
     Args:
         verticals: loaded verticals by name; their models are known to ``engine``.
@@ -56,14 +62,14 @@ def create_app(verticals: Mapping[str, Vertical[Any, Any]], engine: Engine, conf
     Raises:
         ConfigError: the API key's variable is not set, or a promise makes no sense.
     """
-    health = Health()
+    health, serve = Health(), config.serve
     slas = {name: sla_of(vertical, config) for name, vertical in verticals.items()}
     pool = ThreadPoolExecutor(8, thread_name_prefix="plinth-http")
     folders = {name: v for name, v in verticals.items() if is_folder_vertical(v)}
-    jobs = Jobs(folders, engine, slas, config.serve.upload) if folders else None
+    jobs = Jobs(folders, engine, slas, serve.upload) if folders else None
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan() -> AsyncIterator[None]:
         with contextlib.ExitStack() as stack:
             tasks = [asyncio.create_task(warm_up(verticals, engine, health, stack))]
             if jobs is not None:
@@ -79,23 +85,51 @@ def create_app(verticals: Mapping[str, Vertical[Any, Any]], engine: Engine, conf
         title="Plinth",
         version="1",
         summary="One inference engine under pluggable verticals.",
-        lifespan=lifespan,
         redoc_url=None,
     )
     schemas: dict[str, Any] = {"Error": http_openapi.ERROR_SCHEMA}
-    doors: dict[str, RecordDoor] = {}
+    limit = Limit(serve.max_requests)
+    routes: dict[str, RecordRoute] = {}
     for name, vertical in verticals.items():
         if vertical.request is not None:
-            door = RecordDoor(vertical, engine, slas[name], config.serve, pool)
-            doors[door.path] = door
+            service = RecordService(
+                vertical,
+                engine,
+                slas[name],
+                max_items=serve.max_items,
+                seconds=serve.request_timeout_seconds,
+                pool=pool,
+            )
+            route = RecordRoute(service, serve, limit, health)
+            routes[route.path] = route
             schemas |= http_openapi.schemas(vertical)
-            _record_route(app, door)
+            _record_route(app, route, serve)
         elif jobs is not None and name in folders:
-            _upload_routes(app, UploadDoor(vertical, jobs, config.serve))
+            _upload_routes(app, UploadDoor(vertical, jobs, serve))
     add_common_routes(app, engine, health, verticals)
     add_error_handlers(app)
     publish(app, schemas)
-    return Gate(app, doors, config.api_key(), config.serve, health)
+    access = Access(config.api_key(), serve.host, serve.allowed_hosts, health)
+    most = max(serve.max_body_bytes, serve.upload.max_bytes if folders else 0)
+    application = HttpApplication(app, routes, access, limit, most, health)
+    promises = [slas[route.service.vertical.name].deadline_ms for route in routes.values()]
+    tightest = min((ms / 1e3 for ms in promises if ms is not None), default=None)
+    return Application(application, lifespan, tightest)
+
+
+@dataclass(frozen=True)
+class Application:
+    """What a server serves.
+
+    Args:
+        http: answers requests.
+        lifespan: entered before the first request and left after the last.
+        promise: seconds; the tightest promise of a record route, if any.
+    """
+
+    http: HttpApplication
+    lifespan: Callable[[], contextlib.AbstractAsyncContextManager[None]]
+    promise: float | None
 
 
 async def warm_up(
@@ -142,15 +176,26 @@ async def _purge(jobs: Jobs) -> None:
         await asyncio.to_thread(jobs.purge)
 
 
-def _record_route(app: FastAPI, door: RecordDoor) -> None:
-    """Put the door into the API docs; the gate takes its requests there by a shorter way."""
-    vertical = door.vertical
+def _record_route(app: FastAPI, route: RecordRoute, config: ServeConfig) -> None:
+    """Put a record route into the API docs. The server takes its requests by a shorter way.
+
+    What reaches the app all the same is answered by the same steps.
+    """
+    vertical = route.service.vertical
 
     async def infer(request: Request) -> Response:
-        return await door.answer(request.scope, request.receive)
+        arrived, headers = time.perf_counter(), headers_of(request.scope)
+        sla = route.promise(headers)
+        seconds = config.request_timeout_seconds
+        body = await whole(request.receive, headers, config.max_body_bytes, seconds)
+        with cancel_on_disconnect(request.receive, seconds):
+            status, fields, content = await route.respond(body, sla, arrived)
+        response = Response(content, status_code=status)
+        response.raw_headers = [*response.raw_headers, *fields]
+        return response
 
     app.add_api_route(
-        door.path,
+        route.path,
         infer,
         methods=["POST"],
         summary=vertical.summary,
@@ -194,7 +239,7 @@ def _upload_routes(app: FastAPI, door: UploadDoor) -> None:
 
 
 class Server:
-    """Runs an app until it is told to drain.
+    """Runs an application until it is told to drain.
 
     Args:
         app: from :func:`create_app`.
@@ -202,20 +247,42 @@ class Server:
         bound: from :func:`bind`.
     """
 
-    def __init__(self, app: Gate, config: Config, bound: socket.socket) -> None:
+    def __init__(self, app: Application, config: Config, bound: socket.socket) -> None:
         host, port = bound.getsockname()[:2]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._settings = config.serve
-        self._bound = bound
-        self._health = app.health
+        self._app = app
+        self._health = app.http.health
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._server = _Uvicorn(_uvicorn_config(app, config.serve), self._drain)
+        self._ending: asyncio.Event | None = None
+        self._forced: asyncio.Event | None = None
+        bounds = Bounds(
+            connections=config.serve.max_connections,
+            request_seconds=config.serve.request_timeout_seconds,
+            keep_alive_seconds=config.serve.keep_alive_seconds,
+            promise=app.promise,
+        )
+        self._sockets = SocketServer(bound, app.http, app.http.limit, bounds)
 
     def run(self) -> None:
         """Serve in this thread until drained; in the main thread signals drain it."""
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             self._loop = runner.get_loop()
-            runner.run(self._server.serve(sockets=[self._bound]))
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._ending, self._forced = asyncio.Event(), asyncio.Event()
+        with self._signals():
+            async with self._app.lifespan():
+                self._sockets.start()
+                await self._ending.wait()
+                draining = asyncio.ensure_future(self._sockets.drain(self._settings.drain_seconds))
+                forced = asyncio.ensure_future(self._forced.wait())
+                await asyncio.wait((draining, forced), return_when=asyncio.FIRST_COMPLETED)
+                forced.cancel()
+                if not draining.done():
+                    draining.cancel()
+                    self._sockets.stop()
 
     def drain(self) -> None:
         """Begin to end, from any thread; called again, end now."""
@@ -224,54 +291,31 @@ class Server:
                 self._loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
+        assert self._loop is not None
+        assert self._ending is not None
+        assert self._forced is not None
         if self._health.drain_until is not None:
-            self._server.should_exit = self._server.force_exit = True
+            self._ending.set()
+            self._forced.set()
             return
         announce = self._settings.announce_seconds
         self._health.drain(announce + self._settings.drain_seconds)
         log.info("draining: not ready any more, serving for %g s, then closing", announce)
-        assert self._loop is not None
-        self._loop.call_later(announce, setattr, self._server, "should_exit", True)
-
-
-class _Uvicorn(uvicorn.Server):
-    """uvicorn with our own answer to signals, so that a drained server exits with 0."""
-
-    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_signal = on_signal
+        self._loop.call_later(announce, self._ending.set)
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
+    def _signals(self) -> Generator[None, None, None]:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._drain)
         try:
             yield
         finally:
             for number in SIGNALS:
                 loop.remove_signal_handler(number)
-
-
-def _uvicorn_config(app: Gate, settings: ServeConfig) -> uvicorn.Config:
-    lanes = {door.path.encode(): Express(app, door) for door in app.doors.values()}
-    protocol: Any = functools.partial(Protocol, settings, lanes, Heads())
-    return uvicorn.Config(
-        app,
-        loop="none",
-        http=protocol,
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=settings.keep_alive_seconds,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
-    )
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -309,9 +353,7 @@ def _why(error: OSError) -> str:
     return said.get(error.errno or 0, error.strerror or "unknown")
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    if sys.platform == "win32":
-        return None
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     import uvloop
 
     factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop

@@ -17,8 +17,8 @@ from plinth.pipelines.config.settings import ServeConfig
 from plinth.pipelines.folders.archives import ALLOWED, FORM_TYPE, ZIP_TYPES, Form, Sink, save, unzip
 from plinth.pipelines.folders.jobs import Job, Jobs
 from plinth.pipelines.http.body import chunks, headers_of, media_type
-from plinth.pipelines.http.disconnect import Watched
-from plinth.pipelines.http.errors import Stop, error_response
+from plinth.pipelines.http.disconnect import cancel_on_disconnect
+from plinth.pipelines.http.errors import HttpError, error_response
 from plinth.verticals import Vertical
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -92,9 +92,9 @@ class UploadDoor:
     async def _wait(self, request: Request, job: Job) -> Response:
         ended = asyncio.shield(asyncio.wrap_future(job.ended))
         try:
-            with Watched(request.receive, self.config.request_timeout_seconds):
+            with cancel_on_disconnect(request.receive, self.config.request_timeout_seconds):
                 await ended
-        except Stop:
+        except HttpError:
             return self._document(job, 202)
         if job.error is not None:
             return error_response(job.error)
@@ -109,7 +109,7 @@ class UploadDoor:
         job, name = self._job(request), request.path_params["name"]
         path = job.files.get(name)
         if path is None or not path.is_file():
-            raise Stop(
+            raise HttpError(
                 "the job has no such file",
                 reason="not_found",
                 hint=f"it has: {', '.join(sorted(job.files)) or 'none yet'}",
@@ -133,7 +133,7 @@ class UploadDoor:
     def _job(self, request: Request) -> Job:
         job = self.jobs.get(self.vertical.name, request.path_params["job"])
         if job is None:
-            raise Stop(
+            raise HttpError(
                 "there is no such job",
                 reason="not_found",
                 hint=f"jobs are kept for {self.jobs.limits.keep_seconds:g} s after they finish",

@@ -33,8 +33,11 @@ class Running:
         until(lambda: self.client.get("/health/ready").status_code == 200)
 
     def post(self, path: str, **options: Any) -> httpx.Response:
-        """POST below the server."""
-        return self.client.post(path, **options)
+        """POST below the server; a body whose type is not given is JSON."""
+        headers = {"content-type": "application/json"} | dict(options.pop("headers", {}))
+        if "files" in options:
+            del headers["content-type"]
+        return self.client.post(path, headers=headers, **options)
 
 
 @contextlib.contextmanager
@@ -83,7 +86,8 @@ class Raw:
     def post(self, route: str, record: Any) -> None:
         """Send one record and do not wait."""
         body = json.dumps(record).encode()
-        self.send(f"POST {route} HTTP/1.1\nHost: x\nContent-Length: {len(body)}\n\n", body)
+        head = f"POST {route} HTTP/1.1\nHost: x\nContent-Type: application/json\n"
+        self.send(f"{head}Content-Length: {len(body)}\n\n", body)
 
     def answer(self) -> tuple[int, dict[str, str], Any]:
         """Status, headers and JSON of the next answer."""

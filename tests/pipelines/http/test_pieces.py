@@ -26,6 +26,8 @@ def tiny() -> Iterator[Running]:
 def request(value: float, lines: str = "Host: x\n", spaces: int = 0) -> bytes:
     """One request; spaces make its body, and so its head, another."""
     body = json.dumps({"id": "a", "value": value}).encode() + b" " * spaces
+    if "Content-Type" not in lines:
+        lines += "Content-Type: application/json\n"
     head = f"POST {ROUTE} HTTP/1.1\n{lines}Content-Length: {len(body)}\n\n"
     return head.replace("\n", "\r\n").encode() + body
 
@@ -58,14 +60,14 @@ def test_a_known_head_asks_for_the_key_each_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TINY_KEY", "s3cret")
     with running({"tiny": Tiny()}, serve={"api_key_env": "TINY_KEY"}) as server, Raw(server) as raw:
         for key, expected in (("s3cret", 200), ("s3creT", 401)) * 3:
-            raw.send("", request(1, f"X-API-Key: {key}\n"))
+            raw.send("", request(1, f"Host: x\nX-API-Key: {key}\n"))
             assert raw.answer()[0] == expected
 
 
 def test_a_known_head_may_ask_to_close_the_connection(tiny: Running) -> None:
     for _ in range(2):
         with Raw(tiny) as client:
-            client.send("", request(1, "Connection: close\n"))
+            client.send("", request(1, "Host: x\nConnection: close\n"))
             status, headers, _ = client.answer()
             assert (status, headers["connection"]) == (200, "close")
             assert client.file.read() == b""
@@ -74,7 +76,7 @@ def test_a_known_head_may_ask_to_close_the_connection(tiny: Running) -> None:
 def test_a_head_of_an_own_deadline_does_not_give_it_to_others(tiny: Running) -> None:
     with Raw(tiny) as client:
         for lines, expected in (("x-slo-deadline-ms: 0.0001\n", 503), ("", 200)) * 2:
-            client.send("", request(1, lines))
+            client.send("", request(1, f"Host: x\n{lines}"))
             assert client.answer()[0] == expected
 
 

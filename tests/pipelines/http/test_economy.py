@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from serving import Raw, error, running, until
-from test_serve_bounds import GOOD, HELD, ROUTE
+from test_bounds import GOOD, HELD, ROUTE
 from tiny_verticals import GATE, Gate, Tiny
 
 from plinth.engine.metrics import REGISTRY

@@ -67,7 +67,9 @@ def test_a_body_that_does_not_come_is_408() -> None:
         running({"tiny": Tiny()}, serve={"request_timeout_seconds": 0.1}) as server,
         Raw(server) as client,
     ):
-        client.send(f"POST {ROUTE} HTTP/1.1\nHost: x\nContent-Length: 9\n\n")
+        client.send(
+            f"POST {ROUTE} HTTP/1.1\nHost: x\nContent-Type: application/json\nContent-Length: 9\n\n"
+        )
         status, headers, body = client.answer()
         assert (status, body["error"]["reason"]) == (408, "body_too_slow")
         assert headers["connection"] == "close"
@@ -111,7 +113,8 @@ def test_requests_in_one_go_are_answered_in_order(tiny: Running) -> None:
 def test_a_client_may_ask_before_it_sends_the_body(tiny: Running) -> None:
     body = json.dumps(GOOD).encode()
     with Raw(tiny) as client:
-        head = f"POST {ROUTE} HTTP/1.1\nHost: x\nExpect: 100-continue\n"
+        head = f"POST {ROUTE} HTTP/1.1\nHost: x\nContent-Type: application/json\n"
+        head += "Expect: 100-continue\n"
         client.send(f"{head}Content-Length: {len(body)}\n\n")
         assert client.answer()[0] == 100
         client.send("", body)

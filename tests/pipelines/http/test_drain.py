@@ -16,7 +16,7 @@ import pytest
 from serving import running
 from tiny_verticals import Tiny
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
 from drain_under_load import Witness, send
 from http_latency import requests_of, serving
@@ -27,6 +27,7 @@ ROUTE = "/v1/tiny/double"
 def request_of(url: str, route: str, record: dict[str, object]) -> bytes:
     body = json.dumps(record).encode()
     head = f"POST {route} HTTP/1.1\r\nhost: {urlsplit(url).netloc}\r\n"
+    head += "content-type: application/json\r\n"
     return f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 

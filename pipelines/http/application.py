@@ -1,0 +1,141 @@
+"""What answers the requests of the server: record routes, and FastAPI for all the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from plinth.engine import PlinthError
+from plinth.pipelines.http.access import OPEN_PATHS, Access
+from plinth.pipelines.http.errors import HttpError, error_bytes
+from plinth.pipelines.http.health import Health
+from plinth.pipelines.http.metrics import HTTP
+from plinth.pipelines.http.record_routes import BUSY, DRAINED, RecordRoute
+from plinth.pipelines.http.wire.admission import Limit
+from plinth.pipelines.http.wire.asgi import Asgi, AsgiExchange
+from plinth.pipelines.http.wire.connection import Exchange
+from plinth.pipelines.http.wire.head import BadRequest
+from plinth.pipelines.records import FAULTS, explained
+
+FULL = HttpError(
+    "too many connections are open",
+    reason="too_many_connections",
+    hint="keep connections alive and use fewer, or raise serve.max_connections",
+    headers={"retry-after": "1"},
+)
+_HINTS = {
+    "head_too_large": "send large things in the body",
+    "body_too_large": "send less at once, or raise the limit in the [serve] table",
+    "body_too_slow": "send it faster, or raise serve.request_timeout_seconds",
+}
+
+
+class HttpApplication:
+    """Gives each request to its route, or turns it away.
+
+    Args:
+        app: an ASGI application for all but the record routes.
+        routes: record routes by path.
+        access: who may ask.
+        limit: of requests in work.
+        max_body: bytes of a request to ``app``.
+        health: of the server.
+    """
+
+    def __init__(
+        self,
+        app: Asgi,
+        routes: Mapping[str, RecordRoute],
+        access: Access,
+        limit: Limit,
+        max_body: int,
+        health: Health,
+    ) -> None:
+        self.health = health
+        self.limit = limit
+        self._app = app
+        self._routes = {path.encode(): route for path, route in routes.items()}
+        self._access = access
+        self._max_body = max_body
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- what the server asks ------------------------------------------------------------------
+    def request(self, exchange: Exchange) -> None:
+        """A head is whole: see who may answer the request."""
+        head = exchange.head
+        if exchange.surplus and head.path not in OPEN_PATHS:
+            self._refuse(exchange, FULL)
+            return
+        refusal = self._access.refusal(head)
+        if refusal is not None:
+            self._refuse(exchange, refusal)
+            return
+        route = None
+        if head.method == b"POST":
+            route = self._routes.get(head.path) or self._routes.get(head.decoded_path)
+        if route is not None:
+            route.begin(exchange)
+        elif len(self._tasks) >= self.limit.most and head.path not in OPEN_PATHS:
+            self._refuse(exchange, BUSY)
+        else:
+            task = asyncio.get_running_loop().create_task(self._run(exchange))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def stale(self, path: bytes, arrived: float) -> bytes | None:
+        """The refusal of a POST to this path which has waited, or ``None``: it must be read."""
+        route = self._routes.get(path)
+        return None if route is None else route.stale(arrived)
+
+    def end_of_turn(self) -> None:
+        """Run the records that were read in this turn."""
+        for route in self._routes.values():
+            route.end_of_turn()
+
+    def error(self, error: BadRequest) -> bytes:
+        """The whole answer to what is no request."""
+        told = HttpError(
+            error.message,
+            reason=error.reason,
+            hint=_HINTS.get(error.reason, "check the client"),
+        )
+        status, whole = error_bytes(told)
+        HTTP.note("other", status, 0.0)
+        return whole
+
+    def cancel(self) -> None:
+        """The time to drain is over: what is left is answered with a refusal."""
+        for route in self._routes.values():
+            route.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+
+    # -- requests for the ASGI application -----------------------------------------------------
+    async def _run(self, exchange: Exchange) -> None:
+        asgi = AsgiExchange(exchange, self._max_body)
+        scope: dict[str, Any] = asgi.scope()
+        failure: PlinthError | None = None
+        try:
+            await self._app(scope, asgi.receive, asgi.send)
+        except asyncio.CancelledError:
+            failure = DRAINED
+        except OSError as error:
+            failure = None if exchange.connection is None else explained(error)
+        except FAULTS as error:
+            failure = explained(error)
+        status = asgi.status
+        if not asgi.ended and exchange.connection is not None:
+            if status:
+                asgi.abandon()
+            else:
+                status, whole = error_bytes(failure or explained(RuntimeError("no answer")))
+                exchange.respond(whole)
+        route = getattr(scope.get("route"), "path", "other")
+        HTTP.note(route, status, time.perf_counter() - exchange.arrived)
+
+    def _refuse(self, exchange: Exchange, error: PlinthError) -> None:
+        status, whole = error_bytes(error)
+        exchange.refuse(whole)
+        HTTP.note("other", status, time.perf_counter() - exchange.arrived)
