@@ -268,7 +268,7 @@ class BatchView:
 
     def show(self, step: Step) -> None:
         """Show one step of the batch."""
-        if step.kind == "total":
+        if step.kind == "found":
             self._total = step.total
             self._bar.update(self._task, total=step.total)
         elif step.kind == "stage":

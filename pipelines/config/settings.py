@@ -99,6 +99,12 @@ class UploadConfig(Table):
     max_job_bytes: Bytes = Field(
         default=16 << 30, ge=1, description="disk all jobs together may hold"
     )
+    receive_seconds: float = Field(
+        default=900.0, gt=0, description="longest time a client may take to send one upload"
+    )
+    min_bytes_per_second: Bytes = Field(
+        default=16 << 10, ge=1, description="pace below which an upload is ended"
+    )
     keep_seconds: float = Field(
         default=3600.0, gt=0, description="age at which a finished job is deleted"
     )

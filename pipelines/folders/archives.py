@@ -1,27 +1,35 @@
 """Uploads: zip archives and multipart forms into a folder, within bounds.
 
-Nothing a client writes becomes a path by itself: names are cleaned and must stay below the
-folder, and every count is of real bytes, not of what a header claims.
+Nothing a client writes becomes a path by itself: a file is stored under a name made from the
+client's, and every count is of real bytes, not of what a header claims. Different files stay
+different files: the name a part of a path is stored under holds a digest of it wherever anything
+of it had to be changed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import re
+import secrets
 import stat
 import struct
 import zipfile
-import zlib
-from collections.abc import AsyncIterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import BinaryIO
 
+import orjson
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from plinth.engine import InputError
+from plinth.engine import InputError, PlinthError
 from plinth.pipelines.config.settings import UploadConfig
+from plinth.pipelines.folders.storage import storing
 
 CHUNK = 1 << 20
+PIECE = 64 << 10
+"""Bytes of a form's file that are written at once."""
 SMALL = 8 << 20
 """Bytes below which a file may be as compressible as it likes: an empty slice is."""
 ZIP_TYPES = ("application/zip", "application/x-zip-compressed")
@@ -29,9 +37,23 @@ FORM_TYPE = "multipart/form-data"
 FILE_TYPES = ("application/dicom", "application/octet-stream")
 ALLOWED = (*ZIP_TYPES, FORM_TYPE, *FILE_TYPES)
 
+MAX_NAME = 1024
+"""Characters of a client's name for a file, its folders included."""
+MAX_DEPTH = 32
+"""Folders in folders."""
+MAX_FIELDS = 1000
+"""Parts of a form besides its files."""
+MAX_PART_HEAD = 8192
+"""Bytes of the headers of one part of a form."""
+METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+"""How an archive may be packed. LZMA lets a client choose how much memory unpacking takes."""
+
+_SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
-_EOCD = struct.Struct("<4s4H2LH")
-_EOCD_SPAN = _EOCD.size + 65_535
+_SUFFIX = re.compile(r"[A-Za-z0-9]{1,10}")
+_END = struct.Struct("<4s4H2LH")
+_END_SPAN = _END.size + 65_535
+_ENTRY = struct.Struct("<4s24x3H12x")
 
 
 def bad_upload(message: str, hint: str, *, field: str | None = None) -> InputError:
@@ -48,72 +70,148 @@ def too_much(what: str, limit: float, setting: str) -> InputError:
     )
 
 
-def safe_name(name: str, number: int) -> PurePosixPath:
-    """A relative path made of harmless parts from whatever a client called its file.
+def stored_path(name: str, number: int) -> PurePosixPath:
+    """The relative path under which a client's file is stored.
+
+    Parts made of ``A-Z a-z 0-9 . _ -`` alone, up to 100 of them and no dot in front, stay as they
+    are. Any other gets what is left of it and a digest of it, so that ``IM 1`` and ``IM_1``, or
+    one name in two Unicode forms, are stored apart.
 
     Args:
         name: the client's name; may hold ``/`` or ``\\``.
         number: used where nothing of the name is left.
 
     Raises:
-        InputError: the name is absolute or climbs out with ``..``.
+        InputError: the name is absolute, climbs out with ``..``, or is too long or deep.
     """
+    if len(name) > MAX_NAME:
+        raise bad_upload(
+            f"file {number} of the upload has a name of more than {MAX_NAME:,} characters",
+            "shorten the names of its folders",
+        )
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    if name.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:", name):
+    if name.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:[/\\]", name):
         raise bad_upload(
             f"file {number} of the upload has a path that leaves its folder",
             "use relative names without '..'",
         )
-    clean = [_UNSAFE.sub("_", part).lstrip(".")[-100:] for part in parts[-8:]]
-    kept = [part for part in clean if part]
-    return PurePosixPath(*kept) if kept else PurePosixPath(f"file{number}")
+    if len(parts) > MAX_DEPTH:
+        raise bad_upload(
+            f"file {number} of the upload lies more than {MAX_DEPTH} folders deep",
+            "send the inner folders",
+        )
+    return PurePosixPath(*map(_stored_part, parts or (f"file{number}",)))
+
+
+def _stored_part(part: str) -> str:
+    if _SAFE.fullmatch(part):
+        return part
+    digest = hashlib.blake2b(part.encode("utf-8", "surrogatepass"), digest_size=5).hexdigest()
+    stem, _, ending = part.rpartition(".")
+    suffix = f".{ending}" if stem and _SUFFIX.fullmatch(ending) else ""
+    clean = _UNSAFE.sub("_", part.removesuffix(suffix)).lstrip(".")
+    return f"{clean[:60] or '_'}-{digest}{suffix}"
 
 
 class Sink:
-    """Writes files below a folder and keeps count of files and bytes.
+    """Writes files below a folder and keeps count of files, folders and bytes.
 
     Args:
         folder: an existing folder that belongs to this upload alone.
         limits: the bounds.
+        names: a file that gets one JSON object a line, ``{"stored": ..., "name": ...}``, for each
+            file that is not stored under the client's own name.
+        spend: told how many more bytes are about to be on disk; may raise.
     """
 
-    def __init__(self, folder: Path, limits: UploadConfig) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limits: UploadConfig,
+        names: Path | None = None,
+        spend: Callable[[int], None] = lambda size: None,
+    ) -> None:
         self.folder = folder
         self.limits = limits
         self.files = 0
         self.bytes = 0
+        self._folders = 0
+        self._names = names
+        self._spend = spend
 
-    def open(self, name: str) -> IO[bytes]:
+    def open(self, name: str) -> BinaryIO:
         """A new file for the client's ``name``; never an existing one.
 
         Raises:
-            InputError: too many files, or an unsafe or repeated name.
+            InputError: too many files or folders, or a name that is refused.
+            StorageError: it cannot be made.
         """
         self.files += 1
         if self.files > self.limits.max_files:
             raise too_much("files", self.limits.max_files, "max_files")
-        path = self.folder / safe_name(name, self.files)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return path.open("xb")
-        except OSError:
-            raise bad_upload(
-                f"file {self.files} of the upload has a name that is already taken",
-                "give every file a name of its own",
-            ) from None
+        path = stored_path(name, self.files)
+        with storing():
+            file = self._create(path)
+            stored = Path(file.name).relative_to(self.folder).as_posix()
+            if stored != name and self._names is not None:
+                line = orjson.dumps({"stored": stored, "name": name}) + b"\n"
+                self.count(len(line))
+                with self._names.open("ab") as listed:
+                    listed.write(line)
+        return file
+
+    def _create(self, path: PurePosixPath) -> BinaryIO:
+        """Open the path, or one beside it if another file of the upload took it."""
+        again = f"-{self.files}"
+        for suffix in ("", again, f"{again}-{secrets.token_hex(8)}"):
+            target = self.folder / path.with_name(f"{path.stem}{suffix}{path.suffix}")
+            try:
+                self._make(target.parent)
+                return target.open("xb")
+            except (FileExistsError, NotADirectoryError):
+                if target.parent.is_dir():
+                    continue
+                # A file lies where this one has a folder: the folder gets another name.
+                path = PurePosixPath(f"{path.parts[0]}{again}", *path.parts[1:])
+        raise bad_upload(
+            f"file {self.files} of the upload has a name that is already taken",
+            "give every file a name of its own",
+        )
+
+    def _make(self, folder: Path) -> None:
+        if folder.is_dir():
+            return
+        self._folders += len(folder.relative_to(self.folder).parts)
+        if self._folders > self.limits.max_files:
+            raise too_much("folders", self.limits.max_files, "max_files")
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, file: BinaryIO, data: bytes | bytearray) -> None:
+        """Append to a file from :meth:`open`.
+
+        Raises:
+            InputError: the upload is over its bound.
+            StorageError: there is no room.
+        """
+        self.count(len(data))
+        with storing():
+            file.write(data)
 
     def count(self, size: int) -> None:
-        """Account for ``size`` more bytes on disk; raises InputError over the bound."""
+        """Account for ``size`` more bytes on disk; raises over the bound."""
         self.bytes += size
         if self.bytes > self.limits.max_unpacked_bytes:
             raise too_much("bytes", self.limits.max_unpacked_bytes, "max_unpacked_bytes")
+        self._spend(size)
 
 
 def unzip(archive: Path, sink: Sink) -> None:
     """Unpack a zip archive into the sink's folder.
 
     Raises:
-        InputError: not a zip, damaged, encrypted, ZIP64, links, unsafe names, over a bound.
+        InputError: not a zip, damaged, encrypted, ZIP64, another packing than deflate, links or
+            devices, refused names, over a bound.
+        StorageError: there is no room.
     """
     _check_directory(archive, sink.limits)
     try:
@@ -121,50 +219,77 @@ def unzip(archive: Path, sink: Sink) -> None:
             for entry in opened.infolist():
                 if not entry.is_dir():
                     _extract(opened, entry, sink)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError):
-        raise bad_upload(
-            "the archive is damaged or packed in an unknown way", "zip it again with deflate"
-        ) from None
+    except PlinthError:
+        raise
+    except Exception as error:  # a damaged archive takes the library into many kinds
+        raise bad_upload("the archive is damaged", "make the zip again and send it") from error
 
 
 def _check_directory(archive: Path, limits: UploadConfig) -> None:
-    """Bound the central directory before it is read into memory."""
+    """Bound the central directory before it is read into memory, by what is there."""
     size = archive.stat().st_size
     with archive.open("rb") as stream:
-        stream.seek(max(0, size - _EOCD_SPAN))
-        tail = stream.read(_EOCD_SPAN)
-    at = tail.rfind(b"PK\x05\x06")
-    if at < 0 or at + _EOCD.size > len(tail):
-        raise bad_upload("the body is not a zip archive", "send a .zip, or multipart/form-data")
-    _, _, _, _, entries, directory, _, _ = _EOCD.unpack_from(tail, at)
-    if directory == 0xFFFFFFFF or b"PK\x06\x07" in tail[max(0, at - 20) : at]:
-        raise bad_upload("ZIP64 archives are not taken", "send fewer than 65,535 files")
-    if entries > limits.max_files or directory > limits.max_files * 1024:
+        stream.seek(max(0, size - _END_SPAN))
+        tail = stream.read(_END_SPAN)
+        at = tail.rfind(b"PK\x05\x06")
+        if at < 0 or at + _END.size > len(tail):
+            raise bad_upload("the body is not a zip archive", "send a .zip, or multipart/form-data")
+        _, _, _, _, entries, length, _, _ = _END.unpack_from(tail, at)
+        if length == 0xFFFFFFFF or b"PK\x06\x07" in tail[max(0, at - 20) : at]:
+            raise bad_upload("ZIP64 archives are not taken", "send fewer than 65,535 files")
+        begin = size - len(tail) + at - length
+        if begin < 0:
+            raise bad_upload("the archive is damaged", "make the zip again and send it")
+        stream.seek(begin)
+        counted = _count_entries(stream, length, limits.max_files)
+    if max(entries, counted) > limits.max_files or length > limits.max_files * 1024:
         raise too_much("files", limits.max_files, "max_files")
+
+
+def _count_entries(stream: BinaryIO, length: int, most: int) -> int:
+    """Entries in ``length`` bytes of central directory; stops at the first beyond ``most``."""
+    count = 0
+    while length > 0 and count <= most:
+        head = stream.read(_ENTRY.size)
+        if len(head) < _ENTRY.size or head[:4] != b"PK\x01\x02":
+            raise bad_upload("the archive is damaged", "make the zip again and send it")
+        more = sum(_ENTRY.unpack(head)[1:])
+        stream.seek(more, 1)
+        length -= _ENTRY.size + more
+        count += 1
+    return count
 
 
 def _extract(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, sink: Sink) -> None:
     number = sink.files + 1
     if entry.flag_bits & 1:
         raise bad_upload(f"file {number} of the archive is encrypted", "send it unencrypted")
-    if stat.S_ISLNK(entry.external_attr >> 16):
-        raise bad_upload(f"file {number} of the archive is a link", "send files only")
+    if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG):
+        raise bad_upload(f"file {number} of the archive is a link or a device", "send files only")
+    if entry.compress_type not in METHODS:
+        raise bad_upload(
+            f"file {number} of the archive is packed by method {entry.compress_type}, "
+            "which is not taken",
+            "zip it again with deflate",
+        )
     allowance = max(sink.limits.max_ratio * entry.compress_size, SMALL)
     written = 0
-    with opened.open(entry) as packed, sink.open(entry.filename) as out:
+    with opened.open(entry) as packed, _closing(sink.open(entry.filename)) as out:
         while chunk := packed.read(CHUNK):
             written += len(chunk)
             if written > allowance:
                 raise too_much("bytes per packed byte", sink.limits.max_ratio, "max_ratio")
-            sink.count(len(chunk))
-            out.write(chunk)
+            sink.write(out, chunk)
 
 
-async def save(chunks: AsyncIterator[bytes], path: Path) -> None:
-    """Write a body to one file."""
-    with path.open("xb") as out:
-        async for chunk in chunks:
-            out.write(chunk)
+@contextlib.contextmanager
+def _closing(file: BinaryIO) -> Iterator[BinaryIO]:
+    """A file that is closed at the end of the block, with what was not yet written."""
+    try:
+        yield file
+    finally:
+        with storing():
+            file.close()
 
 
 class Form:
@@ -175,7 +300,7 @@ class Form:
         sink: where files go.
 
     Raises:
-        InputError: no boundary, or (from :meth:`feed`) a broken form or a bound.
+        InputError: no usable boundary.
     """
 
     def __init__(self, content_type: str, sink: Sink) -> None:
@@ -184,38 +309,53 @@ class Form:
         if not boundary:
             raise bad_upload("the multipart form names no boundary", "let your client set it")
         self.sink = sink
-        self._file: IO[bytes] | None = None
+        self._file: BinaryIO | None = None
+        self._unwritten = bytearray()
+        self._fields = 0
         self._header = b""
         self._value = b""
         self._disposition = b""
         self._header_bytes = 0
         self._ended = False
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._part_begin,
-                "on_part_data": self._part_data,
-                "on_part_end": self._part_end,
-                "on_header_field": self._header_field,
-                "on_header_value": self._header_value,
-                "on_header_end": self._header_end,
-                "on_headers_finished": self._headers_finished,
-                "on_end": self._end,
-            },
-        )
+        with _broken_form():
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._part_begin,
+                    "on_part_data": self._part_data,
+                    "on_part_end": self._part_end,
+                    "on_header_field": self._header_field,
+                    "on_header_value": self._header_value,
+                    "on_header_end": self._header_end,
+                    "on_headers_finished": self._headers_finished,
+                    "on_end": self._end,
+                },
+            )
 
-    async def feed(self, chunks: AsyncIterator[bytes]) -> None:
-        """Read the whole form."""
-        try:
-            async for chunk in chunks:
-                self._parser.write(chunk)
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the form.
+
+        Raises:
+            InputError: a broken form, or a bound.
+            StorageError: there is no room.
+        """
+        with _broken_form():
+            self._parser.write(data)
+
+    def end(self) -> None:
+        """The form has no more bytes.
+
+        Raises:
+            InputError: it stops before its end.
+        """
+        with _broken_form():
             self._parser.finalize()
-        except FormParserError:
-            raise bad_upload("the multipart form is broken", "let your client build it") from None
-        finally:
-            self._part_end()
         if not self._ended:
             raise bad_upload("the multipart form stops before its end", "send it again")
+
+    def close(self) -> None:
+        """Close the file of a part that did not come to its end."""
+        self._part_end()
 
     def _part_begin(self) -> None:
         self._disposition = b""
@@ -231,7 +371,7 @@ class Form:
 
     def _bound_header(self, size: int) -> None:
         self._header_bytes += size
-        if self._header_bytes > 8192:
+        if self._header_bytes > MAX_PART_HEAD:
             raise bad_upload("a part of the form has huge headers", "let your client build it")
 
     def _header_end(self) -> None:
@@ -243,16 +383,39 @@ class Form:
         _, options = parse_options_header(self._disposition)
         if b"filename" in options:
             self._file = self.sink.open(options[b"filename"].decode("utf-8", "replace"))
+            return
+        self._fields += 1
+        if self._fields > MAX_FIELDS:
+            raise InputError(
+                f"the form holds more than {MAX_FIELDS:,} fields that are no files",
+                hint="send file parts, or a zip",
+                reason="body_too_large",
+            )
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         if self._file is not None:
-            self.sink.count(end - start)
-            self._file.write(data[start:end])
+            self._unwritten += data[start:end]
+            if len(self._unwritten) >= PIECE:
+                self._write(self._file)
+
+    def _write(self, file: BinaryIO) -> None:
+        data, self._unwritten = self._unwritten, bytearray()
+        self.sink.write(file, data)
 
     def _part_end(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with _closing(file):
+                self._write(file)
 
     def _end(self) -> None:
         self._ended = True
+
+
+@contextlib.contextmanager
+def _broken_form() -> Iterator[None]:
+    """A block that reads a form: what the parser raises becomes an InputError."""
+    try:
+        yield
+    except FormParserError as error:
+        raise bad_upload("the multipart form is broken", "let your client build it") from error

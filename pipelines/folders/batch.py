@@ -1,15 +1,20 @@
 """The folder door: every item below a folder, resumable, one bad item never stops the rest.
 
-While one item infers, the next one loads: ``workers`` items are in the engine and one more is
-ready. Each item's outputs appear whole in ``<out>/<id>/``; ``journal.jsonl`` remembers, and
-``failed.jsonl`` lists what failed and why.
+Work begins with the first item found. ``workers + 1`` items are in work, ``workers`` of them may be
+with the engine: while one waits for the device, the next one loads or goes through its own steps.
+Each item's outputs appear whole in ``<out>/<id>/``; ``journal.jsonl`` remembers, ``failed.jsonl``
+lists what failed and why, and ``cohort.csv`` says which files each result is of.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import math
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,13 +29,18 @@ from plinth.pipelines.folders.items import (
     analyse,
     discover,
     fingerprint,
-    replace_file,
-    sweep,
+    printable,
     versions,
 )
 from plinth.pipelines.folders.journal import Entry, Journal
+from plinth.pipelines.folders.storage import StorageError, replace_file, storing, sweep
 from plinth.verticals import Item, Vertical
 
+AGAIN = "make room or change the permissions, then run it again: it goes on"
+MAX_NUMBERS = 200
+"""Numbers of one result that the cohort's table shows."""
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What makes a spreadsheet run a cell."""
 State = Literal["done", "failed", "skipped", "failed before", "open"]
 
 
@@ -39,14 +49,14 @@ class Progress:
     """One thing that happened; given to ``on_progress`` from worker threads, one at a time.
 
     Args:
-        kind: ``"total"`` (once, with ``total``), ``"stage"`` or ``"finished"``.
+        kind: ``"found"`` (with the ``total`` so far), ``"stage"`` or ``"finished"``.
         item: id of the item.
         stage: ``"load"``, ``"infer"`` or ``"write"``.
         state: how the item ended.
-        total: number of items found.
+        total: number of items found so far.
     """
 
-    kind: Literal["total", "stage", "finished"]
+    kind: Literal["found", "stage", "finished"]
     item: str = ""
     stage: str = ""
     state: State = "open"
@@ -60,12 +70,14 @@ class Summary:
     Args:
         states: how each item of the folder stands, by id, in the order found.
         entries: the journal's word on each item that has one, by id.
+        sources: the file or folder each item was found in, relative to the input, by id.
         seconds: wall time of this run.
         interrupted: the run was told to stop before the end.
     """
 
     states: dict[str, State] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     interrupted: bool = False
 
@@ -97,6 +109,21 @@ class Summary:
             "states": self.states,
             "failures": [{"id": entry.id, **(entry.error or {})} for entry in self.failed],
         }
+
+    def cohort(self) -> str:
+        """A table as CSV: each item, its state, its source, and the numbers of its result."""
+        entries = [self.entries.get(name) for name in self.states]
+        numbers = sorted({key for entry in entries if entry for key in entry.numbers})
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["id", "state", "source", "seconds", "reason", "message", *numbers])
+        for (name, state), entry in zip(self.states.items(), entries, strict=True):
+            error = (entry and entry.error) or {}
+            cells = [name, state, self.sources.get(name), entry and round(entry.seconds, 3)]
+            cells += [error.get("reason"), error.get("message")]
+            cells += [entry.numbers.get(key) if entry else None for key in numbers]
+            table.writerow(map(_cell, cells))
+        return text.getvalue()
 
 
 class Batch:
@@ -144,7 +171,9 @@ class Batch:
         self._tell = on_progress
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self._finding = threading.Lock()
         self._device = threading.BoundedSemaphore(workers)
+        self._broken: PlinthError | None = None
 
     def stop(self) -> None:
         """Begin no new item; those in work end by themselves, or at once with the engine."""
@@ -155,53 +184,58 @@ class Batch:
 
         Raises:
             ConfigError: nothing found, or another run holds ``out``.
-            InputError: the vertical cannot read the folder.
-            PlinthError: ``out`` cannot be written to.
+            InputError: the vertical cannot read the folder, or could not to its end; what it
+                found before has been worked through.
+            SoftwareFault: as above, through a fault of the vertical.
+            StorageError: ``out`` cannot be written to.
         """
         started = time.perf_counter()
         try:
-            with Journal(self.out) as journal:
+            with Journal(self.out) as journal, storing():
+                self.summary.entries = journal.entries
                 sweep(self.out)
-                todo = iter(self._open_items(self._found(), journal))
-                self._work_all(todo, journal)
-                self._finish(journal, started)
+                replace_file(self.out / "failed.jsonl", b"")
+                self._work_all(self._open_items(journal), journal)
+                self._finish(started)
+        except StorageError as error:
+            self._broken = error
         except OSError as error:
-            raise PlinthError(
-                f"cannot write to {self.out}: {error.strerror}",
-                hint="make room or change the permissions, then run it again: it goes on",
+            raise StorageError(
+                f"cannot write to {self.out}: {error.strerror}", hint=AGAIN
             ) from error
+        if isinstance(self._broken, StorageError):
+            raise type(self._broken)(
+                f"cannot write to {self.out}: {self._broken.message}", hint=AGAIN
+            ) from self._broken
+        if self._broken is not None:
+            raise self._broken
         return self.summary
-
-    def _found(self) -> list[Item]:
-        items: list[Item] = []
-        for item in discover(self.vertical, self.folder):
-            if self._stop.is_set():
-                return items
-            items.append(item)
-        if not items:
-            raise ConfigError(
-                f"{self.vertical.name} found nothing to do in {self.folder}",
-                hint="check the folder and the vertical",
-            )
-        self._tell(Progress("total", total=len(items)))
-        return items
 
     def _work_all(self, todo: Iterator[Item], journal: Journal) -> None:
         with ThreadPoolExecutor(self.workers + 1, thread_name_prefix="plinth-batch") as pool:
             workers = [pool.submit(self._work, todo, journal) for _ in range(self.workers + 1)]
         for worker in workers:
             worker.result()
+        if not self.summary.states and self._broken is None and not self._stop.is_set():
+            raise ConfigError(
+                f"{self.vertical.name} found nothing to do in {self.folder}",
+                hint="check the folder and the vertical",
+            )
 
-    def _open_items(self, items: Sequence[Item], journal: Journal) -> list[Item]:
-        left = []
-        for item in items:
+    def _open_items(self, journal: Journal) -> Iterator[Item]:
+        """Items that are to be worked on, as they are found; the others are told at once."""
+        for item in discover(self.vertical, self.folder):
             state = self._known(item, journal.entries.get(item.id))
-            self.summary.states[item.id] = state
+            with self._lock:
+                self.summary.states[item.id] = state
+                self.summary.sources[item.id] = _source(item, self.folder)
+                self._tell(Progress("found", total=len(self.summary.states)))
+                if state != "open":
+                    self._tell(Progress("finished", item.id, state=state))
+            if state == "failed before":
+                self._note_failed(journal.entries[item.id])
             if state == "open":
-                left.append(item)
-            else:
-                self._tell(Progress("finished", item.id, state=state))
-        return left
+                yield item
 
     def _known(self, item: Item, entry: Entry | None) -> State:
         if entry is None or not self.resume:
@@ -217,16 +251,24 @@ class Batch:
 
     def _work(self, todo: Iterator[Item], journal: Journal) -> None:
         while not self._stop.is_set():
-            with self._lock:
-                item = next(todo, None)
-            if item is None:
+            try:
+                with self._finding:
+                    item = next(todo, None)
+                if item is None:
+                    return
+                self._one(item, journal)
+            except StorageError as error:
+                self._broken = error
+                self._stop.set()
+            except PlinthError as error:  # no more items can be found
+                self._broken = error
                 return
-            self._one(item, journal)
 
     def _one(self, item: Item, journal: Journal) -> None:
         started = time.perf_counter()
         steps = Steps(self._device, lambda stage: self._stage(item, stage))
-        entry = Entry(item.id, "failed", self.models, self._inputs(item), facts=item.facts)
+        facts = printable(item.facts)
+        entry = Entry(item.id, "failed", self.models, self._inputs(item), facts=facts)
         change: dict[str, Any]
         try:
             done = analyse(
@@ -236,32 +278,31 @@ class Batch:
         except (Closed, Cancelled):
             self._stop.set()
             return
+        except StorageError:
+            raise
         except PlinthError as error:
-            change = {"error": error.as_dict(), "seconds": time.perf_counter() - started}
-        with self._lock:
-            entry = replace(entry, **change)
+            change = {"error": steps.failure(error), "seconds": time.perf_counter() - started}
+        entry = replace(entry, **change)
+        with self._lock, storing():
             journal.add(entry)
-            self.summary.states[item.id] = entry.state
-            if entry.state == "failed":
-                self._write_failed(journal)
-            self._tell(Progress("finished", item.id, state=entry.state))
+            self.summary.states[entry.id] = entry.state
+            self._tell(Progress("finished", entry.id, state=entry.state))
+        if entry.state == "failed":
+            self._note_failed(entry)
 
     def _stage(self, item: Item, stage: str) -> None:
         with self._lock:
             self._tell(Progress("stage", item.id, stage=stage))
 
-    def _write_failed(self, journal: Journal) -> None:
-        self.summary.entries = journal.entries
-        lines = [
-            orjson.dumps({"id": entry.id, **(entry.error or {}), "facts": entry.facts})
-            for entry in self.summary.failed
-        ]
-        replace_file(self.out / "failed.jsonl", b"".join(line + b"\n" for line in lines))
+    def _note_failed(self, entry: Entry) -> None:
+        with self._lock, storing(), (self.out / "failed.jsonl").open("ab") as file:
+            file.write(_failed_line(entry))
 
-    def _finish(self, journal: Journal, started: float) -> None:
-        self._write_failed(journal)
+    def _finish(self, started: float) -> None:
         self.summary.seconds = time.perf_counter() - started
         self.summary.interrupted = self._stop.is_set()
+        replace_file(self.out / "failed.jsonl", b"".join(map(_failed_line, self.summary.failed)))
+        replace_file(self.out / "cohort.csv", self.summary.cohort().encode(), mode=0o600)
         replace_file(
             self.out / "summary.json",
             orjson.dumps(self.summary.as_dict(), option=orjson.OPT_INDENT_2),
@@ -280,4 +321,37 @@ def check_folders(folder: Path, out: Path) -> None:
 
 
 def _success(done: Finished) -> dict[str, Any]:
-    return {"state": "done", "seconds": done.seconds, "files": done.files}
+    numbers = list(_numbers(orjson.loads(done.encoded), ""))[:MAX_NUMBERS]
+    return {
+        "state": "done",
+        "seconds": done.seconds,
+        "files": done.files,
+        "numbers": dict(numbers),
+    }
+
+
+def _failed_line(entry: Entry) -> bytes:
+    return orjson.dumps({"id": entry.id, **(entry.error or {}), "facts": entry.facts}) + b"\n"
+
+
+def _source(item: Item, folder: Path) -> str:
+    """The file an item was found in, or the folder that all its files lie in."""
+    places = item.paths
+    if not places:
+        return ""
+    common = places[0] if len(places) == 1 else Path(os.path.commonpath(places))
+    return str(printable(os.path.relpath(common, folder)))
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float | bool]]:
+    """The numbers of a result by dotted name; lists and texts are left out."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, bool | int | float) and math.isfinite(value):
+        yield name, value
+
+
+def _cell(value: Any) -> Any:
+    """A cell that a spreadsheet takes for text, whatever it begins with."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in FORMULA else value

@@ -1,4 +1,7 @@
-"""One item of a folder door: load, infer, write. The batch door and the upload door share it."""
+"""The service under the batch door and the upload door: find items, carry each to its outputs.
+
+One bad name, file or item never ends the rest: what is wrong with an item travels with it.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,33 @@ import hashlib
 import logging
 import os
 import re
-import shutil
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from plinth.engine import Answer, Engine, InputError, PlinthError, Sla
+from plinth.engine import Answer, Engine, Flow, InputError, PlinthError, Sla
+from plinth.pipelines.folders.storage import storing, write_whole
+from plinth.pipelines.records import FAULTS
 from plinth.verticals import Item, Settings, Vertical
 
 log = logging.getLogger("plinth.items")
 
+T = TypeVar("T")
+
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+
+STEPS = {
+    "find": "looking for what can be read",
+    "load": "reading the files",
+    "infer": "analysing",
+    "write": "writing the results",
+}
+"""The steps of an item, in words for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,52 +46,122 @@ class Finished:
         folder: where its files are.
         files: the files, relative to ``folder``.
         answer: the engine's answer: result, timing, model versions.
+        encoded: the result as JSON.
         seconds: wall time from load to the files' final place.
     """
 
     folder: Path
     files: tuple[str, ...]
     answer: Answer[Any]
+    encoded: bytes
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Steps:
-    """Hooks of the one who drives items.
+    """Where one item is on its way, and hooks of the one who drives it.
 
     Args:
-        device: held while the engine works, bounds how many items infer at a time.
+        device: held while a call of the item is with the engine, never while its own steps run.
         on_stage: told ``"load"``, ``"infer"``, ``"write"`` as they begin.
+        stage: the last of them.
     """
 
     device: AbstractContextManager[Any] = field(default_factory=nullcontext)
     on_stage: Callable[[str], None] = lambda stage: None
+    stage: str = "load"
+
+    def begin(self, stage: str) -> None:
+        """A stage begins."""
+        self.stage = stage
+        self.on_stage(stage)
+
+    def failure(self, error: PlinthError) -> dict[str, Any]:
+        """An error in the present stage as JSON-ready data, with the step in words."""
+        told: dict[str, Any] = printable(error.as_dict())
+        return {"field": None, "step": STEPS[self.stage], **told}
 
 
-class Broken(PlinthError):
-    """An item met a fault of the software, not of its data; the log has the frames."""
+class SoftwareFault(PlinthError):
+    """A fault of the software, not of the data; the log has the frames, never the values."""
 
     reason = "internal"
 
 
+def software_fault(what: str, step: str, error: BaseException) -> SoftwareFault:
+    """The error that tells of a fault met in a step; logs where it was.
+
+    Args:
+        what: which vertical, or whose item.
+        step: in words, from :data:`STEPS`.
+        error: the fault.
+    """
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    kind = type(error).__name__
+    log.error("%s: %s while %s\n%s", what, kind, step, frames)
+    return SoftwareFault(
+        f"{what}: the software met a fault ({kind}) while {step}",
+        hint="this is a fault in the software; the log has the place",
+    )
+
+
 def discover(vertical: Vertical[Any, Any], folder: Path) -> Iterator[Item]:
-    """The vertical's items below a folder, with ids checked.
+    """The vertical's items below a folder, as they are found, with ids that can name folders.
+
+    An id that cannot, or that was given before, is replaced by one made from it; which stays the
+    same as long as the files keep their places.
 
     Raises:
         InputError: the vertical found the folder unreadable.
-        Broken: an id is unsafe as a folder name, or appears twice (the vertical's fault).
+        SoftwareFault: the vertical failed.
     """
     seen: set[str] = set()
     try:
         for item in vertical.discover(folder):
-            if not _ID.fullmatch(item.id) or item.id in seen:
-                raise Broken(f"{vertical.name} gave an item an id that is unsafe or not unique")
-            seen.add(item.id)
-            yield item
+            name = item.id
+            if not _ID.fullmatch(name) or name in seen:
+                places = (os.path.relpath(path, folder) for path in sorted(item.paths))
+                name = _safe_name(name, "\0".join(places))
+            if name in seen:
+                raise SoftwareFault(
+                    f"{vertical.name} found the same files twice and gave them one id",
+                    hint="this is a fault in the vertical",
+                )
+            seen.add(name)
+            yield item if name == item.id else replace(item, id=name)
+    except PlinthError:
+        raise
     except OSError as error:
         raise InputError(
-            f"cannot read {folder}: {error.strerror}", hint="check the permissions", reason="io"
+            f"the folder cannot be read: {error.strerror or type(error).__name__}",
+            hint="check that it is there and the permissions",
+            reason="io",
         ) from error
+    except FAULTS as error:
+        raise software_fault(vertical.name, STEPS["find"], error) from error
+
+
+def _safe_name(text: str, told_apart_by: str) -> str:
+    """What can stand in a path of ``text``, and a digest."""
+    digest = hashlib.blake2b(as_bytes(told_apart_by), digest_size=5).hexdigest()
+    clean = re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip(".")[:100]
+    return f"{clean or 'item'}-{digest}"
+
+
+def as_bytes(name: str) -> bytes:
+    """A name of a file as bytes, also one that is not UTF-8 on disk."""
+    return name.encode("utf-8", "surrogatepass")
+
+
+def printable(value: Any) -> Any:
+    """JSON-ready data in which bytes of names that are no UTF-8 are spelt ``\\udce9``."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {printable(key): printable(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [printable(one) for one in value]
+    return value
 
 
 def fingerprint(item: Item, settings: Settings) -> str:
@@ -90,9 +174,9 @@ def fingerprint(item: Item, settings: Settings) -> str:
         try:
             stat = path.stat()
         except OSError:  # load() will say what is wrong with it
-            digest.update(f"{path.name}\0gone\0".encode())
+            digest.update(as_bytes(f"{path.name}\0gone\0"))
         else:
-            digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+            digest.update(as_bytes(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0"))
     return digest.hexdigest()[:16]
 
 
@@ -115,89 +199,61 @@ def analyse(
     Args:
         vertical: the domain.
         engine: a started engine that has the vertical's models.
-        item: what :meth:`plinth.verticals.Vertical.discover` found.
+        item: from :func:`discover`.
         folder: final place of the outputs; appears whole or not at all.
         sla: the promise, usually background.
         steps: hooks.
 
     Raises:
-        PlinthError: the item's own failure (InputError), the engine's, or :class:`Broken`.
+        InputError: the item's own failure.
+        SoftwareFault: the vertical failed.
+        StorageError: the outputs could not be written.
+        PlinthError: the engine's.
     """
     steps = steps or Steps()
     started = time.perf_counter()
     try:
-        steps.on_stage("load")
+        steps.begin("load")
         request = vertical.load(item)
-        with steps.device:
-            steps.on_stage("infer")
-            answer = engine.run(vertical.infer([request]), sla)
+        steps.begin("infer")
+        answer = engine.run(calls_within(steps.device, vertical.infer([request])), sla)
         result = answer.value[0]
         if isinstance(result, InputError):
             raise result
-        steps.on_stage("write")
-        files = write_whole(folder, lambda into: vertical.write(result, into))
+        steps.begin("write")
+        encoded = vertical.encode(result)
+        with storing():
+            files = write_whole(folder, lambda into: vertical.write(result, into))
     except PlinthError:
         raise
     except OSError as error:
         raise InputError(
             f"{item.id}: {error.strerror or type(error).__name__}",
-            hint="check that the files are readable and the disk has room",
+            hint="check that the files are there and readable",
             reason="io",
         ) from error
-    except Exception as error:
-        frames = "".join(traceback.format_tb(error.__traceback__))
-        log.error("%s failed with %s\n%s", item.id, type(error).__name__, frames)
-        raise Broken(
-            f"{item.id}: {vertical.name} failed with {type(error).__name__}",
-            hint="this is a fault in the software; the log has the place",
-        ) from error
-    return Finished(folder, files, answer, time.perf_counter() - started)
+    except FAULTS as error:
+        raise software_fault(item.id, STEPS[steps.stage], error) from error
+    return Finished(folder, files, answer, encoded, time.perf_counter() - started)
 
 
-def write_whole(folder: Path, write: Callable[[Path], list[Path]]) -> tuple[str, ...]:
-    """Let ``write`` fill a fresh folder, then move it into place in one step.
+def calls_within(slot: AbstractContextManager[Any], flow: Flow[T]) -> Flow[T]:
+    """The same flow; ``slot`` is held from each of its calls to that call's answer.
 
-    A folder already there is replaced. A crash leaves the old folder, the new one or, between
-    the two, none; never a part of one. What lies beside it as ``.partial-*`` is for
-    :func:`sweep` to remove.
-
-    Returns:
-        The written files, relative to ``folder``.
+    The flow's own steps (rules, measurements on the host) run without the slot, so that another
+    item's calls keep the device busy meanwhile.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
     try:
-        partial.chmod(0o755)
-        files = write(partial)
-        names = tuple(sorted(path.relative_to(partial).as_posix() for path in files))
-        for path in files:
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
-        if folder.exists():
-            old = partial.with_name(f"{partial.name}-old")
-            folder.rename(old)
-            partial.rename(folder)
-            shutil.rmtree(old)
-        else:
-            partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return names
-
-
-def sweep(parent: Path) -> None:
-    """Remove what a killed run left half-written in ``parent``."""
-    for left in parent.glob(".partial-*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old content or the new one, never a part."""
-    handle, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-    with os.fdopen(handle, "wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    Path(name).chmod(0o644)
-    Path(name).replace(path)
+        call = next(flow)
+        while True:
+            try:
+                with slot:
+                    answer = yield call
+            except PlinthError as error:
+                call = flow.throw(error)
+            else:
+                call = flow.send(answer)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    finally:
+        flow.close()

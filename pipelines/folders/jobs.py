@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import queue
+import contextlib
+import fcntl
+import os
 import secrets
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +21,25 @@ import orjson
 
 from plinth.engine import Closed, ConfigError, Engine, InputError, PlinthError, Refused, Sla
 from plinth.pipelines.config.settings import UploadConfig
-from plinth.pipelines.folders.items import Finished, Steps, analyse, discover
+from plinth.pipelines.folders.items import (
+    STEPS,
+    Finished,
+    SoftwareFault,
+    Steps,
+    analyse,
+    discover,
+    printable,
+    software_fault,
+)
+from plinth.pipelines.folders.storage import StorageError, StorageFull, storing
+from plinth.pipelines.records import FAULTS, explained
 from plinth.verticals import Item, Vertical
 
-log = logging.getLogger("plinth.jobs")
-
 JobState = Literal["receiving", "queued", "running", "done", "failed"]
+OWN = (InputError, Refused, StorageError, SoftwareFault)
+"""Errors whose text is about the job alone; a model's may be about others that ran beside it."""
+MAX_SOURCES = 100
+"""File names of one item that its listing tells."""
 
 
 class TooManyJobs(Refused):
@@ -35,13 +50,32 @@ class TooManyJobs(Refused):
 
 @dataclass(slots=True)
 class ItemReport:
-    """How one item of a job stands; ``files`` maps a served name to its path."""
+    """How one item of a job stands.
+
+    Args:
+        id: names its files' URLs.
+        facts: what the vertical says of it.
+        sources: names of its files as the client called them, the first of them.
+        source_count: how many files it is made of.
+        renamed: name as the client called it, by path as it is stored, where these differ.
+        state: where it stands.
+        stage: the last stage that began.
+        result: a file with the vertical's answer as JSON.
+        failure: why it failed.
+        error: the same as JSON-ready data, with the step.
+        details: timing and models.
+        files: path by served name.
+    """
 
     id: str
     facts: dict[str, Any]
+    sources: list[str] = field(default_factory=list)
+    source_count: int = 0
+    renamed: dict[str, str] = field(default_factory=dict)
     state: Literal["waiting", "running", "done", "failed"] = "waiting"
     stage: str = ""
-    result: bytes = b""
+    result: Path | None = None
+    failure: PlinthError | None = None
     error: dict[str, Any] | None = None
     details: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
@@ -64,11 +98,22 @@ class Job:
     created: float
     state: JobState = "receiving"
     items: list[ItemReport] = field(default_factory=list)
-    error: PlinthError | None = None
+    failure: PlinthError | None = None
+    error: dict[str, Any] | None = None
     finished: float | None = None
     bytes: int = 0
     deleted: bool = False
     ended: Future[None] = field(default_factory=Future)
+
+    @property
+    def received(self) -> Path:
+        """The folder that holds what came."""
+        return self.folder / "in"
+
+    @property
+    def names(self) -> Path:
+        """The file that maps stored names to the client's."""
+        return self.folder / "names.jsonl"
 
     @property
     def files(self) -> dict[str, Path]:
@@ -88,17 +133,23 @@ class Job:
             "url": url,
             "seconds": round((self.finished or now) - self.created, 3),
             "progress": {"items": len(self.items), "finished": over, "stage": stage},
-            "error": {"field": None, **self.error.as_dict()} if self.error else None,
+            "error": self.error,
             "items": [_item_dict(item, url) for item in self.items],
         }
 
 
 def _item_dict(item: ItemReport, url: str) -> dict[str, Any]:
+    result = None
+    if item.result is not None:
+        with contextlib.suppress(FileNotFoundError):  # the job was just deleted
+            result = orjson.Fragment(item.result.read_bytes())
     return {
         "id": item.id,
         "state": item.state,
         "facts": item.facts,
-        "result": orjson.Fragment(item.result) if item.result else None,
+        "sources": item.sources,
+        "source_count": item.source_count,
+        "result": result,
         "error": item.error,
         **item.details,
         "files": {name: f"{url}/files/{item.id}/{name}" for name in item.files},
@@ -114,6 +165,9 @@ class Jobs:
         slas: the promise by vertical.
         limits: the bounds.
         clock: seconds, monotonic.
+
+    Raises:
+        ConfigError: the folder for jobs cannot be used.
     """
 
     def __init__(
@@ -126,16 +180,16 @@ class Jobs:
     ) -> None:
         self.limits = limits
         self.clock = clock
+        self.receivers = ThreadPoolExecutor(2, thread_name_prefix="plinth-upload")
+        """Threads that write and unpack what comes, two uploads at a time."""
         self._verticals = verticals
         self._engine = engine
         self._slas = slas
         self._jobs: dict[str, Job] = {}
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
         self._closed = False
-        if limits.folder is not None:
-            limits.folder.mkdir(parents=True, exist_ok=True)
-        self._root = Path(tempfile.mkdtemp(prefix="plinth-jobs-", dir=limits.folder))
+        self._root = JobsFolder(limits.folder)
         self._threads = [
             threading.Thread(target=self._serve, name=f"plinth-job-{n}", daemon=True)
             for n in range(limits.workers)
@@ -143,47 +197,80 @@ class Jobs:
         for thread in self._threads:
             thread.start()
 
+    # -- the table -----------------------------------------------------------------------------
     def create(self, vertical: str) -> Job:
         """A place for a new upload; the oldest finished job makes room if need be.
 
         Raises:
             TooManyJobs: every job kept is unfinished, or they fill the disk allowance.
             Closed: the server is shutting down.
+            StorageError: there is no room for its folder.
         """
         self.purge()
-        with self._lock:
-            if self._closed:
-                raise Closed("the server is shutting down", retry_after=5.0)
-            while self._over():
-                self._make_room()
-            job_id = secrets.token_urlsafe(18)
-            job = Job(job_id, vertical, self._root / job_id, self.clock())
+        job_id = secrets.token_urlsafe(18)
+        job = Job(job_id, vertical, self._root.path / job_id, self.clock())
+        with self._changed:
+            self._check_open()
+            evicted = self._evict(lambda: len(self._jobs) >= self.limits.max_jobs)
             self._jobs[job_id] = job
-        (job.folder / "in").mkdir(parents=True)
+        _remove_folders(evicted)
+        try:
+            with storing():
+                job.received.mkdir(parents=True)
+        except StorageError:
+            self.delete(job)
+            raise
         return job
 
-    def _over(self) -> bool:
-        used = sum(job.bytes for job in self._jobs.values())
-        return len(self._jobs) >= self.limits.max_jobs or used >= self.limits.max_job_bytes
+    def spend(self, job: Job, size: int) -> None:
+        """Account for ``size`` more bytes of a job on disk; finished jobs make room if need be.
 
-    def _make_room(self) -> None:
-        finished = [job for job in self._jobs.values() if job.finished is not None]
-        if not finished:
-            raise TooManyJobs(
-                f"{len(self._jobs)} uploads are in work, no more are taken",
-                hint="try again when one has finished",
-                retry_after=10.0,
-            )
-        self._remove(min(finished, key=lambda job: job.finished or 0.0))
+        Raises:
+            TooManyJobs: unfinished jobs fill the disk allowance.
+            StorageFull: this job would fill it alone.
+        """
+        with self._changed:
+            job.bytes += size
+            limit = self.limits.max_job_bytes
+            if job.bytes > limit:
+                raise StorageFull(
+                    "this upload takes more disk than all uploads may take",
+                    hint="send less at once, or raise serve.upload.max_job_bytes",
+                )
+            evicted = self._evict(lambda: self._bytes() > limit)
+        _remove_folders(evicted)
 
-    def submit(self, job: Job, received: int) -> None:
-        """Queue a job whose ``received`` bytes are in ``<folder>/in``."""
-        job.bytes = received
-        with self._lock:
-            if self._closed:
-                raise Closed("the server is shutting down", retry_after=5.0)
-            job.state = "queued"
-        self._queue.put(job)
+    def _bytes(self) -> int:
+        return sum(job.bytes for job in self._jobs.values())
+
+    def _evict(self, crowded: Callable[[], bool]) -> list[Job]:
+        """Take the oldest finished jobs out of the table until it is not crowded any more."""
+        evicted = []
+        while crowded():
+            finished = [job for job in self._jobs.values() if job.finished is not None]
+            if not finished:
+                raise TooManyJobs(
+                    f"{len(self._jobs)} uploads are in work, there is no room for more",
+                    hint="try again when one has finished",
+                    retry_after=10.0,
+                )
+            oldest = min(finished, key=lambda job: job.finished or 0.0)
+            self._forget(oldest)
+            evicted.append(oldest)
+        return evicted
+
+    def submit(self, job: Job) -> None:
+        """Queue a job whose files are in its folder ``in``."""
+        with self._changed:
+            self._check_open()
+            if not job.deleted:
+                job.state = "queued"
+                self._waiting.append(job)
+                self._changed.notify()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed("the server is shutting down", retry_after=5.0)
 
     def get(self, vertical: str, job_id: str) -> Job | None:
         """The job, unless it never was, is too old, or belongs to another vertical."""
@@ -197,15 +284,24 @@ class Jobs:
 
     def delete(self, job: Job) -> None:
         """Forget a job and its files; one in work ends after its current item."""
-        with self._lock:
-            self._remove(job)
+        with self._changed:
+            self._forget(job)
+        if job.state != "running":
+            _remove_folders([job])
+
+    def _forget(self, job: Job) -> None:
+        self._jobs.pop(job.id, None)
+        job.deleted = True
+        if job in self._waiting:
+            self._waiting.remove(job)
 
     def purge(self) -> None:
         """Delete finished jobs that are too old."""
-        with self._lock:
-            for job in list(self._jobs.values()):
-                if self._expired(job):
-                    self._remove(job)
+        with self._changed:
+            old = [job for job in self._jobs.values() if self._expired(job)]
+            for job in old:
+                self._forget(job)
+        _remove_folders(old)
 
     def close(self, seconds: float) -> bool:
         """Take no more, give running jobs ``seconds`` to end, remove all files.
@@ -213,90 +309,208 @@ class Jobs:
         Returns:
             Whether every job ended in time.
         """
-        with self._lock:
+        with self._changed:
             self._closed = True
             open_jobs = [job for job in self._jobs.values() if job.finished is None]
         waiting = [job.ended for job in open_jobs if job.state != "receiving"]
         left = wait(waiting, timeout=seconds).not_done
-        for _ in self._threads:
-            self._queue.put(None)
-        shutil.rmtree(self._root, ignore_errors=True)
+        with self._changed:
+            self._changed.notify_all()
+        self.receivers.shutdown(wait=False, cancel_futures=True)
+        self._root.close()
         return not left
 
-    def _remove(self, job: Job) -> None:
-        self._jobs.pop(job.id, None)
-        job.deleted = True
-        if job.state != "running":
-            shutil.rmtree(job.folder, ignore_errors=True)
-
+    # -- the work ------------------------------------------------------------------------------
     def _serve(self) -> None:
-        while (job := self._queue.get()) is not None:
-            with self._lock:
-                if not job.deleted:
-                    job.state = "running"
+        while (job := self._next()) is not None:
             try:
-                if not job.deleted:
-                    self._run(job)
+                self._work(job)
             except PlinthError as error:
-                job.error = error
-            except Exception as error:
-                log.exception("a job failed with %s", type(error).__name__)
-                job.error = ConfigError("the job met a fault; the log has the place")
+                job.failure = error
             finally:
                 self._end(job)
 
+    def _next(self) -> Job | None:
+        """The next job that waits; none once the server has closed and none waits any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
+            if not self._waiting:
+                return None
+            job = self._waiting.popleft()
+            job.state = "running"
+            return job
+
+    def _work(self, job: Job) -> None:
+        """Run a job; whatever goes wrong ends the job, never the thread."""
+        try:
+            self._run(job)
+        except PlinthError:
+            raise
+        except FAULTS as error:
+            raise software_fault(job.vertical, STEPS["find"], error) from error
+
     def _run(self, job: Job) -> None:
         vertical = self._verticals[job.vertical]
-        items = list(discover(vertical, job.folder / "in"))
-        if not items:
+        found = list(discover(vertical, job.received))
+        if not found:
             raise InputError(
                 f"{vertical.name} found nothing in the upload",
                 hint="check that it holds the files themselves, not links or another archive",
                 reason="nothing_found",
             )
-        job.items = [ItemReport(item.id, item.facts) for item in items]
-        for item, report in zip(items, job.items, strict=True):
+        job.items = _reports(job, found)
+        for one, report in zip(found, job.items, strict=True):
             if job.deleted or self._closed:
-                raise Closed("the job was stopped before its end")
-            self._one(vertical, item, report, job.folder / "out" / item.id)
-        errors = [report.error for report in job.items if report.error]
-        if len(errors) == len(items):
-            first = errors[0]
-            raise InputError(
-                first["message"],
-                field=first.get("field"),
-                hint=first.get("hint"),
-                reason=first["reason"],
-            )
+                raise Closed("the job was stopped before its end", retry_after=5.0)
+            self._one(vertical, job, one, report)
+        failures = [report for report in job.items if report.failure]
+        if len(failures) == len(found):
+            job.failure, job.error = failures[0].failure, failures[0].error
 
-    def _one(self, vertical: Vertical[Any, Any], item: Item, report: ItemReport, out: Path) -> None:
+    def _one(self, vertical: Vertical[Any, Any], job: Job, one: Item, report: ItemReport) -> None:
         report.state = "running"
         steps = Steps(on_stage=lambda stage: setattr(report, "stage", stage))
+        out = job.folder / "out" / report.id
         try:
             done = analyse(
-                vertical, self._engine, item, out, sla=self._slas[vertical.name], steps=steps
+                vertical, self._engine, one, out, sla=self._slas[vertical.name], steps=steps
             )
+            self._keep(job, done, report)
         except Closed:
             raise
         except PlinthError as error:
-            report.error = {"field": None, **error.as_dict()}
+            shutil.rmtree(out, ignore_errors=True)
+            report.failure = error if isinstance(error, OWN) else explained(error)
+            report.error = _for_client(steps.failure(report.failure), job, report)
             report.state = "failed"
-            return
-        report.result = vertical.encode(done.answer.value[0])
+        else:
+            report.state = "done"
+
+    def _keep(self, job: Job, done: Finished, report: ItemReport) -> None:
+        result = job.folder / f"result-{report.id}.json"
+        files = {name: done.folder / name for name in done.files}
+        with storing():
+            self.spend(job, sum(path.stat().st_size for path in files.values()))
+            self.spend(job, len(done.encoded))
+            result.write_bytes(done.encoded)
         report.details = _details(done)
-        report.files = {name: out / name for name in done.files}
-        report.state = "done"
+        report.files, report.result = files, result
 
     def _end(self, job: Job) -> None:
-        shutil.rmtree(job.folder / "in", ignore_errors=True)
-        written = [path for report in job.items for path in report.files.values()]
-        job.bytes = sum(path.stat().st_size for path in written if path.exists())
-        with self._lock:
-            job.state = "failed" if job.error else "done"
+        shutil.rmtree(job.received, ignore_errors=True)
+        if job.failure is not None and job.error is None:
+            job.error = {"field": None, "step": STEPS["find"], **job.failure.as_dict()}
+            job.error = _for_client(job.error, job, ItemReport("", {}))
+        kept = _size(job.folder)
+        with self._changed:
+            job.bytes = kept
+            job.state = "failed" if job.failure else "done"
             job.finished = self.clock()
-            if job.deleted:
-                shutil.rmtree(job.folder, ignore_errors=True)
+        if job.deleted:
+            _remove_folders([job])
         job.ended.set_result(None)
+
+
+class JobsFolder:
+    """The folder of one server's jobs; what servers that were killed left there is removed.
+
+    Args:
+        parent: where it is made; ``None`` means the system's folder for temporary files.
+
+    Raises:
+        ConfigError: it cannot be made there.
+    """
+
+    def __init__(self, parent: Path | None) -> None:
+        try:
+            if parent is not None:
+                parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix="plinth-jobs-", dir=parent))
+            self._lock = (self.path / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ConfigError(
+                f"uploads cannot be kept in {parent or tempfile.gettempdir()}: {error.strerror}",
+                hint="set serve.upload.folder to a folder this user may write",
+            ) from None
+        self._sweep()
+
+    def _sweep(self) -> None:
+        for other in self.path.parent.glob("plinth-jobs-*"):
+            try:
+                with (other / "lock").open("r+") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(other, ignore_errors=True)
+            except OSError:  # a server that runs holds it, or it is another user's
+                continue
+
+    def close(self) -> None:
+        """Remove it with all that is in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+def _remove_folders(jobs: Iterable[Job]) -> None:
+    for job in jobs:
+        shutil.rmtree(job.folder, ignore_errors=True)
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files below a folder that may be deleted meanwhile."""
+    total = 0
+    for here, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += Path(here, name).stat().st_size
+    return total
+
+
+def _reports(job: Job, found: list[Item]) -> list[ItemReport]:
+    """A report for each item, with the client's names of its files."""
+    reports = []
+    for one in found:
+        stored = [_below(path, job.received) for path in one.paths]
+        report = ItemReport(one.id, {}, stored[:MAX_SOURCES], len(stored))
+        reports.append(report)
+    wanted = {name for report in reports for name in report.sources}
+    names = {}
+    if job.names.exists():
+        with job.names.open("rb") as lines:
+            for line in map(orjson.loads, lines):
+                if line["stored"] in wanted:
+                    names[line["stored"]] = line["name"]
+    for one, report in zip(found, reports, strict=True):
+        report.renamed = {name: names[name] for name in report.sources if name in names}
+        report.sources = [names.get(name, name) for name in report.sources]
+        report.facts = _for_client(one.facts, job, report)
+    return reports
+
+
+def _below(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
+def _for_client(value: dict[str, Any], job: Job, report: ItemReport) -> dict[str, Any]:
+    """JSON-ready data without paths of this machine, and with the client's own file names."""
+    told = {f"{job.received}/": "", str(job.received): "the upload", f"{job.folder}/": ""}
+    for stored, name in report.renamed.items():
+        told[stored] = name
+        told[stored.rpartition("/")[2]] = name.replace("\\", "/").rpartition("/")[2]
+    told = {before: after for before, after in told.items() if before}
+
+    def tidy(one: Any) -> Any:
+        if isinstance(one, str):
+            for before, after in told.items():
+                one = one.replace(before, after)
+            return one
+        if isinstance(one, dict):
+            return {tidy(key): tidy(inner) for key, inner in one.items()}
+        if isinstance(one, list | tuple):
+            return [tidy(inner) for inner in one]
+        return one
+
+    tidied: dict[str, Any] = printable(tidy(value))
+    return tidied
 
 
 def _details(done: Finished) -> dict[str, Any]:

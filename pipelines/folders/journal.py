@@ -27,6 +27,7 @@ class Entry:
         seconds: how long it took.
         files: written files, relative to the item's output folder.
         facts: what the vertical says of the item, without personal data.
+        numbers: the numbers of the result by dotted name.
         error: the failure as ``PlinthError.as_dict()``.
         at: when, seconds since the epoch.
     """
@@ -38,6 +39,7 @@ class Entry:
     seconds: float = 0.0
     files: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
     error: dict[str, Any] | None = None
     at: float = field(default_factory=time.time)
 

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import mimetypes
 import shutil
+import time
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
-from plinth.engine import InputError
-from plinth.pipelines.config.settings import ServeConfig
-from plinth.pipelines.folders.archives import ALLOWED, FORM_TYPE, ZIP_TYPES, Form, Sink, save, unzip
+from plinth.pipelines.config.settings import ServeConfig, UploadConfig
+from plinth.pipelines.folders.archives import (
+    ALLOWED,
+    FORM_TYPE,
+    ZIP_TYPES,
+    Form,
+    Sink,
+    bad_upload,
+    unzip,
+)
 from plinth.pipelines.folders.jobs import Job, Jobs
+from plinth.pipelines.folders.storage import storing
 from plinth.pipelines.http.body import chunks, headers_of, media_type
 from plinth.pipelines.http.disconnect import cancel_on_disconnect
-from plinth.pipelines.http.errors import HttpError, error_response
+from plinth.pipelines.http.errors import HttpError, status_of
 from plinth.verticals import Vertical
 
+T = TypeVar("T")
+PIECE = 256 << 10
 ZIP_MAGIC = b"PK\x03\x04"
 FILE_HEADERS = {
     "x-content-type-options": "nosniff",
@@ -54,40 +68,66 @@ class UploadDoor:
         kind = media_type(headers_of(request.scope), ALLOWED)
         job = await asyncio.to_thread(self.jobs.create, self.vertical.name)
         try:
-            received = await self._receive(request, kind, job)
-            self.jobs.submit(job, received)
+            await self._receive(request, kind, job)
+            await asyncio.to_thread(self.jobs.submit, job)
         except BaseException:
-            await asyncio.to_thread(self.jobs.delete, job)
+            await asyncio.shield(asyncio.to_thread(self.jobs.delete, job))
             raise
         if request.query_params.get("wait", "").lower() in ("true", "1", "yes"):
             return await self._wait(request, job)
-        return self._document(job, 202)
+        return await self._document(job, 202)
 
-    async def _receive(self, request: Request, kind: str, job: Job) -> int:
-        limits = self.config.upload
-        sink = Sink(job.folder / "in", limits)
-        headers, patience = headers_of(request.scope), self.config.request_timeout_seconds
+    async def _receive(self, request: Request, kind: str, job: Job) -> None:
+        """Bring the body to the job's folder, unpacked."""
+        limits, headers = self.config.upload, headers_of(request.scope)
+        patience = self.config.request_timeout_seconds
+        spend = functools.partial(self.jobs.spend, job)
+        sink = Sink(job.received, limits, job.names, spend)
         body = chunks(request.receive, headers, limits.max_bytes, patience)
+        pieces = gathered(paced(body, limits, patience))
         if kind == FORM_TYPE:
-            await Form(request.headers["content-type"], sink).feed(body)
-            archive = await asyncio.to_thread(_lone_archive, sink, job)
+            with contextlib.closing(Form(request.headers["content-type"], sink)) as form:
+                async for piece in pieces:
+                    await self._aside(form.feed, piece)
+                await self._aside(form.end)
+            archive = await self._aside(_lone_archive, sink, job)
         else:
             archive = job.folder / "body"
-            await save(body, archive)
-            if kind not in ZIP_TYPES and not await asyncio.to_thread(_is_zip, archive):
-                archive.rename(sink.folder / "upload")
-                return (sink.folder / "upload").stat().st_size
+            await self._save(pieces, archive, spend)
+            if kind not in ZIP_TYPES and not await self._aside(_is_zip, archive):
+                archive.rename(job.received / "upload")
+                return
         if archive is not None:
-            sink = Sink(sink.folder, limits)
-            await asyncio.to_thread(unzip, archive, sink)
-            archive.unlink()
+            sink = Sink(job.received, limits, job.names, spend)
+            await self._aside(unzip, archive, sink)
+            await self._aside(_drop, archive, spend)
         if not sink.files:
-            raise InputError(
-                "the upload holds no file",
-                hint="send a zip, or a form with file parts",
-                reason="malformed_upload",
-            )
-        return sink.bytes
+            raise bad_upload("the upload holds no file", "send a zip, or a form with file parts")
+
+    async def _save(
+        self, pieces: AsyncIterator[bytes], path: Path, spend: Callable[[int], None]
+    ) -> None:
+        def write(out: BinaryIO, piece: bytes) -> None:
+            spend(len(piece))
+            with storing():
+                out.write(piece)
+
+        with path.open("xb", buffering=0) as out:
+            async for piece in pieces:
+                await self._aside(write, out, piece)
+
+    async def _aside(self, step: Callable[..., T], *given: Any) -> T:
+        """Run a step that writes or unpacks on a thread of its own kind.
+
+        A client that leaves ends its upload only between steps: a thread cannot be stopped.
+        """
+        loop = asyncio.get_running_loop()
+        running = loop.run_in_executor(self.jobs.receivers, step, *given)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            await asyncio.wait([running])
+            raise
 
     async def _wait(self, request: Request, job: Job) -> Response:
         ended = asyncio.shield(asyncio.wrap_future(job.ended))
@@ -95,14 +135,15 @@ class UploadDoor:
             with cancel_on_disconnect(request.receive, self.config.request_timeout_seconds):
                 await ended
         except HttpError:
-            return self._document(job, 202)
-        if job.error is not None:
-            return error_response(job.error)
-        return self._document(job, 200)
+            return await self._document(job, 202)
+        if job.failure is not None:
+            content = orjson.dumps({"error": job.error})
+            return Response(content, status_of(job.failure), media_type="application/json")
+        return await self._document(job, 200)
 
     async def status(self, request: Request) -> Response:
         """The job as JSON; 404 for an unknown id."""
-        return self._document(self._job(request), 200)
+        return await self._document(self._job(request), 200)
 
     async def file(self, request: Request) -> Response:
         """One output file of a job; only files that the vertical said it wrote."""
@@ -140,14 +181,80 @@ class UploadDoor:
             )
         return job
 
-    def _document(self, job: Job, status: int) -> Response:
-        document = job.as_dict(self.jobs.clock())
+    async def _document(self, job: Job, status: int) -> Response:
+        def written() -> bytes:
+            return orjson.dumps(job.as_dict(self.jobs.clock()))
+
+        location = {"location": f"/v1/{job.vertical}/jobs/{job.id}"}
         return Response(
-            orjson.dumps(document),
+            await asyncio.to_thread(written),
             status_code=status,
-            headers={"location": document["url"]} if status == 202 else None,
+            headers=location if status == 202 else None,
             media_type="application/json",
         )
+
+
+async def paced(
+    body: AsyncIterator[bytes],
+    limits: UploadConfig,
+    patience: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> AsyncIterator[bytes]:
+    """A body whose client keeps a pace, so that it does not hold its place for ever.
+
+    Only the time the client takes counts, not what is done with a chunk. With
+    ``r = min_bytes_per_second``, each ``r * patience`` bytes may take ``patience`` seconds, and
+    the whole ``receive_seconds``.
+
+    Args:
+        body: the chunks.
+        limits: of uploads.
+        patience: seconds.
+        clock: seconds, monotonic.
+
+    Raises:
+        HttpError: ``body_too_slow``.
+    """
+    whole = limits.receive_seconds
+    left, missing = patience, limits.min_bytes_per_second * patience
+    while True:
+        began = clock()
+        try:
+            async with asyncio.timeout(min(left, whole)):
+                chunk = await anext(body, None)
+        except TimeoutError:
+            raise _out_of_pace(limits) from None
+        if chunk is None:
+            return
+        taken = clock() - began
+        left, whole, missing = left - taken, whole - taken, missing - len(chunk)
+        if min(left, whole) < 0:
+            raise _out_of_pace(limits)
+        if missing <= 0:
+            left, missing = patience, limits.min_bytes_per_second * patience
+        yield chunk
+
+
+def _out_of_pace(limits: UploadConfig) -> HttpError:
+    return HttpError(
+        "the upload comes too slowly",
+        reason="body_too_slow",
+        hint=f"send at least {limits.min_bytes_per_second:,} bytes per second, "
+        f"within {limits.receive_seconds:g} s",
+        headers={"connection": "close"},
+    )
+
+
+async def gathered(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """A body in pieces of at least 256 KiB, the last one excepted."""
+    piece = bytearray()
+    async for chunk in body:
+        piece += chunk
+        if len(piece) >= PIECE:
+            yield bytes(piece)
+            piece.clear()
+    if piece:
+        yield bytes(piece)
 
 
 def _is_zip(path: Path) -> bool:
@@ -157,11 +264,20 @@ def _is_zip(path: Path) -> bool:
 
 def _lone_archive(sink: Sink, job: Job) -> Path | None:
     """A form with one zip in it means the zip's content."""
-    files = [path for path in sink.folder.rglob("*") if path.is_file()]
-    if len(files) != 1 or not _is_zip(files[0]):
+    if sink.files != 1:
         return None
-    archive = job.folder / "body"
-    files[0].rename(archive)
-    shutil.rmtree(sink.folder)
-    sink.folder.mkdir()
+    [file] = [path for path in sink.folder.rglob("*") if path.is_file()]
+    if not _is_zip(file):
+        return None
+    with storing():
+        archive = file.rename(job.folder / "body")
+        shutil.rmtree(sink.folder)
+        sink.folder.mkdir()
+        job.names.unlink(missing_ok=True)
     return archive
+
+
+def _drop(archive: Path, spend: Callable[[int], None]) -> None:
+    size = archive.stat().st_size
+    archive.unlink()
+    spend(-size)

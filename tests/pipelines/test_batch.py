@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,8 +23,8 @@ from plinth.engine import ConfigError, Engine, PlinthError
 from plinth.pipelines.assembly import build_engine
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.folders.batch import Batch, Progress, Summary
-from plinth.pipelines.folders.items import write_whole
 from plinth.pipelines.folders.journal import Journal
+from plinth.pipelines.folders.storage import write_whole
 from plinth.verticals import Item, Settings
 
 PLAIN = Config.model_validate({"engine": {"backend": "eager", "precision": "fp32"}})
@@ -123,10 +126,9 @@ def test_other_settings_run_again(engine: Engine, shelf: Path, tmp_path: Path) -
 def test_files_that_vanish_fail_their_own_item(engine: Engine, shelf: Path, tmp_path: Path) -> None:
     class Vanishing(Shelf):
         def discover(self, folder: Path) -> Iterator[Item]:
-            for item in super().discover(folder):
-                yield item
-                if item.id == "a":
-                    item.paths[0].unlink()
+            items = list(super().discover(folder))
+            items[0].paths[0].unlink()
+            yield from items
 
     summary = Batch(Vanishing(), engine, shelf, tmp_path / "out").run()
     assert summary.states == {"a": "failed", "b": "failed", "c": "failed", "d": "done"}
@@ -181,7 +183,6 @@ def test_the_next_item_loads_while_one_infers(tmp_path: Path) -> None:
                 gate.open()
             runner.join(60)
     assert loaded
-    assert [stage for _, stage in before].count("infer") == 1
     assert ("c", "load") not in before
     assert batch.summary.count("done") == 3
 
@@ -247,6 +248,127 @@ def test_a_failed_write_leaves_the_old_outputs(tmp_path: Path) -> None:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# -- odd names, odd items --------------------------------------------------------------------
+
+
+def test_any_name_of_a_file_is_an_item_like_others(engine: Engine, tmp_path: Path) -> None:
+    """Among them one in Latin-1 and two with the same last part."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for number, name in enumerate(ODD_NAMES):
+        path = os.path.join(os.fsencode(folder), name)  # noqa: PTH118 - a path of bytes
+        Path(os.fsdecode(path)).parent.mkdir(parents=True, exist_ok=True)
+        Path(os.fsdecode(path)).write_text(str(number))
+    summary = run(engine, folder, out)
+    assert summary.count("done") == len(ODD_NAMES)
+    assert summary.exit_code == 0
+    assert run(engine, folder, out).count("skipped") == len(ODD_NAMES)
+    rows = list(csv.DictReader(io.StringIO((out / "cohort.csv").read_text())))
+    assert {row["source"] for row in rows} >= {"\\udce9tude.txt", "患者甲/IM 1.txt", "x/a.txt"}
+    assert "'=cmd()|x.txt" in {row["source"] for row in rows}
+    twice = {float(row["twice"]): row["id"] for row in rows}
+    assert sorted(twice) == [2.0 * number for number in range(len(ODD_NAMES))]
+    for value, name in twice.items():
+        assert (out / name / "twice.txt").read_text() == f"{value}\n"
+
+
+ODD_NAMES = [
+    b"\xe9tude.txt",
+    "患者甲/IM 1.txt".encode(),
+    b"x/a.txt",
+    b"y/a.txt",
+    b"..a.txt",
+    b"=cmd()|x.txt",
+    b"line\nbreak.txt",
+    b"n" * 200 + b".txt",
+]
+
+
+def test_the_cohort_leads_from_results_and_failures_to_files(
+    engine: Engine, shelf: Path, tmp_path: Path
+) -> None:
+    run(engine, shelf, tmp_path / "out")
+    table = tmp_path / "out" / "cohort.csv"
+    assert table.stat().st_mode & 0o777 == 0o600
+    rows = {row["id"]: row for row in csv.DictReader(io.StringIO(table.read_text()))}
+    assert list(rows) == ["a", "b", "c", "d"]
+    assert rows["a"]["source"] == "a.txt"
+    assert float(rows["d"]["twice"]) == 8.0
+    assert (rows["b"]["state"], rows["b"]["message"]) == ("failed", "b: expected a number")
+    assert _lines(tmp_path / "out" / "failed.jsonl")[0]["step"] == "reading the files"
+
+
+def test_the_first_result_does_not_wait_for_the_last_file(
+    engine: Engine, shelf: Path, tmp_path: Path
+) -> None:
+    finished = threading.Event()
+
+    class Endless(Shelf):
+        def discover(self, folder: Path) -> Iterator[Item]:
+            items = list(super().discover(folder))
+            yield items[0]
+            assert finished.wait(60), "the first item was not worked on"
+            yield from items[1:]
+
+    def note(step: Progress) -> None:
+        if step.kind == "finished":
+            finished.set()
+
+    summary = Batch(Endless(), engine, shelf, tmp_path / "out", on_progress=note).run()
+    assert len(summary.states) == 4
+
+
+@pytest.mark.parametrize("fault", [KeyError("x"), SystemExit(3), PermissionError(13, "denied")])
+def test_a_folder_that_cannot_be_read_to_its_end_is_told_after_what_was_found(
+    engine: Engine, shelf: Path, tmp_path: Path, fault: BaseException
+) -> None:
+    class Torn(Shelf):
+        def discover(self, folder: Path) -> Iterator[Item]:
+            yield from list(super().discover(folder))[:2]
+            raise fault
+
+    batch = Batch(Torn(), engine, shelf, tmp_path / "out")
+    with pytest.raises(PlinthError):
+        batch.run()
+    assert batch.summary.states == {"a": "done", "b": "failed"}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["items"] == 2
+
+
+@pytest.mark.parametrize("step", ["load", "infer", "encode", "write"])
+@pytest.mark.parametrize("fault", [KeyError("x"), SystemExit(3), MemoryError()], ids=repr)
+def test_whatever_a_vertical_raises_fails_one_item(
+    engine: Engine, shelf: Path, tmp_path: Path, step: str, fault: BaseException
+) -> None:
+    def fail(self: Shelf, given: Any, *rest: Any) -> Any:
+        if "'d'" in repr(given):
+            raise fault
+        return getattr(Shelf, step)(self, given, *rest)
+
+    faulty = type("Faulty", (Shelf,), {step: fail})
+    summary = Batch(faulty(), engine, shelf, tmp_path / "out").run()
+    assert summary.states == {"a": "done", "b": "failed", "c": "failed", "d": "failed"}
+    assert not (tmp_path / "out" / "d").exists()
+
+
+def test_a_full_disk_ends_the_run_and_the_next_goes_on(
+    engine: Engine, shelf: Path, tmp_path: Path
+) -> None:
+    class Verbose(Shelf):
+        def write(self, result: Any, folder: Path) -> list[Path]:
+            (folder / "big.bin").write_bytes(bytes(3 << 20))
+            return [folder / "big.bin"]
+
+    out = tmp_path / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(PlinthError, match=r"cannot write to .*the disk is full"):
+            Batch(Verbose(), engine, shelf, out).run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (out / "a").exists()
+    assert Batch(Verbose(), engine, shelf, out).run().states["a"] == "done"
 
 
 # -- through the command, in a process that is stopped or killed -------------------------------

@@ -21,8 +21,9 @@ from tiny_verticals import GATE, Gate, Shelf
 from plinth.engine import Engine, InputError, Sla
 from plinth.pipelines.assembly import build_engine
 from plinth.pipelines.config.settings import Config, UploadConfig
-from plinth.pipelines.folders.archives import Sink, safe_name, unzip
-from plinth.pipelines.folders.jobs import Jobs
+from plinth.pipelines.folders.archives import Sink, stored_path, unzip
+from plinth.pipelines.folders.jobs import Jobs, TooManyJobs
+from plinth.pipelines.folders.storage import StorageFull
 
 ROUTE = "/v1/shelf/read"
 PLAIN = Config.model_validate({"engine": {"backend": "eager", "precision": "fp32"}})
@@ -127,11 +128,12 @@ def test_old_results_make_room_for_new_jobs(shelf: Running) -> None:
 
 
 # -- what is refused ----------------------------------------------------------------------------
-def _with_link() -> bytes:
+def _special(kind: int) -> bytes:
+    """An archive whose file is a link, a device or a pipe."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         entry = zipfile.ZipInfo("link.txt")
-        entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+        entry.external_attr = (kind | 0o777) << 16
         archive.writestr(entry, "/etc/passwd")
     return packed.getvalue()
 
@@ -163,8 +165,9 @@ def _damaged() -> bytes:
         (zipped({"../a.txt": "1"}), 400, "malformed_upload", "leaves its folder"),
         (zipped({"/a.txt": "1"}), 400, "malformed_upload", "leaves its folder"),
         (zipped({"C:\\a.txt": "1"}), 400, "malformed_upload", "leaves its folder"),
-        (zipped({"a b.txt": "1", "a?b.txt": "2"}), 400, "malformed_upload", "already taken"),
-        (_with_link(), 400, "malformed_upload", "is a link"),
+        (_special(stat.S_IFLNK), 400, "malformed_upload", "is a link or a device"),
+        (_special(stat.S_IFCHR), 400, "malformed_upload", "is a link or a device"),
+        (_special(stat.S_IFIFO), 400, "malformed_upload", "is a link or a device"),
         (_encrypted(), 400, "malformed_upload", "is encrypted"),
         (_damaged(), 400, "malformed_upload", "damaged"),
         (_claims_many(), 413, "body_too_large", "more than 4 files"),
@@ -209,7 +212,7 @@ def test_broken_forms_and_other_types(shelf: Running) -> None:
 @given(st.text(max_size=300))
 def test_no_name_leaves_the_folder(name: str) -> None:
     try:
-        path = safe_name(name, 1)
+        path = stored_path(name, 1)
     except InputError:
         return
     assert not path.is_absolute()
@@ -237,7 +240,7 @@ def finished(jobs: Jobs, **files: str) -> Any:
     job = jobs.create("shelf")
     for name, text in files.items():
         (job.folder / "in" / f"{name}.txt").write_text(text)
-    jobs.submit(job, 1)
+    jobs.submit(job)
     job.ended.result(60)
     return job
 
@@ -272,11 +275,40 @@ def test_unfinished_jobs_are_never_pushed_out(engine: Engine, tmp_path: Path) ->
     jobs.close(0.0)
 
 
-def test_jobs_are_bounded_by_disk(engine: Engine, tmp_path: Path) -> None:
-    limits = UploadConfig(max_job_bytes=10, folder=tmp_path)
+def test_old_results_make_room_on_the_disk_for_new_ones(engine: Engine, tmp_path: Path) -> None:
+    limits = UploadConfig(max_job_bytes=70, folder=tmp_path)
     jobs = Jobs({"shelf": Shelf()}, engine, {"shelf": Sla()}, limits)
     first = finished(jobs, a="1")
-    assert first.bytes > 10
-    jobs.create("shelf")
+    assert 35 < first.bytes <= 70
+    second = finished(jobs, a="1")
     assert jobs.get("shelf", first.id) is None
+    assert not first.folder.exists()
+    assert jobs.get("shelf", second.id) is second
+    jobs.close(0.0)
+
+
+def test_uploads_in_work_share_the_disk_allowance(engine: Engine, tmp_path: Path) -> None:
+    limits = UploadConfig(max_job_bytes=70, folder=tmp_path)
+    jobs = Jobs({"shelf": Shelf()}, engine, {"shelf": Sla()}, limits)
+    one, other = jobs.create("shelf"), jobs.create("shelf")
+    jobs.spend(one, 50)
+    with pytest.raises(TooManyJobs, match="2 uploads are in work"):
+        jobs.spend(other, 21)
+    jobs.delete(other)
+    with pytest.raises(StorageFull, match="more disk than all uploads may take"):
+        jobs.spend(one, 21)
+    jobs.close(0.0)
+
+
+def test_a_job_whose_results_do_not_fit_fails_and_serves_nothing(
+    engine: Engine, tmp_path: Path
+) -> None:
+    limits = UploadConfig(max_job_bytes=10, folder=tmp_path)
+    jobs = Jobs({"shelf": Shelf()}, engine, {"shelf": Sla()}, limits)
+    job = finished(jobs, a="1")
+    assert job.state == "failed"
+    assert job.error["reason"] == "storage_full"
+    assert job.error["step"] == "writing the results"
+    assert not job.files
+    assert not (job.folder / "out" / "a").exists()
     jobs.close(0.0)
