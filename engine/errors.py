@@ -7,7 +7,8 @@
     ├── ConfigError              a setting is wrong; nothing has started
     ├── ModelError               a model cannot be found, verified, loaded or run
     ├── DeviceError              a device or backend is absent or failed
-    │   └── OutOfMemory          work does not fit; says which bytes
+    │   ├── OutOfMemory          work does not fit; says which bytes
+    │   └── EngineFailed         the engine's device thread ended; nothing is answered any more
     └── Refused                  the engine will not do this work
         ├── DeadlineRefused      it cannot finish before its deadline
         ├── QueueFull            the queue is at its bound
@@ -107,6 +108,12 @@ class OutOfMemory(DeviceError):
         super().__init__(message, hint=hint)
         self.needed = needed
         self.available = available
+
+
+class EngineFailed(DeviceError):
+    """The device thread of the engine ended; start the engine again, or the process."""
+
+    reason = "engine_failed"
 
 
 class Refused(PlinthError):

@@ -1,98 +1,35 @@
-"""Prometheus metrics of the engine, and the registry that everything in Plinth shares.
+"""Prometheus metrics: every engine has its own, and one registry shows them all.
 
 Labels are names of models, devices and causes; never ids, keys or contents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from plinth.engine.devices.device import Device
-
-REGISTRY = CollectorRegistry()
-"""What ``/metrics`` shows."""
-
-ProcessCollector(registry=REGISTRY)
 
 _SECONDS = (
     *(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5),
     *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0),
 )
 
-CALLS = Counter(
-    "plinth_calls_total",
-    "Calls of a model by outcome: answered, late, or the reason of the error.",
-    ("model", "outcome"),
-    registry=REGISTRY,
-)
-CALL_SECONDS = Histogram(
-    "plinth_call_seconds",
-    "Time from a call's arrival to its answer.",
-    ("model",),
-    buckets=_SECONDS,
-    registry=REGISTRY,
-)
-QUEUE_SECONDS = Histogram(
-    "plinth_queue_seconds",
-    "The part of a call's time in which none of its rows was on the device.",
-    ("model",),
-    buckets=_SECONDS,
-    registry=REGISTRY,
-)
-QUEUE_ROWS = Gauge(
-    "plinth_queue_rows",
-    "Rows that wait for the device, by kind: urgent or background.",
-    ("kind",),
-    registry=REGISTRY,
-)
-BATCH_ROWS = Histogram(
-    "plinth_batch_rows",
-    "Rows of the batches that ran.",
-    ("model",),
-    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
-    registry=REGISTRY,
-)
-BATCH_SECONDS = Histogram(
-    "plinth_batch_seconds",
-    "Device time of one batch.",
-    ("model",),
-    buckets=_SECONDS,
-    registry=REGISTRY,
-)
-DEVICE_SECONDS = Counter(
-    "plinth_device_busy_seconds_total",
-    "Time the device worked; its rate is the utilisation.",
-    ("device",),
-    registry=REGISTRY,
-)
-DEVICE_BYTES = Gauge(
-    "plinth_device_bytes",
-    "Memory of the device: allocated by this process, available to it, total.",
-    ("device", "kind"),
-    registry=REGISTRY,
-)
-SLA_MISSES = Counter(
+
+_SLA_MISSES = (
     "plinth_sla_misses_total",
     "Promises not kept, by cause: deadline and queue_full were refused; slow_batch, late_start "
     "and postponed were answered late; door was in time at the device but not at the door.",
     ("model", "cause"),
-    registry=REGISTRY,
-)
-DEGRADED = Counter(
-    "plinth_degraded_total",
-    "Calls that a cheaper model answered.",
-    ("model", "cheaper"),
-    registry=REGISTRY,
-)
-HALVED = Counter(
-    "plinth_out_of_memory_total",
-    "Batches that did not fit into memory and were run in halves.",
-    ("model",),
-    registry=REGISTRY,
 )
 
 
@@ -106,24 +43,163 @@ class ModelMetrics:
     batch_seconds: Histogram
 
 
-@cache
-def of_model(name: str) -> ModelMetrics:
-    """The histograms of a model."""
-    families = (CALL_SECONDS, QUEUE_SECONDS, BATCH_ROWS, BATCH_SECONDS)
-    return ModelMetrics(*(family.labels(name) for family in families))
+class EngineMetrics:
+    """The metrics of one engine, in a registry of its own.
+
+    Args:
+        device: what the engine runs on.
+        waiting: rows that wait, by kind: urgent or background. Held weakly.
+
+    Attributes:
+        registry: this engine alone; :data:`REGISTRY` adds the engines of a process up.
+    """
+
+    def __init__(self, device: Device, waiting: Callable[[str], int]) -> None:
+        registry = self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        self.calls = counter(
+            "plinth_calls_total",
+            "Calls of a model by outcome: answered, late, or the reason of the error.",
+            ("model", "outcome"),
+        )
+        self.sla_misses = Counter(*_SLA_MISSES, registry=registry)
+        self.degraded = counter(
+            "plinth_degraded_total", "Calls that a cheaper model answered.", ("model", "cheaper")
+        )
+        self.failed_batches = counter(
+            "plinth_failed_batches_total",
+            "Batches in which a model raised; they are run again in halves.",
+            ("model",),
+        )
+        self.halved = counter(
+            "plinth_out_of_memory_total",
+            "Batches that did not fit into memory and were run in halves.",
+            ("model",),
+        )
+        self.busy_seconds = counter(
+            "plinth_device_busy_seconds_total",
+            "Time the device worked; its rate is the utilisation.",
+            ("device",),
+        ).labels(str(device))
+        self._families = (
+            histogram(
+                "plinth_call_seconds",
+                "Time from a call's arrival to its answer.",
+                ("model",),
+                buckets=_SECONDS,
+            ),
+            histogram(
+                "plinth_queue_seconds",
+                "The part of a call's time in which none of its rows was on the device.",
+                ("model",),
+                buckets=_SECONDS,
+            ),
+            histogram(
+                "plinth_batch_rows",
+                "Rows of the batches that ran.",
+                ("model",),
+                buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096),
+            ),
+            histogram(
+                "plinth_batch_seconds", "Device time of one batch.", ("model",), buckets=_SECONDS
+            ),
+        )
+        self._models: dict[str, ModelMetrics] = {}
+        rows = Gauge(
+            "plinth_queue_rows",
+            "Rows that wait for the device, by kind: urgent or background.",
+            ("kind",),
+            registry=registry,
+        )
+        weak = weakref.WeakMethod(waiting)
+        for kind in ("urgent", "background"):
+            rows.labels(kind).set_function(partial(_ask, weak, kind))
+        _show_memory(device)
+        _ENGINES.watch(self)
+
+    def of_model(self, name: str) -> ModelMetrics:
+        """The histograms of a model."""
+        found = self._models.get(name)
+        if found is None:
+            found = ModelMetrics(*(family.labels(name) for family in self._families))
+            self._models[name] = found
+        return found
 
 
-def show_queue(rows: Callable[[str], int]) -> None:
-    """Let the gauges of what waits ask at each scrape; ``rows`` takes urgent or background."""
-    for kind in ("urgent", "background"):
-        QUEUE_ROWS.labels(kind).set_function(partial(rows, kind))
+def _ask(waiting: weakref.WeakMethod[Callable[[str], int]], kind: str) -> float:
+    method = waiting()
+    return 0.0 if method is None else float(method(kind))
 
 
-def show_memory(device: Device) -> None:
+class _Engines(Collector):
+    """The engines of this process, added up; what engines that are gone counted stays."""
+
+    def __init__(self) -> None:
+        self._live: weakref.WeakSet[EngineMetrics] = weakref.WeakSet()
+        self._gone: deque[CollectorRegistry] = deque()
+        self._past: list[Metric] = []
+        self._lock = threading.Lock()
+
+    def watch(self, metrics: EngineMetrics) -> None:
+        """Show an engine as long as it lives."""
+        with self._lock:
+            self._live.add(metrics)
+        # A finalizer runs wherever the collector of garbage does: it takes no lock.
+        weakref.finalize(metrics, self._gone.append, metrics.registry).atexit = False
+
+    def collect(self) -> Iterator[Metric]:
+        """One family of each name."""
+        with self._lock:
+            while self._gone:
+                counted = [f for f in self._gone.popleft().collect() if f.type != "gauge"]
+                self._past = list(_added_up([*self._past, *counted]))
+            registries = [_DOORS, *(metrics.registry for metrics in self._live)]
+            past = list(self._past)
+        return _added_up([*past, *(f for registry in registries for f in registry.collect())])
+
+
+def _added_up(families: Iterable[Metric]) -> Iterator[Metric]:
+    """Families of one name as one: samples with the same labels are summed."""
+    whole: dict[str, tuple[Metric, dict[tuple[str, tuple[tuple[str, str], ...]], float]]] = {}
+    for family in families:
+        shown = Metric(family.name, family.documentation, family.type)
+        _, values = whole.setdefault(family.name, (shown, {}))
+        for sample in family.samples:
+            key = (sample.name, tuple(sample.labels.items()))
+            if sample.name.endswith("_created"):  # the time the first of them was made
+                values[key] = min(sample.value, values.get(key, sample.value))
+            else:
+                values[key] = values.get(key, 0.0) + sample.value
+    for shown, values in whole.values():
+        shown.samples = [Sample(name, dict(of), value) for (name, of), value in values.items()]
+        yield shown
+
+
+_DOORS = CollectorRegistry()
+SLA_MISSES = Counter(*_SLA_MISSES, registry=_DOORS)
+"""Promises that a door did not keep; shown with those of the engines."""
+
+_ENGINES = _Engines()
+REGISTRY = CollectorRegistry()
+"""What ``/metrics`` shows: all engines of the process, its devices, and what the doors count."""
+
+ProcessCollector(registry=REGISTRY)
+REGISTRY.register(_ENGINES)
+
+_DEVICE_BYTES = Gauge(
+    "plinth_device_bytes",
+    "Memory of the device: allocated by this process, available to it, total.",
+    ("device", "kind"),
+    registry=REGISTRY,
+)
+
+
+def _show_memory(device: Device) -> None:
     """Let the gauges of a device's memory ask the device at each scrape."""
 
     def ask(kind: str) -> float:
         return float(getattr(device.memory(), kind))
 
     for kind in ("allocated", "available", "total"):
-        DEVICE_BYTES.labels(str(device), kind).set_function(partial(ask, kind))
+        _DEVICE_BYTES.labels(str(device), kind).set_function(partial(ask, kind))

@@ -39,15 +39,15 @@ FLAT = 14
 """Most files at one level of a room."""
 
 ENGINE_NAMES = """
-    Answer Batch Batcher Call Cancelled Closed ConfigError DeadlineRefused DeviceError Engine Flow
-    InputError LatencyModel Model ModelError ModelSpec ModelStore PlinthError QueueFull Refused Sla
-    TensorSpec Tiling Timing Work architecture from_pretrained
+    Answer Batch Batcher Call Cancelled Closed ConfigError DeadlineRefused DeviceError Engine
+    EngineFailed Flow InputError LatencyModel Model ModelError ModelSpec ModelStore PlinthError
+    QueueFull Refused Sla TensorSpec Tiling Timing Work architecture from_pretrained
 """
 VERTICALS_NAMES = "Item Settings Vertical"
 PLINTH_NAMES = """
-    Answer Call Cancelled Closed ConfigError DeadlineRefused DeviceError Engine Flow InputError Item
-    Model ModelError ModelSpec ModelStore PlinthError QueueFull Refused Settings Sla TensorSpec
-    Tiling Timing Vertical __version__ architecture from_pretrained
+    Answer Call Cancelled Closed ConfigError DeadlineRefused DeviceError Engine EngineFailed Flow
+    InputError Item Model ModelError ModelSpec ModelStore PlinthError QueueFull Refused Settings
+    Sla TensorSpec Tiling Timing Vertical __version__ architecture from_pretrained
 """
 
 

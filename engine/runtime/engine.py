@@ -1,27 +1,39 @@
-"""The engine: one thread that touches the device, many callers that wait for it.
+"""The engine: one lane that runs batches on a device, many callers that wait for it.
 
 Callers drive their own flows; each :class:`Call` becomes work in the :class:`Batcher`, whose
-batches the device thread runs one after the other.
+batches the lane's thread runs one after the other.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
-from plinth.engine import metrics
 from plinth.engine.devices.device import pick
-from plinth.engine.errors import Cancelled, Closed, ModelError, PlinthError, nearest
+from plinth.engine.errors import (
+    Cancelled,
+    Closed,
+    ConfigError,
+    EngineFailed,
+    ModelError,
+    OutOfMemory,
+    PlinthError,
+)
 from plinth.engine.flow import Answer, Call, Flow, Sla, cat_rows
+from plinth.engine.lanes.local import LocalLane
+from plinth.engine.metrics import EngineMetrics
 from plinth.engine.models.store import Model
 from plinth.engine.runtime.flow_driver import Clock, FlowDriver, Result
-from plinth.engine.runtime.loaded_model import LoadedModel, Range, load_model
+from plinth.engine.runtime.loaded_model import LoadedModel, Range
+from plinth.engine.runtime.model_table import Execution, ModelTable
 from plinth.engine.runtime.request import (
     LoopWaiter,
     Mailbox,
@@ -35,6 +47,12 @@ from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.scheduler.work import Batch, BatchSlice, Work
 
 T = TypeVar("T")
+State = Literal["new", "running", "closing", "closed", "failed"]
+Outcomes = list[tuple[Request, Result | PlinthError]]
+
+_LOOK = 1.0
+"""Seconds after which a caller that still waits looks whether the device thread lives."""
+_log = logging.getLogger("plinth.engine")
 
 
 class Engine:
@@ -49,8 +67,13 @@ class Engine:
             ``None`` for torch eager (ONNX Runtime for ONNX files).
         threads: CPU threads of one forward; ``None`` as torch has it.
         max_queue: rows of urgent work that may wait (without a batcher of your own).
-        memory_budget: bytes one model may take; ``None``: a share of what is available.
+        memory_budget: bytes all models may take together; ``None``: a share of what is
+            available when the first is added.
         latency_file: where learned costs are kept between runs; ``None`` forgets them.
+
+    Attributes:
+        device: what it runs on.
+        metrics: this engine's own; ``plinth.engine.metrics.REGISTRY`` adds all engines up.
 
     Raises:
         ConfigError, DeviceError: there is no such device.
@@ -70,27 +93,28 @@ class Engine:
         latency_file: Path | None = None,
     ) -> None:
         self.device = pick(device)
-        self._batcher = batcher or Batcher(LatencyModel(latency_file), max_queue=max_queue)
+        self._batcher = (
+            Batcher(LatencyModel(latency_file), max_queue=max_queue) if batcher is None else batcher
+        )
         self._batcher.latency.restore()
         self._clock = clock
-        self._precision = precision
-        self._backend = backend
-        self._threads = threads
-        self._budget: int | str = "auto" if memory_budget is None else memory_budget
-        self._models: dict[str, LoadedModel] = {}
-        self._keys: dict[str, LoadedModel] = {}
+        self._models = ModelTable(
+            self.device,
+            self._batcher.latency,
+            Execution(precision, backend, threads),
+            "auto" if memory_budget is None else memory_budget,
+        )
+        self._requests: set[Request] = set()
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
         self._wake = threading.Condition()
-        self._ending = threading.Lock()  # one thread at a time ends the engine; others wait for it
-        self._closing = False
-        self._thread: threading.Thread | None = None
+        self._state: State = "new"
+        self._failure: str | None = None
+        self._lane = LocalLane(self.device, self._step, self._ended)
         self._busy = 0.0
         self._started = clock()
-        self._busy_seconds = metrics.DEVICE_SECONDS.labels(str(self.device))
-        metrics.show_memory(self.device)
-        metrics.show_queue(self._waiting)
+        self.metrics = EngineMetrics(self.device, self._waiting)
 
-    # -- models and life ---------------------------------------------------------------------
+    # -- models ------------------------------------------------------------------------------
     def add(
         self,
         model: Model,
@@ -102,6 +126,9 @@ class Engine:
     ) -> None:
         """Make a model callable by its name: compiled, and measured before it serves.
 
+        A model of that name is replaced between two batches: calls accepted before are still
+        answered by the old one, whose memory is freed with the last of them.
+
         Args:
             model: the model; one whose inputs have free sizes is measured as it runs.
             sla: the promise for calls that bring none.
@@ -112,39 +139,50 @@ class Engine:
         Raises:
             ConfigError: an impossible range, backend or precision.
             ModelError: nothing can run the model.
-            OutOfMemory: not even one row fits into the budget.
+            OutOfMemory: it does not fit into the budget beside the other models.
             Closed: the engine was closed.
         """
-        if self._closing:
-            raise self._takes_nothing()
+        if self._state in ("closing", "closed"):
+            raise self._not_running()
         promise = sla or Sla()
-        loaded = load_model(
-            model,
-            promise,
-            self.device,
-            self._batcher.latency,
-            precision=self._precision if precision is None else precision,
-            backend=backend or self._backend or ("onnxruntime" if model.onnx else "eager"),
-            threads=self._threads,
-            batch_range=batch_range,
-            budget=self._budget,
-        )
+        loaded = self._models.load(model, promise, batch_range, backend, precision)
         with self._wake:
             self._batcher.register_sla(promise)
-            self._models[model.spec.name] = loaded
-            known, self._keys = self._keys, {}
-            for key, old in known.items():
-                self._register_key(key, old)
+            before = self._models.put(loaded)
+            if before is not None and before.key != loaded.key:
+                self._batcher.forget(before.key)
+            for each in self._models.all():
+                if not each.free:
+                    other = self._models.cheaper(each)
+                    cheaper = None if other is None else other.key
+                    self._batcher.register(each.key, each.most, cheaper, pinned=True)
 
-    def start(self) -> Engine:
-        """Start the device thread; after :meth:`close`, again."""
+    def remove(self, name: str) -> None:
+        """Let no model answer to a name any more.
+
+        Calls accepted before are still answered; its memory is freed with the last of them.
+
+        Raises:
+            ModelError: there is no such model.
+        """
         with self._wake:
-            if self._thread is None:
-                self._closing = False
-                self._thread = threading.Thread(
-                    target=self._loop, name="plinth-device", daemon=True
-                )
-                self._thread.start()
+            self._batcher.forget(self._models.pop(name).key)
+
+    # -- life --------------------------------------------------------------------------------
+    def start(self) -> Engine:
+        """Start the device thread; again after :meth:`close`, and after it failed."""
+        with self._wake:
+            if self._state == "running" and self._lane.alive:
+                return self
+        if self._lane.is_current:
+            raise ConfigError(
+                "the device thread cannot wait for its own end", hint="start it from another"
+            )
+        self._lane.join()
+        with self._wake:
+            if not self._lane.alive:
+                self._lane.start()
+                self._state, self._failure = "running", None
         return self
 
     def close(self, drain: bool = True) -> None:
@@ -157,21 +195,19 @@ class Engine:
         Args:
             drain: finish what was accepted first; otherwise it fails with :class:`Closed`.
         """
+        outcomes: Outcomes = []
         with self._wake:
-            self._closing = True
+            if self._state in ("new", "running"):
+                self._state = "closing" if self._lane.alive else "closed"
             if not drain:
-                for work in self._batcher.clear():
-                    self._fail(work.payload[0], Closed("the engine was closed"))
+                waiting = {work.owner for work in self._batcher.clear()}
+                outcomes = self._fail(waiting, Closed("the engine was closed"))
             self._wake.notify_all()
-            thread = self._thread
-        if thread is threading.current_thread():
+        self._settle(outcomes)
+        if self._lane.is_current:
             return
-        with self._ending:
-            if thread is not None:
-                thread.join()
-                with self._wake:
-                    if self._thread is thread:
-                        self._thread = None
+        self._lane.join()
+        with self._wake:
             self._batcher.latency.save()
 
     def __enter__(self) -> Engine:
@@ -180,13 +216,32 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def state(self) -> State:
+        """What the engine does: it answers calls only while it is ``"running"``.
+
+        ``"failed"``: its device thread ended. Everybody who waited was told with
+        :class:`EngineFailed`; :meth:`start` starts it anew.
+        """
+        if self._state in ("running", "closing") and not self._lane.alive:
+            self._ended("its device thread is gone")
+        return self._state
+
+    @property
+    def failure(self) -> str | None:
+        """Why the device thread ended, for the log and for health checks; None while it is well."""
+        return self._failure if self.state == "failed" else None
+
     def status(self) -> dict[str, Any]:
         """Device, models, what waits, and the share of time the device was busy so far."""
+        state = self.state
         with self._wake:
             return {
-                "running": self._thread is not None and not self._closing,
+                "running": state == "running",
+                "state": state,
+                "failure": self._failure,
                 "device": str(self.device),
-                "models": {name: loaded.status() for name, loaded in self._models.items()},
+                "models": self._models.status(),
                 "urgent_rows": self._batcher.urgent_rows,
                 "background_rows": self._batcher.background_rows,
                 "utilisation": self._busy / max(self._clock() - self._started, 1e-9),
@@ -198,14 +253,27 @@ class Engine:
 
         Raises:
             Refused: a call was refused; the flow was told and did not handle it.
+            ConfigError: the caller is the device thread, which would wait for itself.
         """
+        if self._lane.is_current:
+            raise ConfigError(
+                "run() in the device thread would wait for itself", hint="use submit()"
+            )
         driver = FlowDriver(flow, self._clock)
         while (call := driver.call) is not None:
             try:
-                driver.send(self.submit(call, sla).result())
+                driver.send(self._wait(self.submit(call, sla)))
             except PlinthError as error:
                 driver.throw(error)
         return driver.answer()
+
+    def _wait(self, future: Future[Result]) -> Result:
+        """The future's result; looks now and then whether there is anybody left to give it."""
+        while True:
+            try:
+                return future.result(_LOOK)
+            except TimeoutError:
+                _ = self.state  # a thread that is gone without a word is found out here
 
     async def run_async(self, flow: Flow[T], sla: Sla | None = None) -> Answer[T]:
         """Drive a flow in the running event loop; cancelling the task cancels its work."""
@@ -237,82 +305,117 @@ class Engine:
 
     def _admit(self, call: Call, sla: Sla | None, waiter: Waiter) -> Request:
         loaded = self._models.get(call.model)
-        if loaded is None:
-            raise ModelError(
-                f"there is no model {call.model}", hint=nearest(call.model, self._models)
-            )
-        request = request_of(loaded, call, waiter)
+        request = request_of(loaded, call, waiter, self._models.cheaper(loaded))
         promise = sla or loaded.sla
         step = loaded.most if promise.deadline_ms is not None else request.total
         with self._wake:
-            if self._closing or self._thread is None:
-                self._fail(request, self._takes_nothing())
-                return request
-            now = self._clock()
-            self._register_key(request.key, loaded)
-            for first in range(0, request.total, step):
-                work = Work(
-                    request.key, min(step, request.total - first), now, promise, (request, first)
-                )
-                request.works.append(work)
-                refusal = self._batcher.admit(work, now)
-                if refusal is not None:
-                    self._fail(request, refusal.error)
-                    break
-            self._wake.notify()
+            if self._state == "running":
+                outcomes = self._enqueue(request, promise, step)
+                self._wake.notify()
+            else:
+                outcomes = self._fail((request,), self._not_running())
+        for _, outcome in outcomes:
+            waiter.settle(outcome)
         return request
 
-    def _takes_nothing(self) -> Closed:
-        if self._closing:
-            return Closed("the engine was closed and takes no new work", hint="make another")
-        return Closed(
-            "the engine takes no new work before it is started",
-            hint="use it as a context manager, or call start()",
-        )
+    def _enqueue(self, request: Request, promise: Sla, step: int) -> Outcomes:
+        """Give a request's rows to the batcher, or say why not."""
+        now = self._clock()
+        if not self._batcher.knows(request.key):
+            self._register(request)
+        self._requests.add(request)
+        for first in range(0, request.total, step):
+            rows = min(step, request.total - first)
+            work = Work(request.key, rows, now, promise, request, first)
+            request.works.append(work)
+            refusal = self._batcher.admit(work, now)
+            if refusal is not None:
+                return self._fail((request,), refusal.error)
+        return []
 
-    def _register_key(self, key: str, loaded: LoadedModel) -> None:
-        """Tell the batcher of a batch key it may see for the first time."""
-        if key in self._keys:
-            return
-        self._keys[key] = loaded
-        other, cheaper = self._models.get(loaded.spec.cheaper or ""), None
-        if other is not None:
-            cheaper = other.key + (key.removeprefix(loaded.key) if other.free else "")
-            self._register_key(cheaper, other)
-        self._batcher.register(key, loaded.most, cheaper)
+    def _register(self, request: Request) -> None:
+        """Tell the batcher of a batch key it sees for the first time."""
+        key = None
+        if request.cheaper is not None:
+            other, key = request.cheaper
+            if not self._batcher.knows(key):
+                self._batcher.register(key, other.most)
+        self._batcher.register(request.key, request.loaded.most, key)
+
+    def _not_running(self) -> PlinthError:
+        if self._state == "failed":
+            return EngineFailed(
+                f"the device thread of the engine ended: {self._failure}",
+                hint="see the log; start() starts the engine anew",
+            )
+        if self._state == "new":
+            return Closed(
+                "the engine takes no new work before it is started",
+                hint="use it as a context manager, or call start()",
+            )
+        return Closed("the engine was closed and takes no new work", hint="start() starts it again")
 
     def _cancel(self, request: Request) -> None:
         with self._wake:
-            self._fail(request, Cancelled("the client went away"))
+            outcomes = self._fail((request,), Cancelled("the client went away"))
+        self._settle(outcomes)
 
-    def _fail(self, request: Request, error: PlinthError) -> None:
-        if request.over:
-            return
-        request.over = True
-        for work in request.works:
-            self._batcher.cancel(work)
-        request.works.clear()
-        name = request.loaded.spec.name
-        metrics.CALLS.labels(name, error.reason).inc()
-        if error.reason in ("deadline", "queue_full"):
-            metrics.SLA_MISSES.labels(name, error.reason).inc()
-        request.waiter.settle(error)
+    def _fail(self, requests: Iterable[Request], error: PlinthError) -> Outcomes:
+        """Forget requests, and give what their callers are to be told once the lock is free."""
+        outcomes: Outcomes = []
+        for request in requests:
+            if request.over:
+                continue
+            request.over = True
+            self._requests.discard(request)
+            for work in request.works:
+                self._batcher.cancel(work)
+            request.works.clear()
+            name = request.loaded.spec.name
+            self.metrics.calls.labels(name, error.reason).inc()
+            if error.reason in ("deadline", "queue_full"):
+                self.metrics.sla_misses.labels(name, error.reason).inc()
+            outcomes.append((request, error))
+        return outcomes
 
-    # -- the device thread -------------------------------------------------------------------
-    def _loop(self) -> None:
-        while True:
-            with self._wake:
-                while not self._batcher and not self._closing:
-                    self._wake.wait()
-                if not self._batcher:
-                    return
-                batch, refused = self._batcher.next(self._clock())
-                for refusal in refused:
-                    self._fail(refusal.work.payload[0], refusal.error)
-            if batch is not None:
-                self._execute(batch)
-            else:
-                self._post()
+    def _settle(self, outcomes: Outcomes) -> None:
+        """Tell callers, outside of the lock: their callbacks may do what they like."""
+        for request, outcome in outcomes:
+            request.waiter.settle(outcome)
+        if outcomes:
+            self._post()
+
+    # -- the lane's thread -------------------------------------------------------------------
+    def _step(self) -> bool:
+        """Wait for a batch and run it; False when the engine is closed and nothing waits."""
+        outcomes: Outcomes = []
+        with self._wake:
+            while not self._batcher and self._state == "running":
+                self._wake.wait()
+            if not self._batcher:
+                return False
+            batch, refused = self._batcher.next(self._clock())
+            for refusal in refused:
+                outcomes += self._fail((refusal.work.owner,), refusal.error)
+        self._settle(outcomes)
+        if batch is not None:
+            self._execute(batch)
+        return True
+
+    def _ended(self, error: str | None) -> None:
+        """The lane's thread ends: whoever still waits is told why."""
+        with self._wake:
+            self._failure = error
+            self._state = "closed" if error is None else "failed"
+            requests, why = list(self._requests), self._not_running()
+            self._requests.clear()
+            for request in requests:
+                request.over = True
+                request.works.clear()
+            try:
+                self._batcher.clear()
+            finally:  # whatever state it is in, nobody waits for ever
+                self._settle([(request, why) for request in requests])
 
     def _post(self) -> None:
         """Wake the event loops that have answers."""
@@ -327,75 +430,110 @@ class Engine:
     def _execute(self, batch: Batch) -> None:
         """Run a batch and hand out its answers; learning and counting come after them."""
         begun = self._clock()
-        loaded = self._keys[batch.key]
-        output: dict[str, Any] | PlinthError
+        loaded: LoadedModel = batch.parts[0].work.owner.ran(batch.key)
+        halvings = loaded.halvings
         try:
             rows = [
-                part.work.payload[0].take(part.work.payload[1] + part.first, part.rows)
+                part.work.owner.take(part.work.first + part.first, part.rows)
                 for part in batch.parts
             ]
             output = loaded.run(cat_rows(rows))
-        except PlinthError as error:
-            output = error
+        except BaseException as error:  # noqa: BLE001 - a model's failure is its batch's alone
+            self._failed(batch, loaded, error)
+            return
         now = self._clock()
-        first = 0
-        for part in batch.parts:
-            request: Request = part.work.payload[0]
-            span = slice(first, first + part.rows)
-            first += part.rows
-            try:
-                if isinstance(output, PlinthError):
-                    raise output
-                if not request.over:
-                    own = {key: rows[span] for key, rows in output.items()}
-                    self._deliver(request, batch, part, own, begun, now)
-            except PlinthError as error:
-                with self._wake:
-                    self._fail(request, error)
-        self._post()
+        outcomes = self._deliver(batch, loaded, output, begun, now)
+        self._settle(outcomes)
         with self._wake:
             if loaded.most < batch.rows:
                 self._batcher.shrink(batch.key, loaded.most)
             self._busy += now - begun
             self._batcher.finished(batch, now - begun, now)
-        self._busy_seconds.inc(now - begun)
-        meters = metrics.of_model(loaded.spec.name)
+        self.metrics.busy_seconds.inc(now - begun)
+        self.metrics.halved.labels(loaded.spec.name).inc(loaded.halvings - halvings)
+        meters = self.metrics.of_model(loaded.spec.name)
         meters.batch_rows.observe(batch.rows)
         meters.batch_seconds.observe(now - begun)
 
+    def _failed(self, batch: Batch, loaded: LoadedModel, error: BaseException) -> None:
+        """A batch raised: search for the callers at fault, and tell those that were found."""
+        self.metrics.failed_batches.labels(loaded.spec.name).inc()
+        with self._wake:
+            works = self._batcher.failed(batch, self._clock())
+            requests = list(dict.fromkeys(work.owner for work in works))
+            outcomes: Outcomes = []
+            for request in requests:
+                alone = len(requests) == 1
+                outcomes += self._fail((request,), _model_error(loaded, batch, error, alone=alone))
+        if outcomes:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{place.filename}:{place.lineno} in {place.name}"
+            name, kind = loaded.spec.name, type(error).__name__
+            _log.warning("model %s failed on %d rows: %s at %s", name, batch.rows, kind, where)
+        self._settle(outcomes)
+
     def _deliver(
         self,
-        request: Request,
         batch: Batch,
-        part: BatchSlice,
+        loaded: LoadedModel,
         output: dict[str, Any],
         begun: float,
         now: float,
-    ) -> None:
+    ) -> Outcomes:
+        """Give every request its rows; what cannot be made of them fails that request alone."""
+        outcomes: Outcomes = []
+        first = 0
+        for part in batch.parts:
+            request: Request = part.work.owner
+            span = slice(first, first + part.rows)
+            first += part.rows
+            if request.over:
+                continue
+            try:
+                own = {key: rows[span] for key, rows in output.items()}
+                result = self._result(batch, part, own, begun, now)
+            except BaseException as error:  # noqa: BLE001 - as in _execute
+                told = _model_error(loaded, batch, error, alone=True)
+                if isinstance(error, PlinthError):
+                    told = error
+                with self._wake:
+                    outcomes += self._fail((request,), told)
+                continue
+            if result is not None:
+                outcomes.append((request, result))
+        return outcomes
+
+    def _result(
+        self, batch: Batch, part: BatchSlice, own: dict[str, Any], begun: float, now: float
+    ) -> Result | None:
+        """What becomes of a request with these rows; None while others are still to come."""
+        request: Request = part.work.owner
         seconds, timing, work = now - begun, request.timing, part.work
         timing.device += seconds
         timing.co_batched += seconds * (1 - part.rows / batch.rows)
         timing.batch_rows = max(timing.batch_rows, batch.rows)
-        if not request.put(output, part.rows):
-            return
+        if not request.put(own, part.rows):
+            return None
         timing.queue = max(0.0, now - work.arrival - timing.device)
         timing.total = now - work.arrival
-        value, request.over = request.value(), True
+        value = request.value()
+        request.over = True
+        self._requests.discard(request)
         request.works.clear()  # a cycle would be left to the garbage collector
-        ran, late = self._keys[work.key], now > work.deadline
+        ran, late = request.ran(work.key), now > work.deadline
         self._count(request, ran, _why_late(work, batch, begun) if late else None)
-        request.waiter.settle(Result(value, timing, ran.model, late))
+        return Result(value, timing, ran.model, late)
 
     def _count(self, request: Request, ran: LoadedModel, cause: str | None) -> None:
         asked, name = request.loaded.spec.name, ran.spec.name
-        metrics.CALLS.labels(asked, "late" if cause else "answered").inc()
-        meters = metrics.of_model(asked)
+        self.metrics.calls.labels(asked, "late" if cause else "answered").inc()
+        meters = self.metrics.of_model(asked)
         meters.call_seconds.observe(request.timing.total)
         meters.queue_seconds.observe(request.timing.queue)
         if cause:
-            metrics.SLA_MISSES.labels(asked, cause).inc()
+            self.metrics.sla_misses.labels(asked, cause).inc()
         if name != asked:
-            metrics.DEGRADED.labels(asked, name).inc()
+            self.metrics.degraded.labels(asked, name).inc()
 
 
 def _why_late(work: Work, batch: Batch, begun: float) -> str:
@@ -403,3 +541,24 @@ def _why_late(work: Work, batch: Batch, begun: float) -> str:
     if not batch.urgent:
         return "postponed"
     return "slow_batch" if begun + batch.predicted <= work.deadline else "late_start"
+
+
+def _model_error(
+    loaded: LoadedModel, batch: Batch, error: BaseException, *, alone: bool
+) -> PlinthError:
+    """What a caller is told: names and kinds only, for a message may hold another's rows.
+
+    Args:
+        loaded: the model that raised.
+        batch: what it was given.
+        error: what it raised.
+        alone: all rows of the batch were the caller's own: the error itself is its cause.
+    """
+    if alone and isinstance(error, OutOfMemory | ModelError):
+        return error
+    told = ModelError(
+        f"model {loaded.spec.name} failed on {batch.rows} rows: {type(error).__name__}",
+        hint="the log says where; are the values in the range that the model takes?",
+    )
+    told.__cause__ = error if alone else None
+    return told

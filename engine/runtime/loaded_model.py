@@ -14,9 +14,8 @@ from torch import Tensor
 from plinth.engine.backends.base import Executable
 from plinth.engine.backends.choice import BACKENDS, compiled, prepare
 from plinth.engine.devices.device import Device
-from plinth.engine.errors import ConfigError, ModelError, OutOfMemory, PlinthError
+from plinth.engine.errors import ConfigError, OutOfMemory, PlinthError
 from plinth.engine.flow import Sla
-from plinth.engine.metrics import HALVED
 from plinth.engine.models.store import Model, ModelSpec
 from plinth.engine.precision.policy import PRESETS, resolve
 from plinth.engine.runtime import batch_range as ranges
@@ -40,6 +39,7 @@ class LoadedModel:
         plan: its memory; ``None`` where sizes of its inputs are free.
         free: some size of its inputs is free, so that calls fall into shape buckets.
         key: prefix of its batch keys.
+        halvings: batches that did not fit into memory and were run in halves, so far.
     """
 
     model: Model
@@ -49,12 +49,13 @@ class LoadedModel:
     plan: MemoryPlan | None = None
     free: bool = field(init=False)
     key: str = field(init=False)
+    halvings: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.free = is_free(self.spec)
         runs = self.executable
-        self.key = f"{self.spec.name}@{self.spec.version}/{runs.device}/{runs.backend}"
-        self.key += f"/{runs.precision}"
+        self.key = f"{self.spec.name}@{self.spec.version}#{self.model.digest()[:12]}"
+        self.key += f"/{runs.device}/{runs.backend}/{runs.precision}"
 
     @property
     def spec(self) -> ModelSpec:
@@ -75,22 +76,18 @@ class LoadedModel:
         """Run rows; what does not fit into memory is run in halves.
 
         Raises:
-            ModelError: the model fails on these rows.
             OutOfMemory: not even one row fits.
+            BaseException: whatever the model raises.
         """
         try:
             return self.executable.run(rows)
-        except PlinthError:
-            raise
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise self._failed(rows, error) from error
+        except Exception as error:
+            if isinstance(error, PlinthError) or not _is_out_of_memory(error):
+                raise
             count = len(next(iter(rows.values())))
             if count == 1:
                 raise self._too_large(error) from error
-        except (ValueError, TypeError, IndexError, KeyError) as error:
-            raise self._failed(rows, error) from error
-        HALVED.labels(self.spec.name).inc()
+        self.halvings += 1
         self.most = min(self.most, max(1, count // 2))
         halves = [
             self.run({name: part[span] for name, part in rows.items()})
@@ -98,15 +95,11 @@ class LoadedModel:
         ]
         return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
 
-    def _failed(self, rows: Mapping[str, Tensor], error: Exception) -> ModelError:
-        count = len(next(iter(rows.values())))
-        return ModelError(f"model {self.spec.name} failed on {count} rows: {error}")
-
     def _too_large(self, error: BaseException) -> OutOfMemory:
         available = self.executable.device.memory().available
         needed = self.plan.peak(1) if self.plan else available + 1
         return OutOfMemory(
-            f"model {self.spec.name}: one row does not fit into memory: {error}",
+            f"model {self.spec.name}: one row does not fit into memory",
             needed=max(needed, available + 1),
             available=available,
             hint="free memory, or use smaller inputs",

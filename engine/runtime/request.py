@@ -17,7 +17,7 @@ from plinth.engine.errors import InputError, ModelError, PlinthError
 from plinth.engine.flow import Call, Tensors, Timing, as_mapping, row_count
 from plinth.engine.runtime.flow_driver import Result
 from plinth.engine.runtime.loaded_model import LoadedModel
-from plinth.engine.scheduler.work import Work
+from plinth.engine.scheduler.work import BatchKey, Work
 from plinth.engine.tiling import WindowGrid, WindowMerger
 
 _log = logging.getLogger(__name__)
@@ -27,8 +27,26 @@ class Waiter(Protocol):
     """A caller that waits for one call."""
 
     def settle(self, outcome: Result | PlinthError) -> None:
-        """Hand over the result or the error; a caller that has left is passed over."""
+        """Hand over the result or the error; a caller that has left is passed over.
+
+        Whatever a callback of the caller raises ends here: it runs in the device thread.
+        """
         ...
+
+
+def _finish(future: Future[Result] | asyncio.Future[Result], outcome: Result | PlinthError) -> None:
+    """Finish a future, whatever state it is in and whatever its callbacks raise."""
+    try:
+        if future.done():
+            return
+        if isinstance(future, Future) and not future.set_running_or_notify_cancel():
+            return
+        if isinstance(outcome, Result):
+            future.set_result(outcome)
+        else:
+            future.set_exception(outcome)
+    except BaseException as error:  # noqa: BLE001 - a callback's own failure
+        _log.error("a caller's callback raised %s", type(error).__name__)
 
 
 class ThreadWaiter:
@@ -43,12 +61,7 @@ class ThreadWaiter:
 
     def settle(self, outcome: Result | PlinthError) -> None:
         """See :class:`Waiter`."""
-        if self.future.done() or not self.future.set_running_or_notify_cancel():
-            return
-        if isinstance(outcome, Result):
-            self.future.set_result(outcome)
-        else:
-            self.future.set_exception(outcome)
+        _finish(self.future, outcome)
 
 
 class Mailbox:
@@ -84,13 +97,7 @@ class Mailbox:
     def _open(self) -> None:
         self._woken = False
         while self._waiting:
-            future, outcome = self._waiting.popleft()
-            if future.done():
-                continue
-            if isinstance(outcome, Result):
-                future.set_result(outcome)
-            else:
-                future.set_exception(outcome)
+            _finish(*self._waiting.popleft())
 
 
 class LoopWaiter:
@@ -114,16 +121,18 @@ class Request:
         rows: what it runs on: tensors (n, ...) by input name, or one volume (c, z, y, x).
         key: its batch key.
         waiter: who waits for it.
+        cheaper: the model that runs when time is short, and the batch key there.
         grid: the windows of a volume.
 
     Attributes:
-        over: answered or given up; what still comes of it is passed over.
+        over: answered or failed; what still comes of it is passed over.
     """
 
     loaded: LoadedModel
     rows: dict[str, Tensor]
-    key: str
+    key: BatchKey
     waiter: Waiter
+    cheaper: tuple[LoadedModel, BatchKey] | None = None
     grid: WindowGrid | None = None
     merger: WindowMerger | None = field(init=False)
     outputs: list[dict[str, Tensor]] = field(default_factory=list)
@@ -136,6 +145,12 @@ class Request:
     def __post_init__(self) -> None:
         self.merger = None if self.grid is None else WindowMerger(self.grid)
         self.total = row_count(self.rows) if self.grid is None else len(self.grid)
+
+    def ran(self, key: BatchKey) -> LoadedModel:
+        """The model that a batch key of this request stands for."""
+        return (
+            self.cheaper[0] if self.cheaper is not None and key == self.cheaper[1] else self.loaded
+        )
 
     def take(self, first: int, count: int) -> dict[str, Tensor]:
         """Rows ``first`` to ``first + count`` (exclusive), or the windows of these numbers."""
@@ -169,8 +184,16 @@ class Request:
         return whole if len(whole) > 1 else next(iter(whole.values()))
 
 
-def request_of(loaded: LoadedModel, call: Call, waiter: Waiter) -> Request:
+def request_of(
+    loaded: LoadedModel, call: Call, waiter: Waiter, cheaper: LoadedModel | None = None
+) -> Request:
     """Check a call against its model's contract.
+
+    Args:
+        loaded: the model.
+        call: what a flow asks for.
+        waiter: who waits for the answer.
+        cheaper: the model that runs when time is short.
 
     Raises:
         InputError: the rows are not what the model takes.
@@ -183,7 +206,7 @@ def request_of(loaded: LoadedModel, call: Call, waiter: Waiter) -> Request:
         spec.check(rows)
         if not row_count(rows):
             raise ModelError(f"a call of {spec.name} has no rows")
-        return Request(loaded, rows, loaded.bucket(rows), waiter)
+        return Request(loaded, rows, loaded.bucket(rows), waiter, _degraded(cheaper, rows))
     volume = rows.get(names[0])
     if volume is None or volume.ndim != 4:
         shape: Any = None if volume is None else tuple(volume.shape)
@@ -196,4 +219,11 @@ def request_of(loaded: LoadedModel, call: Call, waiter: Waiter) -> Request:
     channels, z, y, x = volume.shape
     window = {names[0]: volume.new_empty((1, channels, *call.tiling.window), device="meta")}
     spec.check(window)
-    return Request(loaded, rows, loaded.bucket(window), waiter, WindowGrid(call.tiling, (z, y, x)))
+    grid, other = WindowGrid(call.tiling, (z, y, x)), _degraded(cheaper, window)
+    return Request(loaded, rows, loaded.bucket(window), waiter, other, grid)
+
+
+def _degraded(
+    cheaper: LoadedModel | None, rows: dict[str, Tensor]
+) -> tuple[LoadedModel, BatchKey] | None:
+    return None if cheaper is None else (cheaper, cheaper.bucket(rows))

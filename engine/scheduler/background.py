@@ -86,6 +86,19 @@ class Background:
         self.rows -= work.left
         return True
 
+    def put_back(self, part: BatchSlice) -> None:
+        """Let rows wait again that were given to the device in vain."""
+        work, waits = part.work, part.work.left > 0
+        work.taken -= part.rows
+        if waits:
+            self.rows += part.rows
+        else:
+            self.add(work)
+
+    def keys(self) -> set[BatchKey]:
+        """The batch keys of what waits."""
+        return {work.key for work in self._works}
+
     def clear(self) -> list[Work]:
         """Take everything out."""
         out, self._works, self.rows = self._works, [], 0
@@ -100,7 +113,8 @@ class Background:
         if not self._works:
             return None
         self._works.sort(key=attrgetter("service"))
-        self._virtual_time, key = self._works[0].service, self._works[0].key
+        first = self._works[0]
+        self._virtual_time, key, suspects = first.service, first.key, first.suspects
         rows = max(1, self.latency.rows_within(key, self.bound, max_rows(key), 0.5))
         if not self.latency.predict(key, 1):
             rows = 1  # cost unknown: the smallest slice measures it
@@ -108,7 +122,7 @@ class Background:
         for work in self._works:
             if not rows:
                 break
-            if work.key == key:
+            if work.key == key and work.suspects is suspects:
                 parts.append(BatchSlice(work, work.taken, min(rows, work.left)))
                 work.taken += parts[-1].rows
                 rows -= parts[-1].rows

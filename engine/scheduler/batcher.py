@@ -22,6 +22,7 @@ The policy, when the device is free:
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from math import frexp
 from operator import attrgetter
@@ -31,7 +32,18 @@ from plinth.engine.flow import Sla
 from plinth.engine.scheduler.background import PROMISE_MEMORY, Background
 from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.scheduler.deadline_queue import DeadlineQueue, rows_of
-from plinth.engine.scheduler.work import Batch, BatchKey, BatchSlice, KeySettings, Refusal, Work
+from plinth.engine.scheduler.work import (
+    Batch,
+    BatchKey,
+    BatchSlice,
+    KeySettings,
+    Refusal,
+    Search,
+    Suspects,
+    Work,
+)
+
+QueueName = tuple[BatchKey, int, float, Suspects | None]
 
 _TIGHT_RATIO = 0.5
 """A queue is tighter than another when its promise is at most this share of the other's."""
@@ -39,6 +51,14 @@ _MAX_ROWS_PER_FREE_ROW = 8
 """One queue may hold at most so many rows for each row that is still free (dynamic threshold)."""
 _MIN_THROUGHPUT = 0.5
 """A batch is cut short for a tighter queue down to this share of the best rows per second."""
+MAX_KEYS = 1024
+"""Batch keys that are remembered, and their cost curves; shapes come from clients."""
+_MAX_QUEUES = 1024
+"""Deadline queues above which idle ones are dropped at once, not after a while."""
+_MAX_CULPRITS = 8
+"""Callers at fault that the search in one failed batch finds at least."""
+_MAX_FAILURES = 32
+"""Batches of one key that fail in a row before none of them is searched any more."""
 
 
 class Batcher:
@@ -71,23 +91,52 @@ class Batcher:
         self.latency = latency
         self.max_queue = max_queue
         self._background = Background(latency, background_share, slice_share, idle_slice)
-        self._settings_by_key: dict[BatchKey, KeySettings] = {}
-        self._queues: dict[tuple[BatchKey, int, float], DeadlineQueue] = {}
+        self._settings_by_key: OrderedDict[BatchKey, KeySettings] = OrderedDict()
+        self._queues: dict[QueueName, DeadlineQueue] = {}
         self._rows = 0
         self._virtual_time = 0.0
         self._busy_until = 0.0
-        self._running = False
+        self._running: BatchKey | None = None
 
     # -- settings and state ------------------------------------------------------------------
-    def register(self, key: BatchKey, max_rows: int = 128, cheaper: BatchKey | None = None) -> None:
-        """Make a batch key known; work of unknown keys gets batches of up to 128 rows."""
+    def register(
+        self,
+        key: BatchKey,
+        max_rows: int = 128,
+        cheaper: BatchKey | None = None,
+        *,
+        pinned: bool = False,
+    ) -> None:
+        """Make a batch key known; work of unknown keys gets batches of up to 128 rows.
+
+        Beyond 1,024 keys, those that came least recently are dropped with their cost curves, but
+        none that waits, runs or is pinned.
+        """
         if max_rows < 1:
             raise ConfigError(f"the largest batch of {key} is {max_rows} rows, expected 1 or more")
-        self._settings_by_key[key] = KeySettings(max_rows, cheaper)
+        self._settings_by_key[key] = KeySettings(max_rows, cheaper, pinned)
+        self._trim()
+
+    def knows(self, key: BatchKey) -> bool:
+        """Whether a key is registered."""
+        return key in self._settings_by_key
+
+    def forget(self, prefix: BatchKey) -> None:
+        """Drop a key with all its shapes, and what was learned of it, except what is in use."""
+        in_use = self._keys_in_use()
+        for key in [
+            key for key in self._settings_by_key if key == prefix or key.startswith(f"{prefix}[")
+        ]:
+            if key in in_use:
+                self._settings_by_key[key].pinned = False
+            else:
+                del self._settings_by_key[key]
+                self.latency.forget(key)
 
     def shrink(self, key: BatchKey, max_rows: int) -> None:
         """Bound the batches of a key from now on, because larger ones did not fit."""
-        self._settings(key).max_rows = max_rows
+        settings = self._settings(key)
+        settings.max_rows = min(settings.max_rows, max_rows)
 
     def register_sla(self, sla: Sla) -> None:
         """Make a promise known for good, so that slices leave it room before its first request."""
@@ -126,6 +175,8 @@ class Batcher:
             refusal: :class:`QueueFull`, or :class:`DeadlineRefused` for work that could not
             be in time even if it ran next.
         """
+        if work.key in self._settings_by_key:
+            self._settings_by_key.move_to_end(work.key)
         if work.sla.deadline_ms is None:
             self._background.add(work)
             return None
@@ -145,6 +196,7 @@ class Batcher:
 
     def cancel(self, work: Work) -> None:
         """Forget work whose client went away; rows already on the device still finish."""
+        work.gone = True
         if self._background.remove(work):
             return
         queue = self._queues.get(_queue_name(work)) if work.left else None
@@ -156,6 +208,7 @@ class Batcher:
         waiting = [work for queue in self._queues.values() for work in queue.works]
         self._queues.clear()
         self._rows = 0
+        self._running = None
         return [*self._background.clear(), *waiting]
 
     # -- the device is free ------------------------------------------------------------------
@@ -171,15 +224,58 @@ class Batcher:
             batch = self._urgent_batch(now, refused) or self._slice()
         if batch is not None:
             self._busy_until = self._finish(batch.key, batch.rows, now)
-            self._running = True
+            self._running = batch.key
             self._background.account(batch)
         return batch, refused
 
     def finished(self, batch: Batch, seconds: float, now: float) -> None:
         """Learn what a batch really took; the device is free from ``now`` on."""
         self.latency.observe(batch.key, batch.rows, seconds)
-        self._busy_until = now
-        self._running = False
+        self._busy_until, self._running = now, None
+        self._settings(batch.key).failures = 0
+
+    def failed(self, batch: Batch, now: float) -> list[Work]:
+        """Search a batch that failed for the callers at fault, by halves.
+
+        Both halves wait again, each for a batch of its own: those that cannot be in time any more
+        are refused like all others. One caller at fault among n costs at most log2(n) + 1 failing
+        batches, and a search ends after 8 * log2(n) of them; a key whose batches keep failing (32
+        in a row) is not searched at all.
+
+        Returns:
+            The work to fail: a caller that was alone, or, at a bound, all that is left.
+        """
+        self._busy_until, self._running = now, None
+        for name in [n for n, queue in self._queues.items() if queue.suspects and not queue.works]:
+            del self._queues[name]
+        settings = self._settings(batch.key)
+        settings.failures += 1
+        callers: dict[int, list[BatchSlice]] = {}
+        for part in batch.parts:
+            if not part.work.gone:
+                callers.setdefault(id(part.work.owner or part.work), []).append(part)
+        suspects = batch.parts[0].work.suspects
+        search = suspects.search if suspects else Search(_MAX_CULPRITS * len(callers).bit_length())
+        search.tries -= 1
+        parts = list(callers.values())
+        if len(parts) < 2 or search.tries < 0 or settings.failures > _MAX_FAILURES:
+            return [part.work for own in parts for part in own]
+        for half in (parts[: len(parts) // 2], parts[len(parts) // 2 :]):
+            together = Suspects(search)
+            for part in (part for own in half for part in own):
+                part.work.suspects = together
+                self._put_back(part, batch.urgent, now)
+        return []
+
+    def _put_back(self, part: BatchSlice, urgent: bool, now: float) -> None:
+        work = part.work
+        if not urgent:
+            self._background.put_back(part)
+            return
+        work.taken = 0
+        queue = self._queue(work)
+        queue.arrived(0, work.deadline - work.arrival, now)
+        self._add(queue, work)
 
     def _slice(self) -> Batch | None:
         return self._background.slice(lambda key: self._settings(key).max_rows)
@@ -227,6 +323,7 @@ class Batcher:
             for other in self._queues.values()
             if other.promise <= _TIGHT_RATIO * queue.promise
             and now <= other.last_arrival + PROMISE_MEMORY
+            and (other.works or other.suspects is None)
         ]
         if not tighter:
             return max_rows
@@ -264,7 +361,7 @@ class Batcher:
         key, quantile, works = queue.key, queue.quantile, queue.take(0, count)
         first, rows, taken = works[0].deadline, rows_of(works), [(queue, works)]
         for other in queues:
-            if other.key != key or other is queue:
+            if other.key != key or other is queue or other.suspects is not queue.suspects:
                 continue
             room = self.latency.rows_within(key, first - now, bound, quantile) - rows
             if room < 1:
@@ -325,21 +422,50 @@ class Batcher:
 
     # -- small parts -------------------------------------------------------------------------
     def _settings(self, key: BatchKey) -> KeySettings:
-        return self._settings_by_key.get(key) or self._settings_by_key.setdefault(
-            key, KeySettings()
-        )
+        settings = self._settings_by_key.get(key)
+        if settings is None:
+            self.register(key)
+            settings = self._settings_by_key[key]
+        return settings
+
+    def _trim(self) -> None:
+        """Keep the table of keys, and the cost curves, inside their bound."""
+        if len(self._settings_by_key) <= MAX_KEYS:
+            return
+        in_use = self._keys_in_use()
+        spare = [
+            key
+            for key, settings in self._settings_by_key.items()
+            if key not in in_use and not settings.pinned
+        ]
+        # A quarter at once: to find out what is in use takes a look at all that waits.
+        for key in spare[: len(self._settings_by_key) - MAX_KEYS * 3 // 4]:
+            del self._settings_by_key[key]
+        self.latency.trim(MAX_KEYS, self._settings_by_key.keys())
+
+    def _keys_in_use(self) -> set[BatchKey]:
+        """Keys of what waits and runs, and those it may be degraded to."""
+        keys = {queue.key for queue in self._queues.values() if queue.works}
+        keys |= self._background.keys()
+        if self._running is not None:
+            keys.add(self._running)
+        known = (self._settings_by_key.get(key) for key in keys)
+        return keys | {each.cheaper for each in known if each and each.cheaper}
 
     def _queue(self, work: Work) -> DeadlineQueue:
         name = _queue_name(work)
         queue = self._queues.get(name)
         if queue is None:
-            queue = self._queues[name] = DeadlineQueue(work.key, work.sla.quantile)
+            if len(self._queues) >= _MAX_QUEUES:
+                self._drop_idle_queues()
+            queue = DeadlineQueue(work.key, work.sla.quantile, work.suspects)
+            self._queues[name] = queue
         return queue
 
     def _waiting(self) -> list[DeadlineQueue]:
         return [queue for queue in self._queues.values() if queue.works]
 
-    def _drop_idle_queues(self, now: float) -> None:
+    def _drop_idle_queues(self, now: float = float("inf")) -> None:
         """Drop queues that nothing came for lately: requests may bring any promise."""
         for name, queue in list(self._queues.items()):
             if not queue.works and now > queue.last_arrival + PROMISE_MEMORY:
@@ -354,7 +480,7 @@ class Batcher:
 
         A batch that is over its prediction by t seconds is expected to take t more.
         """
-        over = now - self._busy_until if self._running else 0.0
+        over = now - self._busy_until if self._running is not None else 0.0
         return max(now, self._busy_until) + max(0.0, over)
 
     def _finish(self, key: BatchKey, rows: int, start: float) -> float:
@@ -398,6 +524,6 @@ class Batcher:
         return self._device_free(now) - now + batches * self.latency.predict(key, max_rows)
 
 
-def _queue_name(work: Work) -> tuple[BatchKey, int, float]:
+def _queue_name(work: Work) -> QueueName:
     """The name of the queue that work belongs to; promises within a factor of two share one."""
-    return work.key, frexp(work.sla.deadline_ms or 0.0)[1], work.sla.quantile
+    return work.key, frexp(work.sla.deadline_ms or 0.0)[1], work.sla.quantile, work.suspects

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right, insort
 from collections import deque
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,6 +152,7 @@ class LatencyModel:
         curve = self._curves.setdefault(key, _Curve())
         if curve.is_far(rows):
             self.seed(key, rows, seconds / curve.level())
+        self._curves[key] = self._curves.pop(key)  # the last to learn is the last to be dropped
         curve.observe(rows, max(seconds, 1e-7))
 
     def predict(self, key: BatchKey, rows: int, quantile: float = 0.99) -> float:
@@ -168,6 +170,19 @@ class LatencyModel:
         curve.base(max_rows)
         budget = (seconds - curve.delay(quantile)) / curve.level() * (1 + 1e-9)
         return bisect_right(curve.table, budget, 1, max_rows + 1) - 1
+
+    def __len__(self) -> int:
+        return len(self._curves)
+
+    def forget(self, key: BatchKey) -> None:
+        """Drop what is known of a key."""
+        self._curves.pop(key, None)
+
+    def trim(self, max_keys: int, in_use: Set[BatchKey]) -> None:
+        """Drop the keys that have learned least recently, but none in use, down to a number."""
+        spare = [key for key in self._curves if key not in in_use]
+        for key in spare[: max(0, len(self._curves) - max_keys)]:
+            del self._curves[key]
 
     def save(self) -> None:
         """Write the curves to ``path`` (JSON), atomically."""

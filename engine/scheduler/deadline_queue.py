@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from operator import attrgetter
 
-from plinth.engine.scheduler.work import BatchKey, Work
+from plinth.engine.scheduler.work import BatchKey, Suspects, Work
 
 _RATE_MEMORY = 0.4  # seconds; how fast the arrival rate is forgotten
 _ROUNDING = 1e-9  # seconds
@@ -26,6 +26,7 @@ class DeadlineQueue:
     Args:
         key: the batch key.
         quantile: share of answers the promise covers.
+        suspects: for works of a batch that failed: those they may share a batch with.
 
     Attributes:
         promise: the shortest allowed time so far, seconds.
@@ -35,11 +36,15 @@ class DeadlineQueue:
         last_arrival: when work last came, seconds.
     """
 
-    __slots__ = ("_rate", "key", "last_arrival", "promise", "quantile", "rows", "service", "works")
+    __slots__ = (
+        *("_rate", "key", "last_arrival", "promise", "quantile", "rows", "service", "suspects"),
+        "works",
+    )
 
-    def __init__(self, key: BatchKey, quantile: float) -> None:
+    def __init__(self, key: BatchKey, quantile: float, suspects: Suspects | None = None) -> None:
         self.key = key
         self.quantile = quantile
+        self.suspects = suspects
         self.promise = float("inf")
         self.works: list[Work] = []
         self.rows = 0

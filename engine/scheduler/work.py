@@ -13,6 +13,24 @@ BatchKey = str
 
 
 @dataclass(slots=True, eq=False)
+class Search:
+    """The search for the rows that make a batch fail, by halves.
+
+    Args:
+        tries: batches that may still fail before the rest is given up.
+    """
+
+    tries: int
+
+
+@dataclass(slots=True, eq=False)
+class Suspects:
+    """One part of a batch that failed: its works share batches with each other alone."""
+
+    search: Search
+
+
+@dataclass(slots=True, eq=False)
 class Work:
     """Rows of one batch key that wait for the device.
 
@@ -21,21 +39,27 @@ class Work:
         rows: number of rows.
         arrival: when it came, seconds.
         sla: the promise it came with.
-        payload: whatever the runtime wants back.
+        owner: the request it is part of; works of one owner stand and fall together.
+        first: its first row within the owner.
 
     Attributes:
         taken: rows already given to the device.
         service: seconds of the device received, divided by the weight (background work).
+        suspects: whom it may share batches with, after a batch of it failed.
+        gone: nobody waits for it any more.
     """
 
     key: BatchKey
     rows: int
     arrival: float
     sla: Sla
-    payload: Any = None
+    owner: Any = None
+    first: int = 0
     deadline: float = field(init=False)
     taken: int = field(init=False, default=0)
     service: float = field(init=False, default=0.0)
+    suspects: Suspects | None = field(init=False, default=None)
+    gone: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         allowed = self.sla.deadline_ms
@@ -81,7 +105,11 @@ class KeySettings:
     Args:
         max_rows: largest batch in rows.
         cheaper: the batch key that degraded work goes to.
+        pinned: kept until it is forgotten on purpose, however many other keys come.
+        failures: batches that failed since one was answered.
     """
 
     max_rows: int = 128
     cheaper: BatchKey | None = None
+    pinned: bool = False
+    failures: int = 0

@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_run_in_halves_and_nothing_is_lost():
 
 
 def test_a_model_that_exceeds_the_budget_is_refused_with_its_bytes():
-    with pytest.raises(OutOfMemory, match="weights 160000"):
+    with pytest.raises(OutOfMemory, match="160000 bytes of weights, the budget is 100000"):
         Engine(memory_budget=100_000).add(model("large", Wide()))
 
 
@@ -221,7 +221,9 @@ def test_costs_learned_are_kept_for_the_next_run(tmp_path):
     with Engine(latency_file=path) as engine:
         engine.add(model("kept", Double()))
         engine.run(call("kept", torch.ones(3, 4)))
-    assert list(json.loads(path.read_text())["seconds"]) == ["kept@1/cpu/eager/fp32"]
+    (key,) = json.loads(path.read_text())["seconds"]
+    assert key.startswith("kept@1#")
+    assert key.endswith("/cpu/eager/fp32")
     Engine(latency_file=path)
     path.write_text("{")
     with pytest.raises(ConfigError, match="not a latency file"):

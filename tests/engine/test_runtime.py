@@ -52,7 +52,7 @@ def engine():
     made.add(model("double", Double()), sla=Sla(deadline_ms=5000))
     made.add(model("volume", Double(), (1, 4, 4, 4)), batch_range=(1, 4))
     made.add(model("broken", Double()))
-    made._models["broken"].model.module.forward = Broken().forward
+    made._models.get("broken").model.module.forward = Broken().forward
     with made:
         yield made
 
@@ -105,7 +105,7 @@ def test_overload_may_run_a_cheaper_model_and_says_so():
     made = Engine()
     made.add(model("double", Double(), cheaper="half"))
     made.add(model("half", Double()))
-    made._batcher.latency.seed(made._models["double"].key, 1, 9.0)
+    made._batcher.latency.seed(made._models.get("double").key, 1, 9.0)
     with made:
         answer = made.run(double(torch.ones(1, 4)), Sla(deadline_ms=1000, on_overload="degrade"))
     assert answer.degraded == {"double": "half"}
@@ -115,7 +115,7 @@ def test_a_failing_model_tells_its_callers_and_the_engine_goes_on(engine):
     def flow():
         return (yield Call("broken", torch.ones(1, 4)))
 
-    with pytest.raises(ModelError, match="broken failed on 1 rows: no such kernel"):
+    with pytest.raises(ModelError, match="broken failed on 1 rows: RuntimeError"):
         engine.run(flow())
     assert engine.run(double(torch.ones(1, 4))).value.sum() == 8
 
@@ -196,7 +196,7 @@ def test_a_degraded_call_of_any_shape_goes_to_the_cheaper_model():
     made = Engine()
     made.add(model("any", Double(), (None,), cheaper="half"), batch_range=(1, 8))
     made.add(model("half", Double(), (None,)))
-    made._batcher.latency.seed(made._models["any"].key + "[x=4]", 1, 9.0)
+    made._batcher.latency.seed(made._models.get("any").key + "[x=4]", 1, 9.0)
     with made:
         sla = Sla(deadline_ms=1000, on_overload="degrade")
         answer = made.run((call for call in [Call("any", torch.ones(1, 4))]), sla)

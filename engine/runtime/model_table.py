@@ -1,0 +1,160 @@
+"""The models of one engine by name, and the memory that they share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from plinth.engine.devices.device import Device
+from plinth.engine.errors import ModelError, OutOfMemory, nearest
+from plinth.engine.flow import Sla
+from plinth.engine.models.store import Model
+from plinth.engine.runtime.loaded_model import LoadedModel, Range, load_model
+from plinth.engine.runtime.memory_plan import budget
+from plinth.engine.scheduler.cost_model import LatencyModel
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How models run unless they say otherwise; see :class:`plinth.engine.Engine`."""
+
+    precision: str | Mapping[str, str] = "fp32"
+    backend: str | None = None
+    threads: int | None = None
+
+
+class ModelTable:
+    """Loads models one at a time, and keeps them inside one budget.
+
+    The device runs one batch at a time, so models add up by their weights, and share the room
+    that is left: ``sum(weights) + max(fixed + per_row * rows) <= budget``.
+
+    Args:
+        device: where they run.
+        latency: learns what their batches cost.
+        execution: how they run unless they say otherwise.
+        setting: bytes of all models together, or ``"auto"``: a share of what is available when
+            the first is loaded.
+    """
+
+    def __init__(
+        self, device: Device, latency: LatencyModel, execution: Execution, setting: int | str
+    ) -> None:
+        self._device = device
+        self._latency = latency
+        self._execution = execution
+        self._setting = setting
+        self._budget: int | None = None
+        self._models: dict[str, LoadedModel] = {}
+        self._one_at_a_time = threading.Lock()
+
+    def get(self, name: str) -> LoadedModel:
+        """The model that answers to a name now.
+
+        Raises:
+            ModelError: there is none.
+        """
+        loaded = self._models.get(name)
+        if loaded is None:
+            known = list(self._models)
+            hint = nearest(name, known) if known else "add it to the engine"
+            raise ModelError(f"there is no model {name}", hint=hint)
+        return loaded
+
+    def cheaper(self, loaded: LoadedModel) -> LoadedModel | None:
+        """The model that answers in place of another when time is short.
+
+        One that takes other inputs never does.
+        """
+        other = self._models.get(loaded.spec.cheaper or "")
+        return other if other is not None and other.spec.inputs == loaded.spec.inputs else None
+
+    def all(self) -> list[LoadedModel]:
+        """All of them."""
+        return list(self._models.values())
+
+    def load(
+        self,
+        model: Model,
+        sla: Sla,
+        batch_range: Range,
+        backend: str | None,
+        precision: str | Mapping[str, str] | None,
+    ) -> LoadedModel:
+        """Make a model ready; it answers to its name from :meth:`put` on.
+
+        Raises:
+            OutOfMemory: it does not fit beside the others.
+        """
+        execution = self._execution
+        usual = execution.backend or ("onnxruntime" if model.onnx else "eager")
+        with self._one_at_a_time:
+            if self._budget is None:
+                self._budget = budget(self._device, self._setting)
+            held = sum(weight_bytes(loaded.model) for loaded in self.all())
+            self._check(model, held)
+            return load_model(
+                model,
+                sla,
+                self._device,
+                self._latency,
+                precision=execution.precision if precision is None else precision,
+                backend=backend or usual,
+                threads=execution.threads,
+                batch_range=batch_range,
+                budget=self._budget - held,
+            )
+
+    def _check(self, model: Model, held: int) -> None:
+        """Refuse a model whose weights do not fit, or leave another no room for one row."""
+        total, own = self._budget or 0, weight_bytes(model)
+        room = total - held - own
+        plans = {loaded.spec.name: loaded.plan for loaded in self.all() if loaded.plan}
+        tight = [name for name, plan in plans.items() if plan.peak(1) - plan.weights > room]
+        if room > 0 and not tight:
+            return
+        beside = f", of which {', '.join(sorted(self._models))} hold {held}" if held else ""
+        raise OutOfMemory(
+            f"model {model.spec.name} has {own} bytes of weights, the budget is {total}{beside}"
+            + (f"; {', '.join(tight)} would have no room to run" if room > 0 else ""),
+            needed=own,
+            available=max(0, total - held),
+            hint="raise memory_budget, or remove a model",
+        )
+
+    def put(self, loaded: LoadedModel) -> LoadedModel | None:
+        """Let a model answer to its name; returns the one that did so far.
+
+        The largest batches of all are cut to the room that is left.
+        """
+        name = loaded.spec.name
+        before, self._models = self._models.get(name), {**self._models, name: loaded}
+        room = (self._budget or 0) - sum(weight_bytes(each.model) for each in self.all())
+        for each in self.all():
+            plan = each.plan
+            if plan is not None and plan.per_row:
+                each.most = min(each.most, max(1, (room - plan.fixed) // plan.per_row))
+        return before
+
+    def pop(self, name: str) -> LoadedModel:
+        """Let no model answer to a name; returns the one that did.
+
+        Raises:
+            ModelError: there is none.
+        """
+        loaded = self.get(name)
+        self._models = {key: each for key, each in self._models.items() if key != name}
+        return loaded
+
+    def status(self) -> dict[str, Any]:
+        """Every model's status by name."""
+        return {name: loaded.status() for name, loaded in self._models.items()}
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of a model's weights."""
+    if model.onnx:
+        return model.onnx.stat().st_size
+    return sum(tensor.nbytes for tensor in model.module.state_dict().values())
