@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from plinth.verticals.finance.features.online import COLD_RECENCY, FEATURES, UNITS, Event
+from plinth.verticals.finance.features.online import (
+    COLD_RECENCY,
+    FEATURES,
+    UNITS,
+    Event,
+    Labelled,
+)
 from plinth.verticals.finance.features.timeline import DAY, HOUR, LABEL_DELAY, MINUTE
 
 WINDOWS = (5 * MINUTE, HOUR, DAY, 7 * DAY, 30 * DAY)
@@ -22,12 +28,20 @@ class Reference:
     """Every event and label so far, in order of arrival."""
 
     known: list[Event] = field(default_factory=list)
-    labels: list[tuple[str, str, int, int, bool]] = field(default_factory=list)
+    labels: list[Labelled] = field(default_factory=list)
     given: dict[tuple[str, str], npt.NDArray[np.float32]] = field(default_factory=dict)
 
-    def label(self, transaction: str, terminal: str, time: int, *, known: int, fraud: bool) -> None:
-        """As :meth:`FeatureState.label`."""
-        self.labels.append((transaction, terminal, time, known, fraud))
+    def label(self, label: Labelled) -> None:
+        """As :meth:`FeatureState.label`; one of an unknown transaction is left out."""
+        means = {
+            other.card
+            for other in self.known
+            if (other.transaction, other.terminal, other.time)
+            == (label.transaction, label.terminal, label.time)
+            and label.card in (None, other.card)
+        }
+        if len(means) == 1:
+            self.labels.append(label._replace(transaction=f"{means.pop()} {label.transaction}"))
 
     def update(self, event: Event, *, count: bool = True) -> npt.NDArray[np.float32]:
         """The features of an event, float32 (FEATURE_COUNT,).
@@ -84,7 +98,7 @@ class Reference:
     def _frauds(self, terminal: str, now: int) -> list[int]:
         """Times of the terminal's transactions that are known as fraud at ``now``."""
         spans: dict[str, tuple[int, int, int | None]] = {}
-        for transaction, where, time, known, fraud in self.labels:
+        for transaction, where, time, known, fraud, _ in self.labels:
             if where != terminal:
                 continue
             before = spans.get(transaction)

@@ -103,6 +103,21 @@ class Vertical(ABC, Generic[Req, Res]):
         except ValidationError as error:
             raise invalid(error) from None
 
+    def parse_at(self, raw: bytes, received: float | None) -> Req:
+        """Read one JSON record of a log, as :meth:`parse`, knowing when the log received it.
+
+        A vertical that refuses records by their time does so here and by ``received`` alone, so
+        that reading the log again decides the same. :meth:`parse` may ask a clock.
+
+        Args:
+            raw: the record.
+            received: seconds since 1970-01-01T00:00Z, as the log says; ``None``: it does not.
+
+        Raises:
+            InputError: as :meth:`parse`.
+        """
+        return self.parse(raw)
+
     def encode(self, result: Res) -> bytes:
         """Write one answer as JSON."""
         return result.model_dump_json().encode()
@@ -133,6 +148,14 @@ class Vertical(ABC, Generic[Req, Res]):
     # -- state -------------------------------------------------------------------------------
     def observe(self, requests: Sequence[Req]) -> None:
         """Take requests into the state without scoring them (replay after a restart)."""
+        return
+
+    def see_partitions(self, mine: int, total: int) -> None:
+        """Told by a log's door whenever its share changes: it reads ``mine`` of ``total``.
+
+        State over anything but the record key is then incomplete where ``mine < total``: say so
+        in the answers.
+        """
         return
 
     def snapshot(self) -> bytes | None:

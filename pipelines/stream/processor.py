@@ -98,18 +98,23 @@ class Processor:
                 self._isolate.pop(p, None)
         return not self._isolate.keys().isdisjoint(chunk.starts)
 
+    def see_partitions(self, mine: int, total: int) -> None:
+        """Tell the vertical how many of the input's partitions this worker reads."""
+        self.vertical.see_partitions(mine, total)
+
     # -- parse -----------------------------------------------------------------------------
     def _parse(
         self, records: Sequence[Record], messages: list[Message]
     ) -> list[tuple[Record, Any]]:
-        parse, limit = self.vertical.parse, self.max_record_bytes
+        parse, limit = self.vertical.parse_at, self.max_record_bytes
         readable: list[tuple[Record, Any]] = []
         for record in records:
             raw = record.value
             try:
                 if raw is None or len(raw) > limit:
                     raise _unfit(raw, limit)
-                readable.append((record, parse(raw)))
+                at = record.timestamp
+                readable.append((record, parse(raw, at / 1e3 if at >= 0 else None)))
             except InputError as error:
                 messages.append(Message(record, error=error))
             except Exception as error:

@@ -85,6 +85,9 @@ class _Redelivery:
     def observe(self, chunk: Chunk) -> None:
         """There is no state."""
 
+    def see_partitions(self, mine: int, total: int) -> None:
+        """There is no state."""
+
     def _wanted(self, record: Record) -> bool:
         head = dict(record.headers)
         reason = (head.get(REASON) or b"").decode("utf-8", "replace")

@@ -128,6 +128,9 @@ class ChunkProcessor(Protocol):
     def observe(self, chunk: Chunk) -> None:
         """Take a replayed chunk into the state, without answers."""
 
+    def see_partitions(self, mine: int, total: int) -> None:
+        """Told whenever this worker's share of the input changes."""
+
 
 def run(
     vertical: Vertical[Any, Any],
@@ -479,6 +482,7 @@ class Worker:
                 committed |= part.chunk.ends
         self._at("restore")
         self.consumer.begin(self.checkpoint.plan(committed, first), owner)
+        self.processor.see_partitions(len(committed), max(self.consumer.width, len(committed)))
         self._moved = time.monotonic()
 
     # -- patience --------------------------------------------------------------------------

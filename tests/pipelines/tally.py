@@ -47,6 +47,10 @@ class TallyVertical(Vertical[Spend, Tally]):
         super().__init__()
         self.counts: dict[str, int] = {}
         self.observed = 0
+        self.shares: list[tuple[int, int]] = []
+
+    def see_partitions(self, mine: int, total: int) -> None:
+        self.shares.append((mine, total))
 
     def models(self) -> list[Model]:
         """One linear layer: the sum of amount and count."""

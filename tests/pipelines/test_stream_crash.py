@@ -229,6 +229,8 @@ def test_scores_stay_right_while_workers_join_and_leave_the_group(
     second.stop.set()
     assert done.records + second.summary().records == 4_000
     assert second.summary().replayed > 0
+    assert (4, 4) in first.vertical.shares
+    assert any(mine < 4 for mine, _ in first.vertical.shares)
     expect_each_once(kafka_node.answers(config), 4_000)
 
 

@@ -102,7 +102,7 @@ def test_hostile_payments_become_dead_letters_and_honest_ones_decisions(
     kafka_node: KafkaNode,
 ) -> None:
     finance = pytest.importorskip("plinth.verticals.finance")
-    vertical = finance.FraudScoring()
+    vertical = finance.FraudScoring(finance.FraudSettings(unknown_fields="refuse"))
     honest = json.loads(vertical.example().model_dump_json())
     wrong: dict[str, dict[str, Any]] = {
         "float_type": {"amount": "12"},

@@ -67,6 +67,7 @@ class MemoryLog:
     limit: int = 4
     joined: bool = False
     partitions: int = 1
+    width: int = 1
     replaying: int = 0
     commits_offsets: bool = True
     writing: Outputs | None = None

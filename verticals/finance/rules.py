@@ -16,12 +16,13 @@ Action = Literal["approve", "review", "decline"]
 MASKED = -1.0
 """A feature with this value is "not told" to the model."""
 MAX_REASONS = 4
-LEAST_EFFECT = 0.3
+MIN_EFFECT = 0.3
 """Log-odds below which a group is no reason."""
 
 HARD_AMOUNT = Reason(code="R01", text="Amount above the hard limit")
 CARD_VELOCITY = Reason(code="R02", text="Too many payments with the card within 5 minutes")
 DEVICE_CARDS = Reason(code="R03", text="Too many cards on the device within 24 hours")
+REUSED_ID = Reason(code="R04", text="Transaction id used before with another amount or terminal")
 NO_TIME = Reason(code="X01", text="High score; there was no time to find its reasons")
 
 GROUPS: tuple[tuple[Reason, tuple[str, ...]], ...] = (
@@ -74,14 +75,18 @@ class Rules:
     card_count_5m: int | None
     device_cards_24h: int | None
 
-    def apply(self, row: Sequence[float]) -> tuple[Action, list[Reason]]:
+    def apply(self, row: Sequence[float], *, conflict: bool = False) -> tuple[Action, list[Reason]]:
         """What the rules ask for, and why.
 
         Args:
             row: one row of features, columns as in FEATURES.
+            conflict: its transaction id came before with another amount or terminal: review (R04).
         """
         action: Action = "approve"
         reasons: list[Reason] = []
+        if conflict:
+            action = "review"
+            reasons.append(REUSED_ID)
         if self.card_count_5m is not None and row[_COUNT] > self.card_count_5m:
             action = "review"
             reasons.append(CARD_VELOCITY)
@@ -139,4 +144,4 @@ def contributions(scores: Tensor) -> Tensor:
 def main_reasons(effects: Sequence[float]) -> list[Reason]:
     """The reasons for a score, the strongest first."""
     order = sorted(range(len(GROUPS)), key=lambda group: -effects[group])
-    return [GROUPS[group][0] for group in order if effects[group] >= LEAST_EFFECT]
+    return [GROUPS[group][0] for group in order if effects[group] >= MIN_EFFECT]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from plinth.engine.errors import InputError
 
 MIN_AMOUNT = 0.0001
-"""The finest subdivision of a currency in ISO 4217."""
+"""The finest subdivision of a currency in ISO 4217; 0 verifies a card without a payment."""
 MAX_AMOUNT = 10_000_000.0
 """No single card payment is larger; a larger one is a fault of the sender."""
 EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
@@ -34,6 +37,12 @@ def _no_card_number(token: str) -> str:
     return token
 
 
+def _countable_amount(amount: float) -> float:
+    if 0 < amount < MIN_AMOUNT:
+        raise PydanticCustomError("too_small", "expected 0 or at least 0.0001")
+    return amount
+
+
 def _plausible_time(time: datetime) -> datetime:
     if not EARLIEST <= time < LATEST:
         raise PydanticCustomError("implausible_time", "expected a time from 2000 to 2099")
@@ -42,14 +51,18 @@ def _plausible_time(time: datetime) -> datetime:
 
 Id = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[!-~]+$")]
 """1 to 64 printable ASCII characters without spaces."""
-CardToken = Annotated[
-    str,
-    Field(min_length=1, max_length=128, pattern=r"^[!-~]+$", repr=False),
-    AfterValidator(_no_card_number),
+_Token = Annotated[
+    str, Field(min_length=1, max_length=128, pattern=r"^[!-~]+$"), AfterValidator(_no_card_number)
 ]
+CardToken = Annotated[_Token, Field(repr=False)]
 """A token or keyed hash, 1 to 128 printable ASCII characters; never the card number itself."""
 EventTime = Annotated[AwareDatetime, AfterValidator(_plausible_time)]
 """RFC 3339 with an offset, such as ``2025-09-01T12:00:00.000Z``; read in whole milliseconds."""
+
+
+UnknownFields = Literal["ignore", "keep", "refuse"]
+"""What becomes of fields that the schema does not have."""
+READING = ConfigDict(extra="ignore", strict=True, frozen=True, hide_input_in_errors=True)
 
 
 class Transaction(BaseModel):
@@ -59,7 +72,8 @@ class Transaction(BaseModel):
         schema_version: 1.
         transaction_id: unique on the card; the same id again is the same payment.
         event_time: when the payment happened, RFC 3339 with an offset.
-        amount: in ``currency``, 0.0001 to 10,000,000.
+        amount: in ``currency``: 0.0001 to 10,000,000, or 0 to verify the card (it is counted and
+            scored like any other).
         currency: ISO 4217 code.
         card: token or keyed hash of the card.
         customer_id: who holds the card.
@@ -67,12 +81,16 @@ class Transaction(BaseModel):
         device_id: the device of an online payment, if known.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+    model_config = READING
 
     schema_version: Literal[1] = 1
     transaction_id: Id
     event_time: EventTime
-    amount: Annotated[float, Field(ge=MIN_AMOUNT, le=MAX_AMOUNT, allow_inf_nan=False)]
+    amount: Annotated[
+        float,
+        Field(ge=0, le=MAX_AMOUNT, allow_inf_nan=False),
+        AfterValidator(_countable_amount),
+    ]
     currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")]
     card: CardToken
     customer_id: Id
@@ -88,9 +106,10 @@ class Label(BaseModel):
         transaction_id, terminal_id, event_time: as in the transaction.
         fraud: fraud or, to withdraw an earlier label, genuine.
         label_time: when this became known, RFC 3339; events before it never see the label.
+        card: as in the transaction; needed where cards share transaction ids.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+    model_config = READING
 
     schema_version: Literal[1] = 1
     transaction_id: Id
@@ -98,6 +117,38 @@ class Label(BaseModel):
     event_time: EventTime
     fraud: bool
     label_time: EventTime
+    card: Annotated[_Token | None, Field(repr=False)] = None
+
+
+class StrictTransaction(Transaction):
+    """A transaction without unknown fields."""
+
+    model_config = READING | ConfigDict(extra="forbid")
+
+
+class StrictLabel(Label):
+    """A label without unknown fields."""
+
+    model_config = READING | ConfigDict(extra="forbid")
+
+
+class OpenTransaction(Transaction):
+    """A transaction with its unknown fields in ``model_extra``."""
+
+    model_config = READING | ConfigDict(extra="allow")
+
+
+class OpenLabel(Label):
+    """A label with its unknown fields in ``model_extra``."""
+
+    model_config = READING | ConfigDict(extra="allow")
+
+
+_TYPES: dict[UnknownFields, tuple[type[Transaction], type[Label]]] = {
+    "ignore": (Transaction, Label),
+    "keep": (OpenTransaction, OpenLabel),
+    "refuse": (StrictTransaction, StrictLabel),
+}
 
 
 class Reason(BaseModel):
@@ -123,6 +174,9 @@ class Decision(BaseModel):
         features_late: a later event of the card had come before this one.
         features_partial: a window reached below what is remembered; counts may be too low.
         duplicate: this transaction was taken in before; nothing was counted again.
+        conflict: and then it had another amount or terminal: judged by the amount asked for now,
+            and at least reviewed (R04).
+        extra: unknown fields of the record, where the settings keep them.
     """
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -137,23 +191,74 @@ class Decision(BaseModel):
     features_late: bool = False
     features_partial: bool = False
     duplicate: bool = False
+    conflict: bool = False
+    extra: dict[str, Any] | None = None
 
 
-def read(raw: bytes) -> Transaction | Label:
+def read(raw: bytes, unknown: UnknownFields = "ignore") -> Transaction | Label:
     """One JSON record; a record with a field ``fraud`` is a label.
+
+    Args:
+        raw: one JSON object.
+        unknown: what becomes of fields that the schema does not have.
 
     Raises:
         InputError: names the first wrong field, and nothing the sender wrote.
     """
+    payment, label = _TYPES[unknown]
+    kind: type[Transaction | Label] = label if _says_fraud(raw) else payment
     try:
-        return Transaction.model_validate_json(raw)
-    except ValidationError as error:
-        if not any(each["loc"] == ("fraud",) for each in error.errors(include_url=False)):
-            raise refusal(error) from None
-    try:
-        return Label.model_validate_json(raw)
+        made = kind.model_validate_json(raw)
     except ValidationError as error:
         raise refusal(error) from None
+    if raw.count(b'"') != _quotes(made):
+        _refuse_double_keys(raw)
+    return made
+
+
+def _says_fraud(raw: bytes) -> bool:
+    """Whether the object has a field ``fraud``; parses only what may have one."""
+    if b'"fraud"' not in raw and b"\\u" not in raw:
+        return False
+    try:
+        found = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(found, dict) and "fraud" in found
+
+
+def _quotes(made: Transaction | Label) -> int:
+    """Quotation marks of the record, if it has no field twice, none unknown, and no escapes.
+
+    A field more adds at least two, so that equality proves that there is none.
+    """
+    if isinstance(made, Label):
+        texts = 4 + (made.card is not None)
+    else:
+        texts = 6 + (made.device_id is not None)
+    return 2 * (len(made.model_fields_set) + texts)
+
+
+def _refuse_double_keys(raw: bytes) -> None:
+    """Raise InputError where an object of the record has a key twice.
+
+    Readers of JSON differ in which of the two counts, so none does.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) < len(pairs):
+            name = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+            name = name if _FIELD.fullmatch(name) else "a field"
+            raise InputError(
+                f"{name}: is there twice",
+                field=name,
+                reason="duplicate_key",
+                hint="send each field once",
+            )
+        return keys
+
+    json.loads(raw, object_pairs_hook=unique)
 
 
 def milliseconds(time: datetime) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from math import inf
 from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple
 
@@ -34,9 +34,11 @@ from plinth.verticals.finance.features.online import (
     Event,
     FeatureState,
     Flag,
+    Labelled,
     Limits,
 )
 from plinth.verticals.finance.features.timeline import DAY
+from plinth.verticals.finance.metrics import PARTIAL, TableMetrics
 from plinth.verticals.finance.rules import (
     MAX_REASONS,
     NO_TIME,
@@ -51,11 +53,14 @@ from plinth.verticals.finance.schema import (
     Label,
     Reason,
     Transaction,
+    UnknownFields,
     milliseconds,
     read,
 )
 
 MODEL = "fraud"
+MAX_EXPLAINED = 64
+"""Alerts explained in one call: about a thousand rows, whatever the number of alerts."""
 STORE = Path(__file__).parent / "store"
 Probability = Annotated[float, Field(ge=0, le=1)]
 Entities = Annotated[int, Field(ge=8, le=100_000_000)]
@@ -73,12 +78,18 @@ class FraudSettings(Settings):
         hard_amount: base currency; above it the payment is declined. Absent: no such rule.
         max_card_count_5m: payments with a card in 5 minutes; above it, review.
         max_device_cards_24h: cards on a device in 24 hours; above it, review.
-        max_ahead_seconds: an event this far in the future is refused; one such event would
-            push the whole history of its card out. Absent: any time is taken.
+        max_ahead_seconds: an event this far ahead of the time its door received it (the record
+            timestamp in Kafka, the clock over HTTP) is refused; one such event would push the
+            whole history of its card out. Absent: any time is taken.
         lateness_days: events up to this late still have complete windows.
         max_cards, max_terminals, max_customers, max_devices: how many are remembered.
         max_events: events remembered over all cards together (about 300 bytes each), likewise
             over all terminals, customers and devices.
+        unknown_fields: of records: ``ignore`` them, ``keep`` them in the decision's ``extra``, or
+            ``refuse`` the record.
+        colocated: records that share a card, terminal, customer or device always lie in one
+            partition. Unless the input is keyed so, every decision of a stream that several
+            workers share has ``features_partial``.
     """
 
     store: Path | None = None
@@ -98,6 +109,8 @@ class FraudSettings(Settings):
     max_customers: Entities = 200_000
     max_devices: Entities = 200_000
     max_events: Annotated[int, Field(ge=8, le=10_000_000_000)] = 10_000_000
+    unknown_fields: UnknownFields = "ignore"
+    colocated: bool = False
 
 
 class Variant(NamedTuple):
@@ -127,7 +140,7 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
 
     Args:
         settings: the table ``[verticals.finance]``.
-        clock: seconds since 1970-01-01T00:00Z, to refuse events from the future.
+        clock: seconds since 1970-01-01T00:00Z, for records that bring no time of receipt.
     """
 
     name: ClassVar[str] = "finance"
@@ -158,6 +171,9 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
                 max_events=given.max_events,
             )
         )
+        self._shared = False
+        me = weakref.ref(self)
+        self._tables = TableMetrics(lambda: found.state if (found := me()) else None)
         self.models()
 
     def models(self) -> Sequence[Model]:
@@ -208,6 +224,7 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
     def infer(self, requests: Sequence[Transaction | Label]) -> Flow[list[Decision | InputError]]:
         results: list[Decision | InputError | None] = []
         batch = self.state.update(self._taken_in(requests, results))
+        self._tables.count_evictions(self.state)
         if not len(batch.rows):
             return [result for result in results if result is not None]
         rows = torch.from_numpy(batch.rows[:, : len(MODEL_FEATURES)].copy())
@@ -218,27 +235,47 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
         reasons: dict[int, list[Reason]] = {}
         pairs = enumerate(zip(scores, answered, strict=True))
         alerts = [place for place, (score, by) in pairs if score >= by.review]
-        if alerts:
+        for first in range(0, len(alerts), MAX_EXPLAINED):
+            part = alerts[first : first + MAX_EXPLAINED]
             try:
-                masked: Tensor = yield Call(MODEL, masked_rows(rows[alerts]))
+                masked: Tensor = yield Call(MODEL, masked_rows(rows[part]))
             except Refused:
-                reasons = {place: [NO_TIME] for place in alerts}
+                reasons |= {place: [NO_TIME] for place in part}
             else:
                 effects = contributions(masked[:, 0])
                 found = map(main_reasons, effects.tolist())
-                reasons = dict(zip(alerts, found, strict=True))
+                reasons |= zip(part, found, strict=True)
         asked = [req for req, result in zip(requests, results, strict=True) if result is None]
         decisions = iter(self._decisions(asked, batch, scores, answered, reasons))
         return [next(decisions) if result is None else result for result in results]
 
     def parse(self, raw: bytes) -> Transaction | Label:
-        return read(raw)
+        return self.parse_at(raw, self._clock())
+
+    def parse_at(self, raw: bytes, received: float | None) -> Transaction | Label:
+        made = read(raw, self._given.unknown_fields)
+        ahead = self._given.max_ahead_seconds
+        if ahead is None or received is None:
+            return made
+        latest = (received + ahead) * 1000
+        if milliseconds(made.event_time) > latest:
+            raise self._future("event_time")
+        if isinstance(made, Label) and milliseconds(made.label_time) > latest:
+            raise self._future("label_time")
+        return made
 
     def encode(self, result: Decision) -> bytes:
-        return orjson.dumps(vars(result), default=vars)
+        fields = vars(result)
+        if result.extra is None:
+            fields = fields.copy()
+            del fields["extra"]
+        return orjson.dumps(fields, default=vars)
 
     def key(self, request: Transaction | Label) -> str | None:
-        return request.card if isinstance(request, Transaction) else None
+        return request.card
+
+    def see_partitions(self, mine: int, total: int) -> None:
+        self._shared = mine < total and not self._given.colocated
 
     def observe(self, requests: Sequence[Transaction | Label]) -> None:
         """Take records in without scoring them; what :meth:`infer` refuses is left out."""
@@ -261,26 +298,30 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
             requests: what came.
             results: gets one entry for each: the answer, or ``None`` where the model gives it.
         """
-        ahead = self._given.max_ahead_seconds
-        latest = inf if ahead is None else (self._clock() + ahead) * 1000
         for request in requests:
             if isinstance(request, Label):
-                results.append(self._note(request, latest))
+                results.append(self._note(request))
                 continue
-            event = self._event(request, latest)
+            event = self._event(request)
             if isinstance(event, InputError):
                 results.append(event)
             else:
                 results.append(None)
                 yield event
 
-    def _note(self, label: Label, latest: float) -> Decision | InputError:
-        time, known = milliseconds(label.event_time), milliseconds(label.label_time)
-        if time > latest or known > latest:
-            return self._future("event_time" if time > latest else "label_time")
-        self.state.label(
-            label.transaction_id, label.terminal_id, time, known=known, fraud=label.fraud
+    def _note(self, label: Label) -> Decision | InputError:
+        made = Labelled(
+            label.transaction_id,
+            label.terminal_id,
+            milliseconds(label.event_time),
+            milliseconds(label.label_time),
+            label.fraud,
+            label.card,
         )
+        try:
+            found = self.state.label(made)
+        except InputError as error:
+            return error
         return Decision(
             transaction_id=label.transaction_id,
             score=None,
@@ -288,9 +329,11 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
             reason_codes=[],
             model=None,
             model_version=None,
+            features_partial=not found,
+            extra=label.model_extra,
         )
 
-    def _event(self, request: Transaction, latest: float) -> Event | InputError:
+    def _event(self, request: Transaction) -> Event | InputError:
         rate = self._given.rates.get(request.currency)
         if rate is None:
             return InputError(
@@ -299,12 +342,9 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
                 reason="unknown_currency",
                 hint="add its rate to [verticals.finance.rates]",
             )
-        time = milliseconds(request.event_time)
-        if time > latest:
-            return self._future("event_time")
         return Event(
             request.transaction_id,
-            time,
+            milliseconds(request.event_time),
             request.amount * rate,
             request.card,
             request.customer_id,
@@ -328,10 +368,11 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
         answered: Sequence[Variant],
         reasons: dict[int, list[Reason]],
     ) -> list[Decision]:
-        decisions = []
+        decisions: list[Decision] = []
         rows = zip(asked, batch.rows.tolist(), batch.flags.tolist(), scores, answered, strict=True)
         for place, (request, row, flag, score, by) in enumerate(rows):
-            action, why = self.rules.apply(row)
+            conflict = bool(flag & Flag.CONFLICT.value)
+            action, why = self.rules.apply(row, conflict=conflict)
             decisions.append(
                 Decision(
                     transaction_id=request.transaction_id,
@@ -341,8 +382,12 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
                     model=by.model,
                     model_version=by.version,
                     features_late=bool(flag & Flag.LATE.value),
-                    features_partial=bool(flag & Flag.PARTIAL.value),
+                    features_partial=self._shared or bool(flag & Flag.PARTIAL.value),
                     duplicate=bool(flag & Flag.DUPLICATE.value),
+                    conflict=conflict,
+                    extra=request.model_extra,
                 )
             )
+        if partial := sum(decision.features_partial for decision in decisions):
+            PARTIAL.inc(partial)
         return decisions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -14,7 +14,14 @@ from payments import DAY, HOUR, MINUTE, NOON, features, label, payment
 from plinth.engine import ConfigError, InputError
 from plinth.verticals.finance import FraudScoring
 from plinth.verticals.finance.features import timeline
-from plinth.verticals.finance.features.online import FEATURES, Event, FeatureState, Flag, Limits
+from plinth.verticals.finance.features.online import (
+    FEATURES,
+    Event,
+    FeatureState,
+    Flag,
+    Labelled,
+    Limits,
+)
 from plinth.verticals.finance.features.persistence import pack, unpack
 from plinth.verticals.finance.training.simulator import Population, events, simulate
 
@@ -25,21 +32,11 @@ LATENESS = (0, 0, 0, 1, HOUR, 2 * DAY, 8 * DAY, 40 * DAY)
 WEEK = 7 * DAY
 
 
-class Known(NamedTuple):
-    """What becomes known of a transaction, seen or not."""
-
-    transaction: str
-    terminal: str
-    time: int
-    known: int
-    fraud: bool
-
-
 @st.composite
-def histories(draw: st.DrawFn, cards: int = 3) -> list[Event | Known]:
+def histories(draw: st.DrawFn, cards: int = 3) -> list[Event | Labelled]:
     """Events and labels in order of arrival: late, repeated, contradicting, on window edges."""
     now = NOON
-    made: list[Event | Known] = []
+    made: list[Event | Labelled] = []
     for number in range(draw(st.integers(1, 30))):
         now += draw(st.sampled_from(STEPS))
         time = now - draw(st.sampled_from(LATENESS))
@@ -47,7 +44,7 @@ def histories(draw: st.DrawFn, cards: int = 3) -> list[Event | Known]:
         seen = [one for one in made if isinstance(one, Event)]
         terminal = draw(st.sampled_from("tu"))
         if kind == "orphan":
-            made.append(Known(f"o{number}", terminal, time, now, draw(st.booleans())))
+            made.append(Labelled(f"o{number}", terminal, time, now, draw(st.booleans())))
         elif kind == "event" or not seen:
             card = draw(st.integers(1, cards))
             amount = draw(st.sampled_from((0.01, 1.0, 12.34, 99.9999, 1e7)))
@@ -60,19 +57,26 @@ def histories(draw: st.DrawFn, cards: int = 3) -> list[Event | Known]:
         else:
             about = draw(st.sampled_from(seen))
             fraud = draw(st.sampled_from((True, True, False)))
-            made.append(Known(about.transaction, about.terminal, about.time, time, fraud))
+            card = draw(st.sampled_from((None, about.card)))
+            made.append(Labelled(about.transaction, about.terminal, about.time, time, fraud, card))
     return made
 
 
+def labelled(event: Event, known: int) -> Labelled:
+    """The event was fraud, as became known at a time."""
+    return Labelled(event.transaction, event.terminal, event.time, known, True)
+
+
 def walk(
-    state: FeatureState, history: list[Event | Known], reference: Reference
+    state: FeatureState, history: list[Event | Labelled], reference: Reference
 ) -> list[tuple[np.ndarray, np.ndarray, Flag]]:
     """Row of the state, row by definition, and flag, for each event."""
     found = []
     for one in history:
-        if isinstance(one, Known):
-            for target in (state, reference):
-                target.label(*one[:3], known=one.known, fraud=one.fraud)
+        if isinstance(one, Labelled):
+            with suppress(InputError):
+                state.label(one)
+            reference.label(one)
             continue
         batch = state.update([one])
         flag = Flag(int(batch.flags[0]))
@@ -83,7 +87,9 @@ def walk(
 
 @pytest.mark.parametrize("many", [1, 24])
 @given(histories())
-def test_rows_are_exact_or_say_that_they_are_not(many: int, history: list[Event | Known]) -> None:
+def test_rows_are_exact_or_say_that_they_are_not(
+    many: int, history: list[Event | Labelled]
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timeline, "MANY_MARKS", many)  # both ways of counting labels
         for row, slow, flag in walk(FeatureState(), history, Reference()):
@@ -92,7 +98,7 @@ def test_rows_are_exact_or_say_that_they_are_not(many: int, history: list[Event 
 
 
 @given(histories(cards=2))
-def test_what_was_forgotten_is_said(history: list[Event | Known]) -> None:
+def test_what_was_forgotten_is_said(history: list[Event | Labelled]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timeline, "TRIM_MASK", 0)  # forget at every arrival
         for row, slow, flag in walk(FeatureState(Limits(lateness_ms=0)), history, Reference()):
@@ -101,7 +107,7 @@ def test_what_was_forgotten_is_said(history: list[Event | Known]) -> None:
 
 
 @given(histories(cards=12))
-def test_bounds_hold_and_what_they_cost_is_said(history: list[Event | Known]) -> None:
+def test_bounds_hold_and_what_they_cost_is_said(history: list[Event | Labelled]) -> None:
     state = FeatureState(Limits(DAY, 8, 8, 8, 8, 12, 8, 8, 8, 8))
     for row, slow, flag in walk(state, history, Reference()):
         if not flag & INCOMPLETE:
@@ -113,7 +119,7 @@ def test_bounds_hold_and_what_they_cost_is_said(history: list[Event | Known]) ->
 
 
 @given(histories())
-def test_events_within_the_lateness_are_complete(history: list[Event | Known]) -> None:
+def test_events_within_the_lateness_are_complete(history: list[Event | Labelled]) -> None:
     newest, intime = NOON, []
     for one in history:
         newest = max(newest, one.time)
@@ -126,7 +132,7 @@ def test_events_within_the_lateness_are_complete(history: list[Event | Known]) -
 
 @given(histories(), st.integers(0, 30))
 def test_a_snapshot_goes_on_as_if_nothing_had_happened(
-    history: list[Event | Known], cut: int
+    history: list[Event | Labelled], cut: int
 ) -> None:
     state = FeatureState()
     walk(state, history[:cut], Reference())
@@ -144,7 +150,7 @@ def test_a_snapshot_goes_on_as_if_nothing_had_happened(
 
 
 @given(histories())
-def test_chunks_do_not_matter(history: list[Event | Known]) -> None:
+def test_chunks_do_not_matter(history: list[Event | Labelled]) -> None:
     chunk = [one for one in history if isinstance(one, Event)]
     whole = FeatureState().update(chunk)
     state = FeatureState()
@@ -162,8 +168,8 @@ def test_a_simulated_month_and_a_half_is_exact() -> None:
     for event, fraud in zip(events(table), table["fraud"].tolist(), strict=True):
         while pending and pending[0][0] <= event.time:
             known, about = pending.pop(0)
-            for target in (state, reference):
-                target.label(about.transaction, about.terminal, about.time, known=known, fraud=True)
+            assert state.label(labelled(about, known))
+            reference.label(labelled(about, known))
         row = state.update([event]).rows[0]
         np.testing.assert_array_equal(row, reference.update(event))
         risky += bool(row[FEATURES.index("terminal_risk_30d")] > 0)
@@ -227,14 +233,67 @@ def test_a_repeated_event_gets_its_first_row_and_is_not_counted() -> None:
     one = Event("x1", NOON, 10.0, "k", "c", "t")
     first = state.update([one])
     state.update([Event("x2", NOON + 1, 10.0, "k", "c", "t")])
-    again = state.update([one._replace(amount=99.0)])
+    again = state.update([one])
     assert again.rows.tobytes() == first.rows.tobytes()
     assert Flag(int(again.flags[0])) == Flag.DUPLICATE
     after = state.update([Event("x3", NOON + 2, 10.0, "k", "c", "t")])
     assert after.rows[0, FEATURES.index("card_count_24h")] == 3
 
 
-@example(0.0)
+@given(st.integers(0, 10_000_000), st.sampled_from("tu"))
+def test_a_repeat_with_another_amount_gets_the_row_it_would_have_had(
+    cents: int, where: str
+) -> None:
+    """The state is as if the repeat had not come; the row as if it had come in its place."""
+    state, other = FeatureState(), FeatureState()
+    before = [Event(f"b{n}", NOON - n * HOUR, 10.0 * n, "k", "c", "t") for n in range(9)]
+    one = Event("x1", NOON, 10.0, "k", "c", "t")
+    asked = one._replace(amount=cents / 100, terminal=where)
+    for target, last in ((state, one), (other, asked._replace(terminal="t"))):
+        target.update([*before, last])
+    kept = pack(state)
+    batch = state.update([asked])
+    flag = Flag(int(batch.flags[0])) & ~Flag.LATE
+    same = asked == one
+    assert flag == (Flag.DUPLICATE if same else Flag.DUPLICATE | Flag.CONFLICT)
+    row, _ = other.cards.items["k"].row(other.cards.items["k"].index("x1"))
+    np.testing.assert_allclose(batch.rows[0], np.frombuffer(row, np.float32), rtol=1e-5, atol=1e-3)
+    assert pack(state) == kept
+
+
+def test_a_label_names_its_payment_exactly() -> None:
+    state = FeatureState()
+    one = Event("1", NOON, 10.0, "k", "c", "t")
+    state.update([one, one._replace(card="l"), one._replace(card="m", time=NOON + 1)])
+    known = labelled(one, NOON + DAY)
+    for wrong in (
+        known._replace(transaction="nope"),
+        known._replace(terminal="u"),
+        known._replace(time=NOON + 2),
+        known._replace(card="m"),
+    ):
+        with pytest.raises(InputError) as caught:
+            state.label(wrong)
+        assert caught.value.reason == "unknown_payment"
+    with pytest.raises(InputError) as caught:
+        state.label(known)
+    assert caught.value.reason == "ambiguous_label"
+    assert state.label(known._replace(card="k"))
+    assert state.label(known._replace(card="l"))
+    assert state.label(known._replace(time=NOON + 1))  # one card alone has it at that time
+    assert len(state.terminals.items["t"].marks) == 3
+
+
+def test_a_label_of_what_was_forgotten_is_said_to_be_uncertain() -> None:
+    state = FeatureState(Limits(max_cards=8))
+    old = Event("old", NOON, 10.0, "k", "c", "t")
+    state.update([old, *(Event(f"x{n}", NOON + n, 1.0, f"k{n}", "c", "t") for n in range(1, 12))])
+    assert not state.label(labelled(old, NOON + DAY))
+    later = state.update([Event("y", NOON + 8 * DAY, 1.0, "z", "c", "t")])
+    assert Flag(int(later.flags[0])) & Flag.PARTIAL
+
+
+@example(-0.01)
 @example(-1.0)
 @example(float("nan"))
 @example(float("inf"))
@@ -267,7 +326,7 @@ def kept() -> bytes:
     for event, fraud in zip(events(table), table["fraud"].tolist(), strict=True):
         state.update([event._replace(device="d1")])
         if fraud:
-            state.label(event.transaction, event.terminal, event.time, known=event.time, fraud=True)
+            state.label(labelled(event, event.time))
     return pack(state)
 
 

@@ -12,7 +12,7 @@ from plinth.engine import ModelStore
 from plinth.verticals.finance.features.online import FEATURES, MODEL_FEATURES
 from plinth.verticals.finance.rules import (
     GROUPS,
-    LEAST_EFFECT,
+    MIN_EFFECT,
     Rules,
     contributions,
     main_reasons,
@@ -77,5 +77,5 @@ def test_reasons_of_an_additive_model_add_up_to_its_score(count: int, seed: int)
 
 def test_the_strongest_reasons_come_first_and_weak_ones_not_at_all() -> None:
     effects = [0.0] * len(GROUPS)
-    effects[2], effects[5], effects[0], effects[1] = 1.0, 4.0, LEAST_EFFECT - 0.01, -3.0
+    effects[2], effects[5], effects[0], effects[1] = 1.0, 4.0, MIN_EFFECT - 0.01, -3.0
     assert [reason.code for reason in main_reasons(effects)] == ["M06", "M03"]

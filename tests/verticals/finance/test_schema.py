@@ -13,14 +13,21 @@ from payments import NOON, label, payment
 
 from plinth.engine import InputError
 from plinth.verticals.finance import FraudScoring
-from plinth.verticals.finance.schema import Decision, Label, Transaction, milliseconds, read
+from plinth.verticals.finance.schema import (
+    Decision,
+    Label,
+    Transaction,
+    UnknownFields,
+    milliseconds,
+    read,
+)
 
 MARKER = "marker-4711"
 
 
-def refusal(raw: bytes) -> InputError:
+def refusal(raw: bytes, unknown: UnknownFields = "ignore") -> InputError:
     with pytest.raises(InputError) as caught:
-        read(raw)
+        read(raw, unknown)
     return caught.value
 
 
@@ -65,7 +72,7 @@ def test_only_objects_are_records(raw: bytes) -> None:
         ("event_time", "1999-12-31T23:59:59Z"),
         ("event_time", "2100-01-01T00:00:00Z"),
         ("event_time", None),
-        ("amount", 0),
+        ("amount", -0.01),
         ("amount", -1.0),
         ("amount", 1e-5),
         ("amount", 10_000_000.01),
@@ -106,11 +113,43 @@ def test_a_missing_field_is_named(field: str) -> None:
     assert (error.field, error.reason) == (field, "missing")
 
 
-def test_unknown_fields_are_refused_and_named_only_where_that_tells_nothing() -> None:
-    assert refusal(payment(merchant="m1")).field == "merchant"
-    odd = refusal(payment(**{"Jane Doe 4111111111111111": 1}))
+def test_unknown_fields_are_ignored_kept_or_refused_as_asked() -> None:
+    assert read(payment(merchant="m1")) == read(payment())
+    assert read(payment(merchant="m1"), "keep").model_extra == {"merchant": "m1"}
+    assert read(label(merchant="m1"), "keep").model_extra == {"merchant": "m1"}
+    assert refusal(payment(merchant="m1"), "refuse").field == "merchant"
+    odd = refusal(payment(**{"Jane Doe 4111111111111111": 1}), "refuse")
     assert odd.field == "an unknown field"
     assert "Jane" not in str(odd.as_dict())
+
+
+NOT_KEYS = st.sampled_from(['"', '":', '\\"amount\\":', " ", "{", "\u00e9"])
+
+
+@given(
+    field=st.sampled_from(list(json.loads(payment(device_id="d", note="n")))),
+    gaps=st.tuples(*[st.sampled_from(["", " ", "\t", "\n  "])] * 2),
+    last=st.booleans(),
+    note=st.lists(NOT_KEYS, max_size=3).map("".join),
+)
+def test_a_field_that_is_there_twice_is_refused_however_it_is_written(
+    field: str, gaps: tuple[str, str], last: bool, note: str
+) -> None:
+    record = json.loads(payment(device_id="d")) | {"note": note}
+    pairs = [f"{json.dumps(k)}{gaps[0]}:{gaps[1]}{json.dumps(v)}" for k, v in record.items()]
+    assert isinstance(read(("{" + ",".join(pairs) + "}").encode()), Transaction)
+    again = f"{json.dumps(field)}{gaps[1]}:{gaps[0]}{json.dumps(record[field])}"
+    pairs.insert(len(pairs) if last else 0, again)
+    error = refusal(("{" + ",".join(pairs) + "}").encode())
+    assert (error.field, error.reason) == (field, "duplicate_key")
+
+
+def test_a_label_is_told_by_its_field_however_that_is_written() -> None:
+    escaped = label().replace(b'"fraud"', b'"fr\\u0061ud"')
+    assert isinstance(read(escaped), Label)
+    whole = json.loads(payment()) | json.loads(label())
+    assert isinstance(read(json.dumps(whole).encode()), Label)
+    assert isinstance(read(payment(note="fraud", device_id="x")), Transaction)
 
 
 @pytest.mark.parametrize(
@@ -129,8 +168,10 @@ def test_tokens_are_taken(token: str) -> None:
     assert made.card == token
 
 
-def test_a_card_token_is_not_shown() -> None:
-    made = read(payment(card=MARKER))
+@pytest.mark.parametrize("record", [payment, label])
+def test_a_card_token_is_not_shown(record: Any) -> None:
+    made = read(record(card=MARKER))
+    assert made.card == MARKER
     assert MARKER not in repr(made)
     assert MARKER not in str(made)
 

@@ -24,13 +24,15 @@ from plinth.engine import (
     Sla,
     TensorSpec,
 )
+from plinth.engine.metrics import REGISTRY
 from plinth.verticals.finance import FraudScoring, FraudSettings
 from plinth.verticals.finance.schema import Decision, Label
 from plinth.verticals.finance.vertical import STORE
 from plinth.verticals.testing import check_vertical, checks
-from plinth.verticals.testing.flows import run_with_models
+from plinth.verticals.testing.flows import drive, run_with_models
 
 NOW = NOON / 1000
+CASES = Path(__file__).resolve().parents[4] / "shared" / "cases" / "finance"
 
 
 def at_noon() -> float:
@@ -117,6 +119,7 @@ def test_the_order_of_answers_is_that_of_the_records() -> None:
 
 def test_only_labels_and_refusals_ask_no_model() -> None:
     vertical = FraudScoring()
+    vertical.observe([vertical.parse(payment())])
     flow = vertical.infer([vertical.parse(label()), vertical.parse(payment(currency="XXX"))])
     with pytest.raises(StopIteration) as end:
         next(flow)
@@ -136,8 +139,19 @@ def test_amounts_count_in_base_currency() -> None:
 
 @pytest.mark.parametrize("raw", [payment(at=NOON + 301_000), label(at=NOON + 301_000)])
 def test_the_future_is_refused(raw: bytes) -> None:
-    [refused] = score(FraudScoring(clock=at_noon), raw)
-    assert (refused.field, refused.reason) == ("event_time", "future_event")
+    vertical = FraudScoring(clock=at_noon)
+    for parse in (vertical.parse, lambda raw: vertical.parse_at(raw, NOW)):
+        with pytest.raises(InputError) as refused:
+            parse(raw)
+        assert (refused.value.field, refused.value.reason) == ("event_time", "future_event")
+
+
+def test_what_is_the_future_is_the_logs_to_say_so_that_a_replay_decides_the_same() -> None:
+    vertical = FraudScoring(clock=lambda: NOW + 10 * DAY)  # the replay comes ten days later
+    with pytest.raises(InputError):
+        vertical.parse_at(payment(at=NOON + 301_000), NOW)
+    assert vertical.parse_at(payment(at=NOON + 301_000), NOW + 2)
+    assert vertical.parse_at(payment(at=NOON + 301_000), None)
 
 
 def test_the_future_is_taken_where_that_is_asked_for() -> None:
@@ -150,9 +164,7 @@ def test_the_future_is_taken_where_that_is_asked_for() -> None:
 
 def test_late_repeated_and_incomplete_are_said() -> None:
     vertical = FraudScoring(FraudSettings(lateness_days=0))
-    plain, late, again = score(
-        vertical, payment(1), payment(2, NOON - HOUR), payment(1, amount=60.0)
-    )
+    plain, late, again = score(vertical, payment(1), payment(2, NOON - HOUR), payment(1))
     assert (plain.features_late, plain.features_partial, plain.duplicate) == (False, False, False)
     assert (late.features_late, late.duplicate) == (True, False)
     assert again.duplicate
@@ -160,6 +172,113 @@ def test_late_repeated_and_incomplete_are_said() -> None:
     month = [payment(n, NOON + n * DAY) for n in range(10, 80)]
     *_, old = score(vertical, *month, payment(99, NOON + 2 * DAY))
     assert old.features_partial
+
+
+def case(name: str) -> list[bytes]:
+    """The records of a file of failing inputs."""
+    if not CASES.is_dir():
+        pytest.skip(f"no {CASES}")
+    return (CASES / name).read_bytes().splitlines()
+
+
+def codes(decision: Any) -> list[str]:
+    return [reason.code for reason in decision.reason_codes]
+
+
+def test_an_id_that_comes_again_with_another_amount_is_judged_by_the_amount_asked_for() -> None:
+    small, large, other, huge = score(FraudScoring(), *case("same_id_other_amount.jsonl"))
+    assert (small.decision, small.conflict) == ("approve", False)
+    for asked in (large, huge):
+        assert (asked.decision, asked.duplicate, asked.conflict) == ("decline", True, True)
+        assert codes(asked)[:2] == ["R01", "R04"]
+    assert (other.decision, other.conflict, codes(other)[0]) == ("decline", False, "R01")
+
+
+def test_a_small_change_of_a_repeated_id_is_reviewed() -> None:
+    _, again, elsewhere, same = score(
+        FraudScoring(),
+        payment(1),
+        payment(1, amount=43.0),
+        payment(1, terminal_id="t2"),
+        payment(1),
+    )
+    assert (again.decision, codes(again)) == ("review", ["R04"])
+    assert (elsewhere.decision, codes(elsewhere)) == ("review", ["R04"])
+    assert (same.decision, same.duplicate, same.conflict) == ("approve", True, False)
+
+
+def test_verifications_of_amount_zero_count_in_velocity() -> None:
+    *tests, purchase = score(FraudScoring(), *case("zero_amount_card_test.jsonl"))
+    assert {type(one) for one in tests} == {Decision}
+    assert codes(tests[-1])[0] == codes(purchase)[0] == "R02"
+    assert purchase.decision in ("review", "decline")
+
+
+def test_a_label_of_an_unknown_payment_is_refused_and_counts_nothing() -> None:
+    first, refused, last = score(FraudScoring(), *case("label_of_unknown_payment.jsonl"))
+    assert refused.reason == "unknown_payment"
+    assert isinstance(first, Decision)
+    assert last == score(FraudScoring(), *case("label_of_unknown_payment.jsonl")[::2])[-1]
+
+
+def test_a_new_optional_field_of_a_producer_stops_nothing() -> None:
+    raws = case("new_optional_field.jsonl")
+    assert len(score(FraudScoring(), *raws)) == 500
+    *_, kept = score(FraudScoring(FraudSettings(unknown_fields="keep")), *raws)
+    assert json.loads(FraudScoring().encode(kept))["extra"] == {"merchant_category": "5411"}
+    with pytest.raises(InputError, match="merchant_category"):
+        FraudScoring(FraudSettings(unknown_fields="refuse")).parse(raws[-1])
+
+
+def test_a_field_that_is_there_twice_is_refused() -> None:
+    [raw] = case("double_key.jsonl")
+    with pytest.raises(InputError, match="amount: is there twice"):
+        FraudScoring().parse(raw)
+
+
+def test_any_number_of_alerts_is_explained_in_calls_of_bounded_size() -> None:
+    vertical = FraudScoring(FraudSettings(review_threshold=0.0))
+    flow = vertical.infer([vertical.parse(payment(n, card=f"tok_{n}")) for n in range(300)])
+    sizes: list[int] = []
+
+    def answer(call: Any) -> torch.Tensor:
+        sizes.append(len(call.rows))
+        with torch.inference_mode():
+            scores: torch.Tensor = vertical.models()[0].module(call.rows)
+        return scores
+
+    decisions = drive(flow, answer)
+    assert sizes[0] == 300
+    assert max(sizes[1:]) < 1_100
+    assert all("X01" not in codes(decision) for decision in decisions)
+
+
+def test_a_share_of_the_partitions_is_said_on_every_decision() -> None:
+    def partial(mine: int, **settings: Any) -> bool:
+        vertical = FraudScoring(FraudSettings(**settings))
+        vertical.see_partitions(mine, 4)
+        [decision] = score(vertical, payment())
+        found: bool = decision.features_partial
+        return found
+
+    assert [partial(n) for n in (1, 2, 4)] == [True, True, False]
+    assert not partial(1, colocated=True)
+
+
+def test_what_had_to_be_forgotten_is_counted_and_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def evicted() -> float:
+        return REGISTRY.get_sample_value("plinth_finance_evicted_total", {"table": "cards"}) or 0
+
+    before = evicted()
+    vertical = FraudScoring(FraudSettings(max_cards=8))
+    for n in range(12):
+        score(vertical, payment(n, card=f"tok_{n}"))
+    assert evicted() - before == 4
+    assert caplog.text.count("more cards than may be remembered (max_cards") == 1
+    held = REGISTRY.get_sample_value("plinth_finance_remembered", {"table": "cards"})
+    assert held == 8
 
 
 def test_many_cards_on_one_device_go_to_review() -> None:
@@ -185,8 +304,7 @@ def test_an_alert_without_time_for_reasons_says_so() -> None:
     flow.send(torch.tensor([[0.5, 0.0], [0.9, 0.0]]))
     with pytest.raises(StopIteration) as end:
         flow.throw(QueueFull("the queue is full"))
-    codes = [[reason.code for reason in decision.reason_codes] for decision in end.value.value]
-    assert codes == [["X01"], ["R01", "X01"]]
+    assert [codes(decision) for decision in end.value.value] == [["X01"], ["R01", "X01"]]
 
 
 def test_a_refused_payment_that_comes_again_is_not_counted_twice() -> None:
@@ -229,6 +347,7 @@ def test_card_numbers_go_nowhere(caplog: pytest.LogCaptureFixture) -> None:
 def test_the_answers_key_is_the_cards_token() -> None:
     vertical = FraudScoring()
     assert vertical.key(vertical.parse(payment(card="tok_77"))) == "tok_77"
+    assert vertical.key(vertical.parse(label(card="tok_77"))) == "tok_77"
     assert vertical.key(vertical.parse(label())) is None
 
 

@@ -58,6 +58,10 @@ FEATURES: tuple[str, ...] = (
     "device_cards_24h",
 )
 """Names of the columns; amounts in base currency, recency in seconds, shares in [0, 1]."""
+_AMOUNT = FEATURES.index("amount")
+_SUMS = tuple(place for place, name in enumerate(FEATURES) if name.startswith("card_sum"))
+_RATIO = FEATURES.index("card_amount_ratio_30d")
+_COUNT_30D = FEATURES.index("card_count_30d")
 MODEL_FEATURES: tuple[str, ...] = FEATURES[:-1]
 """The columns the model sees. Devices serve the rules: the training data has none."""
 UNITS = 10_000
@@ -74,9 +78,11 @@ class Flag(IntFlag):
     """What was special about an event.
 
     LATE: a later event of the card had come before it. PARTIAL: a window reached below what
-    is still remembered, so counts may be too low. DUPLICATE: the row was given before.
+    is still remembered, so counts may be too low. DUPLICATE: the transaction was taken in before.
     UNCOUNTED: the event is older than what its card has forgotten, so it cannot be told from a
-    repeated one; it is answered as the first of its card and not remembered.
+    repeated one; it is answered as the first of its card and not remembered. CONFLICT: the
+    transaction was taken in before with another amount or terminal; its row is that of the first
+    time, with the amount that is asked for now.
     """
 
     NONE = 0
@@ -84,6 +90,7 @@ class Flag(IntFlag):
     PARTIAL = 2
     DUPLICATE = 4
     UNCOUNTED = 8
+    CONFLICT = 16
 
 
 class Event(NamedTuple):
@@ -92,7 +99,7 @@ class Event(NamedTuple):
     Args:
         transaction: id, unique on the card.
         time: event time, milliseconds since 1970-01-01T00:00Z.
-        amount: base currency, above 0.
+        amount: base currency, 0 or more (0 verifies a card).
         card: token of the card.
         customer: id.
         terminal: id.
@@ -106,6 +113,26 @@ class Event(NamedTuple):
     customer: str
     terminal: str
     device: str | None = None
+
+
+class Labelled(NamedTuple):
+    """What became known of one transaction.
+
+    Args:
+        transaction: its id.
+        terminal: where it happened.
+        time: its event time, milliseconds since 1970-01-01T00:00Z.
+        known: when this became known, milliseconds; events before it never see it.
+        fraud: fraud or, to withdraw an earlier label, genuine.
+        card: token of its card, where the id alone may mean several payments.
+    """
+
+    transaction: str
+    terminal: str
+    time: int
+    known: int
+    fraud: bool
+    card: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +200,7 @@ class FeatureState:
         """Take events in, in this order, and return the features of each as of its time.
 
         Raises:
-            InputError: an amount is not in (0, MAX_AMOUNT]; the events before it are taken in.
+            InputError: an amount is not in [0, MAX_AMOUNT]; the events before it are taken in.
         """
         rows: list[bytes] = []
         flags = bytearray()
@@ -184,21 +211,55 @@ class FeatureState:
         values = np.frombuffer(b"".join(rows), dtype=np.float32).reshape(-1, FEATURE_COUNT)
         return Batch(values, np.frombuffer(flags, dtype=np.uint8))
 
-    def label(self, transaction: str, terminal: str, time: int, *, known: int, fraud: bool) -> None:
-        """Enter what became known of a transaction.
+    def label(self, label: Labelled) -> bool:
+        """Enter what became known of a transaction that was taken in.
 
-        Args:
-            transaction: its id.
-            terminal: where it happened.
-            time: its event time, milliseconds.
-            known: when the label became known, milliseconds; events before it never see it.
-            fraud: fraud or, to withdraw an earlier label, genuine.
+        Returns:
+            False where the transaction is too old to be found, or its card was forgotten: then
+            the label is believed, and windows that reach down to it are partial from now on.
+
+        Raises:
+            InputError: there was no such transaction, or the label may mean several.
         """
-        place = self.terminals.touch(terminal)
-        before = place.entries()
-        place.mark(transaction, time, known, fraud)
-        self.terminals.entries += place.entries() - before
-        self.terminals.hold()
+        place = self.terminals.items.get(label.terminal)
+        sure, forgotten = ([], []) if place is None else self._cards_of(label, place)
+        floor = self.terminals.floor if place is None else place.floor
+        if len(sure) > 1:
+            raise InputError(
+                "the label may mean payments of several cards",
+                field="card",
+                reason="ambiguous_label",
+                hint="send the payment's card with the label",
+            )
+        if not sure and not forgotten and label.time > floor:
+            raise InputError(
+                "no payment has this transaction_id, terminal_id and event_time",
+                field="transaction_id",
+                reason="unknown_payment",
+                hint="send the label after its payment, with the same ids and time",
+            )
+        place = self.terminals.touch(label.terminal)
+        if not sure:
+            place.blind = max(place.blind, label.time)
+        for card in sure or forgotten[:1]:
+            before = place.entries()
+            place.mark(f"{card} {label.transaction}", label.time, label.known, label.fraud)
+            self.terminals.entries += place.entries() - before
+            self.terminals.hold()
+        return bool(sure)
+
+    def _cards_of(self, label: Labelled, place: Terminal) -> tuple[list[str], list[str]]:
+        """Cards with the labelled payment, and cards that may have had it and were forgotten."""
+        sure, forgotten = [], []
+        for card_id in sorted({c for c in place.cards_at(label.time) if label.card in (None, c)}):
+            card = self.cards.items.get(card_id)
+            if card is None or label.time <= card.floor:
+                forgotten.append(card_id)
+            elif label.transaction in card.known:
+                at = card.index(label.transaction)
+                if (card.times[at], card.terminals[at]) == (label.time, label.terminal):
+                    sure.append(card_id)
+        return sure, forgotten
 
     def _take(
         self,
@@ -210,24 +271,24 @@ class FeatureState:
         terminal_id: str,
         device_id: str | None,
     ) -> tuple[bytes, int]:
-        if not 0 < amount <= MAX_AMOUNT:
-            raise InputError(f"amount: expected above 0 and at most {MAX_AMOUNT:g}", field="amount")
+        if not 0 <= amount <= MAX_AMOUNT:
+            raise InputError(f"amount: expected 0 to {MAX_AMOUNT:g}", field="amount")
+        card_id = intern(card_id)
         card = self.cards.touch(card_id)
+        units = round(amount * UNITS)
         if transaction in card.known:
-            row, flags = card.row(transaction)
-            return row, flags | Flag.DUPLICATE.value
+            return _repeated(card, transaction, units, terminal_id)
         if time <= card.floor:
             return self._answer_only(
                 transaction, time, amount, card_id, customer_id, terminal_id, device_id
             )
         limits = self.limits
-        units = round(amount * UNITS)
         end = card.place(time, units, transaction, intern(terminal_id))
         late = end < len(card.times)
         partial = card.floor > time - CARD_REACH
 
         terminal = self.terminals.touch(terminal_id)
-        terminal_count = terminal.count(time, DAY, terminal.add(time))
+        terminal_count = terminal.count(time, DAY, terminal.place(time, card_id))
         risks = terminal.shares(time) if terminal.marks else (0.0, 0.0, 0.0)
         reach = RISK_REACH if terminal.marks else DAY
         partial |= terminal.floor > time - reach or terminal.blind > time - RISK_REACH
@@ -260,6 +321,27 @@ class FeatureState:
     def _answer_only(self, *event: Any) -> tuple[bytes, int]:
         row, _ = FeatureState(self.limits)._take(*event)
         return row, Flag.LATE.value | Flag.PARTIAL.value | Flag.UNCOUNTED.value
+
+
+def _repeated(card: Card, transaction: str, units: int, terminal: str) -> tuple[bytes, int]:
+    """The first row of a transaction that comes again, judged by the amount asked for now.
+
+    Every window of the card ends with the transaction itself, so another amount changes each
+    sum by the difference, and the ratio is amount * count / sum.
+    """
+    at = card.index(transaction)
+    row, flags = card.row(at)
+    flags |= Flag.DUPLICATE.value
+    first = card.units(at)
+    if units == first and terminal == card.terminals[at]:
+        return row, flags
+    values = list(ROW.unpack(row))
+    values[_AMOUNT] = units / UNITS
+    for column in _SUMS:
+        values[column] += (units - first) / UNITS
+    month = values[_SUMS[-1]]
+    values[_RATIO] = values[_AMOUNT] * values[_COUNT_30D] / month if month > 0 else 1.0
+    return ROW.pack(*values), flags | Flag.CONFLICT.value
 
 
 def _card_features(card: Card, time: int, units: int, end: int) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from plinth.verticals.finance.features.online import FEATURES, FeatureState, Lim
 from plinth.verticals.finance.features.timeline import (
     FEATURE_COUNT,
     Card,
+    CardTimeline,
     Entities,
     Terminal,
     Timeline,
@@ -25,7 +26,7 @@ from plinth.verticals.finance.features.timeline import (
 
 MAX_BYTES = 16 << 30
 """A snapshot above this is refused."""
-HEADER: dict[str, Any] = {"format": "plinth-fraud-features", "version": 1, "features": FEATURES}
+HEADER: dict[str, Any] = {"format": "plinth-fraud-features", "version": 2, "features": FEATURES}
 
 Array = npt.NDArray[Any]
 E = TypeVar("E", bound=Timeline)
@@ -49,8 +50,8 @@ def pack(state: FeatureState) -> bytes:
     arrays["terminals.blind"] = np.array([terminal.blind for terminal in terminals], np.int64)
     arrays["marks.times"] = np.array(marks, np.int64).reshape(-1, 3)
     arrays |= _pack_text("marks.ids", chain.from_iterable(t.marks for t in terminals))
-    devices = state.devices.items.values()
-    arrays |= _pack_refs("devices.cards", chain.from_iterable(d.cards for d in devices))
+    for kind, lines in _with_cards(state).items():
+        arrays |= _pack_refs(f"{kind}.cards", chain.from_iterable(line.cards for line in lines))
     return save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
 
 
@@ -81,10 +82,10 @@ def _build(arrays: Mapping[str, Array], limits: Limits) -> FeatureState:
         _unpack_times(kind, entities, arrays)
     _fill_cards(state.cards, arrays)
     _fill_marks(state.terminals, arrays)
-    names = _refs("devices.cards", arrays)
-    devices = list(state.devices.items.values())
-    for device, part in _slices(devices, len(names)):
-        device.cards = names[part]
+    for kind, lines in _with_cards(state).items():
+        names = _refs(f"{kind}.cards", arrays)
+        for line, part in _slices(lines, len(names)):
+            line.cards = names[part]
     for entities in _kinds(state).values():
         entities.entries = sum(line.entries() for line in entities.items.values())
         entities.hold()
@@ -127,6 +128,13 @@ def _kinds(state: FeatureState) -> dict[str, Entities[Any]]:
         "terminals": state.terminals,
         "customers": state.customers,
         "devices": state.devices,
+    }
+
+
+def _with_cards(state: FeatureState) -> dict[str, list[CardTimeline]]:
+    return {
+        "terminals": list(state.terminals.items.values()),
+        "devices": list(state.devices.items.values()),
     }
 
 

@@ -143,11 +143,18 @@ class Card(Timeline):
             self.rows[start:start] = array("f", row)
             self.flags.insert(end - 1, flags)
 
-    def row(self, transaction: str) -> tuple[bytes, int]:
-        """The row and flags first given for a known transaction."""
-        at = self.ids.index(transaction)
+    def index(self, transaction: str) -> int:
+        """The place of a known transaction among the entries."""
+        return self.ids.index(transaction)
+
+    def row(self, at: int) -> tuple[bytes, int]:
+        """The row and flags first given for entry ``at``."""
         row = self.rows[at * FEATURE_COUNT : (at + 1) * FEATURE_COUNT]
         return row.tobytes(), self.flags[at]
+
+    def units(self, at: int) -> int:
+        """The amount of entry ``at``, in 1/10000 currency unit."""
+        return self.sums[at + 1] - self.sums[at]
 
     def forget(self, drop: int) -> None:
         super().forget(drop)
@@ -163,12 +170,32 @@ class Card(Timeline):
         self.sums = array("q", (value - first for value in self.sums))
 
 
-class Terminal(Timeline):
+class CardTimeline(Timeline):
+    """Events of one terminal or device, and the card of each."""
+
+    __slots__ = ("cards",)
+
+    def __init__(self, floor: int = NEVER) -> None:
+        super().__init__(floor)
+        self.cards: list[str] = []
+
+    def place(self, time: int, card: str) -> int:
+        """Enter an event; returns the number of entries up to and including it."""
+        end = self.add(time)
+        self.cards.insert(end - 1, card)
+        return end
+
+    def forget(self, drop: int) -> None:
+        super().forget(drop)
+        del self.cards[:drop]
+
+
+class Terminal(CardTimeline):
     """Events of one terminal and the fraud labels on them.
 
     Attributes:
-        marks: by transaction id: time of the transaction, time since when it is known to be
-            fraud, time since when that is withdrawn again.
+        marks: by card and transaction id (``"card id"``): time of the transaction, time since
+            when it is known to be fraud, time since when that is withdrawn again.
         blind: the latest time of a transaction whose label may be forgotten.
     """
 
@@ -180,22 +207,27 @@ class Terminal(Timeline):
         self.marks: dict[str, tuple[int, int, int]] = {}
         self._table: npt.NDArray[np.int64] | None = None
 
-    def mark(self, transaction: str, time: int, known: int, fraud: bool) -> None:
+    def cards_at(self, time: int) -> list[str]:
+        """Cards of the events at exactly this time."""
+        end = bisect_right(self.times, time)
+        return self.cards[bisect_right(self.times, time - 1, 0, end) : end]
+
+    def mark(self, payment: str, time: int, known: int, fraud: bool) -> None:
         """Enter a label that became known at ``known`` milliseconds.
 
         Labels take effect in order of arrival: a second fraud label keeps the earlier time,
         a genuine label withdraws an earlier fraud label from ``known`` on.
         """
         self._table = None
-        before = self.marks.get(transaction)
+        before = self.marks.get(payment)
         if fraud:
             since = known if before is None else min(before[1], known)
-            self.marks[transaction] = (time, since, ALWAYS)
+            self.marks[payment] = (time, since, ALWAYS)
             if len(self.marks) > MARK_LIMIT:
                 first = next(iter(self.marks))
                 self.blind = max(self.blind, self.marks.pop(first)[0])
         elif before is not None:
-            self.marks[transaction] = (before[0], before[1], known)
+            self.marks[payment] = (before[0], before[1], known)
 
     def entries(self) -> int:
         return len(self.times) + len(self.marks)
@@ -249,28 +281,14 @@ class Terminal(Timeline):
         super().trim(keep, limit)
 
 
-class Device(Timeline):
+class Device(CardTimeline):
     """Events of one device and the card of each."""
 
-    __slots__ = ("cards",)
-
-    def __init__(self, floor: int = NEVER) -> None:
-        super().__init__(floor)
-        self.cards: list[str] = []
-
-    def place(self, time: int, card: str) -> int:
-        """Enter an event; returns the number of entries up to and including it."""
-        end = self.add(time)
-        self.cards.insert(end - 1, card)
-        return end
+    __slots__ = ()
 
     def distinct(self, time: int, width: int, end: int) -> int:
         """Distinct cards in (time - width, time]."""
         return len(set(self.cards[bisect_right(self.times, time - width, 0, end) : end]))
-
-    def forget(self, drop: int) -> None:
-        super().forget(drop)
-        del self.cards[:drop]
 
 
 E = TypeVar("E", bound=Timeline)
@@ -288,6 +306,7 @@ class Entities(Generic[E]):
         floor: the latest event time of any entity that was forgotten; new entities start with
             it, because they may be old ones.
         entries: entries of all entities together.
+        evicted: entities forgotten because of the bounds, ever.
     """
 
     def __init__(self, make: Callable[[int], E], limit: int, most: int) -> None:
@@ -296,6 +315,7 @@ class Entities(Generic[E]):
         self.most = most
         self.floor = NEVER
         self.entries = 0
+        self.evicted = 0
         self.items: OrderedDict[str, E] = OrderedDict()
 
     def touch(self, key: str) -> E:
@@ -327,5 +347,6 @@ class Entities(Generic[E]):
         """Forget entities until the bounds hold; the one touched last stays."""
         while len(self.items) > self.limit or (self.entries > self.most and len(self.items) > 1):
             _, gone = self.items.popitem(last=False)
+            self.evicted += 1
             self.entries -= gone.entries()
             self.floor = max(self.floor, gone.newest())

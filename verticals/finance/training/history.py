@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import gzip
-from collections import deque
+import logging
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from plinth.engine.errors import ConfigError, InputError
-from plinth.verticals.finance.features.online import MODEL_FEATURES, Event, FeatureState, Flag
+from plinth.verticals.finance.features.online import (
+    MODEL_FEATURES,
+    Event,
+    FeatureState,
+    Flag,
+    Labelled,
+)
 from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
 from plinth.verticals.finance.schema import Label, Transaction, milliseconds, read
 from plinth.verticals.finance.training.simulator import TABLE, Population, Table, events, simulate
+
+log = logging.getLogger(__name__)
 
 Rows = npt.NDArray[np.int64]
 Advance = Callable[[int], None]
 WEEK = 7
 CHUNK = 4096
-
-
-class Known(NamedTuple):
-    """A label, in milliseconds."""
-
-    known: int
-    transaction: str
-    terminal: str
-    time: int
-    fraud: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +81,14 @@ def simulated(population: Population, seed: int, advance: Advance) -> Data:
     table = simulate(population, seed=seed)
     frauds = table[table["fraud"]]
     labels = [
-        Known(event.time + LABEL_DELAY, event.transaction, event.terminal, event.time, True)
+        Labelled(
+            event.transaction,
+            event.terminal,
+            event.time,
+            event.time + LABEL_DELAY,
+            True,
+            event.card,
+        )
         for event in events(frauds)
     ]
     rows, _ = _features(events(table), labels, advance)
@@ -103,7 +108,7 @@ def recorded(files: Sequence[Path], rates: Mapping[str, float], advance: Advance
         ConfigError: a file is missing, or there are no transactions.
     """
     payments: list[Event] = []
-    labels: list[Known] = []
+    labels: list[Labelled] = []
     for file in files:
         for record in _records(file, rates):
             (payments if isinstance(record, Event) else labels).append(record)  # type: ignore[arg-type]
@@ -118,7 +123,7 @@ def recorded(files: Sequence[Path], rates: Mapping[str, float], advance: Advance
     return Data(table, rows[once], day - day[0])
 
 
-def _records(file: Path, rates: Mapping[str, float]) -> Iterator[Event | Known]:
+def _records(file: Path, rates: Mapping[str, float]) -> Iterator[Event | Labelled]:
     if not file.is_file():
         raise ConfigError(f"{file} is not a file")
     with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
@@ -135,11 +140,11 @@ def _records(file: Path, rates: Mapping[str, float]) -> Iterator[Event | Known]:
                 ) from None
 
 
-def _record(made: Transaction | Label, rates: Mapping[str, float]) -> Event | Known:
+def _record(made: Transaction | Label, rates: Mapping[str, float]) -> Event | Labelled:
     time = milliseconds(made.event_time)
     if isinstance(made, Label):
         known = milliseconds(made.label_time)
-        return Known(known, made.transaction_id, made.terminal_id, time, made.fraud)
+        return Labelled(made.transaction_id, made.terminal_id, time, known, made.fraud, made.card)
     if made.currency not in rates:
         raise InputError(f"currency: there is no rate for {made.currency}", field="currency")
     return Event(
@@ -154,23 +159,20 @@ def _record(made: Transaction | Label, rates: Mapping[str, float]) -> Event | Kn
 
 
 def _features(
-    payments: Iterator[Event], labels: Sequence[Known], advance: Advance
+    payments: Iterator[Event], labels: Sequence[Labelled], advance: Advance
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
     """Model features (n, features) and flags (n,), through the code that serving runs."""
     state = FeatureState()
     waiting = deque(labels)
+    unused: Counter[str] = Counter()
 
     def in_order() -> Iterator[Event]:
         for event in payments:
             while waiting and waiting[0].known <= event.time:
-                label = waiting.popleft()
-                state.label(
-                    label.transaction,
-                    label.terminal,
-                    label.time,
-                    known=label.known,
-                    fraud=label.fraud,
-                )
+                try:
+                    state.label(waiting.popleft())
+                except InputError as error:
+                    unused[error.reason] += 1
             yield event
 
     stream = in_order()
@@ -179,14 +181,16 @@ def _features(
     while True:
         batch = state.update(islice(stream, CHUNK))
         if not len(batch.flags):
+            for reason, count in unused.items():
+                log.warning("%d labels were not used: %s", count, reason)
             return np.concatenate(rows), np.concatenate(flags)
         rows.append(batch.rows[:, : len(MODEL_FEATURES)])
         flags.append(batch.flags)
         advance(len(batch.flags))
 
 
-def _table(payments: Sequence[Event], labels: Sequence[Known]) -> Table:
-    last = {(label.transaction, label.terminal): label.fraud for label in labels}
+def _table(payments: Sequence[Event], labels: Sequence[Labelled]) -> Table:
+    last = {(label.transaction, label.terminal, label.time): label.fraud for label in labels}
     cards: dict[str, int] = {}
     terminals: dict[str, int] = {}
     table = np.zeros(len(payments), TABLE)
@@ -195,5 +199,5 @@ def _table(payments: Sequence[Event], labels: Sequence[Known]) -> Table:
     table["amount"] = [event.amount for event in payments]
     table["customer"] = [cards.setdefault(event.card, len(cards)) for event in payments]
     table["terminal"] = [terminals.setdefault(e.terminal, len(terminals)) for e in payments]
-    table["fraud"] = [last.get((e.transaction, e.terminal), False) for e in payments]
+    table["fraud"] = [last.get((e.transaction, e.terminal, e.time), False) for e in payments]
     return table

@@ -1,0 +1,190 @@
+"""What comes from upstream as it is: codecs, floods of alerts, growth, retention, open work."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from kafka import KafkaProducer, TopicPartition
+from kafka.admin import KafkaAdminClient
+from kafka_fixtures import KafkaNode, eventually
+from tally import TallyVertical, expect_each_once, spends, started_engine
+
+from plinth.engine.metrics import REGISTRY
+from plinth.pipelines.stream.kafka_clients import prepare
+from plinth.pipelines.stream.worker import (
+    StreamConfig,
+    StreamError,
+    StreamProgress,
+    StreamSummary,
+    run,
+)
+from plinth.verticals.finance import FraudScoring, FraudSettings
+
+pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+CODECS = ("gzip", "snappy", "lz4", "zstd")
+Pairs = Iterable[tuple[bytes | None, bytes]]
+
+
+def stream(config: StreamConfig, vertical: Any = None, **more: Any) -> StreamSummary:
+    vertical = vertical or TallyVertical()
+    with started_engine(vertical) as engine:
+        return run(vertical, engine, config, threading.Event(), **more)
+
+
+def send(config: StreamConfig, records: Pairs, **options: Any) -> None:
+    """Append records with a producer of these options."""
+    producer = KafkaProducer(bootstrap_servers=config.bootstrap_servers, **options)
+    with contextlib.closing(producer):
+        sent = [producer.send(config.input_topic, value, key) for key, value in records]
+        producer.flush(60)
+    assert all(future.succeeded() for future in sent)
+
+
+def payments(count: int, **changes: Any) -> list[tuple[bytes, bytes]]:
+    """Payments of so many cards, one minute apart."""
+    base = json.loads(FraudScoring().example().model_dump_json())
+    made = []
+    for n in range(count):
+        own = {"transaction_id": f"x{n}", "card": f"tok_{n}", "customer_id": f"c{n}"}
+        made.append((own["card"].encode(), json.dumps(base | own | changes).encode()))
+    return made
+
+
+def sample(name: str, config: StreamConfig, partition: int = 0) -> float:
+    """A metric of the input topic."""
+    labels = {"topic": config.input_topic, "partition": str(partition)}
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def test_every_codec_is_read_and_written(kafka_node: KafkaNode) -> None:
+    for turn, codec in enumerate(CODECS):
+        config = kafka_node.config(compression=codec, max_events=400)
+        prepare(config)
+        for number, other in enumerate(CODECS[turn:] + CODECS[:turn]):
+            send(config, spends(100, start=100 * number), compression_type=other)
+        stream(config)
+        expect_each_once(kafka_node.answers(config), 400)
+
+
+def test_a_codec_that_is_missing_ends_the_stream_with_what_to_install(
+    kafka_node: KafkaNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = kafka_node.config(idle_exit_s=None)
+    prepare(config)
+    send(config, spends(100), compression_type="zstd")
+    monkeypatch.setattr("kafka.codec.zstd", None)
+    with pytest.raises(StreamError, match="zstd") as caught:
+        stream(config)
+    assert "pip install" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_any_share_of_alerts_is_answered_with_reasons(kafka_node: KafkaNode, share: float) -> None:
+    config = kafka_node.config(partitions=1, max_events=600)
+    alerts = payments(600, amount=4000.0)[: int(600 * share)]
+    kafka_node.fill(config, alerts + payments(600)[len(alerts) :])
+    stream(config, FraudScoring())
+    decisions = kafka_node.answers(config)
+    found = Counter(decision["decision"] for decision in decisions)
+    assert (len(decisions), found["decline"]) == (600, len(alerts))
+    for decision in decisions:
+        codes = [reason["code"] for reason in decision["reason_codes"]]
+        assert bool(codes) == (decision["decision"] == "decline")
+        assert "X01" not in codes
+
+
+def test_partitions_added_while_running_are_read(kafka_node: KafkaNode) -> None:
+    config = kafka_node.config(
+        partitions=2, max_records=32, max_events=800, idle_exit_s=None, metadata_max_age_ms=500
+    )
+    kafka_node.fill(config, spends(400))
+    grown = threading.Event()
+
+    def grow(progress: StreamProgress) -> None:
+        if progress.records >= 400 and not grown.is_set():
+            grown.set()
+            options = {"bootstrap_servers": kafka_node.servers}
+            with contextlib.closing(KafkaAdminClient(**options)) as admin:
+                admin.create_partitions({config.input_topic: 6})
+            send(config, spends(400, start=400), metadata_max_age_ms=100)
+
+    vertical = TallyVertical()
+    summary = stream(config, vertical, on_progress=grow)
+    assert summary.records == 800
+    assert sorted(a["id"] for a in kafka_node.answers(config)) == list(range(800))
+    assert vertical.shares[-1] == (6, 6)
+
+
+def test_an_open_transaction_upstream_is_said_and_waited_for(
+    kafka_node: KafkaNode, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plinth.pipelines.stream.worker.BACKLOG_LOOK_S", 0.2)
+    config = kafka_node.config(partitions=1, max_events=20, idle_exit_s=None, stall_timeout_s=2.0)
+    name = "plinth_kafka_open_transaction_records"
+    prepare(config)
+    upstream = KafkaProducer(
+        bootstrap_servers=config.bootstrap_servers, transactional_id=f"{config.group}-upstream"
+    )
+    seen: list[float] = []
+
+    def release() -> None:
+        eventually(lambda: sample(name, config) >= 20, 60, "the open transaction is a metric")
+        since = time.monotonic()
+        eventually(lambda: time.monotonic() - since > 2.5, 60, "longer than a stall may last")
+        seen.append(sample(name, config))
+        upstream.abort_transaction()
+
+    with contextlib.closing(upstream), caplog.at_level(logging.WARNING):
+        upstream.init_transactions()
+        upstream.begin_transaction()
+        upstream.send(config.input_topic, b"{", b"k").get(30)
+        send(config, spends(20))
+        helper = threading.Thread(target=release, daemon=True)
+        helper.start()
+        summary = stream(config)
+        helper.join(60)
+    assert (summary.scored, summary.dead_letters) == (20, {})
+    assert seen
+    assert seen[0] >= 20
+    assert "a transaction of somebody who writes there is open" in caplog.text
+
+
+def test_records_deleted_before_they_were_read_are_an_alarm(
+    kafka_node: KafkaNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = kafka_node.config(partitions=1, max_events=10)
+    kafka_node.fill(config, spends(100))
+    stream(config)
+    options = {"bootstrap_servers": kafka_node.servers}
+    with contextlib.closing(KafkaAdminClient(**options)) as admin:
+        admin.delete_records({TopicPartition(config.input_topic, 0): 70})
+    summary = stream(config.model_copy(update={"max_events": 30}))
+    assert summary.records == 30
+    assert sample("plinth_kafka_lost_records_total", config) == 60
+    assert "offsets 10 to 69 were deleted by retention before they were read" in caplog.text
+    assert sorted(a["id"] for a in kafka_node.answers(config))[10:] == list(range(70, 100))
+
+
+def test_a_rebuilt_state_is_that_of_the_uninterrupted_run_whatever_the_clock_says(
+    kafka_node: KafkaNode,
+) -> None:
+    config = kafka_node.config(partitions=1, max_events=24)
+    now = time.time()
+    ahead = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now + 7_200))
+    early = [(b"k", v) for _, v in payments(12, card="tok", event_time=ahead)]
+    honest = [(b"k", v.replace(b'"x', b'"y')) for _, v in payments(12, card="tok")]
+    kafka_node.fill(config, early + honest)
+    first = FraudScoring()
+    assert stream(config, first).dead_letters == {"future_event": 12}
+    later = FraudScoring(FraudSettings(), clock=lambda: now + 86_400)
+    again = stream(config.model_copy(update={"max_events": None}), later)
+    assert (again.records, again.replayed) == (0, 24)
+    assert later.snapshot() == first.snapshot()
