@@ -104,7 +104,8 @@ def _is_cross_site(fields: Fields) -> bool:
 
 
 def _has_key(fields: Fields, key: bytes) -> bool:
-    bearer = fields.get(b"authorization", b"").removeprefix(b"Bearer ")
+    scheme, _, bearer = fields.get(b"authorization", b"").partition(b" ")
+    bearer = bearer if scheme.lower() == b"bearer" else b""
     return hmac.compare_digest(fields.get(b"x-api-key", bearer).strip(), key)
 
 

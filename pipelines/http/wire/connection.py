@@ -25,6 +25,8 @@ DISCARD = 64 << 10
 """Bytes of a body nobody wants that are read all the same, so that its connection can be kept."""
 LINGER = 1.0
 """Seconds a closed connection may still send: closing over unread bytes would reset the answer."""
+LINGER_BYTES = 256 << 10
+"""Bytes it may still send."""
 MIN_RATE = 64 << 10
 """Bytes per second that a streamed body must keep up on average, after its first grace."""
 
@@ -192,10 +194,17 @@ class Connection:
             data, self._buffer = self._buffer, b""
         else:
             data = self._receive()
-        if data and self.state != LINGERING:
+        if self.state == LINGERING:
+            self._linger(len(data))
+        elif data:
             self._feed(data)
         if self.readable:
             self.host.wake(self)
+
+    def _linger(self, count: int) -> None:
+        self._since += count  # bytes, now that no time is counted
+        if self._since > LINGER_BYTES:
+            self.close()
 
     def read_stale(self) -> None:
         """As :meth:`read`, for a request that waited long: refuse it at next to no cost."""
@@ -455,6 +464,7 @@ class Connection:
             return
         self._buffer, self._partial, self._body = b"", b"", None
         self.state = LINGERING
+        self._since = 0.0
         self.expires = self.host.clock() + LINGER
         with contextlib.suppress(OSError):
             self.plug.shutdown(socket.SHUT_WR)
