@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import time
 from collections.abc import Coroutine, Iterable
 from typing import Any
@@ -33,7 +34,7 @@ from plinth.pipelines.http.errors import answer_of, body_of, error_bytes
 from plinth.pipelines.http.health import Health
 from plinth.pipelines.http.metrics import HTTP
 from plinth.pipelines.http.wire import answer as wire_answer
-from plinth.pipelines.http.wire.admission import Limit
+from plinth.pipelines.http.wire.admission import FLOOR, Limit
 from plinth.pipelines.http.wire.connection import Exchange
 from plinth.pipelines.http.wire.head import Fields
 from plinth.pipelines.records import FAULTS, Part, RecordService, Reply, explained, late_at_door
@@ -46,6 +47,8 @@ _JSON = ("application/json",)
 _DEADLINE = DEADLINE_HEADER.encode()
 _GROUP = 32  # records run together: more would wait for each other's parsing
 _STALE = 0.005  # seconds of waiting that are worth a shorter promise
+_LONG = 2 / 3  # share of the promise after which an answer took long
+_SLOW = 1 / 8  # share of the promise after which a batch is slow
 _TAKES = 0.4  # share of the promise that serving is thought to take at most
 _TYPE = (b"content-type", b"application/json")
 _OK = b"%b%bx-plinth-timing: %b\r\ncontent-length: %d\r\n\r\n%b"
@@ -213,7 +216,11 @@ class RecordRoute:
         except PlinthError as error:
             self._fail(exchanges, error)
         else:
-            self._deliver(group, parts)
+            try:
+                self._deliver(group, parts)
+            except FAULTS as error:
+                left = [exchange for exchange in exchanges if not exchange.ended]
+                self._fail(left, explained(error))
 
     def _deliver(self, group: Group, parts: list[Part]) -> None:
         first = 0
@@ -229,6 +236,9 @@ class RecordRoute:
         self, waiting: list[tuple[Exchange, Any, float]], answer: Answer[list[Any]], sla: Sla
     ) -> None:
         encode, timing = self.service.encode, answer.timing
+        promise = math.inf if sla.deadline_ms is None else sla.deadline_ms / 1e3
+        slow = timing.device > _SLOW * promise
+        self._limit.floor = max(FLOOR, 2 * timing.batch_rows) if slow else FLOOR
         timing.co_batched = timing.device - (timing.device - timing.co_batched) / len(waiting)
         common = wire_answer.head(200, (_TYPE, *about_models(answer)))
         for (exchange, _, parsed), result in zip(waiting, answer.value, strict=True):
@@ -243,7 +253,7 @@ class RecordRoute:
             late = answer.late or late_at_door(answer, sla, timing.total)
             told = timing_json(timing)
             whole = _OK % (common, _LATE if late else b"", told, len(content), content)
-            self._finish(exchange, 200, whole)
+            self._finish(exchange, 200, whole, now - exchange.began > _LONG * promise)
         self._seconds += 0.1 * (time.perf_counter() - waiting[0][0].began - self._seconds)
 
     # -- requests that run alone -----------------------------------------------------------------
@@ -327,13 +337,15 @@ class RecordRoute:
         for exchange in exchanges:
             self._finish(exchange, status, whole, refused)
 
-    def _finish(self, exchange: Exchange, status: int, whole: bytes, refused: bool = False) -> None:
-        """Send an answer. ``refused``: the engine had no time for the request."""
+    def _finish(
+        self, exchange: Exchange, status: int, whole: bytes, congested: bool = False
+    ) -> None:
+        """Send an answer. ``congested``: the engine had no time for it, or it took long."""
         if exchange.connection is None:
             status = 0
         exchange.respond(whole)
         now = time.perf_counter()
-        self._limit.end(now, refused)
+        self._limit.end(now, congested)
         HTTP.note(self.path, status, now - exchange.arrived)
 
 

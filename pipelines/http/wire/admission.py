@@ -7,8 +7,8 @@ them. So the server knows how long each has waited, and reads no more than it ca
   promise. Beyond it the newest is read first: what is served can still be in time. (Facebook's
   adaptive LIFO: Maurer, "Fail at Scale", ACM Queue 13(8), 2015.)
 - **Bound.** No more than :attr:`Limit.room` requests are begun. The bound falls by a tenth in
-  every round in which the engine refused more than a twentieth of them, and grows by a tenth
-  when it was reached and the engine did not.
+  every round of 50 ms in which more than a twentieth of the answers were refused by the engine or
+  took two thirds of the promise, and grows by a tenth when it was reached and they did not.
 - **Fairness.** Whoever has waited for half of the promise (or 50 ms while nothing can be begun) is
   read, the oldest first, and answered or refused: three for every four requests begun, or for a
   quarter of the time while nothing can be begun. So each connection gets an answer.
@@ -33,7 +33,8 @@ PER_BEGUN = 3 / 4
 WHILE_BLOCKED = 1 / 4
 """Share of the time that may go into reading the stale while nothing can be begun."""
 _ROUND = 0.05  # seconds between two looks at the bound
-_FLOOR = 128
+FLOOR = 64
+"""Requests that may always be in work: two batches of a quick model."""
 
 
 class Waiting(Protocol):
@@ -61,11 +62,16 @@ class Limit:
 
     Args:
         most: it never grows beyond.
+
+    Attributes:
+        floor: it never falls below; two batches of the slowest model, so that the device need not
+            wait for the requests of the next batch to be read.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.in_work = 0
+        self.floor = FLOOR
         self.freed: Callable[[], None] | None = None
         self._bound = float(min(most, 256))
         self._good = self._bad = 0
@@ -83,15 +89,15 @@ class Limit:
         if self.in_work >= self._bound:
             self._reached = True
 
-    def end(self, now: float, refused: bool) -> None:
+    def end(self, now: float, congested: bool) -> None:
         """A request is answered.
 
         Args:
             now: seconds, monotonic.
-            refused: the engine had no time for it.
+            congested: the engine had no time for it, or it took long.
         """
         self.in_work -= 1
-        if refused:
+        if congested:
             self._bad += 1
         else:
             self._good += 1
@@ -102,7 +108,7 @@ class Limit:
             self.freed()
 
     def _adapt(self) -> None:
-        floor = min(self.most, _FLOOR)
+        floor = min(self.most, self.floor)
         if self._bad * 20 > self._bad + self._good:
             self._bound = max(float(floor), self._bound * 0.9)
         elif self._reached:

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from plinth.pipelines.http.wire import answer
-from plinth.pipelines.http.wire.connection import DISCARD, MAX_UNSENT, Exchange
+from plinth.pipelines.http.wire.connection import MAX_UNSENT, Exchange
 
 Message = MutableMapping[str, Any]
 Asgi = Callable[
@@ -137,9 +137,9 @@ class AsgiExchange:
         self._chunked = not sized and exchange.head.minor == 1
         if self._chunked:
             fields.append((b"transfer-encoding", b"chunked"))
-        if not self._reading and (exchange.head.length or DISCARD) < DISCARD:
-            self._reading = True  # a short body nobody wants is read past
-            exchange.stream(DISCARD, lambda part, last: None)
+        if not self._reading:
+            self._reading = True
+            exchange.swallow()
         if connection is not None and not connection.keeps(exchange):
             exchange.closing = True
             fields.append((b"connection", b"close"))

@@ -9,8 +9,12 @@ from plinth.pipelines.http.wire.head import BadRequest
 MAX_OVERHEAD = 64 << 10
 """Bytes of sizes, extensions and trailer fields beyond 8 for each byte of the body itself."""
 _LINE = 4096  # bytes of one size line or trailer field
-_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[\t ]*;[\t\x20-\x7e\x80-\xff]*)?")
-_TRAILER = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*")
+_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_TRAILER = re.compile(
+    rb"(?!(?i:content-length|transfer-encoding|host):)"
+    rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t\x20-\x7e\x80-\xff]*"
+)
+"""A trailer field, but none that would frame a message (RFC 9110, section 6.5.1)."""
 
 
 class ChunkedBody:

@@ -81,8 +81,8 @@ class Exchange:
     """
 
     __slots__ = (
-        *("arrived", "began", "closing", "complete", "connection", "gone", "head", "started"),
-        *("sla", "surplus"),
+        *("arrived", "began", "closing", "complete", "connection", "discarding", "ended"),
+        *("gone", "head", "sla", "started", "surplus"),
     )
 
     def __init__(
@@ -93,7 +93,7 @@ class Exchange:
         self.arrived = arrived
         self.began = began
         self.complete = head.length == 0
-        self.started = self.closing = False
+        self.started = self.closing = self.discarding = self.ended = False
         self.gone: Callable[[], None] | None = None
         self.surplus = connection.surplus
         self.sla: Any = None
@@ -108,6 +108,13 @@ class Exchange:
         if self.connection is not None:
             self.connection.stream(self, limit, sink)
 
+    def swallow(self) -> None:
+        """Read past a body nobody wants, so that the connection can carry the next request."""
+        length = self.head.length
+        if self.connection is not None and (length is None or length <= DISCARD):
+            self.discarding = True
+            self.stream(DISCARD, lambda part, last: None)
+
     def refuse(self, answer: bytes) -> None:
         """Answer without a look at the body."""
         if self.connection is not None:
@@ -117,6 +124,7 @@ class Exchange:
         """Send a whole answer: head and body."""
         connection = self.connection
         if connection is None:
+            self.ended = True
             return
         if not connection.keeps(self):
             self.closing = True
@@ -128,7 +136,7 @@ class Exchange:
     def end(self) -> None:
         """The answer is complete: the connection may carry the next request."""
         connection, self.connection = self.connection, None
-        self.gone = None
+        self.gone, self.ended = None, True
         if connection is not None:
             connection.answered(self)
 
@@ -276,9 +284,6 @@ class Connection:
         self.state = ANSWER
         self._buffer = data[cut + 4 :]
         self.host.request(exchange)
-        if self.state == BODY:
-            data, self._buffer = self._buffer, b""
-            return data
         return b""
 
     def collect(
@@ -315,7 +320,10 @@ class Connection:
         self.state = BODY
         if exchange.head.expects_continue and not self._buffer:
             self.write(_CONTINUE)
-        if self._buffer or self.readable:
+        if self._buffer:
+            data, self._buffer = self._buffer, b""
+            self._feed(data)
+        elif self.readable:
             self.host.wake(self)
 
     def discard(self, exchange: Exchange, answer: bytes) -> None:
@@ -345,6 +353,8 @@ class Connection:
         exchange.complete = True
         self._body = None
         self.state = ANSWER
+        if exchange.ended:
+            self.answered(exchange)
 
     def progressed(self, seen: int, rate: int) -> None:
         """A streamed body earns time with its bytes."""
@@ -405,7 +415,7 @@ class Connection:
         """Whether the connection may carry another request after this answer."""
         return (
             exchange.head.keep_alive
-            and exchange.complete
+            and (exchange.complete or exchange.discarding)
             and not exchange.closing
             and not self.host.draining
             and not self.surplus
@@ -415,6 +425,8 @@ class Connection:
         """The answer is written: on to the next request, or to the end."""
         if self._exchange is not exchange or self.state == CLOSED:
             return
+        if exchange.discarding and not exchange.complete and self.state == BODY:
+            return  # what is left of the body is read past first
         self._exchange = None
         if not self.keeps(exchange):
             self._shut()
