@@ -3,7 +3,7 @@ VENV   := .venv
 READY  := $(VENV)/.ready
 JOBS   ?= 2
 
-.PHONY: test demo setup clean
+.PHONY: test fuzz demo setup clean
 
 setup: $(READY)
 
@@ -20,6 +20,9 @@ test: setup            ## everything: style, types, tests
 	$(VENV)/bin/mypy
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m "not clock" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 	$(VENV)/bin/pytest -m clock
+
+fuzz: setup            ## requests made up from the API document, 500 for each route
+	PLINTH_FUZZ_CASES=500 $(VENV)/bin/pytest tests/pipelines/uploads/test_openapi.py
 
 demo: setup            ## the sample stream and the sample study, in under three minutes
 	$(VENV)/bin/plinth demo

@@ -115,15 +115,3 @@ def _lost(app: FastAPI, request: Request, error: HTTPException) -> HttpError:
         headers=dict(error.headers or {}),
         extra={"routes": listed},
     )
-
-
-def publish(app: FastAPI, schemas: Mapping[str, Any]) -> None:
-    """Add the verticals' schemas to the OpenAPI document."""
-    made = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = made()
-        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]

@@ -32,7 +32,7 @@ from plinth.pipelines.config.settings import Config, ServeConfig
 from plinth.pipelines.folders.jobs import Jobs
 from plinth.pipelines.http import openapi as http_openapi
 from plinth.pipelines.http.access import Access
-from plinth.pipelines.http.app import add_common_routes, add_error_handlers, publish
+from plinth.pipelines.http.app import add_common_routes, add_error_handlers
 from plinth.pipelines.http.application import HttpApplication
 from plinth.pipelines.http.body import headers_of, whole
 from plinth.pipelines.http.disconnect import cancel_on_disconnect
@@ -85,9 +85,9 @@ def create_app(
         title="Plinth",
         version="1",
         summary="One inference engine under pluggable verticals.",
+        docs_url=None,
         redoc_url=None,
     )
-    schemas: dict[str, Any] = {"Error": http_openapi.ERROR_SCHEMA}
     limit = Limit(serve.max_requests)
     routes: dict[str, RecordRoute] = {}
     for name, vertical in verticals.items():
@@ -102,14 +102,14 @@ def create_app(
             )
             route = RecordRoute(service, serve, limit, health)
             routes[route.path] = route
-            schemas |= http_openapi.schemas(vertical)
             _record_route(app, route, serve)
         elif jobs is not None and name in folders:
             _upload_routes(app, UploadDoor(vertical, jobs, serve))
     add_common_routes(app, engine, health, verticals)
     add_error_handlers(app)
-    publish(app, schemas)
-    access = Access(config.api_key(), serve.host, serve.allowed_hosts, health)
+    key = config.api_key()
+    http_openapi.publish(app, verticals.values(), locked=key is not None)
+    access = Access(key, serve.host, serve.allowed_hosts, health)
     most = max(serve.max_body_bytes, serve.upload.max_bytes if folders else 0)
     application = HttpApplication(app, routes, access, limit, most, health)
     promises = [slas[route.service.vertical.name].deadline_ms for route in routes.values()]
@@ -221,11 +221,23 @@ def _upload_routes(app: FastAPI, door: UploadDoor) -> None:
 
     vertical = door.vertical
     one = f"/v1/{vertical.name}/jobs/{{job}}"
-    for path, method, handler, summary in (
-        (f"/v1/{vertical.name}/{vertical.action}", "POST", submit, vertical.summary),
-        (one, "GET", status, "How a job stands"),
-        (one, "DELETE", delete, "Forget a job and its files"),
-        (f"{one}/files/{{name:path}}", "GET", file, "One file a job wrote"),
+    for path, method, handler, summary, told in (
+        (
+            f"/v1/{vertical.name}/{vertical.action}",
+            "POST",
+            submit,
+            vertical.summary,
+            http_openapi.upload(vertical),
+        ),
+        (one, "GET", status, "How a job stands", http_openapi.job_status(vertical)),
+        (one, "DELETE", delete, "Forget a job and its files", http_openapi.job_deletion(vertical)),
+        (
+            f"{one}/files/{{name:path}}",
+            "GET",
+            file,
+            "One file a job wrote",
+            http_openapi.job_file(vertical),
+        ),
     ):
         app.add_api_route(
             path,
@@ -233,8 +245,9 @@ def _upload_routes(app: FastAPI, door: UploadDoor) -> None:
             methods=[method],
             summary=summary,
             tags=[vertical.name],
+            status_code=204 if method == "DELETE" else 202 if method == "POST" else 200,
             response_model=None,
-            openapi_extra=http_openapi.uploads() if handler is submit else None,
+            openapi_extra=told,
         )
 
 
