@@ -16,6 +16,7 @@ from plinth.engine import Call, Flow, InputError, Model, ModelStore, Sla, Tiling
 from plinth.verticals.contract import Item, Settings, Vertical
 from plinth.verticals.medical.ct.analysis import LEAST_SLICES, Analysis, analyse
 from plinth.verticals.medical.ct.segment import BONE_HU, COARSE_MM, LUNG_HU, TISSUE_HU
+from plinth.verticals.medical.dicom.choose import LISTED
 from plinth.verticals.medical.dicom.discover import Series, scan
 from plinth.verticals.medical.dicom.loader import load_volume
 from plinth.verticals.medical.nodules.candidates import (
@@ -142,8 +143,10 @@ class CtAnalysis(Vertical[StudyRequest, CtReport]):
         found = scan(folder).series
         reasons = {series.id: _unfit(series) for series in found}
         fit = [series for series in found if reasons[series.id] is None]
-        skipped = [f"{series.describe()}: {reasons[series.id]}" for series in found]
-        skipped = [line for line, s in zip(skipped, found, strict=True) if reasons[s.id]]
+        left = [series for series in found if reasons[series.id] is not None]
+        skipped = [f"{series.describe()}: {reasons[series.id]}" for series in left[:LISTED]]
+        if len(left) > LISTED:
+            skipped.append(f"and {len(left) - LISTED} more")
         if found and not fit:
             raise InputError(
                 f"{folder.name} holds no CT series to analyse: {'; '.join(skipped)}",

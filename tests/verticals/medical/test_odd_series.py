@@ -278,11 +278,12 @@ def echoes(write: Write, edit: Edit, change: Callable[[pydicom.Dataset, int], No
     """Two acquisitions of different noise in one series."""
     folder = write("both", seed=1)
     other = write("other", seed=2)
-    series = pydicom.dcmread(folder / "slice_0001.dcm").SeriesInstanceUID
-    frame = pydicom.dcmread(folder / "slice_0001.dcm").FrameOfReferenceUID
+    first = pydicom.dcmread(folder / "slice_0001.dcm")
 
     def join(image: pydicom.Dataset, k: int) -> None:
-        image.SeriesInstanceUID, image.FrameOfReferenceUID = series, frame
+        image.PatientID, image.StudyInstanceUID = first.PatientID, first.StudyInstanceUID
+        image.SeriesInstanceUID = first.SeriesInstanceUID
+        image.FrameOfReferenceUID = first.FrameOfReferenceUID
 
     edit(other, join)
     for path in other.glob("*.dcm"):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.discover import Scan, Series, scan
 from plinth.verticals.medical.volumes.volume import Issue
+
+LISTED = 5
+"""Series that a message names one by one."""
 
 
 def choose(
@@ -33,6 +37,21 @@ def choose(
     return _loadable(chosen), _others(found, chosen)
 
 
+def listing(series: Sequence[Series]) -> str:
+    """The first few series, and how many more there are."""
+    lines = [one.describe() for one in series[:LISTED]]
+    more = len(series) - len(lines)
+    if more:
+        lines.append(f"and {more} more{_own_uids(series)}")
+    return "; ".join(lines) or "none"
+
+
+def _own_uids(series: Sequence[Series]) -> str:
+    """A hint at what makes many series of one: every image with a series UID of its own."""
+    lone = sum(len(one.frames) == 1 for one in series)
+    return f" ({lone} of a single image: each has a series of its own)" if lone > LISTED else ""
+
+
 def _loadable(series: Series) -> Series:
     if series.problem is not None:
         raise InputError(
@@ -48,10 +67,9 @@ def _named(found: Scan, wanted: str, where: object) -> Series:
     exact = [one for one in found.series if wanted in (one.id, one.uid)]
     matches = exact or [one for one in found.series if one.uid.endswith(wanted)]
     if len(matches) != 1:
-        listing = "; ".join(one.describe() for one in found.series) or "none"
         few = "no series" if not matches else f"{len(matches)} series"
         raise InputError(
-            f"{few} of {where} answer to {wanted!r}; there are: {listing}",
+            f"{few} of {where} answer to {wanted!r}; there are: {listing(found.series)}",
             field="series",
             hint="give the id at the start of a line",
             reason="no_such_series" if not matches else "several_series",
@@ -66,11 +84,10 @@ def _only(found: Scan, where: object) -> Series:
     if not candidates:
         raise _nothing(found, where)
     main = candidates[0]
-    minor = all(one.uid == main.uid and _minor(one, main) for one in candidates[1:])
+    minor = all(one.same_series(main) and _minor(one, main) for one in candidates[1:])
     if len(candidates) > 1 and not minor:
-        listing = "; ".join(one.describe() for one in found.series)
         raise InputError(
-            f"{where} holds {len(found.series)} series: {listing}",
+            f"{where} holds {len(found.series)} series: {listing(found.series)}",
             field="series",
             hint='choose one by its id: load(path, series="...")',
             reason="several_series",
@@ -97,8 +114,10 @@ def _nothing(found: Scan, where: object) -> InputError:
 
 
 def _others(found: Scan, chosen: Series) -> tuple[Issue, ...]:
-    others = sum(one.uid != chosen.uid or one.part is not None for one in found.series)
-    others -= chosen.part is not None
+    others = sum(
+        one is not chosen and (one.part is not None or not one.same_series(chosen))
+        for one in found.series
+    )
     if not others:
         return ()
     return (Issue("left_out", f"{others} other series at this path were not loaded"),)

@@ -23,6 +23,21 @@ Decoder = Callable[[Any, bytes, Header], bytes | bytearray]
 
 
 @dataclass(frozen=True, slots=True)
+class StreamFacts:
+    """What a code stream says of itself.
+
+    Args:
+        rows: of its image.
+        columns: of its image.
+        precision: bits of a value.
+    """
+
+    rows: int
+    columns: int
+    precision: int
+
+
+@dataclass(frozen=True, slots=True)
 class Codec:
     """How to decode a transfer syntax.
 
@@ -30,14 +45,14 @@ class Codec:
         package: what to ``pip install``.
         module: what it imports as.
         decode: (module, frame, header) to the bytes of the stored values, little endian.
-        size: (rows, columns) that the code stream itself states, if it does.
+        facts: what the code stream itself states, if it does.
         end: marker at the end of a whole code stream, if the format has one.
     """
 
     package: str
     module: str
     decode: Decoder
-    size: Callable[[bytes], tuple[int, int]] | None = None
+    facts: Callable[[bytes], StreamFacts] | None = None
     end: bytes = b""
 
 
@@ -46,17 +61,18 @@ def _jpeg_ls(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
     return decoded
 
 
-def _jpeg_ls_size(frame: bytes) -> tuple[int, int]:
+def _jpeg_ls_facts(frame: bytes) -> StreamFacts:
     """From the frame header SOF55 (ITU-T T.87, C.2.2)."""
-    rows, columns = struct.unpack_from(">HH", frame, frame.index(b"\xff\xf7") + 5)
-    return rows, columns
+    precision, rows, columns = struct.unpack_from(">BHH", frame, frame.index(b"\xff\xf7") + 4)
+    return StreamFacts(rows, columns, precision)
 
 
-def _jpeg_2000_size(frame: bytes) -> tuple[int, int]:
+def _jpeg_2000_facts(frame: bytes) -> StreamFacts:
     """From the marker SIZ, which follows SOC (ITU-T T.800, A.5.1)."""
     at = frame.index(b"\xff\x4f\xff\x51") + 8
     right, bottom, left, top = struct.unpack_from(">IIII", frame, at)
-    return bottom - top, right - left
+    (depth,) = struct.unpack_from(">B", frame, at + 34)
+    return StreamFacts(bottom - top, right - left, (depth & 0x7F) + 1)
 
 
 def _jpeg_2000(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
@@ -101,8 +117,8 @@ def _jpeg(module: Any, frame: bytes, header: Header) -> bytes | bytearray:
 
 
 _JPEG = Codec("SimpleITK", "SimpleITK", _jpeg, end=b"\xff\xd9")
-_JPEG_LS = Codec("pyjpegls", "jpeg_ls", _jpeg_ls, _jpeg_ls_size, b"\xff\xd9")
-_JPEG_2000 = Codec("pylibjpeg-openjpeg", "openjpeg", _jpeg_2000, _jpeg_2000_size, b"\xff\xd9")
+_JPEG_LS = Codec("pyjpegls", "jpeg_ls", _jpeg_ls, _jpeg_ls_facts, b"\xff\xd9")
+_JPEG_2000 = Codec("pylibjpeg-openjpeg", "openjpeg", _jpeg_2000, _jpeg_2000_facts, b"\xff\xd9")
 
 CODECS = {
     "1.2.840.10008.1.2.4.50": _JPEG,
@@ -117,6 +133,20 @@ CODECS = {
     "1.2.840.10008.1.2.4.201": _JPEG_2000,
     "1.2.840.10008.1.2.4.202": _JPEG_2000,
     "1.2.840.10008.1.2.4.203": _JPEG_2000,
+}
+
+
+FORMATS = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+)
+"""First bytes of a code stream, and its format; RLE has no mark."""
+
+
+UNCOMPRESSED = {
+    *("1.2.840.10008.1.2", "1.2.840.10008.1.2.1"),
+    *("1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"),
 }
 
 
@@ -148,6 +178,8 @@ def check_decoder(header: Header) -> None:
     codec = CODECS.get(header.syntax)
     if codec is not None:
         _library(codec.module, codec.package, header)
+    elif header.syntax in UNCOMPRESSED:
+        raise _broken(header, "its pixel data are compressed and its transfer syntax is not")
     else:
         raise InputError(
             f"{header.source.name} is stored as {syntax_name(header.syntax)}, which is not read",
@@ -157,16 +189,21 @@ def check_decoder(header: Header) -> None:
         )
 
 
-def decode_frame(header: Header, fragments: bytes, index: int) -> Array:
-    """One frame of an encapsulated file as stored bits, (y, x), any unsigned width.
+def decode_frame(header: Header, fragments: bytes, index: int) -> tuple[Array, int | None]:
+    """One frame of an encapsulated file, and the bits of a value that its code stream states.
 
     Args:
         header: facts of the file.
         fragments: the pixel data's value: offset table and fragments (PS3.5 A.4).
         index: frame from 0.
 
+    Returns:
+        Stored bits (y, x) of any unsigned width, and the precision of a value in bits, ``None``
+        where the format states none.
+
     Raises:
-        InputError: truncated or damaged stream, or one of another size than the header says.
+        InputError: truncated or damaged stream, or one of another size or format than the
+            header says.
     """
     codec = CODECS[header.syntax]
     module = _library(codec.module, codec.package, header)
@@ -175,11 +212,12 @@ def decode_frame(header: Header, fragments: bytes, index: int) -> Array:
         frame = get_frame(fragments, index, number_of_frames=header.frames)
     except (ValueError, IndexError, struct.error) as error:
         raise _broken(header, str(error)) from None
+    _check_format(header, frame)
     if codec.end and not frame.rstrip(b"\0\xff").endswith(codec.end):
         raise _broken(
             header, f"frame {index + 1} ends after {len(frame)} bytes without its end mark"
         )
-    _check_size(codec, header, frame)
+    facts = _checked_facts(codec, header, frame)
     try:
         decoded = codec.decode(module, frame, header)
     except (RuntimeError, ValueError, TypeError, OSError, MemoryError) as error:
@@ -188,20 +226,33 @@ def decode_frame(header: Header, fragments: bytes, index: int) -> Array:
     width = len(decoded) // pixels
     if width not in (1, 2, 4) or len(decoded) != pixels * width:
         raise _broken(header, f"{len(decoded)} bytes decoded for {pixels} pixels")
-    return np.frombuffer(decoded, dtype=f"<u{width}").reshape(header.rows, header.columns)
+    values = np.frombuffer(decoded, dtype=f"<u{width}").reshape(header.rows, header.columns)
+    return values, None if facts is None else facts.precision
 
 
-def _check_size(codec: Codec, header: Header, frame: bytes) -> None:
+def _check_format(header: Header, frame: bytes) -> None:
+    """The code stream's own mark is that of the declared transfer syntax."""
+    found = next((name for mark, name in FORMATS if frame.startswith(mark)), None)
+    expected = {_JPEG: "JPEG", _JPEG_LS: "JPEG", _JPEG_2000: "JPEG 2000"}.get(CODECS[header.syntax])
+    jpeg_ls = b"\xff\xf7" in frame[:4096] and found == "JPEG"
+    if found and found != (expected or found):
+        raise _broken(header, f"its code stream is {found}")
+    if found == "JPEG" and expected == "JPEG" and jpeg_ls != (CODECS[header.syntax] is _JPEG_LS):
+        raise _broken(header, f"its code stream is JPEG{'-LS' * jpeg_ls}")
+
+
+def _checked_facts(codec: Codec, header: Header, frame: bytes) -> StreamFacts | None:
     """A code stream of another size than the header's would be decoded into other memory."""
-    if codec.size is None:
-        return
+    if codec.facts is None:
+        return None
     try:
-        rows, columns = codec.size(frame)
+        facts = codec.facts(frame)
     except (ValueError, struct.error):
         raise _broken(header, "its code stream states no size") from None
-    if (rows, columns) != (header.rows, header.columns):
-        expected = f"{header.columns} x {header.rows}"
-        raise _broken(header, f"its code stream is {columns} x {rows} pixels, not {expected}")
+    if (facts.rows, facts.columns) != (header.rows, header.columns):
+        stated, expected = (f"{o.columns} x {o.rows}" for o in (facts, header))
+        raise _broken(header, f"its code stream is {stated} pixels, not {expected}")
+    return facts
 
 
 def check_fragments(header: Header, data: bytes) -> None:

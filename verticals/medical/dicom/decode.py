@@ -9,7 +9,7 @@ import numpy as np
 
 from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom import codecs
-from plinth.verticals.medical.dicom.header import BIG_ENDIAN, Frame, Header
+from plinth.verticals.medical.dicom.header import BIG_ENDIAN, UNDEFINED, Frame, Header
 from plinth.verticals.medical.source import DEFLATED, Source, inflate
 from plinth.verticals.medical.volumes.volume import Array
 
@@ -91,7 +91,8 @@ def _read_file(out: Array, slices: list[tuple[int, Frame]]) -> None:
     if header.encapsulated:
         fragments = _value(header)
         for k, frame in slices:
-            _finish(out[k], codecs.decode_frame(header, fragments, frame.index), frame)
+            stored, precision = codecs.decode_frame(header, fragments, frame.index)
+            _finish(out[k], stored, frame, precision)
     elif _direct(header, out):
         _read_direct(out, slices)
     else:
@@ -128,7 +129,9 @@ def _check(header: Header) -> int:
     needed = header.frame_bytes * header.frames
     if header.size < header.offset + needed:
         raise codecs.truncated(header, header.offset + needed)
-    if header.length < needed:
+    excess = header.length - needed
+    row = header.frame_bytes // header.rows
+    if header.length != UNDEFINED and not 0 <= excess <= max(1, row):
         raise InputError(
             f"{header.source.name}: pixel data of {header.length} bytes, "
             f"{header.rows} x {header.columns} x {header.frames} pixels need {needed}",
@@ -149,19 +152,23 @@ def _value(header: Header) -> bytes:
 
 
 # -- stored values to modality values --------------------------------------------------------
-def _finish(out: Array, stored: Array, frame: Frame) -> None:
+def _finish(out: Array, stored: Array, frame: Frame, precision: int | None = None) -> None:
     """Mask and sign stored bits, rescale, replace padding; ``stored`` may share ``out``."""
     header = frame.header
-    values = _significant(stored, header)
+    values = _significant(stored, header, precision)
     if out.dtype == np.int16:
-        _rescale_whole(out, values, frame)
+        _rescale_whole(out, values, frame, max(header.bits_stored, precision or 0))
     else:
         np.copyto(out, values * frame.slope + frame.intercept, casting="same_kind")
     _replace_padding(out, frame)
 
 
-def _significant(stored: Array, header: Header) -> Array:
-    """Bits Stored bits up to High Bit, sign-extended for signed images; in place if writable."""
+def _significant(stored: Array, header: Header, precision: int | None) -> Array:
+    """Bits Stored bits up to High Bit, sign-extended for signed images; in place if writable.
+
+    A code stream that states another precision is right about it: the bits that were coded hold
+    the sign (the header of such files describes the container).
+    """
     width = stored.dtype.itemsize * 8
     bits, high = header.bits_stored, header.high_bit
     if not 1 <= bits <= high + 1 <= header.bits_allocated:
@@ -172,6 +179,8 @@ def _significant(stored: Array, header: Header) -> Array:
             hint="ask the sender for the original image",
             reason="damaged_pixels",
         )
+    if precision is not None and precision != high + 1:
+        bits, high = precision, precision - 1
     drop = 0 if header.encapsulated and high + 1 > width else high + 1 - bits
     values = stored if stored.flags.writeable else stored.copy()
     if drop:
@@ -188,11 +197,10 @@ def _significant(stored: Array, header: Header) -> Array:
     return signed
 
 
-def _rescale_whole(out: Array, values: Array, frame: Frame) -> None:
+def _rescale_whole(out: Array, values: Array, frame: Frame, bits: int) -> None:
     """Whole slope and intercept in int16; wrap-around arithmetic is exact if the ends fit."""
     header = frame.header
     slope, intercept = int(frame.slope), int(frame.intercept)
-    bits = header.bits_stored
     ends = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if header.signed else (0, (1 << bits) - 1)
     if not _fits(ends, slope, intercept):
         ends = int(values.min()), int(values.max())

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pydicom import Dataset
 
 from plinth.engine.errors import InputError
+from plinth.verticals.medical.dicom.grouping import Group, group
 from plinth.verticals.medical.dicom.header import Frame, Header, read_frames
-from plinth.verticals.medical.dicom.split import split_repeats
+from plinth.verticals.medical.dicom.split import split
 from plinth.verticals.medical.source import DEFAULT_LIMITS, Limits, Source, open_archive
 from plinth.verticals.medical.volumes.volume import Issue
 
@@ -40,8 +42,9 @@ class Ignored:
 class Series:
     """Images that may form one volume.
 
-    Same Series Instance UID, Frame of Reference UID, orientation, rows, columns, pixel spacing
-    and SOP class; a series whose positions repeat (4D, phases, echoes) is several of these.
+    Same patient, study, series, frame of reference, orientation, rows, columns, pixel spacing and
+    SOP class (see :mod:`grouping`); a series whose positions repeat (4D, phases, echoes) is
+    several of these.
 
     Args:
         id: stable, short, free of personal data; a choice for ``load(path, series=...)``.
@@ -69,6 +72,14 @@ class Series:
         """Study Instance UID."""
         return self.frames[0].header.study_uid
 
+    def same_series(self, other: Series) -> bool:
+        """Both claim one Series Instance UID of one study and one patient."""
+        mine, other_header = self.frames[0].header, other.frames[0].header
+        return bool(mine.series_uid) and all(
+            getattr(mine, name) == getattr(other_header, name)
+            for name in ("series_uid", "study_uid", "patient")
+        )
+
     @property
     def localiser(self) -> bool:
         """A scout or localiser image."""
@@ -82,11 +93,12 @@ class Series:
     def describe(self) -> str:
         """One line for a list: id, end of the UID, modality, images, size; no free text."""
         header = self.frames[0].header
+        uid = f"UID ...{self.uid[-8:]}" if self.uid else "no Series Instance UID"
         part = f", {self.part}" if self.part else ""
         kind = ", localiser" if self.localiser else ""
         problem = f", not loadable: {self.problem}" if self.problem else ""
         return (
-            f"{self.id} (UID ...{self.uid[-8:]}): {self.modality or 'no modality'}, "
+            f"{self.id} ({uid}): {self.modality or 'no modality'}, "
             f"{_images(len(self.frames))} of {header.columns} x {header.rows}{kind}{part}{problem}"
         )
 
@@ -135,8 +147,12 @@ def scan(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Scan:
         if not images:
             ignored.append(Ignored(found.name, "DICOM without an image"))
         frames += images
-    series = [one for group in _groups(frames) for one in _series(group)]
-    noted = [replace(one, notes=(*one.notes, *_beside(one, series, ignored))) for one in series]
+    series = series_of(frames)
+    expected = _acquired(frames)
+    noted = [
+        replace(one, notes=(*one.notes, *_lost(one, expected), *_beside(one, series, ignored)))
+        for one in series
+    ]
     return Scan(tuple(sorted(noted, key=lambda one: (-len(one.frames), one.id))), tuple(ignored))
 
 
@@ -217,66 +233,24 @@ def _directory(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
             yield Source(target)
 
 
-# -- groups ----------------------------------------------------------------------------------
-def _groups(frames: Iterable[Frame]) -> list[list[Frame]]:
-    """Frames that could share a volume; directions and spacings are compared with tolerance."""
-    exact: dict[tuple[object, ...], list[Frame]] = {}
-    for frame in sorted(frames, key=_order):
-        header = frame.header
-        key = (
-            header.series_uid,
-            header.frame_of_reference,
-            header.rows,
-            header.columns,
-            header.sop_class,
-            header.samples,
-            header.photometric,
-            frame.placed,
-        )
-        exact.setdefault(key, []).append(frame)
-    groups: list[list[Frame]] = []
-    for members in exact.values():
-        clusters: list[list[Frame]] = []
-        for frame in members:
-            home = next((group for group in clusters if _parallel(group[0], frame)), None)
-            if home is None:
-                clusters.append([frame])
-            else:
-                home.append(frame)
-        groups += clusters
-    return groups
-
-
-def _order(frame: Frame) -> tuple[tuple[float, ...], tuple[str, int, str]]:
-    return (*(frame.orientation or ()), *(frame.spacing or ())), frame.key
-
-
-def _parallel(one: Frame, other: Frame) -> bool:
-    turned = _differences(one.orientation, other.orientation)
-    scaled = _differences(one.spacing, other.spacing)
-    return max(turned, default=0) < 2e-3 and max(scaled, default=0) < 2e-3
-
-
-def _differences(one: tuple[float, ...] | None, other: tuple[float, ...] | None) -> list[float]:
-    return [abs(a - b) for a, b in zip(one or (), other or (), strict=False)]
-
-
-def _series(group: list[Frame]) -> Iterator[Series]:
-    if not group[0].placed:
-        yield _one(group, None, (), "no position, orientation or pixel spacing")
+# -- series ----------------------------------------------------------------------------------
+def _series(group: Group) -> Iterator[Series]:
+    frames = list(group.frames)
+    if not frames[0].placed:
+        yield _one(frames, None, group, "no position, orientation or pixel spacing")
         return
-    parts = split_repeats(group)
-    for part in parts:
-        yield _one(list(part.frames), part.label, part.notes, None)
+    for part in split(frames):
+        one = _one(list(part.frames), part.label, group, group.problem)
+        yield replace(one, notes=(*one.notes, *part.notes))
 
 
-def _one(
-    frames: list[Frame], part: str | None, notes: tuple[Issue, ...], problem: str | None
-) -> Series:
+def _one(frames: list[Frame], part: str | None, group: Group, problem: str | None) -> Series:
     first = frames[0]
     header = first.header
     plane = (*(first.orientation or ()), *(first.spacing or ()))
     parts = (
+        header.patient,
+        header.study_uid,
         header.series_uid,
         header.frame_of_reference,
         tuple(round(value, 4) + 0.0 for value in plane),
@@ -285,9 +259,23 @@ def _one(
         header.sop_class,
         header.photometric,
         part,
+        min(frame.header.sop_uid for frame in frames),
+        () if group.trusted else _content(frames),
     )
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=6).hexdigest()
-    return Series(digest, header.modality, tuple(frames), part, notes, problem or _unfit(frames))
+    return Series(
+        digest, header.modality, tuple(frames), part, group.notes, problem or _unfit(frames)
+    )
+
+
+def _content(frames: list[Frame]) -> tuple[object, ...]:
+    """What stands in for UIDs that cannot be trusted: places, and pixels of the middle image."""
+    ordered = sorted(frames, key=lambda frame: (frame.position or (), frame.key))
+    header = ordered[len(ordered) // 2].header
+    with header.source.open() as (stream, size):
+        stream.seek(min(header.offset, size))
+        pixels = stream.read(min(header.length, 1 << 20))
+    return ordered[0].position, len(ordered), hashlib.blake2b(pixels).hexdigest()
 
 
 def _images(count: int) -> str:
@@ -312,10 +300,50 @@ def _unfit_header(header: Header) -> str | None:
     return None
 
 
+def series_of(frames: Sequence[Frame]) -> list[Series]:
+    """The series that images belong to, by what they say of themselves; no id repeats."""
+    return list(_told_apart([one for found in group(frames) for one in _series(found)]))
+
+
+def _told_apart(series: Sequence[Series]) -> Iterator[Series]:
+    """Copies of one series without trustworthy UIDs get ids by their folders."""
+    seen: set[str] = set()
+    for one in series:
+        if one.id in seen:
+            where = one.frames[0].header.source.folder
+            digest = hashlib.blake2b(f"{one.id}\0{where}".encode(), digest_size=6).hexdigest()
+            yield replace(one, id=digest)
+        else:
+            seen.add(one.id)
+            yield one
+
+
+# -- completeness ----------------------------------------------------------------------------
+def _acquisition(frame: Frame) -> tuple[str, ...]:
+    header = frame.header
+    return header.patient, header.study_uid, frame.marks.get("AcquisitionNumber", "")
+
+
+def _acquired(frames: list[Frame]) -> Counter[tuple[str, ...]]:
+    """Images at hand of each acquisition, in whatever series (PS3.3 C.12.1.1.10)."""
+    return Counter(map(_acquisition, frames))
+
+
+def _lost(one: Series, acquired: Counter[tuple[str, ...]]) -> Iterator[Issue]:
+    """Images that the headers announce and that are not there."""
+    for name in dict.fromkeys(map(_acquisition, one.frames)):
+        members = [frame for frame in one.frames if _acquisition(frame) == name]
+        wanted = max(frame.header.images_in_acquisition or 0 for frame in members)
+        if wanted > acquired[name]:
+            text = f"{acquired[name]} of the {wanted} images that the acquisition had are here"
+            yield Issue("partial", text)
+
+
+# -- what lies beside ------------------------------------------------------------------------
 def _beside(one: Series, series: list[Series], ignored: list[Ignored]) -> Iterator[Issue]:
     """What the same series or folder holds that is not in this volume."""
     for other in series:
-        if other is one or other.uid != one.uid or other.part is not None:
+        if other is one or not one.same_series(other) or other.part is not None:
             continue
         count, header = len(other.frames), other.frames[0].header
         if not other.frames[0].placed:

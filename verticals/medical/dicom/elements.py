@@ -6,6 +6,7 @@ their digits are good; pydicom's own conversion would warn, round or drop them.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ MARKS = (
     "NominalCardiacTriggerDelayTime",
     "TriggerTime",
     "InversionTime",
+    "KVP",
     "StackID",
     "AcquisitionNumber",
     "FrameType",
@@ -37,7 +39,24 @@ MARKS = (
 )
 """Attributes that tell repeated positions apart, the most telling first."""
 
+SEPARATE = (
+    *("KVP", "EchoNumbers", "TemporalPositionIdentifier", "TemporalPositionIndex"),
+    *("DiffusionBValue", "ConvolutionKernel"),
+)
+"""Attributes whose values never share a volume, whether or not positions repeat."""
+
+PATIENT = ("PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate")
+"""Attributes that say who was imaged; only their digest is kept."""
+
+ORIGIN = (
+    *("SeriesNumber", "StudyID", "AccessionNumber", "StudyDate", "StudyTime", "SeriesDate"),
+    *("SeriesTime", "Manufacturer", "ManufacturerModelName", "StationName", "ProtocolName"),
+    *("SeriesDescription", "KVP", "ConvolutionKernel", "PatientSex", "PatientAge"),
+)
+"""Attributes equal in all images of a series; they stand in for an absent UID."""
+
 KEYWORDS = (
+    *(*PATIENT, *ORIGIN, "InstanceNumber", "ImagesInAcquisition", "ContrastBolusAgent"),
     *("SOPClassUID", "SOPInstanceUID", "Modality", "BurnedInAnnotation"),
     *("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"),
@@ -49,7 +68,7 @@ KEYWORDS = (
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
 
-TAGS = {keyword: Tag(keyword) for keyword in (*KEYWORDS, *MARKS)}
+TAGS = {keyword: Tag(keyword) for keyword in dict.fromkeys((*KEYWORDS, *MARKS))}
 READ: list[BaseTag | int] = list(TAGS.values())
 """The tags that are read of a file before its pixels."""
 
@@ -66,6 +85,20 @@ def plain(dataset: Dataset, keyword: str) -> str:
         )
         return value.hex() if binary else value.decode("latin-1").strip(" \0")
     return "" if value is None else str(value)
+
+
+def digest(dataset: Dataset, keywords: tuple[str, ...]) -> str:
+    """A stand-in for values that must not be kept; empty when all of them are."""
+    values = [plain(dataset, keyword).rstrip("^").casefold() for keyword in keywords]
+    if not any(values):
+        return ""
+    return hashlib.blake2b("\0".join(values).encode(), digest_size=12).hexdigest()
+
+
+def whole(dataset: Dataset, keyword: str) -> int | None:
+    """An Integer String; ``None`` when absent or not one, as for information only."""
+    value = plain(dataset, keyword)
+    return int(value) if value.removeprefix("-").isdecimal() and len(value) < 12 else None
 
 
 def text(dataset: Dataset, keyword: str) -> str | None:

@@ -13,13 +13,17 @@ from pydicom.tag import BaseTag
 from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.elements import (
     MARKS,
+    ORIGIN,
+    PATIENT,
     READ,
     TAGS,
+    digest,
     integer,
     numbers,
     plain,
     text,
     texts,
+    whole,
 )
 from plinth.verticals.medical.source import (
     DEFLATED,
@@ -36,6 +40,7 @@ from plinth.verticals.medical.volumes.volume import Window
 IMPLICIT = "1.2.840.10008.1.2"
 BIG_ENDIAN = "1.2.840.10008.1.2.2"
 PIXEL_TAGS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
+PIXEL_VRS = tuple(vr + b"\0\0" for vr in (b"OW", b"OB", b"OF", b"OD", b"UN"))
 UNDEFINED = 0xFFFFFFFF
 MOST_FRAMES = 1 << 16
 
@@ -48,6 +53,11 @@ class Header:
         source: the file.
         size: its bytes (of the inflated data set for a deflated file).
         syntax: Transfer Syntax UID.
+        patient: digest of who was imaged; equal for equal patients, empty when nothing says.
+        origin: digest of the attributes that are equal in all images of a series.
+        instance_number: Instance Number, if it is one.
+        images_in_acquisition: Images in Acquisition.
+        contrast: a Contrast/Bolus Agent is named.
         offset: byte where the pixel data's value starts.
         length: declared bytes of it; ``UNDEFINED`` when encapsulated.
         floating: the pixels are Float or Double Float Pixel Data.
@@ -64,6 +74,11 @@ class Header:
     sop_class: str
     sop_uid: str
     modality: str
+    patient: str
+    origin: str
+    instance_number: int | None
+    images_in_acquisition: int | None
+    contrast: bool
     study_uid: str
     series_uid: str
     frame_of_reference: str
@@ -107,7 +122,8 @@ class Frame:
         spacing: Pixel Spacing: (row step, column step) = (y, x) mm (PS3.3 10.7.1.3).
         slope: Rescale Slope.
         intercept: Rescale Intercept.
-        rescaled: the image says what slope turns its stored values into modality values.
+        rescaled: the image gives both, slope and intercept, and so means its values.
+        half_rescaled: it gives one of the two.
         marks: attributes that may tell repeats of a position apart.
     """
 
@@ -119,6 +135,7 @@ class Frame:
     slope: float
     intercept: float
     rescaled: bool
+    half_rescaled: bool
     marks: dict[str, str] = field(repr=False)
 
     @property
@@ -151,7 +168,7 @@ def read_frames(source: Source) -> list[Frame]:
     with source.open() as (stream, size):
         try:
             dataset, syntax, stream, size = _parse(source, stream, size)
-            header = _header(dataset, source, size, syntax, _pixel_element(stream, syntax))
+            header = _header(dataset, source, size, syntax, _pixel_element(stream, syntax, size))
             if header is None:
                 return []
             return list(_frames(dataset, header))
@@ -191,17 +208,24 @@ def _bare(start: bytes) -> bool:
     return len(start) > 8 and start[0] in (2, 8) and start[1] == 0 and start[3] == 0
 
 
-def _pixel_element(stream: IO[bytes], syntax: str) -> tuple[int, int, bool] | None:
-    """Offset and declared length of the pixel data's value, and whether it is floating."""
-    order = "big" if syntax == BIG_ENDIAN else "little"
-    start = stream.read(8)
-    group, element = (int.from_bytes(start[n : n + 2], cast(Any, order)) for n in (0, 2))
-    if group != 0x7FE0:
+def _pixel_element(stream: IO[bytes], syntax: str, size: int) -> tuple[int, int, bool] | None:
+    """Offset and declared length of the pixel data's value, and whether it is floating.
+
+    Whether a VR stands before the length is read from the bytes: files that declare implicit VR
+    and are explicit, or the reverse, are common.
+    """
+    order = cast(Any, "big" if syntax == BIG_ENDIAN else "little")
+    start, at = stream.read(12), stream.tell()
+    group, element = (int.from_bytes(start[n : n + 2], order) for n in (0, 2))
+    if group != 0x7FE0 or len(start) < 8:
         return None
-    length = start[4:8] if syntax == IMPLICIT else stream.read(4)
-    if len(length) < 4:
-        return None
-    return stream.tell(), int.from_bytes(length, cast(Any, order)), element != 0x0010
+    floating = element != 0x0010
+    after_vr = int.from_bytes(start[8:12], order)
+    if start[4:8] in PIXEL_VRS and (after_vr == UNDEFINED or at + after_vr <= size):
+        return at, after_vr, floating
+    if start[4:8] in PIXEL_VRS and syntax != IMPLICIT:
+        return at, after_vr, floating  # cut short
+    return at - len(start) + 8, int.from_bytes(start[4:8], order), floating
 
 
 def _header(
@@ -229,6 +253,11 @@ def _header(
         sop_class=sop_class,
         sop_uid=text(dataset, "SOPInstanceUID") or "",
         modality=text(dataset, "Modality") or "",
+        patient=digest(dataset, PATIENT),
+        origin=digest(dataset, ORIGIN),
+        instance_number=whole(dataset, "InstanceNumber"),
+        images_in_acquisition=whole(dataset, "ImagesInAcquisition"),
+        contrast=text(dataset, "ContrastBolusAgent") is not None,
         study_uid=text(dataset, "StudyInstanceUID") or "",
         series_uid=text(dataset, "SeriesInstanceUID") or "",
         frame_of_reference=text(dataset, "FrameOfReferenceUID") or "",
@@ -314,18 +343,23 @@ def _frames(dataset: Dataset, header: Header) -> Iterator[Frame]:
         yield _frame(header, index, values, own)
 
 
+MACROS = {
+    0x00209113: (("position", "ImagePositionPatient"),),
+    0x00209116: (("orientation", "ImageOrientationPatient"),),
+    0x00289110: (("spacing", "PixelSpacing"),),
+    0x00289145: (("slope", "RescaleSlope"), ("intercept", "RescaleIntercept")),
+}
+"""What is read of Plane Position, Plane Orientation, Pixel Measures and Pixel Value Transformation
+Sequence (PS3.3 C.7.6.16.2), and from nowhere else: private sequences repeat these attributes with
+other meanings."""
+
+
 def _take(macro: Dataset, values: dict[str, tuple[float, ...]], marks: dict[str, str]) -> None:
     for element in macro:
-        if element.VR != "SQ" or not element.value:
+        if element.tag.is_private or element.VR != "SQ" or not element.value:
             continue
         item = element.value[0]
-        for name, keyword in (
-            ("position", "ImagePositionPatient"),
-            ("orientation", "ImageOrientationPatient"),
-            ("spacing", "PixelSpacing"),
-            ("slope", "RescaleSlope"),
-            ("intercept", "RescaleIntercept"),
-        ):
+        for name, keyword in MACROS.get(int(element.tag), ()):
             found = numbers(item, keyword)
             if found:
                 values[name] = found
@@ -346,7 +380,8 @@ def _frame(
         spacing=exactly("spacing", 2),
         slope=_first(values["slope"], 1.0),
         intercept=_first(values["intercept"], 0.0),
-        rescaled=bool(values["slope"]),
+        rescaled=bool(values["slope"] and values["intercept"]),
+        half_rescaled=bool(values["slope"]) != bool(values["intercept"]),
         marks=marks,
     )
 

@@ -52,7 +52,7 @@ STATUS_OF: dict[str, Status] = {
     "tilt": "resampled_tilt",
 }
 
-NOTES = ("padding", "left_out", "units", "window")
+NOTES = ("padding", "left_out", "units", "window", "identity")
 """Issues that concern no voxel's place; they leave a verdict ``"ok"``."""
 
 
@@ -84,6 +84,7 @@ def load_volume(
     stack = geometry.stack(chosen.frames)
     notes = (*chosen.notes, *found)
     _refuse(chosen, stack, notes, strict=strict, gaps=gaps)
+    _check_rescale(stack.frames)
     voxels = decode(stack.frames)
     _check_repeats(stack, voxels)
     facts = _facts(chosen, stack)
@@ -238,6 +239,39 @@ def _refuse(
         field=series.id,
         hint=hint,
         reason=f"geometry_{kinds[0]}",
+    )
+
+
+def _check_rescale(frames: Sequence[Frame]) -> None:
+    """Values of all slices are in one unit, by a rescale that can be one (PS3.3 C.11.1).
+
+    Raises:
+        InputError: slope 0, a rescale in some slices only, or half of one in a CT image.
+    """
+    for frame in frames:
+        if frame.slope == 0:
+            raise _bad_rescale(frame, "Rescale Slope is 0, so all values would be equal")
+        if frame.header.modality != "CT":
+            continue
+        if frame.half_rescaled:
+            raise _bad_rescale(frame, "one of Rescale Slope and Rescale Intercept is missing")
+        if "RescaleType" in frame.marks and not frame.rescaled:
+            raise _bad_rescale(frame, "a Rescale Type without Rescale Slope and Intercept")
+    bare = [frame for frame in frames if not (frame.rescaled or frame.half_rescaled)]
+    if 0 < len(bare) < len(frames):
+        count = f"{len(bare)} of {len(frames)} images"
+        raise _bad_rescale(bare[0], f"Rescale Slope and Intercept are missing in {count}")
+    units = sorted({frame.units or "no unit" for frame in frames})
+    if len(units) > 1:
+        raise _bad_rescale(frames[0], f"the images are in different units: {', '.join(units)}")
+
+
+def _bad_rescale(frame: Frame, why: str) -> InputError:
+    return InputError(
+        f"{frame.header.source.name}: {why}",
+        field="RescaleSlope",
+        hint="ask the sender for the original images",
+        reason="bad_rescale",
     )
 
 

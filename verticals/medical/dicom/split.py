@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
 
-from plinth.verticals.medical.dicom.elements import MARKS
-from plinth.verticals.medical.dicom.geometry import SAME_PLACE_MM
+import numpy as np
+
+from plinth.verticals.medical.dicom.elements import MARKS, SEPARATE
+from plinth.verticals.medical.dicom.geometry import SAME_PLACE_MM, orientation_axes
 from plinth.verticals.medical.dicom.header import Frame
 from plinth.verticals.medical.volumes.volume import Issue
 
@@ -30,21 +33,85 @@ class Part:
     notes: tuple[Issue, ...] = ()
 
 
-def split_repeats(frames: Sequence[Frame]) -> list[Part]:
-    """Split frames of one orientation so that no part holds a position twice.
+def split(frames: Sequence[Frame]) -> list[Part]:
+    """Split frames of one orientation into volumes.
 
-    Single attributes are tried first (``elements.MARKS``), then pairs and
-    triples. When none separates the repeats, the frames stay together; the loader then drops
-    exact copies and refuses anything else.
+    Values of ``elements.SEPARATE`` never share a volume, nor do acquisitions whose ranges along
+    the normal overlap. Within what is left, no part may hold a position twice: single attributes
+    are tried first (``elements.MARKS``), then pairs and triples. When none separates the repeats,
+    the frames stay together; the loader then drops exact copies and refuses anything else.
     """
+    marks = _separating(frames)
+    if not marks:
+        return _split_repeats(frames)
+    groups: dict[tuple[str, ...], list[Frame]] = {}
+    for frame in frames:
+        groups.setdefault(tuple(frame.marks.get(mark, "") for mark in marks), []).append(frame)
+    parts = []
+    for number, (_, members) in enumerate(sorted(groups.items(), key=_ascending), 1):
+        name = f"part {number} of {len(groups)} by {' and '.join(marks)}"
+        for inner in _split_repeats(members):
+            label = f"{name}, {inner.label}" if inner.label else name
+            parts.append(replace(inner, label=label))
+    return _shortened(parts)
+
+
+def _separating(frames: Sequence[Frame]) -> tuple[str, ...]:
+    """The attributes that part these frames whatever their places; a count of slices does not."""
+    found = []
+    for mark in SEPARATE:
+        values = Counter(frame.marks.get(mark, "") for frame in frames)
+        if len(values) > 1 and max(values.values()) > 1:
+            found.append(mark)
+    if _interleaved(frames):
+        found.append("AcquisitionNumber")
+    return tuple(found)
+
+
+def _interleaved(frames: Sequence[Frame]) -> bool:
+    """Two acquisitions overlap along the normal by more than one slice each, at other places."""
+    depths: dict[str, list[float]] = {}
+    normal = orientation_axes(frames[0])[:, 2]
+    for frame in frames:
+        depth = float(np.dot(frame.position or (0, 0, 0), normal))
+        depths.setdefault(frame.marks.get("AcquisitionNumber", ""), []).append(depth)
+    stacks = sorted(sorted(depth) for depth in depths.values() if len(depth) > 1)
+    for one, other in pairwise(stacks):
+        shared = (
+            [d for d in one if other[0] < d < other[-1]],
+            [d for d in other if one[0] < d < one[-1]],
+        )
+        apart = set(np.round(shared[0], 2)).isdisjoint(np.round(shared[1], 2))
+        if apart and min(map(len, shared)) > 1:
+            return True
+    return False
+
+
+def _shortened(parts: list[Part]) -> list[Part]:
+    """Parts that reach less far than the largest of them are partial."""
+    most = max(len(part.frames) for part in parts)
+    return [
+        replace(part, notes=(*part.notes, Issue("partial", _fewer(len(part.frames), most))))
+        if len(part.frames) < most and not part.notes
+        else part
+        for part in parts
+    ]
+
+
+def _fewer(count: int, most: int) -> str:
+    return f"{count} images are in this part, {most} in the largest part of the series"
+
+
+def _split_repeats(frames: Sequence[Frame]) -> list[Part]:
     places = _places(frames)
     total = len(set(places))
     if total == len(frames):
         return [Part(tuple(frames))]
     varying = [mark for mark in MARKS if len({frame.marks.get(mark) for frame in frames}) > 1]
+    repeats = max(Counter(places).values())
     for count in (1, 2, 3):
         for marks in combinations(varying, count):
-            parts = _by(frames, places, marks, total)
+            parts = _by(frames, places, marks, total, repeats)
             if parts:
                 return parts
     return [Part(tuple(frames))]
@@ -70,27 +137,31 @@ def _around(cell: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _by(
-    frames: Sequence[Frame], places: list[int], marks: tuple[str, ...], total: int
+    frames: Sequence[Frame], places: list[int], marks: tuple[str, ...], total: int, repeats: int
 ) -> list[Part] | None:
-    """The parts by these attributes, or ``None`` if they do not separate the repeats."""
+    """The parts by these attributes, or ``None`` if they do not separate the repeats.
+
+    As many parts as a position has images are phases, however short; of any other number, each
+    has to cover SHARE of the positions, or the attribute counts something else.
+    """
     groups: dict[tuple[str, ...], list[int]] = {}
     for n, frame in enumerate(frames):
         groups.setdefault(tuple(frame.marks.get(mark, "") for mark in marks), []).append(n)
     for members in groups.values():
         covered = len({places[n] for n in members})
-        if covered < len(members) or covered < SHARE * total:
+        short = covered < SHARE * total and len(groups) != repeats
+        if covered < len(members) or short:
             return None
     parts = []
     for number, (_, members) in enumerate(sorted(groups.items(), key=_ascending), 1):
-        short = total - len(members)
         text = f"{len(members)} of the {total} positions of this series are in this part"
-        notes = (Issue("partial", text),) if short else ()
+        notes = (Issue("partial", text),) if len(members) < total else ()
         label = f"part {number} of {len(groups)} by {' and '.join(marks)}"
         parts.append(Part(tuple(frames[n] for n in members), label, notes))
     return parts
 
 
-def _ascending(group: tuple[tuple[str, ...], list[int]]) -> tuple[tuple[float, str], ...]:
+def _ascending(group: tuple[tuple[str, ...], object]) -> tuple[tuple[float, str], ...]:
     """Orders mark values by number where they are numbers."""
     return tuple((_number(value), value) for value in group[0])
 

@@ -48,9 +48,9 @@ class Issue:
 
     Args:
         kind: ``tilt``, ``spacing``, ``gap``, ``duplicate``, ``mixed``, ``no_position``,
-            ``single_slice``, ``partial``, ``damaged``, ``padding``, ``units``, ``window`` or
-            ``left_out``; the last four are notes that concern no voxel's place and never
-            refuse a series.
+            ``single_slice``, ``partial``, ``damaged``, ``padding``, ``units``, ``window``,
+            ``left_out`` or ``identity``; the last five are notes that concern no voxel's place
+            and never refuse a series.
         message: a sentence for the user, with numbers in mm.
         mm: the size of it in mm (drift, deviation, width of a gap), where there is one.
         slices: indices of the slices concerned, in the order along the normal.
