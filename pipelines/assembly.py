@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plinth.engine import ConfigError, Engine, Sla
+from plinth.engine import ConfigError, Engine, Model, Sla
+from plinth.engine.models.store import choose_store, default_store
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.config.source import validated
 from plinth.verticals import Vertical, registry
 
 log = logging.getLogger("plinth.assembly")
-
-STORE_VARIABLE = "PLINTH_MODEL_STORE"
 
 
 def chosen(config: Config, names: Sequence[str] = ()) -> list[str]:
@@ -43,20 +41,13 @@ def load_verticals(config: Config, names: Sequence[str] = ()) -> dict[str, Verti
     Raises:
         ConfigError: unknown vertical or setting; names file and line.
     """
-    use_store(config)
     return {name: load_vertical(config, name) for name in chosen(config, names)}
-
-
-def use_store(config: Config) -> None:
-    """Make ``models.store`` the store that :func:`plinth.engine.from_pretrained` reads."""
-    if config.models.store is not None:
-        os.environ[STORE_VARIABLE] = str(config.models.store)
 
 
 def store_path(config: Config) -> Path:
     """The model store in force: ``models.store``, ``PLINTH_MODEL_STORE``, or the user's own."""
-    named = config.models.store or os.environ.get(STORE_VARIABLE)
-    return Path(named) if named else Path.home() / ".local/share/plinth/models"
+    with choose_store(config.models.store):
+        return default_store()
 
 
 def load_vertical(config: Config, name: str) -> Vertical[Any, Any]:
@@ -64,7 +55,18 @@ def load_vertical(config: Config, name: str) -> Vertical[Any, Any]:
     kind = registry.find(name)
     table = config.vertical(name).settings
     settings = validated(kind.settings_type, table, ("verticals", name), config.origin)
-    return registry.load(name, settings)
+    with choose_store(config.models.store):
+        return registry.load(name, settings)
+
+
+def models_of(vertical: Vertical[Any, Any], config: Config) -> list[Model]:
+    """The models that a vertical brings, from the store of the config.
+
+    Raises:
+        ModelError: a model is missing or damaged.
+    """
+    with choose_store(config.models.store):
+        return list(vertical.models())
 
 
 def sla_of(vertical: Vertical[Any, Any], config: Config) -> Sla:
@@ -98,18 +100,45 @@ def doors(kind: type[Vertical[Any, Any]]) -> list[str]:
 def build_engine(config: Config, verticals: Mapping[str, Vertical[Any, Any]]) -> Engine:
     """An engine, not yet started, that has every model of the verticals.
 
+    A model that several verticals bring is loaded once.
+
     Raises:
-        ConfigError: a setting of ``[engine]`` is wrong for this machine.
+        ConfigError: a setting of ``[engine]`` is wrong for this machine, or two verticals bring
+            different models of one name.
         ModelError: a model is missing or damaged.
         DeviceError: the device is not there.
     """
     engine = Engine(**config.engine.model_dump())
+    brought: dict[str, tuple[str, Model, object]] = {}
     for vertical in verticals.values():
         rows = config.vertical(vertical.name).batch_range
         options: dict[str, Any] = {} if rows is None else {"batch_range": rows}
-        for model in vertical.models():
+        for model in models_of(vertical, config):
+            name = model.spec.name
+            by, first, range_ = brought.setdefault(name, (vertical.name, model, rows))
+            _check_shared(name, (by, first, range_), (vertical.name, model, rows))
             engine.add(model, sla=sla_of(vertical, config), **options)
     return engine
+
+
+def _check_shared(
+    name: str, one: tuple[str, Model, object], other: tuple[str, Model, object]
+) -> None:
+    """Refuse two models of one name: a call could not say which of them it means."""
+    if one[1] is not other[1] and (one[1].spec, one[1].digest()) != (
+        other[1].spec,
+        other[1].digest(),
+    ):
+        raise ConfigError(
+            f"verticals {one[0]} and {other[0]} bring different models named {name}",
+            hint=f"give one of them another name, such as {other[0]}-{name}",
+        )
+    if one[2] != other[2]:
+        raise ConfigError(
+            f"verticals {one[0]} and {other[0]} share model {name}, but their batch_range differs: "
+            f"{one[2]} and {other[2]}",
+            hint="give both the same batch_range",
+        )
 
 
 def plan(config: Config, names: Sequence[str] = ()) -> dict[str, Any]:
@@ -135,7 +164,7 @@ def _described(vertical: Vertical[Any, Any], config: Config) -> dict[str, Any]:
         "summary": vertical.summary,
         "doors": doors(type(vertical)),
         "route": f"POST /v1/{vertical.name}/{vertical.action}",
-        "models": {model.spec.name: model.spec.version for model in vertical.models()},
+        "models": {m.spec.name: m.spec.version for m in models_of(vertical, config)},
         "sla": dataclasses.asdict(sla_of(vertical, config)),
     }
 

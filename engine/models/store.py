@@ -14,7 +14,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -236,11 +238,28 @@ class ModelStore:
             raise ModelError(f"{path} cannot be read: {error}") from error
 
 
+_CHOSEN: ContextVar[Path | None] = ContextVar("plinth_model_store", default=None)
+
+
+@contextmanager
+def choose_store(root: Path | None) -> Iterator[None]:
+    """Let :func:`from_pretrained` read this store inside the block; None leaves it as it is."""
+    token = _CHOSEN.set(_CHOSEN.get() if root is None else root)
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
+
+
+def default_store() -> Path:
+    """The store in force: the one chosen, else ``PLINTH_MODEL_STORE``, else the user's own."""
+    own = Path.home() / ".local" / "share" / "plinth" / "models"
+    return _CHOSEN.get() or Path(os.environ.get("PLINTH_MODEL_STORE") or own)
+
+
 def from_pretrained(name: str, *, version: str | None = None, store: Path | None = None) -> Model:
-    """Load a model from a store: ``store``, else ``PLINTH_MODEL_STORE``, else the user's own."""
-    default = Path.home() / ".local" / "share" / "plinth" / "models"
-    root = store or Path(os.environ.get("PLINTH_MODEL_STORE") or default)
-    return ModelStore(root).load(name, version)
+    """Load a model from a store: ``store``, else the one in force (:func:`default_store`)."""
+    return ModelStore(store or default_store()).load(name, version)
 
 
 def _build(spec: ModelSpec, origin: str | None) -> nn.Module:

@@ -450,7 +450,8 @@ class Engine:
             self._busy += now - begun
             self._batcher.finished(batch, now - begun, now)
         self.metrics.busy_seconds.inc(now - begun)
-        self.metrics.halved.labels(loaded.spec.name).inc(loaded.halvings - halvings)
+        if loaded.halvings > halvings:
+            self.metrics.halved.labels(loaded.spec.name).inc(loaded.halvings - halvings)
         meters = self.metrics.of_model(loaded.spec.name)
         meters.batch_rows.observe(batch.rows)
         meters.batch_seconds.observe(now - begun)

@@ -39,6 +39,7 @@ class LoadedModel:
         plan: its memory; ``None`` where sizes of its inputs are free.
         free: some size of its inputs is free, so that calls fall into shape buckets.
         key: prefix of its batch keys.
+        asked: what it was loaded from and how, so that the same is not loaded twice.
         halvings: batches that did not fit into memory and were run in halves, so far.
     """
 
@@ -50,6 +51,7 @@ class LoadedModel:
     free: bool = field(init=False)
     key: str = field(init=False)
     halvings: int = field(init=False, default=0)
+    asked: object = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.free = is_free(self.spec)

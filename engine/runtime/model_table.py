@@ -85,17 +85,23 @@ class ModelTable:
     ) -> LoadedModel:
         """Make a model ready; it answers to its name from :meth:`put` on.
 
+        The same model, asked for in the same way, is not loaded again.
+
         Raises:
             OutOfMemory: it does not fit beside the others.
         """
         execution = self._execution
         usual = execution.backend or ("onnxruntime" if model.onnx else "eager")
         with self._one_at_a_time:
+            asked = (model.spec, model.digest(), batch_range, backend, repr(precision))
+            if (known := self._models.get(model.spec.name)) and known.asked == asked:
+                known.sla = sla
+                return known
             if self._budget is None:
                 self._budget = budget(self._device, self._setting)
             held = sum(weight_bytes(loaded.model) for loaded in self.all())
             self._check(model, held)
-            return load_model(
+            loaded = load_model(
                 model,
                 sla,
                 self._device,
@@ -106,6 +112,8 @@ class ModelTable:
                 batch_range=batch_range,
                 budget=self._budget - held,
             )
+            loaded.asked = asked
+            return loaded
 
     def _check(self, model: Model, held: int) -> None:
         """Refuse a model whose weights do not fit, or leave another no room for one row."""

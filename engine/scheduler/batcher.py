@@ -441,7 +441,7 @@ class Batcher:
         # A quarter at once: to find out what is in use takes a look at all that waits.
         for key in spare[: len(self._settings_by_key) - MAX_KEYS * 3 // 4]:
             del self._settings_by_key[key]
-        self.latency.trim(MAX_KEYS, self._settings_by_key.keys())
+        self.latency.keep(self._settings_by_key.keys())
 
     def _keys_in_use(self) -> set[BatchKey]:
         """Keys of what waits and runs, and those it may be degraded to."""

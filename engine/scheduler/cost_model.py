@@ -152,7 +152,6 @@ class LatencyModel:
         curve = self._curves.setdefault(key, _Curve())
         if curve.is_far(rows):
             self.seed(key, rows, seconds / curve.level())
-        self._curves[key] = self._curves.pop(key)  # the last to learn is the last to be dropped
         curve.observe(rows, max(seconds, 1e-7))
 
     def predict(self, key: BatchKey, rows: int, quantile: float = 0.99) -> float:
@@ -178,10 +177,9 @@ class LatencyModel:
         """Drop what is known of a key."""
         self._curves.pop(key, None)
 
-    def trim(self, max_keys: int, in_use: Set[BatchKey]) -> None:
-        """Drop the keys that have learned least recently, but none in use, down to a number."""
-        spare = [key for key in self._curves if key not in in_use]
-        for key in spare[: max(0, len(self._curves) - max_keys)]:
+    def keep(self, keys: Set[BatchKey]) -> None:
+        """Drop what is known of all other keys."""
+        for key in self._curves.keys() - keys:
             del self._curves[key]
 
     def save(self) -> None:

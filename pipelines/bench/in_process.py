@@ -15,7 +15,7 @@ from plinth.pipelines.assembly import (
     is_folder_vertical,
     load_vertical,
     sla_of,
-    use_store,
+    store_path,
 )
 from plinth.pipelines.bench.over_http import read_bodies
 from plinth.pipelines.bench.search import Trial
@@ -69,7 +69,6 @@ def prepare(
     Raises:
         ConfigError: there is no such vertical, model or request.
     """
-    use_store(config)
     if target.startswith(MODEL):
         if files:
             raise ConfigError("a lone model is asked with noise", hint="leave out --body")
@@ -108,7 +107,7 @@ def _requests(vertical: Vertical[Any, Any], files: Sequence[Path]) -> list[Any]:
 def _of_model(config: Config, name: str, changes: dict[str, Any]) -> Prepared:
     registry.describe()  # imports the verticals, which register the code of their models
     short, _, version = name.partition("@")
-    model: Model = from_pretrained(short, version=version or None)
+    model: Model = from_pretrained(short, version=version or None, store=store_path(config))
     engine = build_engine(config, {})
     engine.add(model, sla=(promise := Sla(**changes)))
     rows = model.spec.example(SAMPLES)

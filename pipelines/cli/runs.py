@@ -24,7 +24,8 @@ from rich.progress import (
 
 from plinth.engine import ConfigError, Engine
 from plinth.engine.metrics import REGISTRY
-from plinth.pipelines.assembly import build_engine, doors, load_vertical, sla_of, use_store
+from plinth.engine.models.store import choose_store
+from plinth.pipelines.assembly import build_engine, doors, load_vertical, sla_of
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.console import err, say, show_json, show_table
 from plinth.pipelines.folders.batch import Batch, Summary, check_folders
@@ -117,7 +118,6 @@ def run_stream(config: Config, name: str, metrics: str | None, as_json: bool) ->
         )
     from plinth.pipelines.stream import worker as stream
 
-    use_store(config)
     vertical = load_vertical(config, name)
     stop = threading.Event()
     with (
@@ -183,9 +183,9 @@ def run_batch(config: Config, as_json: bool) -> int:
         )
     check_folders(settings.input, settings.output)
     name = settings.vertical or _only_folder_vertical()
-    use_store(config)
     vertical = load_vertical(config, name)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(choose_store(config.models.store))
         engine = stack.enter_context(build_engine(config, {name: vertical}))
         view = stack.enter_context(BatchView())
         job = Batch(

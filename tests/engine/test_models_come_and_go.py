@@ -1,0 +1,271 @@
+"""Models added, replaced, shared and removed while calls run; what is kept stays inside bounds."""
+
+import gc
+import os
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from plinth.engine import (
+    Batcher,
+    Call,
+    Engine,
+    LatencyModel,
+    Model,
+    ModelError,
+    ModelSpec,
+    Sla,
+    TensorSpec,
+    Work,
+)
+from plinth.engine.errors import OutOfMemory
+from plinth.engine.metrics import REGISTRY
+from plinth.engine.scheduler.batcher import MAX_KEYS
+
+SLA = Sla(deadline_ms=60_000)
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def scale(factor: float, name: str = "scale", version: str = "1", shape=(4,), **facts) -> Model:
+    spec = ModelSpec(
+        name=name,
+        version=version,
+        inputs=(TensorSpec(name="x", shape=shape),),
+        outputs=(TensorSpec(name="y", shape=shape),),
+        **facts,
+    )
+    return Model(spec, Scale(factor).eval())
+
+
+def ask(engine: Engine, name: str = "scale") -> float:
+    return engine.submit(Call(name, torch.ones(1, 4)), SLA).result(30).value[0, 0].item()
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_a_model_added_again_with_other_weights_serves_the_new_ones(version):
+    with Engine(threads=1) as engine:
+        engine.add(scale(2.0), batch_range=(1, 8))
+        old = weakref.ref(engine._models.get("scale").model.module)
+        assert ask(engine) == 2.0
+        engine.add(scale(3.0, version=version), batch_range=(1, 8))
+        assert ask(engine) == 3.0
+        gc.collect()
+        assert old() is None, "the old one is freed"
+        assert engine.status()["models"]["scale"]["version"] == version
+
+
+def test_calls_accepted_before_a_replacement_are_answered_by_the_old_model():
+    entered, go = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        entered.set()
+        assert go.wait(30)
+
+    with Engine(threads=1) as engine:
+        engine.add(scale(2.0), batch_range=(1, 8))
+        engine.submit(Call("scale", torch.ones(1, 4))).add_done_callback(hold)
+        assert entered.wait(30)
+        before = [engine.submit(Call("scale", torch.ones(1, 4)), SLA) for _ in range(20)]
+        engine.add(scale(3.0), batch_range=(1, 8))
+        after = [engine.submit(Call("scale", torch.ones(1, 4)), SLA) for _ in range(20)]
+        go.set()
+        assert {call.result(30).value[0, 0].item() for call in before} == {2.0}
+        assert {call.result(30).value[0, 0].item() for call in after} == {3.0}
+
+
+def test_the_same_model_added_twice_is_loaded_once():
+    with Engine(threads=1) as engine:
+        engine.add(scale(2.0), batch_range=(1, 8))
+        loaded = engine._models.get("scale")
+        engine.add(scale(2.0), sla=SLA, batch_range=(1, 8))
+        assert engine._models.get("scale") is loaded
+        assert loaded.sla == SLA
+        engine.add(scale(2.0), batch_range=(1, 4))
+        assert engine.status()["models"]["scale"]["largest_batch"] == 4
+
+
+def test_a_removed_model_is_gone_and_its_memory_free():
+    with Engine(threads=1) as engine:
+        engine.add(scale(2.0), batch_range=(1, 8))
+        engine.add(scale(5.0, "other"), batch_range=(1, 8))
+        gone = weakref.ref(engine._models.get("scale").model.module)
+        accepted = engine.submit(Call("scale", torch.ones(1, 4)), SLA)
+        engine.remove("scale")
+        assert accepted.result(30).value[0, 0].item() == 2.0
+        with pytest.raises(ModelError, match="there is no model scale"):
+            ask(engine)
+        with pytest.raises(ModelError, match="there is no model scale"):
+            engine.remove("scale")
+        assert ask(engine, "other") == 5.0
+        del accepted
+        gc.collect()
+        assert gone() is None
+        assert list(engine.status()["models"]) == ["other"]
+
+
+def churn(seconds: float, shapes: int = 400) -> int:
+    """Calls of many shapes while models are added, replaced and removed; how many were answered."""
+    with Engine(threads=1) as engine:
+        engine.add(scale(1.0, "any", shape=(None,)))
+        engine.add(scale(1.0, "swapped"), batch_range=(1, 4))
+        stop, answered = threading.Event(), [0, 0, 0]
+
+        def shape_after_shape(place: int) -> None:
+            size = 0
+            while not stop.is_set():
+                size = size % shapes + 1
+                rows = torch.full((1, size), float(place))
+                result = engine.submit(Call("any", rows), SLA).result(30)
+                assert torch.equal(result.value, rows)
+                answered[place] += 1
+
+        def swapped(place: int) -> None:
+            while not stop.is_set():
+                result = engine.submit(Call("swapped", torch.ones(2, 4)), SLA).result(30)
+                assert len(set(result.value.flatten().tolist())) == 1, "old and new never mix"
+                answered[place] += 1
+
+        with ThreadPoolExecutor(3) as pool:
+            asking = [pool.submit(*of) for of in ((shape_after_shape, 0), (shape_after_shape, 1))]
+            asking.append(pool.submit(swapped, 2))
+            timer = threading.Timer(seconds, stop.set)
+            timer.start()
+            turn = 0
+            try:
+                while not stop.is_set() and not any(call.done() for call in asking):
+                    turn += 1
+                    engine.add(scale(float(turn), "swapped"), batch_range=(1, 4))
+                    engine.add(scale(float(turn), "passing", shape=(None,)))
+                    engine.remove("passing")
+            finally:
+                stop.set()
+                timer.cancel()
+            for call in asking:
+                call.result(60)
+        assert engine.state == "running"
+        assert turn > 3
+        return sum(answered)
+
+
+def test_nothing_is_lost_while_models_come_and_go():
+    assert churn(1.5) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_nothing_is_lost_while_models_come_and_go_for_long():
+    """For minutes: ``CHURN_SECONDS=300 pytest tests/engine/test_models_come_and_go.py -k long``."""
+    assert churn(float(os.environ.get("CHURN_SECONDS", "8")), 3000) > 100
+
+
+def test_shapes_of_clients_leave_a_bounded_number_of_keys_and_none_in_use_is_dropped():
+    latency = LatencyModel()
+    batcher = Batcher(latency, max_queue=10_000)
+    batcher.register("model", 16, pinned=True)
+    latency.seed("model", 1, 0.001)
+    waiting = Work("kept", 1, 0.0, Sla(deadline_ms=80_000_000))
+    batcher.register("kept", 7)
+    latency.seed("kept", 1, 1e-6)
+    assert batcher.admit(waiting, 0.0) is None
+    batcher.admit(Work("patient", 1, 0.0, Sla()), 0.0)
+    batcher.register("patient", 3)
+    for size in range(3000):
+        key = f"model[x={size}]"
+        batcher.register(key, 4)
+        latency.observe(key, 1, 0.001)
+        batcher.admit(Work(key, 1, 0.0, SLA), 0.0) if size < 10 else None
+    assert len(latency) <= MAX_KEYS
+    assert len(batcher._settings_by_key) <= MAX_KEYS
+    for key in ("model", "kept", "patient", *(f"model[x={size}]" for size in range(10))):
+        assert batcher.knows(key), key
+    assert latency.predict("kept", 1, 0.5) > 0
+
+
+def test_three_thousand_shapes_through_an_engine():
+    with Engine(threads=1) as engine:
+        engine.add(scale(2.0, "any", shape=(None,)))
+        for size in range(1, 3001):
+            call = engine.submit(Call("any", torch.ones(1, size)), SLA)
+            if size % 500 == 0:
+                assert call.result(30).value.sum() == 2 * size
+        call.result(30)
+        assert len(engine._batcher._settings_by_key) <= MAX_KEYS
+        assert len(engine._batcher.latency) <= MAX_KEYS
+
+
+def wide(name: str) -> Model:
+    """100 kB of weights."""
+    spec = ModelSpec(
+        name=name,
+        inputs=(TensorSpec(name="x", shape=(None, 160)),),
+        outputs=(TensorSpec(name="y", shape=(None, 160)),),
+    )
+    return Model(spec, nn.Linear(160, 160, bias=False).eval())
+
+
+def test_models_of_one_engine_share_its_budget():
+    engine = Engine(threads=1, memory_budget=350_000)
+    for name in ("one", "two", "three"):
+        engine.add(wide(name), batch_range=(1, 2))
+    with pytest.raises(OutOfMemory, match=r"four has 102400 bytes.*one, three, two hold 307200"):
+        engine.add(wide("four"), batch_range=(1, 2))
+    engine.remove("two")
+    engine.add(wide("four"), batch_range=(1, 2))
+    assert list(engine.status()["models"]) == ["one", "three", "four"]
+
+
+def test_two_engines_have_metrics_and_models_of_their_own():
+    def of(registry, kind: str = "urgent") -> float:
+        return registry.get_sample_value("plinth_queue_rows", {"kind": kind})
+
+    entered, go = threading.Event(), threading.Event()
+
+    def hold(_: object) -> None:
+        entered.set()
+        assert go.wait(30)
+
+    with Engine(threads=1) as one, Engine(threads=1) as two:
+        one.add(scale(2.0), batch_range=(1, 1))
+        two.add(scale(7.0), batch_range=(1, 1))
+        one.submit(Call("scale", torch.ones(1, 4))).add_done_callback(hold)
+        assert entered.wait(30)
+        before = of(REGISTRY)
+        calls = [one.submit(Call("scale", torch.ones(1, 4)), SLA) for _ in range(5)]
+        assert (of(one.metrics.registry), of(two.metrics.registry)) == (5.0, 0.0)
+        assert of(REGISTRY) - before == 5.0
+        assert ask(two) == 7.0
+        go.set()
+        assert [call.result(30).value[0, 0].item() for call in calls] == [2.0] * 5
+        answered = {"model": "scale", "outcome": "answered"}
+        assert one.metrics.registry.get_sample_value("plinth_calls_total", answered) == 6
+        assert two.metrics.registry.get_sample_value("plinth_calls_total", answered) == 1
+
+
+def test_what_an_engine_counted_stays_counted_when_it_is_gone():
+    def answered() -> float:
+        labels = {"model": "counted", "outcome": "answered"}
+        return REGISTRY.get_sample_value("plinth_calls_total", labels) or 0.0
+
+    before = answered()
+    engine = Engine(threads=1)
+    engine.add(scale(1.0, "counted"), batch_range=(1, 1))
+    with engine:
+        ask(engine, "counted")
+    assert answered() == before + 1
+    gone = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert gone() is None
+    assert answered() == before + 1
