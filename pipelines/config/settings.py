@@ -75,7 +75,9 @@ class EngineConfig(Table):
         default=4096, ge=1, description="urgent rows that may wait before new ones are refused"
     )
     memory_budget: Bytes | None = Field(
-        default=None, ge=1 << 20, description="bytes all models may take together; none: a share of what is free"
+        default=None,
+        ge=1 << 20,
+        description="bytes all models may take together; none: a share of what is free",
     )
     latency_file: Path | None = Field(
         default=None, description="where learned costs are kept; none: forgotten at exit"
