@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
+import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -52,13 +55,51 @@ def say(text: str) -> None:
     err.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+TRUSTED = ("plinth", "kafka", "uvicorn", "granian")
+"""Loggers whose messages never quote the data that Plinth reads: its own, and its servers'."""
+
+
+HIDDEN = "its text may quote data and is not shown"
+
+
+class PlacesOnly(logging.Filter):
+    """Libraries and exceptions quote what they read, names of patients included: tell the place."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let it pass: of an exception type and frames, of other loggers only where it was."""
+        if record.name.partition(".")[0] not in TRUSTED:
+            record.msg = f"from {record.name}, {record.filename}:{record.lineno}: {HIDDEN}"
+            record.args = ()
+        if record.exc_info and record.exc_info[0] is not None:
+            kind, _, frames = record.exc_info
+            record.exc_text = "".join(traceback.format_tb(frames)) + f"{kind.__name__}: {HIDDEN}"
+            record.exc_info = None
+        return True
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A :func:`warnings.showwarning` that tells what was warned of and where, not the text."""
+    place = Path(filename)
+    where = f"{place.parent.name}/{place.name}:{lineno}"
+    logging.getLogger("plinth.warnings").warning("%s at %s: %s", category.__name__, where, HIDDEN)
+
+
 def start_logging(debug: bool) -> None:
-    """Log to stderr; our own words from INFO, others' from WARNING."""
+    """Log to stderr; our own words from INFO, others' from WARNING and without their text."""
     if err.is_terminal:
         handler: logging.Handler = RichHandler(console=err, show_path=debug, markup=False)
         handler.setFormatter(logging.Formatter("%(message)s", datefmt="[%X]"))
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.addFilter(PlacesOnly())
+    warnings.showwarning = show_warning
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("plinth").setLevel(logging.DEBUG if debug else logging.INFO)

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from plinth.distribution import install_hint, version
 from plinth.pipelines.cli.benchmark import EPILOG as BENCHMARK_EPILOG
 from plinth.pipelines.cli.benchmark import benchmark
 from plinth.pipelines.cli.models import models
 from plinth.pipelines.console import (
     FAILED,
     USAGE,
+    out,
     say,
     show_error,
     show_json,
@@ -62,8 +64,18 @@ VerticalsArgument = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"plinth {version()}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def common(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and end."),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
 ) -> None:
     """Options of every command."""
@@ -302,7 +314,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _explain(error: Exception, debug: bool) -> int:
-    from plinth.distribution import install_hint
     from plinth.engine.errors import ConfigError, PlinthError
 
     if isinstance(error, PlinthError):

@@ -1,0 +1,68 @@
+"""What the commands log: our own words, and of everything else only where it happened."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from plinth.pipelines.console import start_logging
+
+NAME = "Mustermann^Erika"
+Logged = Callable[[Callable[[], None]], str]
+
+
+@pytest.fixture
+def logged(capsys: pytest.CaptureFixture[str]) -> Iterator[Logged]:
+    """Runs something under the logging of a command; what it said on stderr."""
+    root, ours = logging.getLogger(), logging.getLogger("plinth")
+    before = (root.handlers[:], root.level, ours.level)
+
+    def run(act: Callable[[], None]) -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            start_logging(debug=False)
+            act()
+        return capsys.readouterr().err
+
+    yield run
+    root.handlers[:], level, own = before
+    root.setLevel(level)
+    ours.setLevel(own)
+
+
+def fail(logger: str) -> None:
+    try:
+        raise ValueError(NAME)
+    except ValueError:
+        logging.getLogger(logger).exception("a job failed")
+
+
+def test_a_librarys_warning_tells_the_place_and_not_the_text(logged: Logged) -> None:
+    said = logged(lambda: warnings.warn(f"{NAME} is not a valid name", UserWarning, stacklevel=1))
+    assert "UserWarning at pipelines/test_console.py:" in said
+    assert NAME not in said
+
+
+def test_a_librarys_log_tells_the_place_and_not_the_text(logged: Logged) -> None:
+    said = logged(lambda: logging.getLogger("pydicom").warning("Invalid value for PN: %r", NAME))
+    assert "WARNING" in said
+    assert "from pydicom, test_console.py:" in said
+    assert NAME not in said
+
+
+@pytest.mark.parametrize("logger", ["plinth.jobs", "concurrent.futures"])
+def test_an_exception_is_told_by_type_and_frames_and_not_by_its_text(
+    logged: Logged, logger: str
+) -> None:
+    said = logged(lambda: fail(logger))
+    assert "test_console.py" in said
+    assert "ValueError" in said
+    assert NAME not in said
+
+
+def test_our_own_words_pass_unchanged(logged: Logged) -> None:
+    said = logged(lambda: logging.getLogger("plinth.assembly").info("left out %s", "sensors"))
+    assert "left out sensors" in said
