@@ -43,23 +43,6 @@ def await_line(process: subprocess.Popen[str], words: str) -> list[psutil.Proces
 
 
 @pytest.mark.slow
-def test_both_verticals_are_shown_and_nothing_is_left(tmp_path: Path) -> None:
-    with demo(tmp_path, "--events", "1000", "--rate", "1000") as process:
-        started = await_line(process, "answered:")
-        out, err = process.communicate(timeout=110)
-    assert process.returncode == 0, err
-    assert "1,000 (0 dead letters)" in out
-    assert "approve" in out
-    (study,) = [path for path in (tmp_path / "results").iterdir() if path.is_dir()]
-    written = {path.name for path in study.iterdir()}
-    assert {"report.html", "report.json", "segmentation.dcm", "axial.png"} <= written
-    assert all(f"results/{study.name}/{name}" in out for name in written)
-    assert "done in" in err
-    assert started, "the broker is a process of its own"
-    assert not any(child.is_running() for child in started)
-
-
-@pytest.mark.slow
 def test_ctrl_c_ends_it_and_all_it_started(tmp_path: Path) -> None:
     with demo(tmp_path, "--rate", "100") as process:
         started = await_line(process, "answered:")
