@@ -6,12 +6,9 @@ import importlib.util
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,11 @@ from typer.main import get_command
 from plinth.verticals import registry
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if path.is_file())
-FENCE = re.compile(r"^( *)```(\w*)[^`]*$")
-NO_RUN = re.compile(r"<!--\s*no-run:\s*(\S.*?)\s*-->")
+sys.path.insert(0, str(ROOT / "tests"))
+
+from pages import BLOCKS, PAGES, Block, blocks_of, commands  # noqa: E402
+
+BUILT_IN = registry.names()
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 RUNNER = """\
 import json, sys
@@ -34,42 +33,6 @@ for line, code, run in blocks:
     if run:
         exec(body, namespace)
 """
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: ``line`` is that of its fence, counted from 1."""
-
-    page: Path
-    line: int
-    language: str
-    text: str
-    run: bool
-
-    def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
-
-
-def blocks_of(page: Path) -> Iterator[Block]:
-    lines = page.read_text(encoding="utf-8").splitlines()
-    number, before = 0, ""
-    while number < len(lines):
-        fence = FENCE.match(lines[number])
-        if fence is None:
-            before = lines[number].strip() or before
-            number += 1
-            continue
-        start, indent = number, len(fence[1])
-        number += 1
-        while lines[number].strip() != "```":
-            number += 1
-        text = "\n".join(line[indent:] for line in lines[start + 1 : number])
-        yield Block(page, start + 1, fence[2], text + "\n", not NO_RUN.fullmatch(before))
-        before = ""
-        number += 1
-
-
-BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 def in_language(*languages: str) -> Any:
@@ -99,7 +62,22 @@ def test_python_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture
+def plug_ins_of_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the pages say is an entry point is installed, without its code."""
+    info = tmp_path / "pages-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pages\nVersion: 1.0\n")
+    points = re.findall(
+        r'(?m)^\[project\.entry-points\."plinth\.verticals"\]\n(.+)$',
+        "\n".join(block.text for block in BLOCKS if block.language == "toml"),
+    )
+    (info / "entry_points.txt").write_text("\n".join(["[plinth.verticals]", *points]))
+    monkeypatch.syspath_prepend(tmp_path)
+
+
 @in_language("toml")
+@pytest.mark.usefixtures("plug_ins_of_the_pages")
 def test_toml_is_valid_and_plinth_takes_it(block: Block, tmp_path: Path) -> None:
     tables = tomllib.loads(block.text)
     config = pytest.importorskip("plinth.pipelines.config.settings")
@@ -109,7 +87,7 @@ def test_toml_is_valid_and_plinth_takes_it(block: Block, tmp_path: Path) -> None
     file.write_text(block.text)
     checked = config.load(file, env={})
     for name, table in checked.verticals.items():
-        if name in registry.names():
+        if name in BUILT_IN:
             kind = registry.find(name).settings_type
             config.validated(kind, table.settings, ("verticals", name), checked.origin)
 
@@ -125,23 +103,6 @@ def test_commands_and_their_options_exist(block: Block) -> None:
                 assert target in targets, f"{block}: the Makefile has no target {target!r}"
             case ["python" | "python3", "-m", module, *_]:
                 assert importlib.util.find_spec(module), f"{block}: there is no module {module}"
-
-
-def commands(text: str) -> Iterator[list[str]]:
-    """The commands of a console block as words: after ``$`` where there is one, else every line."""
-    lines = text.replace("\\\n", " ").splitlines()
-    prompted = [line.strip()[1:] for line in lines if line.strip().startswith("$ ")]
-    for line in prompted or lines:
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-        lexer.whitespace_split = True
-        words: list[str] = []
-        for word in [*lexer, ";"]:
-            if set(word) <= set("|&;<>()"):
-                if words:
-                    yield words
-                words = []
-            elif words or not re.fullmatch(r"\w+=.*", word):
-                words.append(word)
 
 
 def check_plinth(words: list[str], where: str) -> None:

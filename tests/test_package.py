@@ -131,9 +131,7 @@ def test_another_engine_in_the_folder_or_installed_changes_nothing(installed: In
             (place / name / "__init__.py").write_text(alien)
     try:
         words = ("-m", "plinth", "list", "--json")
-        listed = json.loads(
-            run(installed.python, *words, env=installed.env, cwd=installed.folder)
-        )
+        listed = json.loads(run(installed.python, *words, env=installed.env, cwd=installed.folder))
         assert [one["name"] for one in listed] == ["finance", "medical"]
         assert [one["error"] for one in listed] == [None, None]
     finally:
@@ -223,9 +221,7 @@ NEEDS = {
 
 def test_each_missing_extra_is_named_alone(installed: Installed) -> None:
     lines = "\n".join(f"{module} {words}" for module, (_, words) in NEEDS.items())
-    out = run(
-        installed.python, "-c", MISSING, input=lines, env=installed.env, cwd=installed.folder
-    )
+    out = run(installed.python, "-c", MISSING, input=lines, env=installed.env, cwd=installed.folder)
     said = dict(zip(NEEDS, out.split("> ")[1:], strict=True))
     for module, (extra, _) in NEEDS.items():
         assert f"pip install 'plinth-engine[{extra}]'" in said[module], (module, said[module])

@@ -1,4 +1,4 @@
-"""``plinth demo``: it shows both verticals, ends by itself, and leaves nothing running."""
+"""``plinth demo`` ends all it started; what it shows is held in tests/test_package.py."""
 
 from __future__ import annotations
 

