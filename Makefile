@@ -1,31 +1,47 @@
 PYTHON ?= python3
 VENV   := .venv
+BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
 
-.PHONY: test fuzz demo setup clean
+.PHONY: help setup demo lint fix test fuzz coverage wheel-test clean
 
-setup: $(READY)
+help:                  ## what there is to make
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+setup: $(READY)        ## .venv with everything, exact versions, and this checkout in it
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Plinth needs Python 3.11 or newer; try: make PYTHON=python3.12")'
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(READY)
 
-test: setup            ## everything: style, types, tests
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/mypy
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m "not clock" -n $(JOBS) --dist loadfile --no-loadscope-reorder
-	$(VENV)/bin/pytest -m clock
+demo: setup            ## the sample stream and the sample study, in under three minutes
+	$(BIN)/plinth demo
+
+lint: setup            ## style and types, nothing is changed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: setup             ## format, and mend what can be mended without thought
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint             ## everything: style, types, tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not clock" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m clock
 
 fuzz: setup            ## requests made up from the API document, 500 for each route
-	PLINTH_FUZZ_CASES=500 $(VENV)/bin/pytest tests/pipelines/uploads/test_openapi.py
+	PLINTH_FUZZ_CASES=500 $(BIN)/pytest tests/pipelines/uploads/test_openapi.py
 
-demo: setup            ## the sample stream and the sample study, in under three minutes
-	$(VENV)/bin/plinth demo
+coverage: setup        ## lines the quick tests of engine and verticals run; fails below the floor
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine tests/verticals -m "not slow and not clock" -n $(JOBS) --cov --cov-report=term
 
-clean:
-	rm -rf $(VENV) build *.egg-info
+wheel-test: setup      ## the wheel and all it needs, in an empty environment of PYTHON (downloads)
+	PLINTH_FRESH_PYTHON=$$(command -v $(PYTHON)) $(BIN)/pytest tests/test_package.py --timeout 3000
+
+clean:                 ## remove what the others made
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .coverage

@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from typer.main import get_command
 
+import plinth
+from plinth.engine import ConfigError
+from plinth.pipelines.cli.demo import Board
+from plinth.pipelines.config.settings import load
 from plinth.verticals import registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,3 +160,53 @@ def test_a_wrong_command_would_be_noticed(line: str, complaint: str) -> None:
     *_, words = [words for words in commands(line) if words[0] == "plinth"]
     with pytest.raises(AssertionError, match=re.escape(complaint)):
         check_plinth(words[1:], "here")
+
+
+def test_the_changelog_begins_with_the_version_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    headings = re.findall(r"(?m)^## (\S+) \((\S+)\)$", (ROOT / "CHANGELOG.md").read_text())
+    assert headings, "the changelog has no '## VERSION (DATE)'"
+    assert headings[0][0] == project["version"]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d|unreleased", date) for _, date in headings)
+    assert plinth.__version__ == project["version"], "install this checkout again: make setup"
+
+
+def test_the_lock_has_a_version_of_everything_the_project_asks_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [line for lines in project["optional-dependencies"].values() for line in lines]
+    lock = (ROOT / "requirements.lock").read_text()
+    locked = {
+        canonicalize_name(name): version
+        for name, version in re.findall(r"(?m)^([\w.-]+)==(\S+)$", lock)
+    }
+    for line in [*project["dependencies"], *asked]:
+        need = Requirement(line)
+        if need.name != project["name"]:
+            version = locked.get(canonicalize_name(need.name))
+            assert version is not None, f"requirements.lock has no {need.name}"
+            assert version in need.specifier, f"{need}, but {version} is locked"
+
+
+def test_the_errors_of_a_config_read_as_they_are_shown(tmp_path: Path) -> None:
+    """The text block of docs/configuration.md with two mistakes, made again."""
+    (shown,) = [
+        block.text
+        for block in BLOCKS
+        if block.page.name == "configuration.md" and block.language == "text"
+    ]
+    file = tmp_path / "plinth.toml"
+    file.write_text("\n\n\n\n[serve]\nprot = 1\n\n[batch]\nworkers = 0\n")
+    with pytest.raises(ConfigError) as refused:
+        load(file, env={})
+    assert f"error: {refused.value.message}".replace(f"{tmp_path}/", "") == shown.strip()
+
+
+def test_the_demo_is_shown_with_the_rows_it_has() -> None:
+    """Left of the bar in README's block: what ``plinth demo`` prints there."""
+    (shown,) = [b.text for b in BLOCKS if b.page.name == "README.md" and b.language == "text"]
+    rows = [line.partition("│")[0].strip() for line in shown.splitlines() if "│" in line]
+    board = [name for name, _ in Board(events=1).rows()]
+    assert rows[: len(board)] == board
+    source = (ROOT / "pipelines" / "cli" / "demo.py").read_text()
+    for said in shown.splitlines()[:2]:
+        assert said in source

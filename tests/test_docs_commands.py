@@ -227,3 +227,34 @@ def test_the_patients_name_would_be_noticed(shop: Shop) -> None:
     """The study does carry the name, so that its absence above means something."""
     first = next((shop.folder / "studies" / "a").glob("*.dcm"))
     assert PATIENT.encode() in first.read_bytes()
+
+
+EXAMPLES = ROOT / "examples"
+ARGUMENTS = {
+    "engine.py": [],
+    "http_client.py": ["payment.json"],
+    "folder.py": ["studies", "results"],
+    "kafka_client.py": ["payment.json"],
+}
+
+
+def test_every_example_has_a_test() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_example_runs(name: str, shop: Shop, tmp_path: Path) -> None:
+    program = f"import sys\nsys.argv[1:] = {ARGUMENTS[name]}\n"
+    program += shop.replaced((EXAMPLES / name).read_text())
+    stream = None
+    if name == "kafka_client.py":
+        stream = start(["plinth", "stream", "finance"], shop, tmp_path / "stream.txt")
+    example = start([program], shop, tmp_path / "said.txt")
+    try:
+        code = example.wait(SECONDS)
+        assert code == 0, example.said + (stream.said if stream else "")
+        assert PATIENT not in example.said
+    finally:
+        example.end()
+        if stream is not None:
+            stream.end()
