@@ -298,7 +298,7 @@ def phantom_volume(phantom: Phantom) -> Volume:
     affine[:3, :3] = phantom.axes * np.asarray(phantom.spacing)
     affine[:3, 3] = phantom.position(0)
     x, y, z = phantom.shape
-    facts = SeriesFacts("phantom", "CT", "", y, x, phantom.spacing, z)
+    facts = SeriesFacts("phantom", "CT", "", y, x, phantom.spacing, z, units="HU")
     return Volume(np.stack(slices), affine, Verdict(), replace(facts, number_of_slices=z))
 
 
@@ -321,6 +321,8 @@ def _unfit(series: Series) -> str | None:
         return "not CT"
     if series.localiser:
         return "a localiser"
+    if series.frames[0].header.kind is not None:
+        return f"{series.frames[0].header.kind}, whose values are not analysed as HU"
     if len(series.frames) < LEAST_SLICES:
         return f"fewer than {LEAST_SLICES} images"
     return None

@@ -79,6 +79,7 @@ def check_ct(volume: Volume) -> None:
             hint="HU thresholds mean nothing on other modalities",
             reason="not_ct",
         )
+    _check_kind(volume)
     slices, extent = volume.shape[0], volume.shape[0] * volume.spacing[2]
     if slices < LEAST_SLICES or extent < LEAST_EXTENT_MM:
         raise InputError(
@@ -101,6 +102,25 @@ def check_ct(volume: Volume) -> None:
         hint="check Rescale Slope and Intercept; localisers and derived maps are not HU",
         reason="not_hu",
     )
+
+
+def _check_kind(volume: Volume) -> None:
+    facts = volume.series
+    if facts.kind is not None:
+        raise InputError(
+            f"series {facts.id} is {facts.kind}: its values are not attenuation",
+            field="ImageType",
+            hint="give the original images of the scan",
+            reason="derived",
+        )
+    if facts.units != "HU":
+        unit = facts.units or "no known unit"
+        raise InputError(
+            f"series {facts.id} is in {unit}, expected HU",
+            field="RescaleType",
+            hint="check Rescale Slope, Intercept and Type",
+            reason="not_hu",
+        )
 
 
 def analyse(volume: Volume, max_slice_spacing_mm: float = 3.0) -> Analysis:

@@ -25,6 +25,7 @@ from plinth.verticals.medical.dicom.elements import (
     texts,
     whole,
 )
+from plinth.verticals.medical.dicom.kinds import derived_kind
 from plinth.verticals.medical.source import (
     DEFLATED,
     MALFORMED,
@@ -58,6 +59,7 @@ class Header:
         instance_number: Instance Number, if it is one.
         images_in_acquisition: Images in Acquisition.
         contrast: a Contrast/Bolus Agent is named.
+        kind: what a CT image shows instead of attenuation, such as a projection.
         offset: byte where the pixel data's value starts.
         length: declared bytes of it; ``UNDEFINED`` when encapsulated.
         floating: the pixels are Float or Double Float Pixel Data.
@@ -79,6 +81,7 @@ class Header:
     instance_number: int | None
     images_in_acquisition: int | None
     contrast: bool
+    kind: str | None
     study_uid: str
     series_uid: str
     frame_of_reference: str
@@ -258,6 +261,9 @@ def _header(
         instance_number=whole(dataset, "InstanceNumber"),
         images_in_acquisition=whole(dataset, "ImagesInAcquisition"),
         contrast=text(dataset, "ContrastBolusAgent") is not None,
+        kind=derived_kind(
+            texts(dataset, "ImageType"), text(dataset, "SeriesDescription") or "", sop_class
+        ),
         study_uid=text(dataset, "StudyInstanceUID") or "",
         series_uid=text(dataset, "SeriesInstanceUID") or "",
         frame_of_reference=text(dataset, "FrameOfReferenceUID") or "",
