@@ -43,7 +43,7 @@ BIG_ENDIAN = "1.2.840.10008.1.2.2"
 PIXEL_TAGS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
 PIXEL_VRS = tuple(vr + b"\0\0" for vr in (b"OW", b"OB", b"OF", b"OD", b"UN"))
 UNDEFINED = 0xFFFFFFFF
-MOST_FRAMES = 1 << 16
+MAX_FRAMES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -294,8 +294,8 @@ def _is_scan(sop_class: str) -> bool:
 
 def _number_of_frames(dataset: Dataset) -> int:
     count = int(_first(numbers(dataset, "NumberOfFrames"), 1))
-    if count > MOST_FRAMES:
-        raise Unreadable(f"{count} frames, at most {MOST_FRAMES} are read")
+    if count > MAX_FRAMES:
+        raise Unreadable(f"{count} frames, at most {MAX_FRAMES} are read")
     return max(1, count)
 
 
