@@ -1,4 +1,4 @@
-"""A real Apache Kafka node on loopback, for measurements and tests.
+"""A real Apache Kafka on loopback, one node or three, for measurements and tests.
 
 Found by ``KAFKA_HOME``, else beside the repository in ``../shared/kafka``; formatted and started
 through its own ``bin/``.
@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,20 @@ from plinth.pipelines.stream.settings import StreamConfig
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "kafka"
 PROPERTIES = """\
 process.roles=broker,controller
-node.id=1
-controller.quorum.voters=1@127.0.0.1:{controller}
+node.id={number}
+controller.quorum.voters={voters}
 listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
 advertised.listeners=PLAINTEXT://127.0.0.1:{port}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
 log.dirs={data}
-offsets.topic.replication.factor=1
+offsets.topic.replication.factor={copies}
 offsets.topic.num.partitions=4
-transaction.state.log.replication.factor=1
-transaction.state.log.min.isr=1
+transaction.state.log.replication.factor={copies}
+transaction.state.log.min.isr={in_sync}
+min.insync.replicas={in_sync}
+default.replication.factor={copies}
 transaction.state.log.num.partitions=4
 broker.session.timeout.ms=3000
 broker.heartbeat.interval.ms=500
@@ -66,79 +69,12 @@ def find_home() -> Path:
     return home
 
 
-class KafkaNode:
-    """One node, broker and controller; its data outlives :meth:`kill` and :meth:`start`.
+class Kafka:
+    """What is done with a Kafka, however many nodes it has."""
 
-    Args:
-        home: an Apache Kafka 4 distribution.
-        folder: empty; for its data, settings and log.
-        prefix: what to start it with, such as ``("taskset", "-c", "0")``.
-    """
+    servers: str
+    """``host:port``, comma between them, for any client."""
 
-    def __init__(self, home: Path, folder: Path, prefix: Sequence[str] = ()) -> None:
-        self.home, self.folder, self.prefix = home, folder, prefix
-        self.port, controller = free_port(), free_port()
-        self.properties = folder / "server.properties"
-        self.properties.write_text(
-            PROPERTIES.format(port=self.port, controller=controller, data=folder / "data")
-        )
-        self.env = {**os.environ, "KAFKA_HEAP_OPTS": "-Xmx384M", "LOG_DIR": str(folder)}
-        self._held: Guarded | None = None
-        subprocess.run(
-            [home / "bin/kafka-storage.sh", "format", "--config", self.properties,
-             "--cluster-id", "5L6g3nShT-eMCtK--X86sw"],
-            env=self.env,
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )  # fmt: skip
-        self.start()
-
-    @property
-    def servers(self) -> str:
-        """``host:port`` for any client."""
-        return f"127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        """Start the node on the data it has, and wait until it listens."""
-        self._held = Guarded(
-            [*self.prefix, str(self.home / "bin/kafka-server-start.sh"), str(self.properties)],
-            self.port,
-            log=self.folder / "log",
-            env=self.env,
-            wait=60,
-        )
-
-    def kill(self) -> None:
-        """kill -9, frozen or not. Safe to call twice.
-
-        Not in the middle of a commit: a lone node (seen with Kafka 4.3.1) may, after its restart,
-        call the transaction complete without a marker in any partition, and then the group's
-        offsets stay unstable for ever. :meth:`freeze` is safe at any moment.
-        """
-        if self._held is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self.thaw()
-            self._held.kill()
-
-    def revive(self) -> None:
-        """Have it run and answer, whatever was done to it."""
-        if self._held is None or self._held.ended:
-            self.start()
-        else:
-            self.thaw()
-
-    def freeze(self) -> None:
-        """Stop answering without closing a connection."""
-        assert self._held is not None
-        os.killpg(self._held.process_group, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """Answer again."""
-        assert self._held is not None
-        os.killpg(self._held.process_group, signal.SIGCONT)
-
-    # -- what is done with it --------------------------------------------------------------
     def config(self, **settings: Any) -> StreamConfig:
         """Settings for a stream over new topics that ends when it is idle."""
         name = f"t-{uuid.uuid4().hex[:8]}"
@@ -204,3 +140,118 @@ class KafkaNode:
     def answers(self, config: StreamConfig) -> list[dict[str, Any]]:
         """Committed answers, decoded, in order within each partition."""
         return [json.loads(record.value) for record in self.read(config.output_topic)]
+
+
+class KafkaNode(Kafka):
+    """One node, broker and controller; its data outlives :meth:`kill` and :meth:`start`.
+
+    Args:
+        home: an Apache Kafka 4 distribution.
+        folder: empty; for its data, settings and log.
+        prefix: what to start it with, such as ``("taskset", "-c", "0")``.
+        number: which node of its cluster it is.
+        ports: of broker and controller of every node of the cluster; by default it is alone.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        folder: Path,
+        prefix: Sequence[str] = (),
+        number: int = 1,
+        ports: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self.home, self.folder, self.prefix = home, folder, prefix
+        ports = ports or [(free_port(), free_port())]
+        self.port, controller = ports[number - 1]
+        self.servers = f"127.0.0.1:{self.port}"
+        voters = ",".join(f"{n}@127.0.0.1:{at}" for n, (_, at) in enumerate(ports, 1))
+        self.properties = folder / "server.properties"
+        self.properties.write_text(
+            PROPERTIES.format(
+                number=number,
+                port=self.port,
+                controller=controller,
+                voters=voters,
+                data=folder / "data",
+                copies=len(ports),
+                in_sync=(len(ports) + 1) // 2,
+            )
+        )
+        self.env = {**os.environ, "KAFKA_HEAP_OPTS": "-Xmx384M", "LOG_DIR": str(folder)}
+        self._held: Guarded | None = None
+        subprocess.run(
+            [home / "bin/kafka-storage.sh", "format", "--config", self.properties,
+             "--cluster-id", "5L6g3nShT-eMCtK--X86sw"],
+            env=self.env,
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )  # fmt: skip
+        if len(ports) == 1:
+            self.start()
+
+    def start(self) -> None:
+        """Start the node on the data it has, and wait until it listens."""
+        self._held = Guarded(
+            [*self.prefix, str(self.home / "bin/kafka-server-start.sh"), str(self.properties)],
+            self.port,
+            log=self.folder / "log",
+            env=self.env,
+            wait=60,
+        )
+
+    def kill(self) -> None:
+        """kill -9, frozen or not. Safe to call twice.
+
+        Not in the middle of a commit: a lone node (seen with Kafka 4.3.1) may, after its restart,
+        call the transaction complete without a marker in any partition, and then the group's
+        offsets stay unstable for ever. :meth:`freeze` is safe at any moment.
+        """
+        if self._held is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.thaw()
+            self._held.kill()
+
+    def revive(self) -> None:
+        """Have it run and answer, whatever was done to it."""
+        if self._held is None or self._held.ended:
+            self.start()
+        else:
+            self.thaw()
+
+    def freeze(self) -> None:
+        """Stop answering without closing a connection."""
+        assert self._held is not None
+        os.killpg(self._held.process_group, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Answer again."""
+        assert self._held is not None
+        os.killpg(self._held.process_group, signal.SIGCONT)
+
+
+class KafkaCluster(Kafka):
+    """Three nodes, of which one may be lost at a time.
+
+    Args:
+        home: an Apache Kafka 4 distribution.
+        folder: empty; for their data, settings and logs.
+    """
+
+    def __init__(self, home: Path, folder: Path) -> None:
+        ports = [(free_port(), free_port()) for _ in range(3)]
+        self.servers = ",".join(f"127.0.0.1:{port}" for port, _ in ports)
+        self.nodes: list[KafkaNode] = []
+        for number in (1, 2, 3):
+            own = folder / str(number)
+            own.mkdir()
+            self.nodes.append(KafkaNode(home, own, number=number, ports=ports))
+        # none of them listens before two of them have elected a controller
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(KafkaNode.start, self.nodes))
+
+    def kill(self) -> None:
+        """kill -9 of every node."""
+        for node in self.nodes:
+            node.kill()

@@ -61,7 +61,6 @@ port = 0
 workers = {workers}
 [verticals.finance]
 [verticals.medical]
-nodules = true
 overlap = {overlap}
 """
 FIGURES = {

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         architecture,
         from_pretrained,
     )
-    from plinth.verticals import Item, Settings, Vertical, WithArtefacts
+    from plinth.verticals import Item, Settings, Vertical
 
 __all__ = [
     "Answer",
@@ -71,13 +71,12 @@ __all__ = [
     "Tiling",
     "Timing",
     "Vertical",
-    "WithArtefacts",
     "__version__",
     "architecture",
     "from_pretrained",
 ]
 
-_VERTICALS = ("Item", "Settings", "Vertical", "WithArtefacts")
+_VERTICALS = ("Item", "Settings", "Vertical")
 
 __version__ = version()
 

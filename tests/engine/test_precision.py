@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from plinth.engine import ConfigError
-from plinth.engine.precision.policy import CLASSES, PRESETS, PrecisionPolicy, resolve
-from plinth.engine.precision.transforms import apply, report
+from plinth.engine.precision.policy import CLASSES, PRESETS, PrecisionPolicy, apply, report, resolve
 
 
 def network() -> nn.Sequential:

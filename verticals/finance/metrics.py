@@ -13,7 +13,7 @@ from plinth.verticals.finance.features.online import FeatureState
 
 log = logging.getLogger(__name__)
 
-PARTIAL = Counter(
+PARTIAL_DECISIONS = Counter(
     "plinth_finance_partial_decisions_total",
     "Decisions with features_partial: something forgotten, or kept by another worker, is missing.",
     registry=REGISTRY,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypeIs
 
 from plinth.engine.errors import InputError
 
@@ -35,12 +36,6 @@ def _no_card_number(token: str) -> str:
                 "raw_card_number", "looks like a card number; send a token or keyed hash"
             )
     return token
-
-
-def _countable_amount(amount: float) -> float:
-    if 0 < amount < MIN_AMOUNT:
-        raise PydanticCustomError("too_small", "expected 0 or at least 0.0001")
-    return amount
 
 
 def _plausible_time(time: datetime) -> datetime:
@@ -86,11 +81,7 @@ class Transaction(BaseModel):
     schema_version: Literal[1] = 1
     transaction_id: Id
     event_time: EventTime
-    amount: Annotated[
-        float,
-        Field(ge=0, le=MAX_AMOUNT, allow_inf_nan=False),
-        AfterValidator(_countable_amount),
-    ]
+    amount: Annotated[float, Field(ge=0, le=MAX_AMOUNT, allow_inf_nan=False)]
     currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")]
     card: CardToken
     customer_id: Id
@@ -149,6 +140,12 @@ _TYPES: dict[UnknownFields, tuple[type[Transaction], type[Label]]] = {
     "keep": (OpenTransaction, OpenLabel),
     "refuse": (StrictTransaction, StrictLabel),
 }
+_LABELS = frozenset(label for _, label in _TYPES.values())
+
+
+def is_label(record: Transaction | Label) -> TypeIs[Label]:
+    """Whether a record is a label; in a tenth of the time of pydantic's ``isinstance``."""
+    return type(record) in _LABELS
 
 
 class Reason(BaseModel):
@@ -206,37 +203,42 @@ def read(raw: bytes, unknown: UnknownFields = "ignore") -> Transaction | Label:
         InputError: names the first wrong field, and nothing the sender wrote.
     """
     payment, label = _TYPES[unknown]
-    kind: type[Transaction | Label] = label if _says_fraud(raw) else payment
     try:
-        made = kind.model_validate_json(raw)
+        made = payment.model_validate_json(raw)
+    except ValidationError as error:
+        if not _says_fraud(raw):
+            raise refusal(error) from None
+    else:
+        if 0 < made.amount < MIN_AMOUNT:
+            raise InputError(
+                f"amount: expected 0 or at least {MIN_AMOUNT:g}",
+                field="amount",
+                reason="too_small",
+                hint="0 verifies a card; else send what is to be paid",
+            )
+        # Quotation marks of keys and texts, if no field is there twice, none is unknown, and
+        # nothing is escaped. A field more adds at least two: equality proves that there is none.
+        texts = 6 + (made.device_id is not None)
+        if raw.count(b'"') == 2 * (len(made.model_fields_set) + texts):
+            return made
+        if not _says_fraud(raw):
+            _refuse_double_keys(raw)
+            return made
+    try:
+        known = label.model_validate_json(raw)
     except ValidationError as error:
         raise refusal(error) from None
-    if raw.count(b'"') != _quotes(made):
-        _refuse_double_keys(raw)
-    return made
+    _refuse_double_keys(raw)
+    return known
 
 
 def _says_fraud(raw: bytes) -> bool:
-    """Whether the object has a field ``fraud``; parses only what may have one."""
-    if b'"fraud"' not in raw and b"\\u" not in raw:
-        return False
+    """Whether the record is an object with a field ``fraud``."""
     try:
         found = orjson.loads(raw)
     except orjson.JSONDecodeError:
         return False
     return isinstance(found, dict) and "fraud" in found
-
-
-def _quotes(made: Transaction | Label) -> int:
-    """Quotation marks of the record, if it has no field twice, none unknown, and no escapes.
-
-    A field more adds at least two, so that equality proves that there is none.
-    """
-    if isinstance(made, Label):
-        texts = 4 + (made.card is not None)
-    else:
-        texts = 6 + (made.device_id is not None)
-    return 2 * (len(made.model_fields_set) + texts)
 
 
 def _refuse_double_keys(raw: bytes) -> None:

@@ -6,8 +6,9 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import orjson
 import torch
@@ -38,7 +39,7 @@ from plinth.verticals.finance.features.online import (
     Limits,
 )
 from plinth.verticals.finance.features.timeline import DAY
-from plinth.verticals.finance.metrics import PARTIAL, TableMetrics
+from plinth.verticals.finance.metrics import PARTIAL_DECISIONS, TableMetrics
 from plinth.verticals.finance.rules import (
     MAX_REASONS,
     NO_TIME,
@@ -49,11 +50,13 @@ from plinth.verticals.finance.rules import (
     masked_rows,
 )
 from plinth.verticals.finance.schema import (
+    LATEST,
     Decision,
     Label,
     Reason,
     Transaction,
     UnknownFields,
+    is_label,
     milliseconds,
     read,
 )
@@ -62,6 +65,9 @@ MODEL = "fraud"
 MAX_EXPLAINED = 64
 """Alerts explained in one call: about a thousand rows, whatever the number of alerts."""
 STORE = Path(__file__).parent / "store"
+LATE, PARTIAL, DUPLICATE, CONFLICT = (
+    flag.value for flag in (Flag.LATE, Flag.PARTIAL, Flag.DUPLICATE, Flag.CONFLICT)
+)
 Probability = Annotated[float, Field(ge=0, le=1)]
 Entities = Annotated[int, Field(ge=8, le=100_000_000)]
 
@@ -172,6 +178,7 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
             )
         )
         self._shared = False
+        self._known_past = inf, datetime.min.replace(tzinfo=UTC)
         me = weakref.ref(self)
         self._tables = TableMetrics(lambda: found.state if (found := me()) else None)
         self.models()
@@ -257,11 +264,16 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
         ahead = self._given.max_ahead_seconds
         if ahead is None or received is None:
             return made
-        latest = (received + ahead) * 1000
-        if milliseconds(made.event_time) > latest:
-            raise self._future("event_time")
-        if isinstance(made, Label) and milliseconds(made.label_time) > latest:
-            raise self._future("label_time")
+        since, until = self._known_past
+        if received < since or made.event_time > until or is_label(made):
+            latest = received + ahead
+            if made.event_time.timestamp() > latest:
+                raise self._future("event_time")
+            if is_label(made) and made.label_time.timestamp() > latest:
+                raise self._future("label_time")
+            # the limit only grows with the time of receipt, so this one holds for later records
+            until = datetime.fromtimestamp(min(latest, LATEST.timestamp()), UTC)
+            self._known_past = received, until
         return made
 
     def encode(self, result: Decision) -> bytes:
@@ -299,7 +311,7 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
             results: gets one entry for each: the answer, or ``None`` where the model gives it.
         """
         for request in requests:
-            if isinstance(request, Label):
+            if is_label(request):
                 results.append(self._note(request))
                 continue
             event = self._event(request)
@@ -371,8 +383,20 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
         decisions: list[Decision] = []
         rows = zip(asked, batch.rows.tolist(), batch.flags.tolist(), scores, answered, strict=True)
         for place, (request, row, flag, score, by) in enumerate(rows):
-            conflict = bool(flag & Flag.CONFLICT.value)
+            conflict = bool(flag & CONFLICT)
             action, why = self.rules.apply(row, conflict=conflict)
+            extra = request.model_extra
+            special: dict[str, Any] = (
+                {
+                    "features_late": bool(flag & LATE),
+                    "features_partial": self._shared or bool(flag & PARTIAL),
+                    "duplicate": bool(flag & DUPLICATE),
+                    "conflict": conflict,
+                    "extra": extra,
+                }
+                if flag or self._shared or extra
+                else {}
+            )
             decisions.append(
                 Decision(
                     transaction_id=request.transaction_id,
@@ -381,13 +405,9 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
                     reason_codes=[*why, *reasons.get(place, [])][:MAX_REASONS],
                     model=by.model,
                     model_version=by.version,
-                    features_late=bool(flag & Flag.LATE.value),
-                    features_partial=self._shared or bool(flag & Flag.PARTIAL.value),
-                    duplicate=bool(flag & Flag.DUPLICATE.value),
-                    conflict=conflict,
-                    extra=request.model_extra,
+                    **special,
                 )
             )
         if partial := sum(decision.features_partial for decision in decisions):
-            PARTIAL.inc(partial)
+            PARTIAL_DECISIONS.inc(partial)
         return decisions

@@ -151,6 +151,9 @@ def test_what_is_the_future_is_the_logs_to_say_so_that_a_replay_decides_the_same
     with pytest.raises(InputError):
         vertical.parse_at(payment(at=NOON + 301_000), NOW)
     assert vertical.parse_at(payment(at=NOON + 301_000), NOW + 2)
+    with pytest.raises(InputError):  # and again, now that a later time has been seen
+        vertical.parse_at(payment(at=NOON + 301_000), NOW)
+    assert vertical.parse_at(payment(at=NOON + 400 * DAY), 1e15)
     assert vertical.parse_at(payment(at=NOON + 301_000), None)
 
 

@@ -93,6 +93,9 @@ class Flag(IntFlag):
     CONFLICT = 16
 
 
+_LATE, _PARTIAL = Flag.LATE.value, Flag.PARTIAL.value
+
+
 class Event(NamedTuple):
     """One transaction as the features see it.
 
@@ -311,7 +314,7 @@ class FeatureState:
             customer_count,
             device_cards,
         )
-        flags = (Flag.LATE.value if late else 0) | (Flag.PARTIAL.value if partial else 0)
+        flags = (_LATE if late else 0) | (_PARTIAL if partial else 0)
         card.keep_row(end, row, flags)
         self.cards.grown(card, CARD_REACH + limits.lateness_ms, limits.card_events)
         self.terminals.grown(terminal, RISK_REACH + limits.lateness_ms, limits.terminal_events)
