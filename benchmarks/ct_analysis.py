@@ -41,7 +41,7 @@ def analyse(folder: Path, rows: int, threads: int) -> dict[str, Any]:
     import torch
 
     from plinth.engine import Engine, InputError
-    from plinth.verticals.medical.vertical import CtAnalysis
+    from plinth.verticals.medical.vertical import CtAnalysis, CtSettings
 
     torch.set_num_threads(threads)
     seconds, memory = {"import": 0.0}, {"import": peak_mb()}
@@ -51,7 +51,7 @@ def analyse(folder: Path, rows: int, threads: int) -> dict[str, Any]:
         seconds[stage], memory[stage] = now - since, peak_mb()
         return now
 
-    vertical = CtAnalysis()
+    vertical = CtAnalysis(CtSettings(nodules=True))
     with Engine(threads=threads) as engine:
         for model in vertical.models():
             engine.add(model, batch_range=(1, rows))
@@ -60,15 +60,16 @@ def analyse(folder: Path, rows: int, threads: int) -> dict[str, Any]:
         now = mark("discover", now)
         request = vertical.load(item)
         now = mark("load", now)
-        report = engine.run(vertical.infer([request])).value[0]
-        if isinstance(report, InputError):
-            raise SystemExit(str(report))
+        result = engine.run(vertical.infer([request])).value[0]
+        if isinstance(result, InputError):
+            raise SystemExit(str(result))
+        report = result.response
         now = mark("infer", now)
         with tempfile.TemporaryDirectory() as out:
-            files = vertical.write(report, Path(out))
+            files = vertical.write(result, Path(out))
             sizes = {path.name: path.stat().st_size for path in files}
         mark("outputs", now)
-    seconds |= report._seconds
+    seconds |= result.artefacts.seconds
     return {
         "seconds": seconds,
         "total": time.perf_counter() - begun,

@@ -61,6 +61,7 @@ port = 0
 workers = {workers}
 [verticals.finance]
 [verticals.medical]
+nodules = true
 overlap = {overlap}
 """
 FIGURES = {

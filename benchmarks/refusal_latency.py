@@ -50,7 +50,7 @@ from plinth.verticals.medical.vertical import STORE as MEDICAL
 
 PROMISE = 0.002  # seconds
 FACTS = ("predicted_seconds", "deadline_seconds", "rows_ahead", "retry_after_seconds")
-CONFIG = "[engine]\nthreads = 1\n[verticals.finance]\n[verticals.medical]\n"
+CONFIG = "[engine]\nthreads = 1\n[verticals.finance]\n[verticals.medical]\nnodules = true\n"
 
 
 @dataclass

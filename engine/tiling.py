@@ -8,6 +8,7 @@ memory for logits is flat in the depth of the volume.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from plinth.engine.errors import ConfigError, InputError
+from plinth.engine.errors import ConfigError, InputError, OutOfMemory
 
 _SIGMA = 0.125  # of the window; the value nnU-Net made usual
 _FLOOR = 1e-3  # smallest weight, so that lone corners are not divided by almost nothing
@@ -92,6 +93,14 @@ class WindowGrid:
         z, y = divmod(index, len(ys))
         return zs[z], ys[y], xs[x]
 
+    def bytes(self, channels: int) -> int:
+        """What a merger takes for outputs of so many channels: a window's depth, and the result."""
+        depth, height, width = self.shape
+        plane = channels * height * width * 4
+        slab = plane * min(self.tiling.window[0], depth)
+        result = depth * height * width if self.tiling.reduce == "argmax" else plane * depth
+        return slab + result + height * width * 8
+
     def cut(self, volume: Tensor, first: int, last: int) -> Tensor:
         """Windows ``first`` to ``last`` (exclusive) of a volume (c, Z, Y, X) as (n, c, z, y, x)."""
         wz, wy, wx = self.tiling.window
@@ -108,10 +117,18 @@ class WindowMerger:
 
     Only one window's depth of logits is held: planes that no later window touches are
     normalised, reduced and written to the result.
+
+    Args:
+        grid: the windows.
+        reserve: told of the bytes before they are allocated, see :meth:`WindowGrid.bytes`;
+            raises if they are not there.
     """
 
-    def __init__(self, grid: WindowGrid) -> None:
+    def __init__(
+        self, grid: WindowGrid, reserve: Callable[[WindowMerger, int], None] | None = None
+    ) -> None:
         self.grid = grid
+        self._reserve = reserve
         window, blend = grid.tiling.window, grid.tiling.blend
         self._profiles = tuple(_profile(size, blend) for size in window)
         pz, py, px = self._profiles
@@ -127,6 +144,7 @@ class WindowMerger:
 
         Raises:
             InputError: the model changed the spatial size of its windows.
+            OutOfMemory: the logits of a window's depth do not fit.
         """
         window = self.grid.tiling.window
         if tuple(outputs.shape[2:]) != window:
@@ -158,30 +176,42 @@ class WindowMerger:
         if argmax and channels > 256:
             raise InputError(f"{channels} classes do not fit labels of 8 bits")
         rows = min(self.grid.tiling.window[0], depth)
-        self._slab = torch.zeros(channels, rows, height, width)
-        self._result = (
-            torch.zeros(depth, height, width, dtype=torch.uint8)
-            if argmax
-            else torch.zeros(channels, depth, height, width)
-        )
+        needed = self.grid.bytes(channels)
+        if self._reserve is not None:
+            self._reserve(self, needed)
+        try:
+            self._slab = torch.zeros(channels, rows, height, width)
+            self._result = (
+                torch.zeros(depth, height, width, dtype=torch.uint8)
+                if argmax
+                else torch.zeros(channels, depth, height, width)
+            )
+        except (RuntimeError, MemoryError) as error:
+            raise OutOfMemory(
+                f"the logits of a volume of {self.grid.shape} voxels and {channels} classes take "
+                f"{needed} bytes, which cannot be allocated",
+                needed=needed,
+                available=0,
+                hint="send a smaller volume",
+            ) from error
 
     def _finish(self, upto: int) -> None:
         """Write the planes below ``upto`` and move the slab there."""
         done = min(upto, self.grid.shape[0]) - self._base
         if done <= 0:
             return
-        planes = self._slab[:, :done]
-        target = slice(self._base, self._base + done)
-        if self.grid.tiling.reduce == "argmax":
-            self._result[target] = planes.argmax(0).to(torch.uint8)
-        else:
-            sz, sy, sx = self._sums
-            weight = sz[target, None, None] * sy[:, None] * sx
-            torch.div(planes, weight, out=self._result[:, target])
-        keep = self._slab.shape[1] - done
-        if keep > 0:
-            self._slab[:, :keep] = self._slab[:, done:].clone()
-        self._slab[:, max(keep, 0) :] = 0
+        sz, sy, sx = self._sums
+        for plane in range(done):  # one by one: what is allocated on the way is one plane
+            target = self._base + plane
+            if self.grid.tiling.reduce == "argmax":
+                self._result[target] = self._slab[:, plane].argmax(0)
+            else:
+                weight = sz[target] * sy[:, None] * sx
+                torch.div(self._slab[:, plane], weight, out=self._result[:, target])
+        keep = max(self._slab.shape[1] - done, 0)
+        for plane in range(keep):
+            self._slab[:, plane] = self._slab[:, plane + done]
+        self._slab[:, keep:] = 0
         self._base += done
 
     def _total(self) -> list[Tensor]:

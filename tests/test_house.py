@@ -43,11 +43,12 @@ ENGINE_NAMES = """
     EngineFailed Flow InputError LatencyModel Model ModelError ModelSpec ModelStore PlinthError
     QueueFull Refused Sla TensorSpec Tiling Timing Work architecture from_pretrained
 """
-VERTICALS_NAMES = "Item Settings Vertical"
+VERTICALS_NAMES = "Item Settings Vertical WithArtefacts"
 PLINTH_NAMES = """
     Answer Call Cancelled Closed ConfigError DeadlineRefused DeviceError Engine EngineFailed Flow
     InputError Item Model ModelError ModelSpec ModelStore PlinthError QueueFull Refused Settings
-    Sla TensorSpec Tiling Timing Vertical __version__ architecture from_pretrained
+    Sla TensorSpec Tiling Timing Vertical WithArtefacts __version__ architecture
+    from_pretrained
 """
 
 

@@ -11,14 +11,40 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plinth.engine import Flow, InputError, Model, Sla
 
+Response = TypeVar("Response", bound=BaseModel)
+Artefacts = TypeVar("Artefacts")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WithArtefacts(Generic[Response, Artefacts]):
+    """A response, and what its files are made from: a volume, a mask, a curve.
+
+    A flow returns it in place of the bare response when :meth:`Vertical.write` needs more than
+    the response holds. Only the response leaves through a door; the artefacts stay in memory
+    until the files are written.
+
+    Args:
+        response: what clients get.
+        artefacts: what ``write`` draws from; any type of the vertical's own.
+    """
+
+    response: Response
+    artefacts: Artefacts
+
+
+def response_of(result: BaseModel | WithArtefacts[Any, Any]) -> BaseModel:
+    """The response of a result, whether or not artefacts go with it."""
+    return cast(BaseModel, result.response) if isinstance(result, WithArtefacts) else result
+
+
 Req = TypeVar("Req")
-Res = TypeVar("Res", bound=BaseModel)
+Res = TypeVar("Res", bound=BaseModel | WithArtefacts[Any, Any])
 
 
 class Settings(BaseModel):
@@ -52,7 +78,7 @@ class Vertical(ABC, Generic[Req, Res]):
         action: the verb in the route ``POST /v1/<name>/<action>``.
         request: the pydantic type of a record at the JSON doors (HTTP, Kafka); ``None`` when
             the vertical reads folders only.
-        response: the pydantic type of an answer.
+        response: the pydantic type of an answer (of its response, where artefacts go with it).
         settings_type: the pydantic type of the config table.
         sla: the promise for one request at a door, unless the config or the request says other.
         heavy: the flow's own steps between calls take more than about a millisecond, so the
@@ -84,6 +110,8 @@ class Vertical(ABC, Generic[Req, Res]):
     @abstractmethod
     def infer(self, requests: Sequence[Req]) -> Flow[list[Res | InputError]]:
         """Answer a list of requests, in order, one result or InputError each.
+
+        A result is the response, or :class:`WithArtefacts` where ``write`` needs more.
 
         A generator: yield :class:`plinth.engine.Call`, be sent tensors. No I/O. A bad request never
         takes its neighbours along.
@@ -119,8 +147,8 @@ class Vertical(ABC, Generic[Req, Res]):
         return self.parse(raw)
 
     def encode(self, result: Res) -> bytes:
-        """Write one answer as JSON."""
-        return result.model_dump_json().encode()
+        """Write the response of one answer as JSON."""
+        return response_of(result).model_dump_json().encode()
 
     def key(self, request: Req) -> str | None:
         """The key that keeps related records in order (the Kafka record key), if any."""

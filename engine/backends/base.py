@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from plinth.engine.devices.device import Device
-from plinth.engine.errors import ModelError
+from plinth.engine.errors import ConfigError, ModelError
+from plinth.engine.models.binding import outputs_by_name
+from plinth.engine.models.spec import ModelSpec
 from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PrecisionPolicy
 
@@ -23,16 +26,29 @@ class Executable(Protocol):
         backend: name of the backend that made it.
         precision: name of the policy it really runs, such as ``"fp32"``.
         device: where it runs.
+        weights: bytes that its parameters and buffers take, tied ones counted once.
         report: what was asked for, what was resolved, and why.
     """
 
     backend: str
     precision: str
     device: Device
+    weights: int
     report: dict[str, Any]
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run rows: tensor (n, ...) by input name to tensor (n, ...) by output name."""
+        """Run rows: tensor (n, ...) by input name to tensor (n, ...) by output name.
+
+        The inputs may lie on the host and are never written to; the outputs lie on the device.
+        """
+        ...
+
+    def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run example rows, and learn from them whether inputs or outputs must be copied."""
+        ...
+
+    def release(self) -> bool:
+        """Give back the memory that earlier runs keep; whether there may have been some."""
         ...
 
 
@@ -56,40 +72,70 @@ class Backend(Protocol):
         ...
 
 
-def named(model: Model, output: Any, rows: int) -> dict[str, Tensor]:
+def named(spec: ModelSpec, output: Any, rows: int) -> dict[str, Tensor]:
     """What a forward gave, by the names of the contract.
 
     Raises:
-        ModelError: not as many tensors as the contract has outputs, or rows were lost.
+        ModelError: an output is missing, or rows were lost.
     """
-    names = [spec.name for spec in model.spec.outputs]
-    if isinstance(output, Mapping):
-        found = dict(output)
-    else:
-        parts = list(output) if isinstance(output, tuple | list) else [output]
-        found = dict(zip(names, parts, strict=len(parts) == len(names)))
-        if len(parts) != len(names):
-            raise ModelError(f"model {model.spec.name} gave {len(parts)} tensors for {names}")
-    for name in names:
-        tensor = found.get(name)
+    found = outputs_by_name(spec, output)
+    for name, tensor in found.items():
         if not isinstance(tensor, Tensor) or tensor.ndim == 0 or tensor.shape[0] != rows:
             shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ModelError(
-                f"model {model.spec.name}: output {name} is {shape} for {rows} rows, expected "
+                f"model {spec.name}: output {name} is {shape} for {rows} rows, expected "
                 "one output row for each"
             )
-    return {name: found[name] for name in names}
+    return found
 
 
-@contextlib.contextmanager
-def torch_threads(threads: int | None) -> Iterator[None]:
-    """Let torch use so many CPU threads inside the block; ``None`` leaves it as it is."""
-    before = torch.get_num_threads()
-    if threads is None or threads == before:
+_LOCK = threading.Lock()
+_HELD: list[int] = []
+
+
+def check_cpu_threads(threads: int | None) -> None:
+    """Whether :func:`cpu_threads` could hold this number now.
+
+    Raises:
+        ConfigError: a block elsewhere in the process holds another number.
+    """
+    if threads is not None and _HELD and _HELD[-1] != threads:
+        raise ConfigError(
+            f"threads is {threads}, but an engine of this process runs with {_HELD[-1]}",
+            hint="give all engines of a process the same threads",
+        )
+
+
+@contextmanager
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """Let torch use so many CPU threads in this thread for the length of the block.
+
+    A part of the setting (that of the BLAS library) counts for the whole process. It is set
+    when the first block begins and given back when the last one ends.
+
+    Args:
+        threads: how many; ``None`` leaves the setting as it is.
+
+    Raises:
+        ConfigError: a block elsewhere in the process holds another number.
+    """
+    if threads is None:
         yield
         return
-    torch.set_num_threads(threads)
+    with _LOCK:
+        check_cpu_threads(threads)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        _HELD.append(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _LOCK:
+            _HELD.remove(threads)
+            torch.set_num_threads(before)
+            if _HELD and before != threads:
+                # The process-wide part was given back with ours. A thread of its own sets it
+                # again, so that the part that counts for this thread alone stays given back.
+                again = threading.Thread(target=torch.set_num_threads, args=(threads,))
+                again.start()
+                again.join()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plinth.engine.backends.base import Backend, Executable
+from plinth.engine.backends.base import Backend, Executable, cpu_threads
 from plinth.engine.backends.eager import Eager
 from plinth.engine.backends.inductor import Inductor
 from plinth.engine.backends.onnxruntime import OnnxRuntime
@@ -24,9 +25,13 @@ BACKENDS: dict[str, Backend] = {
 }
 """The backends by name; register another one by adding it here."""
 
+_log = logging.getLogger(__name__)
+
 AUTOMATIC = ("eager", "onnxruntime")
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 GAIN = 1.1
+MIXING = 1e-2  # how far a row's answers may be apart alone and in a batch
+TRIAL_SECONDS = 1.0  # of the reference on all example rows, about
 PROBE_SECONDS = 0.3
 PROBE_ROUNDS = 30
 
@@ -57,9 +62,11 @@ def prepare(
 ) -> Executable:
     """Make a model ready to run, the fastest way that is right.
 
-    Every candidate runs the same rows; one whose outputs are off the eager fp32 ones by more
-    than 1e-3 (bf16: 5e-2) of their largest value is refused. The report of the executable
-    says what was asked for, what was taken, why, and what became of the others.
+    The model is tried on example rows: those given, those of the model, or rows made up from
+    its spec. A model that gives a row another answer alone than beside others is refused, and
+    so is a candidate whose outputs are off the eager fp32 ones by more than 1e-3 (bf16: 5e-2)
+    of their largest value. The report of the executable says what was asked for, what was
+    taken, why, what became of the others, and on what rows it was tried.
 
     Args:
         model: the model.
@@ -68,38 +75,147 @@ def prepare(
             at least 1.1 times as fast.
         backend: a name, or ``"auto"``: of eager and onnxruntime, the faster one.
         threads: CPU threads; ``None`` as torch has it.
-        rows: rows of the probe.
-        example: rows for the probe, where made-up ones would not do.
+        rows: rows of the probe, fewer where they would take seconds.
+        example: valid rows (n, ...) by input name, where made-up ones would not do.
 
     Raises:
         ConfigError: unknown or impossible backend or precision, with the reason.
-        ModelError: nothing can run the model.
+        InputError: the example rows are not what the spec says.
+        ModelError: nothing can run the model, or it mixes the rows of a batch.
     """
     wanted = resolve(policy)
-    inputs = dict(example) if example is not None else model.spec.example(rows)
-    model.spec.check(inputs)
-    reference = _reference(model, device, threads, inputs)
+    backends = _backends(backend)
+    with cpu_threads(threads):
+        kind = BACKENDS["onnxruntime" if model.onnx else "eager"]
+        reference = compiled(kind, model, device, PRESETS["fp32"], threads)
+        given = model.example if example is None else example
+        try:
+            trial = _trial(model, reference, rows, given)
+        except ModelError as error:
+            if given is not None or not model.spec.free or kind not in backends or not wanted.plain:
+                raise
+            reference.report |= {"reason": f"not tried: {error}", "refused": {}}
+            return reference
+        model = replace(model, example=trial.inputs)
+        found, refused = _candidates(model, reference, backends, wanted, trial)
+        if not found:
+            reasons = "; ".join(f"{label}: {why}" for label, why in refused.items())
+            kind_of_error = ConfigError if backend != "auto" or not wanted.auto else ModelError
+            raise kind_of_error(f"model {model.spec.name} cannot run on {device}: {reasons}")
+        best = _fastest(found, trial.inputs)
+    _explain(best, found, wanted, backend, refused, trial)
+    return best.executable
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Example rows, what the reference makes of them, and where they are from."""
+
+    model: str
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    source: str
+    nan: float
+    """Share of the reference's outputs that are not a number."""
+
+
+def _trial(
+    model: Model, reference: Executable, rows: int, given: Mapping[str, Tensor] | None
+) -> _Trial:
+    """Run the reference on the first example rows that it takes, and see that it keeps them apart.
+
+    Raises:
+        ModelError: it takes none, or the answer to a row depends on its batch.
+    """
+    failed: ModelError | None = None
+    for source, example in _examples(model, given, rows):
+        model.spec.check(example)
+        one = {name: tensor[:1] for name, tensor in example.items()}
+        try:
+            alone = _probe(reference, one)
+            begun = time.perf_counter()
+            _run(reference, one)
+            seconds = time.perf_counter() - begun
+            count = min(len(next(iter(example.values()))), max(1, int(TRIAL_SECONDS / seconds)))
+            inputs = {name: tensor[:count] for name, tensor in example.items()}
+            outputs = _run(reference, inputs) if count > 1 else alone
+        except ModelError as error:
+            failed = failed or error
+            continue
+        _refuse_mixing(model, alone, outputs)
+        return _Trial(model.spec.name, inputs, outputs, source, _nan_share(outputs))
+    raise failed or ModelError(f"model {model.spec.name} has no example rows")
+
+
+def _examples(
+    model: Model, given: Mapping[str, Tensor] | None, rows: int
+) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    if given is not None:
+        yield "given", replace(model, example=given).rows(rows)
+        return
+    made_up = model.spec.example(rows)
+    yield "made up", made_up
+    unbounded = {t.name for t in model.spec.inputs if t.bounds is None}
+    zeros = {
+        name: torch.zeros_like(tensor) if name in unbounded else tensor
+        for name, tensor in made_up.items()
+        if not tensor.is_floating_point()
+    }
+    if zeros:
+        yield "made up, integers zero", made_up | zeros
+
+
+def _refuse_mixing(
+    model: Model, alone: Mapping[str, Tensor], together: Mapping[str, Tensor]
+) -> None:
+    off = max(difference(together[name][:1], want) for name, want in alone.items())
+    if not off <= MIXING:
+        raise ModelError(
+            f"model {model.spec.name} mixes the rows of a batch, or answers at random: the first "
+            f"example row alone and beside {len(next(iter(together.values()))) - 1} others gives "
+            f"answers that are off by {off:.3g}",
+            hint="serve it with batch_range=(1, 1) if it must see one row at a time",
+        )
+
+
+def _nan_share(outputs: Mapping[str, Tensor]) -> float:
+    floats = [tensor for tensor in outputs.values() if tensor.is_floating_point()]
+    total = sum(tensor.numel() for tensor in floats)
+    return sum(int(tensor.isnan().sum()) for tensor in floats) / total if total else 0.0
+
+
+def _candidates(
+    model: Model,
+    reference: Executable,
+    backends: list[Backend],
+    wanted: PrecisionPolicy,
+    trial: _Trial,
+) -> tuple[list[_Candidate], dict[str, str]]:
+    """What can run the model and agrees with the reference; the others with the reason.
+
+    Raises:
+        PlinthError: the only candidate's own.
+    """
     refused: dict[str, str] = {}
     found: list[_Candidate] = []
-    for chosen in _backends(backend):
-        for precision in _precisions(wanted, device, refused):
-            label = f"{chosen.name}/{precision.name}"
+    device, threads = reference.device, reference.report["threads"]
+    precisions = _precisions(wanted, device, refused)
+    for chosen in backends:
+        for precision in precisions:
+            if chosen.name == reference.backend and precision.plain:
+                reference.report["difference"] = 0.0
+                found.append(_Candidate(reference))
+                continue
             try:
                 executable = compiled(chosen, model, device, precision, threads)
-                _gate(executable, precision, inputs, reference)
+                _gate(executable, precision, trial)
             except PlinthError as error:
-                refused[label] = error.message
-                if backend != "auto" and not wanted.auto:
+                refused[f"{chosen.name}/{precision.name}"] = error.message
+                if len(backends) == 1 and not wanted.auto:
                     raise
                 continue
             found.append(_Candidate(executable))
-    if not found:
-        reasons = "; ".join(f"{label}: {why}" for label, why in refused.items())
-        kind = ConfigError if backend != "auto" or not wanted.auto else ModelError
-        raise kind(f"model {model.spec.name} cannot run on {device}: {reasons}")
-    best = _fastest(found, inputs)
-    _explain(best, found, wanted, backend, refused, inputs)
-    return best.executable
+    return found, refused
 
 
 def _backends(backend: str) -> list[Backend]:
@@ -142,32 +258,42 @@ def compiled(
 
 
 def _run(executable: Executable, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _guarded(executable, executable.run, inputs)
+
+
+def _probe(executable: Executable, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return _guarded(executable, executable.probe, inputs)
+
+
+def _guarded(
+    executable: Executable,
+    run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    inputs: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
     try:
-        return executable.run(inputs)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0][:300]
+        output = run(inputs)
+        executable.device.synchronize()
+        return output
+    except PlinthError:
+        raise
+    except Exception as error:  # models and libraries raise errors of any kind
+        reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
         raise ModelError(
             f"{executable.backend} in {executable.precision} fails on example rows: {reason}",
-            hint="choose another backend or precision, or give example rows",
+            hint="give valid rows, add(..., example={...}), or bounds of integers in the spec",
         ) from error
 
 
-def _reference(
-    model: Model, device: Device, threads: int | None, inputs: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    backend = BACKENDS["onnxruntime" if model.onnx else "eager"]
-    return _run(compiled(backend, model, device, PRESETS["fp32"], threads), inputs)
-
-
-def _gate(
-    executable: Executable,
-    policy: PrecisionPolicy,
-    inputs: Mapping[str, Tensor],
-    reference: Mapping[str, Tensor],
-) -> None:
-    outputs = _run(executable, inputs)
+def _gate(executable: Executable, policy: PrecisionPolicy, trial: _Trial) -> None:
+    if trial.nan == 1:
+        raise ModelError(
+            "the reference gives nothing but NaN on the example rows, so that nothing can be "
+            "compared",
+            hint="give valid rows: add(..., example={...})",
+        )
+    outputs = _probe(executable, trial.inputs)
     allowed = TOLERANCE["fp32" if policy.plain else "bf16"]
-    worst = max(difference(outputs[name], want) for name, want in reference.items())
+    worst = max(difference(outputs[name], want) for name, want in trial.outputs.items())
     executable.report["difference"] = worst
     if not worst <= allowed:
         raise ModelError(
@@ -178,14 +304,26 @@ def _gate(
 
 
 def difference(got: Tensor, want: Tensor) -> float:
-    """Largest difference, relative to the largest magnitude of ``want``; inf if shapes differ."""
+    """How far outputs are apart: inf if shapes, dtypes or the places of NaN and infinities differ.
+
+    Floats: the largest difference, relative to the largest finite magnitude of ``want``; NaN
+    beside NaN is left out, and so is negative zero beside zero. Other dtypes: the share of
+    unequal elements.
+    """
     if got.shape != want.shape or got.dtype != want.dtype:
         return float("inf")
     if not got.numel():
         return 0.0
+    if not got.is_floating_point():
+        return float((got.cpu() != want.cpu()).double().mean())
     ours, theirs = got.detach().double().cpu(), want.detach().double().cpu()
-    if torch.equal(ours.isfinite(), theirs.isfinite()):
-        ours, theirs = ours.nan_to_num(), theirs.nan_to_num()
+    finite = theirs.isfinite()
+    same = torch.where(finite, ours.isfinite(), (ours == theirs) | (ours.isnan() & theirs.isnan()))
+    if not bool(same.all()):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    ours, theirs = ours[finite], theirs[finite]
     scale = max(float(theirs.abs().max()), 1e-12)
     return float((ours - theirs).abs().max()) / scale
 
@@ -199,9 +337,9 @@ def _fastest(found: list[_Candidate], inputs: Mapping[str, Tensor]) -> _Candidat
         for candidate in found:
             begun = time.perf_counter()
             _run(candidate.executable, inputs)
-            candidate.executable.device.synchronize()
             candidate.times.append(time.perf_counter() - begun)
-        if turn >= 2 and time.perf_counter() > until:
+        slow = max(candidate.times[-1] for candidate in found) > PROBE_SECONDS
+        if time.perf_counter() > until and (turn >= 2 or slow):
             break
     exact = [c for c in found if c.executable.precision == "fp32"]
     best = min(found, key=lambda candidate: candidate.seconds)
@@ -217,10 +355,10 @@ def _explain(
     wanted: PrecisionPolicy,
     backend: str,
     refused: dict[str, str],
-    inputs: Mapping[str, Tensor],
+    trial: _Trial,
 ) -> None:
     times: dict[str, Any] = {c.label: c.seconds for c in found if c.times}
-    rows = int(next(iter(inputs.values())).shape[0])
+    rows = int(next(iter(trial.inputs.values())).shape[0])
     others = ", ".join(f"{label} {seconds * 1e6:.0f} us" for label, seconds in times.items())
     only = "as asked for" if backend != "auto" and not wanted.auto else "nothing else can run it"
     gain = f"; bf16 must be {GAIN} times as fast as fp32" if wanted.auto else ""
@@ -229,6 +367,13 @@ def _explain(
         "resolved": {"backend": best.executable.backend, "precision": best.executable.precision},
         "reason": f"fastest at {rows} rows: {others}{gain}" if times else only,
         "probe_rows": rows,
+        "example": trial.source,
         "probe_seconds": times,
         "refused": refused,
     }
+    if trial.nan:
+        warning = f"{trial.nan:.0%} of the outputs are NaN on the example rows ({trial.source})"
+        best.executable.report["warning"] = warning
+        _log.warning(
+            "model %s: %s; they could not be compared between backends", trial.model, warning
+        )

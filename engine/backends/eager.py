@@ -3,52 +3,144 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from plinth.engine.backends.base import named, torch_threads
+from plinth.engine.backends.base import named
 from plinth.engine.devices.device import Device
+from plinth.engine.errors import ModelError
+from plinth.engine.models.binding import Binding
 from plinth.engine.models.store import Model
-from plinth.engine.precision.policy import PrecisionPolicy, apply, report
+from plinth.engine.precision.policy import PrecisionPolicy
+from plinth.engine.precision.transforms import (
+    apply,
+    flops_by_precision,
+    last_layers,
+    report,
+    sharing_copy,
+)
+
+_log = logging.getLogger(__name__)
 
 
 class TorchExecutable:
-    """A torch callable on a device; see :class:`plinth.engine.backends.base.Executable`."""
+    """A torch callable on a device; see :class:`plinth.engine.backends.base.Executable`.
+
+    Args:
+        backend: the name of the backend.
+        model: the contract, and whose ``forward`` says how inputs are named.
+        module: the module in its precisions on the device.
+        device: where it lies.
+        precision: what it really runs.
+        compiled: what is called in the module's place.
+    """
 
     def __init__(
         self,
         backend: str,
         model: Model,
-        module: Callable[..., Any],
+        module: nn.Module,
         device: Device,
-        policy: PrecisionPolicy,
-        threads: int | None,
+        precision: str = "fp32",
+        compiled: Callable[..., Any] | None = None,
     ) -> None:
         self.backend = backend
-        self.precision = policy.name
+        self.precision = precision
         self.device = device
-        self.report: dict[str, Any] = {
-            "threads": threads or torch.get_num_threads(),
-            "layers": {layer.name: layer.precision for layer in report(model.module, policy)},
-        }
-        self._model = model
+        self.weights = stored_bytes(module)
+        self.report: dict[str, Any] = {"threads": torch.get_num_threads()}
+        self._spec = model.spec
         self._module = module
-        self._threads = threads
-        self._names = tuple(spec.name for spec in model.spec.inputs)
+        self._compiled = compiled or module
+        self._binding = Binding(model.spec, model.module)
+        self._copies_inputs = True
+        self._copies_outputs = True
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run rows; they may lie on the host or on the device, and come back on the device."""
-        with torch.inference_mode(), torch_threads(self._threads):
-            if self.device.kind != "cpu":
-                target = self.device.torch
-                inputs = {
-                    name: tensor.to(target, non_blocking=True) for name, tensor in inputs.items()
-                }
-            output = self._module(*(inputs[name] for name in self._names))
-        return named(self._model, output, int(inputs[self._names[0]].shape[0]))
+        """Run rows; they may lie on the host or on the device, and come back on the device.
+
+        Raises:
+            ModelError: the module is in training mode, loses rows, or wrote into its input.
+        """
+        if self._module.training:
+            raise ModelError(
+                f"model {self._spec.name} was put into training mode while it is served",
+                hint="train a copy",
+            )
+        with torch.inference_mode():
+            given = self._given(inputs)
+            before = _versions(given)
+            output = named(
+                self._spec, self._binding.call(self._compiled, given), len(_first(given))
+            )
+            if self._copies_outputs:
+                output = {name: tensor.clone() for name, tensor in output.items()}
+        if not self._copies_inputs and before != _versions(given):
+            self._copies_inputs = True
+            raise ModelError(
+                f"model {self._spec.name} wrote into its input, which it did not do on the "
+                "example rows; from now on it gets a copy",
+                hint="send the rows again, and give example rows that show it",
+            )
+        return output
+
+    def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`plinth.engine.backends.base.Executable`.
+
+        A module that writes into its input gets copies of all rows from now on. One that
+        gives out memory of its own, which a later batch would change, has it copied.
+        """
+        self._copies_inputs = self._copies_outputs = True
+        watched = {name: tensor.to(self.device.torch, copy=True) for name, tensor in inputs.items()}
+        before = _versions(watched)
+        with torch.inference_mode():
+            called = self._binding.call(self._compiled, watched)
+            output = named(self._spec, called, len(_first(watched)))
+        own = {tensor.untyped_storage()._cdata for tensor in _tensors(self._module)}
+        self._copies_inputs = before != _versions(watched)
+        self._copies_outputs = any(
+            tensor.untyped_storage()._cdata in own for tensor in output.values()
+        )
+        return output
+
+    def release(self) -> bool:
+        """Nothing is kept between runs."""
+        return False
+
+    def _given(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.device.kind != "cpu":
+            target = self.device.torch
+            return {name: tensor.to(target, non_blocking=True) for name, tensor in inputs.items()}
+        if self._copies_inputs:
+            return {name: tensor.clone() for name, tensor in inputs.items()}
+        return dict(inputs)
+
+
+def _first(rows: Mapping[str, Tensor]) -> Tensor:
+    return next(iter(rows.values()))
+
+
+def _versions(rows: Mapping[str, Tensor]) -> list[int]:
+    """How often each tensor was written to; those made in inference mode do not count it."""
+    return [tensor._version for tensor in rows.values() if not tensor.is_inference()]
+
+
+def _tensors(module: nn.Module) -> Iterable[Tensor]:
+    """All tensors a module holds, those in plain attributes included."""
+    yield from module.parameters()
+    yield from module.buffers()
+    for part in module.modules():
+        yield from (value for value in vars(part).values() if isinstance(value, Tensor))
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers; tied tensors and views count once."""
+    storages = (tensor.untyped_storage() for tensor in (*module.parameters(), *module.buffers()))
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 class Eager:
@@ -64,15 +156,74 @@ class Eager:
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None
     ) -> TorchExecutable:
         """Put the module, in its precisions, on the device."""
-        module = placed(model, device, policy)
-        return TorchExecutable(self.name, model, module, device, policy, threads)
+        return realised(self.name, model, device, policy)
 
 
-def placed(model: Model, device: Device, policy: PrecisionPolicy) -> nn.Module:
-    """The model's module in the policy's precisions on the device; the model keeps its own."""
-    module = apply(model.module, policy)
-    if device.kind == "cpu":
+def realised(
+    backend: str,
+    model: Model,
+    device: Device,
+    policy: PrecisionPolicy,
+    compiled: Callable[[nn.Module], Callable[..., Any]] | None = None,
+) -> TorchExecutable:
+    """An executable of the module in the policy's precisions, which says what really runs.
+
+    Args:
+        backend: the name it goes by.
+        model: the model.
+        device: where.
+        policy: what to compute in what.
+        compiled: makes of the placed module what is called in its place.
+    """
+    module = in_eval_mode(model)
+    last = None if policy.plain else _run_last(model, module)
+    placed = apply(module, policy, last)
+    precision = "fp32" if placed is module else policy.name
+    if device.kind != "cpu":
+        placed = (copy.deepcopy(placed) if placed is model.module else placed).to(device.torch)
+    executable = TorchExecutable(
+        backend, model, placed, device, precision, compiled(placed) if compiled else None
+    )
+    executable.report["layers"] = {r.name: r.precision for r in report(module, policy, last)}
+    if precision != "fp32":
+        executable.report["flops"] = _flops(model, placed, device)
+    return executable
+
+
+def in_eval_mode(model: Model) -> nn.Module:
+    """The model's module, or a copy in eval mode that shares its weights.
+
+    One that cannot be copied, because it holds a lock say, is put into eval mode itself.
+    """
+    module = model.module
+    if not any(part.training for part in module.modules()):
         return module
-    if module is model.module:
-        module = copy.deepcopy(module)
-    return module.to(device.torch)
+    try:
+        return sharing_copy(module).eval()
+    except (TypeError, RuntimeError, AttributeError) as error:
+        _log.warning("model %s was put into eval mode: %s", model.spec.name, error)
+        return module.eval()
+
+
+def _run_last(model: Model, module: nn.Module) -> frozenset[str] | None:
+    """The layers that run last on example rows; ``None`` where no rows are known to be valid."""
+    try:
+        with torch.inference_mode():
+            return last_layers(module, lambda: _call(model, module, model.rows(1)))
+    except Exception as error:  # noqa: BLE001 - rows that are not valid may raise anything
+        _log.debug("model %s: %s", model.spec.name, type(error).__name__)
+        return None
+
+
+def _flops(model: Model, module: nn.Module, device: Device) -> dict[str, float]:
+    rows = {name: tensor.to(device.torch) for name, tensor in model.rows(1).items()}
+    try:
+        return flops_by_precision(lambda: _call(model, module, rows))
+    except Exception as error:  # noqa: BLE001 - as above
+        _log.debug("model %s: %s", model.spec.name, type(error).__name__)
+        return {}
+
+
+def _call(model: Model, module: nn.Module, rows: Mapping[str, Tensor]) -> Any:
+    own = {name: tensor.clone() for name, tensor in rows.items()}
+    return Binding(model.spec, model.module).call(module, own)

@@ -6,8 +6,7 @@ import shutil
 
 import torch
 
-from plinth.engine.backends.base import torch_threads
-from plinth.engine.backends.eager import TorchExecutable, placed
+from plinth.engine.backends.eager import TorchExecutable, realised
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
 from plinth.engine.models.store import Model
@@ -35,13 +34,12 @@ class Inductor:
         Raises:
             ModelError: torch cannot compile it; the hint names the backend that runs it.
         """
-        module = placed(model, device, policy)
-        compiled = torch.compile(module, dynamic=True)
-        executable = TorchExecutable(self.name, model, compiled, device, policy, threads)
+        executable = realised(
+            self.name, model, device, policy, lambda module: torch.compile(module, dynamic=True)
+        )
         try:
-            with torch_threads(threads):
-                for rows in (1, 2, 3):
-                    executable.run(model.spec.example(rows))
+            for rows in (1, 2, 3):
+                executable.run(model.rows(rows))
         except (RuntimeError, TypeError, ValueError, NotImplementedError, OSError) as error:
             reason = str(error).strip().partition("\n")[0][:300]
             raise ModelError(

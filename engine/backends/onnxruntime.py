@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU: the lowest overhead per call of all backends here.
 
-Torch modules are exported once and kept in a cache by the digest of their weights and code.
+Torch modules are exported once, and kept in a cache by the program that was traced.
 """
 
 from __future__ import annotations
@@ -11,44 +11,65 @@ import importlib.util
 import logging
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plinth.engine.backends.base import named
+from plinth.engine.backends.eager import in_eval_mode, stored_bytes
 from plinth.engine.cache import cache_folder
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
+from plinth.engine.models.binding import Binding, outputs_by_name
+from plinth.engine.models.digest import digest
 from plinth.engine.models.onnx import session
+from plinth.engine.models.spec import ModelSpec
 from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PrecisionPolicy
 
 MAX_WEIGHTS = 1 << 30
 EXAMPLE_ROWS = 2
+FORMAT = "2"  # of what is kept in the cache
 
 
 class OrtExecutable:
-    """A session and the order of its tensors; see ``base.Executable``."""
+    """A session and the names of its tensors; see ``base.Executable``."""
 
     backend = "onnxruntime"
     precision = "fp32"
 
-    def __init__(self, model: Model, path: Path, device: Device, threads: int | None) -> None:
+    def __init__(self, spec: ModelSpec, path: Path, device: Device, threads: int | None) -> None:
         self.device = device
+        self.weights = path.stat().st_size  # all but a few per mille of it are the weights
         self.report: dict[str, Any] = {"threads": threads or torch.get_num_threads()}
-        self._model = model
+        self._spec = spec
+        self._path = path
+        self._outputs = [tensor.name for tensor in spec.outputs]
         # A plain run is faster than IOBinding for small tensors and equal for large ones.
-        self._run = session(path, threads).run
-        self._outputs = [spec.name for spec in model.spec.outputs]
+        self._run = session(path, self.report["threads"]).run
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run rows on the host."""
         feeds = {name: tensor.numpy(force=True) for name, tensor in inputs.items()}
-        found = [torch.from_numpy(array) for array in self._run(self._outputs, feeds)]
-        return named(self._model, found, len(next(iter(feeds.values()))))
+        found = self._run(self._outputs, feeds)
+        output = {
+            name: torch.from_numpy(array) for name, array in zip(self._outputs, found, strict=True)
+        }
+        return named(self._spec, output, len(next(iter(feeds.values()))))
+
+    def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As :meth:`run`: a session never writes to its inputs, and its outputs are new."""
+        return self.run(inputs)
+
+    def release(self) -> bool:
+        """Load the session anew; its arena keeps what the largest batch so far took."""
+        del self._run
+        self._run = session(self._path, self.report["threads"]).run
+        return True
 
 
 class OnnxRuntime:
@@ -68,7 +89,7 @@ class OnnxRuntime:
             return "its CPU kernels compute in fp32 only"
         if any(spec.dtype == "bfloat16" for spec in (*model.spec.inputs, *model.spec.outputs)):
             return "it takes no bfloat16 tensors"
-        size = sum(tensor.nbytes for tensor in model.module.state_dict().values())
+        size = stored_bytes(model.module)
         if size > MAX_WEIGHTS:
             return f"the weights have {size} bytes, at most {MAX_WEIGHTS} fit into one ONNX file"
         return None
@@ -81,46 +102,125 @@ class OnnxRuntime:
         Raises:
             ModelError: it cannot be exported or loaded; says why.
         """
-        return OrtExecutable(model, model.onnx or _exported(model), device, threads)
+        path = model.onnx or _exported(model)
+        return OrtExecutable(model.spec, path, device, threads)
+
+
+class _Positional(nn.Module):
+    """A module with its inputs and outputs in the order of the contract, as ONNX labels them."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.module = in_eval_mode(model)
+        self.eval()
+        self._spec = model.spec
+        self._binding = Binding(model.spec, model.module)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # Clones, so that a module that writes to its input does not turn it into an output.
+        rows = {
+            name: tensor.clone() for name, tensor in zip(self._binding.names, tensors, strict=True)
+        }
+        found = outputs_by_name(self._spec, self._binding.call(self.module, rows))
+        return tuple(found[tensor.name] for tensor in self._spec.outputs)
 
 
 def _exported(model: Model) -> Path:
-    contract = model.spec.model_dump_json(include={"inputs", "outputs"})
-    key = f"{model.digest()} {torch.__version__} {contract}"
-    path = cache_folder("onnx") / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
+    """The model's ONNX file, from the cache if the very same program was exported before.
+
+    The key is the traced program with all its constants, not the module: whatever decides
+    what the module computes has left its mark there.
+    """
+    program = _traced(model)
+    path = cache_folder("onnx") / f"{_key(model, program)}.onnx"
     if path.is_file():
         return path
-    example = model.spec.example(EXAMPLE_ROWS)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
+        new = Path(folder) / "model.onnx"
+        with _refusing(model), _quiet():
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=[tensor.name for tensor in model.spec.inputs],
+                output_names=[tensor.name for tensor in model.spec.outputs],
+                verbose=False,
+            )
+            if converted is None:
+                raise ModelError(f"model {model.spec.name}: the export gave nothing")
+            _refuse_negative_ids(converted.model_proto, new)
+        new.replace(path)
+    return path
+
+
+def _traced(model: Model) -> torch.export.ExportedProgram:
     shapes = tuple(
         {0: torch.export.Dim.DYNAMIC}
         | {i: torch.export.Dim.AUTO for i, size in enumerate(spec.shape, 1) if size is None}
         for spec in model.spec.inputs
     )
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
-        new = Path(folder) / "model.onnx"
-        _export(model, tuple(example[spec.name] for spec in model.spec.inputs), shapes, new)
-        new.replace(path)
-    return path
+    rows = model.rows(EXAMPLE_ROWS)
+    inputs = tuple(rows[spec.name] for spec in model.spec.inputs)
+    with _refusing(model), _quiet():
+        return torch.export.export(_Positional(model), inputs, dynamic_shapes=(shapes,))
 
 
-def _export(model: Model, example: tuple[Tensor, ...], shapes: Any, path: Path) -> None:
-    errors = torch.onnx.errors.OnnxExporterError
+def _key(model: Model, program: torch.export.ExportedProgram) -> str:
+    versions = [metadata.version(name) for name in ("torch", "onnx", "onnxscript")]
+    contract = model.spec.model_dump_json(include={"inputs", "outputs"})
+    facts = (FORMAT, *versions, contract, str(program.graph), str(program.range_constraints))
+    key = hashlib.sha256("\n".join(facts).encode())
+    for name, value in sorted({**program.state_dict, **program.constants}.items()):
+        key.update(f"{name}\n".encode())
+        key.update(digest(value).encode())
+    return key.hexdigest()
+
+
+def _refuse_negative_ids(proto: Any, path: Path) -> None:
+    """Save an exported model in which look-ups fail on ids below 0, as they do in torch.
+
+    ONNX counts them from the end. They are turned into a number beyond every table, at which
+    ONNX Runtime raises.
+    """
+    import onnx
+
+    nodes = []
+    for number, node in enumerate(proto.graph.node):
+        origin = next((m.value for m in node.metadata_props if m.key.endswith("fx_node")), "")
+        lookup = any(f"aten.{op}." in origin for op in ("embedding", "index_select"))
+        if node.op_type == "Gather" and lookup:
+            ids, zero, far, below, safe = node.input[1], *(f"plinth_{number}_{i}" for i in range(4))
+            kind = onnx.TensorProto.INT64
+            for name, value in ((zero, 0), (far, (1 << 31) - 1)):
+                constant = onnx.helper.make_tensor(name, kind, [], [value])
+                proto.graph.initializer.append(constant)
+            wide = f"{safe}_wide"
+            nodes += [
+                onnx.helper.make_node("Cast", [ids], [wide], to=kind),
+                onnx.helper.make_node("Less", [wide, zero], [below]),
+                onnx.helper.make_node("Where", [below, far, wide], [safe]),
+            ]
+            node.input[1] = safe
+        nodes.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    onnx.save_model(proto, str(path))
+
+
+@contextlib.contextmanager
+def _refusing(model: Model) -> Iterator[None]:
+    """Turn what an exporter raises into a sentence.
+
+    Raises:
+        ModelError: what cannot be exported, and why.
+    """
     try:
-        with _quiet():
-            program = torch.onnx.export(
-                model.module,
-                example,
-                dynamo=True,
-                dynamic_shapes=shapes if len(shapes) > 1 else (shapes[0],),
-                input_names=[spec.name for spec in model.spec.inputs],
-                output_names=[spec.name for spec in model.spec.outputs],
-                verbose=False,
-            )
-            if program is None:
-                raise ModelError(f"model {model.spec.name}: the export gave nothing")
-            program.save(str(path), external_data=False)
-    except (errors, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # exporters raise errors of many kinds
         reason = str(error.__cause__ or error).strip().partition("\n")[0][:300]
+        if "data-dependent" in str(error):
+            reason = f"its control flow depends on values, which a graph cannot hold ({reason})"
         raise ModelError(
             f"model {model.spec.name} cannot be exported to ONNX: {reason}",
             hint="use backend eager",
@@ -128,13 +228,15 @@ def _export(model: Model, example: tuple[Tensor, ...], shapes: Any, path: Path) 
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _quiet() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

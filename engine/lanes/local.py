@@ -7,6 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
+from plinth.engine.backends.base import check_cpu_threads, cpu_threads
 from plinth.engine.devices.device import Device
 
 _log = logging.getLogger("plinth.engine")
@@ -20,14 +21,20 @@ class LocalLane:
         step: waits for one batch and runs it; False ends the lane.
         ended: told in the lane's thread when it ends: None, or the name of the error that ended it.
             It is told of every end that Python can know of.
+        threads: CPU threads of its steps; ``None`` as torch has it.
     """
 
     def __init__(
-        self, device: Device, step: Callable[[], bool], ended: Callable[[str | None], None]
+        self,
+        device: Device,
+        step: Callable[[], bool],
+        ended: Callable[[str | None], None],
+        threads: int | None = None,
     ) -> None:
         self.device = device
         self._step = step
         self._ended = ended
+        self._threads = threads
         self._thread: threading.Thread | None = None
         self._joining = threading.Lock()
 
@@ -42,7 +49,12 @@ class LocalLane:
         return self._thread is threading.current_thread()
 
     def start(self) -> None:
-        """Start the thread; an earlier one has ended."""
+        """Start the thread; an earlier one has ended.
+
+        Raises:
+            ConfigError: a lane of this process runs with another number of threads.
+        """
+        check_cpu_threads(self._threads)
         self._thread = threading.Thread(target=self._run, name="plinth-device", daemon=True)
         self._thread.start()
 
@@ -56,8 +68,9 @@ class LocalLane:
     def _run(self) -> None:
         error: str | None = "it was stopped from outside"
         try:
-            while self._step():
-                pass
+            with cpu_threads(self._threads):
+                while self._step():
+                    pass
             error = None
         except BaseException as raised:  # noqa: BLE001 - a thread that dies says so and why
             error = type(raised).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class TensorSpec(BaseModel):
         name: its name.
         shape: sizes of one row, without the dimension of rows; ``None`` is any size.
         dtype: name of a torch dtype, such as ``"float32"``.
+        bounds: smallest and largest valid value, both included: the vocabulary of token ids,
+            say. Made-up rows lie within; integers outside are refused.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +36,7 @@ class TensorSpec(BaseModel):
     name: str
     shape: tuple[int | None, ...]
     dtype: str = "float32"
+    bounds: tuple[float, float] | None = None
 
     @field_validator("dtype")
     @classmethod
@@ -41,8 +45,18 @@ class TensorSpec(BaseModel):
             raise ValueError(f"{dtype!r} is not one of {', '.join(DTYPES)}")
         return dtype
 
+    @field_validator("bounds")
+    @classmethod
+    def _ordered(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+        if bounds is not None and not bounds[0] <= bounds[1]:
+            raise ValueError(f"{bounds} is not (smallest, largest)")
+        return bounds
+
     def example(self, rows: int = 1, *, free: int = 32) -> Tensor:
-        """Rows (rows, *shape) to try a model with: the same noise each time, zeros for integers.
+        """Rows (rows, *shape) to try a model with, the same each time.
+
+        Floats are noise. Integers are ones, which are valid as token ids, lengths and masks
+        alike. With ``bounds`` both are drawn from between them.
 
         Args:
             rows: how many.
@@ -50,9 +64,27 @@ class TensorSpec(BaseModel):
         """
         sizes = [rows, *(free if size is None else size for size in self.shape)]
         dtype: torch.dtype = getattr(torch, self.dtype)
+        noise = torch.Generator().manual_seed(0)
+        if self.bounds is None:
+            if not dtype.is_floating_point:
+                return torch.ones(sizes, dtype=dtype)
+            return torch.randn(sizes, generator=noise).to(dtype)
+        low, high = self.bounds
         if not dtype.is_floating_point:
-            return torch.zeros(sizes, dtype=dtype)
-        return torch.randn(sizes, generator=torch.Generator().manual_seed(0)).to(dtype)
+            low, high = math.ceil(low), math.floor(high)
+            return torch.randint(low, high + 1, sizes, generator=noise).to(dtype)
+        return (low + (high - low) * torch.rand(sizes, generator=noise)).to(dtype)
+
+    def outside(self, rows: Tensor) -> str | None:
+        """What is wrong with integers outside ``bounds``, or ``None``."""
+        if self.bounds is None or rows.is_floating_point() or rows.is_meta or not rows.numel():
+            return None
+        low, high = rows.min().item(), rows.max().item()
+        if self.bounds[0] <= low and high <= self.bounds[1]:
+            return None
+        return (
+            f"has values from {low} to {high}, valid are {self.bounds[0]:g} to {self.bounds[1]:g}"
+        )
 
 
 class ModelSpec(BaseModel):
@@ -83,6 +115,11 @@ class ModelSpec(BaseModel):
     metrics: dict[str, float] = Field(default_factory=dict)
     cheaper: str | None = None
 
+    @property
+    def free(self) -> bool:
+        """Whether some size of the inputs is free, so that rows come in many shapes."""
+        return any(None in tensor.shape for tensor in self.inputs)
+
     def check(self, rows: Mapping[str, Tensor]) -> None:
         """Hold rows (n, ...) by input name against the contract.
 
@@ -107,6 +144,8 @@ class ModelSpec(BaseModel):
                     f"expected {spec.shape} {spec.dtype}",
                     field=spec.name,
                 )
+            if outside := spec.outside(got):
+                raise InputError(f"model {self.name}: input {spec.name} {outside}", field=spec.name)
         counts = {name: len(tensor) for name, tensor in rows.items()}
         if len(set(counts.values())) > 1:
             raise InputError(

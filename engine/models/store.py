@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,10 +24,12 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from plinth.engine.errors import ModelError
 from plinth.engine.models import weights
+from plinth.engine.models.binding import Binding, outputs_by_name
+from plinth.engine.models.digest import digest
 from plinth.engine.models.onnx import OnnxModule, read_contract
 from plinth.engine.models.spec import ModelSpec, TensorSpec, hold_against, spec_of
 
@@ -49,15 +51,36 @@ class Model:
         spec: its contract.
         module: the network in eval mode, on the host; for an ONNX file, one that runs it.
         onnx: the ONNX file, if it is one.
+        example: rows (n, ...) by input name that the model is tried and measured on; ``None``
+            makes rows up from the spec.
     """
 
     spec: ModelSpec
     module: nn.Module
     onnx: Path | None = None
+    example: Mapping[str, Tensor] | None = None
 
     def digest(self) -> str:
         """SHA-256 over weights, structure and code: the key of what is derived from them."""
-        return _sha256(self.onnx) if self.onnx else weights.digest(self.module)
+        return _sha256(self.onnx) if self.onnx else digest(self.module)
+
+    def rows(self, count: int) -> dict[str, Tensor]:
+        """So many rows to try it with: those of ``example`` in turn, else made up."""
+        if self.example is None:
+            return self.spec.example(count)
+        given = len(next(iter(self.example.values())))
+        turn = torch.arange(count) % given
+        return {name: tensor[turn] for name, tensor in self.example.items()}
+
+    def run(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Plain torch on the host: rows (n, ...) by input name to rows by output name.
+
+        Raises:
+            ModelError: names of inputs or outputs do not match; whatever the module raises.
+        """
+        with torch.inference_mode():
+            output = Binding(self.spec, self.module).call(self.module, rows)
+        return outputs_by_name(self.spec, output)
 
 
 def architecture(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -76,25 +73,3 @@ def _read(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a safetensors file: {error}") from error
-
-
-def digest(module: nn.Module) -> str:
-    """SHA-256 over a module's structure, the source of its classes, and its weights."""
-    found = hashlib.sha256(repr(module).encode())
-    kinds = {type(part) for part in module.modules()}
-    for kind in sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)):
-        if not kind.__module__.startswith("torch."):
-            found.update(_source(kind).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        host = tensor.detach().cpu().contiguous()
-        found.update(f"{name} {_facts(host)}".encode())
-        if host.numel():
-            found.update(host.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def _source(kind: type) -> str:
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):
-        return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,19 +1,10 @@
-"""Which operations compute in which precision, and how a torch module is made to do so.
-
-A policy names a precision per operation class. :func:`apply` realises it in a module: layers
-of a bf16 class hold bf16 weights and take bf16 inputs; every other layer takes float32.
-"""
+"""Which operations compute in which precision: a precision per operation class."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import pairwise
 from typing import Any, Literal, cast
-
-import torch
-from torch import Tensor, nn
 
 from plinth.engine.errors import ConfigError, nearest
 
@@ -21,30 +12,6 @@ Precision = Literal["fp32", "bf16"]
 
 PRECISIONS = ("fp32", "bf16")
 RESERVED = ("fp16", "int8")
-
-_CLASSES: dict[str, tuple[type[nn.Module], ...]] = {
-    "opaque": (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
-    "attention": (nn.MultiheadAttention,),
-    "matmul": (nn.Linear, nn.Bilinear),
-    "conv": (nn.modules.conv._ConvNd,),
-    "embedding": (nn.Embedding, nn.EmbeddingBag),
-    "norm": (
-        nn.modules.batchnorm._NormBase,
-        nn.GroupNorm,
-        nn.LayerNorm,
-        nn.RMSNorm,
-        nn.LocalResponseNorm,
-    ),
-    "softmax": (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.Sigmoid, nn.LogSigmoid),
-    "recurrent": (nn.RNNBase, nn.RNNCellBase),
-    "activation": (
-        *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU),
-        *(nn.Mish, nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus),
-        *(nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd),
-        *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd),
-        *(nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd),
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +27,8 @@ class PrecisionPolicy:
         attention: multi-head attention, its softmax included.
         recurrent: RNN, LSTM, GRU.
         activation: pointwise functions, pooling, dropout.
-        last: the last layer that has weights; it decides the rounding of the outputs.
+        last: the last layer with weights that runs, and every one that gives an output of the
+            model as it is: they decide the rounding of the outputs.
         auto: bf16 only if the device has it natively and a timed probe shows a gain.
         name: what it is called in reports.
     """
@@ -128,126 +96,6 @@ def resolve(policy: PrecisionPolicy | str | Mapping[str, str]) -> PrecisionPolic
     if isinstance(policy, PrecisionPolicy):
         return policy
     return _preset(policy) if isinstance(policy, str) else PrecisionPolicy.from_table(policy)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerReport:
-    """One layer: its path in the module, its type, its operation class and its precision."""
-
-    name: str
-    kind: str
-    op_class: str
-    precision: str
-
-
-def report(module: nn.Module, policy: PrecisionPolicy) -> list[LayerReport]:
-    """What each layer of a module computes in under a policy, in order of registration."""
-    plan = _plan(module, policy)
-    return [
-        LayerReport(name, type(layer).__name__, op_class, precision)
-        for name, layer, op_class, precision in plan
-    ]
-
-
-def apply(module: nn.Module, policy: PrecisionPolicy) -> nn.Module:
-    """A copy of a module that computes as the policy says and gives float32.
-
-    Args:
-        module: in float32; stays as it is.
-        policy: what to compute in what.
-
-    Returns:
-        The module itself if the policy is all fp32, else a copy.
-    """
-    plan = _plan(module, policy)
-    if all(precision == "fp32" for _, _, _, precision in plan):
-        return module
-    changed = copy.deepcopy(module)
-    layers = dict(changed.named_modules())
-    low = {id(layers[name]) for name, _, _, precision in plan if precision == "bf16"}
-    keep = _stays_low(changed, low)
-    for name, _, _, precision in plan:
-        layer = layers[name]
-        if precision == "bf16":
-            layer.to(torch.bfloat16)
-            layer.register_forward_pre_hook(_lower_inputs, with_kwargs=True)
-        else:
-            layer.register_forward_pre_hook(_raise_inputs, with_kwargs=True)
-        if precision == "bf16" and id(layer) not in keep:
-            layer.register_forward_hook(_raise_output)
-    changed.register_forward_hook(_raise_output)
-    return changed
-
-
-def _plan(
-    module: nn.Module, policy: PrecisionPolicy
-) -> list[tuple[str, nn.Module, str, Precision]]:
-    found: list[tuple[str, nn.Module, str]] = []
-    _collect(module, "", found, set())
-    weighted = [name for name, layer, _ in found if next(layer.parameters(), None) is not None]
-    last = weighted[-1] if weighted else None
-    return [(n, m, c, _precision(policy, c, last=n == last)) for n, m, c in found]
-
-
-def _precision(policy: PrecisionPolicy, op_class: str, *, last: bool) -> Precision:
-    if op_class == "opaque":
-        return "fp32"
-    own = cast("Precision", getattr(policy, op_class))
-    return "bf16" if own == "bf16" and (not last or policy.last == "bf16") else "fp32"
-
-
-def _collect(
-    module: nn.Module, name: str, found: list[tuple[str, nn.Module, str]], seen: set[int]
-) -> None:
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    for op_class, kinds in _CLASSES.items():
-        if isinstance(module, kinds):
-            found.append((name, module, op_class))
-            return
-    for child_name, child in module.named_children():
-        _collect(child, f"{name}.{child_name}" if name else child_name, found, seen)
-
-
-def _stays_low(module: nn.Module, low: set[int]) -> set[int]:
-    """Layers whose output the next layer of the same Sequential takes in bf16 anyway."""
-    uses: dict[int, int] = {}
-    follows: set[int] = set()
-    for part in module.modules():
-        for child in part._modules.values():
-            uses[id(child)] = uses.get(id(child), 0) + 1
-        if isinstance(part, nn.Sequential):
-            follows |= {id(a) for a, b in pairwise(part) if id(a) in low and id(b) in low}
-    return {layer for layer in follows if uses[layer] == 1}
-
-
-def _cast(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(target) if value.dtype == source else value
-    if isinstance(value, tuple | list):
-        return type(value)(_cast(part, source, target) for part in value)
-    if isinstance(value, dict):
-        return {key: _cast(part, source, target) for key, part in value.items()}
-    return value
-
-
-def _lower_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
-    return (
-        _cast(args, torch.float32, torch.bfloat16),
-        _cast(kwargs, torch.float32, torch.bfloat16),
-    )
-
-
-def _raise_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
-    return (
-        _cast(args, torch.bfloat16, torch.float32),
-        _cast(kwargs, torch.bfloat16, torch.float32),
-    )
-
-
-def _raise_output(_: nn.Module, __: Any, output: Any) -> Any:
-    return _cast(output, torch.bfloat16, torch.float32)
 
 
 def _preset(name: str) -> PrecisionPolicy:

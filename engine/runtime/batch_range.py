@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from plinth.engine.models.store import Model
 Clock = Callable[[], float]
 LARGEST = 1024
 NEAR_BEST = 0.98  # of the best throughput: beyond it more rows cost latency and give nothing
-_SECONDS = 10.0
+_SECONDS = 8.0
+_CLIMB_SECONDS = 10.0  # of trying each size once
+_LONG = 0.25  # seconds; the first run of so long a batch counts
 _SLOWEST = 2.0  # seconds; a batch that takes longer ends the climb, as two far from the best do
 _FAR = 0.7  # of the best throughput
 _HOPE = 0.9  # of the best throughput; what is below it after a few rounds is not run again
@@ -93,7 +96,8 @@ def find(
         executable: the model, compiled.
         make_rows: inputs for so many rows.
         fits: most rows inside the memory budget.
-        budget: seconds to spend, about, after each size has been run once.
+        budget: seconds to spend, about, after each size has been run once, which takes about
+            10 s at most.
     """
     clock = _clock(executable)
     sizes, inputs = _climb(executable, make_rows, min(fits, LARGEST), clock)
@@ -122,18 +126,21 @@ def _climb(
     """The sizes worth measuring, each run once, and inputs for the largest of them."""
     sizes: list[_Size] = []
     rows, best, far = 1, 0.0, 0
+    until = time.perf_counter() + _CLIMB_SECONDS
     while rows <= largest:
         inputs = make_rows(rows)
-        executable.run(inputs)
         size = _Size(rows)
         size.run(executable, inputs, clock, 1)
-        for _ in range(2):
+        if size.seconds[0] < _LONG:
+            size = _Size(rows)
+            size.run(executable, inputs, clock, 1)
+        for _ in range(2 if size.seconds[0] < _LONG else 0):
             if size.rate < _FAR * best:  # or only delayed
                 size.run(executable, inputs, clock, 1)
         sizes.append(size)
         best = max(best, size.rate)
         far = far + 1 if size.rate < _FAR * best else 0
-        if far > 1 or size.seconds[0] > _SLOWEST:
+        if far > 1 or size.seconds[0] > _SLOWEST or time.perf_counter() > until:
             break
         step = rows * 3 // 2 if rows > 1 and rows & (rows - 1) == 0 else -(-rows * 4 // 3)
         rows = step if rows == largest else min(step, largest)
@@ -175,6 +182,7 @@ def _file(model: Model, executable: Executable) -> Path:
     facts = (
         *(model.digest(), str(device), device.name, executable.backend, executable.precision),
         *(_FORMAT, torch.__version__, str(executable.report.get("threads"))),
+        *(platform.python_version(), ",".join(device.dtypes)),
     )
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     return cache_folder("batch-ranges") / f"{digest}.json"

@@ -13,9 +13,12 @@ import time
 import traceback
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
+
+from torch import Tensor
 
 from plinth.engine.devices.device import pick
 from plinth.engine.errors import (
@@ -109,7 +112,7 @@ class Engine:
         self._wake = threading.Condition()
         self._state: State = "new"
         self._failure: str | None = None
-        self._lane = LocalLane(self.device, self._step, self._ended)
+        self._lane = LocalLane(self.device, self._step, self._ended, threads)
         self._busy = 0.0
         self._started = clock()
         self.metrics = EngineMetrics(self.device, self._waiting)
@@ -123,6 +126,7 @@ class Engine:
         batch_range: Range = (1, 128),
         backend: str | None = None,
         precision: str | Mapping[str, str] | None = None,
+        example: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Make a model callable by its name: compiled, and measured before it serves.
 
@@ -135,9 +139,12 @@ class Engine:
             batch_range: smallest and largest batch, rows; ``"auto"``: found by measuring.
             backend: execution backend; ``None``: the engine's.
             precision: policy; ``None``: the engine's.
+            example: valid rows (n, ...) by input name to try and measure the model on;
+                ``None``: the model's own, else rows made up from its spec.
 
         Raises:
             ConfigError: an impossible range, backend or precision.
+            InputError: the example rows are not what the model's spec says.
             ModelError: nothing can run the model.
             OutOfMemory: it does not fit into the budget beside the other models.
             Closed: the engine was closed.
@@ -145,6 +152,7 @@ class Engine:
         if self._state in ("closing", "closed"):
             raise self._not_running()
         promise = sla or Sla()
+        model = model if example is None else replace(model, example=example)
         loaded = self._models.load(model, promise, batch_range, backend, precision)
         with self._wake:
             self._batcher.register_sla(promise)
@@ -170,7 +178,11 @@ class Engine:
 
     # -- life --------------------------------------------------------------------------------
     def start(self) -> Engine:
-        """Start the device thread; again after :meth:`close`, and after it failed."""
+        """Start the device thread; again after :meth:`close`, and after it failed.
+
+        Raises:
+            ConfigError: an engine of this process runs with another number of threads.
+        """
         with self._wake:
             if self._state == "running" and self._lane.alive:
                 return self

@@ -11,20 +11,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from plinth.engine.backends.base import Executable
-from plinth.engine.backends.choice import BACKENDS, compiled, prepare
+from plinth.engine.backends.base import Executable, cpu_threads
+from plinth.engine.backends.choice import prepare
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, OutOfMemory, PlinthError
 from plinth.engine.flow import Sla
 from plinth.engine.models.store import Model, ModelSpec
-from plinth.engine.precision.policy import PRESETS, resolve
 from plinth.engine.runtime import batch_range as ranges
-from plinth.engine.runtime.memory_plan import MemoryPlan, measure
+from plinth.engine.runtime.memory_plan import MemoryPlan, Room, measure
+from plinth.engine.runtime.memory_plan import budget as budget_of
 from plinth.engine.scheduler.cost_model import LatencyModel
+from plinth.engine.tiling import WindowGrid, WindowMerger
 
 Range = tuple[int, int] | Literal["auto"]
 _MOST = 128
 _MEASURED_ROWS = 16
+_SAMPLE_SECONDS = 2.0  # of the rows whose memory is measured, about
+_COST_SECONDS = 5.0  # of measuring what batches cost, about
+_REPEAT_SECONDS = 0.1  # batches that take longer are run once
 
 
 @dataclass(slots=True)
@@ -36,6 +40,7 @@ class LoadedModel:
         sla: the promise for calls that bring none.
         executable: what runs it.
         most: rows of its largest batch.
+        room: what its calls may hold between batches.
         plan: its memory; ``None`` where sizes of its inputs are free.
         free: some size of its inputs is free, so that calls fall into shape buckets.
         key: prefix of its batch keys.
@@ -47,6 +52,7 @@ class LoadedModel:
     sla: Sla
     executable: Executable
     most: int
+    room: Room
     plan: MemoryPlan | None = None
     free: bool = field(init=False)
     key: str = field(init=False)
@@ -54,7 +60,7 @@ class LoadedModel:
     asked: object = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.free = is_free(self.spec)
+        self.free = self.spec.free
         runs = self.executable
         self.key = f"{self.spec.name}@{self.spec.version}#{self.model.digest()[:12]}"
         self.key += f"/{runs.device}/{runs.backend}/{runs.precision}"
@@ -75,14 +81,17 @@ class LoadedModel:
         return f"{self.key}[{','.join(shapes)}]"
 
     def run(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run rows; what does not fit into memory is run in halves.
+        """Run rows; what does not fit into memory is run in halves. Outputs lie on the host.
 
         Raises:
             OutOfMemory: not even one row fits.
             BaseException: whatever the model raises.
         """
         try:
-            return self.executable.run(rows)
+            outputs = self.executable.run(rows)
+            if self.executable.device.kind == "cpu":
+                return outputs
+            return {name: tensor.cpu() for name, tensor in outputs.items()}
         except Exception as error:
             if isinstance(error, PlinthError) or not _is_out_of_memory(error):
                 raise
@@ -96,6 +105,27 @@ class LoadedModel:
             for span in (slice(0, count // 2), slice(count // 2, count))
         ]
         return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+
+    def check_windows(self, grid: WindowGrid) -> None:
+        """Refuse a volume whose logits would never fit, as far as the contract tells.
+
+        Raises:
+            OutOfMemory: names the bytes.
+        """
+        channels = self.spec.outputs[0].shape[0] if self.spec.outputs[0].shape else None
+        if channels is not None:
+            self.room.check(grid.bytes(channels), self._volume(grid))
+
+    def reserve_windows(self, merger: WindowMerger, needed: int) -> None:
+        """Set aside the logits of a volume for as long as its merger lives.
+
+        Raises:
+            OutOfMemory: they do not fit beside those of other volumes.
+        """
+        self.room.take(needed, self._volume(merger.grid), merger)
+
+    def _volume(self, grid: WindowGrid) -> str:
+        return f"model {self.spec.name}: a volume of {'x'.join(map(str, grid.shape))} voxels"
 
     def _too_large(self, error: BaseException) -> OutOfMemory:
         available = self.executable.device.memory().available
@@ -116,7 +146,7 @@ class LoadedModel:
             "precision": self.executable.precision,
             "largest_batch": self.most,
             "reason": self.executable.report.get("reason"),
-            "weights_bytes": plan.weights if plan else None,
+            "weights_bytes": self.executable.weights,
             "row_bytes": plan.per_row if plan else None,
         }
 
@@ -135,8 +165,10 @@ def load_model(
 ) -> LoadedModel:
     """Compile a model, measure its memory and its cost, and seed the latency model.
 
-    Models whose inputs have free sizes run unprobed, on the eager backend unless another is
-    named, and are measured by their first batches.
+    A model whose inputs have free sizes is tried on example rows if it takes them, but its
+    memory and cost are learned from its first batches, shape by shape. What is measured stays
+    within half a minute or the time of six rows, whichever is longer; compiling, and exporting
+    for the first time, come on top.
 
     Args:
         model: the model.
@@ -151,56 +183,74 @@ def load_model(
 
     Raises:
         ConfigError: an impossible range, backend or precision.
+        InputError: the example rows are not what the spec says.
         ModelError: nothing can run the model.
         OutOfMemory: not even one row fits into the budget.
     """
     low, high = (1, _MOST) if batch_range == "auto" else batch_range
     if not 1 <= low <= high:
         raise ConfigError(f"batch_range is {batch_range}, expected 1 <= smallest <= largest")
-    spec = model.spec
-    if is_free(spec):
-        policy = resolve(precision)
-        name = ("onnxruntime" if model.onnx else "eager") if backend == "auto" else backend
-        if name not in BACKENDS:
-            raise ConfigError(f"there is no backend {name!r}", hint=f"use {', '.join(BACKENDS)}")
-        plain = PRESETS["fp32"] if policy.auto else policy
-        executable = compiled(BACKENDS[name], model, device, plain, threads)
-        return LoadedModel(model, sla, executable, high)
-    probe = min(_MEASURED_ROWS, high)
-    executable = prepare(model, device, precision, backend, threads, rows=probe)
-    weights = sum(tensor.nbytes for tensor in model.module.state_dict().values())
-    sizes = (1, max(2, probe))
-    plan = measure(executable, spec.example, sizes, weights=weights, limit=budget)
-    plan.check(low)
-    if batch_range == "auto":
-        found = ranges.remembered(model, executable)
-        if found is None or found.most > plan.max_rows:
-            found = ranges.find(executable, spec.example, plan.max_rows)
-            ranges.remember(model, executable, found)
-        most, cost = found.most, found.seconds
-    else:
-        most = min(high, plan.max_rows)
-        sizes_tried = sorted({rows for rows in (1, 2, 4, 16, most) if rows <= most})
-        cost = {rows: _cost(executable, spec, rows) for rows in sizes_tried}
-    loaded = LoadedModel(model, sla, executable, most, plan)
+    with cpu_threads(threads):
+        probe = min(_MEASURED_ROWS, high)
+        executable = prepare(model, device, precision, backend, threads, rows=probe)
+        if model.spec.free:
+            room = Room(max(0, budget_of(device, budget) - executable.weights))
+            return LoadedModel(model, sla, executable, high, room)
+        plan = _plan(executable, model, probe, budget)
+        plan.check(low)
+        most, cost = _range(executable, model, plan, high if batch_range != "auto" else None)
+    loaded = LoadedModel(model, sla, executable, most, Room(plan.budget - plan.peak(1)), plan)
     for rows, seconds in cost.items():
         latency.seed(loaded.key, rows, seconds)
     return loaded
 
 
-def is_free(spec: ModelSpec) -> bool:
-    """Whether some size of the inputs is free."""
-    return any(None in tensor.shape for tensor in spec.inputs)
+def _plan(executable: Executable, model: Model, probe: int, budget: int | str) -> MemoryPlan:
+    """The memory of up to ``probe`` rows, fewer where they would take seconds."""
+    one = model.rows(1)
+    seconds = _seconds(executable, one)
+    if seconds < _SAMPLE_SECONDS:
+        seconds = _seconds(executable, one)  # the first may have been slow for once
+    large = min(max(2, probe), int(_SAMPLE_SECONDS / seconds))
+    sizes = (1, large) if large > 1 else (1, 1)
+    return measure(executable, model.rows, sizes, weights=executable.weights, limit=budget)
 
 
-def _cost(executable: Executable, spec: ModelSpec, rows: int) -> float:
-    example, times = spec.example(rows), []
-    for _ in range(4):
-        begun = perf_counter()
-        executable.run(example)
-        executable.device.synchronize()
-        times.append(perf_counter() - begun)
-    return median(times[1:])
+def _range(
+    executable: Executable, model: Model, plan: MemoryPlan, high: int | None
+) -> tuple[int, dict[int, float]]:
+    """Rows of the largest batch, and what batches cost; ``high`` is None to find it."""
+    if high is not None:
+        most = min(high, plan.max_rows)
+        return most, _costs(executable, model, most)
+    found = ranges.remembered(model, executable)
+    if found is None or found.most > plan.max_rows:
+        found = ranges.find(executable, model.rows, plan.max_rows)
+        ranges.remember(model, executable, found)
+    return found.most, found.seconds
+
+
+def _costs(executable: Executable, model: Model, most: int) -> dict[int, float]:
+    """Seconds by rows, from one row upwards by doubling for as long as time allows."""
+    costs: dict[int, float] = {}
+    until = perf_counter() + _COST_SECONDS
+    rows = 1
+    while True:
+        example = model.rows(rows)
+        times = [_seconds(executable, example)]
+        while len(times) < 4 and times[-1] < _REPEAT_SECONDS:
+            times.append(_seconds(executable, example))
+        costs[rows] = median(times[1:] or times)
+        if rows == most or perf_counter() + 2 * costs[rows] > until:
+            return costs
+        rows = min(2 * rows, most)
+
+
+def _seconds(executable: Executable, rows: Mapping[str, Tensor]) -> float:
+    begun = perf_counter()
+    executable.run(rows)
+    executable.device.synchronize()
+    return perf_counter() - begun
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

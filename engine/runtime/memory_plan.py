@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import finalize
 
 import psutil
 import torch
@@ -105,6 +106,56 @@ def budget(device: Device, setting: int | str = "auto", *, share: float = SHARE)
     return setting
 
 
+class Room:
+    """Bytes for what calls hold between their batches, such as the logits of a volume.
+
+    Args:
+        limit: bytes that all calls may hold together.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._held = 0
+        self._lock = threading.Lock()
+
+    def check(self, needed: int, what: str) -> None:
+        """Refuse what would not fit even if it were alone.
+
+        Raises:
+            OutOfMemory: names the bytes needed and those of the budget.
+        """
+        if needed > self.limit:
+            raise OutOfMemory(
+                f"{what} takes {needed} bytes, the memory budget leaves {self.limit}",
+                needed=needed,
+                available=self.limit,
+                hint="raise memory_budget, or send a smaller volume",
+            )
+
+    def take(self, needed: int, what: str, holder: object) -> None:
+        """Set bytes aside for as long as ``holder`` lives.
+
+        Raises:
+            OutOfMemory: they are not there; names the bytes.
+        """
+        self.check(needed, what)
+        with self._lock:
+            if self._held + needed > self.limit:
+                raise OutOfMemory(
+                    f"{what} takes {needed} bytes; of {self.limit} in the memory budget "
+                    f"{self._held} are held by other calls",
+                    needed=needed,
+                    available=self.limit - self._held,
+                    hint="send fewer volumes at once, or raise memory_budget",
+                )
+            self._held += needed
+        finalize(holder, self._give, needed)
+
+    def _give(self, returned: int) -> None:
+        with self._lock:
+            self._held -= returned
+
+
 Rows = Mapping[str, Tensor]
 
 
@@ -121,11 +172,13 @@ def measure(
     On Linux the peak of loaded memory is read from the kernel, elsewhere sampled; on
     accelerators torch's allocator tells it. Memory that other threads take meanwhile counts
     too, so measure before serving. A row never counts as less than its input and output.
+    A backend that keeps memory between runs gives it back before each size.
 
     Args:
         executable: the compiled model.
         make_rows: inputs for so many rows.
-        rows: the small and the large size, small < large.
+        rows: the small and the large size, small < large; or 1 and 1 where a second row would
+            take too long: then all memory counts as the row's.
         weights: bytes the model's weights take.
         limit: the budget, see :func:`budget`.
 
@@ -134,10 +187,12 @@ def measure(
         OutOfMemory: the large size does not fit on the device.
     """
     small, large = rows
-    if not 1 <= small < large:
+    if not 1 <= small < large and rows != (1, 1):
         raise ConfigError(f"rows is {rows}, expected 1 <= small < large")
     meter = _meter(executable.device)
-    first, _ = _peak(executable, make_rows(small), meter)
+    first, floor = _peak(executable, make_rows(small), meter)
+    if large == 1:
+        return MemoryPlan(weights, 0, first, budget(executable.device, limit), meter.how)
     second, floor = _peak(executable, make_rows(large), meter)
     per_row = max(-(-(second - first) // (large - small)), -(-floor // large), 0)
     fixed = max(first - per_row * small, second - per_row * large, 0)
@@ -147,9 +202,12 @@ def measure(
 def _peak(executable: Executable, inputs: Rows, meter: _Meter) -> tuple[int, int]:
     """Growth at the peak of a forward, and the bytes of its inputs and outputs."""
     held = sum(tensor.nbytes for tensor in inputs.values())
-    meter.start()
+    released = executable.release()
+    meter.start(anew=released)
     try:
         outputs = executable.run(inputs)
+        if released:  # the second run shows what the first one left in pieces
+            outputs = executable.run(inputs)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
@@ -172,7 +230,7 @@ class _Meter:
 
     how = ""
 
-    def start(self) -> None:
+    def start(self, *, anew: bool) -> None:
         raise NotImplementedError
 
     def stop(self) -> int:
@@ -180,17 +238,17 @@ class _Meter:
 
 
 class _Kernel(_Meter):
-    """Peak loaded memory as Linux counts it; the first start is the base of all."""
+    """Peak loaded memory as Linux counts it; the first start is the base until one anew."""
 
     how = "peak loaded memory of the kernel"
 
     def __init__(self) -> None:
         self._base: int | None = None
 
-    def start(self) -> None:
+    def start(self, *, anew: bool) -> None:
         _trim()
         Path("/proc/self/clear_refs").write_text("5")
-        if self._base is None:
+        if self._base is None or anew:
             self._base = _status("VmRSS")
 
     def stop(self) -> int:
@@ -198,17 +256,17 @@ class _Kernel(_Meter):
 
 
 class _Sampled(_Meter):
-    """LoadedModel memory looked at every millisecond by a thread."""
+    """Loaded memory looked at every millisecond by a thread."""
 
     how = "loaded memory, sampled"
 
     def __init__(self) -> None:
         self._base: int | None = None
 
-    def start(self) -> None:
+    def start(self, *, anew: bool) -> None:
         self._process = psutil.Process()
         self._most = self._process.memory_info().rss
-        self._base = self._most if self._base is None else self._base
+        self._base = self._most if self._base is None or anew else self._base
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -230,7 +288,7 @@ class _Allocator(_Meter):
     def __init__(self, device: Device) -> None:
         self._device = device
 
-    def start(self) -> None:
+    def start(self, *, anew: bool) -> None:
         self._device.synchronize()
         torch.accelerator.reset_peak_memory_stats(self._device.torch)
         self._base = torch.accelerator.memory_allocated(self._device.torch)

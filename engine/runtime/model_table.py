@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from plinth.engine.backends.eager import stored_bytes
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError, OutOfMemory, nearest
 from plinth.engine.flow import Sla
@@ -99,7 +100,7 @@ class ModelTable:
                 return known
             if self._budget is None:
                 self._budget = budget(self._device, self._setting)
-            held = sum(weight_bytes(loaded.model) for loaded in self.all())
+            held = sum(loaded.executable.weights for loaded in self.all())
             self._check(model, held)
             loaded = load_model(
                 model,
@@ -139,7 +140,7 @@ class ModelTable:
         """
         name = loaded.spec.name
         before, self._models = self._models.get(name), {**self._models, name: loaded}
-        room = (self._budget or 0) - sum(weight_bytes(each.model) for each in self.all())
+        room = (self._budget or 0) - sum(each.executable.weights for each in self.all())
         for each in self.all():
             plan = each.plan
             if plan is not None and plan.per_row:
@@ -162,7 +163,5 @@ class ModelTable:
 
 
 def weight_bytes(model: Model) -> int:
-    """Bytes of a model's weights."""
-    if model.onnx:
-        return model.onnx.stat().st_size
-    return sum(tensor.nbytes for tensor in model.module.state_dict().values())
+    """Bytes of a model's weights in float32; tied ones count once."""
+    return model.onnx.stat().st_size if model.onnx else stored_bytes(model.module)

@@ -143,7 +143,9 @@ class Request:
     works: list[Work] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.merger = None if self.grid is None else WindowMerger(self.grid)
+        self.merger = (
+            None if self.grid is None else WindowMerger(self.grid, self.loaded.reserve_windows)
+        )
         self.total = row_count(self.rows) if self.grid is None else len(self.grid)
 
     def ran(self, key: BatchKey) -> LoadedModel:
@@ -220,6 +222,7 @@ def request_of(
     window = {names[0]: volume.new_empty((1, channels, *call.tiling.window), device="meta")}
     spec.check(window)
     grid, other = WindowGrid(call.tiling, (z, y, x)), _degraded(cheaper, window)
+    loaded.check_windows(grid)
     return Request(loaded, rows, loaded.bucket(window), waiter, other, grid)
 
 

@@ -327,7 +327,9 @@ def analyse_study(
         stop: told to end.
         closing: gets what ends it at once.
     """
-    vertical = load_vertical(Config(), "medical")
+    # The sample is a phantom, which is what the nodule network was trained on.
+    config = Config.model_validate({"verticals": {"medical": {"nodules": True}}})
+    vertical = load_vertical(config, "medical")
     with build_engine(Config(), {"medical": vertical}) as engine, BatchView() as view:
         batch = Batch(
             vertical,

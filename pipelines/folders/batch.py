@@ -135,7 +135,7 @@ class Batch:
         folder: where items are found.
         out: where outputs go; not inside ``folder``.
         sla: the promise per item; background by default.
-        workers: items in the engine at the same time.
+        workers: items with the engine at the same time; one more is in work.
         resume: skip what the journal has as done by the same models on the same files.
         retry_failed: run items again that failed before.
         on_progress: told what happens.

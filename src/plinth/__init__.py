@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         architecture,
         from_pretrained,
     )
-    from plinth.verticals import Item, Settings, Vertical
+    from plinth.verticals import Item, Settings, Vertical, WithArtefacts
 
 __all__ = [
     "Answer",
@@ -71,12 +71,13 @@ __all__ = [
     "Tiling",
     "Timing",
     "Vertical",
+    "WithArtefacts",
     "__version__",
     "architecture",
     "from_pretrained",
 ]
 
-_VERTICALS = ("Item", "Settings", "Vertical")
+_VERTICALS = ("Item", "Settings", "Vertical", "WithArtefacts")
 
 __version__ = version()
 

@@ -68,7 +68,19 @@ def install() -> list[torch.library.Library]:
     aten.impl("empty_strided", empty_strided, "PrivateUse1")
     aten.impl("_copy_from", copy_from, "PrivateUse1")
     every.fallback(compute, "PrivateUse1")
+    for name, answer in ACCELERATOR.items():
+        setattr(torch.accelerator, name, answer)
     return [aten, every]
+
+
+ACCELERATOR = {
+    "synchronize": lambda *_: None,
+    "get_memory_info": lambda *_: (8 << 30, 16 << 30),
+    "memory_allocated": lambda *_: 1 << 30,
+    "max_memory_allocated": lambda *_: (1 << 30) + (1 << 20),
+    "reset_peak_memory_stats": lambda *_: None,
+}
+"""What torch asks a device's driver; Python backends have none. A forward takes 1 MiB."""
 
 
 def main() -> None:

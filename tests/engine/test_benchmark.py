@@ -66,7 +66,7 @@ def setup() -> Iterator[Setup]:
     )
     module = Counting()
     engine = Engine()
-    engine.add(Model(spec, module), batch_range=(1, 64))
+    engine.add(Model(spec, module.eval()), batch_range=(1, 64))
     module.seen.clear()  # the warm-up
     with engine:
         yield Setup(engine, module)

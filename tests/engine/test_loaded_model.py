@@ -84,7 +84,8 @@ def metric(name: str, **labels: str) -> float:
 def test_backend_and_precision_are_the_engines_unless_a_model_names_its_own():
     engine = Engine(backend="onnxruntime")
     engine.add(model("plain", nn.Linear(4, 4)))
-    engine.add(model("other", nn.Linear(4, 4)), backend="eager", precision="bf16")
+    two = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    engine.add(model("other", two), backend="eager", precision="bf16")
     with engine:
         status = engine.status()["models"]
         assert (status["plain"]["backend"], status["plain"]["precision"]) == ("onnxruntime", "fp32")

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from plinth.engine import ConfigError
-from plinth.engine.precision.policy import CLASSES, PRESETS, PrecisionPolicy, apply, report, resolve
+from plinth.engine.precision.policy import CLASSES, PRESETS, PrecisionPolicy, resolve
+from plinth.engine.precision.transforms import apply, report
 
 
 def network() -> nn.Sequential:

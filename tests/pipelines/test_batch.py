@@ -12,14 +12,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_verticals import GATE, Gate, Shelf, install
+from tiny_verticals import GATE, Gate, Page, Shelf, install
 
-from plinth.engine import ConfigError, Engine, PlinthError
+from plinth.engine import ConfigError, Engine, Flow, InputError, PlinthError
 from plinth.pipelines.assembly import build_engine
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.folders.batch import Batch, Progress, Summary
@@ -185,6 +185,26 @@ def test_the_next_item_loads_while_one_infers(tmp_path: Path) -> None:
     assert loaded
     assert ("c", "load") not in before
     assert batch.summary.count("done") == 3
+
+
+def test_one_items_own_steps_leave_the_device_to_the_next(engine: Engine, tmp_path: Path) -> None:
+    """The first item measures until the second has been through the engine."""
+    second_answered = threading.Event()
+
+    class Measuring(Shelf):
+        def infer(self, requests: Sequence[tuple[str, float]]) -> Flow[list[Page | InputError]]:
+            pages = yield from super().infer(requests)
+            if requests[0][0] == "b":
+                second_answered.set()
+            assert second_answered.wait(60), "the second item never had the device"
+            return pages
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.txt").write_text("1")
+    summary = Batch(Measuring(), engine, folder, tmp_path / "out", workers=1).run()
+    assert summary.states == {"a": "done", "b": "done"}
 
 
 def test_two_runs_never_share_an_output(engine: Engine, shelf: Path, tmp_path: Path) -> None:

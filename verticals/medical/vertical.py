@@ -13,25 +13,32 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from plinth.engine import Call, Flow, InputError, Model, ModelStore, Sla, Tiling
-from plinth.verticals.contract import Item, Settings, Vertical
-from plinth.verticals.medical.ct.analysis import LEAST_SLICES, Analysis, analyse
+from plinth.verticals.contract import Item, Settings, Vertical, WithArtefacts
+from plinth.verticals.medical.ct.analysis import MIN_SLICES, Analysis, analyse
 from plinth.verticals.medical.ct.segment import BONE_HU, COARSE_MM, LUNG_HU, TISSUE_HU
 from plinth.verticals.medical.dicom.choose import LISTED
 from plinth.verticals.medical.dicom.discover import Series, scan
 from plinth.verticals.medical.dicom.loader import load_volume
 from plinth.verticals.medical.nodules.candidates import (
-    Least,
+    NetworkInput,
     Nodule,
-    View,
+    Thresholds,
     confidences,
+    find_candidates,
     measure,
-    pieces,
-    second_look,
-    view,
+    prepare_input,
+    recheck,
 )
 from plinth.verticals.medical.nodules.network import STRIDE
 from plinth.verticals.medical.output.outputs import write_outputs
-from plinth.verticals.medical.output.report import SYNTHETIC, CtReport, Evidence, Network, pseudonym
+from plinth.verticals.medical.output.report import (
+    SYNTHETIC,
+    CtArtefacts,
+    CtReport,
+    CtResult,
+    Network,
+    pseudonym,
+)
 from plinth.verticals.medical.phantom.chest import Phantom
 from plinth.verticals.medical.volumes.volume import SeriesFacts, Verdict, Volume
 
@@ -45,7 +52,7 @@ class CtSettings(Settings):
     Args:
         store: model store with the model ``nodules``; the one in the package by default.
         version: of the model; the newest by default.
-        nodules: look for nodules.
+        nodules: look for nodules; off, since the network was never measured on patients.
         strict: refuse series whose geometry is not regular instead of repairing them.
         gaps: ``"refuse"`` series with slices missing, or ``"fill"`` the gaps by interpolation.
         working_spacing_mm: isotropic spacing of the network's grid. The packaged weights were
@@ -53,8 +60,8 @@ class CtSettings(Settings):
         window: (z, y, x) voxels of one window, multiples of 4. Windows are the units that
             urgent work interleaves with, so small ones keep others' promises.
         overlap: share of a window shared with its neighbour.
-        least_nodule_mm: equivalent diameter below which candidates are dropped.
-        least_confidence: confidence below which candidates are dropped.
+        min_nodule_mm: equivalent diameter below which candidates are dropped.
+        min_confidence: confidence below which candidates are dropped.
         max_slice_spacing_mm: steps between slices above this draw a warning.
         page: write ``report.html``.
         pictures: write PNGs.
@@ -65,14 +72,14 @@ class CtSettings(Settings):
 
     store: Path | None = None
     version: str | None = None
-    nodules: bool = True
+    nodules: bool = False
     strict: bool = False
     gaps: Literal["refuse", "fill"] = "refuse"
     working_spacing_mm: float = Field(default=1.5, ge=0.5, le=4)
     window: tuple[int, int, int] = (32, 48, 48)
     overlap: float = Field(default=0.25, ge=0, le=0.9)
-    least_nodule_mm: float = Field(default=4.0, ge=0, le=100)
-    least_confidence: float = Field(default=0.5, ge=0, le=1)
+    min_nodule_mm: float = Field(default=4.0, ge=0, le=100)
+    min_confidence: float = Field(default=0.5, ge=0, le=1)
     max_slice_spacing_mm: float = Field(default=3.0, gt=0)
     page: bool = True
     pictures: bool = True
@@ -99,7 +106,7 @@ class StudyRequest:
     volume: Volume
 
 
-class CtAnalysis(Vertical[StudyRequest, CtReport]):
+class CtAnalysis(Vertical[StudyRequest, CtResult]):
     """Volumes, lung density, bone and nodule candidates of CT series."""
 
     name = "medical"
@@ -150,7 +157,7 @@ class CtAnalysis(Vertical[StudyRequest, CtReport]):
         if found and not fit:
             raise InputError(
                 f"{folder.name} holds no CT series to analyse: {'; '.join(skipped)}",
-                hint=f"give axial CT of at least {LEAST_SLICES} slices",
+                hint=f"give axial CT of at least {MIN_SLICES} slices",
                 reason="no_ct",
             )
         self._found = {series.id: series for series in fit}
@@ -170,12 +177,12 @@ class CtAnalysis(Vertical[StudyRequest, CtReport]):
             volume = load_volume(folder, settings.strict, series=item.id, gaps=settings.gaps)
         return StudyRequest(volume)
 
-    def write(self, result: CtReport, folder: Path) -> list[Path]:
+    def write(self, result: CtResult, folder: Path) -> list[Path]:
         return write_outputs(result, folder, self.settings)
 
     # -- inference ---------------------------------------------------------------------------
-    def infer(self, requests: Sequence[StudyRequest]) -> Flow[list[CtReport | InputError]]:
-        results: list[CtReport | InputError] = []
+    def infer(self, requests: Sequence[StudyRequest]) -> Flow[list[CtResult | InputError]]:
+        results: list[CtResult | InputError] = []
         for request in requests:
             try:
                 results.append((yield from self._study(request.volume)))
@@ -183,44 +190,45 @@ class CtAnalysis(Vertical[StudyRequest, CtReport]):
                 results.append(error)
         return results
 
-    def _study(self, volume: Volume) -> Flow[CtReport]:
-        clock = _Stages()
+    def _study(self, volume: Volume) -> Flow[CtResult]:
+        clock = _StageClock()
         analysis = analyse(volume, self.settings.max_slice_spacing_mm)
         clock.mark("rules")
         nodules: list[Nodule] | None = None
         plan = self._plan(analysis)
-        seen = (
-            view(volume, analysis, self.settings.working_spacing_mm)
+        network_input = (
+            prepare_input(volume, analysis, self.settings.working_spacing_mm)
             if self.settings.nodules
             else None
         )
-        if seen is not None:
+        if network_input is not None:
             clock.mark("resample")
-            plan["network_grid_zyx"] = list(seen.grid.size)
-            nodules = yield from self._nodules(volume, analysis, seen, clock)
+            plan["network_grid_zyx"] = list(network_input.grid.size)
+            nodules = yield from self._nodules(volume, analysis, network_input, clock)
         elif self.settings.nodules:
             analysis.warnings.append("no lungs were found, so nodules were not looked for")
-        return self._report(volume, analysis, nodules, plan, clock.seconds)
+        report = self._report(volume, analysis, nodules, plan)
+        return WithArtefacts(report, CtArtefacts(volume, analysis, clock.seconds))
 
     def _nodules(
-        self, volume: Volume, analysis: Analysis, seen: View, clock: _Stages
+        self, volume: Volume, analysis: Analysis, network_input: NetworkInput, clock: _StageClock
     ) -> Flow[list[Nodule]]:
-        """Windows over the lungs, then one window around each piece of the answer."""
+        """Windows over the lungs, then one more window around each candidate."""
         settings = self.settings
         tiling = Tiling(settings.window, settings.overlap, reduce="argmax")
-        found = pieces((yield Call(MODEL, seen.rows, tiling=tiling)))
-        shares: list[float] = []
+        found = find_candidates((yield Call(MODEL, network_input.rows, tiling=tiling)))
+        probabilities: list[float] = []
         if found.boxes:
-            logits = yield Call(MODEL, second_look(seen, found, settings.window))
-            shares = confidences(logits, found)
+            logits = yield Call(MODEL, recheck(network_input, found, settings.window))
+            probabilities = confidences(logits, found)
         if found.dropped:
             analysis.warnings.append(
                 f"{found.dropped} smaller nodule candidates beyond the largest "
                 f"{len(found.boxes)} were left out: these lungs are unlike what the network knows"
             )
         clock.mark("network")
-        least = Least(settings.least_nodule_mm, settings.least_confidence)
-        nodules = measure(volume, analysis, seen, found, shares, least)
+        thresholds = Thresholds(settings.min_nodule_mm, settings.min_confidence)
+        nodules = measure(volume, analysis, network_input, found, probabilities, thresholds)
         clock.mark("nodules")
         return nodules
 
@@ -238,8 +246,8 @@ class CtAnalysis(Vertical[StudyRequest, CtReport]):
                 "overlap": self.settings.overlap,
                 "blend": "gaussian",
                 "nodule_edge": "half maximum on native voxels",
-                "least_nodule_mm": self.settings.least_nodule_mm,
-                "least_confidence": self.settings.least_confidence,
+                "min_nodule_mm": self.settings.min_nodule_mm,
+                "min_confidence": self.settings.min_confidence,
             }
         return plan
 
@@ -249,7 +257,6 @@ class CtAnalysis(Vertical[StudyRequest, CtReport]):
         analysis: Analysis,
         nodules: list[Nodule] | None,
         plan: dict[str, Any],
-        seconds: dict[str, float],
     ) -> CtReport:
         facts, keep = volume.series, self.settings.keep_uids
         warnings = [issue.message for issue in volume.verdict.issues] + analysis.warnings
@@ -257,7 +264,7 @@ class CtAnalysis(Vertical[StudyRequest, CtReport]):
             self.models()
             warnings.append(SYNTHETIC)
         z, y, x = volume.shape
-        report = CtReport(
+        return CtReport(
             study=facts.study_instance_uid if keep else pseudonym(facts.study_instance_uid),
             series=facts.series_instance_uid if keep else pseudonym(facts.series_instance_uid),
             source=facts.public(),
@@ -269,12 +276,9 @@ class CtAnalysis(Vertical[StudyRequest, CtReport]):
             plan=plan,
             warnings=warnings,
         )
-        report._evidence = Evidence(volume, analysis)
-        report._seconds = seconds
-        return report
 
 
-class _Stages:
+class _StageClock:
     """Wall seconds by stage; the network's include waiting for the device."""
 
     def __init__(self) -> None:
@@ -298,7 +302,7 @@ def phantom_volume(phantom: Phantom) -> Volume:
     affine[:3, :3] = phantom.axes * np.asarray(phantom.spacing)
     affine[:3, 3] = phantom.position(0)
     x, y, z = phantom.shape
-    facts = SeriesFacts("phantom", "CT", "", y, x, phantom.spacing, z)
+    facts = SeriesFacts("phantom", "CT", "", y, x, phantom.spacing, z, units="HU")
     return Volume(np.stack(slices), affine, Verdict(), replace(facts, number_of_slices=z))
 
 
@@ -321,8 +325,10 @@ def _unfit(series: Series) -> str | None:
         return "not CT"
     if series.localiser:
         return "a localiser"
-    if len(series.frames) < LEAST_SLICES:
-        return f"fewer than {LEAST_SLICES} images"
+    if series.frames[0].header.kind is not None:
+        return f"{series.frames[0].header.kind}, whose values are not analysed as HU"
+    if len(series.frames) < MIN_SLICES:
+        return f"fewer than {MIN_SLICES} images"
     return None
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from plinth.engine import InputError
-from plinth.verticals.contract import Vertical
+from plinth.verticals.contract import Vertical, WithArtefacts
 from plinth.verticals.testing.flows import run_with_models
 
 VARIANTS = 3
@@ -92,10 +92,12 @@ class Case:
                 "return a list with one result or InputError for each request, in order"
             )
         for result in results:
-            if not isinstance(result, self.vertical.response | InputError):
+            wanted = self.vertical.response
+            given = result.response if isinstance(result, WithArtefacts) else result
+            if not isinstance(given, wanted | InputError):
                 raise AssertionError(
-                    f"infer() returned a {type(result).__name__}: each result is a "
-                    f"{self.vertical.response.__name__} or an InputError"
+                    f"infer() returned a {type(given).__name__}: each result is a "
+                    f"{wanted.__name__}, alone or in WithArtefacts, or an InputError"
                 )
         return results
 
@@ -179,7 +181,9 @@ def _edges(value: Any) -> list[Any]:
 
 
 def close(a: Any, b: Any) -> bool:
-    """Equal results, floats to 1e-4 of their size (and 1e-5 near zero)."""
+    """Equal results, floats to 1e-4 of their size (and 1e-5 near zero); of responses alone."""
+    if isinstance(a, WithArtefacts) and isinstance(b, WithArtefacts):
+        return close(a.response, b.response)
     if isinstance(a, BaseModel) and isinstance(b, BaseModel):
         return type(a) is type(b) and close(dict(a), dict(b))
     if isinstance(a, InputError) and isinstance(b, InputError):
@@ -204,6 +208,8 @@ def _arrays_close(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
 
 def difference(a: Any, b: Any) -> str:
     """The first fields in which two results differ, without their values."""
+    if isinstance(a, WithArtefacts) and isinstance(b, WithArtefacts):
+        return difference(a.response, b.response)
     if isinstance(a, BaseModel) and isinstance(b, BaseModel):
         left, right = dict(a), dict(b)
         names = [name for name in left if not close(left[name], right.get(name))]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from plinth.engine import Call, Flow, Model, PlinthError
@@ -168,13 +167,8 @@ def _forward(model: Model, rows: dict[str, Tensor], said: str) -> Tensors:
             f"the model {model.spec.name!r} is ONNX only and cannot run in plain torch: "
             "feed() its answers by hand, or test through an Engine"
         )
-    with torch.inference_mode():
-        output = model.module(*(rows[spec.name] for spec in model.spec.inputs))
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        return dict(output)
-    return {spec.name: part for spec, part in zip(model.spec.outputs, output, strict=True)}
+    outputs = model.run(rows)
+    return outputs if len(outputs) > 1 else next(iter(outputs.values()))
 
 
 def _check_inputs(model: Model, rows: dict[str, Tensor], said: str) -> None:

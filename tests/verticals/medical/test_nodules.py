@@ -14,17 +14,18 @@ from medical.chests import chest
 from torch import Tensor
 
 from plinth.engine import Call, Engine, ModelStore
+from plinth.verticals.contract import WithArtefacts
 from plinth.verticals.medical.nodules.candidates import (
-    MOST_PIECES,
+    MAX_CANDIDATES,
+    Candidates,
     Nodule,
-    Pieces,
     confidences,
-    pieces,
-    second_look,
+    find_candidates,
+    recheck,
 )
-from plinth.verticals.medical.nodules.candidates import View as Seen
+from plinth.verticals.medical.nodules.candidates import NetworkInput as Seen
 from plinth.verticals.medical.nodules.network import NoduleUNet, windowed
-from plinth.verticals.medical.output.report import CtReport
+from plinth.verticals.medical.output.report import CtReport, CtResult
 from plinth.verticals.medical.phantom import chest as phantom
 from plinth.verticals.medical.phantom.chest import NODULES, Phantom
 from plinth.verticals.medical.training.quality import Tally, held_out, on_patches
@@ -42,16 +43,23 @@ WINDOW = (32, 48, 48)
 
 def analysed(volume: Volume, **options: Any) -> CtReport:
     """The vertical on the engine, with the packaged weights."""
-    vertical = CtAnalysis(CtSettings(**options))
+    vertical = CtAnalysis(CtSettings(nodules=True, **options))
     with Engine() as engine:
         for model in vertical.models():
             engine.add(model, batch_range=(1, 4))
         result = engine.run(vertical.infer([StudyRequest(volume)])).value[0]
-    assert isinstance(result, CtReport), result
-    return result
+    assert isinstance(result, WithArtefacts), result
+    return result.response
 
 
 def told(volume: Volume, answer: Tensor | None, share: float = 0.9, **options: Any) -> CtReport:
+    """The report of :func:`result_of`."""
+    return result_of(volume, answer, share, **options).response
+
+
+def result_of(
+    volume: Volume, answer: Tensor | None, share: float = 0.9, **options: Any
+) -> CtResult:
     """The vertical with an answer in the network's place.
 
     Args:
@@ -73,9 +81,9 @@ def told(volume: Volume, answer: Tensor | None, share: float = 0.9, **options: A
         logits[:, 1] = logit
         return logits
 
-    flow = CtAnalysis(CtSettings(**options)).infer([StudyRequest(volume)])
+    flow = CtAnalysis(CtSettings(nodules=True, **options)).infer([StudyRequest(volume)])
     found = feed(flow, first, second)[0]
-    assert isinstance(found, CtReport), found
+    assert isinstance(found, WithArtefacts), found
     return found
 
 
@@ -108,13 +116,12 @@ def expected(nodule: phantom.Nodule) -> np.ndarray:
 
 def test_labels_number_the_nodules_largest_first() -> None:
     volume = alone(*NODULES)
-    report = told(volume, None)
-    evidence = report._evidence
-    assert evidence is not None
+    result = result_of(volume, None)
+    report, artefacts = result.response, result.artefacts
     sizes = [one.volume_mm3 for one in report.nodules or []]
     assert sizes == sorted(sizes, reverse=True)
     for one in report.nodules or []:
-        voxels = np.argwhere(evidence.analysis.labels == 3 + one.number)
+        voxels = np.argwhere(artefacts.analysis.labels == 3 + one.number)
         assert len(voxels) * volume.voxel_volume_mm3 == pytest.approx(one.volume_mm3, rel=0.01)
         centre = volume.index_to_lps(voxels.mean(axis=0)[::-1])
         assert np.linalg.norm(centre - one.centre_lps_mm) < 0.02
@@ -126,7 +133,7 @@ def test_small_and_doubtful_candidates_are_dropped() -> None:
     whole = told(volume, None).nodules or []
     assert min(one.diameter_mm for one in whole) < 8
     assert {one.confidence for one in whole} == {0.9}
-    large = told(volume, None, least_nodule_mm=8.0).nodules or []
+    large = told(volume, None, min_nodule_mm=8.0).nodules or []
     assert large
     assert min(one.diameter_mm for one in large) >= 8
     assert told(volume, None, share=0.4).nodules == []
@@ -150,14 +157,14 @@ def test_an_answer_in_a_thousand_pieces_is_cut_short() -> None:
         answer[22:-20:6, 20:-20:6, 20:-20:6] = 1
         return answer
 
-    flow = CtAnalysis().infer([StudyRequest(volume)])
-    report = feed(
+    flow = CtAnalysis(CtSettings(nodules=True)).infer([StudyRequest(volume)])
+    result = feed(
         flow,
         speckled,
         lambda call: torch.ones(len(call.rows), 2, *WINDOW),  # type: ignore[arg-type]
     )[0]
-    assert isinstance(report, CtReport)
-    assert any("left out" in warning for warning in report.warnings)
+    assert isinstance(result, WithArtefacts)
+    assert any("left out" in warning for warning in result.response.warnings)
 
 
 def test_no_lungs_means_not_looked_for() -> None:
@@ -165,10 +172,10 @@ def test_no_lungs_means_not_looked_for() -> None:
     body = replace(
         volume, voxels=np.where(volume.voxels > -900, np.maximum(volume.voxels, 0), -1000)
     )
-    report = feed(CtAnalysis().infer([StudyRequest(body)]))[0]
-    assert isinstance(report, CtReport)
-    assert report.nodules is None
-    assert any("not looked for" in warning for warning in report.warnings)
+    result = feed(CtAnalysis(CtSettings(nodules=True)).infer([StudyRequest(body)]))[0]
+    assert isinstance(result, WithArtefacts)
+    assert result.response.nodules is None
+    assert any("not looked for" in warning for warning in result.response.warnings)
 
 
 # -- pieces and the second look ------------------------------------------------------------------
@@ -183,11 +190,11 @@ def test_the_second_look_sees_the_whole_piece(
     start = [int(share * (n - 1)) for share, n in zip(corner, shape, strict=True)]
     answer = torch.zeros(shape, dtype=torch.uint8)
     answer[tuple(slice(s, s + size) for s in start)] = 1
-    found = pieces(answer)
+    found = find_candidates(answer)
     if not found.boxes:  # fewer than three voxels
         assert int(answer.sum()) < 3
         return
-    rows = second_look(seen(answer), found, WINDOW)
+    rows = recheck(seen(answer), found, WINDOW)
     assert rows.shape == (1, 1, *WINDOW)
     assert int(rows.sum()) == int(answer.sum())
     logits = torch.cat([torch.zeros_like(rows), 20 * rows - 10], dim=1)
@@ -204,12 +211,12 @@ def test_pieces_are_numbered_by_size_and_bounded() -> None:
     answer = torch.zeros(40, 120, 120, dtype=torch.uint8)
     answer[::4, ::4, ::4] = answer[1::4, ::4, ::4] = answer[2::4, ::4, ::4] = 1
     answer[10:20, 10:20, 10:20] = 1
-    found = pieces(answer)
-    assert isinstance(found, Pieces)
-    assert len(found.boxes) == MOST_PIECES
+    found = find_candidates(answer)
+    assert isinstance(found, Candidates)
+    assert len(found.boxes) == MAX_CANDIDATES
     assert found.dropped > 0
     assert found.labels[15, 15, 15] == 1
-    assert found.labels.max() == MOST_PIECES
+    assert found.labels.max() == MAX_CANDIDATES
 
 
 # -- the network -----------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from plinth.engine import Call
+from plinth.verticals.contract import WithArtefacts
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
 from plinth.verticals.medical.output.dicom_seg import write_segmentation
-from plinth.verticals.medical.output.report import CtReport, Evidence
+from plinth.verticals.medical.output.report import CtArtefacts, CtReport, CtResult
 from plinth.verticals.medical.phantom.chest import Phantom
 from plinth.verticals.medical.phantom.dicom import Faults, write_series
 from plinth.verticals.medical.vertical import CtAnalysis, CtSettings
@@ -30,26 +31,25 @@ def scanned(folder: Path, faults: Faults | None = None, **changes: object) -> Pa
     return folder / "series"
 
 
-def analysed(folder: Path) -> tuple[CtReport, Evidence]:
+def analysed(folder: Path) -> CtResult:
     """The rules' findings and the voxels they come from."""
     vertical = CtAnalysis(CtSettings(nodules=False))
     (item,) = vertical.discover(folder)
-    report = feed(vertical.infer([vertical.load(item)]))[0]
-    assert isinstance(report, CtReport)
-    assert report._evidence is not None
-    return report, report._evidence
+    result = feed(vertical.infer([vertical.load(item)]))[0]
+    assert isinstance(result, WithArtefacts)
+    return result
 
 
-def read_back(path: Path, evidence: Evidence) -> dict[str, np.ndarray]:
+def read_back(path: Path, artefacts: CtArtefacts) -> dict[str, np.ndarray]:
     """Masks (z, y, x) on the volume's grid by segment label, placed by the SEG's own geometry."""
     seg = highdicom.seg.segread(path)
     volume = seg.get_volume()
     masks = {}
     for number in seg.segment_numbers:
-        mask = np.zeros(evidence.volume.shape, bool)
+        mask = np.zeros(artefacts.volume.shape, bool)
         voxels = np.argwhere(volume.array[..., number - 1] > 0)
         lps = voxels @ volume.affine[:3, :3].T + volume.affine[:3, 3]
-        index = evidence.volume.lps_to_index(lps)
+        index = artefacts.volume.lps_to_index(lps)
         assert np.abs(index - np.rint(index)).max() < 0.01, "off the volume's grid"
         i, j, k = np.rint(index).astype(int).T
         mask[k, j, i] = True
@@ -68,13 +68,14 @@ def read_back(path: Path, evidence: Evidence) -> dict[str, np.ndarray]:
     ids=["axial", "oblique", "coronal", "tilted and resampled"],
 )
 def test_segments_lie_where_the_labels_are(tmp_path: Path, scan: dict[str, object]) -> None:
-    report, evidence = analysed(scanned(tmp_path, **scan))
+    result = analysed(scanned(tmp_path, **scan))
+    artefacts = result.artefacts
     path = tmp_path / "seg.dcm"
-    write_segmentation(evidence, report, path)
-    masks = read_back(path, evidence)
+    write_segmentation(result, path)
+    masks = read_back(path, artefacts)
     assert list(masks) == ["Right lung", "Left lung"]
-    assert np.array_equal(masks["Right lung"], evidence.analysis.labels == LUNG_RIGHT)
-    assert np.array_equal(masks["Left lung"], evidence.analysis.labels == LUNG_LEFT)
+    assert np.array_equal(masks["Right lung"], artefacts.analysis.labels == LUNG_RIGHT)
+    assert np.array_equal(masks["Left lung"], artefacts.analysis.labels == LUNG_LEFT)
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +83,8 @@ def shuffled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A series in no order, and the SEG made of it."""
     root = tmp_path_factory.mktemp("shuffled")
     folder = scanned(root, faults=Faults(shuffled=True))
-    report, evidence = analysed(folder)
-    write_segmentation(evidence, report, root / "seg.dcm")
+    result = analysed(folder)
+    write_segmentation(result, root / "seg.dcm")
     return folder, root / "seg.dcm"
 
 
@@ -129,23 +130,22 @@ def sure(call: Call) -> Tensor:
 
 
 def test_nodules_are_segments_of_their_own(tmp_path: Path) -> None:
-    vertical = CtAnalysis()
+    vertical = CtAnalysis(CtSettings(nodules=True))
     (item,) = vertical.discover(scanned(tmp_path))
     request = vertical.load(item)
 
-    report = feed(vertical.infer([request]), dense, sure)[0]
-    assert isinstance(report, CtReport)
-    evidence = report._evidence
-    assert evidence is not None
+    result = feed(vertical.infer([request]), dense, sure)[0]
+    assert isinstance(result, WithArtefacts)
+    report, artefacts = result.response, result.artefacts
     assert report.nodules
     path = tmp_path / "seg.dcm"
-    write_segmentation(evidence, report, path)
-    masks = read_back(path, evidence)
+    write_segmentation(result, path)
+    masks = read_back(path, artefacts)
     names = [f"Nodule candidate {nodule.number}" for nodule in report.nodules]
     assert list(masks) == ["Right lung", "Left lung", *names]
     for nodule in report.nodules:
         mask = masks[f"Nodule candidate {nodule.number}"]
-        assert np.array_equal(mask, evidence.analysis.labels == NODULE + nodule.number - 1)
+        assert np.array_equal(mask, artefacts.analysis.labels == NODULE + nodule.number - 1)
     kinds = {
         segment.SegmentLabel: segment.SegmentedPropertyTypeCodeSequence[0].CodeValue
         for segment in pydicom.dcmread(path).SegmentSequence
@@ -168,8 +168,8 @@ def test_sloppy_patient_attributes_do_not_prevent_it(
     folder = scanned(tmp_path)
     with pytest.warns(UserWarning, match="Invalid value"):
         edit(folder, _strip)
-    report, evidence = analysed(folder)
-    write_segmentation(evidence, report, tmp_path / "seg.dcm")
+    result = analysed(folder)
+    write_segmentation(result, tmp_path / "seg.dcm")
     seg = pydicom.dcmread(tmp_path / "seg.dcm")
     assert seg.PatientSex == ""
     assert not seg.get("PatientAge")
@@ -184,10 +184,10 @@ def test_without_a_frame_of_reference_it_is_left_out_and_said(
 ) -> None:
     folder = scanned(tmp_path)
     edit(folder, _no_frame)
-    report, _ = analysed(folder)
+    result = analysed(folder)
     out = tmp_path / "out"
     out.mkdir()
-    files = CtAnalysis(CtSettings(nodules=False, pictures=False, page=False)).write(report, out)
+    files = CtAnalysis(CtSettings(nodules=False, pictures=False, page=False)).write(result, out)
     assert [path.name for path in files] == ["report.json"]
     told = CtReport.model_validate_json((out / "report.json").read_text())
     assert told.outputs["segmentation.dcm"].startswith("not written: the source's headers")

@@ -12,7 +12,7 @@ from medical.chests import chest
 from pydantic import ValidationError
 
 from plinth.engine import Call, InputError, ModelStore
-from plinth.verticals.medical.output.report import CtReport
+from plinth.verticals.contract import WithArtefacts
 from plinth.verticals.medical.phantom.chest import Phantom
 from plinth.verticals.medical.phantom.dicom import write_series
 from plinth.verticals.medical.vertical import MODEL, STORE, CtAnalysis, CtSettings, StudyRequest
@@ -39,15 +39,16 @@ def refused(vertical: CtAnalysis, folder: Path) -> InputError:
 
 # -- the contract --------------------------------------------------------------------------------
 def test_it_conforms(series: Path) -> None:
-    vertical = CtAnalysis(CtSettings(working_spacing_mm=3))
+    vertical = CtAnalysis(CtSettings(nodules=True, working_spacing_mm=3))
     another = StudyRequest(chest(**{**SMALL, "seed": 3, "noise_hu": 30.0}))
     check_vertical(vertical, [another], folder=series.parent).raise_if_failed()
 
 
 def test_one_study_is_two_calls_and_no_loop_over_windows() -> None:
-    vertical, calls = CtAnalysis(), list[Call]()
+    vertical, calls = CtAnalysis(CtSettings(nodules=True)), list[Call]()
     scan = chest(shape=(90, 70, 54), spacing=(3.9, 3.9, 4.0))
-    (report,) = run_with_models(vertical, [StudyRequest(scan)], on_call=calls.append)
+    (result,) = run_with_models(vertical, [StudyRequest(scan)], on_call=calls.append)
+    report = result.response
     volume, look = calls
     assert volume.model == look.model == MODEL
     assert volume.tiling is not None
@@ -64,9 +65,9 @@ def test_a_bad_study_does_not_take_its_neighbours_along() -> None:
     first, second, third = feed(vertical.infer([StudyRequest(v) for v in (good, bad, good)]))
     assert isinstance(second, InputError)
     assert second.reason == "too_thin"
-    assert isinstance(first, CtReport)
-    assert isinstance(third, CtReport)
-    assert first.findings == third.findings
+    assert isinstance(first, WithArtefacts)
+    assert isinstance(third, WithArtefacts)
+    assert first.response.findings == third.response.findings
 
 
 # -- settings ----------------------------------------------------------------------------------
@@ -77,7 +78,7 @@ def test_a_bad_study_does_not_take_its_neighbours_along() -> None:
         {"window": (8, 48, 48)},
         {"overlap": 1.0},
         {"gaps": "ignore"},
-        {"least_confidence": 2},
+        {"min_confidence": 2},
         {"windows": (32, 48, 48)},
     ],
     ids=str,
@@ -90,9 +91,9 @@ def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
 def test_without_nodules_no_model_is_needed(tmp_path: Path) -> None:
     vertical = CtAnalysis(CtSettings(nodules=False, store=tmp_path))
     assert vertical.models() == []
-    (report,) = feed(vertical.infer([StudyRequest(chest(**SMALL))]))
-    assert isinstance(report, CtReport)
-    assert (report.nodules, report.network) == (None, None)
+    (result,) = feed(vertical.infer([StudyRequest(chest(**SMALL))]))
+    assert isinstance(result, WithArtefacts)
+    assert (result.response.nodules, result.response.network) == (None, None)
 
 
 # -- folders -----------------------------------------------------------------------------------
@@ -124,8 +125,9 @@ def test_gaps_are_refused_or_filled_as_set(series: Path) -> None:
     assert refused(CtAnalysis(), series).reason == "geometry_gap"
     filling = CtAnalysis(CtSettings(gaps="fill", nodules=False))
     (item,) = filling.discover(series)
-    (report,) = feed(filling.infer([filling.load(item)]))
-    assert isinstance(report, CtReport)
+    (result,) = feed(filling.infer([filling.load(item)]))
+    assert isinstance(result, WithArtefacts)
+    report = result.response
     assert report.geometry["status"] == "gaps_filled"
     assert any("gap" in warning or "missing" in warning for warning in report.warnings)
 
@@ -137,17 +139,17 @@ def test_strict_refuses_what_was_repaired(tmp_path: Path) -> None:
 
 # -- real studies ------------------------------------------------------------------------------
 def test_a_real_head_ct_gets_an_honest_report(real: Callable[[str], Path], tmp_path: Path) -> None:
-    vertical = CtAnalysis()
+    vertical = CtAnalysis(CtSettings(nodules=True))
     items = list(vertical.discover(real("ge-head-ct-28")))
-    reports = []
+    results = []
     for item in items:
         answer = run_with_models(vertical, [vertical.load(item)])[0]
-        if isinstance(answer, CtReport):
-            reports.append(answer)
+        if isinstance(answer, WithArtefacts):
+            results.append(answer)
         else:
             assert answer.reason in ("too_thin", "not_hu", "no_body"), answer
-    assert reports, "at least the largest stack is a head that can be measured"
-    for report in reports:
+    assert results, "at least the largest stack is a head that can be measured"
+    for report in (result.response for result in results):
         assert report.finding("lungs_volume").value is None
         assert report.nodules is None
         assert any("no lungs" in warning for warning in report.warnings)
@@ -156,7 +158,7 @@ def test_a_real_head_ct_gets_an_honest_report(real: Callable[[str], Path], tmp_p
         assert body is not None
         assert 100 < bone < body / 2
         assert 500 < body < 8000
-    vertical.write(reports[0], tmp_path)
+    vertical.write(results[0], tmp_path)
     assert (tmp_path / "report.html").exists()
 
 
@@ -169,9 +171,9 @@ def test_a_real_quality_phantom_is_no_chest(real: Callable[[str], Path]) -> None
     vertical = CtAnalysis(CtSettings(nodules=False))
     for item in vertical.discover(real("philips-ct-s2010-28x5mm")):
         (answer,) = feed(vertical.infer([vertical.load(item)]))
-        if isinstance(answer, CtReport):
-            assert answer.finding("lungs_volume").value is None
-            assert any("no lungs" in warning for warning in answer.warnings)
+        if isinstance(answer, WithArtefacts):
+            assert answer.response.finding("lungs_volume").value is None
+            assert any("no lungs" in warning for warning in answer.response.warnings)
         else:
             assert answer.hint or answer.field
 
@@ -187,7 +189,7 @@ from plinth.verticals.testing.flows import run_with_models
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-vertical = CtAnalysis(CtSettings(working_spacing_mm=3))
+vertical = CtAnalysis(CtSettings(nodules=True, working_spacing_mm=3))
 run_with_models(vertical, [vertical.example()])
 slices = int(sys.argv[1])
 volume = phantom_volume(Phantom(shape=(300, 240, slices), spacing=(1.2, 1.2, 216 / slices)))

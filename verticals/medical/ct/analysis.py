@@ -38,8 +38,8 @@ LUNG_RIGHT, LUNG_LEFT, BONE_LABEL, NODULE = 1, 2, 3, 4
 
 FAT, MUSCLE = (-190, -30), (-29, 150)
 LOWEST = -1100
-LEAST_SLICES, LEAST_EXTENT_MM = 8, 30.0
-AIRY_HU, LEAST_AIR = -300, 0.001
+MIN_SLICES, MIN_EXTENT_MM = 8, 30.0
+AIRY_HU, MIN_AIR = -300, 0.001
 
 Bins = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.uint8]
@@ -79,11 +79,12 @@ def check_ct(volume: Volume) -> None:
             hint="HU thresholds mean nothing on other modalities",
             reason="not_ct",
         )
+    _check_kind(volume)
     slices, extent = volume.shape[0], volume.shape[0] * volume.spacing[2]
-    if slices < LEAST_SLICES or extent < LEAST_EXTENT_MM:
+    if slices < MIN_SLICES or extent < MIN_EXTENT_MM:
         raise InputError(
             f"series {volume.series.id} has {slices} slices over {extent:.0f} mm, expected at "
-            f"least {LEAST_SLICES} over {LEAST_EXTENT_MM:.0f} mm",
+            f"least {MIN_SLICES} over {MIN_EXTENT_MM:.0f} mm",
             field="NumberOfSlices",
             reason="too_thin",
         )
@@ -91,16 +92,35 @@ def check_ct(volume: Volume) -> None:
     dense = sample[sample > AIRY_HU]
     middle = float(np.median(dense)) if dense.size else float("nan")
     airy = 1 - dense.size / sample.size
-    if -150 <= middle <= 500 and airy >= LEAST_AIR and float(sample.min()) >= -10_000:
+    if -150 <= middle <= 500 and airy >= MIN_AIR and float(sample.min()) >= -10_000:
         return
     raise InputError(
         f"series {volume.series.id} does not look like HU: {100 * airy:.1f} % of it lie below "
-        f"{AIRY_HU} HU, expected at least {100 * LEAST_AIR:g} %, and the median above is "
+        f"{AIRY_HU} HU, expected at least {100 * MIN_AIR:g} %, and the median above is "
         f"{middle:.0f}, expected soft tissue (-150 to 500)",
         field="RescaleIntercept",
         hint="check Rescale Slope and Intercept; localisers and derived maps are not HU",
         reason="not_hu",
     )
+
+
+def _check_kind(volume: Volume) -> None:
+    facts = volume.series
+    if facts.kind is not None:
+        raise InputError(
+            f"series {facts.id} is {facts.kind}: its values are not attenuation",
+            field="ImageType",
+            hint="give the original images of the scan",
+            reason="derived",
+        )
+    if facts.units != "HU":
+        unit = facts.units or "no known unit"
+        raise InputError(
+            f"series {facts.id} is in {unit}, expected HU",
+            field="RescaleType",
+            hint="check Rescale Slope, Intercept and Type",
+            reason="not_hu",
+        )
 
 
 def analyse(volume: Volume, max_slice_spacing_mm: float = 3.0) -> Analysis:

@@ -27,7 +27,7 @@ COARSE_MM = 2.0
 TISSUE_HU, LUNG_HU, BONE_HU = -500, -400, 226
 COARSE_BONE_HU = 200
 OPENING_MM, CLOSING_MM = 4.0, 8.0
-LEAST_BODY, LEAST_LUNG_ML, LEAST_BONE_ML = 0.2, 100.0, 0.5
+MIN_BODY, MIN_LUNG_ML, MIN_BONE_ML = 0.2, 100.0, 0.5
 GAS_HU = -950.0
 
 INSIDE, BODY, RIGHT, LEFT, RIGHT_CORE, LEFT_CORE, AIRWAY, BONE = (1 << n for n in range(8))
@@ -108,7 +108,7 @@ def _body(hu: Float) -> tuple[Bool, Bool]:
         return np.zeros_like(dense), np.zeros_like(dense)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    keep = sizes >= LEAST_BODY * sizes.max()
+    keep = sizes >= MIN_BODY * sizes.max()
     kept = keep[labels]
     tissue = dense & (ndimage.distance_transform_edt(~kept) <= _ball(OPENING_MM) + 1)
     return tissue, tissue | _holes(tissue)
@@ -133,7 +133,7 @@ def _bone(hu: Float, body: Bool) -> Bool:
     labels, _ = ndimage.label((hu > COARSE_BONE_HU) & body, np.ones((3, 3, 3)))
     sizes = np.bincount(labels.ravel()) * COARSE_MM**3 / 1000
     sizes[0] = 0
-    return (sizes >= LEAST_BONE_ML)[labels]
+    return (sizes >= MIN_BONE_ML)[labels]
 
 
 # -- lungs -----------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def _lungs(hu: Float, air: Bool, body: Bool) -> tuple[tuple[Bool, Bool], str]:
     sizes = np.bincount(labels.ravel()) * COARSE_MM**3 / 1000
     sizes[0] = 0
     mean = ndimage.mean(hu, labels, np.arange(count + 1))
-    chosen = np.flatnonzero((sizes >= LEAST_LUNG_ML) & (np.asarray(mean) > GAS_HU))
+    chosen = np.flatnonzero((sizes >= MIN_LUNG_ML) & (np.asarray(mean) > GAS_HU))
     if not chosen.size:
         return (none, none), "none"
     middle = _middle(body)

@@ -18,7 +18,7 @@ CT_AIR, CT_TOP = -1024, 3071
 
 INT16 = np.iinfo(np.int16)
 
-MOST_VOXELS = 1 << 32
+MAX_VOXELS = 1 << 32
 """Voxels of the largest volume that is read: 8 GiB as int16."""
 
 
@@ -61,10 +61,10 @@ def _check_sizes(frames: Sequence[Frame]) -> None:
     """Refuse before anything is allocated: pixels that are not there, or too many of them."""
     header = frames[0].header
     wanted = len(frames) * header.rows * header.columns
-    if wanted > MOST_VOXELS:
+    if wanted > MAX_VOXELS:
         raise InputError(
             f"{len(frames)} images of {header.columns} x {header.rows} from {header.source.name} "
-            f"on are {wanted} voxels, at most {MOST_VOXELS} are read",
+            f"on are {wanted} voxels, at most {MAX_VOXELS} are read",
             field=header.source.name,
             hint="load a part of the series",
             reason="too_large",

@@ -62,6 +62,7 @@ def identity(frame: Frame) -> tuple[Hashable, ...]:
         header.frame_of_reference,
         () if complete else (header.source.folder, header.origin),
         header.modality,
+        header.kind,
         header.rows,
         header.columns,
         header.sop_class,

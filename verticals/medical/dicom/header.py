@@ -25,6 +25,7 @@ from plinth.verticals.medical.dicom.elements import (
     texts,
     whole,
 )
+from plinth.verticals.medical.dicom.kinds import derived_kind
 from plinth.verticals.medical.source import (
     DEFLATED,
     MALFORMED,
@@ -42,7 +43,7 @@ BIG_ENDIAN = "1.2.840.10008.1.2.2"
 PIXEL_TAGS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
 PIXEL_VRS = tuple(vr + b"\0\0" for vr in (b"OW", b"OB", b"OF", b"OD", b"UN"))
 UNDEFINED = 0xFFFFFFFF
-MOST_FRAMES = 1 << 16
+MAX_FRAMES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -58,6 +59,7 @@ class Header:
         instance_number: Instance Number, if it is one.
         images_in_acquisition: Images in Acquisition.
         contrast: a Contrast/Bolus Agent is named.
+        kind: what a CT image shows instead of attenuation, such as a projection.
         offset: byte where the pixel data's value starts.
         length: declared bytes of it; ``UNDEFINED`` when encapsulated.
         floating: the pixels are Float or Double Float Pixel Data.
@@ -79,6 +81,7 @@ class Header:
     instance_number: int | None
     images_in_acquisition: int | None
     contrast: bool
+    kind: str | None
     study_uid: str
     series_uid: str
     frame_of_reference: str
@@ -258,6 +261,9 @@ def _header(
         instance_number=whole(dataset, "InstanceNumber"),
         images_in_acquisition=whole(dataset, "ImagesInAcquisition"),
         contrast=text(dataset, "ContrastBolusAgent") is not None,
+        kind=derived_kind(
+            texts(dataset, "ImageType"), text(dataset, "SeriesDescription") or "", sop_class
+        ),
         study_uid=text(dataset, "StudyInstanceUID") or "",
         series_uid=text(dataset, "SeriesInstanceUID") or "",
         frame_of_reference=text(dataset, "FrameOfReferenceUID") or "",
@@ -288,8 +294,8 @@ def _is_scan(sop_class: str) -> bool:
 
 def _number_of_frames(dataset: Dataset) -> int:
     count = int(_first(numbers(dataset, "NumberOfFrames"), 1))
-    if count > MOST_FRAMES:
-        raise Unreadable(f"{count} frames, at most {MOST_FRAMES} are read")
+    if count > MAX_FRAMES:
+        raise Unreadable(f"{count} frames, at most {MAX_FRAMES} are read")
     return max(1, count)
 
 

@@ -329,6 +329,8 @@ def _facts(series: Series, stack: Stack) -> SeriesFacts:
         number_of_slices=len(stack.frames),
         slice_thickness=header.thickness,
         kernel=header.kernel,
+        contrast=any(frame.header.contrast for frame in stack.frames),
+        kind=header.kind,
         photometric=header.photometric,
         image_type=header.image_type,
         transfer_syntax_uid=header.syntax,

@@ -11,7 +11,7 @@ from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.geometry import Stack, even_step
 from plinth.verticals.medical.volumes.volume import Affine, Array
 
-MOST = 6.0
+MAX_GROWTH = 6.0
 """A regridded volume may have at most this many times the voxels of its source."""
 
 Float = npt.NDArray[np.float32]
@@ -64,7 +64,7 @@ def regrid(voxels: Array, stack: Stack) -> tuple[Array, Affine]:
 
 
 def _check_size(wanted: tuple[int, int, int], source: tuple[int, ...]) -> None:
-    if math.prod(wanted) > MOST * math.prod(source) and math.prod(wanted) > 1 << 22:
+    if math.prod(wanted) > MAX_GROWTH * math.prod(source) and math.prod(wanted) > 1 << 22:
         raise InputError(
             f"an orthogonal grid of {wanted} voxels would be needed for {tuple(source)}: the "
             "slices are scattered",

@@ -28,7 +28,7 @@ PAD_MM = 18.0
 EDGE_MM = 2.0
 RING_MM = (3.0, 6.0)
 LUNG_TOP_HU = -600
-LEAST_VOXELS, MOST_PIECES = 3, 200
+MIN_VOXELS, MAX_CANDIDATES = 3, 200
 FULL = np.ones((3, 3, 3), bool)
 
 Bool = npt.NDArray[np.bool_]
@@ -64,7 +64,7 @@ class Nodule(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Least:
+class Thresholds:
     """What a candidate must reach to be told.
 
     Args:
@@ -77,7 +77,7 @@ class Least:
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class NetworkInput:
     """The lungs' part of a volume as the network sees it.
 
     Args:
@@ -91,7 +91,7 @@ class View:
     rows: Tensor
 
 
-def view(volume: Volume, analysis: Analysis, spacing_mm: float) -> View | None:
+def prepare_input(volume: Volume, analysis: Analysis, spacing_mm: float) -> NetworkInput | None:
     """The box of the lungs, padded by PAD_MM and resampled; None without lungs.
 
     Args:
@@ -113,7 +113,7 @@ def view(volume: Volume, analysis: Analysis, spacing_mm: float) -> View | None:
     )
     part = volume.voxels[box]
     grid = fit_spacing(part.shape, mm, (spacing_mm,) * 3)
-    return View(box, grid, windowed(resample(part, grid, "area"))[None])
+    return NetworkInput(box, grid, windowed(resample(part, grid, "area"))[None])
 
 
 def _lungs(labels: Labels) -> Bool:
@@ -121,13 +121,13 @@ def _lungs(labels: Labels) -> Bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces:
-    """Where the network answered "nodule", piece by piece.
+class Candidates:
+    """Where the network answered "nodule", candidate by candidate.
 
     Args:
-        labels: (Z, Y, X) uint8 on the working grid: number of the piece from 1, 0 elsewhere.
-        boxes: of the pieces, in the order of their numbers.
-        dropped: smaller pieces beyond MOST_PIECES that are left out.
+        labels: (Z, Y, X) uint8 on the working grid: number of the candidate from 1, 0 elsewhere.
+        boxes: of the candidates, in the order of their numbers.
+        dropped: smaller candidates beyond MAX_CANDIDATES that are left out.
     """
 
     labels: Labels
@@ -135,8 +135,8 @@ class Pieces:
     dropped: int
 
 
-def pieces(answer: Tensor) -> Pieces:
-    """The connected pieces of the network's answer, largest first.
+def find_candidates(answer: Tensor) -> Candidates:
+    """The connected candidates of the network's answer, largest first.
 
     Args:
         answer: (Z, Y, X) uint8 labels on the working grid; above 0 is nodule.
@@ -145,47 +145,47 @@ def pieces(answer: Tensor) -> Pieces:
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     sizes[0] = 0
     order = np.argsort(-sizes, kind="stable")
-    order = order[sizes[order] >= LEAST_VOXELS]
-    kept = order[:MOST_PIECES]
+    order = order[sizes[order] >= MIN_VOXELS]
+    kept = order[:MAX_CANDIDATES]
     numbers = np.zeros(count + 1, np.uint8)
     numbers[kept] = np.arange(1, len(kept) + 1)
     numbered = numbers[labels]
     boxes = [cast(Box, box) for box in ndimage.find_objects(numbered)]
-    return Pieces(numbered, boxes, len(order) - len(kept))
+    return Candidates(numbered, boxes, len(order) - len(kept))
 
 
-def second_look(seen: View, found: Pieces, window: tuple[int, int, int]) -> Tensor:
-    """One window of the view around each piece, so that none is judged at a window's edge.
+def recheck(network_input: NetworkInput, found: Candidates, window: tuple[int, int, int]) -> Tensor:
+    """One window of the view around each candidate, so that none is judged at a window's edge.
 
     Args:
-        seen: what the network was shown.
-        found: its pieces.
+        network_input: what the network was shown.
+        found: its candidates.
         window: (z, y, x) voxels of the windows.
 
     Returns:
-        (pieces, 1, z, y, x) float32.
+        (candidates, 1, z, y, x) float32.
     """
     rows = torch.zeros(len(found.boxes), 1, *window)
     for row, box in zip(rows, found.boxes, strict=True):
         here = _window(box, window, found.labels.shape)
-        part = seen.rows[(slice(None), *here)]
+        part = network_input.rows[(slice(None), *here)]
         row[:, : part.shape[1], : part.shape[2], : part.shape[3]] = part
     return rows
 
 
-def confidences(logits: Tensor, found: Pieces) -> list[float]:
-    """Mean nodule probability over each piece, as the second look sees it.
+def confidences(logits: Tensor, found: Candidates) -> list[float]:
+    """Mean nodule probability over each candidate, as the second look sees it.
 
     Args:
-        logits: (pieces, 2, z, y, x), the network's answer to :func:`second_look`.
-        found: the pieces.
+        logits: (candidates, 2, z, y, x), the network's answer to :func:`recheck`.
+        found: the candidates.
     """
     window = (logits.shape[2], logits.shape[3], logits.shape[4])
     means = []
     for number, (row, box) in enumerate(zip(logits, found.boxes, strict=True), start=1):
         mask = found.labels[_window(box, window, found.labels.shape)] == number
-        shares = torch.sigmoid(row[1].float() - row[0].float()).numpy()
-        part = shares[: mask.shape[0], : mask.shape[1], : mask.shape[2]]
+        probabilities = torch.sigmoid(row[1].float() - row[0].float()).numpy()
+        part = probabilities[: mask.shape[0], : mask.shape[1], : mask.shape[2]]
         means.append(float(part[mask].mean()) if mask.any() else 0.0)
     return means
 
@@ -205,42 +205,42 @@ def _window(box: Box, window: tuple[int, int, int], shape: tuple[int, ...]) -> B
 def measure(
     volume: Volume,
     analysis: Analysis,
-    seen: View,
-    found: Pieces,
-    shares: list[float],
-    least: Least,
+    network_input: NetworkInput,
+    found: Candidates,
+    probabilities: list[float],
+    thresholds: Thresholds,
 ) -> list[Nodule]:
-    """Measure the network's pieces and write them into ``analysis.labels``.
+    """Measure the network's candidates and write them into ``analysis.labels``.
 
     Args:
         volume: HU.
         analysis: its lungs; voxels of nodule n become ``NODULE + n - 1`` in its labels.
-        seen: what the network was shown.
-        found: the pieces of its answer.
-        shares: their confidences.
-        least: what a candidate must reach to be told.
+        network_input: what the network was shown.
+        found: the candidates of its answer.
+        probabilities: their confidences.
+        thresholds: what a candidate must reach to be told.
 
     Returns:
         The nodules, largest first.
     """
     if not found.boxes:
         return []
-    native = seen.grid.to_native(found.labels)
-    lung = _lung_region(analysis, seen.box)
+    native = network_input.grid.to_native(found.labels)
+    lung = _lung_region(analysis, network_input.box)
     told: list[tuple[Box, Bool, dict[str, Any]]] = []
     spacing = volume.spacing[::-1]
     for number, box in enumerate(ndimage.find_objects(native), start=1):
-        if box is None or shares[number - 1] < least.confidence:
+        if box is None or probabilities[number - 1] < thresholds.confidence:
             continue
-        piece = native[box] == number
-        if np.count_nonzero(piece & (lung[box] > 0)) < 0.5 * np.count_nonzero(piece):
+        candidate = native[box] == number
+        if np.count_nonzero(candidate & (lung[box] > 0)) < 0.5 * np.count_nonzero(candidate):
             continue
         wide = _widened(box, native.shape, spacing)
-        here = _absolute(wide, seen.box)
+        here = _absolute(wide, network_input.box)
         mask = _half_maximum(volume.voxels[here], native[wide] == number, lung[wide] > 0, spacing)
         facts = _facts(volume, here, mask, lung[wide])
-        if facts["diameter_mm"] >= least.diameter_mm:
-            told.append((here, mask, facts | {"confidence": round(shares[number - 1], 3)}))
+        if facts["diameter_mm"] >= thresholds.diameter_mm:
+            told.append((here, mask, facts | {"confidence": round(probabilities[number - 1], 3)}))
     told.sort(key=lambda one: -one[2]["volume_mm3"])
     for n, (here, mask, _) in enumerate(told):
         analysis.labels[here][mask] = NODULE + n
@@ -270,23 +270,23 @@ def _absolute(box: Box, base: Box) -> Box:
 
 
 def _half_maximum(
-    hu: npt.NDArray[Any], piece: Bool, lung: Bool, spacing: tuple[float, ...]
+    hu: npt.NDArray[Any], candidate: Bool, lung: Bool, spacing: tuple[float, ...]
 ) -> Bool:
-    """Voxels near the piece that are denser than halfway between lung and nodule."""
-    away = ndimage.distance_transform_edt(~piece, sampling=spacing)
+    """Voxels near the candidate that are denser than halfway between lung and nodule."""
+    away = ndimage.distance_transform_edt(~candidate, sampling=spacing)
     ring = (away > RING_MM[0]) & (away <= RING_MM[1]) & lung & (hu < LUNG_TOP_HU)
     around = float(np.median(hu[ring])) if ring.any() else -850.0
-    depth = ndimage.distance_transform_edt(piece, sampling=spacing)
-    core = piece & (depth >= 0.5 * depth.max())
+    depth = ndimage.distance_transform_edt(candidate, sampling=spacing)
+    core = candidate & (depth >= 0.5 * depth.max())
     inside = float(np.median(hu[core]))
     if inside <= around:
-        return piece
-    dense = (away <= EDGE_MM) & (hu > (around + inside) / 2) & (lung | piece)
+        return candidate
+    dense = (away <= EDGE_MM) & (hu > (around + inside) / 2) & (lung | candidate)
     labels, _ = ndimage.label(dense, FULL)
-    sizes = np.bincount(labels[piece].ravel(), minlength=2)
+    sizes = np.bincount(labels[candidate].ravel(), minlength=2)
     sizes[0] = 0
     if not sizes.any():
-        return piece
+        return candidate
     return cast(Bool, labels == int(sizes.argmax()))
 
 

@@ -13,7 +13,7 @@ from pydicom import Dataset
 from plinth import __version__
 from plinth.engine import InputError
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
-from plinth.verticals.medical.output.report import CtReport, Evidence
+from plinth.verticals.medical.output.report import CtArtefacts, CtReport, CtResult
 from plinth.verticals.medical.volumes.volume import Volume
 
 RULES = "Plinth CT rules"
@@ -31,15 +31,14 @@ VALID = {
 TOLERANCE_MM = 0.01
 
 
-def write_segmentation(evidence: Evidence, report: CtReport, path: Path) -> None:
+def write_segmentation(result: CtResult, path: Path) -> None:
     """Write lungs and nodules as segments of one binary SEG, and check its geometry on disk.
 
     The file refers to the source instances and carries the patient's identity as they do, as
     a PACS needs it. Voxels of a nodule belong to its segment and not to the lung's.
 
     Args:
-        evidence: the volume and its labels.
-        report: the nodules and the network that found them.
+        result: the volume, its labels, and the network that found the nodules.
         path: the file.
 
     Raises:
@@ -48,17 +47,18 @@ def write_segmentation(evidence: Evidence, report: CtReport, path: Path) -> None
     """
     import highdicom  # heavy: only when a SEG is written
 
-    numbers, segments = _segments(evidence, report)
+    report, artefacts = result.response, result.artefacts
+    numbers, segments = _segments(artefacts, report)
     if not segments:
         raise InputError("neither lungs nor nodules were found", reason="empty")
-    sources = [_clean(header) for header in evidence.volume.series.headers()]
+    sources = [_clean(header) for header in artefacts.volume.series.headers()]
     if not sources:
         raise InputError("the volume was not read from DICOM images", reason="no_source")
     volume = highdicom.Volume(
-        numbers[evidence.analysis.labels],
-        highdicom_affine(evidence.volume),
+        numbers[artefacts.analysis.labels],
+        highdicom_affine(artefacts.volume),
         "PATIENT",
-        frame_of_reference_uid=evidence.volume.series.frame_of_reference_uid,
+        frame_of_reference_uid=artefacts.volume.series.frame_of_reference_uid,
     )
     try:
         seg = highdicom.seg.Segmentation(
@@ -86,7 +86,7 @@ def write_segmentation(evidence: Evidence, report: CtReport, path: Path) -> None
             hint="check the patient, study and frame of reference attributes of the images",
         ) from error
     seg.save_as(path)
-    check_geometry(path, evidence.volume)
+    check_geometry(path, artefacts.volume)
 
 
 def highdicom_affine(volume: Volume) -> npt.NDArray[np.float64]:
@@ -131,9 +131,9 @@ def check_geometry(path: Path, volume: Volume) -> None:
         )
 
 
-def _segments(evidence: Evidence, report: CtReport) -> tuple[npt.NDArray[np.uint8], list[Any]]:
+def _segments(artefacts: CtArtefacts, report: CtReport) -> tuple[npt.NDArray[np.uint8], list[Any]]:
     """Segment number by label, and the segments' descriptions in the order of their numbers."""
-    present = np.unique(evidence.analysis.labels)
+    present = np.unique(artefacts.analysis.labels)
     numbers = np.zeros(256, np.uint8)
     segments: list[Any] = []
     for label in present[present > 0]:

@@ -12,7 +12,7 @@ from plinth.engine import InputError
 from plinth.verticals.medical.output.dicom_seg import write_segmentation
 from plinth.verticals.medical.output.page import page
 from plinth.verticals.medical.output.pictures import key_image, overview, png
-from plinth.verticals.medical.output.report import CtReport, Evidence
+from plinth.verticals.medical.output.report import CtResult
 
 REPORT, PAGE, SEGMENTATION = "report.json", "report.html", "segmentation.dcm"
 
@@ -37,57 +37,54 @@ class Wanted(Protocol):
         """Write ``segmentation.dcm``."""
 
 
-def write_outputs(report: CtReport, folder: Path, wanted: Wanted) -> list[Path]:
+def write_outputs(result: CtResult, folder: Path, wanted: Wanted) -> list[Path]:
     """Write a report and what belongs to it; returns the files.
 
-    A report that was read back from JSON has no voxels any more: of it only the JSON and the
-    page, without pictures, can be written.
-
     Args:
-        report: from the vertical's flow.
+        result: from the vertical's flow.
         folder: exists.
         wanted: what to write.
     """
     begun = time.perf_counter()
-    evidence, outputs = report._evidence, dict[str, str]()
+    report, artefacts = result.response, result.artefacts
+    outputs: dict[str, str] = {}
     drawn: dict[str, bytes] = {}
     files: list[Path] = []
-    if evidence is not None and (wanted.page or wanted.pictures):
-        drawn = _pictures(report, evidence, wanted.key_images)
+    if wanted.page or wanted.pictures:
+        drawn = _pictures(result, wanted.key_images)
     if wanted.pictures:
         for name, data in drawn.items():
             files.append(folder / f"{name}.png")
             files[-1].write_bytes(data)
-        outputs["pictures"] = "written" if drawn else "no voxels at hand"
+        outputs["pictures"] = "written"
     if wanted.segmentation:
         path = folder / SEGMENTATION
-        outputs[SEGMENTATION] = _segmentation(report, evidence, path)
+        outputs[SEGMENTATION] = _segmentation(result, path)
         files += [path] if path.exists() else []
     outputs |= {PAGE: "written"} if wanted.page else {}
-    seconds = {**report._seconds, "outputs": round(time.perf_counter() - begun, 3)}
-    told = report.model_copy(
+    seconds = {**artefacts.seconds, "outputs": round(time.perf_counter() - begun, 3)}
+    final = report.model_copy(
         update={"seconds": seconds, "outputs": outputs, "peak_memory_mb": _peak_memory_mb()}
     )
     if wanted.page:
         files.append(folder / PAGE)
-        files[-1].write_text(page(told, drawn), encoding="utf-8")
+        files[-1].write_text(page(final, drawn), encoding="utf-8")
     files.append(folder / REPORT)
-    files[-1].write_text(told.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    files[-1].write_text(final.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return files
 
 
-def _pictures(report: CtReport, evidence: Evidence, most: int) -> dict[str, bytes]:
-    drawn = {name: png(picture) for name, picture in overview(evidence)}
-    for nodule in (report.nodules or [])[:most]:
-        drawn[f"nodule-{nodule.number}"] = png(key_image(evidence, nodule))
+def _pictures(result: CtResult, count: int) -> dict[str, bytes]:
+    artefacts = result.artefacts
+    drawn = {name: png(picture) for name, picture in overview(artefacts)}
+    for nodule in (result.response.nodules or [])[:count]:
+        drawn[f"nodule-{nodule.number}"] = png(key_image(artefacts, nodule))
     return drawn
 
 
-def _segmentation(report: CtReport, evidence: Evidence | None, path: Path) -> str:
-    if evidence is None:
-        return "not written: no voxels at hand"
+def _segmentation(result: CtResult, path: Path) -> str:
     try:
-        write_segmentation(evidence, report, path)
+        write_segmentation(result, path)
     except InputError as error:
         return f"not written: {error.message}"
     return "written"

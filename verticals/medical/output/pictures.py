@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
 from plinth.verticals.medical.nodules.candidates import Nodule
-from plinth.verticals.medical.output.report import RESEARCH_USE, Evidence
+from plinth.verticals.medical.output.report import RESEARCH_USE, CtArtefacts
 
 LUNG_WINDOW, TISSUE_WINDOW = (-600.0, 1500.0), (40.0, 400.0)
 SIZE, CROP_SIZE, CROP_MM, FONT = 512, 256, 60.0, 13
@@ -48,30 +48,30 @@ class Plane:
     spacing: tuple[float, float]
 
 
-def overview(evidence: Evidence) -> Iterator[tuple[str, Image.Image]]:
+def overview(artefacts: CtArtefacts) -> Iterator[tuple[str, Image.Image]]:
     """Axial, coronal and sagittal plane through the lungs, or the middle where there are none.
 
     Args:
-        evidence: the volume and its labels.
+        artefacts: the volume and its labels.
     """
-    middle = _middle(evidence)
-    lungs = bool(np.isin(evidence.analysis.labels[::4], (LUNG_RIGHT, LUNG_LEFT)).any())
+    middle = _middle(artefacts)
+    lungs = bool(np.isin(artefacts.analysis.labels[::4], (LUNG_RIGHT, LUNG_LEFT)).any())
     for name in PLANES:
-        plane = _plane(evidence, name, middle)
+        plane = _plane(artefacts, name, middle)
         yield name, _draw(plane, LUNG_WINDOW if lungs else TISSUE_WINDOW, SIZE)
 
 
-def key_image(evidence: Evidence, nodule: Nodule) -> Image.Image:
+def key_image(artefacts: CtArtefacts, nodule: Nodule) -> Image.Image:
     """Three crops of CROP_MM around a nodule, side by side.
 
     Args:
-        evidence: the volume and its labels.
+        artefacts: the volume and its labels.
         nodule: with its place in the patient.
     """
     sheet = Image.new("RGB", (3 * CROP_SIZE, CROP_SIZE))
-    centre = _place(evidence, nodule.centre_lps_mm)
+    centre = _place(artefacts, nodule.centre_lps_mm)
     for n, name in enumerate(PLANES):
-        plane = _cropped(_plane(evidence, name, centre), name, centre, evidence)
+        plane = _cropped(_plane(artefacts, name, centre), name, centre, artefacts)
         part = _draw(plane, LUNG_WINDOW, CROP_SIZE, note=f"nodule {nodule.number}" if not n else "")
         sheet.paste(part, (n * CROP_SIZE, 0))
     return sheet
@@ -84,9 +84,9 @@ def png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _middle(evidence: Evidence) -> Point:
+def _middle(artefacts: CtArtefacts) -> Point:
     """(superior, posterior, left) voxel in the middle of the lungs, in the larger lung."""
-    labels = cast(Grey, evidence.analysis.orientation.to_patient(evidence.analysis.labels))
+    labels = cast(Grey, artefacts.analysis.orientation.to_patient(artefacts.analysis.labels))
     thin = labels[::2, ::2, ::2]
     right, left = thin == LUNG_RIGHT, thin == LUNG_LEFT
     if not (right.any() or left.any()):
@@ -100,24 +100,24 @@ def _middle(evidence: Evidence) -> Point:
     return z, y, larger[2].start + larger[2].stop
 
 
-def _place(evidence: Evidence, lps: tuple[float, float, float]) -> Point:
+def _place(artefacts: CtArtefacts, lps: tuple[float, float, float]) -> Point:
     """(superior, posterior, left) voxel nearest to a place in the patient."""
-    orientation = evidence.analysis.orientation
-    index = np.rint(evidence.volume.lps_to_index(lps)).astype(int)[::-1]
+    orientation = artefacts.analysis.orientation
+    index = np.rint(artefacts.volume.lps_to_index(lps)).astype(int)[::-1]
     turned = index[list(orientation.axes)]
-    sizes = np.asarray(evidence.volume.shape)[list(orientation.axes)]
+    sizes = np.asarray(artefacts.volume.shape)[list(orientation.axes)]
     turned = np.where(orientation.flips, sizes - 1 - turned, turned)
     z, y, x = np.clip(turned, 0, sizes - 1).tolist()
     return z, y, x
 
 
-def _plane(evidence: Evidence, name: str, at: Point) -> Plane:
-    orientation = evidence.analysis.orientation
+def _plane(artefacts: CtArtefacts, name: str, at: Point) -> Plane:
+    orientation = artefacts.analysis.orientation
     arrays = [
         orientation.to_patient(array)
-        for array in (evidence.volume.voxels, evidence.analysis.labels)
+        for array in (artefacts.volume.voxels, artefacts.analysis.labels)
     ]
-    z, y, x = orientation.spacing(evidence.volume.spacing)
+    z, y, x = orientation.spacing(artefacts.volume.spacing)
     if name == "axial":
         hu, labels = (array[at[0]] for array in arrays)
         return Plane(name, hu, labels, (y, x))
@@ -128,8 +128,8 @@ def _plane(evidence: Evidence, name: str, at: Point) -> Plane:
     return Plane(name, hu, labels, (z, y))
 
 
-def _cropped(plane: Plane, name: str, at: Point, evidence: Evidence) -> Plane:
-    depth = evidence.analysis.orientation.to_patient(evidence.analysis.labels).shape[0]
+def _cropped(plane: Plane, name: str, at: Point, artefacts: CtArtefacts) -> Plane:
+    depth = artefacts.analysis.orientation.to_patient(artefacts.analysis.labels).shape[0]
     down = depth - 1 - at[0]
     row, column = {"axial": at[1:], "coronal": (down, at[2]), "sagittal": (down, at[1])}[name]
     box = []

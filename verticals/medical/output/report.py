@@ -6,8 +6,9 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field
 
+from plinth.verticals.contract import WithArtefacts
 from plinth.verticals.medical.ct.analysis import Analysis
 from plinth.verticals.medical.ct.findings import Finding
 from plinth.verticals.medical.nodules.candidates import Nodule
@@ -41,16 +42,18 @@ class Network(BaseModel):
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class CtArtefacts:
     """What the outputs are drawn from; stays in memory.
 
     Args:
         volume: HU.
         analysis: its labels and regions.
+        seconds: wall time by stage of the analysis.
     """
 
     volume: Volume
     analysis: Analysis
+    seconds: dict[str, float]
 
 
 class CtReport(BaseModel):
@@ -91,9 +94,6 @@ class CtReport(BaseModel):
     peak_memory_mb: float | None = None
     outputs: dict[str, str] = Field(default_factory=dict)
 
-    _evidence: Evidence | None = PrivateAttr(default=None)
-    _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
-
     def finding(self, key: str) -> Finding:
         """One finding by its key.
 
@@ -104,6 +104,10 @@ class CtReport(BaseModel):
             if one.key == key:
                 return one
         raise KeyError(key)
+
+
+CtResult = WithArtefacts[CtReport, CtArtefacts]
+"""What the vertical answers: the report, and what its files are drawn from."""
 
 
 def pseudonym(uid: str) -> str:

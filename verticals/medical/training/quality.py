@@ -17,7 +17,7 @@ import torch
 from scipy import ndimage
 
 from plinth.engine import Engine, InputError
-from plinth.verticals.medical.nodules.candidates import Nodule, pieces
+from plinth.verticals.medical.nodules.candidates import Nodule, find_candidates
 from plinth.verticals.medical.nodules.network import NoduleUNet, windowed
 from plinth.verticals.medical.phantom import chest as phantom
 from plinth.verticals.medical.phantom.chest import LUNG_CENTRES, LUNG_RADII, Phantom
@@ -120,7 +120,7 @@ def on_patches(
         with torch.inference_mode():
             logits = net(windowed(torch.from_numpy(hu))[None, None])
         said = logits.argmax(1).to(torch.uint8)[0]
-        found = pieces(said)
+        found = find_candidates(said)
         answer = found.labels > 0
         both += 2 * int(np.count_nonzero(answer & mask))
         total += int(np.count_nonzero(answer)) + int(np.count_nonzero(mask))
@@ -144,7 +144,7 @@ def on_phantoms(store: Path, version: str, count: int = 40) -> dict[str, float]:
         version: of the network.
         count: phantoms.
     """
-    vertical = CtAnalysis(CtSettings(store=store, version=version))
+    vertical = CtAnalysis(CtSettings(nodules=True, store=store, version=version))
     tally = Tally()
     with Engine() as engine:
         for model in vertical.models():
@@ -154,7 +154,7 @@ def on_phantoms(store: Path, version: str, count: int = 40) -> dict[str, float]:
             result = engine.run(vertical.infer([request])).value[0]
             if isinstance(result, InputError):
                 raise result
-            tally.add(scan.truth()["nodules"], result.nodules or [])
+            tally.add(scan.truth()["nodules"], result.response.nodules or [])
     return tally.metrics()
 
 

@@ -28,7 +28,7 @@ from plinth.verticals.medical.training.patches import patch
 from plinth.verticals.medical.training.quality import on_patches, on_phantoms
 
 PATCH = (24, 40, 40)
-COMMON_VOXELS, MOST_WEIGHT = 400, 12
+COMMON_VOXELS, MAX_WEIGHT = 400, 12
 DESCRIPTION = (
     "Nodule candidates in chest CT. Trained on synthetic patches only and measured on synthetic "
     "phantoms only; never validated on patients. Research use only, not for diagnosis."
@@ -53,7 +53,7 @@ def weight(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
     """
     pieces, _ = ndimage.label(mask)
     sizes = np.bincount(pieces.ravel()).astype(np.float32)
-    shares = np.clip((COMMON_VOXELS / np.maximum(sizes, 1)) ** (2 / 3), 1, MOST_WEIGHT)
+    shares = np.clip((COMMON_VOXELS / np.maximum(sizes, 1)) ** (2 / 3), 1, MAX_WEIGHT)
     shares[0] = 1
     return cast(npt.NDArray[np.float32], shares[pieces])
 

@@ -153,6 +153,8 @@ class SeriesFacts:
     units: str = ""
     slice_thickness: float | None = None
     kernel: str | None = None
+    contrast: bool = False
+    kind: str | None = None
     photometric: str = "MONOCHROME2"
     image_type: tuple[str, ...] = ()
     transfer_syntax_uid: str = field(default="", repr=False)
@@ -191,6 +193,7 @@ class SeriesFacts:
             "spacing_mm": [round(value, 4) for value in self.spacing],
             "slice_thickness_mm": self.slice_thickness,
             "kernel": self.kernel,
+            "contrast": self.contrast,
         }
 
 
