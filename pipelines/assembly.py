@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.resources
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,15 @@ def build_engine(config: Config, verticals: Mapping[str, Vertical[Any, Any]]) ->
             _check_shared(name, (by, first, range_), (vertical.name, model, rows))
             engine.add(model, sla=sla_of(vertical, config), **options)
     return engine
+
+
+@contextlib.contextmanager
+def running(config: Config, verticals: Mapping[str, Vertical[Any, Any]]) -> Iterator[Engine]:
+    """The engine of :func:`build_engine`, started; at the end it is closed, then the verticals."""
+    with contextlib.ExitStack() as stack:
+        for vertical in verticals.values():
+            stack.callback(vertical.close)
+        yield stack.enter_context(build_engine(config, verticals))
 
 
 def _check_shared(

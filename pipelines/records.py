@@ -27,6 +27,7 @@ from plinth.engine import (
     DeadlineRefused,
     DeviceError,
     Engine,
+    EngineFailed,
     Flow,
     InputError,
     ModelError,
@@ -284,7 +285,7 @@ def explained(error: BaseException) -> PlinthError:
     The text of an unexpected exception may hold what another client sent: neither client nor log
     see it. The log gets the exception's type and the frames.
     """
-    if isinstance(error, InputError | Refused | InternalError):
+    if isinstance(error, InputError | Refused | EngineFailed | InternalError):
         return error
     cause = error.__cause__ or error
     frames = "".join(traceback.format_tb(cause.__traceback__))

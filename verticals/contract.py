@@ -195,7 +195,7 @@ class Vertical(ABC, Generic[Req, Res]):
         return
 
     def close(self) -> None:
-        """Release what the vertical holds."""
+        """Release what the vertical holds: called once, after the last answer."""
         return
 
 

@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.table import Table
 
 from plinth.engine import ConfigError
-from plinth.pipelines.assembly import build_engine, load_vertical, sample_data, sla_of
+from plinth.pipelines.assembly import load_vertical, running, sample_data, sla_of
 from plinth.pipelines.cli.embedded_broker import SESSION_TIMEOUT_MS, EmbeddedBroker
 from plinth.pipelines.cli.runs import BatchView, Signals
 from plinth.pipelines.config.settings import Config
@@ -146,7 +146,7 @@ def stream_payments(records: list[bytes], rate: float, stop: threading.Event) ->
     done, ready = threading.Event(), threading.Event()
     with (
         EmbeddedBroker() as broker,
-        build_engine(Config(), {"finance": vertical}) as engine,
+        running(Config(), {"finance": vertical}) as engine,
         contextlib.ExitStack() as stack,
     ):
         config = stream.StreamConfig(
@@ -330,7 +330,7 @@ def analyse_study(
     # The sample is a phantom, which is what the nodule network was trained on.
     config = Config.model_validate({"verticals": {"medical": {"nodules": True}}})
     vertical = load_vertical(config, "medical")
-    with build_engine(Config(), {"medical": vertical}) as engine, BatchView() as view:
+    with running(Config(), {"medical": vertical}) as engine, BatchView() as view:
         batch = Batch(
             vertical,
             engine,

@@ -159,7 +159,7 @@ def serve(
             "engine.precision": precision,
         },
     )
-    from plinth.pipelines.assembly import build_engine, load_verticals
+    from plinth.pipelines.assembly import load_verticals, running
     from plinth.pipelines.http import server as door
     from plinth.pipelines.snapshots import kept_states
 
@@ -168,7 +168,7 @@ def serve(
     _warn_if_open(config)
     with (
         kept_states(config.serve.state_dir, verticals),
-        build_engine(config, verticals) as engine,
+        running(config, verticals) as engine,
     ):
         server = door.Server(door.create_app(verticals, engine, config), config, bound)
         say(f"serving {', '.join(verticals)} on {server.url} (API docs: {server.url}/docs)")

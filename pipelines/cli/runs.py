@@ -25,7 +25,7 @@ from rich.progress import (
 from plinth.engine import ConfigError, Engine
 from plinth.engine.metrics import REGISTRY
 from plinth.engine.models.store import choose_store
-from plinth.pipelines.assembly import build_engine, doors, load_vertical, sla_of
+from plinth.pipelines.assembly import doors, load_vertical, running, sla_of
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.console import err, say, show_json, show_table
 from plinth.pipelines.folders.batch import Batch, Summary, check_folders
@@ -123,7 +123,7 @@ def run_stream(config: Config, name: str, metrics: str | None, as_json: bool) ->
     with (
         Signals(stop.set).handled(),
         metrics_at(metrics) as url,
-        build_engine(config, {name: vertical}) as engine,
+        running(config, {name: vertical}) as engine,
         set_for_serving(),
     ):
         say(f"streaming {config.stream.input_topic} -> {config.stream.output_topic}")
@@ -186,7 +186,7 @@ def run_batch(config: Config, as_json: bool) -> int:
     vertical = load_vertical(config, name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(choose_store(config.models.store))
-        engine = stack.enter_context(build_engine(config, {name: vertical}))
+        engine = stack.enter_context(running(config, {name: vertical}))
         view = stack.enter_context(BatchView())
         job = Batch(
             vertical,

@@ -22,7 +22,15 @@ from typing import Any, Literal
 
 import orjson
 
-from plinth.engine import Cancelled, Closed, ConfigError, Engine, PlinthError, Sla
+from plinth.engine import (
+    Cancelled,
+    Closed,
+    ConfigError,
+    Engine,
+    EngineFailed,
+    PlinthError,
+    Sla,
+)
 from plinth.pipelines.folders.items import (
     Finished,
     Steps,
@@ -257,7 +265,7 @@ class Batch:
                 if item is None:
                     return
                 self._one(item, journal)
-            except StorageError as error:
+            except (StorageError, EngineFailed) as error:
                 self._broken = error
                 self._stop.set()
             except PlinthError as error:  # no more items can be found
@@ -278,7 +286,7 @@ class Batch:
         except (Closed, Cancelled):
             self._stop.set()
             return
-        except StorageError:
+        except (StorageError, EngineFailed):  # no other item would fare better
             raise
         except PlinthError as error:
             change = {"error": steps.failure(error), "seconds": time.perf_counter() - started}

@@ -26,7 +26,7 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from plinth.engine import ConfigError, Engine, InputError, PlinthError
+from plinth.engine import ConfigError, Engine, EngineFailed, InputError, PlinthError
 from plinth.pipelines.assembly import is_folder_vertical, sla_of
 from plinth.pipelines.config.settings import Config, ServeConfig
 from plinth.pipelines.folders.jobs import Jobs
@@ -47,6 +47,8 @@ from plinth.verticals import Vertical
 
 log = logging.getLogger("plinth.serve")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ENGINE_LOOK = 0.25
+"""Seconds between two looks at whether the engine is well."""
 
 
 def create_app(
@@ -114,7 +116,7 @@ def create_app(
     application = HttpApplication(app, routes, access, limit, most, health)
     promises = [slas[route.service.vertical.name].deadline_ms for route in routes.values()]
     tightest = min((ms / 1e3 for ms in promises if ms is not None), default=None)
-    return Application(application, lifespan, tightest)
+    return Application(application, lifespan, tightest, lambda: engine.failure)
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,13 @@ class Application:
         http: answers requests.
         lifespan: entered before the first request and left after the last.
         promise: seconds; the tightest promise of a record route, if any.
+        failure: why the engine ended, None while it is well.
     """
 
     http: HttpApplication
     lifespan: Callable[[], contextlib.AbstractAsyncContextManager[None]]
     promise: float | None
+    failure: Callable[[], str | None]
 
 
 async def warm_up(
@@ -278,17 +282,37 @@ class Server:
         self._sockets = SocketServer(bound, app.http, app.http.limit, bounds)
 
     def run(self) -> None:
-        """Serve in this thread until drained; in the main thread signals drain it."""
+        """Serve in this thread until drained; in the main thread signals drain it.
+
+        Raises:
+            EngineFailed: the engine ended; the server told so, and drained.
+        """
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             self._loop = runner.get_loop()
             runner.run(self._serve())
+        if (failure := self._app.failure()) is not None:
+            raise EngineFailed(
+                f"the device thread of the engine ended: {failure}",
+                hint="the log says where; start the server again",
+            )
+
+    async def _watch(self) -> None:
+        """Not ready as soon as the engine has ended, and then drain."""
+        while (failure := self._app.failure()) is None:
+            await asyncio.sleep(ENGINE_LOOK)
+        self._health.reasons["engine"] = f"the device thread of the engine ended: {failure}"
+        log.critical("the engine ended (%s): draining", failure)
+        if self._health.drain_until is None:
+            self._drain()
 
     async def _serve(self) -> None:
         self._ending, self._forced = asyncio.Event(), asyncio.Event()
         with self._signals():
             async with self._app.lifespan():
                 self._sockets.start()
+                watching = asyncio.ensure_future(self._watch())
                 await self._ending.wait()
+                watching.cancel()
                 draining = asyncio.ensure_future(self._sockets.drain(self._settings.drain_seconds))
                 forced = asyncio.ensure_future(self._forced.wait())
                 await asyncio.wait((draining, forced), return_when=asyncio.FIRST_COMPLETED)
