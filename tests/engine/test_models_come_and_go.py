@@ -193,10 +193,10 @@ def test_shapes_of_clients_leave_a_bounded_number_of_keys_and_none_in_use_is_dro
     assert latency.predict("kept", 1, 0.5) > 0
 
 
-def test_three_thousand_shapes_through_an_engine():
+def test_more_shapes_than_are_kept_go_through_an_engine():
     with Engine(threads=1) as engine:
         engine.add(scale(2.0, "any", shape=(None,)))
-        for size in range(1, 3001):
+        for size in range(1, 1501):
             call = engine.submit(Call("any", torch.ones(1, size)), SLA)
             if size % 500 == 0:
                 assert call.result(30).value.sum() == 2 * size

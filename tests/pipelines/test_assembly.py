@@ -22,6 +22,7 @@ from plinth.pipelines.assembly import build_engine, models_of, store_path
 from plinth.pipelines.config.settings import Config
 from plinth.verticals import Vertical
 
+EAGER = {"engine": {"backend": "eager"}}
 SPEC = ModelSpec(
     name="risk",
     inputs=(TensorSpec(name="x", shape=(1,)),),
@@ -64,13 +65,13 @@ def bringing(name: str, factor: float) -> Vertical:
 def test_two_models_of_one_name_are_refused_with_both_verticals():
     both = {"a": bringing("a", 2.0), "b": bringing("b", 10.0)}
     with pytest.raises(ConfigError, match="a and b bring different models named risk") as caught:
-        build_engine(Config(), both)
+        build_engine(Config.model_validate(EAGER), both)
     assert "b-risk" in caught.value.hint
 
 
 def test_verticals_that_bring_the_same_model_share_it():
     both = {"a": bringing("a", 2.0), "b": bringing("b", 2.0)}
-    with build_engine(Config(), both) as engine:
+    with build_engine(Config.model_validate(EAGER), both) as engine:
         assert list(engine.status()["models"]) == ["risk"]
         assert engine.run(both["a"].infer([Number(v=1)])).value[0].v == 2.0
         assert engine.run(both["b"].infer([Number(v=3)])).value[0].v == 6.0
@@ -78,7 +79,7 @@ def test_verticals_that_bring_the_same_model_share_it():
 
 def test_a_shared_model_has_one_batch_range():
     both = {"a": bringing("a", 2.0), "b": bringing("b", 2.0)}
-    config = Config.model_validate({"verticals": {"a": {"batch_range": [1, 8]}, "b": {}}})
+    config = Config.model_validate(EAGER | {"verticals": {"a": {"batch_range": [1, 8]}, "b": {}}})
     with pytest.raises(ConfigError, match="a and b share model risk, but their batch_range differ"):
         build_engine(config, both)
 
@@ -107,7 +108,7 @@ def with_store(folder: Path, factor: float) -> Config:
         update={"architecture": "test-assembly-times", "config": {"factor": factor}}
     )
     ModelStore(folder).save(spec, Times(factor))
-    return Config.model_validate({"models": {"store": str(folder)}})
+    return Config.model_validate(EAGER | {"models": {"store": str(folder)}})
 
 
 def test_the_store_of_one_config_is_not_that_of_the_next(tmp_path, monkeypatch):

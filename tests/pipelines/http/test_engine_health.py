@@ -69,10 +69,9 @@ def test_a_record_that_a_model_cannot_take_fails_alone_and_the_server_stays_read
 
 
 def test_a_server_whose_engine_ended_says_so_drains_and_fails():
-    vertical, config = (
-        Checked(),
-        Config.model_validate({"serve": {"port": 0, "announce_seconds": 0, "drain_seconds": 1}}),
-    )
+    serve = {"port": 0, "announce_seconds": 0, "drain_seconds": 1}
+    vertical = Checked()
+    config = Config.model_validate({"engine": {"backend": "eager"}, "serve": serve})
     bound = bind(config.serve.host, config.serve.port)
     verticals = {"checked": vertical}
     with ThreadPoolExecutor(1) as pool, assembled(config, verticals) as engine:
