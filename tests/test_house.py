@@ -291,6 +291,48 @@ def test_nothing_is_unpickled(path: Path) -> None:
         assert not said.startswith("yaml.") or "safe" in said, f"{where} builds any object"
 
 
+MAY_PAUSE = {"eventually", "until", "watch", "stall"}
+"""Helpers that look again within a bound, watch something idle, or play a server that hangs."""
+
+
+@pytest.mark.parametrize("path", files("tests"), ids=relative)
+def test_no_event_that_nobody_sets_is_waited_for(path: Path) -> None:
+    """``Event().wait(2.0)`` is a sleep by another name."""
+    set_somewhere = {
+        ast.unparse(node.value)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute) and node.attr in ("set", "is_set")
+    }
+    given = {
+        ast.unparse(value)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call)
+        for value in (*node.args, *(keyword.value for keyword in node.keywords))
+    }
+    made = {
+        ast.unparse(target)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Assign) and EVENT.fullmatch(ast.unparse(node.value))
+        for target in node.targets
+    }
+    allowed = {
+        inner
+        for function in functions(path)
+        if function.name in MAY_PAUSE
+        for inner in ast.walk(function)
+    }
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            waited = ast.unparse(node.func.value)
+            pause = waited in made - set_somewhere - given or EVENT.fullmatch(waited)
+            assert node in allowed or node.func.attr != "wait" or not pause, (
+                f"line {node.lineno} sleeps: wait for what is to come, or name it {MAY_PAUSE}"
+            )
+
+
+EVENT = re.compile(r"(threading\.|asyncio\.)?Event\(\)")
+
+
 @pytest.mark.parametrize("path", files("tests"), ids=relative)
 def test_no_test_sleeps(path: Path) -> None:
     for node in ast.walk(tree(path)):

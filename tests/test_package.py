@@ -6,6 +6,7 @@ seconds. ``make wheel-test PYTHON=python3.12`` installs it with all it needs int
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -29,8 +30,6 @@ FRESH = os.environ.get("PLINTH_FRESH_PYTHON")
 """An interpreter to make an empty environment with; everything is installed from the registry."""
 SITE = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
 PATIENT = "Zzyzx"
-
-pytestmark = pytest.mark.slow
 
 
 def run(*words: str | Path, code: int | None = 0, **options: Any) -> str:
@@ -98,6 +97,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
     return Installed(python, site, folder / "empty", env | {"NO_COLOR": "1", "COLUMNS": "150"})
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_what_the_checkout_holds_and_is_small(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.partition("/")[0] for name in names}
@@ -109,12 +109,14 @@ def test_the_wheel_holds_what_the_checkout_holds_and_is_small(wheel: Path) -> No
     assert wheel.stat().st_size < 5 << 20
 
 
+@pytest.mark.slow
 def test_it_leaves_only_plinth_behind(installed: Installed) -> None:
     (record,) = installed.site.glob("plinth_engine-*.dist-info/RECORD")
     places = [line.partition("/")[0] for line in record.read_text().splitlines()]
     assert set(places) - {".."} == {"plinth", f"plinth_engine-{PROJECT['version']}.dist-info"}
 
 
+@pytest.mark.slow
 def test_it_tells_its_version_both_ways(installed: Installed) -> None:
     assert installed.plinth("--version").strip() == f"plinth {PROJECT['version']}"
     module = run(
@@ -123,6 +125,7 @@ def test_it_tells_its_version_both_ways(installed: Installed) -> None:
     assert module.strip() == f"plinth {PROJECT['version']}"
 
 
+@pytest.mark.slow
 def test_another_engine_in_the_folder_or_installed_changes_nothing(installed: Installed) -> None:
     alien = "raise RuntimeError('the engine of somebody else was imported')"
     for place in (installed.site, installed.folder):
@@ -140,11 +143,13 @@ def test_another_engine_in_the_folder_or_installed_changes_nothing(installed: In
                 shutil.rmtree(place / name)
 
 
+@pytest.mark.slow
 def test_models_are_found(installed: Installed) -> None:
     plan = json.loads(installed.plinth("check", "--json"))
     assert set(plan["models"]) == {"fraud", "fraud-lite", "nodules"}
 
 
+@pytest.mark.slow
 def test_the_demo_shows_both_verticals_and_ends(installed: Installed) -> None:
     out = installed.plinth("demo", "--events", "1000", "--rate", "1000")
     assert "1,000 (0 dead letters)" in out
@@ -155,6 +160,7 @@ def test_the_demo_shows_both_verticals_and_ends(installed: Installed) -> None:
     assert all(f"demo-out/{study.name}/{name}" in out for name in written)
 
 
+@pytest.mark.slow
 def test_it_measures_itself(installed: Installed) -> None:
     words = ("--scenario", "single_stream", "--seconds", "0.1", "--json")
     found = json.loads(installed.plinth("benchmark", "finance", *words))
@@ -172,6 +178,7 @@ def server(installed: Installed) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
+@pytest.mark.slow
 def test_it_serves_and_drains(server: subprocess.Popen[str]) -> None:
     assert server.stderr is not None
     for line in server.stderr:
@@ -219,6 +226,7 @@ NEEDS = {
 }
 
 
+@pytest.mark.slow
 def test_each_missing_extra_is_named_alone(installed: Installed) -> None:
     lines = "\n".join(f"{module} {words}" for module, (_, words) in NEEDS.items())
     out = run(installed.python, "-c", MISSING, input=lines, env=installed.env, cwd=installed.folder)
@@ -230,6 +238,7 @@ def test_each_missing_extra_is_named_alone(installed: Installed) -> None:
         assert "Traceback" not in said[module]
 
 
+@pytest.mark.slow
 def test_the_smallest_install_needs_no_extra_to_score_payments(installed: Installed) -> None:
     extras = PROJECT["optional-dependencies"]
     optional = {re.match(r"[\w-]+", line)[0] for name in extras for line in extras[name]}  # type: ignore[index]
@@ -241,3 +250,13 @@ def test_the_smallest_install_needs_no_extra_to_score_payments(installed: Instal
         cwd=installed.folder,
     )  # fmt: skip
     assert "all is well" in out
+
+
+def test_a_new_file_of_a_checkout_is_there_without_installing_again() -> None:
+    """An interpreter, mypy and pyright follow one plain path into the folders at the top."""
+    (pth,) = Path(run(sys.executable, "-c", SITE).strip()).glob("__editable__*plinth_engine*.pth")
+    assert Path(pth.read_text().strip()) == ROOT / "src", "make setup in this checkout"
+    for room in ("engine", "verticals", "pipelines"):
+        (place,) = importlib.import_module(f"plinth.{room}").__path__
+        assert Path(place).resolve() == ROOT / room
+        assert (ROOT / room / "py.typed").is_file()

@@ -111,14 +111,19 @@ def test_what_comes_before_the_start_or_after_the_end_is_told_so():
         assert engine.run(double()).value.sum() == 8
 
 
+def watch(seconds: float) -> None:
+    """Let the engine be for a stretch of time which is itself what a test is about."""
+    threading.Event().wait(seconds)
+
+
 def test_an_idle_engine_never_wakes():
     """Its thread's CPU time stands still; one turn of its loop would cost microseconds."""
     with Engine(Batcher(LatencyModel())) as engine:
         engine.add(model(Double()), sla=Sla(deadline_ms=5000))
         clock = time.pthread_getcpuclockid(device_thread().ident)
         engine.run(double())
-        pause, before = threading.Event(), -1.0
+        before = -1.0
         while before != (before := time.clock_gettime(clock)):
-            pause.wait(0.05)  # the turn that answered ends
-        pause.wait(1.0)
+            watch(0.05)  # the turn that answered ends
+        watch(1.0)
         assert time.clock_gettime(clock) == before

@@ -34,6 +34,11 @@ class Double(nn.Module):
         return rows * 2
 
 
+def stall(seconds: float) -> None:
+    """Be a server that hangs for a while."""
+    threading.Event().wait(seconds)
+
+
 def double(rows: torch.Tensor) -> Flow[torch.Tensor]:
     return (yield Call("double", rows))
 
@@ -96,7 +101,7 @@ class Moody(asyncio.Protocol):
 
     def do_stall(self) -> bytes:
         if self.body == b"stall":
-            threading.Event().wait(STALL_SECONDS)
+            stall(STALL_SECONDS)
         return plain(b"at last")
 
     def do_chunked(self) -> bytes:

@@ -109,6 +109,11 @@ def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it did not come true within a minute")
 
 
+def watch(seconds: float) -> None:
+    """Let a server be for a stretch of time which is itself what a test is about."""
+    threading.Event().wait(seconds)
+
+
 def error(response: httpx.Response, status: int, reason: str) -> dict[str, Any]:
     """The error object of a response that must have this status and reason."""
     assert response.status_code == status, response.text

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from serving import Raw, error, running, until
+from serving import Raw, error, running, until, watch
 from test_bounds import GOOD, HELD, ROUTE
 from tiny_verticals import GATE, Gate, Tiny
 
@@ -73,10 +73,9 @@ def test_an_idle_server_uses_less_than_a_hundredth_of_a_core() -> None:
         server.post(ROUTE, json=GOOD)
         device = next(t for t in threading.enumerate() if t.name == "plinth-device")
         clocks = [time.pthread_getcpuclockid(t.ident or 0) for t in (server.thread, device)]
-        pause = threading.Event()
-        pause.wait(0.3)  # what the answer left to do
+        watch(0.3)  # what the answer left to do
         before = [time.clock_gettime(clock) for clock in clocks]
-        pause.wait(2.0)
+        watch(2.0)
         spent = [time.clock_gettime(clock) - at for clock, at in zip(clocks, before, strict=True)]
     assert spent[1] == 0.0
     assert sum(spent) < 0.02

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-import threading
 from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import Raw, Running, running
+from serving import Raw, Running, running, watch
 from tiny_verticals import Tiny
 
 ROUTE = "/v1/tiny/double"
@@ -81,12 +80,11 @@ def test_a_head_of_an_own_deadline_does_not_give_it_to_others(tiny: Running) -> 
 
 
 def test_connections_are_kept_while_they_are_used_and_closed_when_they_are_not() -> None:
-    pause = threading.Event()
     with running({"tiny": Tiny()}, serve={"keep_alive_seconds": 1}) as server, Raw(server) as raw:
         for value in range(8):
             raw.send("", request(value))
             assert raw.answer()[2]["twice"] == 2 * value
-            pause.wait(0.25)
+            watch(0.25)
         assert raw.file.read() == b""
 
 
