@@ -20,8 +20,8 @@ AHEAD = 4  # Offline: flows in work at a time, so that the device never runs dry
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What is measured.
+class Sut:
+    """The system under test, as MLPerf calls it: what is measured.
 
     Args:
         name: for the report.
@@ -79,7 +79,7 @@ class LoneCaller:
     """Asks in LoadGen's own thread, one query after the other."""
 
     engine: Engine
-    subject: Subject
+    sut: Sut
     sla: Sla
     tally: Tally
 
@@ -88,7 +88,7 @@ class LoneCaller:
         for query in queries:
             self.tally.issued += 1
             try:
-                answer = self.engine.run(self.subject.flow([query.index]), self.sla)
+                answer = self.engine.run(self.sut.flow([query.index]), self.sla)
                 self.tally.note(answer.value, 1)
             except Exception as error:  # noqa: BLE001 - raised again after the test
                 self.tally.fail(error, 1)
@@ -100,13 +100,13 @@ class Callers:
 
     Args:
         engine: started.
-        subject: what to ask.
+        sut: what to ask.
         sla: the promise asked for.
         tally: what became of it.
     """
 
-    def __init__(self, engine: Engine, subject: Subject, sla: Sla, tally: Tally) -> None:
-        self._engine, self._subject, self._sla, self._tally = engine, subject, sla, tally
+    def __init__(self, engine: Engine, sut: Sut, sla: Sla, tally: Tally) -> None:
+        self._engine, self._subject, self._sla, self._tally = engine, sut, sla, tally
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="plinth-callers")
         self._tasks: set[asyncio.Task[None]] = set()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from plinth.engine.benchmark import loadgen
-from plinth.engine.benchmark.callers import Callers, LoneCaller, Subject, Tally
+from plinth.engine.benchmark.callers import Callers, LoneCaller, Sut, Tally
 from plinth.engine.errors import ConfigError
 from plinth.engine.flow import Sla
 from plinth.engine.runtime.engine import Engine
@@ -65,7 +65,7 @@ class Outcome:
 
 def single_stream(
     engine: Engine,
-    subject: Subject,
+    sut: Sut,
     *,
     sla: Sla | None = None,
     seconds: float = 10.0,
@@ -77,7 +77,7 @@ def single_stream(
 
     Args:
         engine: started.
-        subject: what to ask.
+        sut: what to ask.
         sla: the promise asked for; nothing is refused in this scenario.
         seconds: at least so long.
         queries: at least so many.
@@ -86,16 +86,16 @@ def single_stream(
     """
     patient = dataclasses.replace(sla or Sla(), on_overload="late")
     settings = loadgen.settings("SingleStream", seconds, queries, seed)
-    settings.single_stream_expected_latency_ns = int(1e9 * _fastest(engine, subject) / MARGIN)
+    settings.single_stream_expected_latency_ns = int(1e9 * _fastest(engine, sut) / MARGIN)
     tally = Tally()
-    caller = LoneCaller(engine, subject, patient, tally)
-    facts = loadgen.start(settings, caller.issue, subject.samples, folder)
+    caller = LoneCaller(engine, sut, patient, tally)
+    facts = loadgen.start(settings, caller.issue, sut.samples, folder)
     return _outcome("SingleStream", facts, tally)
 
 
 def offline(
     engine: Engine,
-    subject: Subject,
+    sut: Sut,
     *,
     seconds: float = 10.0,
     seed: int = 0,
@@ -105,19 +105,19 @@ def offline(
 
     Args:
         engine: started.
-        subject: what to ask.
+        sut: what to ask.
         seconds: at least so long; LoadGen is told a size, so a test that ends too soon, because
             the guess before it was too low, is made again.
         seed: of LoadGen's choice of samples.
         folder: where LoadGen's logs are kept; ``None`` keeps none.
     """
-    expected = _throughput(engine, subject)
+    expected = _throughput(engine, sut)
     for left in reversed(range(_TRIES)):
         settings = loadgen.settings("Offline", seconds, 1, seed)
         settings.offline_expected_qps = MARGIN * expected
         tally = Tally()
-        with Callers(engine, subject, Sla(), tally) as callers:
-            facts = loadgen.start(settings, callers.issue_chunks, subject.samples, folder)
+        with Callers(engine, sut, Sla(), tally) as callers:
+            facts = loadgen.start(settings, callers.issue_chunks, sut.samples, folder)
         outcome = _outcome("Offline", facts, tally)
         if facts["result_min_duration_met"] or not left:
             break
@@ -127,7 +127,7 @@ def offline(
 
 def server(
     engine: Engine,
-    subject: Subject,
+    sut: Sut,
     *,
     rate: float,
     sla: Sla,
@@ -143,7 +143,7 @@ def server(
 
     Args:
         engine: started.
-        subject: what to ask.
+        sut: what to ask.
         rate: queries per second.
         sla: the promise: LoadGen's target latency and percentile, and the engine's deadline.
         seconds: at least so long.
@@ -160,34 +160,34 @@ def server(
             f"and {rate}/s",
             hint="give an Sla with deadline_ms",
         )
-    _fastest(engine, subject)
+    _fastest(engine, sut)
     settings = loadgen.settings("Server", seconds, queries, seed)
     settings.server_target_qps = rate
     settings.server_target_latency_ns = int(1e6 * sla.deadline_ms)
     settings.server_target_latency_percentile = sla.quantile
     tally = Tally()
-    with Callers(engine, subject, sla, tally) as callers:
-        facts = loadgen.start(settings, callers.issue_each, subject.samples, folder)
+    with Callers(engine, sut, sla, tally) as callers:
+        facts = loadgen.start(settings, callers.issue_each, sut.samples, folder)
     return _outcome("Server", facts, tally)
 
 
-def _fastest(engine: Engine, subject: Subject) -> float:
+def _fastest(engine: Engine, sut: Sut) -> float:
     """Seconds of the fastest of some lone requests; also warms up."""
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - began < _PROBE:
         begun = time.perf_counter()
-        engine.run(subject.flow([0]), Sla())
+        engine.run(sut.flow([0]), Sla())
         times.append(time.perf_counter() - begun)
     return min(times)
 
 
-def _throughput(engine: Engine, subject: Subject) -> float:
+def _throughput(engine: Engine, sut: Sut) -> float:
     """Samples per second in flows of one chunk, one after the other; also warms up."""
-    numbers = [number % subject.samples for number in range(subject.chunk)]
+    numbers = [number % sut.samples for number in range(sut.chunk)]
     done, began = 0, time.perf_counter()
     while not done or time.perf_counter() - began < _PROBE:
-        engine.run(subject.flow(numbers), Sla())
+        engine.run(sut.flow(numbers), Sla())
         done += len(numbers)
     return done / (time.perf_counter() - began)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from plinth.engine import Call, Engine, Flow, InputError, Model, Sla, from_pretrained
-from plinth.engine.benchmark import Outcome, Subject, offline, server, single_stream
+from plinth.engine.benchmark import Outcome, Sut, offline, server, single_stream
 from plinth.engine.errors import ConfigError, nearest
 from plinth.pipelines.assembly import (
     build_engine,
@@ -33,7 +33,7 @@ class Prepared:
     """An engine, not yet started, what it is asked, and the promise."""
 
     engine: Engine
-    subject: Subject
+    sut: Sut
     sla: Sla
 
     def scenario(
@@ -43,10 +43,10 @@ class Prepared:
         logs = None if folder is None else folder / name
         common: Any = {"seconds": seconds, "seed": seed, "folder": logs}
         if name == "single_stream":
-            return single_stream(self.engine, self.subject, sla=self.sla, **common)
+            return single_stream(self.engine, self.sut, sla=self.sla, **common)
         if name == "offline":
-            return offline(self.engine, self.subject, **common)
-        return server(self.engine, self.subject, rate=rate, sla=self.sla, **common)
+            return offline(self.engine, self.sut, **common)
+        return server(self.engine, self.sut, rate=rate, sla=self.sla, **common)
 
     def trial(self, rate: float, seconds: float, seed: int) -> Trial:
         """One run of Server; its ``detail`` is the outcome."""
@@ -85,9 +85,9 @@ def prepare(
         return vertical.infer([requests[number] for number in numbers])
 
     chunk = 1 if is_folder_vertical(vertical) else CHUNK
-    subject = Subject(target, len(requests), flow, chunk, heavy=vertical.heavy)
+    sut = Sut(target, len(requests), flow, chunk, heavy=vertical.heavy)
     promise = dataclasses.replace(sla_of(vertical, config), **changes)
-    return Prepared(build_engine(config, {target: vertical}), subject, promise)
+    return Prepared(build_engine(config, {target: vertical}), sut, promise)
 
 
 def _requests(vertical: Vertical[Any, Any], files: Sequence[Path]) -> list[Any]:
@@ -116,4 +116,4 @@ def _of_model(config: Config, name: str, changes: dict[str, Any]) -> Prepared:
         chosen = list(numbers)
         return (yield Call(short, {key: tensor[chosen] for key, tensor in rows.items()}))
 
-    return Prepared(engine, Subject(name, SAMPLES, flow, CHUNK), promise)
+    return Prepared(engine, Sut(name, SAMPLES, flow, CHUNK), promise)

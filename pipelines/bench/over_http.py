@@ -24,8 +24,8 @@ _HINT = "is the server up? say what to send with --body FILE"
 
 
 @dataclass(frozen=True)
-class HttpSubject:
-    """A server under test.
+class HttpSut:
+    """A server as the system under test.
 
     Args:
         url: of the endpoint.

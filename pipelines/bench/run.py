@@ -1,4 +1,4 @@
-"""One ``plinth benchmark``: what was wished for, the runs, and the report."""
+"""One ``plinth benchmark``: its options, the runs, and the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plinth.engine.benchmark import Outcome
 from plinth.engine.errors import ConfigError, nearest
 from plinth.pipelines.bench import environment, report
 from plinth.pipelines.bench.in_process import SCENARIOS, Prepared, prepare
-from plinth.pipelines.bench.over_http import HttpSubject, documented_body, read_bodies, read_headers
+from plinth.pipelines.bench.over_http import HttpSut, documented_body, read_bodies, read_headers
 from plinth.pipelines.bench.search import Answer, Goal, Search, Step, Trial
 from plinth.pipelines.config.settings import load
 from plinth.pipelines.console import FAILED, OK, say, show_json
@@ -24,7 +24,7 @@ QUANTILE = 0.99
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Options:
     """The arguments of the command, in the units of its options."""
 
     target: str
@@ -63,7 +63,7 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Findings:
+class Result:
     """What came out: LoadGen's outcomes, steps, and the search's answer if there was one."""
 
     goal: Goal | None
@@ -81,152 +81,152 @@ class Findings:
         return held and all(outcome.valid for outcome in self.outcomes)
 
 
-def run(wishes: Wishes, as_json: bool) -> int:
+def run(options: Options, as_json: bool) -> int:
     """``plinth benchmark``: returns the exit code.
 
     Raises:
-        ConfigError: a wish makes no sense, or the target is not there.
+        ConfigError: an option makes no sense, or the target is not there.
     """
-    if wishes.plot is not None:
+    if options.plot is not None:
         report.need_matplotlib()
     machine = environment.describe()
-    over_http = wishes.target.startswith(("http://", "https://"))
-    findings = _over_http(wishes) if over_http else _in_process(wishes)
-    warnings = report.warnings(machine, findings.steps)
-    if wishes.plot is not None:
-        _draw(wishes.plot, wishes.target, findings)
+    over_http = options.target.startswith(("http://", "https://"))
+    result = _over_http(options) if over_http else _in_process(options)
+    warnings = report.warnings(machine, result.steps)
+    if options.plot is not None:
+        _draw(options.plot, options.target, result)
     if as_json:
-        show_json(_as_dict(wishes, machine, findings, warnings))
+        show_json(_as_dict(options, machine, result, warnings))
     else:
-        _show(wishes, findings)
+        _show(options, result)
     for warning in warnings:
         say(f"warning: {warning}")
-    return OK if findings.good else FAILED
+    return OK if result.good else FAILED
 
 
-def _draw(path: Path, title: str, findings: Findings) -> None:
-    if findings.goal is None or not findings.steps:
+def _draw(path: Path, title: str, result: Result) -> None:
+    if result.goal is None or not result.steps:
         say("no picture: there are no rates to draw, only scenarios")
         return
-    found = findings.answer.rate if findings.answer else None
-    report.draw(path, findings.steps, findings.goal, found, title)
+    found = result.answer.rate if result.answer else None
+    report.draw(path, result.steps, result.goal, found, title)
 
 
 def _as_dict(
-    wishes: Wishes, machine: dict[str, Any], findings: Findings, warnings: list[str]
+    options: Options, machine: dict[str, Any], result: Result, warnings: list[str]
 ) -> dict[str, Any]:
-    answer = findings.answer
+    answer = result.answer
     return {
-        "target": wishes.target,
-        "held": findings.good,
-        "goal": dataclasses.asdict(findings.goal) if findings.goal else None,
+        "target": options.target,
+        "held": result.good,
+        "goal": dataclasses.asdict(result.goal) if result.goal else None,
         "warnings": warnings,
-        "scenarios": [outcome.as_dict() for outcome in findings.outcomes],
+        "scenarios": [outcome.as_dict() for outcome in result.outcomes],
         "search": report.answer_as_dict(answer) if answer else None,
-        "steps": [] if answer else [report.step_as_dict(step) for step in findings.steps],
-        "settings": wishes.as_dict(),
+        "steps": [] if answer else [report.step_as_dict(step) for step in result.steps],
+        "settings": options.as_dict(),
         "environment": machine,
     }
 
 
-def _show(wishes: Wishes, findings: Findings) -> None:
-    if findings.outcomes:
-        report.show_outcomes(findings.outcomes)
-    if findings.steps:
-        report.show_steps(findings.steps)
-    if findings.answer is not None and findings.goal is not None:
-        say(f"{wishes.target}: {report.sentence(findings.answer, findings.goal)}")
+def _show(options: Options, result: Result) -> None:
+    if result.outcomes:
+        report.show_outcomes(result.outcomes)
+    if result.steps:
+        report.show_steps(result.steps)
+    if result.answer is not None and result.goal is not None:
+        say(f"{options.target}: {report.sentence(result.answer, result.goal)}")
 
 
-def _over_http(wishes: Wishes) -> Findings:
-    if wishes.sla_ms is None:
+def _over_http(options: Options) -> Result:
+    if options.sla_ms is None:
         raise ConfigError("a URL brings no promise", hint="give one with --sla-ms")
-    if wishes.scenarios:
+    if options.scenarios:
         raise ConfigError(
             "scenarios are LoadGen's, in process", hint="leave out --scenario for a URL"
         )
-    headers = read_headers(wishes.headers)
-    bodies = read_bodies(wishes.bodies)
+    headers = read_headers(options.headers)
+    bodies = read_bodies(options.bodies)
     if not bodies:
-        posts = wishes.method.upper() == "POST"
-        bodies = [documented_body(wishes.target, headers) if posts else b""]
-    subject = HttpSubject(
-        url=wishes.target,
+        posts = options.method.upper() == "POST"
+        bodies = [documented_body(options.target, headers) if posts else b""]
+    sut = HttpSut(
+        url=options.target,
         bodies=bodies,
-        headers={"content-type": wishes.content_type, **headers},
-        method=wishes.method,
-        timeout=wishes.timeout,
-        warm_up=wishes.warm_up,
-        connections=wishes.connections,
-        processes=wishes.processes,
+        headers={"content-type": options.content_type, **headers},
+        method=options.method,
+        timeout=options.timeout,
+        warm_up=options.warm_up,
+        connections=options.connections,
+        processes=options.processes,
     )
-    subject.try_once()
-    goal = Goal(wishes.sla_ms / 1e3, wishes.quantile or QUANTILE, wishes.confidence)
-    return _rates(wishes, goal, partial(subject.trial, goal))
+    sut.try_once()
+    goal = Goal(options.sla_ms / 1e3, options.quantile or QUANTILE, options.confidence)
+    return _rates(options, goal, partial(sut.trial, goal))
 
 
-def _in_process(wishes: Wishes) -> Findings:
-    for name in wishes.scenarios:
+def _in_process(options: Options) -> Result:
+    for name in options.scenarios:
         if name not in SCENARIOS:
             raise ConfigError(f"there is no scenario {name!r}", hint=nearest(name, SCENARIOS))
-    changes = {"deadline_ms": wishes.sla_ms, "quantile": wishes.quantile}
-    overrides = {"engine.device": wishes.device, "engine.precision": wishes.precision}
+    changes = {"deadline_ms": options.sla_ms, "quantile": options.quantile}
+    overrides = {"engine.device": options.device, "engine.precision": options.precision}
     prepared = prepare(
-        load(wishes.config_file, overrides=overrides),
-        wishes.target,
-        wishes.bodies,
+        load(options.config_file, overrides=overrides),
+        options.target,
+        options.bodies,
         {name: value for name, value in changes.items() if value is not None},
     )
-    chosen = wishes.scenarios or SCENARIOS
+    chosen = options.scenarios or SCENARIOS
     deadline = prepared.sla.deadline_ms
-    if deadline is None and "server" in wishes.scenarios:
+    if deadline is None and "server" in options.scenarios:
         raise ConfigError(
-            f"{wishes.target} promises no deadline", hint="give one with --sla-ms for server"
+            f"{options.target} promises no deadline", hint="give one with --sla-ms for server"
         )
     with prepared.engine:
         outcomes = tuple(
-            _scenario(wishes, prepared, name)
+            _scenario(options, prepared, name)
             for name in chosen
-            if name != "server" or (wishes.rate is not None and deadline is not None)
+            if name != "server" or (options.rate is not None and deadline is not None)
         )
-        if "server" not in chosen or wishes.rate is not None or deadline is None:
-            return Findings(None, outcomes)
-        goal = Goal(deadline / 1e3, prepared.sla.quantile, wishes.confidence)
-        found = _rates(wishes, goal, prepared.trial)
+        if "server" not in chosen or options.rate is not None or deadline is None:
+            return Result(None, outcomes)
+        goal = Goal(deadline / 1e3, prepared.sla.quantile, options.confidence)
+        found = _rates(options, goal, prepared.trial)
     return dataclasses.replace(found, outcomes=outcomes)
 
 
-def _scenario(wishes: Wishes, prepared: Prepared, name: str) -> Outcome:
-    say(f"{name}: at least {wishes.seconds:g} s")
+def _scenario(options: Options, prepared: Prepared, name: str) -> Outcome:
+    say(f"{name}: at least {options.seconds:g} s")
     return prepared.scenario(
         name,
-        rate=wishes.rate or wishes.start_rate,
-        seconds=wishes.seconds,
-        seed=wishes.seed,
-        folder=wishes.logs,
+        rate=options.rate or options.start_rate,
+        seconds=options.seconds,
+        seed=options.seed,
+        folder=options.logs,
     )
 
 
-def _rates(wishes: Wishes, goal: Goal, measure: Callable[[float, float, int], Trial]) -> Findings:
+def _rates(options: Options, goal: Goal, measure: Callable[[float, float, int], Trial]) -> Result:
     """One rate, or the search; ``measure`` takes rate, seconds and seed."""
 
     def trial(rate: float, number: int) -> Trial:
         # Numbers count the trials, so each has arrivals of its own and a run can be made again.
-        seconds = max(wishes.seconds, goal.enough() / rate)
-        return measure(rate, seconds, wishes.seed + number)
+        seconds = max(options.seconds, goal.enough() / rate)
+        return measure(rate, seconds, options.seed + number)
 
     search = Search(
         trial,
         goal,
-        start=wishes.rate or wishes.start_rate,
-        least=wishes.rate or goal.enough() / max(LONGEST, wishes.seconds),
-        most=wishes.rate or wishes.max_rate or math.inf,
-        repeats=wishes.repeats,
-        confirm=0 if wishes.rate else wishes.confirm,
+        start=options.rate or options.start_rate,
+        least=options.rate or goal.enough() / max(LONGEST, options.seconds),
+        most=options.rate or options.max_rate or math.inf,
+        repeats=options.repeats,
+        confirm=0 if options.rate else options.confirm,
         on_step=_tell,
     )
     answer = search.run()
-    return Findings(goal, steps=answer.steps, answer=None if wishes.rate else answer)
+    return Result(goal, steps=answer.steps, answer=None if options.rate else answer)
 
 
 def _tell(step: Step) -> None:

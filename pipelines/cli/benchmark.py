@@ -164,9 +164,9 @@ def benchmark(
     of the requests is in time. The search doubles the rate until it does not hold, halves the
     gap down to 5 %, and runs the best again. The machine and its load are recorded.
     """
-    from plinth.pipelines.bench.run import Wishes, run
+    from plinth.pipelines.bench.run import Options, run
 
-    wishes = Wishes(
+    options = Options(
         target=target,
         scenarios=tuple(scenario or ()),
         sla_ms=sla_ms,
@@ -193,4 +193,4 @@ def benchmark(
         device=device,
         precision=precision,
     )
-    raise typer.Exit(run(wishes, as_json))
+    raise typer.Exit(run(options, as_json))
