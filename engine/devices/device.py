@@ -19,21 +19,8 @@ import torch
 
 from plinth.engine.errors import ConfigError, DeviceError
 
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    vendor: str
-    collectives: str
-    backend: str
-
-
-_KINDS = {
-    "cpu": _Kind("", "gloo", "onnxruntime"),
-    "cuda": _Kind("NVIDIA", "nccl", "eager"),
-    "npu": _Kind("Huawei", "hccl", "eager"),
-    "xpu": _Kind("Intel", "xccl", "eager"),
-    "mps": _Kind("Apple", "gloo", "eager"),
-}
+_VENDORS = {"cpu": "", "cuda": "NVIDIA", "npu": "Huawei", "xpu": "Intel", "mps": "Apple"}
+"""The kinds of device that torch serves here, and who makes them."""
 
 _ISA = {
     "bf16": {"avx512_bf16", "amx_bf16", "bf16"},
@@ -61,8 +48,6 @@ class Device:
         vendor: who made it.
         name: what it is called.
         dtypes: precisions with instructions of their own, not emulated.
-        collectives: the torch.distributed backend that fits.
-        backend: the execution backend to try first.
     """
 
     kind: str
@@ -70,8 +55,6 @@ class Device:
     vendor: str = ""
     name: str = ""
     dtypes: tuple[str, ...] = ("fp32",)
-    collectives: str = "gloo"
-    backend: str = "eager"
 
     def __str__(self) -> str:
         return self.kind if self.index is None else f"{self.kind}:{self.index}"
@@ -97,19 +80,6 @@ class Device:
         if self.kind != "cpu":
             torch.accelerator.synchronize(self.torch)
 
-    def utilisation(self) -> float | None:
-        """Share of the device in use by anyone, 0 to 1; ``None`` where it cannot be told.
-
-        For the CPU: since the previous call.
-        """
-        if self.kind == "cpu":
-            return psutil.cpu_percent() / 100
-        probe = getattr(torch.get_device_module(self.torch), "utilization", None)
-        try:
-            return None if probe is None else float(probe(self.index)) / 100
-        except (RuntimeError, ImportError, ModuleNotFoundError):
-            return None
-
 
 @dataclass(frozen=True, slots=True)
 class Absent:
@@ -123,7 +93,7 @@ def devices() -> list[Device | Absent]:
     """Every kind of device: those that are there, and the others with the reason."""
     found: list[Device | Absent] = [_cpu()]
     current = _current()
-    kinds = [kind for kind in _KINDS if kind != "cpu"]
+    kinds = [kind for kind in _VENDORS if kind != "cpu"]
     if current is not None and current not in kinds:
         kinds.append(current)
     for kind in kinds:
@@ -177,12 +147,11 @@ def _current() -> str | None:
 
 
 def _accelerator(kind: str, index: int) -> Device:
-    row = _KINDS.get(kind, _Kind("unknown", "gloo", "eager"))
-    vendor = "AMD" if kind == "cuda" and torch.version.hip else row.vendor
+    vendor = "AMD" if kind == "cuda" and torch.version.hip else _VENDORS.get(kind, "unknown")
     module: Any = torch.get_device_module(kind)
     name = module.get_device_name(index) if hasattr(module, "get_device_name") else kind
     dtypes = ("fp32", *(["bf16"] if _accelerates_bf16(module) else []))
-    return Device(kind, index, vendor, str(name), dtypes, row.collectives, row.backend)
+    return Device(kind, index, vendor, str(name), dtypes)
 
 
 def _accelerates_bf16(module: Any) -> bool:
@@ -219,8 +188,7 @@ def _cpu() -> Device:
     native = tuple(name for name, isa in _ISA.items() if flags & isa)
     name = facts.get("model name") or platform.processor() or platform.machine()
     vendor = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}.get(facts.get("vendor_id", ""), "")
-    row = _KINDS["cpu"]
-    return Device("cpu", None, vendor, name, ("fp32", *native), row.collectives, row.backend)
+    return Device("cpu", None, vendor, name, ("fp32", *native))
 
 
 def _cpuinfo() -> dict[str, str]:

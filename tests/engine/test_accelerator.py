@@ -25,7 +25,7 @@ def test_the_cpu_is_always_there_and_every_other_kind_is_there_or_has_a_reason()
     assert all(entry.reason for entry in found if isinstance(entry, Absent))
     cpu = next(entry for entry in found if entry.kind == "cpu")
     assert isinstance(cpu, Device)
-    assert (str(cpu), cpu.torch, cpu.collectives) == ("cpu", torch.device("cpu"), "gloo")
+    assert (str(cpu), cpu.torch) == ("cpu", torch.device("cpu"))
     assert cpu.native("fp32")
 
 
@@ -66,7 +66,6 @@ def test_memory_of_the_host_is_bounded_by_what_it_has():
     assert 0 < memory.allocated < memory.total <= psutil.virtual_memory().total
     assert 0 < memory.available <= memory.total
     assert 1 <= cores() <= psutil.cpu_count()
-    assert 0 <= pick("cpu").utilisation() <= 1
 
 
 def test_the_tightest_cgroup_limit_above_a_process_counts(tmp_path):

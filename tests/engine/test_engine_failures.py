@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from torch import nn
 
 from plinth.engine import (
@@ -68,6 +69,7 @@ def rows(value: float, count: int = 1) -> Call:
     [
         *(AssertionError("no"), KeyboardInterrupt(), SystemExit(3), MemoryError(), OfItsOwn()),
         *(StopIteration(), GeneratorExit(), Refused("not you"), ZeroDivisionError()),
+        *(InvalidArgument("indices element out of data bounds"), RuntimeError("no such kernel")),
     ],
     ids=lambda error: type(error).__name__,
 )

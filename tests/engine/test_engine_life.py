@@ -105,8 +105,9 @@ def test_what_comes_before_the_start_or_after_the_end_is_told_so():
         engine.run(double())
     engine.close()
     for late in (lambda: engine.run(double()), lambda: engine.add(model(Double(), "other"))):
-        with pytest.raises(Closed, match="was closed"):
+        with pytest.raises(Closed, match="was closed") as caught:
             late()
+        assert "start() starts it again" in caught.value.hint
     with engine:
         assert engine.run(double()).value.sum() == 8
 
