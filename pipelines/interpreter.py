@@ -7,28 +7,29 @@ import gc
 import sys
 from collections.abc import Iterator
 
-GARBAGE_PACE = 50_000
-"""Objects made and not freed after which cycles are looked for; Python's own is 700."""
-SWITCH_SECONDS = 0.001
-"""How long a thread may keep the others waiting; Python's own is 0.005."""
+GC_THRESHOLD = 50_000
+"""Objects allocated and not freed before a collection of the youngest generation; default 700."""
+SWITCH_INTERVAL_S = 0.001
+"""Longest time a thread holds the interpreter while others wait; default 0.005."""
 
 
 @contextlib.contextmanager
 def set_for_serving() -> Iterator[None]:
-    """Inside the block look for garbage less often, and let threads change more often.
+    """Inside the block collect garbage less often, and switch between threads more often.
 
-    A full collection over all that torch brings stops everything for 0.1 s, so what lives by now
-    is left out. Requests and records leave next to no cycles, and at Python's pace looking for
-    them is an eighth of the CPU. A payment waits several times for threads that analyse a CT.
+    Objects that live by now are frozen (``gc.freeze``): a full collection over all that torch
+    brings stops every thread for 0.1 s. Requests and records leave next to no cycles, and at the
+    default threshold looking for them takes an eighth of the CPU. A payment waits several times
+    for threads that analyse a CT, each time for up to the switch interval.
     """
-    pace, switch = gc.get_threshold(), sys.getswitchinterval()
+    threshold, interval = gc.get_threshold(), sys.getswitchinterval()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(GARBAGE_PACE, *pace[1:])
-    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.set_threshold(GC_THRESHOLD, *threshold[1:])
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         yield
     finally:
-        sys.setswitchinterval(switch)
-        gc.set_threshold(*pace)
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*threshold)
         gc.unfreeze()

@@ -193,11 +193,11 @@ class FeatureState:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits if limits is not None else Limits()
-        most = self.limits.max_events
-        self.cards = Entities(Card, self.limits.max_cards, most)
-        self.terminals = Entities(Terminal, self.limits.max_terminals, most)
-        self.customers = Entities(Timeline, self.limits.max_customers, most)
-        self.devices = Entities(Device, self.limits.max_devices, most)
+        entries = self.limits.max_events
+        self.cards = Entities(Card, self.limits.max_cards, entries)
+        self.terminals = Entities(Terminal, self.limits.max_terminals, entries)
+        self.customers = Entities(Timeline, self.limits.max_customers, entries)
+        self.devices = Entities(Device, self.limits.max_devices, entries)
 
     def update(self, events: Iterable[Event]) -> Batch:
         """Take events in, in this order, and return the features of each as of its time.

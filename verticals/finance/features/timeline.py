@@ -300,7 +300,7 @@ class Entities(Generic[E]):
     Args:
         make: makes an entity that knows nothing up to a time.
         limit: entities at most.
-        most: entries of all entities together at most.
+        max_entries: entries of all entities together at most.
 
     Attributes:
         floor: the latest event time of any entity that was forgotten; new entities start with
@@ -309,10 +309,10 @@ class Entities(Generic[E]):
         evicted: entities forgotten because of the bounds, ever.
     """
 
-    def __init__(self, make: Callable[[int], E], limit: int, most: int) -> None:
+    def __init__(self, make: Callable[[int], E], limit: int, max_entries: int) -> None:
         self.make = make
         self.limit = limit
-        self.most = most
+        self.max_entries = max_entries
         self.floor = NEVER
         self.entries = 0
         self.evicted = 0
@@ -340,12 +340,14 @@ class Entities(Generic[E]):
             before = entity.entries()
             entity.trim(keep, limit)
             self.entries += entity.entries() - before
-        if self.entries > self.most:
+        if self.entries > self.max_entries:
             self.hold()
 
     def hold(self) -> None:
         """Forget entities until the bounds hold; the one touched last stays."""
-        while len(self.items) > self.limit or (self.entries > self.most and len(self.items) > 1):
+        while len(self.items) > self.limit or (
+            self.entries > self.max_entries and len(self.items) > 1
+        ):
             _, gone = self.items.popitem(last=False)
             self.evicted += 1
             self.entries -= gone.entries()
