@@ -323,7 +323,7 @@ class Connection:
         if self._buffer:
             data, self._buffer = self._buffer, b""
             self._feed(data)
-        elif self.readable:
+        if self.readable:
             self.host.wake(self)
 
     def discard(self, exchange: Exchange, answer: bytes) -> None:

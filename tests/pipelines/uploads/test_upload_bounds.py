@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -121,6 +122,21 @@ def test_an_upload_says_what_it_is(shelf: Running) -> None:
     """A page of another site can make a browser post bytes without a type."""
     for kind in ({}, {"content-type": "text/plain"}, {"content-type": "application/json"}):
         error(shelf.post(ROUTE, content=GOOD, headers=kind), 415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("size", [100_000, 1_000_000, 5_000_000])
+def test_a_body_written_in_one_go_with_its_head_arrives_whole(shelf: Running, size: int) -> None:
+    """The server stops reading such a connection until the upload has its place."""
+    body = zipped([("a.txt", b"3"), ("noise.bin", os.urandom(size))])
+    with Raw(shelf) as connection:
+        connection.send(
+            f"POST {ROUTE}?wait=true HTTP/1.1\nHost: x\nContent-Type: application/zip\n"
+            f"Content-Length: {len(body)}\n\n",
+            body,
+        )
+        status, _, job = connection.answer()
+        assert status == 200
+        assert job["items"][0]["result"]["twice"] == 6.0
 
 
 # -- disk ----------------------------------------------------------------------------------------
