@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import stat
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,6 +20,11 @@ from pydicom import Dataset, dcmread
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from plinth.engine.errors import InputError
+
+# What these libraries warn and log quotes values of headers: names, dates, numbers of patients.
+warnings.filterwarnings("ignore", module=r"(pydicom|highdicom)(\.|$)")
+for _library in ("pydicom", "highdicom"):
+    logging.getLogger(_library).setLevel(logging.CRITICAL)
 
 MALFORMED = (
     InvalidDicomError,

@@ -20,7 +20,7 @@ from plinth.verticals.medical.ct.analysis import (
     Analysis,
     analyse,
 )
-from plinth.verticals.medical.ct.findings import density
+from plinth.verticals.medical.ct.findings import density, withheld
 from plinth.verticals.medical.phantom.chest import FAT, LUNG, MUSCLE, OUTER, Phantom
 from plinth.verticals.medical.vertical import phantom_volume
 from plinth.verticals.medical.volumes.volume import Volume
@@ -82,7 +82,7 @@ def test_fat_and_muscle_areas_tell_a_ring_from_what_it_holds(
     assert found["muscle_area"] > found["fat_area"]
 
 
-@pytest.mark.parametrize("noise", [20.0, 60.0])
+@pytest.mark.parametrize("noise", [20.0, 40.0])
 def test_densitometry_agrees_with_the_noise_it_was_given(noise: float) -> None:
     """Lung of one density under Gaussian noise: Perc15 and LAA-950 follow from its quantiles."""
     found = values(analyse(chest(noise_hu=noise, nodules=())))
@@ -201,6 +201,95 @@ def test_lungs_that_touch_are_told_apart(plain: tuple[Volume, Analysis]) -> None
 def test_half_a_chest_is_said_to_be_partial() -> None:
     found = analyse(chest(shape=(120, 96, 24)))
     assert any("partial" in warning for warning in found.warnings)
+
+
+def bowel(volume: Volume, analysis: Analysis, hu: float, spread: float, radius: float) -> Analysis:
+    """The body without lungs or airway, with a tube of other air in its middle."""
+    lungs = np.isin(analysis.labels, (LUNG_RIGHT, LUNG_LEFT))
+    trachea = (volume.voxels < -400) & (analysis.labels == 0)
+    trachea[:, :20] = trachea[:, 70:] = trachea[:, :, :40] = trachea[:, :, 80:] = False
+    solid = refilled(volume, lungs | trachea, MUSCLE)
+    z, y, x = (np.arange(n) - (n - 1) / 2 for n in volume.shape)
+    across = (y[:, None] ** 2 + (x[None, :] - 12) ** 2) * 9 < radius**2
+    tube = (np.abs(z) * 3 < 80)[:, None, None] & across
+    voxels = solid.voxels.copy()
+    noise = np.random.default_rng(2).normal(hu, spread, int(tube.sum()))
+    voxels[tube] = noise.astype(voxels.dtype)
+    return analyse(replace(solid, voxels=voxels))
+
+
+@pytest.mark.parametrize(
+    ("hu", "spread", "radius"),
+    [
+        pytest.param(-1000, 10, 45, id="gas"),
+        pytest.param(-700, 200, 21, id="stool and gas"),
+        pytest.param(-700, 200, 35, id="a wide bowel"),
+    ],
+)
+def test_bowel_is_no_lung(
+    plain: tuple[Volume, Analysis], hu: float, spread: float, radius: float
+) -> None:
+    found = bowel(*plain, hu, spread, radius)
+    assert values(found)["lungs_volume"] is None
+    assert any("no lungs were found" in warning for warning in found.warnings)
+
+
+def test_a_round_field_of_view_that_cuts_a_lung_is_said(plain: tuple[Volume, Analysis]) -> None:
+    volume, analysis = plain
+    assert not any("field of view" in warning for warning in analysis.warnings)
+    y, x = (np.arange(n) - (n - 1) / 2 for n in volume.shape[1:])
+    outside = np.broadcast_to(y[:, None] ** 2 + x[None, :] ** 2 > 36**2, volume.shape)
+    found = analyse(refilled(volume, outside, -1024))
+    assert any("field of view" in warning for warning in found.warnings)
+
+
+def test_an_opaque_part_of_a_lung_is_said_to_be_missing(plain: tuple[Volume, Analysis]) -> None:
+    volume, analysis = plain
+    low = analysis.labels == LUNG_LEFT
+    low[: volume.shape[0] // 2] = False
+    found = analyse(refilled(volume, low, MUSCLE))
+    assert any("parts of the left lung" in warning for warning in found.warnings)
+    assert not any("parts of the" in warning for warning in analysis.warnings)
+
+
+@pytest.mark.parametrize(
+    "kernel", ["B70f", "Br59d\\3", "Bl57", "L", "YB", "LUNG", "BONEPLUS", "FC51", "FC30"]
+)
+def test_indices_of_a_sharp_kernel_are_withheld(
+    plain: tuple[Volume, Analysis], kernel: str
+) -> None:
+    assert withheld(kernel, 10.0) is not None
+    for soft in ("B30f", "Br38f\\3", "I31f", "STANDARD", "SOFT", "FC08", "B", "C", "NONE", None):
+        assert withheld(soft, 10.0) is None
+
+
+def test_withheld_indices_are_null_and_say_why(plain: tuple[Volume, Analysis]) -> None:
+    volume = plain[0]
+    sharp = replace(volume, series=replace(volume.series, kernel="B70f"))
+    found = {one.key: one for one in analyse(sharp).findings}
+    assert found["lungs_laa950"].value is found["lungs_perc15"].value is None
+    assert "the kernel B70f is sharp" in found["lungs_laa950"].method
+    assert found["lungs_density"].value is not None
+
+
+def test_noise_is_measured(plain: tuple[Volume, Analysis]) -> None:
+    volume = plain[0]
+    noise = np.random.default_rng(1).normal(0, 60, volume.shape)
+    found = values(analyse(replace(volume, voxels=np.rint(volume.voxels + noise).astype(np.int16))))
+    assert found["tissue_noise"] == pytest.approx(61, rel=0.1)
+    assert found["lungs_laa950"] is None
+
+
+def test_slices_that_were_filled_in_count_nowhere(plain: tuple[Volume, Analysis]) -> None:
+    volume, analysis = plain
+    found = analyse(replace(volume, filled=(30, 31)))
+    assert not found.labels[30:32].any()
+    planes = np.isin(analysis.labels, (LUNG_RIGHT, LUNG_LEFT)).sum(axis=(1, 2))
+    lost = planes[30:32].sum() * volume.voxel_volume_mm3 / 1000
+    before, after = (values(one)["lungs_volume"] for one in (analysis, found))
+    assert before is not None
+    assert after == pytest.approx(before - lost, abs=0.02)
+    assert any("missing and were filled in" in warning for warning in found.warnings)
 
 
 def test_thick_slices_draw_a_warning() -> None:

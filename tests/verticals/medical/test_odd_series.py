@@ -168,6 +168,13 @@ def test_a_missing_slice_is_refused_unless_filling_is_asked_for(
     assert np.array_equal(volume.voxels[[0, 1, 2, 5, 9]], native[[0, 1, 2, 5, 9]])
     third = native[2] + (native[5].astype(float) - native[2]) / 3
     assert np.abs(volume.voxels[3] - third).max() <= 0.51
+    assert volume.filled == (3, 4)
+
+
+def test_a_wide_gap_is_not_invented(write: Write) -> None:
+    error = refusal(write(missing=(3, 4, 5, 6)), gaps="fill")
+    assert error.reason == "geometry_gap"
+    assert "at most 3 in a row" in str(error)
 
 
 def test_copies_of_a_slice_are_dropped(write: Write, expected: Any) -> None:

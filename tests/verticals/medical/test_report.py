@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -85,7 +88,14 @@ def test_json_follows_its_schema(written: Path) -> None:
 
 
 def test_every_number_has_a_unit_and_a_method(report: dict[str, Any]) -> None:
-    units = {"volume": "mL", "density": "HU", "perc15": "HU", "laa950": "%", "area": "cm²"}
+    units = {
+        "volume": "mL",
+        "density": "HU",
+        "perc15": "HU",
+        "noise": "HU",
+        "laa950": "%",
+        "area": "cm²",
+    }
     keys = [finding["key"] for finding in report["findings"]]
     assert len(set(keys)) == len(keys) >= 15
     for finding in report["findings"]:
@@ -135,6 +145,55 @@ def test_nothing_readable_names_the_patient(
             text = path.read_bytes().decode("latin-1")
             assert not [secret for secret in secrets if secret and secret in text], path.name
     assert not [secret for secret in secrets if secret in caplog.text]
+
+
+CANARY = """
+import sys, warnings
+from pathlib import Path
+warnings.simplefilter("always")
+from plinth.verticals.medical.vertical import CtAnalysis, CtSettings
+from plinth.verticals.testing import feed
+vertical = CtAnalysis(CtSettings())
+(item,) = vertical.discover(Path(sys.argv[1]))
+(result,) = feed(vertical.infer([vertical.load(item)]))
+files = vertical.write(result, Path(sys.argv[2]))
+print(item, result.response, sorted(path.name for path in files))
+"""
+
+
+def test_names_planted_in_every_text_leave_by_no_way(series: Path, tmp_path: Path) -> None:
+    """Neither the streams of a process that never heard of Plinth's console, nor its files."""
+    planted, out = tmp_path / "planted", tmp_path / "out"
+    shutil.copytree(series, planted)
+    out.mkdir()
+    kept = {"ImageType", "SpecificCharacterSet", "BurnedInAnnotation", "ConvolutionKernel"}
+    kept |= {"PhotometricInterpretation", "Modality", "RescaleType", "PatientPosition"}
+    for path in planted.glob("*.dcm"):
+        image = pydicom.dcmread(path)
+        for keyword in ("PatientComments", "InstitutionName", "OperatorsName", "ProtocolName"):
+            setattr(image, keyword, "x")
+        for element in image:
+            if element.VR in ("PN", "LO", "SH", "LT", "ST", "UT", "CS") and (
+                element.keyword not in kept
+            ):
+                element.value = "CANARYMANN"
+        image.ReferencedStudySequence = [pydicom.Dataset()]
+        image.ReferencedStudySequence[0].ReferencedSOPInstanceUID = "1.2.3.4"
+        image.save_as(path, enforce_file_format=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CANARY, str(planted), str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "segmentation.dcm" in done.stdout
+    told = [done.stdout, done.stderr]
+    told += [path.read_bytes().decode("latin-1") for path in out.iterdir() if path.suffix != ".dcm"]
+    assert not [text[:300] for text in told if "CANARY" in text.upper()]
+    seg = pydicom.dcmread(out / "segmentation.dcm")
+    assert str(seg.PatientName) == "CANARYMANN^"
+    assert "ReferencedStudySequence" not in seg
 
 
 def test_pseudonyms_are_stable_and_uids_are_kept_on_demand(

@@ -14,7 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from plinth.engine import InputError
-from plinth.verticals.medical.ct.findings import Finding, density, finding
+from plinth.verticals.medical.ct.findings import (
+    NO_KERNEL,
+    Finding,
+    density,
+    finding,
+    tissue_noise,
+    withheld,
+)
 from plinth.verticals.medical.ct.segment import (
     AIRWAY,
     BODY,
@@ -40,6 +47,13 @@ FAT, MUSCLE = (-190, -30), (-29, 150)
 LOWEST = -1100
 MIN_SLICES, MIN_EXTENT_MM = 8, 30.0
 AIRY_HU, MIN_AIR = -300, 0.001
+
+NOISE_METHOD = (
+    "median distance of a pixel between -20 and 120 HU from its four neighbours, as the standard "
+    "deviation of white noise; 8 planes"
+)
+MAX_RATIO, MIN_RATIO = 1.35, 0.9
+"""Right over left lung volume beyond which a part of one lung is probably missing."""
 
 Bins = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.uint8]
@@ -145,12 +159,16 @@ def analyse(volume: Volume, max_slice_spacing_mm: float = 3.0) -> Analysis:
     labels = np.zeros(volume.shape, np.uint8)
     box = _box(bits)
     for k, hu in enumerate(volume.voxels):
+        if k in volume.filled:
+            continue
         counts.add(hu[box], bits[k][box], labels[k][box])
     analysis = Analysis(labels, orientation, found)
+    noise = tissue_noise(volume.voxels[:: max(1, volume.shape[0] // 8)])
     analysis.findings = [
-        *_lung_findings(counts, volume),
+        *_lung_findings(counts, volume, noise),
         *_volume_findings(counts, volume),
         *_areas(volume, orientation, bits),
+        finding("tissue_noise", "Noise in soft tissue", noise, "HU", NOISE_METHOD),
     ]
     analysis.warnings = _warnings(volume, orientation, found, counts, max_slice_spacing_mm)
     return analysis
@@ -206,7 +224,7 @@ def _box(bits: Labels) -> tuple[slice, slice]:
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
-def _lung_findings(counts: _Counts, volume: Volume) -> list[Finding]:
+def _lung_findings(counts: _Counts, volume: Volume, noise: float | None) -> list[Finding]:
     ml = volume.voxel_volume_mm3 / 1000
     right, left = (counts.lung[side] * ml for side in (LUNG_RIGHT, LUNG_LEFT))
     how = (
@@ -219,12 +237,13 @@ def _lung_findings(counts: _Counts, volume: Volume) -> list[Finding]:
         finding("lungs_volume", "Lung volume, both", (right + left) or None, "mL", how),
     ]
     bins = counts.air
+    why_not = withheld(volume.series.kernel, noise)
     for key, title, histogram in (
         ("lung_right", "Right lung", bins[LUNG_RIGHT]),
         ("lung_left", "Left lung", bins[LUNG_LEFT]),
         ("lungs", "Both lungs", bins[LUNG_RIGHT] + bins[LUNG_LEFT]),
     ):
-        findings += density(key, title, histogram, LOWEST)
+        findings += density(key, title, histogram, LOWEST, why_not)
     if right or left:
         air = counts.airway * ml or None
         method = (
@@ -278,6 +297,15 @@ def _areas(volume: Volume, orientation: Orientation, bits: Labels) -> list[Findi
     return findings
 
 
+def _density_warnings(volume: Volume) -> list[str]:
+    warnings = []
+    if (volume.series.kernel or "").upper() in NO_KERNEL:
+        warnings.append("the kernel is not known: LAA-950 and Perc15 depend on it")
+    if volume.series.contrast:
+        warnings.append("contrast medium raises lung density: indices do not compare with others")
+    return warnings
+
+
 def _warnings(
     volume: Volume, orientation: Orientation, found: Regions, counts: _Counts, most: float
 ) -> list[str]:
@@ -287,6 +315,12 @@ def _warnings(
         warnings.append(
             f"slices are {step:.1f} mm apart (more than {most:g} mm): small nodules can be missed "
             "and densitometry is averaged over thick slices"
+        )
+    if volume.filled:
+        gap = len(volume.filled) * step
+        warnings.append(
+            f"{len(volume.filled)} slices ({gap:.1f} mm) are missing and were filled in for the "
+            "pictures: no measurement and no segment counts them, so volumes are too small"
         )
     if orientation.lean > 20:
         warnings.append(
@@ -299,6 +333,14 @@ def _warnings(
     elif not (right and left):
         side = "right" if left else "left"
         warnings.append(f"no {side} lung was found: it is absent, collapsed or out of view")
+    elif not MIN_RATIO <= right / left <= MAX_RATIO:
+        side = "left" if right > left else "right"
+        warnings.append(
+            f"the right lung is {right / left:.2f} times the left: parts of the {side} lung that "
+            f"are denser than {LUNG_HU} HU (mass, consolidation, effusion, collapse) may be missing"
+        )
+    if right or left:
+        warnings += _density_warnings(volume)
     if found.touching:
         where = " and ".join(found.touching)
         warnings.append(

@@ -26,9 +26,19 @@ Bits = npt.NDArray[np.uint8]
 COARSE_MM = 2.0
 TISSUE_HU, LUNG_HU, BONE_HU = -500, -400, 226
 COARSE_BONE_HU = 200
+TOUCH_MM2 = 100.0
 OPENING_MM, CLOSING_MM = 4.0, 8.0
 MIN_BODY, MIN_LUNG_ML, MIN_BONE_ML = 0.2, 100.0, 0.5
-GAS_HU = -950.0
+GAS_HU, FIRM_HU = -960.0, -500.0
+"""Mean density of a lung's core: gas in bowel or stomach is below, stool and fat above."""
+
+MIN_SHARE, MIN_RADIUS_MM, NEAR_AIRWAY_MM = 0.15, 25.0, 20.0
+"""Lungs fill this share of the body in some axial plane. Each is seen from the top of the field of
+view, lies near the airway, or holds a ball of this radius; bowel does none of these."""
+
+CUT_MM = 6.0
+"""Lung-like air outside the body this near to a lung: the field of view cuts the lung."""
+
 
 INSIDE, BODY, RIGHT, LEFT, RIGHT_CORE, LEFT_CORE, AIRWAY, BONE = (1 << n for n in range(8))
 """Bits of :attr:`Regions.bits`: where a structure may be; ``INSIDE`` and ``*_CORE`` where it is."""
@@ -71,14 +81,14 @@ def regions(volume: Volume, orientation: Orientation) -> Regions:
     bits[_dilated(_bone(hu, body))] |= BONE
     tubes = airway(air, COARSE_MM)
     bits[_dilated(tubes)] |= AIRWAY
-    sides, split = _lungs(hu, air & ~_dilated(tubes), body)
+    sides, split = _lungs(hu, air & ~_dilated(tubes), body, tubes)
     for side, may, core in ((sides[0], RIGHT, RIGHT_CORE), (sides[1], LEFT, LEFT_CORE)):
         if side.any():
             _mark(bits, side, body, may, core)
     _part(bits, *sides)
     lungs = sides[0] | sides[1]
     native = np.ascontiguousarray(orientation.from_patient(bits))
-    return Regions(grid, native, _touching(lungs), split)
+    return Regions(grid, native, _touching(hu, lungs, body), split)
 
 
 def _eroded(mask: Bool) -> Bool:
@@ -137,19 +147,19 @@ def _bone(hu: Float, body: Bool) -> Bool:
 
 
 # -- lungs -----------------------------------------------------------------------------------
-def _lungs(hu: Float, air: Bool, body: Bool) -> tuple[tuple[Bool, Bool], str]:
-    """Air-filled right and left lung, and how they were told apart."""
+def _lungs(hu: Float, air: Bool, body: Bool, tubes: Bool) -> tuple[tuple[Bool, Bool], str]:
+    """Air-filled right and left lung, and how they were told apart; never other air."""
     none = np.zeros_like(air)
     labels, count = ndimage.label(air)
     if count == 0:
         return (none, none), "none"
     sizes = np.bincount(labels.ravel()) * COARSE_MM**3 / 1000
     sizes[0] = 0
-    mean = ndimage.mean(hu, labels, np.arange(count + 1))
-    chosen = np.flatnonzero((sizes >= MIN_LUNG_ML) & (np.asarray(mean) > GAS_HU))
-    if not chosen.size:
-        return (none, none), "none"
     middle = _middle(body)
+    large = np.flatnonzero(sizes >= MIN_LUNG_ML)
+    chosen = [label for label in large if _is_lung(hu, labels == label, tubes)]
+    if not chosen or not _fills_the_chest(np.isin(labels, chosen), body):
+        return (none, none), "none"
     right, left, split = none.copy(), none.copy(), "components"
     for label in chosen:
         part = labels == label
@@ -164,6 +174,26 @@ def _lungs(hu: Float, air: Bool, body: Bool) -> tuple[tuple[Bool, Bool], str]:
         else:
             left |= part
     return (right, left), split
+
+
+def _is_lung(hu: Float, part: Bool, tubes: Bool) -> bool:
+    """Density, and place or size, of one component of air inside the body."""
+    box = _box(part, 1)
+    depth = _depth(part[box]) * COARSE_MM
+    core = depth > 2 * COARSE_MM
+    mean = float(hu[box][core].mean()) if core.any() else float(hu[part].mean())
+    if not GAS_HU < mean < FIRM_HU:
+        return False
+    if part[-1].sum() * COARSE_MM**2 > TOUCH_MM2 or float(depth.max()) >= MIN_RADIUS_MM:
+        return True
+    near = ndimage.distance_transform_edt(~tubes, sampling=COARSE_MM) if tubes.any() else None
+    return near is not None and float(near[part].min()) <= NEAR_AIRWAY_MM
+
+
+def _fills_the_chest(lungs: Bool, body: Bool) -> bool:
+    """In some axial plane the lungs are a good share of the body."""
+    area = body.sum(axis=(1, 2))
+    return float((lungs.sum(axis=(1, 2)) / np.maximum(area, 1)).max()) >= MIN_SHARE
 
 
 def _middle(body: Bool) -> float:
@@ -232,15 +262,21 @@ def _part(bits: Bits, right: Bool, left: Bool) -> None:
     here[doubt & ~nearer] &= 255 - RIGHT - RIGHT_CORE
 
 
-def _touching(lungs: Bool) -> tuple[str, ...]:
-    """Borders of the field of view that the lungs reach; a few stray voxels do not count."""
-    least = 100.0 / COARSE_MM**2  # a contact of 1 cm²
+def _touching(hu: Float, lungs: Bool, body: Bool) -> tuple[str, ...]:
+    """Borders of the field of view that the lungs reach; a few stray voxels do not count.
+
+    Where the border, straight or round, opens a lung in an axial plane, that plane's lung is not
+    inside the body any more: it is found as lung-like air right beside the lungs.
+    """
+    least = TOUCH_MM2 / COARSE_MM**2
     found = []
     if lungs[-1].sum() > least:
         found.append("superior")
     if lungs[0].sum() > least:
         found.append("inferior")
     sides = (lungs[:, 0], lungs[:, -1], lungs[:, :, 0], lungs[:, :, -1])
-    if max(float(side.sum()) for side in sides) > least:
+    beside = ndimage.binary_dilation(lungs, iterations=round(CUT_MM / COARSE_MM)) & ~body
+    opened = beside & (hu > GAS_HU) & (hu < FIRM_HU)
+    if max(float(side.sum()) for side in sides) > least or float(opened.sum()) > least:
         found.append("sides")
     return tuple(found)

@@ -52,6 +52,9 @@ STATUS_OF: dict[str, Status] = {
     "tilt": "resampled_tilt",
 }
 
+MAX_FILLED, MAX_FILLED_SHARE = 3, 0.1
+"""Slices that are interpolated in one gap, and in all as a share of those at hand, at most."""
+
 NOTES = ("padding", "left_out", "units", "window", "identity")
 """Issues that concern no voxel's place; they leave a verdict ``"ok"``."""
 
@@ -92,8 +95,8 @@ def load_volume(
     verdict = _verdict(found, stack)
     if stack.regular:
         return Volume(voxels, stack.affine(), verdict, facts)
-    voxels, affine = regrid(voxels, stack)
-    return Volume(voxels, affine, verdict, facts)
+    voxels, affine, filled = regrid(voxels, stack)
+    return Volume(voxels, affine, verdict, facts, filled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,13 +226,16 @@ def _refuse(
     series: Series, stack: Stack, notes: Sequence[Issue], *, strict: bool, gaps: Gaps
 ) -> None:
     issues = [issue for issue in (*notes, *stack.issues) if issue.kind not in NOTES]
-    blocking = issues if strict else [i for i in issues if i.kind == "gap" and gaps == "refuse"]
+    refused = gaps == "refuse" or not _may_be_filled(stack)
+    blocking = issues if strict else [i for i in issues if i.kind == "gap" and refused]
     if not blocking:
         return
     text = "; ".join(issue.message for issue in blocking)
     kinds = sorted({issue.kind for issue in blocking})
     if kinds == ["gap"]:
         hint = 'send the missing images, or accept interpolated ones with gaps="fill"'
+        if not _may_be_filled(stack):
+            hint = f"send the missing images: at most {MAX_FILLED} in a row are interpolated"
         if strict:
             hint = 'send the missing images, or load with strict=False and gaps="fill"'
     else:
@@ -240,6 +246,13 @@ def _refuse(
         hint=hint,
         reason=f"geometry_{kinds[0]}",
     )
+
+
+def _may_be_filled(stack: Stack) -> bool:
+    """Gaps are short, and few beside what is there."""
+    missing = [count for _, count in stack.gaps]
+    few = sum(missing) <= max(MAX_FILLED, MAX_FILLED_SHARE * len(stack.frames))
+    return few and max(missing, default=0) <= MAX_FILLED
 
 
 def _check_rescale(frames: Sequence[Frame]) -> None:

@@ -17,7 +17,7 @@ MAX_GROWTH = 6.0
 Float = npt.NDArray[np.float32]
 
 
-def regrid(voxels: Array, stack: Stack) -> tuple[Array, Affine]:
+def regrid(voxels: Array, stack: Stack) -> tuple[Array, Affine, tuple[int, ...]]:
     """Trilinear values on an orthogonal grid at the slices' true places.
 
     The grid has the slices' directions and pixel spacing; it spans every slice in the plane
@@ -29,8 +29,9 @@ def regrid(voxels: Array, stack: Stack) -> tuple[Array, Affine]:
         stack: the true places.
 
     Returns:
-        Voxels (z, y, x) of the same dtype (int16 rounded to nearest) and their (4, 4) affine to
-        LPS mm. Where no slice reaches, the lowest value of the source stands.
+        Voxels (z, y, x) of the same dtype (int16 rounded to nearest), their (4, 4) affine to
+        LPS mm, and the planes that lie in a gap, where slices are missing. Where no slice
+        reaches, the lowest value of the source stands.
 
     Raises:
         InputError: when the result would be absurdly large.
@@ -50,17 +51,20 @@ def regrid(voxels: Array, stack: Stack) -> tuple[Array, Affine]:
     fill = float(voxels.min())
     out: Array = np.empty((count, height, width), dtype=voxels.dtype)
     placed: dict[int, Float] = {}
+    gaps, filled = {before for before, _ in stack.gaps}, list[int]()
     for n in range(count):
         below, share = _bracket(depths, n * step)
         wanted = {below} if share == 0 else {below, below + 1}
         placed = {k: image for k, image in placed.items() if k in wanted}
         for k in wanted - placed.keys():
             placed[k] = _moved(voxels[k], drifts[k] - low, (height, width), fill)
+        if share and below in gaps:
+            filled.append(n)
         plane = placed[below]
         if share:
             plane = plane + np.float32(share) * (placed[below + 1] - plane)
         out[n] = np.rint(plane) if out.dtype == np.int16 else plane
-    return out, _affine(stack, low, step)
+    return out, _affine(stack, low, step), tuple(filled)
 
 
 def _check_size(wanted: tuple[int, int, int], source: tuple[int, ...]) -> None:

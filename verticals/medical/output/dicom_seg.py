@@ -183,6 +183,12 @@ def _clean(header: Dataset) -> Dataset:
     for keyword in TYPE_2:
         if keyword not in header:
             setattr(header, keyword, "")
+    for element in header:
+        if element.VR == "PN" and element.value and "^" not in str(element.value):
+            element.value = f"{element.value}^"  # one component, said as PS3.5 6.2.1.2 allows
+    studies = header.get("ReferencedStudySequence") or []
+    if not all(item.get("ReferencedSOPClassUID") for item in studies):
+        del header.ReferencedStudySequence  # type 1 in each item (PS3.3 Table 10-11)
     for keyword, pattern in VALID.items():
         value = str(header.get(keyword) or "")
         if value and not pattern.fullmatch(value):

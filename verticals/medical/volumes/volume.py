@@ -208,12 +208,15 @@ class Volume:
             orthogonal to within a drift of 0.1 mm over the whole volume.
         verdict: what was found in the geometry and done about it.
         series: facts of the series it was read from.
+        filled: slices k that were interpolated where images are missing; no measurement counts
+            them.
     """
 
     voxels: Array
     affine: Affine
     verdict: Verdict
     series: SeriesFacts
+    filled: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
