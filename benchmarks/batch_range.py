@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import random
 import statistics
 import tempfile
@@ -27,8 +25,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
-import psutil
 import torch
+from head import parser_of, print_json
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -259,9 +257,7 @@ def show(found: list[Compared], refused: list[str], rounds: int) -> None:
 
 def main() -> None:
     """Measure and print a table, or JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one forward")
@@ -269,7 +265,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="of the search over all sizes")
     parser.add_argument("--final-rounds", type=int, default=21, help="of auto against the best")
     parser.add_argument("--sample-ms", type=float, default=20.0, help="of one size in a round")
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     torch.manual_seed(0)
     found: list[Compared] = []
@@ -281,9 +276,7 @@ def main() -> None:
             except ConfigError as error:
                 refused.append(error.message)
     if given.json:
-        machine = {"cpus": psutil.cpu_count(), "python": platform.python_version()}
-        results = [asdict(one) for one in found]
-        print(json.dumps({"machine": machine, "results": results, "refused": refused}))
+        print_json({"found": [asdict(one) for one in found], "refused": refused})
         return
     show(found, refused, given.final_rounds)
 

@@ -1,6 +1,6 @@
 """Batching policies side by side in virtual time.
 
-    python benchmarks/batching_policies.py [--seed 7] [--duration 60] [--json FILE]
+    python benchmarks/batching_policies.py [--seed 7] [--duration 60] [--json]
 
 A batch of n costs 20 ms + 1 ms x n, at most 128; answers are due within 200 ms; Poisson
 arrivals. Answers in time per second, same arrivals for every policy.
@@ -8,11 +8,9 @@ arrivals. Answers in time per second, same arrivals for every policy.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 
+from head import parser_of, print_json
 from rich.console import Console
 from rich.table import Table
 
@@ -49,10 +47,9 @@ POLICIES: dict[str, Callable[[Setting, Arrivals], Outcome]] = {
 
 def main() -> None:
     """Run all policies and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--duration", type=float, default=60.0)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     setting = Setting(duration=options.duration)
     rows = {
@@ -61,14 +58,15 @@ def main() -> None:
         ]
         for name, policy in POLICIES.items()
     }
+    if options.json:
+        print_json({"rates": RATES, "goodput": rows})
+        return
     table = Table(title=f"answers in time per second (device: {setting.capacity:.0f}/s)")
     for head in ("policy", *(f"{rate}/s" for rate in RATES)):
         table.add_column(head)
     for name, values in rows.items():
         table.add_row(name, *(f"{value:.0f}" for value in values))
     Console(width=130).print(table)
-    if options.json:
-        options.json.write_text(json.dumps({"rates": RATES, "goodput": rows}, indent=1))
 
 
 if __name__ == "__main__":

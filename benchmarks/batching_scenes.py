@@ -1,6 +1,6 @@
 """The Batcher that serves, in virtual time, on scenes that go wrong elsewhere.
 
-    python benchmarks/batching_scenes.py [--seed 7] [--duration 60] [--json FILE]
+    python benchmarks/batching_scenes.py [--seed 7] [--duration 60] [--json]
 
 A batch of n costs 20 ms + 1 ms x n, at most 128, and answers are due within 200 ms, unless the
 scene says otherwise. Arrivals are Poisson. Nothing sleeps; the result does not depend on the
@@ -9,14 +9,12 @@ machine.
 
 from __future__ import annotations
 
-import argparse
-import json
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
+from head import parser_of, print_json
 from rich.console import Console
 from rich.table import Table
 
@@ -294,16 +292,16 @@ SCENES = (mixed_shapes, on_and_off, drift, two_promises, background, cold_start)
 
 def main() -> None:
     """Run all scenes and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--duration", type=float, default=60.0, help="seconds, 20 or more")
-    parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.duration < 20:
         parser.error("the scenes need at least 20 seconds of virtual time")
     lines = [made for scene in SCENES for made in scene(given.duration, given.seed)]
+    if given.json:
+        print_json([asdict(made) for made in lines])
+        return
     table = Table(title="requests per second")
     for head in ("scene", "case", "offered", "in time", "ceiling", "%", "late", "refused", ""):
         table.add_column(head)
@@ -313,8 +311,6 @@ def main() -> None:
         counts = (f"{100 * made.share:.1f}", str(made.late), str(made.refused))
         table.add_row(made.scene, made.case, *figures, *counts, more)
     Console(width=200).print(table)
-    if given.json:
-        given.json.write_text(json.dumps([asdict(made) for made in lines], indent=1))
 
 
 if __name__ == "__main__":

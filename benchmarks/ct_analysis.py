@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from head import parser_of, print_json
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -153,13 +155,12 @@ def show(told: dict[str, Any], given: argparse.Namespace) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--slices", type=int, default=200)
     parser.add_argument("--size", type=int, default=512, help="rows and columns")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rows", type=int, default=4, help="windows at once, at most")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--study", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.study is not None:
@@ -167,7 +168,7 @@ def main() -> None:
         return
     told = summary(runs(given))
     if given.json:
-        print(json.dumps(told, indent=1))
+        print_json(told)
     else:
         show(told, given)
 

@@ -16,7 +16,6 @@ import hashlib
 import importlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from head import parser_of, print_json
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
@@ -185,14 +185,11 @@ def show(told: dict[str, dict[str, dict[str, Any]]], given: argparse.Namespace) 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--slices", type=int, default=200)
     parser.add_argument("--size", type=int, default=512, help="rows and columns")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--compression", nargs="+", default=["none", "jpegls"])
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--loader", choices=LOADERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -201,12 +198,7 @@ def main() -> None:
         return
     told = {compression: compare(given, compression) for compression in given.compression}
     if given.json:
-        machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        print(
-            json.dumps(
-                {**machine, "slices": given.slices, "size": given.size, "loads": told}, indent=2
-            )
-        )
+        print_json({"slices": given.slices, "size": given.size, "loads": told})
     else:
         show(told, given)
 

@@ -12,9 +12,7 @@ but at least one. No series that can be loaded may hold images of two stacks.
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import random
 import shutil
 import sys
@@ -30,6 +28,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pydicom
+from head import parser_of, print_json
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.filebase import DicomBytesIO
@@ -442,11 +441,10 @@ def by_simpleitk(path: Path) -> Array | None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--series", type=int, default=500, help="faulty series")
     parser.add_argument("--folders", type=int, default=100_000, help="folders of mixed identifiers")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     told: dict[str, Any] = {}
     for name, check, cases in (
@@ -456,7 +454,7 @@ def main() -> None:
         begun = time.perf_counter()
         told[name] = check(cases, given.seed) | {"seconds": round(time.perf_counter() - begun, 1)}
     if given.json:
-        print(json.dumps(told, indent=1))
+        print_json(told)
     else:
         for name, result in told.items():
             print(f"{name}: {result['cases']} cases, {len(result['wrong'])} wrong")

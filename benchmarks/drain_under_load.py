@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import random
 import signal
 import statistics
@@ -26,7 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
-import psutil
+from head import parser_of, print_json
 from http_latency import requests_of, serving
 from mixed_device import ROOT
 from rich.console import Console
@@ -217,20 +216,16 @@ def show(runs: list[dict[str, Any]], rate: float) -> None:
 
 def main() -> None:
     """Measure and print a table, or JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--rate", type=float, default=400.0, help="payments per second")
     parser.add_argument("--seconds", type=float, default=4.0, help="that payments become due for")
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     runs = [drain(given, given.seed + number) for number in range(given.runs)]
     if given.json:
-        machine = {"cpus": psutil.cpu_count(), "python": platform.python_version()}
-        print(json.dumps({"rate": given.rate, "runs": runs, "machine": machine}))
+        print_json({"rate": given.rate, "runs": runs})
         return
     show(runs, given.rate)
 

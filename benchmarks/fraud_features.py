@@ -10,9 +10,7 @@ different events. The lone request is the wall time of all stages but the model.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import os
 import statistics
 import time
@@ -20,6 +18,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from head import parser_of, print_json
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -163,17 +163,16 @@ def remember(vertical: FraudScoring, raws: list[bytes]) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--events", type=int, default=20_000, help="per chunk size")
     parser.add_argument("--history", type=int, default=200_000, help="observed before")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     raws = payments(given.history + given.events * len(CHUNKS))
     found = report(raws, given.history, given.runs)
     if given.json:
-        print(json.dumps(found))
+        print_json(found)
         return
     lone = found["us_per_event"].pop("lone_request_us")
     table = Table(title="CPU microseconds per event")

@@ -15,7 +15,6 @@ length of its body, so an answer shows where each server saw a body begin and en
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import hashlib
@@ -32,6 +31,7 @@ from typing import Any
 import httptools
 import torch
 import uvicorn
+from head import parser_of, print_json
 from pydantic import BaseModel
 from torch import Tensor, nn
 
@@ -458,12 +458,9 @@ def fuzz(count: int, seed: int) -> Report:
 
 def main() -> int:
     """Run and print; the exit code is 1 if there are faults."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--streams", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     report = fuzz(given.streams, given.seed)
     counts = Counter(kind for kind, *_ in report.faults)
@@ -472,7 +469,7 @@ def main() -> int:
         "faults": dict(counts),
     }
     if given.json:
-        print(json.dumps(told))
+        print_json(told)
     else:
         print(", ".join(f"{name}: {value}" for name, value in told.items()))
         for kind, stream, ours, theirs in report.faults[:10]:

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import gzip
 import json
-import platform
 import re
 import socket
 import subprocess
@@ -31,6 +30,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import psutil
+from head import parser_of, print_json
 
 TIMING = re.compile(rb"x-plinth-timing: (\{.*?\})\r\n", re.IGNORECASE)
 LENGTH = re.compile(rb"content-length: (\d+)\r\n", re.IGNORECASE)
@@ -201,26 +201,22 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         "requests_per_second": round(len(times) / seconds, 1),
         "server_cpu_us_per_request": round(cpu / len(times) * 1e6, 1),
         "server_median": {name: round(median(values), 3) for name, values in seen.parts.items()},
-        "machine": {"cpus": psutil.cpu_count(), "python": platform.python_version()},
     }
 
 
 def main() -> None:
     """Measure and print a table, or JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--vertical", default="finance")
     parser.add_argument("--config", type=Path, help="config file of the server")
     parser.add_argument("--records", type=Path, help="JSON lines; default: the vertical's example")
     parser.add_argument("--connections", type=int, default=1)
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--warm-up", type=int, default=500)
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     result = run(given)
     if given.json:
-        print(json.dumps(result))
+        print_json(result)
         return
     for name, value in result.items():
         print(f"{name:28}{value}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import threading
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from head import parser_of, print_json
 from http_latency import measure, requests_of, serving
 from mixed_device import ask, study_zip
 from rich.console import Console
@@ -105,8 +105,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         served = load(url, given.payments)
         settle(server)
         used = watch(server, given.seconds)
-    machine = {"cpus": psutil.cpu_count(), "python": platform.python_version()}
-    return {"fresh": fresh, "served": served, "after_load": used, "machine": machine}
+    return {"fresh": fresh, "served": served, "after_load": used}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -132,16 +131,13 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure and print a table, or JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--seconds", type=float, default=30.0, help="of each watch")
     parser.add_argument("--payments", type=int, default=2000, help="scored between them")
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     result = run(given)
     if given.json:
-        print(json.dumps(result))
+        print_json(result)
         return
     show(result)
 

@@ -1,6 +1,6 @@
 """One device, two kinds of work: fraud scores due in 150 ms while CT studies fill the rest.
 
-    python benchmarks/mixed_device.py [--rate 200] [--seconds 60] [--repeats 1] [--json FILE]
+    python benchmarks/mixed_device.py [--rate 200] [--seconds 60] [--repeats 1] [--json]
 
 Two arms, each a server process of its own with the packaged models of finance and medical:
 
@@ -23,7 +23,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -37,6 +36,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from head import parser_of, print_json
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
@@ -322,9 +323,7 @@ def show(medians: dict[str, dict[str, float]], runs: list[dict[str, Any]]) -> No
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--rate", type=float, default=200.0, help="payments per second")
     parser.add_argument("--seconds", type=float, default=60.0, help="measured, for each arm")
     parser.add_argument("--warm-up", type=float, default=20.0, help="seconds of load before")
@@ -334,7 +333,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="runs of each arm, interleaved")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--sla-ms", type=float, default=150.0)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--serve-plain", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve_plain is not None:
@@ -342,10 +340,10 @@ def main() -> None:
         return
     runs = [measure(arm, given, seed) for seed in range(given.repeats) for arm in given.arms]
     medians = summary(runs)
-    show(medians, runs)
     if given.json:
-        machine = {"cpus": psutil.cpu_count(), "python": platform.python_version()}
-        given.json.write_text(json.dumps({"machine": machine, "medians": medians, "runs": runs}))
+        print_json({"medians": medians, "runs": runs})
+        return
+    show(medians, runs)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
 import random
 import sys
 import tempfile
@@ -36,8 +35,8 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-import psutil
 import torch
+from head import parser_of, print_json
 from http_latency import Client, route_and_example, serving, started
 from mixed_device import Studies, metrics
 from rich.console import Console
@@ -253,14 +252,11 @@ def show(found: list[dict[str, Any]], deadline: float) -> None:
 
 def main() -> None:
     """Measure and print a table, or JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--requests", type=int, default=1000, help="of each place")
     parser.add_argument("--warm-up", type=int, default=100, help="requests that do not count")
     parser.add_argument("--rate", type=float, default=50.0, help="requests per second, at most")
     parser.add_argument("--deadline-ms", type=float, default=0.001)
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
@@ -268,8 +264,7 @@ def main() -> None:
         return
     found = [seen.as_dict() for seen in (*in_process(given), *over_http(given))]
     if given.json:
-        machine = {"cpus": psutil.cpu_count(), "python": platform.python_version()}
-        print(json.dumps({"deadline_ms": given.deadline_ms, "places": found, "machine": machine}))
+        print_json({"deadline_ms": given.deadline_ms, "places": found})
         return
     show(found, given.deadline_ms)
 

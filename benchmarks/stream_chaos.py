@@ -28,6 +28,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from head import parser_of, print_json
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
 
@@ -255,7 +257,7 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run and judge."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--records", type=int, default=1_000_000)
     parser.add_argument("--alerts", type=float, default=0.2, help="share of payments, 0 to 1")
     parser.add_argument("--workers", type=int, default=2)
@@ -267,7 +269,6 @@ def main() -> None:
     )
     parser.add_argument("--silence", type=float, default=5.0, help="seconds; longer is a failure")
     parser.add_argument("--timeout", type=float, default=7_200, help="seconds of the whole run")
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = run(given, Path(folder))
@@ -277,7 +278,10 @@ def main() -> None:
     report["ok"] = (
         not (report["lost"] or report["twice"]) and max(silent, default=0) < given.silence
     )
-    print(json.dumps(report, indent=None if given.json else 2))
+    if given.json:
+        print_json(report)
+    else:
+        print(json.dumps(report, indent=2))
     raise SystemExit(0 if report["ok"] else 1)
 
 

@@ -14,10 +14,8 @@ and simulated payments.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +25,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from head import parser_of, print_json
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
@@ -200,14 +200,13 @@ def show(report: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--events", type=int, default=60_000, help="payments of a throughput run")
     parser.add_argument("--rate", type=float, default=2_000, help="payments/s of a latency run")
     parser.add_argument("--seconds", type=float, default=20, help="length of a latency run")
     parser.add_argument("--warm-up", type=float, default=5, help="seconds left out of it")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", choices=("throughput", "latency"))
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
 
     os.sched_setaffinity(0, {0})
@@ -229,15 +228,13 @@ def main() -> None:
         finally:
             node.kill()
     report = {
-        "machine": platform.platform(),
-        "date": time.strftime("%Y-%m-%d"),
         "events": given.events,
         "runs": given.runs,
         "throughput": {name: spread(runs) for name, runs in fast.items() if runs},
         "latency": {name: spread(runs) for name, runs in soon.items() if runs},
     }
     if given.json:
-        print(json.dumps(report, indent=2))
+        print_json(report)
     else:
         show(report)
 

@@ -398,3 +398,10 @@ def _base_has_doc(path: Path, name: str) -> bool:
 def test_no_path_of_somebodys_machine(path: Path) -> None:
     places = re.findall(r"[\"'\s](/(?:home|root|work|Users)/[\w./-]*)", path.read_text("utf-8"))
     assert not places, f"these exist on one machine only: {places}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=relative)
+def test_benchmarks_share_one_head(path: Path) -> None:
+    """One parser with ``--json``, whose answer has the facts of the machine."""
+    if path.stem != "head" and "ArgumentParser" in path.read_text(encoding="utf-8"):
+        pytest.fail("take the parser of benchmarks/head.py")
