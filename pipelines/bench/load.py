@@ -77,6 +77,10 @@ class Load:
         warm_up: seconds of the same load before, which do not count.
         processes: client processes that share requests and connections. More than one needs
             the usual ``if __name__ == "__main__"`` in the calling script.
+        id_field: name of a header whose value differs in each request, as trace ids do.
+        pool_seconds: longest wait for a free connection, after which a request is given up
+            unsent (httpx calls it the pool timeout); ``None``: as long as ``timeout``.
+        tail: rate and seconds of requests that follow the others at once, to see a server recover.
     """
 
     url: str
@@ -90,6 +94,9 @@ class Load:
     method: str = "POST"
     warm_up: float = 0.0
     processes: int = 1
+    id_field: str | None = None
+    pool_seconds: float | None = None
+    tail: tuple[float, float] | None = None
 
     def run(self) -> LoadResult:
         """Send the load; returns when each request is answered or given up.
@@ -99,6 +106,9 @@ class Load:
         """
         target = self._target()
         times = poisson(self.rate, self.warm_up + self.seconds, self.seed)
+        if self.tail is not None:
+            later = poisson(*self.tail, self.seed + 1) + self.warm_up + self.seconds
+            times = np.concatenate((times, later))
         share = max(1, min(self.processes, len(times)))
         try:
             if share == 1:
@@ -130,13 +140,23 @@ class Load:
             requests=tuple(self._request(url, body) for body in self.bodies),
             connections=math.ceil(self.connections / self.processes),
             timeout=self.timeout,
+            id_at=self._id_at(url),
+            pool_seconds=self.timeout if self.pool_seconds is None else self.pool_seconds,
         )
+
+    def _id_at(self, url: SplitResult) -> int | None:
+        """Where the value of ``id_field`` begins in each request."""
+        if self.id_field is None:
+            return None
+        return len(self._request(url, b"").partition(b"\r\n")[0]) + 2 + len(self.id_field) + 2
 
     def _request(self, url: SplitResult, body: bytes) -> bytes:
         path = (url.path or "/") + (f"?{url.query}" if url.query else "")
         own = {"host": url.netloc.rpartition("@")[2], "content-length": str(len(body))}
         given = {name.lower(): value for name, value in self.headers.items()} | own
         lines = [f"{self.method.upper()} {path} HTTP/1.1"]
+        if self.id_field is not None:
+            lines.append(f"{self.id_field}: {0:016x}")
         lines += [f"{name}: {value}" for name, value in given.items()]
         if any("\r" in line or "\n" in line for line in lines):
             raise _wrong("a header, the path or the method contains a line break", None)
@@ -250,7 +270,7 @@ class LoadResult:
                 f"ms allowed, {self.client_us:.0f} µs of CPU a request): use more processes, "
                 "or another machine for the client"
             )
-        if self.unsent:
+        if self.unsent and self.load.pool_seconds is None:
             found.append(
                 f"{self.unsent} requests were never sent: all {self.load.connections} connections "
                 f"were busy for {self.load.timeout:g} s"

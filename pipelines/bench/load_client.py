@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import re
 import socket
@@ -37,6 +38,7 @@ _WHOLE = re.compile(
 )
 """The head of an answer that needs no parser if its body came with it."""
 _ACCEPT = 0.0002  # seconds a server may need to accept a connection
+_SPREAD = 0x9E3779B97F4A7C15  # odd: numbers that follow one another look unlike
 _TOGETHER = 64  # connections opened at once, so that no backlog overflows
 
 
@@ -51,6 +53,8 @@ class Target:
         requests: whole requests, head and body, sent in turn.
         connections: how many are kept open.
         timeout: seconds from when a request was due until it is given up.
+        id_at: where 16 hexadecimal digits stand that differ in each request; ``None``: nowhere.
+        pool_seconds: longest wait for a free connection.
     """
 
     host: str
@@ -59,6 +63,8 @@ class Target:
     requests: tuple[bytes, ...]
     connections: int
     timeout: float
+    id_at: int | None = None
+    pool_seconds: float = math.inf
 
 
 @dataclass(slots=True)
@@ -292,20 +298,32 @@ class Client:
 
     def _match(self) -> None:
         """Give waiting requests to idle connections, the longest idle first."""
+        self._give_up_waiting()
         while self._waiting and self._idle:
             number, connection = self._waiting.popleft(), self._idle.popleft()
             self._busy[connection] = None
             seen = self._due[number] + self.record.lag[number]
             self.record.waited[number] = max(0.0, time.perf_counter() - seen)
-            connection.send(number, self._requests[number % len(self._requests)])
+            connection.send(number, self._request(number))
+
+    def _request(self, number: int) -> bytes:
+        request, at = self._requests[number % len(self._requests)], self._target.id_at
+        if at is None:
+            return request
+        return b"%b%016x%b" % (request[:at], number * _SPREAD % (1 << 64), request[at + 16 :])
+
+    def _give_up_waiting(self) -> None:
+        """Give up what has waited for a connection for too long."""
+        over = time.perf_counter() - min(self._target.timeout, self._target.pool_seconds)
+        while self._waiting and self._due[self._waiting[0]] < over:
+            self._settle(self._waiting.popleft(), UNSENT)
 
     def _sweep(self) -> None:
         """Give up what has waited or been on its way for too long."""
         if not self._running:
             return
+        self._give_up_waiting()
         over = time.perf_counter() - self._target.timeout
-        while self._waiting and self._due[self._waiting[0]] < over:
-            self._settle(self._waiting.popleft(), UNSENT)
         for connection in [c for c in self._busy if self._due[c.number] < over]:
             del self._busy[connection]
             self._settle(connection.number, TIMEOUT)
