@@ -35,6 +35,7 @@ from plinth.engine import (
     Refused,
     Sla,
 )
+from plinth.engine.errors import EngineFailed
 from plinth.engine.metrics import SLA_MISSES
 from plinth.engine.runtime.flow_driver import FlowDriver
 from plinth.verticals import Vertical
@@ -162,11 +163,12 @@ class RecordService:
 
         Raises:
             Refused: the engine does not do the work.
+            EngineFailed: it cannot do any.
         """
         begun = time.perf_counter()
         try:
             return [Part(len(records), await self._run(records, sla))]
-        except Refused:
+        except (Refused, EngineFailed):
             raise
         except FAULTS as error:
             if len(records) == 1:
@@ -180,7 +182,7 @@ class RecordService:
             try:
                 answer = await self._run(half, _rest(sla, begun))
                 parts.append(Part(len(half), answer))
-            except Refused as error:
+            except (Refused, EngineFailed) as error:
                 parts.append(Part(len(half), error=error))
             except FAULTS as error:
                 if len(half) == 1:
