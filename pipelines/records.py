@@ -35,7 +35,6 @@ from plinth.engine import (
     Refused,
     Sla,
 )
-from plinth.engine.errors import EngineFailed
 from plinth.engine.metrics import SLA_MISSES
 from plinth.engine.runtime.flow_driver import FlowDriver
 from plinth.verticals import Vertical

@@ -46,8 +46,6 @@ from plinth.pipelines.records import RecordService
 from plinth.verticals import Vertical
 
 log = logging.getLogger("plinth.serve")
-LOOK_SECONDS = 0.25
-"""Between two looks whether the engine still runs."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ENGINE_LOOK = 0.25
 """Seconds between two looks at whether the engine is well."""
@@ -75,10 +73,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan() -> AsyncIterator[None]:
         with contextlib.ExitStack() as stack:
-            tasks = [
-                asyncio.create_task(warm_up(verticals, engine, health, stack)),
-                asyncio.create_task(_watch(engine, health)),
-            ]
+            tasks = [asyncio.create_task(warm_up(verticals, engine, health, stack))]
             if jobs is not None:
                 tasks.append(asyncio.create_task(_purge(jobs)))
             yield
@@ -177,22 +172,6 @@ def _warm_one(vertical: Vertical[Any, Any], engine: Engine) -> None:
     finally:
         if state is not None:
             vertical.restore(state)
-
-
-async def _watch(engine: Engine, health: Health) -> None:
-    """Start an engine anew whose device thread has ended; not ready until it runs."""
-    while True:
-        await asyncio.sleep(LOOK_SECONDS)
-        if engine.failure is None:
-            continue
-        log.error("the engine has failed and is started anew: %s", engine.failure)
-        health.reasons["engine"] = "the engine has failed and is started anew"
-        try:
-            await asyncio.to_thread(engine.start)
-        except PlinthError as error:
-            log.error("the engine cannot be started: %s", error)
-        else:
-            health.reasons.pop("engine", None)
 
 
 async def _purge(jobs: Jobs) -> None:

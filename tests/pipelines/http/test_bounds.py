@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from serving import Raw, Running, error, running, until
 from test_uploads import ZIP, zipped
 from tiny_verticals import GATE, Gate, Page, Shelf, Tiny
-
-from plinth.engine import Batcher, Engine
 
 ROUTE = "/v1/tiny/double"
 GOOD = {"id": "a", "value": 2.5}
@@ -168,31 +164,3 @@ def test_a_heavy_vertical_is_answered_refused_and_told_of_faults() -> None:
         error(server.post(ROUTE, json={"id": "a", "value": 666}), 500, "internal")
         late = server.post(ROUTE, json=GOOD, headers={"x-slo-deadline-ms": "0.0001"})
         error(late, 503, "deadline")
-
-
-# -- an engine that fails --------------------------------------------------------------------------
-def test_an_engine_that_ends_turns_the_server_red_and_is_started_anew(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    whole, start, go = Batcher.next, Engine.start, threading.Event()
-
-    def fail(self: Batcher, now: float) -> Any:
-        monkeypatch.setattr(Batcher, "next", whole)
-        raise SystemExit("4111111111111111")
-
-    def start_later(self: Engine) -> Engine:
-        assert go.wait(60)
-        return start(self)
-
-    with running({"tiny": Tiny()}) as server:
-        monkeypatch.setattr(Engine, "start", start_later)
-        monkeypatch.setattr(Batcher, "next", fail)
-        response = server.post(ROUTE, json=GOOD)
-        error(response, 503, "engine_failed")
-        assert "4111" not in response.text
-        until(lambda: server.client.get("/health/ready").status_code == 503)
-        assert "engine" in server.client.get("/health/ready").json()["reasons"]
-        assert server.client.get("/health/live").status_code == 200
-        go.set()
-        until(lambda: server.client.get("/health/ready").status_code == 200)
-        assert server.post(ROUTE, json=GOOD).status_code == 200
