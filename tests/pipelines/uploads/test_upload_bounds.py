@@ -139,6 +139,17 @@ def test_a_body_written_in_one_go_with_its_head_arrives_whole(shelf: Running, si
         assert job["items"][0]["result"]["twice"] == 6.0
 
 
+@pytest.mark.parametrize(
+    "page",
+    [{"sec-fetch-site": "cross-site"}, {"origin": "https://evil.example"}, {"origin": "null"}],
+    ids=str,
+)
+def test_a_page_of_another_site_cannot_upload_a_form(shelf: Running, page: dict[str, str]) -> None:
+    """A form needs no leave of a browser to be sent to any address."""
+    body = form([("a.txt", b"1")])
+    error(shelf.post(ROUTE, content=body, headers={**FORM, **page}), 403, "cross_site")
+
+
 # -- disk ----------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def small_disk() -> Iterator[None]:
