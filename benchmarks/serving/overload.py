@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -46,7 +47,7 @@ CONNECTIONS = 900
 POOL_SECONDS = 0.02
 WINDOW = 0.1  # seconds; a server has recovered when all later windows are nearly all in time
 NEARLY_ALL = 0.95
-TAIL_SECONDS = 2.0
+TAIL_SECONDS = 1.5
 
 
 def overload(bench: Bench, rate: float, capacity: float, seconds: float, seed: int) -> LoadResult:
@@ -117,6 +118,12 @@ def visit(entry: dict[str, Any], bench: Bench, round_: int, given: argparse.Name
             time.sleep(REST_SECONDS)
             run = measure(bench, multiple, entry["capacity"], given.seconds, given.seed + round_)
             entry["runs"].append({"round": round_, "load_average": os.getloadavg()[0], **run})
+            print(
+                f"{bench.server.name} {multiple:g}x: {run['in_time']:.0f} in time/s of "
+                f"{run['offered']:.0f}/s, recovered after {run['recovery_seconds']:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
         time.sleep(GIVE_UP_SECONDS)
         bench.check()
 
@@ -149,7 +156,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
+    parser.add_argument("--seconds", type=float, default=2.5, help="of each run")
     parser.add_argument("--out", type=Path, default=servers.BUILD / "overload.json")
     parser.add_argument("--servers", nargs="+", choices=SERVERS, default=list(SERVERS))
     parser.add_argument("--multiples", nargs="+", type=float, default=list(MULTIPLES))
