@@ -112,6 +112,10 @@ class WindowGrid:
         return rows
 
 
+class _Holder:
+    """Lives as long as a slab does."""
+
+
 class WindowMerger:
     """Blends window outputs, given in order, into one volume.
 
@@ -120,15 +124,17 @@ class WindowMerger:
 
     Args:
         grid: the windows.
-        reserve: told of the bytes before they are allocated, see :meth:`WindowGrid.bytes`;
-            raises if they are not there.
+        reserve: told, before anything is allocated, of an object that lives as long as the
+            slab, of the windows and of the bytes (:meth:`WindowGrid.bytes`); raises if they
+            are not there.
     """
 
     def __init__(
-        self, grid: WindowGrid, reserve: Callable[[WindowMerger, int], None] | None = None
+        self, grid: WindowGrid, reserve: Callable[[object, WindowGrid, int], None] | None = None
     ) -> None:
         self.grid = grid
         self._reserve = reserve
+        self._holder: _Holder | None = None
         window, blend = grid.tiling.window, grid.tiling.blend
         self._profiles = tuple(_profile(size, blend) for size in window)
         pz, py, px = self._profiles
@@ -165,6 +171,7 @@ class WindowMerger:
             self._next += 1
         if self._next == len(self.grid):
             self._finish(depth)
+            self._slab, self._holder = torch.empty(0), None
 
     def result(self) -> Tensor:
         """The blended volume: (k, Z, Y, X) float32, or (Z, Y, X) uint8 labels."""
@@ -178,7 +185,8 @@ class WindowMerger:
         rows = min(self.grid.tiling.window[0], depth)
         needed = self.grid.bytes(channels)
         if self._reserve is not None:
-            self._reserve(self, needed)
+            self._holder = _Holder()
+            self._reserve(self._holder, self.grid, needed)
         try:
             self._slab = torch.zeros(channels, rows, height, width)
             self._result = (

@@ -103,7 +103,7 @@ def find(
     sizes, inputs = _climb(executable, make_rows, min(fits, LARGEST), clock)
     until = time.perf_counter() + budget
     hopeful = sizes
-    for turn in range(_ROUNDS):
+    for turn in range(_ROUNDS if len(sizes) > 1 else 0):
         sample = min(max(_SAMPLE, *(size.cost for size in hopeful)), _LONGEST)
         for size in hopeful:
             if turn and time.perf_counter() > until:

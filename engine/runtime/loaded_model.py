@@ -21,7 +21,7 @@ from plinth.engine.runtime import batch_range as ranges
 from plinth.engine.runtime.memory_plan import MemoryPlan, Room, measure
 from plinth.engine.runtime.memory_plan import budget as budget_of
 from plinth.engine.scheduler.cost_model import LatencyModel
-from plinth.engine.tiling import WindowGrid, WindowMerger
+from plinth.engine.tiling import WindowGrid
 
 Range = tuple[int, int] | Literal["auto"]
 _MOST = 128
@@ -116,13 +116,13 @@ class LoadedModel:
         if channels is not None:
             self.room.check(grid.bytes(channels), self._volume(grid))
 
-    def reserve_windows(self, merger: WindowMerger, needed: int) -> None:
-        """Set aside the logits of a volume for as long as its merger lives.
+    def reserve_windows(self, holder: object, grid: WindowGrid, needed: int) -> None:
+        """Set aside the logits of a volume for as long as the holder lives.
 
         Raises:
             OutOfMemory: they do not fit beside those of other volumes.
         """
-        self.room.take(needed, self._volume(merger.grid), merger)
+        self.room.take(needed, self._volume(grid), holder)
 
     def _volume(self, grid: WindowGrid) -> str:
         return f"model {self.spec.name}: a volume of {'x'.join(map(str, grid.shape))} voxels"
@@ -210,7 +210,7 @@ def _plan(executable: Executable, model: Model, probe: int, budget: int | str) -
     one = model.rows(1)
     seconds = _seconds(executable, one)
     if seconds < _SAMPLE_SECONDS:
-        seconds = _seconds(executable, one)  # the first may have been slow for once
+        seconds = max(_seconds(executable, one), 1e-9)  # the first may have been slow for once
     large = min(max(2, probe), int(_SAMPLE_SECONDS / seconds))
     sizes = (1, large) if large > 1 else (1, 1)
     return measure(executable, model.rows, sizes, weights=executable.weights, limit=budget)

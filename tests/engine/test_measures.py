@@ -1,0 +1,273 @@
+"""What is measured of a model: its state, its memory, its cost, what ran; in bounded time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from plinth.engine import Call, Engine, Model, ModelSpec, Tiling
+from plinth.engine import TensorSpec as Spec
+from plinth.engine.backends import choice, prepare
+from plinth.engine.devices.device import pick
+from plinth.engine.errors import OutOfMemory
+from plinth.engine.models.store import ModelStore
+from plinth.engine.precision.policy import PRESETS
+from plinth.engine.precision.transforms import last_layers, report
+from plinth.engine.runtime import batch_range, loaded_model
+from plinth.engine.runtime.memory_plan import measure
+
+CPU = pick("cpu")
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLINTH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def model(module: nn.Module, inputs: tuple, outputs: tuple, dtype: str = "float32") -> Model:
+    contract = ModelSpec(
+        name="net",
+        inputs=(Spec(name="x", shape=inputs, dtype=dtype),),
+        outputs=(Spec(name="y", shape=outputs),),
+    )
+    return Model(contract, module.eval())
+
+
+# -- the state a cached export stands for ------------------------------------------------------
+class Head(nn.Module):
+    """Its answer depends on a plain attribute and on a buffer that is not saved."""
+
+    def __init__(self, temperature: float, shift: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.temperature = nn.Linear(4, 2), temperature
+        self.register_buffer("shift", torch.full((2,), shift), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) / self.temperature + self.shift
+
+
+def test_modules_that_differ_in_an_attribute_or_an_unsaved_buffer_never_share_an_export():
+    x = torch.ones(1, 3, 4)
+    for head in (Head(1.0), Head(10.0), Head(1.0, 5.0)):
+        net = model(head, (None, 4), (None, 2))
+        found = prepare(net, CPU, "fp32", "onnxruntime").run({"x": x})["y"]
+        torch.testing.assert_close(found, head(x).detach())
+
+
+def test_the_digest_covers_all_that_decides_the_answer():
+    def other(x: Tensor) -> Tensor:
+        return x
+
+    heads = [Head(1.0), Head(10.0), Head(1.0, 5.0), Head(1.0).double(), Head(1.0)]
+    heads[-1].forward = other
+    digests = [model(head, (4,), (2,)).digest() for head in heads]
+    assert len(set(digests)) == len(heads)
+    assert model(Head(1.0), (4,), (2,)).digest() == digests[0]
+
+
+# -- precision ---------------------------------------------------------------------------------
+class Language(nn.Module):
+    """Its head uses the weights of its embedding, as language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.hidden = nn.Embedding(50, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 50, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.hidden(self.words(x))))
+
+
+def test_tied_weights_run_in_bf16_and_count_once():
+    net = model(Language(), (6,), (6, 50), "int64")
+    assert prepare(net, CPU, "fp32", "eager").weights == 4 * (50 * 16 + 16 * 16 + 16)
+    for last in ("fp32", "bf16"):
+        low = prepare(net, CPU, {"preset": "bf16", "last": last}, "eager")
+        assert low.precision in ("bf16", "custom")
+    assert low.weights == 2 * (50 * 16 + 16 * 16 + 16), "the head's copy is the embedding's"
+
+
+class HeadFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = nn.Linear(16, 1), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.body(x)))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.body = nn.Linear(16, 1), nn.Linear(16, 1), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.relu(self.body(x))
+        return self.a(hidden), self.b(hidden)
+
+
+def test_the_layers_kept_in_fp32_are_those_that_run_last_not_those_registered_last():
+    executable = prepare(model(HeadFirst(), (16,), (1,)), CPU, "bf16", "eager")
+    assert executable.report["layers"] == {"head": "fp32", "body": "bf16"}
+    heads = TwoHeads()
+    last = last_layers(heads, lambda: heads(torch.ones(1, 16)))
+    found = {layer.name: layer.precision for layer in report(heads, PRESETS["bf16"], last)}
+    assert found == {"a": "fp32", "b": "fp32", "body": "bf16"}
+
+
+class Product(nn.Module):
+    """A layer of the user's own: a product that no layer of torch's holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_the_report_says_what_ran_not_what_was_wished():
+    own = prepare(model(Product(), (16,), (16,)), CPU, "bf16", "eager")
+    assert own.precision == "fp32"
+    mixed = nn.Sequential(nn.Linear(16, 16), Product(), nn.Linear(16, 16))
+    flops = prepare(model(mixed, (16,), (16,)), CPU, "bf16", "eager").report["flops"]
+    assert flops == pytest.approx({"bf16": 1 / 3, "fp32": 2 / 3})
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    assert prepare(model(encoder, (6, 16), (6, 16)), CPU, "bf16", "eager").precision == "fp32"
+
+
+def test_bf16_holds_half_of_the_weights_and_shares_what_stays_fp32():
+    net = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(3)])
+    full = prepare(model(net, (64,), (64,)), CPU, "fp32", "eager")
+    low = prepare(model(net, (64,), (64,)), CPU, "bf16", "eager")
+    assert (full.weights, low.weights) == (3 * 4 * 64 * 64, 2 * 2 * 64 * 64 + 4 * 64 * 64)
+
+
+# -- memory ------------------------------------------------------------------------------------
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
+    )
+
+
+GROWTH = """
+import json, sys
+from pathlib import Path
+from plinth.engine.backends import prepare
+from plinth.engine.devices.device import pick
+from tests.engine.test_measures import convolutions, model
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+net = model(convolutions(), (3, 96, 96), (10,))
+ready, rows = prepare(net, pick("cpu"), "fp32", sys.argv[1], 1, rows=1), net.rows(48)
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+ready.run(rows)
+ready.run(rows)
+print(json.dumps(status("VmHWM") - before + rows["x"].nbytes))
+"""
+
+
+@LINUX
+@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+def test_the_plan_foretells_within_15_percent_what_a_fresh_process_takes(backend):
+    """Forty-eight rows from a measurement of up to sixteen."""
+    net = model(convolutions(), (3, 96, 96), (10,))
+    executable = prepare(net, CPU, "fp32", backend, 1)
+    plan = measure(executable, net.rows, (1, 16), weights=executable.weights)
+    root = Path(__file__).resolve().parents[2]
+    ran = subprocess.run(
+        [sys.executable, "-c", GROWTH, backend],
+        capture_output=True, text=True, timeout=100, cwd=root, check=True,
+    )  # fmt: skip
+    really = json.loads(ran.stdout.splitlines()[-1])
+    assert plan.peak(48) - plan.weights == pytest.approx(really, rel=0.15)
+
+
+def test_the_weights_of_an_onnx_file_count(tmp_path):
+    net = nn.Linear(500, 500, bias=False).eval()
+    path = tmp_path / "net.onnx"
+    program = torch.onnx.export(
+        net, (torch.ones(2, 500),), dynamo=True, verbose=False,
+        dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), input_names=["x"], output_names=["y"],
+    )  # fmt: skip
+    program.save(path)
+    store = ModelStore(tmp_path / "store")
+    store.import_onnx(None, path, name="net")
+    engine = Engine()
+    engine.add(store.load("net"))
+    found = engine.status()["models"]["net"]["weights_bytes"]
+    assert found == pytest.approx(4 * 500 * 500, rel=0.02)
+
+
+class Classes(nn.Module):
+    """As many classes as asked for, the number of them known to the contract or not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.expand(-1, 104, -1, -1, -1)
+
+
+@pytest.mark.parametrize("channels", [104, None])
+def test_logits_of_a_volume_that_do_not_fit_are_refused_with_their_bytes(channels):
+    window = (16, 16, 16)
+    net = model(Classes(), (1, *window), (channels, *window))
+    tiling = Tiling(window, overlap=0, reduce="argmax")
+    with Engine(memory_budget=200_000_000) as engine:
+        engine.add(net, batch_range=(1, 1))
+
+        def ask(*size: int):
+            volume = torch.zeros(1, 1, 1, 1).expand(1, *size)
+            return engine.submit(Call("net", volume, tiling)).result(timeout=30).value
+
+        slab = 104 * 16 * 256 * 256 * 4
+        with pytest.raises(OutOfMemory, match="a volume of 32x256x256 voxels") as refusal:
+            ask(32, 256, 256)
+        assert refusal.value.needed >= slab
+        assert refusal.value.needed == pytest.approx(slab, rel=0.02)
+        assert refusal.value.available < 200_000_000
+        for _ in range(3):  # what a finished volume held is given back
+            assert ask(32, 128, 128).shape == (32, 128, 128)
+
+
+# -- time --------------------------------------------------------------------------------------
+class Costly(nn.Module):
+    """Turns a clock instead of computing: so many seconds a row."""
+
+    def __init__(self, clock: SimpleNamespace, seconds: float) -> None:
+        super().__init__()
+        self.clock, self.seconds = [clock], seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock[0].now += self.seconds * len(x)
+        return x
+
+
+@pytest.mark.parametrize("rows", [(1, 16), (1, 128), "auto"])
+@pytest.mark.parametrize("seconds", [0.001, 0.01, 0.1, 0.3, 1.0, 5.0])
+def test_adding_a_model_ends_in_half_a_minute_whatever_a_row_costs(rows, seconds, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    for module in (choice, batch_range):
+        fake = SimpleNamespace(perf_counter=lambda: clock.now, thread_time=lambda: clock.now)
+        monkeypatch.setattr(module, "time", fake)
+    monkeypatch.setattr(loaded_model, "perf_counter", lambda: clock.now)
+    Engine(device="cpu").add(
+        model(Costly(clock, seconds), (1,), (1,)), backend="eager", batch_range=rows
+    )
+    assert clock.now <= 30
