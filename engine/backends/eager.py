@@ -179,8 +179,8 @@ def realised(
     last = None if policy.plain else _run_last(model, module)
     placed = apply(module, policy, last)
     precision = "fp32" if placed is module else policy.name
-    if device.kind != "cpu":
-        placed = (copy.deepcopy(placed) if placed is model.module else placed).to(device.torch)
+    if device.kind != "cpu" and any(True for _ in _tensors(placed)):
+        placed = copy.deepcopy(placed).to(device.torch)  # to() would move the model's own
     executable = TorchExecutable(
         backend, model, placed, device, precision, compiled(placed) if compiled else None
     )

@@ -29,6 +29,7 @@ def storage(tensor: torch.Tensor) -> int:
 def wrap(raw: Any) -> Any:
     if not isinstance(raw, torch.Tensor) or raw.device.type != "cpu":
         return raw
+    raw = raw.contiguous()  # as the device's own tensor is
     with torch.inference_mode(False):
         remote = torch._C._acc.create_empty_tensor(raw.shape, raw.dtype)
     HELD[storage(remote)] = raw

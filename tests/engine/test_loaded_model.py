@@ -81,6 +81,7 @@ def metric(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
+@pytest.mark.cpu
 def test_backend_and_precision_are_the_engines_unless_a_model_names_its_own():
     engine = Engine(backend="onnxruntime")
     engine.add(model("plain", nn.Linear(4, 4)))
@@ -132,6 +133,7 @@ class Wide(nn.Module):
         return x + 0 * (x @ self.weight).sum(1, keepdim=True)
 
 
+@pytest.mark.cpu
 def test_the_knee_of_the_throughput_curve_is_found_and_remembered():
     quadratic = model("quadratic", Quadratic())
     executable = prepare(quadratic, pick("cpu"), "fp32", "eager", threads=1)
@@ -149,6 +151,7 @@ def test_the_knee_of_the_throughput_curve_is_found_and_remembered():
     assert sizes[0] == sizes[1] < 512
 
 
+@pytest.mark.cpu
 def test_metrics_tell_outcomes_batches_and_causes():
     with Engine() as engine:
         engine.add(model("counted", Double()), sla=Sla(deadline_ms=1000))
@@ -217,6 +220,7 @@ def test_many_flows_of_one_event_loop_get_their_own_answers_and_may_be_cancelled
         assert all(asyncio.run(main(engine)))
 
 
+@pytest.mark.cpu
 def test_costs_learned_are_kept_for_the_next_run(tmp_path):
     path = tmp_path / "latency.json"
     with Engine(latency_file=path) as engine:

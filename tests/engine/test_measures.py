@@ -55,6 +55,7 @@ class Head(nn.Module):
         return self.layer(x) / self.temperature + self.shift
 
 
+@pytest.mark.cpu
 def test_modules_that_differ_in_an_attribute_or_an_unsaved_buffer_never_share_an_export():
     x = torch.ones(1, 3, 4)
     for head in (Head(1.0), Head(10.0), Head(1.0, 5.0)):
@@ -63,6 +64,7 @@ def test_modules_that_differ_in_an_attribute_or_an_unsaved_buffer_never_share_an
         torch.testing.assert_close(found, head(x).detach())
 
 
+@pytest.mark.cpu
 def test_the_digest_covers_all_that_decides_the_answer():
     def other(x: Tensor) -> Tensor:
         return x
@@ -89,6 +91,7 @@ class Language(nn.Module):
         return self.head(torch.relu(self.hidden(self.words(x))))
 
 
+@pytest.mark.cpu
 def test_tied_weights_run_in_bf16_and_count_once():
     net = model(Language(), (6,), (6, 50), "int64")
     assert prepare(net, CPU, "fp32", "eager").weights == 4 * (50 * 16 + 16 * 16 + 16)
@@ -117,6 +120,7 @@ class TwoHeads(nn.Module):
         return self.a(hidden), self.b(hidden)
 
 
+@pytest.mark.cpu
 def test_the_layers_kept_in_fp32_are_those_that_run_last_not_those_registered_last():
     executable = prepare(model(HeadFirst(), (16,), (1,)), CPU, "bf16", "eager")
     assert executable.report["layers"] == {"head": "fp32", "body": "bf16"}
@@ -137,6 +141,7 @@ class Product(nn.Module):
         return x @ self.weight
 
 
+@pytest.mark.cpu
 def test_the_report_says_what_ran_not_what_was_wished():
     own = prepare(model(Product(), (16,), (16,)), CPU, "bf16", "eager")
     assert own.precision == "fp32"
@@ -148,6 +153,7 @@ def test_the_report_says_what_ran_not_what_was_wished():
     assert prepare(model(encoder, (6, 16), (6, 16)), CPU, "bf16", "eager").precision == "fp32"
 
 
+@pytest.mark.cpu
 def test_bf16_holds_half_of_the_weights_and_shares_what_stays_fp32():
     net = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(3)])
     full = prepare(model(net, (64,), (64,)), CPU, "fp32", "eager")
@@ -185,6 +191,7 @@ print(json.dumps(status("VmHWM") - before + rows["x"].nbytes))
 """
 
 
+@pytest.mark.cpu
 @LINUX
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
 def test_the_plan_foretells_within_15_percent_what_a_fresh_process_takes(backend):
@@ -201,6 +208,7 @@ def test_the_plan_foretells_within_15_percent_what_a_fresh_process_takes(backend
     assert plan.peak(48) - plan.weights == pytest.approx(really, rel=0.15)
 
 
+@pytest.mark.cpu
 def test_the_weights_of_an_onnx_file_count(tmp_path):
     net = nn.Linear(500, 500, bias=False).eval()
     path = tmp_path / "net.onnx"
@@ -259,6 +267,7 @@ class Costly(nn.Module):
         return x
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("rows", [(1, 16), (1, 128), "auto"])
 @pytest.mark.parametrize("seconds", [0.001, 0.01, 0.1, 0.3, 1.0, 5.0])
 def test_adding_a_model_ends_in_half_a_minute_whatever_a_row_costs(rows, seconds, monkeypatch):

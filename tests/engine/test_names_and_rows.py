@@ -15,7 +15,7 @@ from plinth.engine.backends.choice import difference
 from plinth.engine.devices.device import pick
 
 CPU = pick("cpu")
-BACKENDS = ["eager", "onnxruntime"]
+BACKENDS = ["eager", pytest.param("onnxruntime", marks=pytest.mark.cpu)]
 INTEGERS = "int64"
 
 
@@ -96,6 +96,7 @@ class Hidden(nn.Module):
         return {"last_hidden_state": hidden, "pooler_output": hidden.mean(1)}
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("size", "names"), [(5, ("pooler_output",)), (None, ("pooler_output", "last_hidden_state"))]
@@ -143,6 +144,7 @@ def test_a_module_left_in_training_mode_serves_as_in_eval_mode_and_stays_as_it_w
     assert int(net[1].num_batches_tracked) == 0
 
 
+@pytest.mark.cpu
 def test_a_module_put_into_training_mode_while_it_serves_is_told():
     net = nn.Sequential(nn.Linear(4, 1), nn.Dropout(0.5)).eval()
     with Engine() as engine:
@@ -188,7 +190,7 @@ RELU = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 1))
 @pytest.mark.parametrize(
     ("backend", "size", "net"),
     [("eager", 2, Scales()), ("eager", None, Scales()), ("eager", 2, RELU),
-     ("onnxruntime", 2, Scales())],
+     pytest.param("onnxruntime", 2, Scales(), marks=pytest.mark.cpu)],
 )  # fmt: skip
 def test_a_module_that_writes_to_its_input_never_reaches_the_callers_tensor(backend, size, net):
     inputs, outputs = [Spec(name="x", shape=(size, 4))], [Spec(name="y", shape=(size, 1))]
@@ -274,6 +276,7 @@ def attention(**facts) -> Model:
     )
 
 
+@pytest.mark.cpu
 def test_lengths_and_masks_get_valid_rows_without_being_asked():
     lengths = Spec(name="lengths", shape=(), dtype=INTEGERS)
     contract = spec([Spec(name="x", shape=(5, 4)), lengths], [Spec(name="y", shape=(1,))])
@@ -285,6 +288,7 @@ def test_lengths_and_masks_get_valid_rows_without_being_asked():
     assert "warning" not in executable.report
 
 
+@pytest.mark.cpu
 def test_rows_of_nothing_but_nan_prove_nothing():
     """NaN beside NaN is not agreement: another backend is refused, and the report says so."""
     with pytest.raises(ModelError, match="nothing but NaN"):
@@ -365,6 +369,7 @@ def look() -> Model:
     return Model(spec([Spec(name="x", shape=(3,))], [Spec(name="y", shape=(3,))]), Look().eval())
 
 
+@pytest.mark.cpu
 def test_threads_are_those_of_the_engine_and_the_caller_keeps_its_own():
     before = torch.get_num_threads()
     model = look()
@@ -376,6 +381,7 @@ def test_threads_are_those_of_the_engine_and_the_caller_keeps_its_own():
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.cpu
 def test_a_second_engine_with_other_threads_is_refused_while_the_first_runs():
     running = Engine(threads=1)
     running.add(look())
