@@ -162,6 +162,30 @@ def test_a_real_head_ct_gets_an_honest_report(real: Callable[[str], Path], tmp_p
     assert (tmp_path / "report.html").exists()
 
 
+def test_a_real_abdomen_has_no_lungs(real: Callable[[str], Path]) -> None:
+    """With bowel gas, and with UIDs that an anonymiser emptied."""
+    vertical = CtAnalysis()
+    (item,) = vertical.discover(real("ct-abdomen-20"))
+    (result,) = feed(vertical.infer([vertical.load(item)]))
+    assert isinstance(result, WithArtefacts)
+    assert result.response.finding("lungs_volume").value is None
+    assert any("UID are empty" in warning for warning in result.response.warnings)
+
+
+def test_a_real_chest_is_measured_as_far_as_its_kernel_bears(real: Callable[[str], Path]) -> None:
+    """A lung kernel, and a mass of 5 to 6 cm in the left upper lobe."""
+    vertical = CtAnalysis()
+    (item,) = vertical.discover(real("chest-ct-64"))
+    (result,) = feed(vertical.infer([vertical.load(item)]))
+    assert isinstance(result, WithArtefacts)
+    report = result.response
+    assert report.finding("lungs_volume").value == pytest.approx(5557, rel=0.02)
+    assert report.finding("airway_volume").value == pytest.approx(22.5, rel=0.1)
+    assert report.finding("lungs_laa950").value is None
+    assert "kernel L is sharp" in report.finding("lungs_perc15").method
+    assert any("parts of the left lung" in warning for warning in report.warnings)
+
+
 def test_a_real_mr_is_refused(real: Callable[[str], Path]) -> None:
     error = refused(CtAnalysis(), real("t1-mr-384"))
     assert error.reason == "no_ct"
