@@ -37,6 +37,9 @@ class TorchExecutable:
         device: where it lies.
         precision: what it really runs.
         compiled: what is called in the module's place.
+
+    Attributes:
+        module: what runs, with the weights it really uses.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class TorchExecutable:
         self.weights = stored_bytes(module)
         self.report: dict[str, Any] = {"threads": torch.get_num_threads()}
         self._spec = model.spec
-        self._module = module
+        self.module = module
         self._compiled = compiled or module
         self._binding = Binding(model.spec, model.module)
         self._copies_inputs = True
@@ -66,7 +69,7 @@ class TorchExecutable:
         Raises:
             ModelError: the module is in training mode, loses rows, or wrote into its input.
         """
-        if self._module.training:
+        if self.module.training:
             raise ModelError(
                 f"model {self._spec.name} was put into training mode while it is served",
                 hint="train a copy",
@@ -100,7 +103,7 @@ class TorchExecutable:
         with torch.inference_mode():
             called = self._binding.call(self._compiled, watched)
             output = named(self._spec, called, len(_first(watched)))
-        own = {tensor.untyped_storage()._cdata for tensor in _tensors(self._module)}
+        own = {tensor.untyped_storage()._cdata for tensor in _tensors(self.module)}
         self._copies_inputs = before != _versions(watched)
         self._copies_outputs = any(
             tensor.untyped_storage()._cdata in own for tensor in output.values()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from time import perf_counter
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plinth.engine.backends.base import Executable, cpu_threads
 from plinth.engine.backends.choice import prepare
+from plinth.engine.backends.eager import TorchExecutable
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, OutOfMemory, PlinthError
 from plinth.engine.flow import Sla
@@ -202,6 +203,8 @@ def load_model(
     loaded = LoadedModel(model, sla, executable, most, Room(plan.budget - plan.peak(1)), plan)
     for rows, seconds in cost.items():
         latency.seed(loaded.key, rows, seconds)
+    if isinstance(executable, TorchExecutable):  # in bf16, say: the float32 weights can go
+        loaded.model = replace(model, module=executable.module)
     return loaded
 
 

@@ -1,8 +1,10 @@
 """What is measured of a model: its state, its memory, its cost, what ran; in bounded time."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -159,6 +161,22 @@ def test_bf16_holds_half_of_the_weights_and_shares_what_stays_fp32():
     full = prepare(model(net, (64,), (64,)), CPU, "fp32", "eager")
     low = prepare(model(net, (64,), (64,)), CPU, "bf16", "eager")
     assert (full.weights, low.weights) == (3 * 4 * 64 * 64, 2 * 2 * 64 * 64 + 4 * 64 * 64)
+
+
+@pytest.mark.cpu
+def test_an_engine_in_bf16_lets_the_float32_weights_go():
+    engine, full = Engine(device="cpu", precision="bf16"), []
+
+    def add() -> None:
+        net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+        full.extend([weakref.ref(net[0].weight), weakref.ref(net[2].weight)])
+        engine.add(model(net, (8,), (8,)))
+
+    add()
+    gc.collect()
+    lowered, kept = full
+    assert lowered() is None
+    assert kept() is not None, "the last layer stays float32"
 
 
 # -- memory ------------------------------------------------------------------------------------
