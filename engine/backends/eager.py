@@ -94,20 +94,21 @@ class TorchExecutable:
     def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`plinth.engine.backends.base.Executable`.
 
-        A module that writes into its input gets copies of all rows from now on. One that
-        gives out memory of its own, which a later batch would change, has it copied.
+        A module that writes into its input gets copies of all rows from now on. One that gives
+        out memory that is not the caller's alone has it copied: its own, which a later batch
+        would change (a second run gives out the same again), or the rows themselves.
         """
         self._copies_inputs = self._copies_outputs = True
         watched = {name: tensor.to(self.device.torch, copy=True) for name, tensor in inputs.items()}
+        again = {name: tensor.clone() for name, tensor in watched.items()}
         before = _versions(watched)
         with torch.inference_mode():
-            called = self._binding.call(self._compiled, watched)
-            output = named(self._spec, called, len(_first(watched)))
-        own = {tensor.untyped_storage()._cdata for tensor in _tensors(self.module)}
+            count = len(_first(watched))
+            output = named(self._spec, self._binding.call(self._compiled, watched), count)
+            second = named(self._spec, self._binding.call(self._compiled, again), count)
+        kept = _storages((*_tensors(self.module), *watched.values(), *second.values()))
         self._copies_inputs = before != _versions(watched)
-        self._copies_outputs = any(
-            tensor.untyped_storage()._cdata in own for tensor in output.values()
-        )
+        self._copies_outputs = not kept.isdisjoint(_storages(output.values()))
         return output
 
     def release(self) -> bool:
@@ -130,6 +131,10 @@ def _first(rows: Mapping[str, Tensor]) -> Tensor:
 def _versions(rows: Mapping[str, Tensor]) -> list[int]:
     """How often each tensor was written to; those made in inference mode do not count it."""
     return [tensor._version for tensor in rows.values() if not tensor.is_inference()]
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:

@@ -233,14 +233,35 @@ class Reuses(nn.Module):
         return self.out[: len(x)]
 
 
-def test_an_answer_does_not_change_when_the_next_batch_runs():
+class Cached(nn.Module):
+    """As :class:`Reuses`, but where no walk over the module's tensors finds the buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = {"out": torch.zeros(128, 4)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache["out"][: len(x)] = 2 * x
+        return self.cache["out"][: len(x)]
+
+
+@pytest.mark.parametrize("module", [Reuses(), Cached()], ids=["buffer", "hidden"])
+def test_an_answer_does_not_change_when_the_next_batch_runs(module: nn.Module):
     with Engine() as engine:
-        engine.add(
-            Model(spec([Spec(name="x", shape=(4,))], [Spec(name="y", shape=(4,))]), Reuses())
-        )
+        engine.add(Model(spec([Spec(name="x", shape=(4,))], [Spec(name="y", shape=(4,))]), module))
         first = ask(engine, torch.ones(1, 4))
         ask(engine, torch.full((1, 4), 9.0))
     assert first.tolist() == [[2.0] * 4]
+
+
+def test_an_answer_does_not_change_when_the_caller_uses_its_rows_again():
+    with Engine() as engine:
+        outputs = [Spec(name="y", shape=(4,))]
+        engine.add(Model(spec([Spec(name="x", shape=(4,))], outputs), nn.Identity()))
+        rows = torch.ones(1, 4)
+        answer = ask(engine, rows)
+        rows.fill_(9.0)
+    assert answer.tolist() == [[1.0] * 4]
 
 
 # -- example rows ------------------------------------------------------------------------------
