@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -66,3 +67,7 @@ class FlowDriver(Generic[T]):
         except StopIteration as stop:
             self.call = None
             self._value.append(stop.value)
+        except (Exception, SystemExit, KeyboardInterrupt, GeneratorExit, CancelledError):
+            raise
+        except BaseException as error:  # whoever waits for the flow would never be told
+            raise RuntimeError(f"a flow raised {type(error).__name__}") from error

@@ -32,7 +32,7 @@ from plinth.pipelines.folders.items import (
     software_fault,
 )
 from plinth.pipelines.folders.storage import StorageError, StorageFull, storing
-from plinth.pipelines.records import FAULTS, explained
+from plinth.pipelines.records import explained
 from plinth.verticals import Item, Vertical
 
 JobState = Literal["receiving", "queued", "running", "done", "failed"]
@@ -346,7 +346,7 @@ class Jobs:
             self._run(job)
         except PlinthError:
             raise
-        except FAULTS as error:
+        except BaseException as error:  # a panic of a Rust library is no Exception
             raise software_fault(job.vertical, STEPS["find"], error) from error
 
     def _run(self, job: Job) -> None:

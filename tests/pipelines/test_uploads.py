@@ -24,6 +24,7 @@ from plinth.pipelines.config.settings import Config, UploadConfig
 from plinth.pipelines.folders.archives import Sink, stored_path, unzip
 from plinth.pipelines.folders.jobs import Jobs, TooManyJobs
 from plinth.pipelines.folders.storage import StorageFull
+from plinth.verticals import Item
 
 ROUTE = "/v1/shelf/read"
 PLAIN = Config.model_validate({"engine": {"backend": "eager", "precision": "fp32"}})
@@ -100,6 +101,24 @@ def test_one_bad_item_never_stops_the_rest(shelf: Running) -> None:
     assert [item["state"] for item in job["items"]] == ["failed", "failed", "done"]
     assert job["items"][0]["error"]["field"] == "a.txt"
     assert job["items"][1]["error"]["reason"] == "internal"
+
+
+class Panic(BaseException):
+    """As the Rust libraries of Python raise it when they meet a fault of their own."""
+
+
+class Panicking(Shelf):
+    def load(self, item: Item) -> tuple[str, float]:
+        if item.paths[0].read_text() == "panic":
+            raise Panic("secret 4111111111111111")
+        return super().load(item)
+
+
+def test_a_panic_of_a_library_ends_its_job_and_not_those_after_it() -> None:
+    with running({"shelf": Panicking()}) as server:
+        found = upload(server, zipped({"a.txt": "panic"}))
+        assert upload(server, zipped({"a.txt": "2"})).json()["state"] == "done"
+    assert "4111" not in str(error(found, 500, "internal"))
 
 
 def test_nothing_readable_is_422(shelf: Running) -> None:

@@ -398,3 +398,39 @@ def test_bad_records_of_a_list_are_told_apart_from_the_others(tiny: Running) -> 
     ]
     assert all(one["error"]["reason"] == "internal" for one in results if "error" in one)
     assert "4111" not in answer.text
+
+
+class Panic(BaseException):
+    """As the Rust libraries of Python raise it when they meet a fault of their own."""
+
+
+class Panicking(Tiny):
+    """Its record's name says where a library panics."""
+
+    def parse(self, raw: bytes) -> Any:
+        return self._met("parse", super().parse(raw))
+
+    def infer(self, requests: Any) -> Any:
+        for request in requests:
+            self._met("infer", request)
+        return (yield from super().infer(requests))
+
+    def encode(self, result: Any) -> bytes:
+        return super().encode(self._met("encode", result))
+
+    def _met(self, step: str, record: Any) -> Any:
+        if record.id == step:
+            raise Panic("secret 4111111111111111")
+        return record
+
+
+@pytest.mark.parametrize("step", ["parse", "infer", "encode"])
+def test_a_panic_of_a_library_fails_its_record_alone(step: str) -> None:
+    panics = {"id": step, "value": 1}
+    with running({"tiny": Panicking()}) as server:
+        found = error(server.post(ROUTE, json=panics), 500, "internal")
+        results = server.post(ROUTE, json=[GOOD, panics]).json()["results"]
+        assert server.post(ROUTE, json=GOOD).json()["twice"] == 5.0
+    assert "4111" not in str(found)
+    assert results[0]["result"]["twice"] == 5.0
+    assert results[1]["error"]["reason"] == "internal"
