@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
+import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plinth.engine import Flow, InputError, Model, Sla
@@ -127,9 +128,18 @@ class Vertical(ABC, Generic[Req, Res]):
         if self.request is None:
             raise InputError(f"{self.name} takes folders, not records", reason="unsupported")
         try:
-            return self.request.model_validate_json(raw)  # type: ignore[return-value]
+            record = self.request.model_validate_json(raw)
         except ValidationError as error:
             raise invalid(error) from None
+        try:  # pydantic also reads NaN, Infinity and 1e999, which RFC 8259 and a model do not know
+            orjson.loads(raw)
+        except orjson.JSONDecodeError as error:
+            raise InputError(
+                f"the record is not JSON: {error.msg} at byte {error.pos}",
+                hint="send one JSON object",
+                reason="malformed_json",
+            ) from None
+        return record  # type: ignore[return-value]
 
     def parse_at(self, raw: bytes, received: float | None) -> Req:
         """Read one JSON record of a log, as :meth:`parse`, knowing when the log received it.

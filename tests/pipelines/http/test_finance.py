@@ -107,3 +107,18 @@ def test_what_was_known_of_a_card_outlives_the_server(
     empty = vertical.snapshot()
     with kept_states(tmp_path, {"finance": vertical}):
         assert vertical.snapshot() == empty
+
+
+def test_a_record_of_a_list_is_read_as_it_is_alone(
+    finance: Running, payment: dict[str, Any]
+) -> None:
+    """Keys that stand twice, spaces and line ends included."""
+    good = json.dumps(payment, indent=1).replace("\n", "\r\n\t")
+    double = json.dumps(payment)[:-1] + ', "amount": 9999}'
+    found = error(finance.post(ROUTE, content=double), 422, "duplicate_key")
+    answer = finance.post(ROUTE, content=f" [\n{good} ,{double}, 5]\r\n").json()
+    results = answer["results"]
+    assert results[0]["result"]["decision"] in ("approve", "review", "decline")
+    assert results[1]["error"] == found
+    assert "error" in results[2]
+    assert len(results) == 3

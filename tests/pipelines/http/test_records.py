@@ -72,6 +72,13 @@ def test_malformed_json_is_400(tiny: Running) -> None:
         error(tiny.post(ROUTE, content=body), 400, "malformed_json")
 
 
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 400])
+def test_a_number_that_json_does_not_know_is_400(tiny: Running, value: str) -> None:
+    body = f'{{"id":"a","value":{value}}}'
+    error(tiny.post(ROUTE, content=body), 400, "malformed_json")
+    error(tiny.post(ROUTE, content=f"[{body}]"), 400, "malformed_json")
+
+
 @pytest.mark.parametrize("value", ["soon", "-5", "0", "nan", "inf"])
 def test_a_senseless_deadline_is_400(tiny: Running, value: str) -> None:
     response = tiny.post(ROUTE, json=GOOD, headers={"x-slo-deadline-ms": value})
