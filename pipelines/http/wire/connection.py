@@ -13,6 +13,7 @@ from plinth.pipelines.http.wire.head import (
     BadRequest,
     ParsedHead,
     check_beginning,
+    empty_lines,
     parse_head,
     plain_post,
 )
@@ -29,6 +30,9 @@ LINGER_BYTES = 256 << 10
 """Bytes it may still send."""
 MIN_RATE = 64 << 10
 """Bytes per second that a streamed body must keep up on average, after its first grace."""
+
+PARTING = 0.05
+"""Seconds in the queue after which a client that ends its side has given up."""
 
 HEAD, BODY, ANSWER, LINGERING, CLOSED = range(5)
 """What a connection waits for: a request, its body, its answer, the client's last bytes."""
@@ -160,7 +164,7 @@ class Connection:
     __slots__ = (
         *("_body", "_buffer", "_closing", "_exchange", "_out", "_partial", "_paused", "_since"),
         *("arrived", "expires", "fd", "host", "plug", "queued", "readable", "state", "surplus"),
-        *("drained",),
+        *("drained", "_parted"),
     )
 
     def __init__(self, plug: socket.socket, host: Host, surplus: bool = False) -> None:
@@ -178,7 +182,7 @@ class Connection:
         self._out = b""
         self._body: _Body | None = None
         self._exchange: Exchange | None = None
-        self._closing = self._paused = False
+        self._closing = self._paused = self._parted = False
 
     @property
     def wants_read(self) -> bool:
@@ -232,6 +236,33 @@ class Connection:
         if self.readable:
             self.host.wake(self)
 
+    def parted(self, now: float) -> None:
+        """The client sends no more: it said all it had to say, or it has left.
+
+        The two look alike, so what it sent is still answered (RFC 9112, section 9.6), but no work
+        is done for one that has left: an interim answer (RFC 9110, section 15.2), which half a
+        connection takes, makes a closed one say so. Who waited long in the queue has given up.
+
+        Args:
+            now: seconds, on the server's clock.
+        """
+        self._parted = True
+        if self.state == HEAD and (now - self.arrived > PARTING if self.queued else self._spoke()):
+            self.close()
+            return
+        asked = self._exchange
+        if asked is None or self.state != ANSWER or self._out:
+            return
+        if asked.head.minor and not asked.started:
+            self.write(_CONTINUE)
+
+    def _spoke(self) -> bool:
+        """Whether all that the client sent was read."""
+        try:
+            return not self._buffer and not self.plug.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
     def _receive(self) -> bytes:
         """What is there, at most :data:`READ` bytes; the end of the connection closes it."""
         try:
@@ -243,7 +274,7 @@ class Connection:
             data = b""
         if not data:
             self.close()
-        self.readable = len(data) == READ
+        self.readable = self._parted or len(data) == READ
         return data
 
     def _feed(self, data: bytes) -> None:
@@ -261,16 +292,17 @@ class Connection:
             self._fail(self.host.error(error))
 
     def _head(self, data: bytes) -> bytes:
-        if self._partial:
+        known = len(self._partial)
+        if known:
             data, self._partial = self._partial + data, b""
-        while data[:2] == b"\r\n":  # RFC 9112, section 2.2: empty lines before a request
-            data = data[2:]
-        cut = data.find(END)
+        if data[:2] == b"\r\n":  # RFC 9112, section 2.2: empty lines before a request
+            data, known = data[empty_lines(data) :], 0
+        cut = data.find(END, max(0, known - 3))
         if cut < 0 or cut > READ:
             if not data or data == b"\r":
                 self._partial = data
                 return b""
-            check_beginning(data)
+            check_beginning(data, known)
             if not self._since:
                 self._since = self.host.clock()
                 self.expires = self._since + self.host.request_seconds

@@ -27,6 +27,8 @@ _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21\x24-\x7e]+) HTTP/1\.([01
 _FIELDS = re.compile(rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*+\r\n)*+")
 _FIELD = re.compile(rb"([^:\r\n]+):[\t ]*([^\r\n]*)\r\n")
 _BEGINNING = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}(?: [\x21\x24-\x7e]*(?: .*)?)?\Z", re.S)
+_EMPTY_LINES = re.compile(rb"(?:\r\n)*+")
+_EARLY = 2048  # bytes of a head in which what is no request line is refused before its end
 _BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
 _LENGTH = re.compile(rb"[0-9]{1,15}")
 _HOST = re.compile(rb"[A-Za-z0-9\-._~%!$&'()*+,;=:\[\]]*")
@@ -152,8 +154,18 @@ def plain_post(data: bytes) -> bytes | None:
     return found[1]
 
 
-def check_beginning(data: bytes) -> None:
+def empty_lines(data: bytes) -> int:
+    """Bytes of the empty lines that ``data`` begins with."""
+    return len(_EMPTY_LINES.match(data)[0])  # type: ignore[index]
+
+
+def check_beginning(data: bytes, known: int) -> None:
     """Refuse a head that has not come whole but is wrong already.
+
+    Args:
+        data: all of it that has come.
+        known: bytes of it that were checked before; a head that comes byte by byte would
+            otherwise cost the square of its length.
 
     Raises:
         BadRequest: it can no longer become a request.
@@ -162,9 +174,13 @@ def check_beginning(data: bytes) -> None:
         raise BadRequest(
             f"the head of the request is larger than {MAX_HEAD:,} bytes", "head_too_large"
         )
-    line, ended, _ = data.partition(b"\r\n")
-    whole = _REQUEST_LINE.match(data) if ended else _BEGINNING.match(line.rstrip(b"\r"))
-    if whole is None or _BARE_LINE_FEED.search(data):
+    wrong = _BARE_LINE_FEED.search(data, known) is not None
+    if not wrong and known < _EARLY:
+        line, ended, _ = data.partition(b"\r\n")
+        wrong = (
+            _REQUEST_LINE.match(data) if ended else _BEGINNING.match(line.rstrip(b"\r"))
+        ) is None
+    if wrong:
         raise BadRequest("this is not HTTP/1.1")
 
 

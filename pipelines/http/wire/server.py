@@ -28,7 +28,7 @@ _ACCEPTS = 64  # connections accepted in one turn
 _SWEEP = 0.25  # seconds between two looks for connections whose time is up
 _AGAIN = 0.5  # seconds until accepting is tried again without file descriptors
 _TICK = 0.002  # seconds between two turns while nothing can be begun
-_LEFT = select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
+_LEFT = select.EPOLLHUP | select.EPOLLERR
 _WATCHED = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
 
 
@@ -235,7 +235,10 @@ class SocketServer:
                 connection.flush()
             if event & _LEFT and connection.state != LINGERING:
                 connection.close()
-            elif event & select.EPOLLIN:
+                continue
+            if event & select.EPOLLRDHUP:
+                connection.parted(now)
+            if event & select.EPOLLIN:
                 connection.readable = True
                 if not connection.queued and connection.wants_read:
                     self._enqueue(connection, now)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from serving import Raw, Running, error, running, until
@@ -155,6 +157,46 @@ def test_a_vanished_client_frees_its_place(vertical: Tiny, gate: Gate) -> None:
         until(lambda: server.engine.status()["urgent_rows"] == 0)
         gate.open()
         assert held.result().status_code == 200
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+@pytest.mark.parametrize("body", [GOOD, [GOOD]], ids=["one", "list"])
+def test_a_client_that_has_said_all_is_answered(tiny: Running, body: Any, version: str) -> None:
+    """As ``nc -N`` does: it ends its side of the connection and waits."""
+    sent = json.dumps(body).encode()
+    head = f"POST {ROUTE} HTTP/{version}\nHost: x\nContent-Type: application/json\n"
+    for pieces in (1, 2):
+        with Raw(tiny) as client:
+            client.send(f"{head}Content-Length: {len(sent)}\n\n", sent if pieces == 1 else b"")
+            if pieces == 2:
+                client.socket.sendall(sent)
+            client.socket.shutdown(socket.SHUT_WR)
+            status, _, told = client.answer()
+            while status == 100:
+                status, _, told = client.answer()
+            assert (status, str(told).count("5.0")) == (200, 1)
+            assert client.file.read() == b""
+
+
+def test_requests_in_one_go_are_all_answered_to_a_client_that_has_said_all(tiny: Running) -> None:
+    with Raw(tiny) as client:
+        client.send("GET /health/live HTTP/1.1\nHost: x\n\n" * 3)
+        client.socket.shutdown(socket.SHUT_WR)
+        assert client.file.read().count(b"HTTP/1.1 200 OK") == 3
+
+
+def test_who_has_said_all_waits_for_the_model_and_who_says_half_is_not_answered(gate: Gate) -> None:
+    with running({"tiny": Tiny()}) as server, Raw(server) as client, Raw(server) as half:
+        client.post(ROUTE, HELD)
+        gate.await_arrival()
+        client.socket.shutdown(socket.SHUT_WR)
+        assert client.answer()[0] == 100
+        half.send(f"POST {ROUTE} HTTP/1.1\nHost: x\nContent-Length: 10\n\n", b"{")
+        half.socket.shutdown(socket.SHUT_WR)
+        assert half.file.read() == b""
+        gate.open()
+        assert client.answer()[0] == 200
+        assert client.file.read() == b""
 
 
 def test_a_heavy_vertical_is_answered_refused_and_told_of_faults() -> None:
