@@ -3,8 +3,6 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
-# Engine tests that also run on a device with memory of its own, made of Python.
-ON_A_DEVICE := $(foreach name,runtime loaded_model engine_life engine_failures names_and_rows measures,tests/engine/test_$(name).py)
 
 .PHONY: help setup demo lint fix test fuzz coverage wheel-test clean
 
@@ -34,7 +32,7 @@ fix: setup             ## format, and mend what can be mended without thought
 
 test: lint             ## everything: style, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not clock" -n $(JOBS) --dist loadfile --no-loadscope-reorder
-	PLINTH_TEST_DEVICE=fake OMP_NUM_THREADS=1 $(BIN)/pytest $(ON_A_DEVICE) -m "not cpu and not clock and not slow"
+	PLINTH_TEST_DEVICE=fake OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine -m "not cpu and not clock and not slow"
 	$(BIN)/pytest -m clock
 
 fuzz: setup            ## requests made up from the API document, 500 for each route

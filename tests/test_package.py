@@ -146,7 +146,7 @@ def test_another_engine_in_the_folder_or_installed_changes_nothing(installed: In
 @pytest.mark.slow
 def test_models_are_found(installed: Installed) -> None:
     plan = json.loads(installed.plinth("check", "--json"))
-    assert set(plan["models"]) == {"fraud", "fraud-lite", "nodules"}
+    assert set(plan["models"]) == {"fraud", "fraud-lite"}
 
 
 @pytest.mark.slow

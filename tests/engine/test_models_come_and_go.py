@@ -215,6 +215,7 @@ def wide(name: str) -> Model:
     return Model(spec, nn.Linear(160, 160, bias=False).eval())
 
 
+@pytest.mark.cpu  # storages of the fake device hold no bytes
 def test_models_of_one_engine_share_its_budget():
     engine = Engine(threads=1, memory_budget=350_000)
     for name in ("one", "two", "three"):

@@ -18,6 +18,8 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
+pytestmark = pytest.mark.cpu  # ONNX Runtime has its CPU provider here
+
 
 def graph(batch="n", kind=TensorProto.FLOAT):
     """y = x @ w, w (3, 2) of ones."""

@@ -47,9 +47,9 @@ def test_a_librarys_warning_tells_the_place_and_not_the_text(logged: Logged) -> 
 
 
 def test_a_librarys_log_tells_the_place_and_not_the_text(logged: Logged) -> None:
-    said = logged(lambda: logging.getLogger("pydicom").warning("Invalid value for PN: %r", NAME))
+    said = logged(lambda: logging.getLogger("highjson").warning("Invalid value for PN: %r", NAME))
     assert "WARNING" in said
-    assert "from pydicom, test_console.py:" in said
+    assert "from highjson, test_console.py:" in said
     assert NAME not in said
 
 
