@@ -31,6 +31,9 @@ from plinth.verticals.contract import Vertical
 
 log = logging.getLogger(__name__)
 
+_ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+"""What ends the worker; all else, a panic of a Rust library too, is the record's fault."""
+
 MAX_FAILURES = 50
 """Records in a row on which the vertical may fail before the stream stops."""
 LOOK_S = 0.5
@@ -117,7 +120,9 @@ class Processor:
                 readable.append((record, parse(raw, at / 1e3 if at >= 0 else None)))
             except InputError as error:
                 messages.append(Message(record, error=error))
-            except Exception as error:
+            except _ENDS:
+                raise
+            except BaseException as error:
                 log.exception("%s.parse raised on %s", self.vertical.name, _place(record))
                 messages.append(Message(record, error=_failure("parse", error)))
         return readable
@@ -143,7 +148,9 @@ class Processor:
                 raise
             log.error("a model failed on %d records: %s", len(requests), error)
             failure = _failure("infer", error)
-        except Exception as error:
+        except _ENDS:
+            raise
+        except BaseException as error:
             log.exception("%s.infer raised on %d records", self.vertical.name, len(requests))
             failure = _failure("infer", error)
         else:
@@ -217,7 +224,9 @@ class Processor:
             key = self.vertical.key(request)
         except InputError as error:
             return Message(record, error=error)
-        except Exception as error:
+        except _ENDS:
+            raise
+        except BaseException as error:
             log.exception("%s.encode raised on %s", self.vertical.name, _place(record))
             return Message(record, error=_failure("encode", error))
         if len(value) > self.max_record_bytes:
@@ -256,7 +265,7 @@ def _place(record: Record) -> str:
     return f"{record.topic}[{record.partition}]@{record.offset}"
 
 
-def _failure(step: str, error: Exception) -> InputError:
+def _failure(step: str, error: BaseException) -> InputError:
     return InputError(
         f"the vertical's {step} step failed on this record: {type(error).__name__}",
         reason=f"{step}_failed",

@@ -218,6 +218,36 @@ def test_a_poison_record_of_a_stateful_vertical_is_found_by_scoring_alone() -> N
     assert len(log.answers()) == 19
 
 
+class Panic(BaseException):
+    """As the Rust libraries of Python raise it when they meet a fault of their own."""
+
+
+@pytest.mark.parametrize("step", ["parse", "infer", "encode"])
+def test_a_record_on_which_a_library_panics_is_a_dead_letter(step: str) -> None:
+    class Panicking(TallyVertical):
+        def parse(self, raw: bytes) -> Any:
+            return met("parse", super().parse(raw))
+
+        def infer(self, requests: Any) -> Any:
+            for request in requests:
+                met("infer", request)
+            return (yield from super().infer(requests))
+
+        def encode(self, result: Any) -> bytes:
+            return super().encode(met("encode", result))
+
+    def met(where: str, record: Any) -> Any:
+        if where == step and record.id == 6:
+            raise Panic
+        return record
+
+    log = MemoryLog(lines(20), size=5)
+    log.run(Panicking())
+    errors = [(m.record.offset, m.error.reason) for m in log.written if m.error]
+    assert errors == [(6, f"{step}_failed")]
+    assert len(log.answers()) == 19
+
+
 def test_a_vertical_that_fails_on_everything_stops_the_stream_instead_of_draining_it() -> None:
     vertical = TallyVertical()
     amounts = {f"at_{i}": -2.0 for i in range(200)}
