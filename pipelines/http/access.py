@@ -77,7 +77,7 @@ class Access:
             return CROSS_SITE
         if self._key is not None and not _has_key(fields, self._key):
             return UNAUTHORISED
-        if "warm_up" in self._health.reasons and head.path.startswith(b"/v1/"):
+        if "warm_up" in self._health.reasons and head.decoded_path.startswith(b"/v1/"):
             return Refused(self._health.reasons["warm_up"], retry_after=1.0)
         return None
 

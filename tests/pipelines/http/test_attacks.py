@@ -14,6 +14,11 @@ import pytest
 from serving import Raw, Running, error, running
 from tiny_verticals import GATE, Gate, Tiny
 
+from plinth.engine import Refused
+from plinth.pipelines.http.access import Access
+from plinth.pipelines.http.health import Health
+from plinth.pipelines.http.wire.head import parse_head
+
 ROUTE = "/v1/tiny/double"
 GOOD = {"id": "a", "value": 2.5}
 BODY = b'{"id":"a","value":2.5}'
@@ -332,6 +337,13 @@ def test_a_key_is_asked_for_in_one_way(
 def test_no_spelling_of_an_open_path_opens_another(locked: Running) -> None:
     for path in ("/metrics", "/v1/status", "/health/live/", "/HEALTH/LIVE", "/health%2flive", "/"):
         assert locked.client.get(path).status_code == 401, path
+
+
+@pytest.mark.parametrize("path", ["/v1/tiny/double", "/%76%31/tiny/double", "/v1%2ftiny/double"])
+def test_no_spelling_of_a_path_gets_past_the_warm_up(path: str) -> None:
+    head = parse_head(f"POST {path} HTTP/1.1\r\nhost: localhost\r\n".encode())
+    refusal = Access(None, "127.0.0.1", (), Health()).refusal(head)
+    assert isinstance(refusal, Refused)
 
 
 @pytest.mark.parametrize("value", ["1_000", "0x10", "1e999", "٣", "5 5"])
