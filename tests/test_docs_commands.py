@@ -248,7 +248,9 @@ def test_an_example_runs(name: str, shop: Shop, tmp_path: Path) -> None:
     program += shop.replaced((EXAMPLES / name).read_text())
     stream = None
     if name == "kafka_client.py":
-        stream = start(["plinth", "stream", "finance"], shop, tmp_path / "stream.txt")
+        stream = start(
+            ["plinth", "stream", "finance", "--group", "example"], shop, tmp_path / "stream.txt"
+        )
     example = start([program], shop, tmp_path / "said.txt")
     try:
         code = example.wait(SECONDS)

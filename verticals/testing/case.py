@@ -174,7 +174,7 @@ def _edges(value: Any) -> list[Any]:
     if isinstance(value, bool) or value is None:
         return []
     if isinstance(value, int | float):
-        return [0, -1, 1e30, 2**63, math.inf, math.nan]
+        return [0, -1, 1e30, 1e300, 2**63, math.inf, math.nan]
     if isinstance(value, str):
         return ["", "\u0000", "x" * 5000]
     return [[], value[:1], value * 2]
