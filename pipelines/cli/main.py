@@ -171,8 +171,8 @@ def serve(
         running(config, verticals) as engine,
     ):
         server = door.Server(door.create_app(verticals, engine, config), config, bound)
-        say(f"serving {', '.join(verticals)} on {server.url} (API docs: {server.url}/docs)")
-        server.run()
+        url = server.url
+        server.run(lambda: say(f"serving {', '.join(verticals)} on {url} (API docs: {url}/docs)"))
     say("drained, good bye")
 
 

@@ -5,12 +5,16 @@ All of it is decided from the head, before anything of a body is kept.
 - **Host.** A page of a foreign site can make its own name point at 127.0.0.1 and then read what a
   local server answers (DNS rebinding). So a server bound to loopback answers to IP addresses, to
   ``localhost``, to names without a dot, which nobody can register, and to ``serve.allowed_hosts``.
+- **Key.** Programs send it as a bearer token or in ``X-API-Key``; browsers, which can show no page
+  of ours before they are let in, as the password of RFC 7617's Basic scheme, whatever the user name.
 - **Origin.** A page of a foreign site can send a request without reading the answer. Browsers say
   so in ``Sec-Fetch-Site`` and ``Origin``; what changes or computes anything is refused then.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hmac
 import ipaddress
 from collections.abc import Collection
@@ -26,7 +30,7 @@ UNAUTHORISED = HttpError(
     "this server needs an API key",
     reason="unauthorised",
     hint="send it as 'Authorization: Bearer <key>' or 'X-API-Key: <key>'",
-    headers={"www-authenticate": "Bearer"},
+    headers={"www-authenticate": 'Bearer, Basic realm="plinth", charset="UTF-8"'},
 )
 FOREIGN_HOST = HttpError(
     "this server does not go by the name in the field host",
@@ -104,9 +108,20 @@ def _is_cross_site(fields: Fields) -> bool:
 
 
 def _has_key(fields: Fields, key: bytes) -> bool:
-    scheme, _, bearer = fields.get(b"authorization", b"").partition(b" ")
-    bearer = bearer if scheme.lower() == b"bearer" else b""
-    return hmac.compare_digest(fields.get(b"x-api-key", bearer).strip(), key)
+    scheme, _, given = fields.get(b"authorization", b"").partition(b" ")
+    scheme = scheme.lower()
+    if scheme == b"basic":
+        given = _password(given)
+    elif scheme != b"bearer":
+        given = b""
+    return hmac.compare_digest(fields.get(b"x-api-key", given).strip(), key)
+
+
+def _password(credentials: bytes) -> bytes:
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 def _is_address(name: bytes) -> bool:

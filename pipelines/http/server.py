@@ -281,15 +281,18 @@ class Server:
         )
         self._sockets = SocketServer(bound, app.http, app.http.limit, bounds)
 
-    def run(self) -> None:
+    def run(self, serving: Callable[[], None] | None = None) -> None:
         """Serve in this thread until drained; in the main thread signals drain it.
+
+        Args:
+            serving: called once connections are taken and signals are heard.
 
         Raises:
             EngineFailed: the engine ended; the server told so, and drained.
         """
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             self._loop = runner.get_loop()
-            runner.run(self._serve())
+            runner.run(self._serve(serving))
         if (failure := self._app.failure()) is not None:
             raise EngineFailed(
                 f"the device thread of the engine ended: {failure}",
@@ -305,11 +308,13 @@ class Server:
         if self._health.drain_until is None:
             self._drain()
 
-    async def _serve(self) -> None:
+    async def _serve(self, serving: Callable[[], None] | None) -> None:
         self._ending, self._forced = asyncio.Event(), asyncio.Event()
         with self._signals():
             async with self._app.lifespan():
                 self._sockets.start()
+                if serving is not None:
+                    serving()
                 watching = asyncio.ensure_future(self._watch())
                 await self._ending.wait()
                 watching.cancel()

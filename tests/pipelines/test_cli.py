@@ -198,6 +198,15 @@ def test_sigterm_drains_and_exits_with_0_and_an_open_door_is_warned_of(plinth: P
     assert "Traceback" not in err
 
 
+def test_sigterm_as_soon_as_the_server_says_that_it_serves_drains_it(plinth: Plinth) -> None:
+    process = plinth.start("serve", "tiny", "--port", "0")
+    _await_url(process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "drained" in err
+
+
 def _await_url(process: subprocess.Popen[str]) -> tuple[str, list[str]]:
     """The URL the server tells of, and the lines before."""
     assert process.stderr is not None

@@ -192,13 +192,31 @@ def test_an_api_key_is_asked_for_everywhere_but_at_health(
     with running({"tiny": Tiny()}, serve={"api_key_env": "TINY_KEY"}) as server:
         response = server.post(ROUTE, json=GOOD)
         error(response, 401, "unauthorised")
-        assert response.headers["www-authenticate"] == "Bearer"
+        challenge = response.headers["www-authenticate"]
+        assert challenge == 'Bearer, Basic realm="plinth", charset="UTF-8"'
         for header in ({"authorization": "Bearer s3cret"}, {"x-api-key": "s3cret"}):
             assert server.post(ROUTE, json=GOOD, headers=header).status_code == 200
         for header in ({"authorization": "Bearer no"}, {"x-api-key": b"\xfc"}):
             assert server.post(ROUTE, json=GOOD, headers=header).status_code == 401
         assert server.client.get("/metrics").status_code == 401
         assert server.client.get("/health/live").status_code == 200
+
+
+def test_a_browser_opens_the_api_docs_with_the_key_as_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TINY_KEY", "s3:cret")
+    with running({"tiny": Tiny()}, serve={"api_key_env": "TINY_KEY"}) as server:
+        for path in ("/docs", "/docs/swagger-ui.css", "/openapi.json"):
+            assert server.client.get(path).status_code == 401
+            assert server.client.get(path, auth=("anyone", "s3:cret")).status_code == 200
+            assert server.client.get(path, auth=("s3:cret", "")).status_code == 401
+        for damaged in ("Basic", "Basic \xfc", "Basic c3M6", "Basic !!!"):
+            header = {"authorization": damaged.encode("latin-1")}
+            assert server.client.get("/docs", headers=header).status_code == 401
+        foreign = {"origin": "https://elsewhere.example"}
+        answer = server.post(ROUTE, json=GOOD, headers=foreign, auth=("anyone", "s3:cret"))
+        error(answer, 403, "cross_site")
 
 
 def test_a_port_in_use_is_a_clear_error() -> None:
