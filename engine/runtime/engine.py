@@ -159,11 +159,14 @@ class Engine:
             before = self._models.put(loaded)
             if before is not None and before.key != loaded.key:
                 self._batcher.forget(before.key)
-            for each in self._models.all():
-                if not each.free:
-                    other = self._models.cheaper(each)
-                    cheaper = None if other is None else other.key
-                    self._batcher.register(each.key, each.most, cheaper, pinned=True)
+            self._register_models()
+
+    def _register_models(self) -> None:
+        for each in self._models.all():
+            if not each.free:
+                other = self._models.cheaper(each)
+                cheaper = None if other is None else other.key
+                self._batcher.register(each.key, each.most, cheaper, pinned=True)
 
     def remove(self, name: str) -> None:
         """Let no model answer to a name any more.
@@ -175,6 +178,7 @@ class Engine:
         """
         with self._wake:
             self._batcher.forget(self._models.pop(name).key)
+            self._register_models()
 
     # -- life --------------------------------------------------------------------------------
     def start(self) -> Engine:

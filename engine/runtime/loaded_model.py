@@ -47,6 +47,7 @@ class LoadedModel:
         key: prefix of its batch keys.
         asked: what it was loaded from and how, so that the same is not loaded twice.
         halvings: batches that did not fit into memory and were run in halves, so far.
+        fits: rows of its largest batch if it had the device's memory to itself.
     """
 
     model: Model
@@ -59,8 +60,10 @@ class LoadedModel:
     key: str = field(init=False)
     halvings: int = field(init=False, default=0)
     asked: object = field(init=False, default=None)
+    fits: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.fits = self.most
         self.free = self.spec.free
         runs = self.executable
         self.key = f"{self.spec.name}@{self.spec.version}#{self.model.digest()[:12]}"
@@ -100,7 +103,7 @@ class LoadedModel:
             if count == 1:
                 raise self._too_large(error) from error
         self.halvings += 1
-        self.most = min(self.most, max(1, count // 2))
+        self.fits = self.most = min(self.most, max(1, count // 2))
         halves = [
             self.run({name: part[span] for name, part in rows.items()})
             for span in (slice(0, count // 2), slice(count // 2, count))

@@ -134,18 +134,19 @@ class ModelTable:
         )
 
     def put(self, loaded: LoadedModel) -> LoadedModel | None:
-        """Let a model answer to its name; returns the one that did so far.
-
-        The largest batches of all are cut to the room that is left.
-        """
+        """Let a model answer to its name; returns the one that did so far."""
         name = loaded.spec.name
         before, self._models = self._models.get(name), {**self._models, name: loaded}
+        self._share_room()
+        return before
+
+    def _share_room(self) -> None:
+        """Cut the largest batches of all to the room that the weights leave, or widen them."""
         room = (self._budget or 0) - sum(each.executable.weights for each in self.all())
         for each in self.all():
             plan = each.plan
             if plan is not None and plan.per_row:
-                each.most = min(each.most, max(1, (room - plan.fixed) // plan.per_row))
-        return before
+                each.most = min(each.fits, max(1, (room - plan.fixed) // plan.per_row))
 
     def pop(self, name: str) -> LoadedModel:
         """Let no model answer to a name; returns the one that did.
@@ -155,6 +156,7 @@ class ModelTable:
         """
         loaded = self.get(name)
         self._models = {key: each for key, each in self._models.items() if key != name}
+        self._share_room()
         return loaded
 
     def status(self) -> dict[str, Any]:

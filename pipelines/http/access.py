@@ -5,8 +5,8 @@ All of it is decided from the head, before anything of a body is kept.
 - **Host.** A page of a foreign site can make its own name point at 127.0.0.1 and then read what a
   local server answers (DNS rebinding). So a server bound to loopback answers to IP addresses, to
   ``localhost``, to names without a dot, which nobody can register, and to ``serve.allowed_hosts``.
-- **Key.** Programs send it as a bearer token or in ``X-API-Key``; browsers, which can show no page
-  of ours before they are let in, as the password of RFC 7617's Basic scheme, whatever the user name.
+- **Key.** Programs send it as a bearer token or in ``X-API-Key``; browsers, which are asked for it
+  before they can show a page, as the password of the Basic scheme (RFC 7617), of any user.
 - **Origin.** A page of a foreign site can send a request without reading the answer. Browsers say
   so in ``Sec-Fetch-Site`` and ``Origin``; what changes or computes anything is refused then.
 """

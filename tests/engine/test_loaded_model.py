@@ -134,6 +134,7 @@ class Wide(nn.Module):
 
 
 @pytest.mark.cpu
+@pytest.mark.clock
 def test_the_knee_of_the_throughput_curve_is_found_and_remembered():
     quadratic = model("quadratic", Quadratic())
     executable = prepare(quadratic, pick("cpu"), "fp32", "eager", threads=1)

@@ -227,6 +227,28 @@ def test_models_of_one_engine_share_its_budget():
     assert list(engine.status()["models"]) == ["one", "three", "four"]
 
 
+@pytest.mark.cpu  # as above
+def test_largest_batches_are_cut_beside_another_model_and_widen_when_it_has_gone():
+    def largest() -> int:
+        return int(engine.status()["models"]["scale"]["largest_batch"])
+
+    spec = ModelSpec(
+        name="scale",
+        inputs=(TensorSpec(name="x", shape=(160, 160)),),
+        outputs=(TensorSpec(name="y", shape=(160, 160)),),
+    )
+    engine = Engine(threads=1, memory_budget=8_000_000)
+    engine.add(Model(spec, nn.Linear(160, 160, bias=False).eval()), batch_range=(1, 64))
+    alone = largest()
+    assert 2 < alone < 64
+    other = TensorSpec(name="x", shape=(1000,)), TensorSpec(name="y", shape=(1500,))
+    large = ModelSpec(name="large", inputs=other[:1], outputs=other[1:])
+    engine.add(Model(large, nn.Linear(1000, 1500, bias=False).eval()), batch_range=(1, 1))
+    assert largest() < alone
+    engine.remove("large")
+    assert largest() == alone
+
+
 def test_two_engines_have_metrics_and_models_of_their_own():
     def of(registry, kind: str = "urgent") -> float:
         return registry.get_sample_value("plinth_queue_rows", {"kind": kind})
