@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes, Enum, PurePath)
 _TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
@@ -93,6 +93,9 @@ class _Hash:
     def _object(self, value: Any) -> None:
         if isinstance(value, types.FunctionType):
             self._function(value)
+        elif isinstance(value, fx.GraphModule):
+            self._say(value.code)
+            self.add([dict(value.named_children()), _held(value)])
         elif isinstance(value, types.MethodType):
             self.add(value.__func__)
             self.add(value.__self__)
@@ -140,6 +143,12 @@ class _Hash:
                 self._code(constant)
             else:
                 self.add(constant)
+
+
+def _held(graph: fx.GraphModule) -> dict[str, Tensor]:
+    """The tensors of a graph module itself; its code says the rest."""
+    own = dict(value for value in vars(graph).items() if isinstance(value[1], Tensor))
+    return {**own, **graph._parameters, **graph._buffers}
 
 
 def _is_native(kind: type) -> bool:

@@ -1,9 +1,9 @@
 """Models and the store they live in: safetensors and a manifest, never a pickle.
 
 On disk: ``<root>/<name>/<version>/manifest.json`` with the spec and the sha256 of each file,
-and ``weights.safetensors`` or ``model.onnx``. A model's code is found by the name it was
-registered under with :func:`architecture`, so that loading executes nothing that lies in the
-store.
+and ``weights.safetensors``, ``model.onnx`` or ``program.pt2``. The code of weights is found by
+the name it was registered under with :func:`architecture`, and a graph is read as data, so that
+loading executes nothing that lies in the store.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from plinth.engine.errors import ModelError
-from plinth.engine.models import weights
+from plinth.engine.models import program, weights
 from plinth.engine.models.binding import Binding, outputs_by_name
 from plinth.engine.models.digest import digest
+from plinth.engine.models.fidelity import compare
 from plinth.engine.models.onnx import OnnxModule, read_contract
+from plinth.engine.models.signature import Example, Wishes, derive
 from plinth.engine.models.spec import ModelSpec, TensorSpec, hold_against, spec_of
 
 __all__ = ["Model", "ModelSpec", "ModelStore", "TensorSpec", "architecture", "from_pretrained"]
@@ -38,6 +40,7 @@ __all__ = ["Model", "ModelSpec", "ModelStore", "TensorSpec", "architecture", "fr
 FORMAT = 1
 _WEIGHTS = "weights.safetensors"
 _ONNX = "model.onnx"
+_PROGRAM = "program.pt2"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _MANIFEST_LIMIT = 1 << 20  # bytes
 _FACTORIES: dict[str, Callable[..., nn.Module]] = {}
@@ -59,6 +62,48 @@ class Model:
     module: nn.Module
     onnx: Path | None = None
     example: Mapping[str, Tensor] | None = None
+
+    @classmethod
+    def from_torch(
+        cls,
+        module: nn.Module,
+        *,
+        example: Example,
+        name: str | None = None,
+        version: str = "1",
+        other: Example = None,
+        free: Mapping[str, Sequence[int]] | None = None,
+        outputs: Sequence[str] | None = None,
+        rows_dim: Mapping[str, int] | None = None,
+        **about: str,
+    ) -> Model:
+        """A model from a torch module and rows it takes; the contract is read off them.
+
+        Inputs get the names of ``forward``'s parameters, dtypes and sizes those of the example,
+        integers that go into an embedding its size as bounds. The model is a copy in eval mode,
+        so that training goes on without it. Each row is run alone and beside the others.
+
+        Args:
+            module: takes tensors, and gives a tensor, or several in a tuple or mapping.
+            example: a batch it takes: a tensor, a tuple in the order of ``forward``, or tensors
+                (n, ...) by input name. Arrays of NumPy will do.
+            name: its name; by default the module's class, in lower case.
+            version: its version.
+            other: a second example; sizes that differ are free.
+            free: dimensions of any size by input, such as ``{"input_ids": [1]}``.
+            outputs: names of the outputs of a tuple, or those of a mapping that are kept.
+            rows_dim: the dimension of rows where it is not the first, by input or output name.
+            about: ``description``, ``licence`` and ``source`` of the spec.
+
+        Raises:
+            ModelError: the example does not fit, an output has no row for each input row, rows
+                mix in a batch, or answers are random; says which and what to do.
+        """
+        wishes = Wishes(
+            name, version, other, dict(free or {}), outputs, dict(rows_dim or {}), **about
+        )
+        found = derive(module, example, wishes)
+        return cls(found.spec, found.module, example=found.example)
 
     def digest(self) -> str:
         """SHA-256 over weights, structure and code: the key of what is derived from them."""
@@ -118,6 +163,38 @@ class ModelStore:
             return {"shared": weights.write(module, folder / _WEIGHTS), "factory": origin}
 
         return self._write(spec, _WEIGHTS, fill)
+
+    def add(self, model: Model, *, facts: Mapping[str, Any] | None = None) -> Path:
+        """Write a model whose code is not registered as a new version. Returns its folder.
+
+        A torch module is exported, an ONNX file is copied. What was written is read again and
+        held against the model on its example rows; :meth:`report` says how far they are apart.
+
+        Args:
+            model: the model, from :meth:`Model.from_torch` say.
+            facts: more to keep in the report.
+
+        Raises:
+            ModelError: it cannot be exported, what was written gives other answers, or the
+                version exists.
+        """
+        spec, file = model.spec, _ONNX if model.onnx else _PROGRAM
+        rows = model.rows(max(2, len(next(iter(model.example.values())))) if model.example else 4)
+
+        def fill(folder: Path) -> dict[str, Any]:
+            if model.onnx:
+                _copy(model.onnx, folder / _ONNX)
+            else:
+                program.write(spec, model.module, rows, folder / _PROGRAM)
+            written = Model(spec, _read(folder / file, spec))
+            found = compare(spec.name, written.run, model.run, rows)
+            return {"report": found.model_dump(mode="json") | dict(facts or {})}
+
+        return self._write(spec, file, fill)
+
+    def report(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """How far a converted model is from its source, on which rows; empty for others."""
+        return dict(self._manifest(name, self._choose(name, version))[1].get("report") or {})
 
     def import_onnx(
         self,
@@ -205,9 +282,9 @@ class ModelStore:
         data = self._manifest(name, chosen)[1]
         folder = self.root / name / chosen
         if _ONNX in data["files"]:
-            tensors = ([t.name for t in spec.inputs], [t.name for t in spec.outputs])
-            module = OnnxModule(folder / _ONNX, tuple(tensors[0]), tuple(tensors[1]))
-            return Model(spec, module.eval(), folder / _ONNX)
+            return Model(spec, _read(folder / _ONNX, spec), folder / _ONNX)
+        if _PROGRAM in data["files"]:
+            return Model(spec, _read(folder / _PROGRAM, spec))
         built = _build(spec, data.get("factory"))
         weights.fill(built, folder / _WEIGHTS, name, data.get("shared") or {})
         return Model(spec, built.eval())
@@ -254,7 +331,7 @@ class ModelStore:
             spec = ModelSpec.model_validate(data["spec"])
             if (spec.name, spec.version) != (name, version):
                 raise ModelError(f"{path} is of {spec.name} {spec.version}, not of its folder")
-            if list(data["files"]) not in ([_WEIGHTS], [_ONNX]):
+            if list(data["files"]) not in ([_WEIGHTS], [_ONNX], [_PROGRAM]):
                 raise ModelError(f"{path} lists {list(data['files'])}, expected one model file")
             return spec, data
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
@@ -302,6 +379,14 @@ def _build(spec: ModelSpec, origin: str | None) -> nn.Module:
             f"config: {error}",
             hint="the architecture changed since the model was saved",
         ) from error
+
+
+def _read(path: Path, spec: ModelSpec) -> nn.Module:
+    """An ONNX file or an exported program as a module in eval mode."""
+    if path.name == _PROGRAM:
+        return program.load(path, spec)
+    names = tuple(t.name for t in spec.inputs), tuple(t.name for t in spec.outputs)
+    return OnnxModule(path, *names).eval()
 
 
 def _copy(path: Path, target: Path) -> dict[str, Any]:
