@@ -122,6 +122,9 @@ class Answer(Generic[T_co]):
         models: version by name of every model that ran.
         degraded: the model that ran instead, by the name of the one that was asked for.
         late: the deadline had passed when the answer was ready.
+        precision: backend and precision, such as ``"eager/fp32"``, of every model that ran: the
+            same request may be answered in another one on another machine, unless the engine
+            runs in ``"exact"``.
     """
 
     value: T_co
@@ -129,6 +132,7 @@ class Answer(Generic[T_co]):
     models: dict[str, str] = field(default_factory=dict)
     degraded: dict[str, str] = field(default_factory=dict)
     late: bool = False
+    precision: dict[str, str] = field(default_factory=dict)
 
 
 def row_count(rows: Tensors) -> int:

@@ -28,7 +28,14 @@ BACKENDS: dict[str, Backend] = {
 _log = logging.getLogger(__name__)
 
 AUTOMATIC = ("eager", "onnxruntime")
-TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+TOLERANCE = {
+    "fp32": 1e-3,
+    "fp16": 5e-2,
+    "bf16": 5e-2,
+    "int8": 0.15,
+    "int8_static": 0.15,
+    "int4": 0.3,
+}
 GAIN = 1.1
 MIXING = 1e-2  # how far a row's answers may be apart alone and in a batch
 TRIAL_SECONDS = 1.0  # of the reference on all example rows, about
@@ -53,7 +60,7 @@ class _Candidate:
 def prepare(
     model: Model,
     device: Device,
-    policy: PrecisionPolicy | str | Mapping[str, str] = "auto",
+    policy: PrecisionPolicy | str | Mapping[str, Any] = "auto",
     backend: str = "auto",
     threads: int | None = None,
     *,
@@ -84,9 +91,9 @@ def prepare(
         ModelError: nothing can run the model, or it mixes the rows of a batch.
     """
     wanted = resolve(policy)
-    backends = _backends(backend)
+    kind = BACKENDS["onnxruntime" if model.onnx else "eager"]
+    backends = _exact(kind, backend) if wanted.exact else _backends(backend)
     with cpu_threads(threads):
-        kind = BACKENDS["onnxruntime" if model.onnx else "eager"]
         reference = compiled(kind, model, device, PRESETS["fp32"], threads)
         given = model.example if example is None else example
         try:
@@ -221,6 +228,15 @@ def _candidates(
     return found, refused
 
 
+def _exact(kind: Backend, backend: str) -> list[Backend]:
+    if backend not in ("auto", kind.name):
+        raise ConfigError(
+            f"precision exact is what backend {kind.name} computes in fp32, not {backend}",
+            hint=f"use backend auto or {kind.name}",
+        )
+    return [kind]
+
+
 def _backends(backend: str) -> list[Backend]:
     if backend == "auto":
         return [BACKENDS[name] for name in AUTOMATIC]
@@ -295,7 +311,7 @@ def _gate(executable: Executable, policy: PrecisionPolicy, trial: _Trial) -> Non
             hint="give valid rows: add(..., example={...})",
         )
     outputs = _probe(executable, trial.inputs)
-    allowed = TOLERANCE["fp32" if policy.plain else "bf16"]
+    allowed = max(TOLERANCE[each] for each in policy.used | {"fp32"})
     worst = max(difference(outputs[name], want) for name, want in trial.outputs.items())
     executable.report["difference"] = worst
     if not worst <= allowed:

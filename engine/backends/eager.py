@@ -16,6 +16,7 @@ from plinth.engine.errors import ModelError
 from plinth.engine.models.binding import Binding
 from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PrecisionPolicy
+from plinth.engine.precision.registry import missing
 from plinth.engine.precision.transforms import (
     apply,
     flops_by_precision,
@@ -157,8 +158,10 @@ class Eager:
     name = "eager"
 
     def supports(self, model: Model, device: Device, policy: PrecisionPolicy) -> str | None:
-        """Everything but ONNX files."""
-        return "the model is an ONNX file, not a torch module" if model.onnx else None
+        """Torch modules in the precisions that torch has for their classes."""
+        if model.onnx:
+            return "the model is an ONNX file, not a torch module"
+        return missing("torch", policy)
 
     def compile(
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None

@@ -11,6 +11,7 @@ from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
 from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PrecisionPolicy
+from plinth.engine.precision.registry import missing
 
 
 class Inductor:
@@ -24,7 +25,7 @@ class Inductor:
             return "the model is an ONNX file, not a torch module"
         if device.kind == "cpu" and _compiler() is None:
             return "torch.compile needs a C++ compiler, and neither g++ nor clang++ is installed"
-        return None
+        return missing("torch", policy)
 
     def compile(
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None

@@ -1,26 +1,32 @@
 """How a torch module is made to compute in the precisions of a policy, and what then ran.
 
-Layers of a bf16 class hold bf16 weights and take bf16 inputs; every other layer takes float32.
-Tensors that stay float32 are shared with the original, not copied.
+A layer of a low precision holds weights in it and takes its inputs in it; its output stays low
+until something needs float32: a layer or function of an fp32 class, or the end of the model.
+Consecutive low layers so pass tensors on without casts. Normalisation that follows a
+convolution of a low precision is folded into its weights.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from plinth.engine.errors import ConfigError, nearest
 from plinth.engine.precision.policy import Precision, PrecisionPolicy
+from plinth.engine.precision.registry import handler, register
 
 _CLASSES: dict[str, tuple[type[nn.Module], ...]] = {
-    "opaque": (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
     "attention": (nn.MultiheadAttention,),
     "matmul": (nn.Linear, nn.Bilinear),
     "conv": (nn.modules.conv._ConvNd,),
@@ -43,6 +49,42 @@ _CLASSES: dict[str, tuple[type[nn.Module], ...]] = {
     ),
 }
 
+_FUNCTIONS: dict[str, tuple[str, ...]] = {
+    "softmax": ("softmax", "log_softmax", "sigmoid", "logsigmoid", "softmin", "gumbel_softmax"),
+    "attention": (
+        *("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "mm", "einsum", "mv", "dot"),
+        *("scaled_dot_product_attention", "addmm", "tensordot"),
+    ),
+    "norm": (
+        *("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "normalize"),
+        *("local_response_norm",),
+    ),
+    "activation": (
+        *("relu", "relu_", "relu6", "leaky_relu", "elu", "gelu", "silu", "mish", "tanh", "prelu"),
+        *("hardtanh", "hardswish", "hardsigmoid", "add", "__add__", "__radd__", "__iadd__"),
+        *("add_", "sub", "__sub__", "__rsub__", "mul", "__mul__", "__rmul__", "__imul__", "mul_"),
+        *("div", "__truediv__", "neg", "__neg__", "abs", "maximum", "minimum", "clamp", "clip"),
+        *("where", "masked_fill", "masked_fill_", "cat", "concat", "stack", "pad", "interpolate"),
+        *("dropout", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d"),
+        *("avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+        *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "upsample"),
+        *("boolean_dispatch",),
+    ),
+    "shape": (
+        *("view", "reshape", "permute", "transpose", "swapaxes", "t", "flatten", "unflatten"),
+        *("squeeze", "unsqueeze", "expand", "expand_as", "repeat", "repeat_interleave", "chunk"),
+        *("split", "unbind", "narrow", "select", "__getitem__", "index_select", "gather", "flip"),
+        *("contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "type", "type_as"),
+        *("size", "dim", "numel", "stride", "__get__", "__len__", "is_floating_point", "roll"),
+        *("movedim", "view_as", "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like"),
+        *("ones_like", "full_like", "empty_like", "is_contiguous", "is_complex", "__set__"),
+        *("__setitem__", "pixel_shuffle", "pixel_unshuffle", "unfold", "fold", "element_size"),
+    ),
+}
+_CLASS_OF = {name: op_class for op_class, names in _FUNCTIONS.items() for name in names}
+_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_LOW = frozenset(_DTYPES.values())
+
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
@@ -64,10 +106,14 @@ def report(
         policy: what to compute in what.
         last: names of the layers that count as the last, see :func:`last_layers`; ``None``:
             the one that was registered last.
+
+    Raises:
+        ConfigError: the policy names a layer that is not there or has no weights.
     """
     plan = _plan(module, policy, last)
+    folded = {norm for _, norm in _foldable(module, plan)}
     return [
-        LayerReport(name, type(layer).__name__, op_class, precision)
+        LayerReport(name, type(layer).__name__, op_class, "folded" if name in folded else precision)
         for name, layer, op_class, precision in plan
     ]
 
@@ -125,44 +171,186 @@ def apply(
 
     Returns:
         The module itself if no layer leaves fp32, else a copy.
+
+    Raises:
+        ConfigError: torch has no way to compute a class in its precision.
     """
     plan = _plan(module, policy, last)
     if all(precision == "fp32" for _, _, _, precision in plan):
         return module
     changed = sharing_copy(module)
+    pairs = _foldable(module, plan)
+    for conv, norm in pairs:
+        _fold(changed, conv, norm)
+    folded = {norm for _, norm in pairs}
     layers = dict(changed.named_modules())
-    low = {id(layers[name]) for name, _, _, precision in plan if precision == "bf16"}
-    keep = _stays_low(changed, low)
-    lowered: dict[int, Tensor] = {}
-    for name, _, _, precision in plan:
-        layer = layers[name]
-        if precision == "bf16":
-            _lower_weights(layer, lowered)
-            layer.register_forward_pre_hook(_lower_inputs, with_kwargs=True)
-        else:
-            layer.register_forward_pre_hook(_raise_inputs, with_kwargs=True)
-        if precision == "bf16" and id(layer) not in keep:
-            layer.register_forward_hook(_raise_output)
-    changed.register_forward_hook(_raise_output)
-    return changed
+    lowered: dict[tuple[int, torch.dtype], Tensor] = {}
+    for name, _, op_class, precision in plan:
+        if name in folded:
+            continue
+        handler("torch", op_class, precision)(layers[name], precision, lowered)
+    return _with_glue(changed, policy)
 
 
-def _lower_weights(layer: nn.Module, lowered: dict[int, Tensor]) -> None:
-    """Give a layer bf16 tensors of its own; those tied within bf16 layers stay one tensor."""
+@register("torch", tuple(_CLASSES), ("bf16", "fp16"))
+def _lower(
+    layer: nn.Module, precision: str, lowered: dict[tuple[int, torch.dtype], Tensor]
+) -> None:
+    """Give a layer low tensors of its own; those tied within low layers stay one tensor."""
+    dtype = _DTYPES[precision]
     for part in layer.modules():
         for kind in (part._parameters, part._buffers):
             for name, tensor in kind.items():
                 if tensor is None or tensor.dtype != torch.float32:
                     continue
-                if id(tensor) not in lowered:
-                    low = tensor.detach().to(torch.bfloat16)
+                key = (id(tensor), dtype)
+                if key not in lowered:
+                    low = tensor.detach().to(dtype)
                     is_weight = kind is part._parameters
-                    lowered[id(tensor)] = (
-                        nn.Parameter(low, requires_grad=False) if is_weight else low
-                    )
-                kind[name] = lowered[id(tensor)]  # type: ignore[assignment]
+                    lowered[key] = nn.Parameter(low, requires_grad=False) if is_weight else low
+                kind[name] = lowered[key]  # type: ignore[assignment]
     if isinstance(layer, nn.RNNBase):
         layer._init_flat_weights()
+    if next(layer.parameters(), None) is not None or not getattr(layer, "inplace", False):
+        layer.register_forward_pre_hook(functools.partial(_take, dtype), with_kwargs=True)
+
+
+@register("torch", tuple(_CLASSES), ("fp32",))
+def _keep(layer: nn.Module, _: str, __: dict[tuple[int, torch.dtype], Tensor]) -> None:
+    if not getattr(layer, "inplace", False):  # a cast would be what it writes to
+        layer.register_forward_pre_hook(functools.partial(_take, torch.float32), with_kwargs=True)
+
+
+def _take(dtype: torch.dtype, _: nn.Module, args: Any, kwargs: Any) -> Any:
+    return _cast(args, dtype), _cast(kwargs, dtype)
+
+
+def _with_glue(module: nn.Module, policy: PrecisionPolicy) -> nn.Module:
+    """Let functions between the layers compute as the policy says; the outputs are float32."""
+    kind = type(module)
+    own = kind.forward
+
+    @functools.wraps(own)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _Glue(policy):
+            return _cast(own(self, *args, **kwargs), torch.float32)
+
+    module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    for part in module.modules():
+        if isinstance(part, nn.TransformerEncoder):
+            part.use_nested_tensor = False  # nested tensors leave the layers' own precisions
+    return module
+
+
+class _Glue(TorchFunctionMode):
+    """Raises low tensors to float32 for functions that the policy does not let run low.
+
+    A function that is given low weights belongs to a layer, which was decided before.
+    Functions that no class names, sums and powers say, are given float32.
+    """
+
+    def __init__(self, policy: PrecisionPolicy) -> None:
+        super().__init__()
+        low = {name for name in _FUNCTIONS if getattr(policy, name, "fp32") in _DTYPES}
+        self._low = frozenset(name for name, c in _CLASS_OF.items() if c in low | {"shape"})
+        self._shape = frozenset(_FUNCTIONS["shape"])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in self._shape or _writes(name, args, kwargs):
+            return func(*args, **kwargs)
+        found = [t for t in _flat([*args, *kwargs.values()]) if t.is_floating_point()]
+        if not any(t.dtype in _LOW for t in found) or _is_of_a_layer(found):
+            return func(*args, **kwargs)
+        if name in self._low and len({t.dtype for t in found}) == 1:
+            return func(*args, **kwargs)
+        return func(*_cast(args, torch.float32), **_cast(kwargs, torch.float32))
+
+
+def _writes(name: str, args: Any, kwargs: Any) -> bool:
+    """Whether a function writes to a tensor that it is given, which must not be a copy then."""
+    inplace = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+    asked = kwargs.get("inplace") or kwargs.get("out") is not None
+    return inplace or bool(asked) or any(arg is True for arg in args)
+
+
+def _is_of_a_layer(tensors: list[Tensor]) -> bool:
+    return any(isinstance(t, nn.Parameter) and t.dtype in _LOW for t in tensors)
+
+
+def _foldable(
+    module: nn.Module, plan: list[tuple[str, nn.Module, str, Precision]]
+) -> list[tuple[str, str]]:
+    """Convolutions of a low precision, and the batch norm that alone reads the output of each."""
+    low = {name for name, _, c, precision in plan if c == "conv" and precision in _DTYPES}
+    if not low:
+        return []
+    layers = dict(module.named_modules())
+    pairs = _traced_pairs(module) or list(_neighbours(module))
+    return [
+        (conv, norm)
+        for conv, norm in pairs
+        if conv in low and _can_fold(layers.get(conv), layers.get(norm))
+    ]
+
+
+def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
+    return (
+        isinstance(conv, nn.modules.conv._ConvNd)
+        and isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+        and norm.running_mean is not None
+        and not norm.training
+    )
+
+
+def _traced_pairs(module: nn.Module) -> list[tuple[str, str]]:
+    """(convolution, what reads its output) where only one layer does, and both run once.
+
+    Read from a symbolic trace, which fails on control flow that depends on values.
+    """
+    try:
+        graph = fx.Tracer().trace(module)
+    except Exception:  # noqa: BLE001 - whatever code that cannot be traced raises
+        return []
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    count: dict[str, int] = {}
+    for node in calls:
+        count[str(node.target)] = count.get(str(node.target), 0) + 1
+    return [
+        (str(before.target), str(node.target))
+        for node in calls
+        for before in node.args[:1]
+        if isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1
+        if count[str(before.target)] == 1 == count[str(node.target)]
+    ]
+
+
+def _neighbours(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Neighbours in a Sequential that nothing else holds."""
+    uses: dict[int, int] = {}
+    for part in module.modules():
+        for child in part._modules.values():
+            uses[id(child)] = uses.get(id(child), 0) + 1
+    for path, part in module.named_modules():
+        if isinstance(part, nn.Sequential):
+            names = [f"{path}.{name}" if path else name for name, _ in part.named_children()]
+            for (a, first), (b, second) in pairwise(zip(names, part, strict=True)):
+                if uses[id(first)] == 1 == uses[id(second)]:
+                    yield a, b
+
+
+def _fold(module: nn.Module, conv: str, norm: str) -> None:
+    layers = dict(module.named_modules())
+    old: Any = layers[conv]
+    transposed = bool(old.transposed)
+    _replace(module, conv, fuse_conv_bn_eval(old, layers[norm], transposed))
+    _replace(module, norm, nn.Identity())
+
+
+def _replace(module: nn.Module, path: str, new: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, new)
 
 
 def flops_by_precision(run: Callable[[], Any]) -> dict[str, float]:
@@ -211,9 +399,14 @@ def _plan(
     module: nn.Module, policy: PrecisionPolicy, last: frozenset[str] | None
 ) -> list[tuple[str, nn.Module, str, Precision]]:
     found = _layers(module)
-    if last is None:
-        last = frozenset([name for name, layer, _ in found if _has_weights(layer)][-1:])
-    return [(n, m, c, _precision(policy, c, last=n in last)) for n, m, c in found]
+    weighted = [name for name, layer, _ in found if _has_weights(layer)]
+    for name in policy.layers:
+        if name not in weighted:
+            raise ConfigError(
+                f"precision.layers.{name} is not a layer with weights", hint=nearest(name, weighted)
+            )
+    chosen = frozenset(weighted[-1:]) if last is None else last
+    return [(n, m, c, policy.of(n, c, last=n in chosen)) for n, m, c in found]
 
 
 def _layers(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
@@ -224,13 +417,6 @@ def _layers(module: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 def _has_weights(layer: nn.Module) -> bool:
     return next(layer.parameters(), None) is not None
-
-
-def _precision(policy: PrecisionPolicy, op_class: str, *, last: bool) -> Precision:
-    if op_class == "opaque":
-        return "fp32"
-    own = cast("Precision", getattr(policy, op_class))
-    return "bf16" if own == "bf16" and (not last or policy.last == "bf16") else "fp32"
 
 
 def _collect(
@@ -247,41 +433,14 @@ def _collect(
         _collect(child, f"{name}.{child_name}" if name else child_name, found, seen)
 
 
-def _stays_low(module: nn.Module, low: set[int]) -> set[int]:
-    """Layers whose output the next layer of the same Sequential takes in bf16 anyway."""
-    uses: dict[int, int] = {}
-    follows: set[int] = set()
-    for part in module.modules():
-        for child in part._modules.values():
-            uses[id(child)] = uses.get(id(child), 0) + 1
-        if isinstance(part, nn.Sequential):
-            follows |= {id(a) for a, b in pairwise(part) if id(a) in low and id(b) in low}
-    return {layer for layer in follows if uses[layer] == 1}
-
-
-def _cast(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
+def _cast(value: Any, target: torch.dtype) -> Any:
+    """Tensors of float32 and of the low precisions to one of them; others stay as they are."""
     if isinstance(value, Tensor):
-        return value.to(target) if value.dtype == source else value
+        castable = value.dtype != target and (value.dtype in _LOW or value.dtype == torch.float32)
+        return value.to(target) if castable else value
     if isinstance(value, tuple | list):
-        return type(value)(_cast(part, source, target) for part in value)
+        parts = [_cast(part, target) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if isinstance(value, dict):
-        return {key: _cast(part, source, target) for key, part in value.items()}
+        return type(value)((key, _cast(part, target)) for key, part in value.items())
     return value
-
-
-def _lower_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
-    return (
-        _cast(args, torch.float32, torch.bfloat16),
-        _cast(kwargs, torch.float32, torch.bfloat16),
-    )
-
-
-def _raise_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
-    return (
-        _cast(args, torch.bfloat16, torch.float32),
-        _cast(kwargs, torch.bfloat16, torch.float32),
-    )
-
-
-def _raise_output(_: nn.Module, __: Any, output: Any) -> Any:
-    return _cast(output, torch.bfloat16, torch.float32)

@@ -35,7 +35,7 @@ from plinth.engine.lanes.local import LocalLane
 from plinth.engine.metrics import EngineMetrics
 from plinth.engine.models.store import Model
 from plinth.engine.runtime.flow_driver import Clock, FlowDriver, Result
-from plinth.engine.runtime.loaded_model import LoadedModel, Range
+from plinth.engine.runtime.loaded_model import LoadedModel, Precision, Range
 from plinth.engine.runtime.model_table import Execution, ModelTable
 from plinth.engine.runtime.request import (
     LoopWaiter,
@@ -65,7 +65,8 @@ class Engine:
         batcher: the policy; by default one with a latency model of its own.
         clock: seconds, monotonic.
         device: ``"auto"``, or a name; see :func:`plinth.engine.devices.device.pick`.
-        precision: for models that name none: a preset, or operation class to precision.
+        precision: for models that name none: a preset, a policy, or its table; see
+            :class:`plinth.engine.precision.policy.PrecisionPolicy`.
         backend: for models that name none: a name, ``"auto"`` for the fastest right one, or
             ``None`` for torch eager (ONNX Runtime for ONNX files).
         threads: CPU threads of one forward; ``None`` as torch has it.
@@ -88,7 +89,7 @@ class Engine:
         clock: Clock = time.monotonic,
         *,
         device: str = "auto",
-        precision: str | Mapping[str, str] = "fp32",
+        precision: Precision = "fp32",
         backend: str | None = None,
         threads: int | None = None,
         max_queue: int = 4096,
@@ -125,7 +126,7 @@ class Engine:
         sla: Sla | None = None,
         batch_range: Range = (1, 128),
         backend: str | None = None,
-        precision: str | Mapping[str, str] | None = None,
+        precision: Precision | None = None,
         example: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Make a model callable by its name: compiled, and measured before it serves.
@@ -539,7 +540,7 @@ class Engine:
         request.works.clear()  # a cycle would be left to the garbage collector
         ran, late = request.ran(work.key), now > work.deadline
         self._count(request, ran, _why_late(work, batch, begun) if late else None)
-        return Result(value, timing, ran.model, late)
+        return Result(value, timing, ran.model, late, ran.precision)
 
     def _count(self, request: Request, ran: LoadedModel, cause: str | None) -> None:
         asked, name = request.loaded.spec.name, ran.spec.name

@@ -17,12 +17,13 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one call: its output, where the time went, and the model that ran."""
+    """What became of one call: its output, where the time went, the model that ran, and how."""
 
     value: Tensors
     timing: Timing
     ran: Model
     late: bool
+    precision: str
 
 
 class FlowDriver(Generic[T]):
@@ -35,6 +36,7 @@ class FlowDriver(Generic[T]):
         self._timing = Timing()
         self._models: dict[str, str] = {}
         self._degraded: dict[str, str] = {}
+        self._precision: dict[str, str] = {}
         self._late = False
         self._value: list[T] = []
         self.call: Call | None = None
@@ -44,6 +46,7 @@ class FlowDriver(Generic[T]):
         """Give the flow the result of its call."""
         asked, ran = self.call.model if self.call else "", result.ran.spec
         self._models[ran.name] = ran.version
+        self._precision[ran.name] = result.precision
         if ran.name != asked:
             self._degraded[asked] = ran.name
         self._late |= result.late
@@ -59,7 +62,8 @@ class FlowDriver(Generic[T]):
     def answer(self) -> Answer[T]:
         """The answer of the finished flow."""
         self._timing.total = self._clock() - self._begun
-        return Answer(self._value[0], self._timing, self._models, self._degraded, self._late)
+        told = (self._models, self._degraded, self._late, self._precision)
+        return Answer(self._value[0], self._timing, *told)
 
     def _step(self, advance: Callable[[], Call]) -> None:
         try:

@@ -18,6 +18,7 @@ from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, OutOfMemory, PlinthError
 from plinth.engine.flow import Sla
 from plinth.engine.models.store import Model, ModelSpec
+from plinth.engine.precision.policy import PrecisionPolicy
 from plinth.engine.runtime import batch_range as ranges
 from plinth.engine.runtime.memory_plan import MemoryPlan, Room, measure
 from plinth.engine.runtime.memory_plan import budget as budget_of
@@ -25,6 +26,8 @@ from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.tiling import WindowGrid
 
 Range = tuple[int, int] | Literal["auto"]
+Precision = PrecisionPolicy | str | Mapping[str, Any]
+"""A policy, the name of a preset, or a table."""
 _MOST = 128
 _MEASURED_ROWS = 16
 _SAMPLE_SECONDS = 2.0  # of the rows whose memory is measured, about
@@ -73,6 +76,11 @@ class LoadedModel:
     def spec(self) -> ModelSpec:
         """The model's contract."""
         return self.model.spec
+
+    @property
+    def precision(self) -> str:
+        """Backend and precision that answers are computed in, such as ``"eager/fp32"``."""
+        return f"{self.executable.backend}/{self.executable.precision}"
 
     def bucket(self, rows: Mapping[str, Tensor]) -> str:
         """The batch key of rows: one for each model and shape."""
@@ -161,7 +169,7 @@ def load_model(
     device: Device,
     latency: LatencyModel,
     *,
-    precision: str | Mapping[str, str] = "fp32",
+    precision: Precision = "fp32",
     backend: str = "eager",
     threads: int | None = None,
     batch_range: Range = (1, _MOST),

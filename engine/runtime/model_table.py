@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError, OutOfMemory, nearest
 from plinth.engine.flow import Sla
 from plinth.engine.models.store import Model
-from plinth.engine.runtime.loaded_model import LoadedModel, Range, load_model
+from plinth.engine.runtime.loaded_model import LoadedModel, Precision, Range, load_model
 from plinth.engine.runtime.memory_plan import budget
 from plinth.engine.scheduler.cost_model import LatencyModel
 
@@ -21,7 +20,7 @@ from plinth.engine.scheduler.cost_model import LatencyModel
 class Execution:
     """How models run unless they say otherwise; see :class:`plinth.engine.Engine`."""
 
-    precision: str | Mapping[str, str] = "fp32"
+    precision: Precision = "fp32"
     backend: str | None = None
     threads: int | None = None
 
@@ -82,7 +81,7 @@ class ModelTable:
         sla: Sla,
         batch_range: Range,
         backend: str | None,
-        precision: str | Mapping[str, str] | None,
+        precision: Precision | None,
     ) -> LoadedModel:
         """Make a model ready; it answers to its name from :meth:`put` on.
 

@@ -62,8 +62,10 @@ class EngineConfig(Table):
     """``[engine]``: where and how models run."""
 
     device: str = Field(default="auto", description="`auto`, or a name such as `cpu`")
-    precision: str | dict[str, str] = Field(
-        default="auto", description="a preset, or a table of operation class to `fp32` or `bf16`"
+    precision: str | dict[str, Any] = Field(
+        default="auto",
+        description="a preset, or a table of operation class to precision ([precision]"
+        "(precision.md))",
     )
     backend: str = Field(
         default="auto", description="what runs models; `auto`: the fastest one that is right"

@@ -517,6 +517,7 @@ def _details(done: Finished) -> dict[str, Any]:
     return {
         "timing": done.answer.timing.as_dict(),
         "models": done.answer.models,
+        "precision": done.answer.precision,
         "degraded": done.answer.degraded,
         "seconds": round(done.seconds, 3),
     }

@@ -122,7 +122,7 @@ def records(vertical: Vertical[Any, Any]) -> dict[str, Any]:
         "required": ["results"],
         "properties": {
             "results": {"type": "array", "items": one},
-            **dict.fromkeys(("timing", "models", "degraded"), _OBJECT),
+            **dict.fromkeys(("timing", "models", "precision", "degraded"), _OBJECT),
             "late": {"type": "boolean"},
         },
     }

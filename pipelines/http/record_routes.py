@@ -364,6 +364,7 @@ def _document(reply: Reply) -> bytes:
         document |= {
             "timing": answer.timing.as_dict(),
             "models": answer.models,
+            "precision": answer.precision,
             "degraded": answer.degraded,
             "late": answer.late,
         }
@@ -388,7 +389,10 @@ def answer_fields(answer: Answer[Any] | None) -> list[tuple[bytes, bytes]]:
 
 def about_models(answer: Answer[Any]) -> list[tuple[bytes, bytes]]:
     """Which models ran, and which ran in the place of another."""
-    fields = [(b"x-plinth-models", _pairs(answer.models))]
+    fields = [
+        (b"x-plinth-models", _pairs(answer.models)),
+        (b"x-plinth-precision", _pairs(answer.precision)),
+    ]
     if answer.degraded:
         fields.append((b"x-plinth-degraded", _pairs(answer.degraded)))
     return fields

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plinth.engine import ConfigError, Model, ModelError, ModelSpec, TensorSpec
+from plinth.engine import Call, ConfigError, Engine, Model, ModelError, ModelSpec, TensorSpec
 from plinth.engine.backends import BACKENDS, Executable, prepare
 from plinth.engine.backends.choice import difference
 from plinth.engine.backends.eager import TorchExecutable
@@ -127,6 +127,24 @@ def test_bf16_is_really_bf16_and_the_report_names_the_layers():
     out = executable.run({"x": x})["score"]
     assert out.dtype == torch.float32
     assert 0 < difference(out, model.module(x)) < 5e-2
+
+
+def test_exact_is_the_reference_whatever_else_is_faster():
+    executable = prepare(scorer(), CPU, "exact", "auto")
+    assert (executable.backend, executable.precision) == ("eager", "fp32")
+    with pytest.raises(ConfigError, match="precision exact is what backend eager computes"):
+        prepare(scorer(), CPU, "exact", "onnxruntime")
+
+
+@pytest.mark.parametrize("precision", ["exact", "bf16"])
+def test_an_answer_says_the_precision_it_was_computed_in(precision):
+    def flow():
+        return (yield Call("net", torch.randn(2, 8)))
+
+    with Engine(device="cpu") as engine:
+        engine.add(scorer(), precision=precision)
+        answer = engine.run(flow())
+    assert answer.precision == {"net": "eager/fp32" if precision == "exact" else "eager/bf16"}
 
 
 def test_a_choice_that_cannot_be_is_refused_with_the_reason():

@@ -1,12 +1,16 @@
 """Which layers compute in which precision, and that outputs stay float32."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from plinth.engine import ConfigError
 from plinth.engine.precision.policy import CLASSES, PRESETS, PrecisionPolicy, resolve
-from plinth.engine.precision.transforms import apply, report
+from plinth.engine.precision.registry import missing
+from plinth.engine.precision.transforms import apply, flops_by_precision, report
 
 
 def network() -> nn.Sequential:
@@ -104,7 +108,26 @@ def test_all_kinds_of_layers_run_in_bf16_even_the_last(module, rows):
     torch.testing.assert_close(got, want, atol=5e-2, rtol=5e-2)
 
 
-def test_a_layer_used_twice_is_never_left_in_bf16():
+def traced(module: nn.Module, *rows: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+    """What a module gives, and the kernels with their dtypes that ran."""
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kinds = [str(a.dtype)[6:] for a in args if isinstance(a, torch.Tensor)]
+            ran.append(f"{func.overloadpacket.__name__} {' '.join(kinds)}")
+            return func(*args, **(kwargs or {}))
+
+    ran: list[str] = []
+    with torch.no_grad(), Log():
+        output = module(*rows)
+    return output, ran
+
+
+def casts(ran: list[str]) -> int:
+    return sum(line.startswith(("_to_copy", "to ")) for line in ran)
+
+
+def test_a_layer_used_twice_computes_in_its_precision_each_time():
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -113,11 +136,111 @@ def test_a_layer_used_twice_is_never_left_in_bf16():
             self.out = nn.Linear(4, 1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            first = self.shared(x)
-            assert first.dtype == torch.float32
-            return self.out(self.body(first))
+            return self.out(self.body(self.shared(x)))
 
-    assert apply(Twice().eval(), PRESETS["bf16"])(torch.randn(2, 4)).dtype == torch.float32
+    output, ran = traced(apply(Twice().eval(), PRESETS["bf16"]), torch.randn(2, 4))
+    assert output.dtype == torch.float32
+    assert [line.split()[1] for line in ran if "addmm" in line] == ["bfloat16"] * 2 + ["float32"]
+    assert casts(ran) == 2
+
+
+class Residual(nn.Module):
+    """Convolutions with a norm after each, a sum around them, and functions between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm_one = nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.two, self.norm_two = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 3)
+        for norm in (self.norm_one, self.norm_two):
+            nn.init.uniform_(norm.weight)
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm_one(self.one(x)))
+        x = torch.relu(x + self.norm_two(self.two(x)))
+        return self.head(torch.softmax(x.mean((2, 3)), -1))
+
+
+def test_a_region_of_bf16_layers_has_a_cast_where_it_begins_and_one_where_it_ends():
+    torch.manual_seed(0)
+    module, x = Residual().eval(), torch.randn(3, 2, 8, 8)
+    with torch.no_grad():
+        want = module(x)
+    got, ran = traced(apply(module, PRESETS["bf16"]), x)
+    torch.testing.assert_close(got, want, atol=2e-2, rtol=0)
+    assert casts(ran) == 2
+    assert {line for line in ran if line.startswith("convolution")} == {
+        "convolution bfloat16 bfloat16 bfloat16"
+    }
+    assert "relu bfloat16" in ran
+    assert "mean float32" in ran, "a sum over many values is no pointwise function"
+    assert "_softmax float32" in ran
+
+
+def test_norms_after_low_convolutions_are_folded_into_them_and_the_report_says_so():
+    module = Residual().eval()
+    layers = {layer.name: layer.precision for layer in report(module, PRESETS["bf16"])}
+    assert layers["norm_one"] == layers["norm_two"] == "folded"
+    _, ran = traced(apply(module, PRESETS["bf16"]), torch.randn(3, 2, 8, 8))
+    assert not any("batch_norm" in line for line in ran)
+    assert module.norm_one.weight is not None, "the module itself stays as it was"
+
+
+def test_a_norm_that_is_not_alone_in_reading_a_convolution_is_not_folded():
+    class Peeking(Residual):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.one(x)
+            x = torch.relu(self.norm_one(first)) + first
+            return self.head(self.norm_two(self.two(x)).mean((2, 3)))
+
+    module, x = Peeking().eval(), torch.randn(3, 2, 8, 8)
+    layers = {layer.name: layer.precision for layer in report(module, PRESETS["bf16"])}
+    assert (layers["norm_one"], layers["norm_two"]) == ("fp32", "folded")
+    with torch.no_grad():
+        want, got = module(x), apply(module, PRESETS["bf16"])(x)
+    torch.testing.assert_close(got, want, atol=5e-2, rtol=0)
+
+
+def test_what_is_written_in_place_is_not_written_to_a_copy():
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.one(x)
+            x.add_(torch.ones(4))
+            self.act(x)
+            x.pow_(2)
+            return self.out(x)
+
+    torch.manual_seed(0)
+    module, x = Writing().eval(), torch.randn(5, 4)
+    policy = PrecisionPolicy(bf16=["matmul"])
+    with torch.inference_mode():
+        want, got = module(x), apply(module, policy)(x)
+    torch.testing.assert_close(got, want, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_encoder_of_the_library_runs_in_bf16_but_for_norms_and_the_last(masked):
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    module = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(3, 7, 32)
+    mask = {"src_key_padding_mask": torch.arange(7).expand(3, 7) > 4} if masked else {}
+    changed = apply(module, PRESETS["bf16"])
+    with torch.inference_mode():
+        want, got = module(x, **mask), changed(x, **mask)
+        share = flops_by_precision(lambda: changed(x, **mask))
+    keep = ~mask["src_key_padding_mask"] if masked else torch.ones(3, 7, dtype=torch.bool)
+    torch.testing.assert_close(got[keep], want[keep], atol=5e-2, rtol=0)
+    assert share["bf16"] > 0.8
+    by_class = {layer.op_class: layer.precision for layer in report(module, PRESETS["bf16"])}
+    assert by_class["attention"] == "bf16"
+    assert by_class["norm"] == "fp32"
 
 
 def test_a_table_starts_from_a_preset_and_names_classes():
@@ -128,15 +251,57 @@ def test_a_table_starts_from_a_preset_and_names_classes():
     assert resolve("auto").auto
 
 
+def test_a_policy_may_be_written_as_lists():
+    policy = PrecisionPolicy(fp32=["norm", "softmax"], bf16=["matmul", "conv"], int8=["embedding"])
+    assert policy == replace(
+        PrecisionPolicy(matmul="bf16", conv="bf16", embedding="int8"), name=policy.name
+    )
+    assert resolve({"bf16": ["matmul", "conv"], "int8": ["embedding"]}) == policy
+    assert policy.used == {"bf16", "int8"}
+    assert resolve(policy.as_dict()) == policy
+
+
+def test_a_layer_may_differ_from_its_class_and_two_policies_never_share_a_name():
+    policy = resolve({"preset": "bf16", "layers": {"0": "fp32", "4": "bf16"}})
+    layers = {layer.name: layer.precision for layer in report(network(), policy)}
+    assert (layers["0"], layers["3"], layers["4"]) == ("fp32", "bf16", "bf16")
+    assert policy.name != PRESETS["bf16"].name
+    assert policy.name != resolve({"preset": "bf16", "layers": {"0": "fp32"}}).name
+    with pytest.raises(ConfigError, match="not a layer with weights"):
+        report(network(), resolve({"layers": {"1": "bf16"}}))
+
+
+def test_a_precision_that_torch_cannot_realise_is_refused_with_those_it_can():
+    with pytest.raises(ConfigError, match=r"no matmul in int4 .*fp32, bf16, fp16"):
+        apply(network(), PRESETS["int4"])
+    why = missing("torch", PRESETS["int8_static"])
+    assert why == "it computes matmul in fp32, bf16, fp16, not in int8_static"
+    assert missing("torch", PRESETS["bf16"]) is None
+    assert missing("torch", resolve({"layers": {"0": "int4"}})) is not None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fp16_is_realised_as_bf16_is(seed):
+    torch.manual_seed(seed)
+    module, rows = network(), torch.randn(16, 32)
+    with torch.inference_mode():
+        want, got = module(rows), apply(module, PRESETS["fp16"])(rows)
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=0)
+    assert not torch.equal(got, want)
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
         ({"matmull": "bf16"}, "did you mean 'matmul'"),
         ({"conv": "bf61"}, "did you mean 'bf16'"),
-        ({"conv": "int8"}, "not there yet"),
+        ({"conv": ["int8"]}, "not a precision"),
+        ({"bf16": ["conv"], "int8": ["conv"]}, "in two lists"),
+        ({"bf16": ["cov"]}, "did you mean 'conv'"),
+        ({"bf16": "conv"}, "expected a list"),
+        ({"conv": "fp16", "bf16": ["conv"]}, "fp16 and in the list bf16"),
         ({"preset": "fp3"}, "did you mean 'fp32'"),
-        ("int8", "not there yet"),
-        ("fast", "use one of fp32, bf16, auto"),
+        ("fast", "use one of fp32, exact, bf16"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_the_nearest_right_one(setting, says):

@@ -38,6 +38,7 @@ def test_one_record_is_answered_with_the_verticals_own_json(tiny: Running) -> No
     assert response.status_code == 200
     assert response.json() == {"id": "a", "twice": 5.0}
     assert response.headers["x-plinth-models"] == "twice=3"
+    assert response.headers["x-plinth-precision"] == "twice=eager/fp32"
     timing = json.loads(response.headers["x-plinth-timing"])
     assert 0 < timing["decode_ms"] < timing["total_ms"]
     assert timing["batch_rows"] == 1
