@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+EXTRAS := $(VENV)/.extras
 JOBS   ?= 2
 
-.PHONY: help setup demo lint fix test fuzz coverage wheel-test clean
+.PHONY: help setup extras demo lint fix test fuzz coverage wheel-test clean
 
 help:                  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -18,6 +19,12 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(READY)
 
+extras: $(EXTRAS)      ## what only some tests need: OpenVINO; exact versions
+
+$(EXTRAS): $(READY) requirements-extras.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -r requirements-extras.lock
+	touch $(EXTRAS)
+
 demo: setup            ## the sample stream and the sample study, in under three minutes
 	$(BIN)/plinth demo
 
@@ -30,7 +37,8 @@ fix: setup             ## format, and mend what can be mended without thought
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint             ## everything: style, types, tests
+test: export PLINTH_REQUIRE_EXTRAS = 1
+test: extras lint      ## everything: style, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not clock" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 	PLINTH_TEST_DEVICE=fake OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine -m "not cpu and not clock and not slow"
 	$(BIN)/pytest -m clock

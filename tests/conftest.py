@@ -1,6 +1,8 @@
 """Settings of all tests."""
 
+import os
 from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 from hypothesis import settings
@@ -14,3 +16,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast files first; of the slow ones the largest first, so that processes end together."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (slow[item.path] > 0, -slow[item.path]))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked ``needs(module)`` needs it; ``make test`` has it all and skips nothing."""
+    for mark in item.iter_markers("needs"):
+        missing = [name for name in mark.args if find_spec(name) is None]
+        if missing and os.environ.get("PLINTH_REQUIRE_EXTRAS"):
+            pytest.fail(f"not installed: {missing}; run make extras")
+        if missing:
+            pytest.skip(f"not installed: {missing}")

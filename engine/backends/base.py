@@ -1,10 +1,16 @@
-"""What an execution backend is: it compiles a model into something that runs rows."""
+"""What an execution backend is: it compiles a model into something that runs rows.
+
+A backend is found through the entry-point group ``plinth.backends``, whoever wrote it.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -52,10 +58,43 @@ class Executable(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether a backend can be used in this process: its version, or the reason why not."""
+
+    version: str | None
+    reason: str | None = None
+
+
+def installed(extra: str, *modules: str) -> Availability:
+    """Of a backend made of packages: the first one's version, or which are not installed.
+
+    Args:
+        extra: the extra of ``plinth-engine`` that brings them.
+        modules: what is imported, each named as its distribution.
+    """
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        why = f"not installed: {', '.join(missing)} (pip install 'plinth-engine[{extra}]')"
+        return Availability(None, why)
+    return Availability(metadata.version(modules[0]))
+
+
+@runtime_checkable
 class Backend(Protocol):
-    """A way to run models."""
+    """A way to run models; made without arguments, and cheap to make.
+
+    Attributes:
+        name: that of its entry point, and of the setting.
+        automatic: ``"auto"`` tries it; False where compiling takes minutes.
+    """
 
     name: str
+    automatic: bool
+
+    def available(self) -> Availability:
+        """Its version, or why it cannot be used here; imports nothing heavy."""
+        ...
 
     def supports(self, model: Model, device: Device, policy: PrecisionPolicy) -> str | None:
         """``None`` if it can run the model so, else the reason why not."""

@@ -11,23 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plinth.engine.backends import registry
 from plinth.engine.backends.base import Backend, Executable, cpu_threads
-from plinth.engine.backends.eager import Eager
-from plinth.engine.backends.inductor import Inductor
-from plinth.engine.backends.onnxruntime import OnnxRuntime
 from plinth.engine.devices.device import Device
-from plinth.engine.errors import ConfigError, ModelError, PlinthError, nearest
+from plinth.engine.errors import ConfigError, ModelError, PlinthError
 from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PRESETS, PrecisionPolicy, resolve
 
-BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (Eager(), Inductor(), OnnxRuntime())
-}
-"""The backends by name; register another one by adding it here."""
-
 _log = logging.getLogger(__name__)
 
-AUTOMATIC = ("eager", "onnxruntime")
 TOLERANCE = {
     "fp32": 1e-3,
     "fp16": 5e-2,
@@ -80,7 +72,7 @@ def prepare(
         device: where.
         policy: a preset, a table or a policy; ``"auto"`` takes bf16 where it is native and
             at least 1.1 times as fast.
-        backend: a name, or ``"auto"``: of eager and onnxruntime, the faster one.
+        backend: a name, or ``"auto"``: the fastest of those that are automatic.
         threads: CPU threads; ``None`` as torch has it.
         rows: rows of the probe, fewer where they would take seconds.
         example: valid rows (n, ...) by input name, where made-up ones would not do.
@@ -91,8 +83,14 @@ def prepare(
         ModelError: nothing can run the model, or it mixes the rows of a batch.
     """
     wanted = resolve(policy)
-    kind = BACKENDS["onnxruntime" if model.onnx else "eager"]
-    backends = _exact(kind, backend) if wanted.exact else _backends(backend)
+    kind = registry.find("onnxruntime" if model.onnx else "eager")
+    absent: dict[str, str] = {}
+    if wanted.exact:
+        backends = _exact(kind, backend)
+    elif backend == "auto":
+        backends, absent = registry.automatic()
+    else:
+        backends = [registry.find(backend)]
     with cpu_threads(threads):
         reference = compiled(kind, model, device, PRESETS["fp32"], threads)
         given = model.example if example is None else example
@@ -105,6 +103,7 @@ def prepare(
             return reference
         model = replace(model, example=trial.inputs)
         found, refused = _candidates(model, reference, backends, wanted, trial)
+        refused = absent | refused
         if not found:
             reasons = "; ".join(f"{label}: {why}" for label, why in refused.items())
             kind_of_error = ConfigError if backend != "auto" or not wanted.auto else ModelError
@@ -235,16 +234,6 @@ def _exact(kind: Backend, backend: str) -> list[Backend]:
             hint=f"use backend auto or {kind.name}",
         )
     return [kind]
-
-
-def _backends(backend: str) -> list[Backend]:
-    if backend == "auto":
-        return [BACKENDS[name] for name in AUTOMATIC]
-    if backend not in BACKENDS:
-        raise ConfigError(
-            f"there is no backend {backend!r}", hint=nearest(backend, ("auto", *BACKENDS))
-        )
-    return [BACKENDS[backend]]
 
 
 def _precisions(

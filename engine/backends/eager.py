@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plinth.engine.backends.base import named
+from plinth.engine.backends.base import Availability, named
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
 from plinth.engine.models.binding import Binding
@@ -156,6 +156,11 @@ class Eager:
     """Runs the module as torch does, layer by layer, in the precision of each layer."""
 
     name = "eager"
+    automatic = True
+
+    def available(self) -> Availability:
+        """torch's version."""
+        return Availability(torch.__version__)
 
     def supports(self, model: Model, device: Device, policy: PrecisionPolicy) -> str | None:
         """Torch modules in the precisions that torch has for their classes."""

@@ -6,6 +6,7 @@ import shutil
 
 import torch
 
+from plinth.engine.backends.base import Availability
 from plinth.engine.backends.eager import TorchExecutable, realised
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
@@ -18,13 +19,19 @@ class Inductor:
     """Compiles the module at the first batch. Slow to start, so only used when asked for."""
 
     name = "inductor"
+    automatic = False
+
+    def available(self) -> Availability:
+        """torch's version; on a machine without accelerator where a C++ compiler is installed."""
+        reason = None if torch.accelerator.is_available() else compiler()[1]
+        return Availability(None if reason else torch.__version__, reason)
 
     def supports(self, model: Model, device: Device, policy: PrecisionPolicy) -> str | None:
         """Torch modules; on the CPU where a C++ compiler is installed."""
         if model.onnx:
             return "the model is an ONNX file, not a torch module"
-        if device.kind == "cpu" and _compiler() is None:
-            return "torch.compile needs a C++ compiler, and neither g++ nor clang++ is installed"
+        if device.kind == "cpu" and (reason := compiler()[1]):
+            return reason
         return missing("torch", policy)
 
     def compile(
@@ -50,5 +57,8 @@ class Inductor:
         return executable
 
 
-def _compiler() -> str | None:
-    return next((path for name in ("g++", "clang++") if (path := shutil.which(name))), None)
+def compiler() -> tuple[str | None, str | None]:
+    """The path of a C++ compiler, or why there is none."""
+    found = next((path for name in ("g++", "clang++") if (path := shutil.which(name))), None)
+    missing = "torch.compile needs a C++ compiler, and neither g++ nor clang++ is installed"
+    return found, None if found else missing

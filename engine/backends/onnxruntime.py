@@ -1,65 +1,104 @@
-"""ONNX Runtime on the CPU: the lowest overhead per call of all backends here.
-
-Torch modules are exported once, and kept in a cache by the program that was traced.
-"""
+"""ONNX Runtime on the CPU: the lowest overhead per call of all backends here."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.util
-import logging
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
-from importlib import metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from plinth.engine.backends.base import named
-from plinth.engine.backends.eager import in_eval_mode, stored_bytes
-from plinth.engine.cache import cache_folder
+from plinth.engine.backends.base import Availability, installed, named
+from plinth.engine.backends.export import onnx_file, why_not_onnx
 from plinth.engine.devices.device import Device
-from plinth.engine.errors import ModelError
-from plinth.engine.models.binding import Binding, outputs_by_name
-from plinth.engine.models.digest import digest
 from plinth.engine.models.onnx import session
 from plinth.engine.models.spec import ModelSpec
 from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PrecisionPolicy
 
-MAX_WEIGHTS = 1 << 30
-EXAMPLE_ROWS = 2
-FORMAT = "2"  # of what is kept in the cache
+BOUND_BYTES = 1 << 18  # of inputs and outputs; above it a plain run costs no more
+BOUND_SHAPES = 16
+
+
+class _Bound:
+    """Inputs and outputs of one shape, bound to a session once: a run then only copies."""
+
+    def __init__(self, session: Any, feeds: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+        self.session = session
+        self.binding = session.io_binding()
+        self.inputs = {name: np.empty(array.shape, array.dtype) for name, array in feeds.items()}
+        self.outputs = {name: np.empty(array.shape, array.dtype) for name, array in found.items()}
+        for bind, arrays in (
+            (self.binding.bind_input, self.inputs),
+            (self.binding.bind_output, self.outputs),
+        ):
+            for name, array in arrays.items():
+                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        for name, array in self.inputs.items():
+            array[...] = feeds[name]
+        self.session.run_with_iobinding(self.binding)
+        return {name: array.copy() for name, array in self.outputs.items()}
 
 
 class OrtExecutable:
-    """A session and the names of its tensors; see ``base.Executable``."""
+    """A session and the names of its tensors; see ``base.Executable``.
+
+    Small batches go through buffers that are bound to the session once per shape. The sizes of
+    outputs follow from those of inputs for as long as the contract leaves none of them open.
+
+    Args:
+        spec: the contract.
+        path: the ONNX file.
+        device: the CPU.
+        threads: of one run; ``None`` as torch has it.
+        precision: what the graph computes in.
+    """
 
     backend = "onnxruntime"
-    precision = "fp32"
 
-    def __init__(self, spec: ModelSpec, path: Path, device: Device, threads: int | None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        path: Path,
+        device: Device,
+        threads: int | None,
+        precision: str = "fp32",
+    ) -> None:
         self.device = device
+        self.precision = precision
         self.weights = path.stat().st_size  # all but a few per mille of it are the weights
         self.report: dict[str, Any] = {"threads": threads or torch.get_num_threads()}
         self._spec = spec
         self._path = path
         self._outputs = [tensor.name for tensor in spec.outputs]
-        # A plain run is faster than IOBinding for small tensors and equal for large ones.
-        self._run = session(path, self.report["threads"]).run
+        self._bound: dict[int, _Bound | None] = {}
+        self._session = session(path, self.report["threads"])
+        free = any(None in tensor.shape for tensor in (*spec.inputs, *spec.outputs))
+        # A graph may say one row of an output that gives many; that one cannot be bound.
+        wrong = any(not t.shape or isinstance(t.shape[0], int) for t in self._session.get_outputs())
+        self._fixed = not free and not wrong
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run rows on the host."""
         feeds = {name: tensor.numpy(force=True) for name, tensor in inputs.items()}
-        found = self._run(self._outputs, feeds)
-        output = {
-            name: torch.from_numpy(array) for name, array in zip(self._outputs, found, strict=True)
-        }
-        return named(self._spec, output, len(next(iter(feeds.values()))))
+        rows = len(next(iter(feeds.values())))
+        bound = self._bound.get(rows) if self._fixed else None
+        found = self._plain(feeds, rows) if bound is None else bound.run(feeds)
+        output = {name: torch.from_numpy(found[name]) for name in self._outputs}
+        return named(self._spec, output, rows)
+
+    def _plain(self, feeds: Mapping[str, Any], rows: int) -> dict[str, Any]:
+        arrays = self._session.run(self._outputs, feeds)
+        found = dict(zip(self._outputs, arrays, strict=True))
+        if self._fixed and rows not in self._bound and len(self._bound) < BOUND_SHAPES:
+            size = sum(array.nbytes for array in (*feeds.values(), *arrays))
+            small = size <= BOUND_BYTES and all(len(array) == rows for array in arrays)
+            self._bound[rows] = _Bound(self._session, feeds, found) if small else None
+        return found
 
     def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As :meth:`run`: a session never writes to its inputs, and its outputs are new."""
@@ -67,8 +106,9 @@ class OrtExecutable:
 
     def release(self) -> bool:
         """Load the session anew; its arena keeps what the largest batch so far took."""
-        del self._run
-        self._run = session(self._path, self.report["threads"]).run
+        self._bound.clear()
+        del self._session
+        self._session = session(self._path, self.report["threads"])
         return True
 
 
@@ -76,23 +116,19 @@ class OnnxRuntime:
     """Runs ONNX files, and torch modules that export to one."""
 
     name = "onnxruntime"
+    automatic = True
+
+    def available(self) -> Availability:
+        """Its version."""
+        return installed("onnx", "onnxruntime")
 
     def supports(self, model: Model, device: Device, policy: PrecisionPolicy) -> str | None:
         """fp32 on the CPU, weights up to 1 GiB, no bfloat16 tensors in the contract."""
-        need = ["onnxruntime"] if model.onnx else ["onnxruntime", "onnx", "onnxscript"]
-        missing = [name for name in need if importlib.util.find_spec(name) is None]
-        if missing:
-            return f"not installed: {', '.join(missing)} (pip install 'plinth-engine[onnx]')"
         if device.kind != "cpu":
             return f"only its CPU provider is used here, not {device.kind}"
         if not policy.plain and not policy.auto:
             return "its CPU kernels compute in fp32 only"
-        if any(spec.dtype == "bfloat16" for spec in (*model.spec.inputs, *model.spec.outputs)):
-            return "it takes no bfloat16 tensors"
-        size = stored_bytes(model.module)
-        if size > MAX_WEIGHTS:
-            return f"the weights have {size} bytes, at most {MAX_WEIGHTS} fit into one ONNX file"
-        return None
+        return why_not_onnx(model)
 
     def compile(
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None
@@ -102,141 +138,4 @@ class OnnxRuntime:
         Raises:
             ModelError: it cannot be exported or loaded; says why.
         """
-        path = model.onnx or _exported(model)
-        return OrtExecutable(model.spec, path, device, threads)
-
-
-class _Positional(nn.Module):
-    """A module with its inputs and outputs in the order of the contract, as ONNX labels them."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.module = in_eval_mode(model)
-        self.eval()
-        self._spec = model.spec
-        self._binding = Binding(model.spec, model.module)
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # Clones, so that a module that writes to its input does not turn it into an output.
-        rows = {
-            name: tensor.clone() for name, tensor in zip(self._binding.names, tensors, strict=True)
-        }
-        found = outputs_by_name(self._spec, self._binding.call(self.module, rows))
-        return tuple(found[tensor.name] for tensor in self._spec.outputs)
-
-
-def _exported(model: Model) -> Path:
-    """The model's ONNX file, from the cache if the very same program was exported before.
-
-    The key is the traced program with all its constants, not the module: whatever decides
-    what the module computes has left its mark there.
-    """
-    program = _traced(model)
-    path = cache_folder("onnx") / f"{_key(model, program)}.onnx"
-    if path.is_file():
-        return path
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
-        new = Path(folder) / "model.onnx"
-        with _refusing(model), _quiet():
-            converted = torch.onnx.export(
-                program,
-                dynamo=True,
-                input_names=[tensor.name for tensor in model.spec.inputs],
-                output_names=[tensor.name for tensor in model.spec.outputs],
-                verbose=False,
-            )
-            if converted is None:
-                raise ModelError(f"model {model.spec.name}: the export gave nothing")
-            _refuse_negative_ids(converted.model_proto, new)
-        new.replace(path)
-    return path
-
-
-def _traced(model: Model) -> torch.export.ExportedProgram:
-    shapes = tuple(
-        {0: torch.export.Dim.DYNAMIC}
-        | {i: torch.export.Dim.AUTO for i, size in enumerate(spec.shape, 1) if size is None}
-        for spec in model.spec.inputs
-    )
-    rows = model.rows(EXAMPLE_ROWS)
-    inputs = tuple(rows[spec.name] for spec in model.spec.inputs)
-    with _refusing(model), _quiet():
-        return torch.export.export(_Positional(model), inputs, dynamic_shapes=(shapes,))
-
-
-def _key(model: Model, program: torch.export.ExportedProgram) -> str:
-    versions = [metadata.version(name) for name in ("torch", "onnx", "onnxscript")]
-    contract = model.spec.model_dump_json(include={"inputs", "outputs"})
-    facts = (FORMAT, *versions, contract, str(program.graph), str(program.range_constraints))
-    key = hashlib.sha256("\n".join(facts).encode())
-    for name, value in sorted({**program.state_dict, **program.constants}.items()):
-        key.update(f"{name}\n".encode())
-        key.update(digest(value).encode())
-    return key.hexdigest()
-
-
-def _refuse_negative_ids(proto: Any, path: Path) -> None:
-    """Save an exported model in which look-ups fail on ids below 0, as they do in torch.
-
-    ONNX counts them from the end. They are turned into a number beyond every table, at which
-    ONNX Runtime raises.
-    """
-    import onnx
-
-    nodes = []
-    for number, node in enumerate(proto.graph.node):
-        origin = next((m.value for m in node.metadata_props if m.key.endswith("fx_node")), "")
-        lookup = any(f"aten.{op}." in origin for op in ("embedding", "index_select"))
-        if node.op_type == "Gather" and lookup:
-            ids, zero, far, below, safe = node.input[1], *(f"plinth_{number}_{i}" for i in range(4))
-            kind = onnx.TensorProto.INT64
-            for name, value in ((zero, 0), (far, (1 << 31) - 1)):
-                constant = onnx.helper.make_tensor(name, kind, [], [value])
-                proto.graph.initializer.append(constant)
-            wide = f"{safe}_wide"
-            nodes += [
-                onnx.helper.make_node("Cast", [ids], [wide], to=kind),
-                onnx.helper.make_node("Less", [wide, zero], [below]),
-                onnx.helper.make_node("Where", [below, far, wide], [safe]),
-            ]
-            node.input[1] = safe
-        nodes.append(node)
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-    onnx.save_model(proto, str(path))
-
-
-@contextlib.contextmanager
-def _refusing(model: Model) -> Iterator[None]:
-    """Turn what an exporter raises into a sentence.
-
-    Raises:
-        ModelError: what cannot be exported, and why.
-    """
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:  # exporters raise errors of many kinds
-        reason = str(error.__cause__ or error).strip().partition("\n")[0][:300]
-        if "data-dependent" in str(error):
-            reason = f"its control flow depends on values, which a graph cannot hold ({reason})"
-        raise ModelError(
-            f"model {model.spec.name} cannot be exported to ONNX: {reason}",
-            hint="use backend eager",
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        return OrtExecutable(model.spec, onnx_file(model), device, threads)

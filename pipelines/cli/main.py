@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plinth.distribution import install_hint, version
+from plinth.pipelines.cli.backends import EPILOG as BACKENDS_EPILOG
+from plinth.pipelines.cli.backends import backends
 from plinth.pipelines.cli.benchmark import EPILOG as BENCHMARK_EPILOG
 from plinth.pipelines.cli.benchmark import benchmark
 from plinth.pipelines.cli.models import models
@@ -45,6 +47,7 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.command(epilog=BENCHMARK_EPILOG)(benchmark)
+app.command(epilog=BACKENDS_EPILOG)(backends)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="TOML file; default ./plinth.toml if there.")

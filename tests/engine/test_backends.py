@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from plinth.engine import Call, ConfigError, Engine, Model, ModelError, ModelSpec, TensorSpec
-from plinth.engine.backends import BACKENDS, Executable, prepare
+from plinth.engine.backends import Availability, Executable, backends, prepare
 from plinth.engine.backends.choice import difference
 from plinth.engine.backends.eager import TorchExecutable
 from plinth.engine.backends.inductor import Inductor
@@ -15,6 +15,8 @@ from plinth.engine.devices.device import Device, pick
 from plinth.engine.precision.policy import PRESETS
 
 CPU = pick("cpu")
+OPENVINO = pytest.param("openvino", marks=pytest.mark.needs("openvino"))
+EXPORTING = ["onnxruntime", OPENVINO]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,7 +56,7 @@ class Branching(nn.Module):
         return x * 2 if bool((x.abs().sum() >= 0).item()) else x * 3
 
 
-@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("backend", ["eager", *EXPORTING])
 @pytest.mark.parametrize("rows", [1, 2, 7])
 def test_every_backend_gives_what_the_module_gives_for_any_number_of_rows(backend, rows):
     model = scorer()
@@ -67,28 +69,123 @@ def test_every_backend_gives_what_the_module_gives_for_any_number_of_rows(backen
     assert (executable.backend, executable.precision) == (backend, "fp32")
 
 
-def test_rows_that_are_not_contiguous_are_read_right():
+@pytest.mark.parametrize("backend", ["eager", *EXPORTING])
+def test_an_answer_stays_what_it_was_when_other_rows_run(backend):
+    model = scorer()
+    executable = prepare(model, CPU, "fp32", backend)
+    for count in (3, 3, 20_000):  # bound to buffers from the second run on, or too large for it
+        rows = torch.randn(count, 8)
+        first = executable.run({"x": rows})["score"]
+        kept = first.clone()
+        executable.run({"x": rows + 1})
+        assert torch.equal(first, kept)
+        torch.testing.assert_close(first, model.module(rows).detach())
+    assert not executable.release() or executable.run({"x": rows})["score"].equal(kept)
+
+
+@pytest.mark.parametrize("backend", EXPORTING)
+def test_rows_that_are_not_contiguous_are_read_right(backend):
     model = scorer()
     wide = torch.randn(5, 16)[:, ::2]
-    got = prepare(model, CPU, "fp32", "onnxruntime").run({"x": wide})["score"]
-    torch.testing.assert_close(got, model.module(wide).detach())
+    executable = prepare(model, CPU, "fp32", backend)
+    for _ in range(2):
+        got = executable.run({"x": wide})["score"]
+        torch.testing.assert_close(got, model.module(wide).detach())
 
 
-def test_several_inputs_and_outputs_go_by_name():
+@pytest.mark.parametrize("backend", ["eager", *EXPORTING])
+def test_several_inputs_and_outputs_go_by_name(backend):
     model = Model(spec({"a": (3,), "b": (3,)}, {"sum": (3,), "product": (3,)}), TwoWays())
-    a, b = torch.randn(2, 4, 3)
-    for backend in ("eager", "onnxruntime"):
-        out = prepare(model, CPU, "fp32", backend).run({"b": b, "a": a})
+    executable = prepare(model, CPU, "fp32", backend)
+    for _ in range(2):
+        a, b = torch.randn(2, 4, 3)
+        out = executable.run({"b": b, "a": a})
         torch.testing.assert_close(out["sum"], a + b)
         torch.testing.assert_close(out["product"], a * b)
 
 
-def test_sizes_that_the_contract_leaves_open_may_differ_from_the_probe():
+class Text(nn.Module):
+    """Looks ids up twice: as they are, and after arithmetic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(10, 4), nn.Embedding(6, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[1]) + ids[:, :1] * 0
+        return self.words(ids) + self.places(places)
+
+
+def text(size: int | None, **bounds) -> Model:
+    torch.manual_seed(0)
+    inputs = (TensorSpec(name="ids", shape=(size,), dtype="int64", **bounds),)
+    outputs = (TensorSpec(name="y", shape=(size, 4)),)
+    return Model(ModelSpec(name="text", inputs=inputs, outputs=outputs), Text().eval())
+
+
+@pytest.mark.parametrize("backend", ["eager", *EXPORTING])
+@pytest.mark.parametrize("wrong", [10, -1, 2**31, 2**32])
+def test_an_id_beyond_its_table_is_an_error_on_every_backend(backend, wrong):
+    model = text(5, bounds=(0, 9))
+    executable = prepare(model, CPU, "fp32", backend)
+    good = torch.tensor([[0, 3, 9, 1, 2]])
+    for ids in (good, good.repeat(2, 1)):
+        torch.testing.assert_close(executable.run({"ids": ids})["y"], model.module(ids).detach())
+    with pytest.raises(Exception, match=r"(?i)range|bounds|32 bits"):
+        executable.run({"ids": torch.where(good == 9, wrong, good)})
+
+
+@pytest.mark.needs("openvino")
+def test_a_text_longer_than_the_table_of_places_is_an_error_with_openvino():
+    model = text(None, bounds=(0, 9))
+    executable = prepare(model, CPU, "fp32", "openvino", example={"ids": torch.ones(2, 5).long()})
+    executable.run({"ids": torch.ones(2, 6).long()})
+    with pytest.raises(ModelError, match="an index is out of range"):
+        executable.run({"ids": torch.ones(2, 7).long()})
+
+
+class Wide(nn.Module):
+    """What needs more digits than OpenVINO holds."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.what == "float64":
+            return (x.double() + 1e-12).sqrt().float()
+        if self.what == "product":
+            return ((x * x) % 1000).float()
+        return torch.zeros(len(x), 2, 2).index_put((x[:, :1].long(),), torch.ones(()))[:, 0]
+
+
+@pytest.mark.needs("openvino")
+@pytest.mark.parametrize(
+    ("what", "dtype", "reason"),
+    [("float64", "float32", "float64"), ("product", "int64", "32 bits")],
+)
+def test_what_openvino_would_compute_in_fewer_digits_is_refused(what, dtype, reason):
+    inputs = (TensorSpec(name="x", shape=(2,), dtype=dtype),)
+    outputs = (TensorSpec(name="y", shape=(2,)),)
+    model = Model(ModelSpec(name="wide", inputs=inputs, outputs=outputs), Wide(what).eval())
+    with pytest.raises(ModelError, match=reason):
+        prepare(model, CPU, "fp32", "openvino")
+
+
+@pytest.mark.needs("openvino")
+def test_openvino_says_which_kernels_its_graph_was_compiled_to():
+    kernels = prepare(scorer(), CPU, "fp32", "openvino").report["kernels"]
+    assert sum(count for name, count in kernels.items() if "FullyConnected" in name) == 2
+
+
+@pytest.mark.parametrize("backend", ["eager", *EXPORTING])
+def test_sizes_that_the_contract_leaves_open_may_differ_from_the_probe(backend):
     module = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 2, 1)).eval()
     model = Model(spec({"x": (1, None, None, None)}, {"y": (2, None, None, None)}), module)
-    executable = prepare(model, CPU, "fp32", "onnxruntime", rows=1)
-    x = torch.randn(2, 1, 9, 11, 13)
-    torch.testing.assert_close(executable.run({"x": x})["y"], module(x).detach())
+    executable = prepare(model, CPU, "fp32", backend, rows=1)
+    for sizes in ((9, 11, 13), (4, 5, 6)):
+        x = torch.randn(2, 1, *sizes)
+        torch.testing.assert_close(executable.run({"x": x})["y"], module(x).detach())
 
 
 def test_auto_takes_the_fastest_and_reports_all_it_tried():
@@ -159,6 +256,10 @@ def test_a_choice_that_cannot_be_is_refused_with_the_reason():
 def test_a_backend_that_is_off_the_reference_is_never_taken(monkeypatch):
     class Wrong:
         name = "wrong"
+        automatic = False
+
+        def available(self):
+            return Availability("1")
 
         def supports(self, model, device, policy):
             return None
@@ -169,7 +270,7 @@ def test_a_backend_that_is_off_the_reference_is_never_taken(monkeypatch):
 
             return TorchExecutable("wrong", model, model.module, device, compiled=off)
 
-    monkeypatch.setitem(BACKENDS, "wrong", Wrong())
+    monkeypatch.setitem(backends(), "wrong", Wrong())
     with pytest.raises(ModelError, match="off the reference"):
         prepare(scorer(), CPU, "fp32", "wrong")
 
@@ -203,16 +304,19 @@ def test_a_model_that_breaks_its_contract_is_named():
 def test_inductor_says_when_there_is_no_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match=r"neither g\+\+ nor clang\+\+"):
+        prepare(scorer(), CPU, "fp32", "aotinductor")
+    with pytest.raises(ConfigError, match=r"neither g\+\+ nor clang\+\+"):
         prepare(scorer(), CPU, "fp32", "inductor")
     assert "bf16" not in (Inductor().supports(scorer(), CPU, PRESETS["bf16"]) or "")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
-def test_inductor_compiles_for_any_number_of_rows(monkeypatch, tmp_path):
+@pytest.mark.parametrize("backend", ["inductor", "aotinductor"])
+def test_inductor_compiles_for_any_number_of_rows(backend, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = scorer()
-    executable = prepare(model, CPU, "fp32", "inductor")
+    executable = prepare(model, CPU, "fp32", backend)
     for rows in (1, 5, 33):
         x = torch.randn(rows, 8)
         torch.testing.assert_close(executable.run({"x": x})["score"], model.module(x).detach())

@@ -1,0 +1,188 @@
+"""A torch module as an ONNX file: made once, kept in a cache by the program that was traced."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from plinth.distribution import version
+from plinth.engine.backends.base import installed
+from plinth.engine.backends.eager import in_eval_mode, stored_bytes
+from plinth.engine.cache import cache_folder
+from plinth.engine.errors import ModelError
+from plinth.engine.models.binding import Binding, outputs_by_name
+from plinth.engine.models.digest import digest
+from plinth.engine.models.store import Model
+
+MAX_WEIGHTS = 1 << 30
+EXAMPLE_ROWS = 2
+FORMAT = "2"  # of what is kept in the cache
+
+
+def why_not_onnx(model: Model) -> str | None:
+    """Why a model has no ONNX file and cannot be made one here; ``None`` if it can."""
+    if not model.onnx and (reason := installed("onnx", "onnx", "onnxscript").reason):
+        return reason
+    if any(spec.dtype == "bfloat16" for spec in (*model.spec.inputs, *model.spec.outputs)):
+        return "it takes no bfloat16 tensors"
+    size = stored_bytes(model.module)
+    if size > MAX_WEIGHTS:
+        return f"the weights have {size} bytes, at most {MAX_WEIGHTS} fit into one ONNX file"
+    return None
+
+
+class _Positional(nn.Module):
+    """A module with its inputs and outputs in the order of the contract, as ONNX labels them."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.module = in_eval_mode(model)
+        self.eval()
+        self._spec = model.spec
+        self._binding = Binding(model.spec, model.module)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # Clones, so that a module that writes to its input does not turn it into an output.
+        rows = {
+            name: tensor.clone() for name, tensor in zip(self._binding.names, tensors, strict=True)
+        }
+        found = outputs_by_name(self._spec, self._binding.call(self.module, rows))
+        return tuple(found[tensor.name] for tensor in self._spec.outputs)
+
+
+def onnx_file(model: Model) -> Path:
+    """The model's ONNX file: its own, or exported (seconds; once per program and weights).
+
+    The key is the traced program with all its constants, not the module: whatever decides
+    what the module computes has left its mark there.
+
+    Raises:
+        ModelError: it cannot be exported; says why.
+    """
+    if model.onnx:
+        return model.onnx
+    program = traced(model)
+    path = cache_folder("onnx") / f"{program_key(model, program)}.onnx"
+    if path.is_file():
+        return path
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
+        new = Path(folder) / "model.onnx"
+        with refusing(model, "exported to ONNX"), quiet():
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=[tensor.name for tensor in model.spec.inputs],
+                output_names=[tensor.name for tensor in model.spec.outputs],
+                verbose=False,
+            )
+            if converted is None:
+                raise ModelError(f"model {model.spec.name}: the export gave nothing")
+            _refuse_negative_ids(converted.model_proto, new)
+        new.replace(path)
+    return path
+
+
+def traced(model: Model) -> torch.export.ExportedProgram:
+    """The program a model runs, for any number of rows and any size its spec leaves free.
+
+    Raises:
+        ModelError: it cannot be traced; says why.
+    """
+    shapes = tuple(
+        {0: torch.export.Dim.DYNAMIC}
+        | {i: torch.export.Dim.AUTO for i, size in enumerate(spec.shape, 1) if size is None}
+        for spec in model.spec.inputs
+    )
+    rows = model.rows(EXAMPLE_ROWS)
+    inputs = tuple(rows[spec.name] for spec in model.spec.inputs)
+    with refusing(model, "exported to ONNX"), quiet():
+        return torch.export.export(_Positional(model), inputs, dynamic_shapes=(shapes,))
+
+
+def program_key(model: Model, program: torch.export.ExportedProgram) -> str:
+    """A key of what is made from a program: its graph and constants, the contract, versions."""
+    versions = [version(name) for name in ("torch", "onnx", "onnxscript")]
+    contract = model.spec.model_dump_json(include={"inputs", "outputs"})
+    facts = (FORMAT, *versions, contract, str(program.graph), str(program.range_constraints))
+    key = hashlib.sha256("\n".join(facts).encode())
+    for name, value in sorted({**program.state_dict, **program.constants}.items()):
+        key.update(f"{name}\n".encode())
+        key.update(digest(value).encode())
+    return key.hexdigest()
+
+
+def _refuse_negative_ids(proto: Any, path: Path) -> None:
+    """Save an exported model in which look-ups fail on ids below 0, as they do in torch.
+
+    ONNX counts them from the end. They are turned into a number beyond every table, at which
+    ONNX Runtime raises.
+    """
+    import onnx
+
+    nodes = []
+    for number, node in enumerate(proto.graph.node):
+        origin = next((m.value for m in node.metadata_props if m.key.endswith("fx_node")), "")
+        lookup = any(f"aten.{op}." in origin for op in ("embedding", "index_select"))
+        if node.op_type == "Gather" and lookup:
+            ids, zero, far, below, safe = node.input[1], *(f"plinth_{number}_{i}" for i in range(4))
+            kind = onnx.TensorProto.INT64
+            for name, value in ((zero, 0), (far, (1 << 31) - 1)):
+                constant = onnx.helper.make_tensor(name, kind, [], [value])
+                proto.graph.initializer.append(constant)
+            wide = f"{safe}_wide"
+            nodes += [
+                onnx.helper.make_node("Cast", [ids], [wide], to=kind),
+                onnx.helper.make_node("Less", [wide, zero], [below]),
+                onnx.helper.make_node("Where", [below, far, wide], [safe]),
+            ]
+            node.input[1] = safe
+        nodes.append(node)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    onnx.save_model(proto, str(path))
+
+
+@contextlib.contextmanager
+def refusing(model: Model, how: str) -> Iterator[None]:
+    """Turn what an exporter raises into a sentence: the model cannot be ``how``.
+
+    Raises:
+        ModelError: what cannot be exported, and why.
+    """
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # exporters raise errors of many kinds
+        reason = str(error.__cause__ or error).strip().partition("\n")[0][:300]
+        if "data-dependent" in str(error):
+            reason = f"its control flow depends on values, which a graph cannot hold ({reason})"
+        raise ModelError(
+            f"model {model.spec.name} cannot be {how}: {reason}",
+            hint="use backend eager",
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what exporters log and warn of."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,293 @@
+"""OpenVINO on the CPU: fused kernels and blocked layouts, the fastest here for convolutions.
+
+It differs from torch where torch would raise or hold more digits, so that graphs and inputs
+for which this could show are refused: integers are 32 bits wide inside, and a look-up beyond
+its table gives zeros. The first is looked for in the inputs, the second by an output that is
+added to the graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plinth.engine.backends.base import Availability, installed, named
+from plinth.engine.backends.export import onnx_file, why_not_onnx
+from plinth.engine.cache import cache_folder
+from plinth.engine.devices.device import Device
+from plinth.engine.errors import InputError, ModelError
+from plinth.engine.models.spec import ModelSpec
+from plinth.engine.models.store import Model
+from plinth.engine.precision.policy import PrecisionPolicy
+
+INT32 = np.iinfo(np.int32)
+_LOOKUPS = ("Gather", "GatherElements")
+_REFUSED = ("GatherND", "ScatterNDUpdate", "ScatterElementsUpdate", "EmbeddingBagOffsetsSum")
+_WIDE = ("Multiply", "Power", "ShiftLeft")
+
+
+class OpenVinoExecutable:
+    """A compiled graph and one request on it; see ``base.Executable``.
+
+    Args:
+        spec: the contract.
+        graph: an ``openvino.Model`` whose inputs and outputs have the names of the contract.
+        device: the CPU.
+        threads: of one run; ``None`` as torch has it.
+        precision: ``"fp32"``, ``"bf16"``, or what the graph was quantised to.
+        bf16: let matrix products and convolutions compute in bfloat16.
+    """
+
+    backend = "openvino"
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        graph: Any,
+        device: Device,
+        threads: int | None,
+        precision: str = "fp32",
+        *,
+        bf16: bool = False,
+    ) -> None:
+        self.device = device
+        self.precision = precision
+        self.weights = _constant_bytes(graph)
+        self.report: dict[str, Any] = {"threads": threads or torch.get_num_threads()}
+        self._spec = spec
+        self._checks = _check_lookups(graph)
+        settings = {
+            "INFERENCE_NUM_THREADS": self.report["threads"],
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            "KV_CACHE_PRECISION": "f32",
+            "ENABLE_CPU_PINNING": False,
+            "CACHE_DIR": str(_blobs(device)),
+        }
+        self._compiled = _core().compile_model(graph, "CPU", settings)
+        self._request = self._compiled.create_infer_request()
+        self._inputs = _places(self._compiled.inputs, [t.name for t in spec.inputs])
+        self._outputs = _places(self._compiled.outputs, [t.name for t in spec.outputs])
+        self._ints = [t.name for t in spec.inputs if t.dtype == "int64"]
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run rows on the host.
+
+        Raises:
+            InputError: integers beyond 32 bits.
+            ModelError: an index lies beyond its table.
+        """
+        import openvino
+
+        given = {name: tensor.numpy(force=True) for name, tensor in inputs.items()}
+        for name in self._ints:
+            _check_range(self._spec.name, name, given[name])
+        held = [np.ascontiguousarray(array) for array in given.values()]
+        for name, array in zip(given, held, strict=True):
+            tensor = openvino.Tensor(array, shared_memory=True)
+            self._request.set_input_tensor(self._inputs[name], tensor)
+        self._request.infer()
+        if self._checks and bool(self._request.get_tensor(CHECK).data.any()):
+            raise ModelError(
+                f"model {self._spec.name}: an index is out of range of its table",
+                hint="send ids that the model knows; give the input bounds in the spec",
+            )
+        output = {
+            name: torch.from_numpy(self._request.get_output_tensor(index).data.copy())
+            for name, index in self._outputs.items()
+        }
+        return named(self._spec, output, len(held[0]))
+
+    def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As :meth:`run`; notes which kernels the graph was compiled to."""
+        output = self.run(inputs)
+        self.report["kernels"] = self.kernels()
+        return output
+
+    def kernels(self) -> dict[str, int]:
+        """How many nodes run in each kernel, such as ``"MatMul brgemm_avx512_amx_bf16"``."""
+        nodes = Counter[str]()
+        for node in self._compiled.get_runtime_model().get_ops():
+            info = node.get_rt_info()
+            kind, kernel = (
+                str(info[key].value if hasattr(info[key], "value") else info[key])
+                if key in info
+                else ""
+                for key in ("layerType", "primitiveType")
+            )
+            if kind not in ("Input", "Output", "Const", "Reorder", ""):
+                nodes[f"{kind} {kernel}"] += 1
+        return dict(nodes.most_common())
+
+    def release(self) -> bool:
+        """Give back the memory of earlier shapes."""
+        self._request = self._compiled.create_infer_request()
+        self._compiled.release_memory()
+        return True
+
+
+CHECK = "plinth_index_out_of_range"
+"""Name of the output that says whether a look-up lay beyond its table."""
+
+
+class OpenVino:
+    """Runs ONNX files, and torch modules that export to one."""
+
+    name = "openvino"
+    automatic = True
+
+    def available(self) -> Availability:
+        """Its version."""
+        return installed("openvino", "openvino")
+
+    def supports(self, model: Model, device: Device, policy: PrecisionPolicy) -> str | None:
+        """fp32 on the CPU; bf16 where the CPU has it. No float64, which it would narrow."""
+        if device.kind != "cpu":
+            return f"only its CPU plugin is used here, not {device.kind}"
+        if any(t.dtype == "float64" for t in (*model.spec.inputs, *model.spec.outputs)):
+            return "it computes float64 in float32"
+        wanted = {*policy.table().values(), *policy.layers.values()} - {"fp32", "bf16"}
+        if wanted:
+            return f"it computes fp32 and bf16 here, not {', '.join(sorted(wanted))}"
+        if not policy.plain and not device.native("bf16"):
+            return f"{device.name or device} has no bf16 instructions, and it emulates none"
+        return why_not_onnx(model)
+
+    def compile(
+        self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None
+    ) -> OpenVinoExecutable:
+        """Read the model's ONNX file, exported if need be, and compile it for any rows.
+
+        Raises:
+            ModelError: it cannot be exported or read, or holds what is not computed as in torch.
+        """
+        graph = read_graph(onnx_file(model), model.spec)
+        # A policy with int8 classes is realised here: quantise `graph` before it is compiled.
+        bf16 = not policy.plain
+        precision = policy.name if bf16 else "fp32"
+        return OpenVinoExecutable(model.spec, graph, device, threads, precision, bf16=bf16)
+
+
+def read_graph(path: Path, spec: ModelSpec) -> Any:
+    """An ONNX file as an ``openvino.Model``.
+
+    Raises:
+        ModelError: it cannot be read, or holds what OpenVINO does not compute as torch does.
+    """
+    try:
+        graph = _core().read_model(str(path))
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[-1][:300]
+        raise ModelError(f"OpenVINO cannot read model {spec.name}: {first}") from error
+    _refuse_silent_differences(graph, spec)
+    return graph
+
+
+@cache
+def _core() -> Any:
+    import openvino
+
+    return openvino.Core()
+
+
+def _blobs(device: Device) -> Path:
+    """Where compiled graphs are kept: one folder for each kind of CPU and version."""
+    version = installed("openvino", "openvino").version
+    facts = "\n".join((device.name, ",".join(device.dtypes), str(version)))
+    folder = cache_folder("openvino") / hashlib.sha256(facts.encode()).hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _places(ports: Any, names: list[str]) -> dict[str, int]:
+    return {
+        name: next(i for i, port in enumerate(ports) if name in port.get_names()) for name in names
+    }
+
+
+def _constant_bytes(graph: Any) -> int:
+    constants = (op for op in graph.get_ops() if op.get_type_name() == "Constant")
+    return sum(op.get_byte_size() for op in constants)
+
+
+def _check_range(model: str, name: str, array: Any) -> None:
+    if not array.size:
+        return
+    low, high = int(array.min()), int(array.max())
+    if low < INT32.min or high > INT32.max:
+        raise InputError(
+            f"model {model}: input {name} has values from {low} to {high}; OpenVINO holds "
+            "integers in 32 bits",
+            field=name,
+            hint="use backend eager",
+        )
+
+
+def _is_constant(node: Any) -> bool:
+    return str(node.get_type_name()) == "Constant"
+
+
+def _check_lookups(graph: Any) -> bool:
+    """Add an output that is true where an index lies beyond its table; whether there is one."""
+    from openvino import opset13 as ops
+
+    found: list[Any] = []
+    for node in graph.get_ordered_ops():
+        kind = node.get_type_name()
+        if kind not in _LOOKUPS or _is_constant(node.input_value(1).get_node()):
+            continue
+        index = ops.convert(node.input_value(1), "i32")
+        sizes = ops.shape_of(node.input_value(0), "i32")
+        axis = node.input_value(2) if kind == "Gather" else ops.constant(node.get_axis())
+        zero = ops.constant(np.int32(0))
+        one = ops.constant(np.array([1], np.int32))
+        size = ops.reshape(
+            ops.gather(sizes, ops.convert(axis, "i32"), zero), one, special_zero=False
+        )
+        wrong = ops.logical_or(ops.greater_equal(index, size), ops.less(index, ops.negative(size)))
+        flat = ops.reshape(wrong, ops.constant(np.array([-1], np.int32)), special_zero=False)
+        found.append(ops.reduce_logical_or(flat, zero, keep_dims=True))
+    if not found:
+        return False
+    whole = ops.reduce_logical_or(ops.concat(found, 0), ops.constant(np.int32(0)), keep_dims=True)
+    whole.output(0).get_tensor().set_names({CHECK})
+    graph.add_outputs([whole.output(0)])
+    return True
+
+
+def _refuse_silent_differences(graph: Any, spec: ModelSpec) -> None:
+    bounded = all(t.bounds is not None or t.dtype != "int64" for t in spec.inputs)
+    from_ids = _reached(graph, {t.name for t in spec.inputs if t.dtype == "int64"})
+    for node in graph.get_ops():
+        kind, inputs = str(node.get_type_name()), node.input_values()
+        if node.get_output_size() and node.get_output_element_type(0).get_type_name() == "f64":
+            raise ModelError("OpenVINO would compute its float64 operations in float32")
+        if kind in _REFUSED and not _is_constant(inputs[1].get_node()):
+            raise ModelError(f"OpenVINO does not check the indices of {kind}")
+        wide = kind in _WIDE and node.get_output_element_type(0).get_type_name() == "i64"
+        if wide and not bounded and node.get_friendly_name() in from_ids:
+            raise ModelError(
+                "OpenVINO holds integers in 32 bits, and the model multiplies its inputs",
+                hint="give integer inputs bounds in the spec",
+            )
+
+
+def _reached(graph: Any, names: set[str]) -> set[str]:
+    """Friendly names of the nodes whose values depend on those of some inputs."""
+    reached: set[str] = set()
+    for node in graph.get_ordered_ops():
+        own = node.get_type_name() == "Parameter" and node.output(0).get_any_name() in names
+        before = (value.get_node().get_friendly_name() for value in node.input_values())
+        if own or (node.get_type_name() != "ShapeOf" and any(b in reached for b in before)):
+            reached.add(node.get_friendly_name())
+    return reached
