@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations, product
+from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +26,7 @@ from plinth.verticals.medical.ct.analysis import (
 from plinth.verticals.medical.ct.findings import density, withheld
 from plinth.verticals.medical.phantom.chest import FAT, LUNG, MUSCLE, OUTER, Phantom
 from plinth.verticals.medical.vertical import phantom_volume
-from plinth.verticals.medical.volumes.volume import Volume
+from plinth.verticals.medical.volumes.volume import SeriesFacts, Verdict, Volume
 
 TRUTH = Phantom().truth()
 SCANS = {
@@ -69,17 +72,6 @@ def test_trachea_is_true_within_five_percent() -> None:
     above = phantom.truth()["length_mm"] / 2 - 10  # the trachea ends 10 mm above the middle
     found = values(analyse(phantom_volume(phantom)))
     assert found["airway_volume"] == pytest.approx(math.pi * 9**2 * above / 1000, rel=0.05)
-
-
-def test_fat_and_muscle_areas_tell_a_ring_from_what_it_holds(
-    plain: tuple[Volume, Analysis],
-) -> None:
-    found = values(plain[1])
-    ring = math.pi * (OUTER[0] * OUTER[1] - 150 * 100) / 100  # cm², less the skin's partial voxels
-    assert found["fat_area"] is not None
-    assert found["muscle_area"] is not None
-    assert 0.8 * ring < found["fat_area"] < ring
-    assert found["muscle_area"] > found["fat_area"]
 
 
 @pytest.mark.parametrize("noise", [20.0, 40.0])
@@ -131,7 +123,6 @@ def test_numbers_do_not_depend_on_how_the_array_lies(
     plain, other = values(found), values(analyse(turned(volume, axes, flips)))
     for key in ("lung_right_volume", "lung_left_volume", "airway_volume", "lungs_perc15"):
         assert other[key] == pytest.approx(plain[key], rel=2e-3), key
-    assert other["fat_area"] == pytest.approx(plain["fat_area"], rel=0.05)  # a plane, +- one
 
 
 # -- densitometry by itself ------------------------------------------------------------------
@@ -234,12 +225,43 @@ def test_bowel_is_no_lung(
     assert any("no lungs were found" in warning for warning in found.warnings)
 
 
-def test_a_round_field_of_view_that_cuts_a_lung_is_said(plain: tuple[Volume, Analysis]) -> None:
+def round_view(volume: Volume, radius: float, aside: float) -> Volume:
+    """The volume in a round field of view, all in voxels; what is outside is padding."""
+    y, x = (np.arange(n) - (n - 1) / 2 for n in volume.shape[1:])
+    outside = y[:, None] ** 2 + (x[None, :] - aside) ** 2 > radius**2
+    return refilled(volume, np.broadcast_to(outside, volume.shape), -1024)
+
+
+def cropped(volume: Volume, axis: int, start: int, stop: int) -> Volume:
+    index = [slice(None)] * 3
+    index[axis] = slice(start, stop)
+    affine = volume.affine.copy()
+    affine[:3, 3] += affine[:3, 2 - axis] * start
+    return replace(volume, voxels=np.ascontiguousarray(volume.voxels[tuple(index)]), affine=affine)
+
+
+VIEWS: dict[str, Callable[[Volume], Volume]] = {
+    "round": lambda volume: round_view(volume, 36, 0),
+    "wide round": lambda volume: round_view(volume, 42, 0),
+    "round and aside": lambda volume: round_view(volume, 46, 14),
+    "from the right": lambda volume: cropped(volume, 2, 24, 120),
+    "from the left": lambda volume: cropped(volume, 2, 0, 92),
+    "from the front": lambda volume: cropped(volume, 1, 28, 96),
+    "from the back": lambda volume: cropped(volume, 1, 0, 66),
+    "from below": lambda volume: cropped(volume, 0, 14, 72),
+    "from above": lambda volume: cropped(volume, 0, 0, 60),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_field_of_view_that_cuts_a_lung_is_said(
+    plain: tuple[Volume, Analysis], name: str
+) -> None:
     volume, analysis = plain
     assert not any("field of view" in warning for warning in analysis.warnings)
-    y, x = (np.arange(n) - (n - 1) / 2 for n in volume.shape[1:])
-    outside = np.broadcast_to(y[:, None] ** 2 + x[None, :] ** 2 > 36**2, volume.shape)
-    found = analyse(refilled(volume, outside, -1024))
+    found = analyse(VIEWS[name](volume))
+    lost = 1 - (values(found)["lungs_volume"] or 0) / (values(analysis)["lungs_volume"] or 1)
+    assert lost > 0.005, "this view cuts a lung"
     assert any("field of view" in warning for warning in found.warnings)
 
 
@@ -250,6 +272,44 @@ def test_an_opaque_part_of_a_lung_is_said_to_be_missing(plain: tuple[Volume, Ana
     found = analyse(refilled(volume, low, MUSCLE))
     assert any("parts of the left lung" in warning for warning in found.warnings)
     assert not any("parts of the" in warning for warning in analysis.warnings)
+
+
+def test_a_dense_mass_at_the_wall_is_said_to_be_missing(plain: tuple[Volume, Analysis]) -> None:
+    volume, analysis = plain
+    z, y, x = np.nonzero(analysis.labels == LUNG_LEFT)
+    at = np.array([np.median(z) + 4, np.median(y), x.max() - 6])
+    away = np.linalg.norm(np.indices(volume.shape) - at[:, None, None, None], axis=0) * 3
+    found = analyse(refilled(volume, (away < 25) & (volume.voxels < 0), MUSCLE))
+    (warning,) = [one for one in found.warnings if "ribs" in one]
+    assert "between the left lung and its ribs" in warning
+    assert not any("ribs" in one for one in analysis.warnings)
+
+
+def test_a_mass_amid_a_lung_is_part_of_it(plain: tuple[Volume, Analysis]) -> None:
+    volume, analysis = plain
+    z, y, x = np.nonzero(analysis.labels == LUNG_RIGHT)
+    at = np.array([np.median(z), np.median(y), np.median(x)])
+    away = np.linalg.norm(np.indices(volume.shape) - at[:, None, None, None], axis=0) * 3
+    found = analyse(refilled(volume, away < 21, MUSCLE))
+    before, after = (values(one)["lung_right_volume"] for one in (analysis, found))
+    assert after == pytest.approx(before, rel=0.01)
+
+
+def test_lungs_of_a_real_slice_are_those_of_a_trained_network(real: Callable[[str], Path]) -> None:
+    """A slice, stacked, against the counts that lungmask's own tests hold its R231 to.
+
+    They are of two equal slices: 64,752 voxels of right lung, 36,536 of left. The slice has dense
+    dependent lung and a faint nodule.
+    """
+    folder = real("chest-2-slices")
+    image = pydicom.dcmread(next(folder.rglob("0.dcm")))
+    hu = (image.pixel_array * image.RescaleSlope + image.RescaleIntercept).astype(np.int16)
+    facts = SeriesFacts("slice", "CT", "", *hu.shape, (0.625, 0.625, 5.0), 12, units="HU")
+    affine = np.diag([0.625, 0.625, 5.0, 1.0])
+    found = analyse(Volume(np.stack([hu] * 12), affine, Verdict(), facts))
+    right, left = (np.count_nonzero(found.labels[6] == side) for side in (LUNG_RIGHT, LUNG_LEFT))
+    assert right == pytest.approx(64_752 / 2, rel=0.02)
+    assert left == pytest.approx(36_536 / 2, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +354,12 @@ def test_slices_that_were_filled_in_count_nowhere(plain: tuple[Volume, Analysis]
 
 def test_thick_slices_draw_a_warning() -> None:
     found = analyse(chest(shape=(120, 96, 44), spacing=(3.0, 3.0, 5.0)))
-    assert any("5.0 mm apart" in warning for warning in found.warnings)
+    assert any("slices are 5 mm apart (more than 3 mm)" in warning for warning in found.warnings)
+
+
+def test_slices_that_round_to_the_limit_draw_none() -> None:
+    found = analyse(chest(shape=(120, 96, 71), spacing=(3.0, 3.0, 3.04)))
+    assert not any("mm apart" in warning for warning in found.warnings)
 
 
 def test_the_couch_is_not_the_body(plain: tuple[Volume, Analysis]) -> None:

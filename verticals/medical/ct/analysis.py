@@ -1,8 +1,7 @@
-"""What is measured in a CT volume: volumes, lung density, bone, and areas of a middle plane.
+"""What is measured in a CT volume: volumes, lung density, bone and noise.
 
 Thresholds and their sources: lung densitometry below -950 HU and the 15th percentile as in
-Gevenois et al. (AJRCCM 1996) and Parr et al. (Respir Res 2008); adipose tissue -190 to -30 HU
-and muscle -29 to 150 HU as in Mitsiopoulos et al. (J Appl Physiol 1998).
+Gevenois et al. (AJRCCM 1996) and Parr et al. (Respir Res 2008).
 """
 
 from __future__ import annotations
@@ -27,9 +26,12 @@ from plinth.verticals.medical.ct.segment import (
     BODY,
     BONE,
     BONE_HU,
+    CLOSING_MM,
+    COARSE_LUNG_HU,
     INSIDE,
     LEFT,
     LEFT_CORE,
+    LUNG_EDGE_HU,
     LUNG_HU,
     RIGHT,
     RIGHT_CORE,
@@ -43,7 +45,6 @@ from plinth.verticals.medical.volumes.volume import Volume
 LUNG_RIGHT, LUNG_LEFT, BONE_LABEL, NODULE = 1, 2, 3, 4
 """Values of :attr:`Analysis.labels`; 0 is everything else, NODULE + n - 1 is nodule n."""
 
-FAT, MUSCLE = (-190, -30), (-29, 150)
 LOWEST = -1100
 MIN_SLICES, MIN_EXTENT_MM = 8, 30.0
 AIRY_HU, MIN_AIR = -300, 0.001
@@ -167,7 +168,6 @@ def analyse(volume: Volume, max_slice_spacing_mm: float = 3.0) -> Analysis:
     analysis.findings = [
         *_lung_findings(counts, volume, noise),
         *_volume_findings(counts, volume),
-        *_areas(volume, orientation, bits),
         finding("tissue_noise", "Noise in soft tissue", noise, "HU", NOISE_METHOD),
     ]
     analysis.warnings = _warnings(volume, orientation, found, counts, max_slice_spacing_mm)
@@ -194,18 +194,17 @@ class _Counts:
         self.body += int(np.count_nonzero(body))
         bone = (hu >= BONE_HU) & ((bits & BONE) > 0) & body
         labels[bone] = BONE_LABEL
-        low = hu < LUNG_HU
-        airy = low & ((bits & AIRWAY) == 0)
+        low = (hu < LUNG_EDGE_HU) & ((bits & AIRWAY) == 0)
+        airy = hu < LUNG_HU
         for side, may, core in (
             (LUNG_RIGHT, RIGHT, RIGHT_CORE),
             (LUNG_LEFT, LEFT, LEFT_CORE),
         ):
             inner = (bits & core) > 0
-            air = (((bits & may) > 0) & airy) | (inner & low)
-            whole = air | inner
+            whole = (((bits & may) > 0) & low) | inner
             labels[whole] = side
             self.lung[side] += int(np.count_nonzero(whole))
-            self.air[side] += _histogram(hu[air])
+            self.air[side] += _histogram(hu[whole & airy])
         self.bone += int(np.count_nonzero(labels == BONE_LABEL))
         tubes = (hu < TISSUE_HU) & ((bits & AIRWAY) > 0) & (labels == 0)
         self.airway += int(np.count_nonzero(tubes))
@@ -228,13 +227,15 @@ def _lung_findings(counts: _Counts, volume: Volume, noise: float | None) -> list
     ml = volume.voxel_volume_mm3 / 1000
     right, left = (counts.lung[side] * ml for side in (LUNG_RIGHT, LUNG_LEFT))
     how = (
-        f"air-filled components (below {LUNG_HU} HU) of at least 100 mL inside the body, closed "
-        "by 8 mm over vessels and nodules, airway left out"
+        f"lung-like components (below {COARSE_LUNG_HU} HU at 2 mm) of at least 100 mL inside the "
+        f"body, closed by {CLOSING_MM:g} mm over vessels and nodules, edge at {LUNG_EDGE_HU} HU, "
+        "airway left out"
     )
+    total = f"{how}; total lung capacity only if the scan was taken in full inspiration"
     findings = [
         finding("lung_right_volume", "Right lung volume", right or None, "mL", how),
         finding("lung_left_volume", "Left lung volume", left or None, "mL", how),
-        finding("lungs_volume", "Lung volume, both", (right + left) or None, "mL", how),
+        finding("lungs_volume", "Lung volume, both", (right + left) or None, "mL", total),
     ]
     bins = counts.air
     why_not = withheld(volume.series.kernel, noise)
@@ -276,27 +277,6 @@ def _volume_findings(counts: _Counts, volume: Volume) -> list[Finding]:
     ]
 
 
-def _areas(volume: Volume, orientation: Orientation, bits: Labels) -> list[Finding]:
-    """Fat and muscle in the middle axial plane of the volume."""
-    hu, plane = orientation.to_patient(volume.voxels), orientation.to_patient(bits)
-    middle = hu.shape[0] // 2
-    inside = (plane[middle] & INSIDE) > 0
-    _, row, column = orientation.spacing(volume.spacing)
-    cm2 = row * column / 100
-    findings = []
-    for key, title, (low, high) in (
-        ("fat_area", "Fat, middle axial plane", FAT),
-        ("muscle_area", "Muscle density, middle axial plane", MUSCLE),
-    ):
-        values = hu[middle]
-        area = float(np.count_nonzero(inside & (values >= low) & (values <= high))) * cm2
-        method = (
-            f"voxels of {low} to {high} HU inside the body; the level is the middle of the stack"
-        )
-        findings.append(finding(key, title, area, "cm²", method))
-    return findings
-
-
 def _density_warnings(volume: Volume) -> list[str]:
     warnings = []
     if (volume.series.kernel or "").upper() in NO_KERNEL:
@@ -306,14 +286,23 @@ def _density_warnings(volume: Volume) -> list[str]:
     return warnings
 
 
+def _opaque_warnings(found: Regions) -> list[str]:
+    return [
+        f"between the {side} lung and its ribs at least {volume:.0f} mL are dense (mass, "
+        "consolidation or effusion at the wall): they are missing from the lung volume"
+        for side, volume in zip(("right", "left"), found.opaque, strict=True)
+        if volume
+    ]
+
+
 def _warnings(
     volume: Volume, orientation: Orientation, found: Regions, counts: _Counts, most: float
 ) -> list[str]:
     warnings = []
-    step = volume.spacing[2]
+    step = round(volume.spacing[2], 1)
     if step > most:
         warnings.append(
-            f"slices are {step:.1f} mm apart (more than {most:g} mm): small nodules can be missed "
+            f"slices are {step:g} mm apart (more than {most:g} mm): small nodules can be missed "
             "and densitometry is averaged over thick slices"
         )
     if volume.filled:
@@ -332,13 +321,16 @@ def _warnings(
         warnings.append("no lungs were found in the field of view: lung measurements are empty")
     elif not (right and left):
         side = "right" if left else "left"
-        warnings.append(f"no {side} lung was found: it is absent, collapsed or out of view")
+        warnings.append(
+            f"no {side} lung was found: it is absent, collapsed or cut by the field of view"
+        )
     elif not MIN_RATIO <= right / left <= MAX_RATIO:
         side = "left" if right > left else "right"
         warnings.append(
             f"the right lung is {right / left:.2f} times the left: parts of the {side} lung that "
             f"are denser than {LUNG_HU} HU (mass, consolidation, effusion, collapse) may be missing"
         )
+    warnings += _opaque_warnings(found)
     if right or left:
         warnings += _density_warnings(volume)
     if found.touching:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from plinth.verticals.medical.ct.airway import airway, labels_in_plane
+from plinth.verticals.medical.ct.missing import opaque_ml
 from plinth.verticals.medical.volumes.orientation import Orientation
 from plinth.verticals.medical.volumes.resample import Grid, fit_spacing, resample
 from plinth.verticals.medical.volumes.volume import Volume
@@ -26,8 +27,12 @@ Bits = npt.NDArray[np.uint8]
 COARSE_MM = 2.0
 TISSUE_HU, LUNG_HU, BONE_HU = -500, -400, 226
 COARSE_BONE_HU = 200
+COARSE_LUNG_HU, LUNG_EDGE_HU = -180, -350
+"""Lung is below the first on the coarse grid, and below the second at its native edge: lung that is
+dense in its dependent part belongs to it, though only what is below ``LUNG_HU`` is air-filled."""
+
 TOUCH_MM2 = 100.0
-OPENING_MM, CLOSING_MM = 4.0, 8.0
+OPENING_MM, CLOSING_MM = 4.0, 12.0
 MIN_BODY, MIN_LUNG_ML, MIN_BONE_ML = 0.2, 100.0, 0.5
 GAS_HU, FIRM_HU = -960.0, -500.0
 """Mean density of a lung's core: gas in bowel or stomach is below, stool and fat above."""
@@ -55,12 +60,14 @@ class Regions:
             ``"inferior"``, ``"sides"``.
         split: how the lungs were told apart: ``"components"``, ``"erosion"``, ``"midline"``
             or ``"none"``.
+        opaque: (right, left) mL between a lung and its ribs that ought to be lung, at least.
     """
 
     grid: Grid
     bits: Bits
     touching: tuple[str, ...]
     split: str
+    opaque: tuple[float, float]
 
 
 def regions(volume: Volume, orientation: Orientation) -> Regions:
@@ -74,21 +81,25 @@ def regions(volume: Volume, orientation: Orientation) -> Regions:
     grid = fit_spacing(volume.shape, (z, y, x), (COARSE_MM,) * 3)
     hu = cast(Float, orientation.to_patient(resample(volume.voxels, grid, "area").numpy()))
     tissue, body = _body(hu)
-    air = (hu < LUNG_HU) & body
+    lung_like = (hu < COARSE_LUNG_HU) & body
     bits = np.zeros(hu.shape, np.uint8)
     bits[_eroded(body)] |= INSIDE
     bits[_dilated(body | tissue)] |= BODY
     bits[_dilated(_bone(hu, body))] |= BONE
-    tubes = airway(air, COARSE_MM)
+    tubes = airway((hu < LUNG_HU) & body, COARSE_MM)
     bits[_dilated(tubes)] |= AIRWAY
-    sides, split = _lungs(hu, air & ~_dilated(tubes), body, tubes)
+    sides, split = _lungs(hu, lung_like & ~_dilated(tubes), body, tubes)
     for side, may, core in ((sides[0], RIGHT, RIGHT_CORE), (sides[1], LEFT, LEFT_CORE)):
         if side.any():
-            _mark(bits, side, body, may, core)
+            _mark(bits, side, hu < LUNG_HU, body, (may, core))
     _part(bits, *sides)
     lungs = sides[0] | sides[1]
     native = np.ascontiguousarray(orientation.from_patient(bits))
-    return Regions(grid, native, _touching(hu, lungs, body), split)
+    opaque = tuple(
+        opaque_ml((bits & core) > 0, (bits & BONE) > 0, COARSE_MM, right=core == RIGHT_CORE)
+        for core in (RIGHT_CORE, LEFT_CORE)
+    )
+    return Regions(grid, native, _touching(hu, lungs, tissue, body), split, (opaque[0], opaque[1]))
 
 
 def _eroded(mask: Bool) -> Bool:
@@ -224,8 +235,13 @@ def _parted(lungs: Bool, middle: float) -> tuple[tuple[Bool, Bool], str]:
     return (lungs & columns, lungs & ~columns), "midline"
 
 
-def _mark(bits: Bits, lung: Bool, body: Bool, may: int, core: int) -> None:
-    """Close a lung over vessels and nodules; mark where it is and where its edge may be."""
+def _mark(bits: Bits, lung: Bool, airy: Bool, body: Bool, names: tuple[int, int]) -> None:
+    """Close a lung over vessels and nodules; mark where its edge may be and where it is.
+
+    It is where the closed lung is more than a voxel deep, where closing added to it, and where
+    it is dense for more than the one voxel that the pleura blurs.
+    """
+    may, core = names
     box = _box(lung, int(CLOSING_MM / COARSE_MM) + 3)
     part, inside, here = lung[box], body[box], bits[box]
     wide = ndimage.distance_transform_edt(~part) <= _ball(CLOSING_MM)
@@ -236,7 +252,8 @@ def _mark(bits: Bits, lung: Bool, body: Bool, may: int, core: int) -> None:
         for edge in (0, -1):
             outside[np.unique(labels.take(edge, axis))] = True
     closed |= ~outside[labels]
-    here[_eroded(closed)] |= core
+    dense = (closed & ~part) | (part & ~_dilated(airy[box] & part))
+    here[_eroded(closed) | dense] |= core
     here[_dilated(closed)] |= may
 
 
@@ -262,11 +279,11 @@ def _part(bits: Bits, right: Bool, left: Bool) -> None:
     here[doubt & ~nearer] &= 255 - RIGHT - RIGHT_CORE
 
 
-def _touching(hu: Float, lungs: Bool, body: Bool) -> tuple[str, ...]:
+def _touching(hu: Float, lungs: Bool, tissue: Bool, body: Bool) -> tuple[str, ...]:
     """Borders of the field of view that the lungs reach; a few stray voxels do not count.
 
     Where the border, straight or round, opens a lung in an axial plane, that plane's lung is not
-    inside the body any more: it is found as lung-like air right beside the lungs.
+    inside the body any more: it is found as lung-like air beside the lungs, or amid tissue.
     """
     least = TOUCH_MM2 / COARSE_MM**2
     found = []
@@ -275,8 +292,15 @@ def _touching(hu: Float, lungs: Bool, body: Bool) -> tuple[str, ...]:
     if lungs[0].sum() > least:
         found.append("inferior")
     sides = (lungs[:, 0], lungs[:, -1], lungs[:, :, 0], lungs[:, :, -1])
-    beside = ndimage.binary_dilation(lungs, iterations=round(CUT_MM / COARSE_MM)) & ~body
-    opened = beside & (hu > GAS_HU) & (hu < FIRM_HU)
-    if max(float(side.sum()) for side in sides) > least or float(opened.sum()) > least:
+    lung_like = (hu > GAS_HU) & (hu < FIRM_HU) & ~body
+    beside = lung_like & ndimage.binary_dilation(lungs, iterations=round(CUT_MM / COARSE_MM))
+    amid = _eroded(lung_like) & (_between(tissue, 1) | _between(tissue, 2))
+    if max(float(one.sum()) for one in (*sides, beside, amid)) > least:
         found.append("sides")
     return tuple(found)
+
+
+def _between(tissue: Bool, axis: int) -> Bool:
+    """Voxels with tissue before and behind them along an axis; a mattress has none behind."""
+    before = np.logical_or.accumulate(tissue, axis)
+    return before & np.flip(np.logical_or.accumulate(np.flip(tissue, axis), axis), axis)
