@@ -56,12 +56,15 @@ class Model:
         onnx: the ONNX file, if it is one.
         example: rows (n, ...) by input name that the model is tried and measured on; ``None``
             makes rows up from the spec.
+        made_from: SHA-256 of the files it was read from, where these alone decide what it
+            computes; for modules that cannot be read, such as TorchScript.
     """
 
     spec: ModelSpec
     module: nn.Module
     onnx: Path | None = None
     example: Mapping[str, Tensor] | None = None
+    made_from: str | None = None
 
     @classmethod
     def from_torch(
@@ -107,6 +110,8 @@ class Model:
 
     def digest(self) -> str:
         """SHA-256 over weights, structure and code: the key of what is derived from them."""
+        if self.made_from is not None:
+            return self.made_from
         return _sha256(self.onnx) if self.onnx else digest(self.module)
 
     def rows(self, count: int) -> dict[str, Tensor]:

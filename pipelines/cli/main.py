@@ -250,6 +250,10 @@ def batch(
     retry_failed: Annotated[
         bool | None, typer.Option("--retry-failed", help="Run failed items again.")
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A network of your own, for a vertical that takes one (medical)."),
+    ] = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     as_json: JsonOption = False,
@@ -258,9 +262,11 @@ def batch(
 
     Outputs are in OUT/<item>/, the journal in OUT/journal.jsonl, failures in OUT/failed.jsonl.
     """
-    from plinth.pipelines.cli.runs import batch_words, run_batch
+    from plinth.pipelines.cli.runs import batch_words, only_folder_vertical, run_batch
 
     vertical, folder = batch_words(what or [])
+    if model is not None and vertical is None:
+        vertical = only_folder_vertical()
     config = _load(
         config_file,
         **{
@@ -270,6 +276,7 @@ def batch(
             "batch.workers": workers,
             "batch.resume": resume,
             "batch.retry_failed": retry_failed,
+            f"verticals.{vertical}.network.model": model,
             "engine.device": device,
             "engine.precision": precision,
         },
