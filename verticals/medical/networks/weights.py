@@ -1,20 +1,17 @@
 """Graphs and weights from files of others, read so that nothing in them is executed by Python.
 
-TorchScript and torch.export files hold programs for torch's own interpreters. Their operators are
-checked against what networks are made of before torch opens them, since some of torch's operators
-read and write files, and since ``torch.export.load`` unpickles whatever lies in an archive.
+TorchScript files hold programs for torch's own interpreter. Their operators are checked against
+what networks are made of before torch opens them, since some of torch's operators read and write
+files.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MethodType
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from plinth.engine import ModelError
+from plinth.engine.models import program
 
 MOST_TEXT = 64 << 20  # bytes of code or graph that are looked through
 SCRIPT_CALL = re.compile(r"\b(torch|ops)\.([A-Za-z_][\w.]*)")
@@ -31,11 +29,6 @@ FORBIDDEN = re.compile(
     r"from_file|save|load|fopen|_?shared_filename|dist(ributed)?|rpc|c10d|classes|cuda|PythonOp"
     r"|_pickle\w*|open_registration\w*"
 )
-EXPORT_TARGET = re.compile(
-    r"(torch\.ops\.(aten|prims)\.\w+\.\w+|_operator\.\w+|torch\.sym_\w+|math\.\w+)"
-)
-SYMBOL = re.compile(r"Symbol\('[a-z]+\d+'(, (integer|positive|nonnegative)=True)*\)")
-EXPRESSION = re.compile(r"([A-Z][A-Za-z]*|[su]\d+|\d+|[ ()+*/,\-])*")
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -143,73 +136,29 @@ def _check_script(path: Path, text: str) -> None:
 
 
 def read_export(path: Path) -> nn.Module:
-    """A torch.export file (``.pt2``) as a module on the host, after it was checked.
+    """A torch.export file (``.pt2``) as a module on the host.
 
     Raises:
-        ModelError: not a torch.export file, or it holds pickles or operators that are no
-            arithmetic.
+        ModelError: see :func:`plinth.engine.models.program.read`.
     """
-    with _archive(path) as archive:
-        names = archive.namelist()
-        graphs = [name for name in names if name.endswith(".json") and "/models/" in f"/{name}"]
-        if not graphs:
-            raise ModelError(
-                f"{path.name} is not a file of torch.export",
-                hint="torch.export.save(program, path)",
-            )
-        if odd := [name for name in names if "custom_obj" in name or "opaque" in name]:
-            raise ModelError(f"{path.name} holds objects beside tensors ({odd[0]})")
-        for name in (n for n in names if n.endswith(".json")):
-            for key, value in _pairs(json.loads(_text(archive, name, path))):
-                _check_export(path, key, value)
-        for name in (n for n in names if "sample_inputs" in n and n.endswith(".pt")):
-            _check_pickle(path, archive.read(name))
-    try:
-        module = torch.export.load(path).module()
-    except (RuntimeError, ValueError, KeyError, AssertionError) as error:
-        raise ModelError(f"torch cannot load {path.name}: {_first(error)}") from error
-    module.train = MethodType(_stay, module)  # what it computes was fixed when it was exported
-    return cast(nn.Module, module)
+    return _Exported(program.read(path).module(check_guards=False))
 
 
-def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
-    """In place of ``train`` and ``eval``, which an exported program refuses."""
-    return module
+class _Exported(nn.Module):
+    """An exported program, whose mode was fixed when it was exported."""
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
 
-def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key and value of a JSON document, at any depth."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield key, part
-            yield from _pairs(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _pairs(part)
+    def forward(self, volume: Tensor) -> Any:
+        """What the program makes of (n, 1, a, b, c)."""
+        return self.module(volume)
 
-
-def _check_export(path: Path, key: str, value: Any) -> None:
-    if key == "use_pickle" and value:
-        raise ModelError(f"{path.name} holds pickled tensors, which could run code")
-    if key == "target" and isinstance(value, str) and not EXPORT_TARGET.fullmatch(value):
-        raise ModelError(f"{path.name} uses {value}, which is not part of a network")
-    if key == "expr_str" and not EXPRESSION.fullmatch(SYMBOL.sub("1", str(value))):
-        raise ModelError(f"{path.name} holds a size that is no formula")
-
-
-def _check_pickle(path: Path, data: bytes) -> None:
-    if not data:
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of the pickle's protocol
-            torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        if type(error).__name__ not in ("UnpicklingError", "RuntimeError", "EOFError"):
-            raise
-        raise ModelError(
-            f"{path.name} holds an example that is more than tensors, and opening it would run code"
-        ) from None
+    def train(self, mode: bool = True) -> _Exported:
+        """Stays as it is."""
+        self.training = False
+        return self
 
 
 def _archive(path: Path) -> zipfile.ZipFile:
