@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from plinth.engine.errors import ModelError
-from plinth.engine.models import program, weights
+from plinth.engine.models import estimators, program, weights
 from plinth.engine.models.binding import Binding, outputs_by_name
 from plinth.engine.models.digest import digest
-from plinth.engine.models.fidelity import compare
+from plinth.engine.models.fidelity import Run, compare, versions
 from plinth.engine.models.onnx import OnnxModule, read_contract
-from plinth.engine.models.signature import Example, Wishes, derive
+from plinth.engine.models.signature import Example, Wishes, derive, given_rows
 from plinth.engine.models.spec import ModelSpec, TensorSpec, hold_against, spec_of
 
 __all__ = ["Model", "ModelSpec", "ModelStore", "TensorSpec", "architecture", "from_pretrained"]
@@ -58,6 +58,7 @@ class Model:
             makes rows up from the spec.
         made_from: SHA-256 of the files it was read from, where these alone decide what it
             computes; for modules that cannot be read, such as TorchScript.
+        origin: what is known of the model of another library that it was made of.
     """
 
     spec: ModelSpec
@@ -65,6 +66,7 @@ class Model:
     onnx: Path | None = None
     example: Mapping[str, Tensor] | None = None
     made_from: str | None = None
+    origin: Mapping[str, Any] | None = None
 
     @classmethod
     def from_torch(
@@ -107,6 +109,43 @@ class Model:
         )
         found = derive(module, example, wishes)
         return cls(found.spec, found.module, example=found.example)
+
+    @classmethod
+    def from_sklearn(
+        cls,
+        estimator: Any,
+        *,
+        example: Any,
+        name: str | None = None,
+        version: str = "1",
+        outputs: Sequence[str] | None = None,
+    ) -> Model:
+        """A model from a fitted estimator of scikit-learn, LightGBM or XGBoost, through ONNX.
+
+        It takes ``X``, float32 rows of the features, and gives ``label`` and ``probabilities``,
+        or ``variable`` for a number. Its answers are held against the estimator's own.
+
+        Args:
+            estimator: fitted; pipelines are taken too.
+            example: rows (n, features) of numbers: an array, a tensor or a data frame.
+            name: its name; by default the estimator's class, in lower case.
+            version: its version.
+            outputs: names of the outputs to keep; by default all.
+
+        Raises:
+            ModelError: it cannot be converted, gives words, or other answers in ONNX.
+        """
+        named = name or type(estimator).__name__.lower()
+        rows = {estimators.INPUT: estimators.as_rows(example, named)}
+        path = estimators.to_onnx(estimator, rows[estimators.INPUT], named)
+        spec = spec_of(path, read_contract(path, outputs), named, version)
+        spec = spec.model_copy(update={"source": type(estimator).__qualname__})
+        model = cls(spec, _read(path, spec), path, given_rows(named, spec.inputs, rows))
+        shapes = {tensor.name: tensor.shape for tensor in spec.outputs}
+        found = compare(named, model.run, estimators.predictor(estimator, shapes), rows)
+        libraries = versions(*estimators.LIBRARIES)
+        origin = found.model_dump(mode="json") | {"kind": "estimator", "libraries": libraries}
+        return replace(model, origin=origin)
 
     def digest(self) -> str:
         """SHA-256 over weights, structure and code: the key of what is derived from them."""
@@ -169,7 +208,9 @@ class ModelStore:
 
         return self._write(spec, _WEIGHTS, fill)
 
-    def add(self, model: Model, *, facts: Mapping[str, Any] | None = None) -> Path:
+    def add(
+        self, model: Model, *, source: Run | None = None, facts: Mapping[str, Any] | None = None
+    ) -> Path:
         """Write a model whose code is not registered as a new version. Returns its folder.
 
         A torch module is exported, an ONNX file is copied. What was written is read again and
@@ -177,6 +218,8 @@ class ModelStore:
 
         Args:
             model: the model, from :meth:`Model.from_torch` say.
+            source: rows by input name to rows by output name, as the model it was made of
+                computes them; by default the model itself.
             facts: more to keep in the report.
 
         Raises:
@@ -192,8 +235,8 @@ class ModelStore:
             else:
                 program.write(spec, model.module, rows, folder / _PROGRAM)
             written = Model(spec, _read(folder / file, spec))
-            found = compare(spec.name, written.run, model.run, rows)
-            return {"report": found.model_dump(mode="json") | dict(facts or {})}
+            found = compare(spec.name, written.run, source or model.run, rows)
+            return {"report": found.model_dump(mode="json") | dict(facts or model.origin or {})}
 
         return self._write(spec, file, fill)
 

@@ -15,6 +15,8 @@ from plinth.pipelines.cli.backends import EPILOG as BACKENDS_EPILOG
 from plinth.pipelines.cli.backends import backends
 from plinth.pipelines.cli.benchmark import EPILOG as BENCHMARK_EPILOG
 from plinth.pipelines.cli.benchmark import benchmark
+from plinth.pipelines.cli.convert import EPILOG as CONVERT_EPILOG
+from plinth.pipelines.cli.convert import convert
 from plinth.pipelines.cli.models import models
 from plinth.pipelines.console import (
     FAILED,
@@ -48,6 +50,7 @@ app = typer.Typer(
 app.add_typer(models, name="models")
 app.command(epilog=BENCHMARK_EPILOG)(benchmark)
 app.command(epilog=BACKENDS_EPILOG)(backends)
+app.command(epilog=CONVERT_EPILOG)(convert)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="TOML file; default ./plinth.toml if there.")
