@@ -19,10 +19,10 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(READY)
 
-extras: $(EXTRAS)      ## what only some tests need: OpenVINO; exact versions
+extras: $(EXTRAS)      ## what only some tests need: OpenVINO, MONAI, transformers, scikit-learn; exact versions
 
 $(EXTRAS): $(READY) requirements-extras.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -r requirements-extras.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-extras.lock
 	touch $(EXTRAS)
 
 demo: setup            ## the sample stream and the sample study, in under three minutes

@@ -1,8 +1,9 @@
 """A tensor too big for one row, as windows and back.
 
 :class:`Tiling` says how a volume is cut. :class:`WindowGrid` is the cut of one volume.
-:class:`WindowMerger` blends window outputs back and finishes z-slabs as the windows pass, so that
-memory for logits is flat in the depth of the volume.
+:class:`WindowMerger` puts window outputs together again and finishes planes as the windows pass,
+so that memory for logits is flat in the depth of the volume: windows with a ``halo`` are finished
+one by one, blended ones as soon as no later window touches a plane.
 """
 
 from __future__ import annotations
@@ -20,6 +21,31 @@ from plinth.engine.errors import ConfigError, InputError, OutOfMemory
 
 _SIGMA = 0.125  # of the window; the value nnU-Net made usual
 _FLOOR = 1e-3  # smallest weight, so that lone corners are not divided by almost nothing
+_ROWS = 16  # planes or rows that are reduced at once: bounds what is allocated on the way
+
+Size = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Onto:
+    """Another grid, onto which outputs are interpolated linearly before they are reduced.
+
+    Its voxel t lies at index first + t * scale of the windows' volume, axis by axis; places
+    outside take the nearest value.
+
+    Args:
+        size: (z, y, x) voxels.
+        first: (z, y, x) index of its first voxel.
+        scale: (z, y, x) voxels of the windows' volume per voxel, above 0.
+    """
+
+    size: Size
+    first: tuple[float, float, float]
+    scale: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if any(size < 1 for size in self.size) or any(not scale > 0 for scale in self.scale):
+            raise ConfigError(f"Onto has size {self.size} and scale {self.scale}, expected above 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,33 +55,64 @@ class Tiling:
     Args:
         window: (z, y, x) voxels of one window, as the model takes it.
         overlap: share of the window shared with its neighbour, 0 <= overlap < 1.
-        blend: weights inside a window: ``"gaussian"`` (sigma = window / 8) or ``"constant"``.
-        reduce: ``"none"`` gives blended outputs (k, Z, Y, X) float32; ``"argmax"`` gives
-            labels (Z, Y, X) uint8 and never holds all logits.
+        blend: weights inside a window: ``"gaussian"`` (sigma = window / 8), ``"constant"``, or
+            ``"floored"``, gaussian but never below 1e-3 (MONAI).
+        reduce: ``"none"`` gives outputs (k, Z, Y, X) float32; ``"argmax"`` gives labels (Z, Y, X)
+            uint8 and never holds all logits; ``"threshold"`` gives labels (Z, Y, X) uint8, the
+            last channel above 0.5 counted from 1, or 0; ``"labels"`` takes outputs
+            (n, 1, z, y, x) that are labels already, with a ``halo``.
         pad_value: value of voxels beyond the volume where it is smaller than the window.
+        halo: (z, y, x) voxels at each inner face of a window that are thrown away instead of
+            blended. At least the receptive radius of a purely convolutional network makes the
+            answer the same as that of one pass over the whole volume.
+        even: spread the windows evenly instead of letting the last one overlap more.
+        activation: what is made of blended outputs before anything else.
+        onto: another grid to interpolate onto.
+        uncertainty: give ``{"labels": ..., "uncertainty": ...}``, the second (Z, Y, X) uint8:
+            255 * (1 - the largest probability) / (1 - 1 / k), for a threshold
+            255 * (1 - |2 p - 1|) of the least certain channel.
     """
 
-    window: tuple[int, int, int]
+    window: Size
     overlap: float = 0.25
-    blend: Literal["gaussian", "constant"] = "gaussian"
-    reduce: Literal["none", "argmax"] = "none"
+    blend: Literal["gaussian", "constant", "floored"] = "gaussian"
+    reduce: Literal["none", "argmax", "threshold", "labels"] = "none"
     pad_value: float = 0.0
+    halo: Size = (0, 0, 0)
+    even: bool = False
+    activation: Literal["none", "softmax", "sigmoid"] = "none"
+    onto: Onto | None = None
+    uncertainty: bool = False
 
     def __post_init__(self) -> None:
         if len(self.window) != 3 or any(size < 1 for size in self.window):
             raise ConfigError(f"Tiling.window is {self.window}, expected three sizes >= 1")
         if not 0 <= self.overlap < 1:
             raise ConfigError(f"Tiling.overlap is {self.overlap}, expected 0 <= overlap < 1")
+        if len(self.halo) != 3 or any(size < 0 for size in self.halo):
+            raise ConfigError(f"Tiling.halo is {self.halo}, expected three sizes >= 0")
+        if self.reduce == "labels" and (self.onto or self.uncertainty or not self.exact):
+            raise ConfigError(
+                "Tiling.reduce is 'labels', expected a halo and nothing to interpolate"
+            )
+        if self.uncertainty and self.reduce == "none":
+            raise ConfigError("Tiling.uncertainty is of labels, but reduce is 'none'")
+
+    @property
+    def exact(self) -> bool:
+        """Whether windows are cut at their halo instead of blended."""
+        return any(self.halo)
 
 
 @lru_cache(maxsize=256)
-def _starts(size: int, window: int, overlap: float) -> tuple[int, ...]:
+def _starts(size: int, window: int, step: float, even: bool = False) -> tuple[int, ...]:
     """First voxel of each window along one axis; the last window ends with the volume."""
     if size <= window:
         return (0,)
-    step = max(1, int(window * (1 - overlap)))
     count = math.ceil((size - window) / step) + 1
-    return tuple(min(i * step, size - window) for i in range(count))
+    if even:
+        return tuple(round(i * (size - window) / (count - 1)) for i in range(count))
+    return tuple(min(int(i * step), size - window) for i in range(count))
 
 
 @lru_cache(maxsize=64)
@@ -64,7 +121,8 @@ def _profile(window: int, blend: str) -> Tensor:
     if blend == "constant":
         return torch.ones(window)
     at = torch.arange(window, dtype=torch.float32) - (window - 1) / 2
-    return torch.exp(-0.5 * (at / (window * _SIGMA)) ** 2).clamp_min(_FLOOR)
+    weight = torch.exp(-0.5 * (at / (window * _SIGMA)) ** 2)
+    return weight if blend == "floored" else weight.clamp_min(_FLOOR)
 
 
 class WindowGrid:
@@ -73,60 +131,188 @@ class WindowGrid:
     Args:
         tiling: how to cut.
         shape: (Z, Y, X) voxels of the volume.
+
+    Raises:
+        InputError: the volume has no voxels.
+        ConfigError: the halo leaves nothing of a window that the volume needs several of.
     """
 
-    def __init__(self, tiling: Tiling, shape: tuple[int, int, int]) -> None:
+    def __init__(self, tiling: Tiling, shape: Size) -> None:
         if any(size < 1 for size in shape):
             raise InputError(f"a volume of shape {shape} has no voxels", field="rows")
         self.tiling = tiling
         self.shape = shape
-        axes = zip(shape, tiling.window, strict=True)
-        self.starts = tuple(_starts(size, win, tiling.overlap) for size, win in axes)
+        starts = []
+        for size, window, halo in zip(shape, tiling.window, tiling.halo, strict=True):
+            step: float = window - 2 * halo
+            if not tiling.exact:
+                share = window * (1 - tiling.overlap)
+                step = share if tiling.even else max(1, int(share))
+            if step < 1 and size > window:
+                raise ConfigError(
+                    f"a halo of {tiling.halo} leaves nothing of windows of {tiling.window}",
+                    hint="use windows more than twice as wide as the halo",
+                )
+            starts.append(_starts(size, window, step, tiling.even))
+        self.starts = tuple(starts)
 
     def __len__(self) -> int:
         return math.prod(len(axis) for axis in self.starts)
 
-    def corner(self, index: int) -> tuple[int, int, int]:
-        """First voxel (z, y, x) of window ``index``."""
-        zs, ys, xs = self.starts
-        index, x = divmod(index, len(xs))
-        z, y = divmod(index, len(ys))
-        return zs[z], ys[y], xs[x]
+    def index(self, number: int) -> Size:
+        """Which window along each axis (z, y, x) window ``number`` is."""
+        _, ys, xs = self.starts
+        number, x = divmod(number, len(xs))
+        z, y = divmod(number, len(ys))
+        return z, y, x
+
+    def corner(self, number: int) -> Size:
+        """First voxel (z, y, x) of window ``number``."""
+        z, y, x = self.index(number)
+        return self.starts[0][z], self.starts[1][y], self.starts[2][x]
+
+    def core(self, number: int) -> tuple[slice, slice, slice]:
+        """The voxels of the volume that window ``number`` alone answers for, with a halo."""
+        z, y, x = (self._core(axis, at) for axis, at in enumerate(self.index(number)))
+        return z, y, x
+
+    def _core(self, axis: int, at: int) -> slice:
+        starts, halo = self.starts[axis], self.tiling.halo[axis]
+        last = at + 1 == len(starts)
+        return slice(
+            starts[at] + halo if at else 0,
+            self.shape[axis] if last else starts[at + 1] + halo,
+        )
 
     def bytes(self, channels: int) -> int:
-        """What a merger takes for outputs of so many channels: a window's depth, and the result."""
+        """What a merger takes for outputs of so many channels: planes not done, and the result."""
         depth, height, width = self.shape
-        plane = channels * height * width * 4
-        slab = plane * min(self.tiling.window[0], depth)
-        result = depth * height * width if self.tiling.reduce == "argmax" else plane * depth
+        tiling = self.tiling
+        plane = (channels + (tiling.blend == "floored")) * height * width * 4
+        slab = plane * min(tiling.window[0], depth)
+        if tiling.exact and tiling.onto is None:
+            slab = 0  # a window's outputs are reduced as they come
+        size = self.shape if tiling.onto is None else tiling.onto.size
+        if tiling.onto is not None:
+            slab += 3 * channels * size[1] * size[2] * 4
+        result = math.prod(size) * (4 * channels if tiling.reduce == "none" else 1)
+        if tiling.uncertainty:
+            result += math.prod(size)
         return slab + result + height * width * 8
 
     def cut(self, volume: Tensor, first: int, last: int) -> Tensor:
         """Windows ``first`` to ``last`` (exclusive) of a volume (c, Z, Y, X) as (n, c, z, y, x)."""
         wz, wy, wx = self.tiling.window
         rows = volume.new_full((last - first, volume.shape[0], wz, wy, wx), self.tiling.pad_value)
-        for row, index in zip(rows, range(first, last), strict=True):
-            z, y, x = self.corner(index)
+        for row, number in zip(rows, range(first, last), strict=True):
+            z, y, x = self.corner(number)
             piece = volume[:, z : z + wz, y : y + wy, x : x + wx]
             row[:, : piece.shape[1], : piece.shape[2], : piece.shape[3]] = piece
         return rows
 
 
+class _Reducer:
+    """Turns outputs that are done into the result, and holds it.
+
+    Args:
+        tiling: how to reduce.
+        size: (Z, Y, X) of the result.
+        channels: of the outputs.
+    """
+
+    def __init__(self, tiling: Tiling, size: Size, channels: int) -> None:
+        self.tiling = tiling
+        kind = torch.float32 if tiling.reduce == "none" else torch.uint8
+        shape = (channels, *size) if tiling.reduce == "none" else size
+        self.result = torch.zeros(shape, dtype=kind)
+        self.doubt = torch.zeros(size if tiling.uncertainty else 0, dtype=torch.uint8)
+
+    def put(self, values: Tensor, at: tuple[int | slice, slice, slice]) -> None:
+        """Reduce activated outputs (k, ...) and write them to a place (z, y, x)."""
+        reduce = self.tiling.reduce
+        if reduce == "none":
+            self.result[(slice(None), *at)] = values
+            return
+        if reduce == "labels":
+            self.result[at] = values[0].to(torch.uint8)
+        elif reduce == "argmax":
+            self.result[at] = values.argmax(0)
+        else:
+            order = torch.arange(1, len(values) + 1, dtype=torch.uint8)
+            order = order.view(-1, *(1 for _ in values.shape[1:]))
+            self.result[at] = ((values > 0.5) * order).amax(0)
+        if self.tiling.uncertainty:
+            self.doubt[at] = self._doubt(values)
+
+    def _doubt(self, values: Tensor) -> Tensor:
+        if self.tiling.reduce == "threshold":
+            share = 1 - (2 * values - 1).abs().amin(0)
+        else:
+            if self.tiling.activation != "softmax":
+                values = values.softmax(0)
+            share = (1 - values.amax(0)) * (len(values) / max(1, len(values) - 1))
+        return (255 * share).round_().clamp_(0, 255).to(torch.uint8)
+
+
+class _Between:
+    """Interpolates planes that come in order onto another grid, two of them at a time."""
+
+    def __init__(self, onto: Onto, shape: Size) -> None:
+        self.onto = onto
+        self._taps = [
+            _neighbours(n, size, first, scale)
+            for n, size, first, scale in zip(shape, onto.size, onto.first, onto.scale, strict=True)
+        ]
+        self._before = torch.empty(0)
+        self._next = 0
+
+    def put(self, number: int, plane: Tensor, reducer: _Reducer) -> None:
+        """Take in plane ``number`` (k, Y, X); planes that lie between two are reduced."""
+        plane = _lerp(_lerp(plane, 1, *self._taps[1]), 2, *self._taps[2])
+        low, share = self._taps[0]
+        whole = slice(None)
+        while self._next < len(low):
+            at, part = int(low[self._next]), float(share[self._next])
+            if at + (part > 0) > number:
+                break
+            value = plane if at == number else self._before
+            if part > 0:
+                value = torch.lerp(self._before, plane, part)
+            reducer.put(value, (self._next, whole, whole))
+            self._next += 1
+        self._before = plane.clone()  # the slab it may lie in moves on
+
+
+def _neighbours(native: int, size: int, first: float, scale: float) -> tuple[Tensor, Tensor]:
+    """Index below each place first + t * scale, clamped, and the share of the one above it."""
+    place = (torch.arange(size, dtype=torch.float64) * scale + first).clamp_(0, native - 1)
+    low = place.floor().clamp_(max=max(0, native - 2))
+    return low.long(), (place - low).float()
+
+
+def _lerp(values: Tensor, dim: int, low: Tensor, share: Tensor) -> Tensor:
+    size = values.shape[dim]
+    if len(low) == size and torch.equal(low + share, torch.arange(size, dtype=torch.float32)):
+        return values
+    shape = [1] * values.ndim
+    shape[dim] = -1
+    below = values.index_select(dim, low)
+    above = values.index_select(dim, (low + 1).clamp_(max=size - 1))
+    return below.lerp_(above, share.view(shape))
+
+
 class _Holder:
-    """Lives as long as a slab does."""
+    """Lives as long as the planes that are not done."""
 
 
 class WindowMerger:
-    """Blends window outputs, given in order, into one volume.
-
-    Only one window's depth of logits is held: planes that no later window touches are
-    normalised, reduced and written to the result.
+    """Puts window outputs, given in order, together to one volume.
 
     Args:
         grid: the windows.
         reserve: told, before anything is allocated, of an object that lives as long as the
-            slab, of the windows and of the bytes (:meth:`WindowGrid.bytes`); raises if they
-            are not there.
+            planes that are not done, of the windows and of the bytes
+            (:meth:`WindowGrid.bytes`); raises if they are not there.
     """
 
     def __init__(
@@ -135,22 +321,19 @@ class WindowMerger:
         self.grid = grid
         self._reserve = reserve
         self._holder: _Holder | None = None
-        window, blend = grid.tiling.window, grid.tiling.blend
-        self._profiles = tuple(_profile(size, blend) for size in window)
-        pz, py, px = self._profiles
-        self._weight = pz[:, None, None] * py[:, None] * px
-        self._sums = self._total()
+        self._reducer: _Reducer | None = None
+        tiling = grid.tiling
+        self._between = None if tiling.onto is None else _Between(tiling.onto, grid.shape)
         self._next = 0
         self._base = 0
         self._slab = torch.empty(0)
-        self._result = torch.empty(0)
 
     def put(self, outputs: Tensor) -> None:
         """Add the outputs (n, k, z, y, x) of the next n windows.
 
         Raises:
             InputError: the model changed the spatial size of its windows.
-            OutOfMemory: the logits of a window's depth do not fit.
+            OutOfMemory: the planes that are not done do not fit.
         """
         window = self.grid.tiling.window
         if tuple(outputs.shape[2:]) != window:
@@ -158,79 +341,137 @@ class WindowMerger:
                 f"the model turned windows of {window} into {tuple(outputs.shape[2:])}",
                 hint="tiling needs outputs of the window's size, (n, k, z, y, x)",
             )
-        if not self._slab.numel():
-            self._allocate(outputs.shape[1])
-        depth = self.grid.shape[0]
+        reducer = self._reducer or self._allocate(outputs.shape[1])
         for output in outputs:
-            z, y, x = self.grid.corner(self._next)
-            self._finish(z)
-            part = self._slab[:, : depth - z, y : y + window[1], x : x + window[2]]
-            size = part.shape[1:]
-            crop = (slice(0, size[0]), slice(0, size[1]), slice(0, size[2]))
-            part.addcmul_(output[(slice(None), *crop)].float(), self._weight[crop])
+            if not self._slab.numel():
+                self._cut(output, reducer)
+            else:
+                self._finish(self.grid.corner(self._next)[0], reducer)
+                self._add(output)
             self._next += 1
         if self._next == len(self.grid):
-            self._finish(depth)
+            if self._slab.numel():
+                self._finish(self.grid.shape[0], reducer)
             self._slab, self._holder = torch.empty(0), None
 
-    def result(self) -> Tensor:
-        """The blended volume: (k, Z, Y, X) float32, or (Z, Y, X) uint8 labels."""
-        return self._result
+    def result(self) -> Tensor | dict[str, Tensor]:
+        """The volume: (k, Z, Y, X) float32, or (Z, Y, X) uint8 labels and what goes with them."""
+        if self._reducer is None:
+            return torch.empty(0)
+        if self.grid.tiling.uncertainty:
+            return {"labels": self._reducer.result, "uncertainty": self._reducer.doubt}
+        return self._reducer.result
 
-    def _allocate(self, channels: int) -> None:
-        depth, height, width = self.grid.shape
-        argmax = self.grid.tiling.reduce == "argmax"
-        if argmax and channels > 256:
+    def _allocate(self, channels: int) -> _Reducer:
+        grid, tiling = self.grid, self.grid.tiling
+        depth, height, width = grid.shape
+        most = 255 if tiling.reduce == "threshold" else 256
+        if tiling.reduce in ("argmax", "threshold") and channels > most:
             raise InputError(f"{channels} classes do not fit labels of 8 bits")
-        rows = min(self.grid.tiling.window[0], depth)
-        needed = self.grid.bytes(channels)
+        needed = grid.bytes(channels)
         if self._reserve is not None:
             self._holder = _Holder()
-            self._reserve(self._holder, self.grid, needed)
+            self._reserve(self._holder, grid, needed)
         try:
-            self._slab = torch.zeros(channels, rows, height, width)
-            self._result = (
-                torch.zeros(depth, height, width, dtype=torch.uint8)
-                if argmax
-                else torch.zeros(channels, depth, height, width)
-            )
+            if not tiling.exact or tiling.onto is not None:
+                rows = min(tiling.window[0], depth)
+                more = tiling.blend == "floored" and not tiling.exact  # sums of the weights
+                self._slab = torch.zeros(channels + more, rows, height, width)
+            size = grid.shape if tiling.onto is None else tiling.onto.size
+            self._reducer = _Reducer(tiling, size, channels)
         except (RuntimeError, MemoryError) as error:
             raise OutOfMemory(
-                f"the logits of a volume of {self.grid.shape} voxels and {channels} classes take "
+                f"the logits of a volume of {grid.shape} voxels and {channels} classes take "
                 f"{needed} bytes, which cannot be allocated",
                 needed=needed,
                 available=0,
                 hint="send a smaller volume",
             ) from error
+        return self._reducer
 
-    def _finish(self, upto: int) -> None:
-        """Write the planes below ``upto`` and move the slab there."""
+    def _cut(self, output: Tensor, reducer: _Reducer) -> None:
+        """Reduce what a window with a halo alone answers for, a few planes at a time."""
+        corner, core = self.grid.corner(self._next), self.grid.core(self._next)
+        z, y, x = (
+            slice(span.start - at, span.stop - at) for span, at in zip(core, corner, strict=True)
+        )
+        for first in range(z.start, z.stop, _ROWS):
+            last = min(first + _ROWS, z.stop)
+            place = slice(first + corner[0], last + corner[0])
+            values = _activated(output[:, first:last, y, x].float(), self.grid.tiling.activation)
+            reducer.put(values, (place, core[1], core[2]))
+
+    def _add(self, output: Tensor) -> None:
+        """Add a window to the slab: weighted, or with a halo the part it answers for."""
+        tiling, (z, y, x) = self.grid.tiling, self.grid.corner(self._next)
+        if tiling.exact:
+            core = self.grid.core(self._next)
+            inside = tuple(
+                slice(span.start - at, span.stop - at)
+                for span, at in zip(core, (z, y, x), strict=True)
+            )
+            self._slab[(slice(None), inside[0], *core[1:])] = output[(slice(None), *inside)].float()
+            return
+        window = tiling.window
+        part = self._slab[:, : self.grid.shape[0] - z, y : y + window[1], x : x + window[2]]
+        size = part.shape[1:]
+        crop = (slice(0, size[0]), slice(0, size[1]), slice(0, size[2]))
+        weights = _weights(window, tiling.blend)[crop]
+        part[: len(output)].addcmul_(output[(slice(None), *crop)].float(), weights)
+        if len(part) > len(output):
+            part[-1].add_(weights)
+
+    def _finish(self, upto: int, reducer: _Reducer) -> None:
+        """Reduce the planes below ``upto`` and move the slab there."""
         done = min(upto, self.grid.shape[0]) - self._base
         if done <= 0:
             return
-        sz, sy, sx = self._sums
-        for plane in range(done):  # one by one: what is allocated on the way is one plane
-            target = self._base + plane
-            if self.grid.tiling.reduce == "argmax":
-                self._result[target] = self._slab[:, plane].argmax(0)
+        tiling = self.grid.tiling
+        bare = tiling.reduce == "argmax" and tiling.activation == "none"
+        raw = tiling.exact or (bare and tiling.onto is None and not tiling.uncertainty)
+        floored = tiling.blend == "floored" and not tiling.exact
+        sz, sy, sx = _totals(self.grid) if not raw and not floored else (torch.empty(0),) * 3
+        whole = slice(None)
+        for number in range(done):  # one by one: what is allocated on the way is one plane
+            target = self._base + number
+            plane = self._slab[:, number]
+            if floored:
+                plane = plane[:-1] / plane[-1]
+            elif not raw:
+                plane = plane / (sz[target] * sy[:, None] * sx)
+            plane = _activated(plane, tiling.activation)
+            if self._between is not None:
+                self._between.put(target, plane, reducer)
             else:
-                weight = sz[target] * sy[:, None] * sx
-                torch.div(self._slab[:, plane], weight, out=self._result[:, target])
+                reducer.put(plane, (target, whole, whole))
         keep = max(self._slab.shape[1] - done, 0)
-        for plane in range(keep):
-            self._slab[:, plane] = self._slab[:, plane + done]
+        for number in range(keep):
+            self._slab[:, number] = self._slab[:, number + done]
         self._slab[:, keep:] = 0
         self._base += done
 
-    def _total(self) -> list[Tensor]:
-        """Sum of all windows' weights along each axis; separable, as the grid is a product."""
-        sums = []
-        for size, starts, profile in zip(
-            self.grid.shape, self.grid.starts, self._profiles, strict=True
-        ):
-            total = torch.zeros(size)
-            for start in starts:
-                part = total[start : start + len(profile)]
-                part += profile[: len(part)]
-            sums.append(total)
-        return sums
+
+def _activated(values: Tensor, activation: str) -> Tensor:
+    if activation == "softmax":
+        return values.softmax(0)
+    return values.sigmoid() if activation == "sigmoid" else values
+
+
+@lru_cache(maxsize=4)
+def _weights(window: Size, blend: str) -> Tensor:
+    z, y, x = (_profile(size, blend) for size in window)
+    weights = z[:, None, None] * y[:, None] * x
+    return weights.clamp_min(_FLOOR) if blend == "floored" else weights
+
+
+def _totals(grid: WindowGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of all windows' weights along each axis; separable, as the grid is a product."""
+    sums = []
+    for size, starts, window in zip(grid.shape, grid.starts, grid.tiling.window, strict=True):
+        profile = _profile(window, grid.tiling.blend)
+        total = torch.zeros(size)
+        for start in starts:
+            part = total[start : start + window]
+            part += profile[: len(part)]
+        sums.append(total)
+    return sums[0], sums[1], sums[2]

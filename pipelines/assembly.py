@@ -112,7 +112,7 @@ def build_engine(config: Config, verticals: Mapping[str, Vertical[Any, Any]]) ->
     engine = Engine(**config.engine.model_dump())
     brought: dict[str, tuple[str, Model, object]] = {}
     for vertical in verticals.values():
-        rows = config.vertical(vertical.name).batch_range
+        rows = config.vertical(vertical.name).batch_range or vertical.batch_range
         options: dict[str, Any] = {} if rows is None else {"batch_range": rows}
         for model in models_of(vertical, config):
             name = model.spec.name

@@ -7,6 +7,7 @@ against its parser in ``test_docs.py``.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -122,6 +123,7 @@ def fill(folder: Path) -> None:
         "[verticals.finance.sla]\ndeadline_ms = 100\n[verticals.medical]\nnodules = false\n"
     )
     (folder / "verticals").symlink_to(ROOT / "verticals")
+    fill_models(folder)
     page = "\n".join(b.text for b in BLOCKS if b.page.name == "writing-a-vertical.md"
                      and b.language == "python")  # fmt: skip
     plug_in = page.partition("from plinth.verticals.testing")[0]
@@ -130,6 +132,32 @@ def fill(folder: Path) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plinth-leaks\nVersion: 1.0.0\n")
     (info / "entry_points.txt").write_text("[plinth.verticals]\nleaks = plinth_leaks:Leaks\n")
+
+
+def fill_models(folder: Path) -> None:
+    """Models of other libraries, as files."""
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    build = "from torch import nn\ndef build(width):\n return nn.Sequential(nn.Linear(4, width))\n"
+    (folder / "net.py").write_text(
+        build + "def example():\n import torch; return torch.ones(2, 4)\n"
+    )
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8)).eval()
+    save_file(net.state_dict(), folder / "net.safetensors")
+    rows, shapes = (torch.randn(2, 4),), ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(net, rows, dynamic_shapes=shapes)
+    torch.export.save(program, folder / "net.pt2")
+    torch.onnx.export(
+        program, dynamo=True, input_names=["input"], output_names=["output"], verbose=False
+    ).save(str(folder / "net.onnx"))  # type: ignore[union-attr]
+    np.savez(folder / "rows.npz", input=rows[0].numpy())
+    if importlib.util.find_spec("transformers"):
+        from transformers import BertConfig, BertModel
+
+        small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        BertModel(BertConfig(**small, vocab_size=50)).save_pretrained(folder / "my-bert")
 
 
 def every(program: str) -> list[tuple[str, list[str]]]:
@@ -154,6 +182,8 @@ PLINTH = [
 def test_a_plinth_command_runs_as_it_is_written(
     words: list[str], shop: Shop, tmp_path: Path
 ) -> None:
+    if "my-bert/" in words and not (shop.folder / "my-bert").is_dir():
+        pytest.skip("transformers is not installed: make extras")
     words = [shop.replaced(word) for word in words]
     words = [re.sub(r"^127\.0\.0\.1:9100$", "127.0.0.1:0", word) for word in words]
     if "--port" in words:

@@ -222,12 +222,13 @@ NEEDS = {
     "scipy": ("medical", "check medical"),
     "mlperf_loadgen": ("benchmark", "benchmark finance --seconds 0.1"),
     "matplotlib": ("benchmark", "benchmark finance --seconds 0.1 --plot a.png"),
-    "onnx": ("onnx", "models import-onnx absent.onnx --name x"),
+    "onnx": ("onnx", "convert net.onnx --name x"),
 }
 
 
 @pytest.mark.slow
 def test_each_missing_extra_is_named_alone(installed: Installed) -> None:
+    (installed.folder / "net.onnx").write_bytes(b"\x08\x08")
     lines = "\n".join(f"{module} {words}" for module, (_, words) in NEEDS.items())
     out = run(installed.python, "-c", MISSING, input=lines, env=installed.env, cwd=installed.folder)
     said = dict(zip(NEEDS, out.split("> ")[1:], strict=True))

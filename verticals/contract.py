@@ -82,6 +82,7 @@ class Vertical(ABC, Generic[Req, Res]):
         response: the pydantic type of an answer (of its response, where artefacts go with it).
         settings_type: the pydantic type of the config table.
         sla: the promise for one request at a door, unless the config or the request says other.
+        batch_range: smallest and largest batch of its models, unless the config says other.
         heavy: the flow's own steps between calls take more than about a millisecond, so the
             doors drive it on a worker thread.
     """
@@ -93,6 +94,7 @@ class Vertical(ABC, Generic[Req, Res]):
     response: ClassVar[type[BaseModel]]
     settings_type: ClassVar[type[Settings]] = Settings
     sla: ClassVar[Sla] = Sla()
+    batch_range: tuple[int, int] | None = None
     heavy: ClassVar[bool] = False
 
     def __init__(self, settings: Settings | None = None) -> None:

@@ -104,6 +104,25 @@ def _rows_follow(path: Path, inputs: list[Contract], fixed: set[str]) -> frozens
 
 
 def _graph(path: Path) -> Any:
+    import onnx
+
+    model = parse(path)
+    outside = next((t.name for t in tensors(model.graph) if _external(onnx, t)), None)
+    if outside is not None:
+        raise ModelError(
+            f"{path} keeps tensor {outside} in another file",
+            hint="plinth convert brings it in; or write one file: "
+            "onnx.save_model(model, path, save_as_external_data=False)",
+        )
+    return check_graph(path, model)
+
+
+def parse(path: Path) -> Any:
+    """The ModelProto in a file, unchecked.
+
+    Raises:
+        ModelError: not a file, another kind of file, too large, or damaged.
+    """
     try:
         import onnx
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -113,19 +132,19 @@ def _graph(path: Path) -> Any:
         ) from error
     if not path.is_file():
         raise ModelError(f"{path} is not a file")
-    _refuse_other_formats(path)
+    refuse_other_formats(path)
     if path.stat().st_size > MAX_BYTES:
         raise ModelError(f"{path} has more than {MAX_BYTES} bytes, the most an ONNX file can have")
     try:
-        model = onnx.load_model_from_string(path.read_bytes())
+        return onnx.load_model_from_string(path.read_bytes())
     except (DecodeError, ValueError) as error:
-        raise ModelError(f"{path} is not an ONNX file: {error}") from error
-    outside = next((t.name for t in _tensors(onnx, model.graph) if _external(onnx, t)), None)
-    if outside is not None:
-        raise ModelError(
-            f"{path} keeps tensor {outside} in another file",
-            hint="write one file: onnx.save_model(model, path, save_as_external_data=False)",
-        )
+        raise ModelError(f"{path} is not an ONNX file, or was cut off: {error}") from error
+
+
+def check_graph(path: Path, model: Any) -> Any:
+    """The graph of a ModelProto with shapes inferred; raises ModelError where it is not valid."""
+    import onnx
+
     try:
         onnx.checker.check_model(model)
         model = onnx.shape_inference.infer_shapes(model)
@@ -136,10 +155,12 @@ def _graph(path: Path) -> Any:
 
 
 _SKLEARN = (
-    "export it to ONNX where it was trained: "
+    "load it where it was trained and give it to Model.from_sklearn, or export it to ONNX: "
     "skl2onnx.to_onnx(model, X, options={'zipmap': False}), or onnxmltools for LightGBM and XGBoost"
 )
-_TORCH = "load it where it was trained and save it with ModelStore.save, or torch.onnx.export"
+_TORCH = (
+    "load it where it was trained and give the module to Model.from_torch, or torch.export.save it"
+)
 _OTHER_FORMATS: tuple[tuple[tuple[str, ...], tuple[bytes, ...], str, str], ...] = (
     (
         (".pkl", ".pickle", ".joblib", ".dill"),
@@ -148,7 +169,7 @@ _OTHER_FORMATS: tuple[tuple[tuple[str, ...], tuple[bytes, ...], str, str], ...] 
         _SKLEARN,
     ),
     (
-        (".pt", ".pth", ".ckpt"),
+        (".pt", ".pth", ".ckpt", ".bin"),
         (b"PK\x03\x04",),
         "is a checkpoint of torch, whose pickle could run code",
         _TORCH,
@@ -164,7 +185,8 @@ _OTHER_FORMATS: tuple[tuple[tuple[str, ...], tuple[bytes, ...], str, str], ...] 
 """Suffixes and first bytes of model files that are not ONNX, why not, and what instead."""
 
 
-def _refuse_other_formats(path: Path) -> None:
+def refuse_other_formats(path: Path) -> None:
+    """Raises ModelError for a model file of a kind that is not ONNX: why, and what instead."""
     with path.open("rb") as file:
         start = file.read(8)
     for suffixes, magics, why, instead in _OTHER_FORMATS:
@@ -172,16 +194,25 @@ def _refuse_other_formats(path: Path) -> None:
             raise ModelError(f"{path} {why}", hint=instead)
 
 
-def _tensors(onnx: Any, graph: Any) -> Iterator[Any]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
+def tensors(graph: Any) -> Iterator[Any]:
+    """Weights of a graph and of all graphs within it."""
+    for inner in graphs(graph):
+        yield from inner.initializer
+        for sparse in inner.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+        for node in inner.node:
+            for attribute in node.attribute:
+                yield from (attribute.t, *attribute.tensors)
+
+
+def graphs(graph: Any) -> Iterator[Any]:
+    """A graph and all graphs within it, such as the branches of an If."""
+    yield graph
     for node in graph.node:
         for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
             for inner in (attribute.g, *attribute.graphs):
                 if inner.node or inner.initializer:
-                    yield from _tensors(onnx, inner)
+                    yield from graphs(inner)
 
 
 def _external(onnx: Any, tensor: Any) -> bool:
@@ -211,13 +242,8 @@ def _contract(path: Path, kind: str, value: Any, free: bool = False) -> Contract
     return value.name, tuple(sizes[1:]), name
 
 
-def session(path: Path, threads: int | None, profile: Path | None = None) -> Any:
+def session(path: Path, threads: int | None) -> Any:
     """An ONNX Runtime session on the CPU that does not spin while it is idle.
-
-    Args:
-        path: the file.
-        threads: of one run; ``None`` as torch has it.
-        profile: where a profile of every kernel that runs is written, if at all.
 
     Raises:
         ModelError: ONNX Runtime is missing or cannot load the file.
@@ -233,9 +259,6 @@ def session(path: Path, threads: int | None, profile: Path | None = None) -> Any
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
     # A pattern is kept for each number of rows and doubles the arena; it is no faster here.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,18 @@ class ProgramModule(nn.Module):
         return self
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
+def in_one_mode(module: M) -> M:
+    """A module that holds a program, whose ``train`` and ``eval`` torch refuses."""
+    for part in module.modules():
+        part.training = False
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module
+
+
 class _InOrder(nn.Module):
     """A module with its inputs and outputs in the order of the contract."""
 
@@ -133,8 +145,9 @@ def write(spec: ModelSpec, module: nn.Module, rows: Mapping[str, Tensor], path: 
         for tensor in spec.inputs
     )
     inputs = tuple(rows[tensor.name] for tensor in spec.inputs)
-    whole = _InOrder(spec, module).eval()
-    with _refusing(f"model {spec.name} cannot be exported", _UNEXPORTED), torch.no_grad():
+    whole = _InOrder(spec, module)
+    whole.training = False
+    with refusing(f"model {spec.name} cannot be exported", _UNEXPORTED), torch.no_grad():
         program = torch.export.export(whole, inputs, dynamic_shapes=(shapes,))
         program.example_inputs = None
         with path.open("wb") as file:
@@ -157,7 +170,7 @@ def read(path: Path) -> torch.export.ExportedProgram:
     if not path.is_file():
         raise ModelError(f"{path} is not a file")
     harmless = _harmless(path)
-    with _refusing(f"{path} cannot be read", _EXPORT):
+    with refusing(f"{path} cannot be read", _EXPORT):
         return torch.export.load(harmless)
 
 
@@ -172,14 +185,10 @@ def load(path: Path, spec: ModelSpec) -> ProgramModule:
 
 def as_module(program: torch.export.ExportedProgram, spec: ModelSpec, path: Path) -> ProgramModule:
     """A program whose inputs and outputs are those of the contract, in its order."""
-    with _refusing(f"{path} cannot be made to run", _EXPORT):
+    with refusing(f"{path} cannot be made to run", _EXPORT):
         module = program.module(check_guards=False)
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
     names = tuple(t.name for t in spec.inputs), tuple(t.name for t in spec.outputs)
-    found = ProgramModule(module, *names)
-    found.training = False
-    return found
+    return in_one_mode(ProgramModule(module, *names))
 
 
 def _harmless(path: Path) -> io.BytesIO:
@@ -401,7 +410,7 @@ def _check_tree(path: Path, tree: Any) -> None:
 
 
 @contextmanager
-def _refusing(what: str, hint: str) -> Iterator[None]:
+def refusing(what: str, hint: str) -> Iterator[None]:
     """Turn what torch's exporter and reader raise into a sentence, and keep them quiet."""
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx")]
     levels = [logger.level for logger in loggers]

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from plinth.engine.errors import ModelError, nearest
+from plinth.engine.errors import InputError, ModelError, nearest
 from plinth.engine.models.binding import Binding, outputs_by_name
 from plinth.engine.models.spec import DTYPES, ModelSpec, TensorSpec
 
@@ -144,6 +144,27 @@ def check_rows(run: Run, rows: Rows, name: str) -> dict[str, Tensor]:
                     "over the batch",
                 )
     return together
+
+
+def given_rows(name: str, inputs: Iterable[TensorSpec], example: Rows | None) -> Rows | None:
+    """Example rows held against the inputs; the only array of a ``.npy`` goes to the only input.
+
+    Raises:
+        ModelError: names, sizes or dtypes differ; says which.
+    """
+    if example is None:
+        return None
+    specs = tuple(inputs)
+    if set(example) == {""} and len(specs) == 1:
+        example = {specs[0].name: example[""]}
+    stand_in = ModelSpec(name=name, inputs=specs, outputs=(TensorSpec(name="any", shape=()),))
+    try:
+        stand_in.check(example)
+    except InputError as error:
+        raise ModelError(f"the example does not fit: {error.message}", hint=error.hint) from error
+    if not len(next(iter(example.values()))):
+        raise ModelError(f"model {name}: the example has no rows")
+    return example
 
 
 def row_of(rows: Rows, row: int) -> Rows:

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,13 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from plinth.engine.errors import ModelError
-from plinth.engine.models import program, weights
+from plinth.engine.models import estimators, program, weights
 from plinth.engine.models.binding import Binding, outputs_by_name
 from plinth.engine.models.digest import digest
-from plinth.engine.models.fidelity import compare
+from plinth.engine.models.fidelity import Run, compare, versions
 from plinth.engine.models.onnx import OnnxModule, read_contract
-from plinth.engine.models.signature import Example, Wishes, derive
+from plinth.engine.models.signature import Example, Wishes, derive, given_rows
 from plinth.engine.models.spec import ModelSpec, TensorSpec, hold_against, spec_of
-from plinth.engine.models.variants import Variants
 
 __all__ = ["Model", "ModelSpec", "ModelStore", "TensorSpec", "architecture", "from_pretrained"]
 
@@ -57,14 +56,17 @@ class Model:
         onnx: the ONNX file, if it is one.
         example: rows (n, ...) by input name that the model is tried and measured on; ``None``
             makes rows up from the spec.
-        variants: other ways to compute it that a store has, if it has any.
+        made_from: SHA-256 of the files it was read from, where these alone decide what it
+            computes; for modules that cannot be read, such as TorchScript.
+        origin: what is known of the model of another library that it was made of.
     """
 
     spec: ModelSpec
     module: nn.Module
     onnx: Path | None = None
     example: Mapping[str, Tensor] | None = None
-    variants: Variants | None = None
+    made_from: str | None = None
+    origin: Mapping[str, Any] | None = None
 
     @classmethod
     def from_torch(
@@ -108,8 +110,47 @@ class Model:
         found = derive(module, example, wishes)
         return cls(found.spec, found.module, example=found.example)
 
+    @classmethod
+    def from_sklearn(
+        cls,
+        estimator: Any,
+        *,
+        example: Any,
+        name: str | None = None,
+        version: str = "1",
+        outputs: Sequence[str] | None = None,
+    ) -> Model:
+        """A model from a fitted estimator of scikit-learn, LightGBM or XGBoost, through ONNX.
+
+        It takes ``X``, float32 rows of the features, and gives ``label`` and ``probabilities``,
+        or ``variable`` for a number. Its answers are held against the estimator's own.
+
+        Args:
+            estimator: fitted; pipelines are taken too.
+            example: rows (n, features) of numbers: an array, a tensor or a data frame.
+            name: its name; by default the estimator's class, in lower case.
+            version: its version.
+            outputs: names of the outputs to keep; by default all.
+
+        Raises:
+            ModelError: it cannot be converted, gives words, or other answers in ONNX.
+        """
+        named = name or type(estimator).__name__.lower()
+        rows = {estimators.INPUT: estimators.as_rows(example, named)}
+        path = estimators.to_onnx(estimator, rows[estimators.INPUT], named)
+        spec = spec_of(path, read_contract(path, outputs), named, version)
+        spec = spec.model_copy(update={"source": type(estimator).__qualname__})
+        model = cls(spec, _read(path, spec), path, given_rows(named, spec.inputs, rows))
+        shapes = {tensor.name: tensor.shape for tensor in spec.outputs}
+        found = compare(named, model.run, estimators.predictor(estimator, shapes), rows)
+        libraries = versions(*estimators.LIBRARIES)
+        origin = found.model_dump(mode="json") | {"kind": "estimator", "libraries": libraries}
+        return replace(model, origin=origin)
+
     def digest(self) -> str:
         """SHA-256 over weights, structure and code: the key of what is derived from them."""
+        if self.made_from is not None:
+            return self.made_from
         return _sha256(self.onnx) if self.onnx else digest(self.module)
 
     def rows(self, count: int) -> dict[str, Tensor]:
@@ -167,7 +208,9 @@ class ModelStore:
 
         return self._write(spec, _WEIGHTS, fill)
 
-    def add(self, model: Model, *, facts: Mapping[str, Any] | None = None) -> Path:
+    def add(
+        self, model: Model, *, source: Run | None = None, facts: Mapping[str, Any] | None = None
+    ) -> Path:
         """Write a model whose code is not registered as a new version. Returns its folder.
 
         A torch module is exported, an ONNX file is copied. What was written is read again and
@@ -175,6 +218,8 @@ class ModelStore:
 
         Args:
             model: the model, from :meth:`Model.from_torch` say.
+            source: rows by input name to rows by output name, as the model it was made of
+                computes them; by default the model itself.
             facts: more to keep in the report.
 
         Raises:
@@ -190,8 +235,8 @@ class ModelStore:
             else:
                 program.write(spec, model.module, rows, folder / _PROGRAM)
             written = Model(spec, _read(folder / file, spec))
-            found = compare(spec.name, written.run, model.run, rows)
-            return {"report": found.model_dump(mode="json") | dict(facts or {})}
+            found = compare(spec.name, written.run, source or model.run, rows)
+            return {"report": found.model_dump(mode="json") | dict(facts or model.origin or {})}
 
         return self._write(spec, file, fill)
 
@@ -284,25 +329,13 @@ class ModelStore:
         spec = self.verify(name, chosen)
         data = self._manifest(name, chosen)[1]
         folder = self.root / name / chosen
-        variants = self.variants(name, chosen)
         if _ONNX in data["files"]:
-            path = folder / _ONNX
-            return Model(spec, _read(path, spec), path, variants=variants)
+            return Model(spec, _read(folder / _ONNX, spec), folder / _ONNX)
         if _PROGRAM in data["files"]:
-            return Model(spec, _read(folder / _PROGRAM, spec), variants=variants)
+            return Model(spec, _read(folder / _PROGRAM, spec))
         built = _build(spec, data.get("factory"))
         weights.fill(built, folder / _WEIGHTS, name, data.get("shared") or {})
-        return Model(spec, built.eval(), variants=variants)
-
-    def variants(self, name: str, version: str | None = None) -> Variants:
-        """Other ways to compute a version, the newest unless one is named, and the default.
-
-        Raises:
-            ModelError: there is no such model or version.
-        """
-        chosen = self._choose(name, version)
-        (facts,) = self._manifest(name, chosen)[1]["files"].values()
-        return Variants(self.root / name / chosen, str(facts.get("sha256")))
+        return Model(spec, built.eval())
 
     def _choose(self, name: str, version: str | None) -> str:
         versions = self.versions(name)
@@ -319,8 +352,6 @@ class ModelStore:
     def verify(self, name: str, version: str | None = None) -> ModelSpec:
         """Check every file of a version (the newest unless one is named) against its sha256.
 
-        The files of its variants are checked too.
-
         Raises:
             ModelError: names the file that is missing or was changed.
         """
@@ -333,9 +364,6 @@ class ModelStore:
                 raise ModelError(
                     f"{path} is missing or not what was saved", hint="copy the version again"
                 )
-        variants = self.variants(name, version)
-        for variant in variants.list():
-            variants.get(variant.name)
         return spec
 
     def _manifest(self, name: str, version: str) -> tuple[ModelSpec, dict[str, Any]]:

@@ -46,6 +46,12 @@ def fill(module: nn.Module, path: Path, name: str, shared: dict[str, str]) -> No
         ModelError: not a safetensors file, or names the first tensor that does not fit.
     """
     weights = _read(path)
+    for alias, stored in shared.items():
+        if alias in weights and stored in weights and not weights[alias].equal(weights[stored]):
+            raise ModelError(
+                f"{name}: {alias} and {stored} are one tensor in the code, and two in the file",
+                hint="build the module that the weights were saved from",
+            )
     weights |= {alias: weights[stored] for alias, stored in shared.items() if stored in weights}
     wanted = module.state_dict()
     for key in sorted(wanted.keys() | weights.keys()):

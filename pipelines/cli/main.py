@@ -15,6 +15,8 @@ from plinth.pipelines.cli.backends import EPILOG as BACKENDS_EPILOG
 from plinth.pipelines.cli.backends import backends
 from plinth.pipelines.cli.benchmark import EPILOG as BENCHMARK_EPILOG
 from plinth.pipelines.cli.benchmark import benchmark
+from plinth.pipelines.cli.convert import EPILOG as CONVERT_EPILOG
+from plinth.pipelines.cli.convert import convert
 from plinth.pipelines.cli.models import models
 from plinth.pipelines.console import (
     FAILED,
@@ -48,6 +50,7 @@ app = typer.Typer(
 app.add_typer(models, name="models")
 app.command(epilog=BENCHMARK_EPILOG)(benchmark)
 app.command(epilog=BACKENDS_EPILOG)(backends)
+app.command(epilog=CONVERT_EPILOG)(convert)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="TOML file; default ./plinth.toml if there.")
@@ -250,6 +253,10 @@ def batch(
     retry_failed: Annotated[
         bool | None, typer.Option("--retry-failed", help="Run failed items again.")
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A network of your own, for a vertical that takes one (medical)."),
+    ] = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     as_json: JsonOption = False,
@@ -258,9 +265,11 @@ def batch(
 
     Outputs are in OUT/<item>/, the journal in OUT/journal.jsonl, failures in OUT/failed.jsonl.
     """
-    from plinth.pipelines.cli.runs import batch_words, run_batch
+    from plinth.pipelines.cli.runs import batch_words, only_folder_vertical, run_batch
 
     vertical, folder = batch_words(what or [])
+    if model is not None and vertical is None:
+        vertical = only_folder_vertical()
     config = _load(
         config_file,
         **{
@@ -270,6 +279,7 @@ def batch(
             "batch.workers": workers,
             "batch.resume": resume,
             "batch.retry_failed": retry_failed,
+            f"verticals.{vertical}.network.model": model,
             "engine.device": device,
             "engine.precision": precision,
         },

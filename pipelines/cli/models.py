@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from plinth.engine import ModelSpec, ModelStore
 
 models = typer.Typer(
-    help="List, show, import and verify the models in the store.",
+    help="List, show and verify the models in the store.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -34,7 +34,7 @@ def list_models(
     store: StoreOption = None, config: ConfigOption = None, as_json: JsonOption = False
 ) -> None:
     """List every model and version."""
-    target = _store(store, config)
+    target = store_of(store, config)
     specs = target.list()
     if as_json:
         show_json([spec.model_dump(mode="json") for spec in specs])
@@ -51,39 +51,17 @@ def show(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one model: inputs, outputs, licence, metrics, source."""
-    spec = _find(_store(store, config), name, version)
-    if as_json:
-        show_json(spec.model_dump(mode="json"))
-        return
-    rows = [(key, _cell(value)) for key, value in spec.model_dump(mode="json").items() if value]
-    show_table(f"{spec.name} {spec.version}", ("field", "value"), rows)
-
-
-@models.command(
-    "import-onnx", epilog="Example: plinth models import-onnx net.onnx --name fraud --version 2"
-)
-def import_onnx(
-    path: Annotated[Path, typer.Argument(help="The .onnx file.")],
-    name: Annotated[str, typer.Option(help="Name in the store.")],
-    version: Annotated[str, typer.Option(help="Version in the store.")] = "1",
-    output: Annotated[
-        list[str] | None,
-        typer.Option(help="Keep this output; repeat it for several.", show_default="all"),
-    ] = None,
-    store: StoreOption = None,
-    config: ConfigOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Copy an ONNX file into the store; inputs and outputs are read from its graph."""
-    target = _store(store, config)
-    target.import_onnx(None, path, name=name, version=version, outputs=output)
+    """Show one model: inputs, outputs, licence, metrics, source, how it was converted."""
+    target = store_of(store, config)
     spec = _find(target, name, version)
+    facts = spec.model_dump(mode="json")
+    if report := target.report(spec.name, spec.version):
+        facts["converted"] = report
     if as_json:
-        show_json(spec.model_dump(mode="json"))
+        show_json(facts)
         return
-    rows = [(s.name, s.dtype, _cell(s.shape)) for s in (*spec.inputs, *spec.outputs)]
-    show_table(f"{name} {version} is in the store", ("tensor", "dtype", "row shape"), rows)
+    rows = [(key, _cell(value)) for key, value in facts.items() if value]
+    show_table(f"{spec.name} {spec.version}", ("field", "value"), rows)
 
 
 @models.command(epilog="Example: plinth models verify")
@@ -97,7 +75,7 @@ def verify(
     """Check the files of models against the checksums in their manifests."""
     from plinth.engine.errors import ModelError
 
-    target = _store(store, config)
+    target = store_of(store, config)
     specs = [_find(target, name, version)] if name else target.list()
     results = []
     for one, which in ((spec.name, spec.version) for spec in specs):
@@ -119,7 +97,8 @@ def verify(
         raise typer.Exit(FAILED)
 
 
-def _store(path: Path | None, config_file: Path | None) -> ModelStore:
+def store_of(path: Path | None, config_file: Path | None) -> ModelStore:
+    """The store named on the command line, else in the config, else the default one."""
     from plinth.engine import ModelStore
     from plinth.pipelines.assembly import store_path
     from plinth.pipelines.config.settings import load

@@ -182,7 +182,7 @@ def run_batch(config: Config, as_json: bool) -> int:
             hint="plinth batch VERTICAL FOLDER --out DIR, or a [batch] table",
         )
     check_folders(settings.input, settings.output)
-    name = settings.vertical or _only_folder_vertical()
+    name = settings.vertical or only_folder_vertical()
     vertical = load_vertical(config, name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(choose_store(config.models.store))
@@ -215,7 +215,12 @@ def _abort(job: Batch, engine: Engine) -> None:
     engine.close(drain=False)
 
 
-def _only_folder_vertical() -> str:
+def only_folder_vertical() -> str:
+    """The one vertical that reads folders.
+
+    Raises:
+        ConfigError: there is none, or several.
+    """
     able = [
         one.name
         for one in registry.describe()

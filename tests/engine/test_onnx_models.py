@@ -246,7 +246,7 @@ def test_a_scikit_learn_classifier_says_how_to_export_it(store):
         ("m.pkl", b"\x80\x04\x95", "is a pickle.*skl2onnx"),
         ("m.joblib", b"ZF123456", "is a pickle.*skl2onnx"),
         ("m.onnx", b"\x80\x05\x95\x00", "is a pickle.*skl2onnx"),
-        ("m.pt", b"PK\x03\x04", r"checkpoint of torch.*ModelStore\.save"),
+        ("m.pt", b"PK\x03\x04", r"checkpoint of torch.*Model\.from_torch"),
         ("m.safetensors", b"\x08\x00\x00", "without a graph"),
         ("m.keras", b"PK\x03\x04", "tf2onnx|checkpoint"),
     ],

@@ -1,12 +1,15 @@
 """A volume cut into windows and blended back."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from plinth.engine import ConfigError, InputError, Tiling
-from plinth.engine.tiling import WindowGrid, WindowMerger
+from plinth.engine.tiling import Onto, WindowGrid, WindowMerger
 
 sizes = st.tuples(*[st.integers(1, 13)] * 3)
 windows = st.tuples(*[st.integers(1, 6)] * 3)
@@ -25,7 +28,7 @@ def blend(tiling: Tiling, volume: torch.Tensor, chunk: int = 3) -> torch.Tensor:
     sizes,
     windows,
     st.sampled_from([0.0, 0.25, 0.5, 0.7]),
-    st.sampled_from(["gaussian", "constant"]),
+    st.sampled_from(["gaussian", "constant", "floored"]),
 )
 def test_a_model_that_changes_nothing_gives_the_volume_back(size, window, overlap, kind):
     volume = torch.randn(2, *size)
@@ -68,3 +71,107 @@ def test_wrong_settings_and_outputs_are_named():
     merger = WindowMerger(WindowGrid(Tiling((4, 4, 4)), (8, 8, 8)))
     with pytest.raises(InputError, match=r"\(4, 4, 4\) into \(2, 2, 2\)"):
         merger.put(torch.zeros(1, 1, 2, 2, 2))
+
+
+def merged(tiling: Tiling, volume: torch.Tensor, model) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Run a model over all windows, one by one."""
+    grid = WindowGrid(tiling, tuple(volume.shape[1:]))
+    merger = WindowMerger(grid)
+    for number in range(len(grid)):
+        merger.put(model(grid.cut(volume, number, number + 1)))
+    return merger.result()
+
+
+@given(
+    st.tuples(*[st.integers(9, 20)] * 3),
+    st.tuples(*[st.integers(7, 9)] * 3),
+    st.sampled_from(["none", "argmax"]),
+)
+def test_a_halo_gives_what_one_pass_over_the_whole_volume_gives(size, window, reduce):
+    torch.manual_seed(0)
+    first, second = torch.randn(4, 2, 3, 3, 3), torch.randn(3, 4, 3, 3, 3)
+
+    def network(rows):  # reads 1 + 2 voxels to each side
+        hidden = F.relu(F.conv3d(rows, first, padding=1))
+        return F.conv3d(hidden, second, padding=2, dilation=2)
+
+    volume = torch.randn(2, *size)
+    got = merged(Tiling(window, halo=(3, 3, 3), reduce=reduce), volume, network)
+    whole = network(volume[None])[0]
+    if reduce == "argmax":
+        assert torch.equal(got.long(), whole.argmax(0))
+    else:
+        torch.testing.assert_close(got, whole, rtol=1e-4, atol=1e-4)
+
+
+@given(
+    st.tuples(*[st.integers(4, 12)] * 3),
+    st.tuples(*[st.integers(1, 20)] * 3),
+    st.sampled_from([(0, 0, 0), (2, 2, 2)]),
+)
+def test_outputs_are_interpolated_as_torch_interpolates_a_whole_volume(size, onto, halo):
+    volume = torch.randn(3, *size)
+    scale = tuple(n / m for n, m in zip(size, onto, strict=True))
+    first = tuple(s / 2 - 0.5 for s in scale)  # outer edges stay
+    tiling = Tiling((5, 6, 5), 0.5, halo=halo, onto=Onto(onto, first, scale))
+    want = F.interpolate(volume[None], onto, mode="trilinear")[0]
+    torch.testing.assert_close(
+        merged(tiling, volume, lambda rows: rows), want, rtol=1e-4, atol=1e-4
+    )
+    labels = merged(
+        Tiling((5, 6, 5), 0.5, halo=halo, onto=tiling.onto, reduce="argmax", activation="softmax"),
+        volume,
+        lambda rows: rows,
+    )
+    assert labels.shape == onto
+
+
+def test_uncertainty_is_none_where_one_class_is_sure_and_all_where_classes_are_even():
+    volume = torch.zeros(4, 6, 6, 6)
+    volume[2, :3] = 100.0
+    for tiling in (
+        Tiling((4, 4, 4), reduce="argmax", uncertainty=True),
+        Tiling((4, 4, 4), halo=(1, 1, 1), reduce="argmax", uncertainty=True),
+    ):
+        got = merged(tiling, volume, lambda rows: rows)
+        assert (got["labels"][:3] == 2).all()
+        assert (got["uncertainty"][:3] == 0).all()
+        assert (got["uncertainty"][3:] == 255).all()
+
+
+def test_a_threshold_gives_the_last_channel_above_one_half():
+    volume = torch.full((3, 4, 4, 4), -5.0)
+    volume[0, 0], volume[1, 0, 0], volume[2, 1] = 5.0, 5.0, 5.0
+    got = merged(
+        Tiling((2, 2, 2), 0.0, reduce="threshold", activation="sigmoid"), volume, lambda rows: rows
+    )
+    assert (got[0, 0] == 2).all()
+    assert (got[0, 1:] == 1).all()
+    assert (got[1] == 3).all()
+    assert (got[2:] == 0).all()
+
+
+@given(st.integers(8, 60), st.integers(4, 8), st.sampled_from([0.25, 0.5]))
+def test_even_windows_cover_the_volume_with_steps_no_longer_than_asked(size, window, overlap):
+    starts = WindowGrid(Tiling((window, 1, 1), overlap, even=True), (size, 1, 1)).starts[0]
+    steps = [b - a for a, b in pairwise(starts)]
+    assert starts[0] == 0
+    assert starts[-1] == size - window
+    assert all(step <= window * (1 - overlap) + 1 for step in steps)
+    assert max(steps, default=0) - min(steps, default=0) <= 1
+
+
+def test_logits_of_windows_with_a_halo_are_not_held_at_all():
+    merger = WindowMerger(
+        WindowGrid(Tiling((8, 8, 8), halo=(2, 2, 2), reduce="argmax"), (64, 8, 8))
+    )
+    merger.put(torch.zeros(1, 104, 8, 8, 8))
+    assert merger._slab.numel() == 0
+    assert merger.grid.bytes(104) < 64 * 8 * 8 * 2
+
+
+def test_a_halo_that_leaves_nothing_of_a_window_is_refused():
+    with pytest.raises(ConfigError, match="leaves nothing"):
+        WindowGrid(Tiling((8, 8, 8), halo=(4, 4, 4)), (16, 16, 16))
+    with pytest.raises(ConfigError, match="expected a halo"):
+        Tiling((8, 8, 8), reduce="labels")

@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny_verticals import GATE, Gate, install
 
 from plinth.engine import ConfigError
 from plinth.pipelines.cli.main import main
 
-COMMANDS = ("list", "check", "serve", "stream", "batch", "benchmark", "models", "demo")
+COMMANDS = ("list", "check", "serve", "stream", "batch", "benchmark", "models", "convert", "demo")
 
 PLAIN = {"PLINTH_ENGINE__BACKEND": "eager", "PLINTH_ENGINE__PRECISION": "fp32"}
 
@@ -216,6 +219,25 @@ def _await_url(process: subprocess.Popen[str]) -> tuple[str, list[str]]:
             return line.split(" on ")[1].split(" ")[0], said
         said.append(line)
     raise AssertionError(said)
+
+
+def test_a_model_is_converted_listed_and_shown(plinth: Plinth) -> None:
+    save_file({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, "net.safetensors")
+    Path("net.py").write_text("from torch.nn import Linear\ndef build(n):\n return Linear(n, 2)\n")
+    np.save("rows.npy", np.ones((2, 3), dtype=np.float32))
+    words = ["convert", "net.safetensors", "--out", "store", "--name", "net"]
+    code = ["--code", "net.py:build", "--arguments", '{"n": 3}', "--example", "rows.npy"]
+    found = json.loads(plinth(*words, *code, "--json")[0])
+    assert found["report"]["largest_difference"] == 0
+    assert json.loads(plinth("models", "list", "--store", "store", "--json")[0]) == [found["spec"]]
+    shown = json.loads(plinth("models", "show", "net", "--store", "store", "--json")[0])
+    assert shown["converted"] == found["report"]
+    assert "Held against its source" in plinth(*words, *code, "--version", "2")[0]
+    err = plinth(*words, code=1)[1]
+    assert "without the code" in err
+    assert "--code" in err
+    for bad in (["--free", "x"], ["--rows-dim", "x=y"], ["--arguments", "["], ["--arguments", "1"]):
+        assert bad[0] in plinth(*words, *bad, code=2)[1]
 
 
 def test_models_are_listed_shown_and_verified(plinth: Plinth) -> None:

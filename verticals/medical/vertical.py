@@ -15,10 +15,15 @@ from pydantic import Field, field_validator
 from plinth.engine import Call, Flow, InputError, Model, ModelStore, Sla, Tiling
 from plinth.verticals.contract import Item, Settings, Vertical, WithArtefacts
 from plinth.verticals.medical.ct.analysis import MIN_SLICES, Analysis, analyse
+from plinth.verticals.medical.ct.findings import Finding
 from plinth.verticals.medical.ct.segment import BONE_HU, COARSE_MM, LUNG_HU, TISSUE_HU
 from plinth.verticals.medical.dicom.choose import LISTED
 from plinth.verticals.medical.dicom.discover import Series, scan
 from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.networks.analysis import Segmentation, segment, window_of
+from plinth.verticals.medical.networks.load import Network as UserNetwork
+from plinth.verticals.medical.networks.load import load_network
+from plinth.verticals.medical.networks.outputs import write_segmentation_outputs
 from plinth.verticals.medical.nodules.candidates import (
     NetworkInput,
     Nodule,
@@ -46,6 +51,25 @@ STORE = Path(__file__).parent / "store"
 MODEL = "nodules"
 
 
+class NetworkSettings(Settings):
+    """The table ``[verticals.medical.network]``: a network of the user's own.
+
+    Args:
+        model: a MONAI bundle, an nnU-Net v2 or MeshNet folder, or a ``.ts``, ``.pt2`` or
+            ``.onnx`` file with its JSON beside it.
+        flips: average its answers over all eight ways to flip a window.
+        uncertainty: also write how sure it is of each voxel, ``uncertainty.nii.gz``.
+        overlap: of blended windows, instead of the network's own.
+        memory_mb: MB for the intermediate results of one window, where its size is free.
+    """
+
+    model: Path
+    flips: bool = False
+    uncertainty: bool = False
+    overlap: float | None = Field(default=None, ge=0, le=0.9)
+    memory_mb: int = Field(default=1000, ge=50)
+
+
 class CtSettings(Settings):
     """The table ``[verticals.medical]``.
 
@@ -68,6 +92,7 @@ class CtSettings(Settings):
         key_images: nodules that get a picture, at most.
         segmentation: write ``segmentation.dcm``, which carries the source's patient identity.
         keep_uids: put the source's UIDs into the report instead of pseudonyms.
+        network: a network of the user's own, which then runs instead of the CT analysis.
     """
 
     store: Path | None = None
@@ -86,6 +111,7 @@ class CtSettings(Settings):
     key_images: int = Field(default=6, ge=0, le=50)
     segmentation: bool = True
     keep_uids: bool = False
+    network: NetworkSettings | None = None
 
     @field_validator("window")
     @classmethod
@@ -106,8 +132,12 @@ class StudyRequest:
     volume: Volume
 
 
-class CtAnalysis(Vertical[StudyRequest, CtResult]):
-    """Volumes, lung density, bone and nodule candidates of CT series."""
+SegmentationResult = WithArtefacts[CtReport, Segmentation]
+"""What the vertical answers where a network of the user's own runs."""
+
+
+class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
+    """Volumes, lung density, bone and nodule candidates of CT series, or anybody's network."""
 
     name = "medical"
     summary = "CT analysis from DICOM folders: lungs, bone, body, nodule candidates; research use"
@@ -124,9 +154,14 @@ class CtAnalysis(Vertical[StudyRequest, CtResult]):
         self._found: dict[str, Series] = {}
         self._models: list[Model] | None = None
         self._network: Network | None = None
+        self._own: UserNetwork | None = None
+        # Windows fill a CPU one by one; more of them at once only cost memory.
+        self.batch_range = (1, 4) if self.settings.network is None else (1, 1)
 
     # -- what it needs -----------------------------------------------------------------------
     def models(self) -> Sequence[Model]:
+        if self.settings.network is not None:
+            return [self._user_network(self.settings.network).model]
         if not self.settings.nodules:
             return []
         if self._models is None:
@@ -134,6 +169,14 @@ class CtAnalysis(Vertical[StudyRequest, CtResult]):
             model = store.load(MODEL, self.settings.version)
             self._models, self._network = [model], _described(model)
         return self._models
+
+    def _user_network(self, wanted: NetworkSettings) -> UserNetwork:
+        """The user's network, read once for all studies."""
+        if self._own is None:
+            found = load_network(wanted.model, flips=wanted.flips, uncertainty=wanted.uncertainty)
+            self._own = window_of(found, wanted.memory_mb)
+            self._network = _described(self._own.model)
+        return self._own
 
     def example(self) -> StudyRequest:
         """A slab of the chest phantom, built in memory."""
@@ -148,7 +191,9 @@ class CtAnalysis(Vertical[StudyRequest, CtResult]):
             InputError: there are images, but no CT series that can be analysed.
         """
         found = scan(folder).series
-        reasons = {series.id: _unfit(series) for series in found}
+        own = self.settings.network
+        modalities = ("CT",) if own is None else self._user_network(own).recipe.modality
+        reasons = {series.id: _unfit(series, modalities) for series in found}
         fit = [series for series in found if reasons[series.id] is None]
         left = [series for series in found if reasons[series.id] is not None]
         skipped = [f"{series.describe()}: {reasons[series.id]}" for series in left[:LISTED]]
@@ -156,8 +201,9 @@ class CtAnalysis(Vertical[StudyRequest, CtResult]):
             skipped.append(f"and {len(left) - LISTED} more")
         if found and not fit:
             raise InputError(
-                f"{folder.name} holds no CT series to analyse: {'; '.join(skipped)}",
-                hint=f"give axial CT of at least {MIN_SLICES} slices",
+                f"{folder.name} holds no {' or '.join(modalities) or 'image'} series to analyse: "
+                f"{'; '.join(skipped)}",
+                hint=f"give axial images of at least {MIN_SLICES} slices",
                 reason="no_ct",
             )
         self._found = {series.id: series for series in fit}
@@ -177,18 +223,36 @@ class CtAnalysis(Vertical[StudyRequest, CtResult]):
             volume = load_volume(folder, settings.strict, series=item.id, gaps=settings.gaps)
         return StudyRequest(volume)
 
-    def write(self, result: CtResult, folder: Path) -> list[Path]:
+    def write(self, result: CtResult | SegmentationResult, folder: Path) -> list[Path]:
+        if isinstance(result.artefacts, Segmentation):
+            found = result.artefacts
+            return write_segmentation_outputs(result.response, found, folder, self.settings)
         return write_outputs(result, folder, self.settings)
 
     # -- inference ---------------------------------------------------------------------------
-    def infer(self, requests: Sequence[StudyRequest]) -> Flow[list[CtResult | InputError]]:
-        results: list[CtResult | InputError] = []
+    def infer(
+        self, requests: Sequence[StudyRequest]
+    ) -> Flow[list[CtResult | SegmentationResult | InputError]]:
+        results: list[CtResult | SegmentationResult | InputError] = []
+        own = self.settings.network
         for request in requests:
             try:
+                if own is not None:
+                    results.append((yield from self._segmented(request.volume, own)))
+                    continue
                 results.append((yield from self._study(request.volume)))
             except InputError as error:
                 results.append(error)
         return results
+
+    def _segmented(self, volume: Volume, own: NetworkSettings) -> Flow[SegmentationResult]:
+        network = self._user_network(own)
+        found = yield from segment(
+            volume, network, uncertainty=own.uncertainty, overlap=own.overlap
+        )
+        warnings = [issue.message for issue in volume.verdict.issues] + found.warnings
+        report = self._report_of(volume, found.findings, found.plan, warnings)
+        return WithArtefacts(report.model_copy(update={"network": self._network}), found)
 
     def _study(self, volume: Volume) -> Flow[CtResult]:
         clock = _StageClock()
@@ -258,11 +322,18 @@ class CtAnalysis(Vertical[StudyRequest, CtResult]):
         nodules: list[Nodule] | None,
         plan: dict[str, Any],
     ) -> CtReport:
-        facts, keep = volume.series, self.settings.keep_uids
         warnings = [issue.message for issue in volume.verdict.issues] + analysis.warnings
         if nodules is not None:
             self.models()
             warnings.append(SYNTHETIC)
+        report = self._report_of(volume, analysis.findings, plan, warnings)
+        network = self._network if nodules is not None else None
+        return report.model_copy(update={"nodules": nodules, "network": network})
+
+    def _report_of(
+        self, volume: Volume, findings: list[Finding], plan: dict[str, Any], warnings: list[str]
+    ) -> CtReport:
+        facts, keep = volume.series, self.settings.keep_uids
         z, y, x = volume.shape
         return CtReport(
             study=facts.study_instance_uid if keep else pseudonym(facts.study_instance_uid),
@@ -270,9 +341,9 @@ class CtAnalysis(Vertical[StudyRequest, CtResult]):
             source=facts.public(),
             geometry=volume.verdict.as_dict(),
             grid={"voxels": [x, y, z], "spacing_mm": [round(v, 4) for v in volume.spacing]},
-            findings=analysis.findings,
-            nodules=nodules,
-            network=self._network if nodules is not None else None,
+            findings=findings,
+            nodules=None,
+            network=None,
             plan=plan,
             warnings=warnings,
         )
@@ -317,12 +388,12 @@ def _described(model: Model) -> Network:
     )
 
 
-def _unfit(series: Series) -> str | None:
+def _unfit(series: Series, modalities: tuple[str, ...] = ("CT",)) -> str | None:
     """Why a series is not analysed."""
     if series.problem is not None:
         return series.problem
-    if series.modality != "CT":
-        return "not CT"
+    if modalities and series.modality not in modalities:
+        return f"not {' or '.join(modalities)}"
     if series.localiser:
         return "a localiser"
     if series.frames[0].header.kind is not None:

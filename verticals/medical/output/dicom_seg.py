@@ -51,7 +51,7 @@ def write_segmentation(result: CtResult, path: Path) -> None:
     numbers, segments = _segments(artefacts, report)
     if not segments:
         raise InputError("neither lungs nor nodules were found", reason="empty")
-    sources = [_clean(header) for header in artefacts.volume.series.headers()]
+    sources = [clean_header(header) for header in artefacts.volume.series.headers()]
     if not sources:
         raise InputError("the volume was not read from DICOM images", reason="no_source")
     volume = highdicom.Volume(
@@ -178,7 +178,7 @@ def _description(label: int, number: int, report: CtReport) -> Any:
     )
 
 
-def _clean(header: Dataset) -> Dataset:
+def clean_header(header: Dataset) -> Dataset:
     """A header fit to copy from: type 2 attributes present, invalid values left out."""
     for keyword in TYPE_2:
         if keyword not in header:

@@ -64,7 +64,7 @@ def write_outputs(result: CtResult, folder: Path, wanted: Wanted) -> list[Path]:
     outputs |= {PAGE: "written"} if wanted.page else {}
     seconds = {**artefacts.seconds, "outputs": round(time.perf_counter() - begun, 3)}
     final = report.model_copy(
-        update={"seconds": seconds, "outputs": outputs, "peak_memory_mb": _peak_memory_mb()}
+        update={"seconds": seconds, "outputs": outputs, "peak_memory_mb": peak_memory_mb()}
     )
     if wanted.page:
         files.append(folder / PAGE)
@@ -90,7 +90,7 @@ def _segmentation(result: CtResult, path: Path) -> str:
     return "written"
 
 
-def _peak_memory_mb() -> float | None:
+def peak_memory_mb() -> float | None:
     """Largest resident memory of this process so far, where the system tells it."""
     info = psutil.Process().memory_info()
     peak = getattr(info, "peak_wset", None)  # Windows

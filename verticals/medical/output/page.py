@@ -26,11 +26,28 @@ def page(report: CtReport, pictures: dict[str, bytes]) -> str:
     }
     views = {name: data for name, data in inline.items() if not name.startswith("nodule")}
     keys = {name: data for name, data in inline.items() if name.startswith("nodule")}
-    return _template().render(report=report, views=views, keys=keys)
+    return _template("report.html").render(report=report, views=views, keys=keys)
+
+
+def segmentation_page(
+    report: CtReport, pictures: dict[str, bytes], legend: list[tuple[str, tuple[int, int, int]]]
+) -> str:
+    """The report of a network's segmentation as HTML, pictures inside.
+
+    Args:
+        report: what was found.
+        pictures: PNG files by name.
+        legend: name and colour of each label.
+    """
+    views = {
+        name: "data:image/png;base64," + base64.b64encode(data).decode()
+        for name, data in pictures.items()
+    }
+    return _template("segmentation.html").render(report=report, views=views, legend=legend)
 
 
 @cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -38,4 +55,4 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html")
+    return environment.get_template(name)

@@ -17,20 +17,28 @@ Interpolation = Literal["linear", "area"]
 
 @dataclass(frozen=True)
 class Grid:
-    """A resampled grid over the same field of view as a native one, centres aligned.
+    """A resampled grid beside a native one, axis by axis.
 
-    Index t of the grid lies at native index (t - (size - 1) / 2) * scale + (native - 1) / 2,
-    axis by axis.
+    Index t of the grid lies at native index first + t * scale.
 
     Args:
         native: (z, y, x) voxels of the native grid.
         size: (z, y, x) voxels of this grid.
         scale: (z, y, x) native voxels per voxel of this grid.
+        first: (z, y, x) native index of this grid's first voxel; by default the centres of both
+            grids are the same, (native - 1) / 2 - (size - 1) / 2 * scale.
     """
 
     native: tuple[int, int, int]
     size: tuple[int, int, int]
     scale: tuple[float, float, float]
+    first: tuple[float, float, float] | None = None
+
+    def origin(self, axis: int) -> float:
+        """Native index of the first voxel along an axis."""
+        if self.first is not None:
+            return self.first[axis]
+        return (self.native[axis] - 1) / 2 - (self.size[axis] - 1) / 2 * self.scale[axis]
 
     def affine(self, native: Affine) -> Affine:
         """(4, 4) voxel index (i, j, k) of this grid to LPS mm, from the native affine."""
@@ -38,9 +46,7 @@ class Grid:
         for axis in range(3):
             row = 2 - axis
             step[row, row] = self.scale[axis]
-            step[row, 3] = (self.native[axis] - 1) / 2 - (self.size[axis] - 1) / 2 * self.scale[
-                axis
-            ]
+            step[row, 3] = self.origin(axis)
         placed: Affine = native @ step
         return placed
 
@@ -53,12 +59,13 @@ class Grid:
         Returns:
             (z, y, x) on the native grid, same dtype.
         """
-        at = [
-            np.clip(np.rint((np.arange(n) - (n - 1) / 2) / scale + (m - 1) / 2), 0, m - 1).astype(
-                np.intp
-            )
-            for n, m, scale in zip(self.native, self.size, self.scale, strict=True)
-        ]
+        at = []
+        for axis, (n, m, scale) in enumerate(zip(self.native, self.size, self.scale, strict=True)):
+            if self.first is None:
+                place = (np.arange(n) - (n - 1) / 2) / scale + (m - 1) / 2
+            else:
+                place = (np.arange(n) - self.first[axis]) / scale
+            at.append(np.clip(np.rint(place), 0, m - 1).astype(np.intp))
         native: Array = labels[at[0]][:, at[1]][:, :, at[2]]
         return native
 
@@ -80,8 +87,12 @@ def fit_spacing(
     return Grid(native, (sizes[0], sizes[1], sizes[2]), (z, y, x))
 
 
-def taps(native: int, size: int, scale: float, mode: Interpolation) -> tuple[Tensor, Tensor]:
+def taps(
+    native: int, size: int, scale: float, mode: Interpolation, first: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Which native samples make each new one, and how much of each.
+
+    New sample t lies at native index ``first`` + t * ``scale``; see :class:`Grid`.
 
     ``"linear"`` takes the two neighbours; ``"area"`` averages over the new voxel's extent when
     ``scale`` > 1 (no aliasing), and is linear otherwise. Edges are clamped.
@@ -89,14 +100,18 @@ def taps(native: int, size: int, scale: float, mode: Interpolation) -> tuple[Ten
     Returns:
         (size, k) int64 native indices and (size, k) float32 weights that sum to 1.
     """
-    centre = (torch.arange(size, dtype=torch.float64) - (size - 1) / 2) * scale + (native - 1) / 2
+    steps = torch.arange(size, dtype=torch.float64)
+    if first is None:
+        centre = (steps - (size - 1) / 2) * scale + (native - 1) / 2
+    else:
+        centre = steps * scale + first
     if mode == "linear" or scale <= 1:
         low = centre.floor()
         index = torch.stack([low, low + 1], 1)
         weight = torch.stack([1 - (centre - low), centre - low], 1)
     else:
-        first = (centre - scale / 2 + 0.5).floor()
-        index = first[:, None] + torch.arange(int(np.ceil(scale)) + 1, dtype=torch.float64)
+        lowest = (centre - scale / 2 + 0.5).floor()
+        index = lowest[:, None] + torch.arange(int(np.ceil(scale)) + 1, dtype=torch.float64)
         right = torch.minimum(index + 0.5, (centre + scale / 2)[:, None])
         left = torch.maximum(index - 0.5, (centre - scale / 2)[:, None])
         weight = (right - left).clamp_(min=0) / scale
@@ -129,8 +144,8 @@ def resample(voxels: Array, grid: Grid, mode: Interpolation = "linear") -> Tenso
         (z, y, x) float32 of ``grid.size``.
     """
     z, y, x = (
-        taps(n, m, scale, mode)
-        for n, m, scale in zip(grid.native, grid.size, grid.scale, strict=True)
+        taps(n, m, scale, mode, None if grid.first is None else grid.first[axis])
+        for axis, (n, m, scale) in enumerate(zip(grid.native, grid.size, grid.scale, strict=True))
     )
     source = torch.from_numpy(np.ascontiguousarray(voxels))
     out = torch.empty(grid.size, dtype=torch.float32)

@@ -1,0 +1,314 @@
+"""A network of the user's own, from its files to SEG, NIfTI and volumes."""
+
+import csv
+import json
+import pickle
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from medical import own_networks
+from medical.own_networks import POST, PRE, Blobs, extra, write_beside, write_bundle, write_script
+from torch import nn
+
+from plinth.engine import Engine, ModelError
+from plinth.verticals.medical import CtAnalysis, CtSettings
+from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.networks.load import load_network
+from plinth.verticals.medical.networks.prepare import prepare
+from plinth.verticals.medical.networks.recipe import Crop, Orient, Pad, Recipe, Space, Window
+from plinth.verticals.medical.phantom.chest import Phantom
+from plinth.verticals.medical.phantom.dicom import write_series
+from plinth.verticals.medical.volumes.volume import SeriesFacts, Verdict, Volume
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small chest, as DICOM."""
+    folder = tmp_path_factory.mktemp("study")
+    write_series(Phantom(shape=(72, 64, 20), spacing=(5.0, 5.0, 8.0)), folder)
+    return folder
+
+
+def analysed(study: Path, model: Path, out: Path, **options: object) -> dict:
+    """Analyse a study with a network through an engine; the report, and files in ``out``."""
+    vertical = CtAnalysis(CtSettings(network={"model": model, **options}))
+    with Engine(threads=1) as engine:
+        for one in vertical.models():
+            engine.add(one, batch_range=vertical.batch_range)
+        (item,) = vertical.discover(study)
+        result = engine.run(vertical.infer([vertical.load(item)])).value[0]
+    if isinstance(result, Exception):
+        raise result
+    vertical.write(result, out)
+    return json.loads((out / "report.json").read_text())
+
+
+def labels_of(out: Path) -> np.ndarray:
+    """(z, y, x) of the NIfTI file."""
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(out / "segmentation.nii.gz")))
+
+
+def dice(ours: np.ndarray, theirs: np.ndarray, label: int) -> float:
+    a, b = ours == label, theirs == label
+    return float(2 * (a & b).sum() / max(1, a.sum() + b.sum()))
+
+
+def monai_says(study: Path, network: nn.Module) -> np.ndarray:
+    """The labels (z, y, x) that MONAI itself makes of the same voxels, by its own transforms."""
+    from monai.data import MetaTensor
+    from monai.inferers import SlidingWindowInferer
+    from monai.transforms import (
+        AsDiscreted,
+        Compose,
+        Invertd,
+        Orientationd,
+        ScaleIntensityRanged,
+        Spacingd,
+    )
+
+    volume = load_volume(study)
+    ras = np.diag([-1.0, -1.0, 1.0, 1.0]) @ volume.affine
+    image = MetaTensor(
+        torch.from_numpy(volume.voxels.astype(np.float32).transpose(2, 1, 0).copy())[None],
+        affine=torch.from_numpy(ras),
+    )
+    before = Compose(
+        [
+            Orientationd("image", axcodes="RAS"),
+            Spacingd("image", pixdim=(4.0, 4.0, 6.0), mode="bilinear"),
+            ScaleIntensityRanged("image", -1000, 400, 0.0, 1.0, clip=True),
+        ]
+    )
+    data = before({"image": image})
+    with torch.inference_mode():
+        inferer = SlidingWindowInferer(own_networks.PATCH, 4, 0.5, mode="gaussian")
+        logits = inferer(data["image"][None], network)[0]
+    data["pred"] = MetaTensor(logits.softmax(0), meta=data["image"].meta)
+    data["pred"].applied_operations = data["image"].applied_operations
+    after = Compose(
+        [
+            Invertd("pred", before, orig_keys="image", nearest_interp=False),
+            AsDiscreted("pred", argmax=True),
+        ]
+    )
+    return after(data)["pred"][0].numpy().transpose(2, 1, 0).astype(np.uint8)
+
+
+@pytest.mark.filterwarnings("ignore")  # MONAI's own
+@pytest.mark.parametrize("kind", ["safetensors", "TorchScript"])
+def test_a_monai_bundle_gives_what_monai_gives(kind, study, tmp_path):
+    extra("monai")
+    network = own_networks.unet() if kind == "safetensors" else Blobs().eval()
+    bundle = write_bundle(tmp_path / "b", None if kind == "safetensors" else network)
+    report = analysed(study, bundle, tmp_path)
+    ours, theirs = labels_of(tmp_path), monai_says(study, network)
+    assert ours.shape == theirs.shape
+    for label in np.unique(theirs):
+        assert dice(ours, theirs, label) >= 0.999, label
+    assert len(np.unique(theirs)) > 1
+    assert report["plan"]["network"] == "MONAI bundle"
+    assert report["network"]["name"] == "b"
+
+
+def test_what_is_written_agrees_with_itself_and_lies_on_the_source(study, tmp_path):
+    highdicom = pytest.importorskip("highdicom")
+    bundle = write_bundle(tmp_path / "b", Blobs())
+    report = analysed(study, bundle, tmp_path, uncertainty=True, flips=True)
+    labels, volume = labels_of(tmp_path), load_volume(study)
+    assert labels.shape == volume.shape
+    seg = highdicom.seg.segread(tmp_path / "segmentation.dcm")
+    table = (tmp_path / "volumes.csv").read_text().splitlines()
+    rows = {row["name"]: row for row in csv.DictReader(table)}
+    for value, name in ((1, "spleen"), (2, "liver")):
+        found = next(f for f in report["findings"] if f["key"] == f"label_{value}_volume")
+        voxels = int((labels == value).sum())
+        assert int(rows[name]["voxels"]) == voxels
+        if voxels:
+            ml = voxels * volume.voxel_volume_mm3 / 1000
+            assert found["value"] == pytest.approx(ml, abs=0.01)
+            number = next(
+                s.segment_number
+                for s in (seg.get_segment_description(n) for n in seg.segment_numbers)
+                if s.segment_label == name
+            )
+            planes = seg.get_volume(segment_numbers=[number], combine_segments=True).array
+            assert int((planes > 0).sum()) == voxels
+        else:
+            assert found["value"] is None
+    image = sitk.ReadImage(str(tmp_path / "segmentation.nii.gz"))
+    np.testing.assert_allclose(image.GetOrigin(), volume.affine[:3, 3], atol=1e-3)
+    np.testing.assert_allclose(image.GetSpacing(), volume.spacing, rtol=1e-4)
+    doubt = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "uncertainty.nii.gz")))
+    assert doubt.shape == labels.shape
+    assert doubt.max() > 0
+    assert report["plan"]["flips"] == 8
+    page = (tmp_path / "report.html").read_text()
+    assert "spleen" in page
+    assert "Research use only" in page
+
+
+@pytest.mark.parametrize("kind", [".ts", ".pt2", ".onnx"])
+def test_a_file_with_its_json_gives_what_the_same_network_gives_in_a_bundle(kind, study, tmp_path):
+    path, network = write_beside(tmp_path / f"blobs{kind}"), Blobs().eval()
+    example = torch.rand(2, 1, *own_networks.PATCH)
+    rows = torch.export.Dim("n", min=1, max=64)
+    if kind == ".ts":
+        write_script(network, path)
+    elif kind == ".pt2":
+        program = torch.export.export(network, (example,), dynamic_shapes=({0: rows},))
+        torch.export.save(program, path)
+    else:
+        _onnx(network, example, path)
+    (tmp_path / "file").mkdir()
+    (tmp_path / "bundle").mkdir()
+    analysed(study, path, tmp_path / "file")
+    bundle = write_bundle(tmp_path / "b", network)
+    analysed(study, bundle, tmp_path / "bundle")
+    ours, theirs = labels_of(tmp_path / "file"), labels_of(tmp_path / "bundle")
+    for label in np.unique(theirs):
+        assert dice(ours, theirs, label) >= 0.999
+
+
+def _onnx(network: nn.Module, example: torch.Tensor, path: Path) -> None:
+    torch.onnx.export(
+        network,
+        (example,),
+        str(path),
+        input_names=["volume"],
+        output_names=["classes"],
+        dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},),
+        external_data=False,
+        verbose=False,
+    )
+
+
+class Opens:
+    """Would write a file if it were unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.write_text, (self.path, "run"))
+
+
+def test_weights_that_would_run_code_are_refused_and_not_run(tmp_path):
+    extra("monai")
+    bundle = write_bundle(tmp_path / "b")
+    (bundle / "models" / "model.safetensors").unlink()
+    torch.save({"state_dict": Opens(tmp_path / "ran")}, bundle / "models" / "model.pt")
+    with pytest.raises(ModelError, match="would run code"):
+        load_network(bundle)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"spacing": "$__import__('os').system('true')"}, "__import__"),
+        (
+            {"inferer": {"_target_": "SlidingWindowInferer", "roi_size": "$[x for x in (1,)]"}},
+            "roi",
+        ),
+        ({"preprocessing": {"transforms": [*PRE, {"_target_": "RandAffined"}]}}, "RandAffined"),
+        ({"preprocessing": {"transforms": [*PRE, {"_target_": "os.system"}]}}, "os.system"),
+        ({"postprocessing": {"transforms": [*POST, {"_target_": "Lambdad"}]}}, "Lambdad"),
+        ({"spacing": "@spacing"}, "itself"),
+        ({"inferer": {"_target_": "builtins.exec"}}, "exec"),
+    ],
+)
+def test_what_a_bundle_would_have_executed_is_refused_by_its_name(changed, named, tmp_path):
+    bundle = write_bundle(tmp_path / "b", Blobs(), **changed)
+    with pytest.raises(ModelError, match=named):
+        load_network(bundle)
+
+
+def test_torchscript_that_touches_files_is_refused_before_it_is_loaded(tmp_path):
+    class Reads(nn.Module):
+        def forward(self, volume: torch.Tensor) -> torch.Tensor:
+            return volume + torch.from_file("/etc/hostname", False, 1)
+
+    path = write_beside(tmp_path / "reads.ts")
+    write_script(Reads(), path, trace=False)
+    with pytest.raises(ModelError, match="from_file"):
+        load_network(path)
+
+
+def test_an_exported_program_whose_example_would_run_code_does_not_run_it(tmp_path):
+    path = write_beside(tmp_path / "blobs.pt2")
+    torch.export.save(torch.export.export(Blobs(), (torch.rand(1, 1, 8, 8, 8),)), path)
+    changed = write_beside(tmp_path / "changed.pt2")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(changed, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            if "sample_inputs" in name:
+                data = pickle.dumps(Opens(tmp_path / "ran"))
+            target.writestr(name, data)
+    with suppress(ModelError):
+        load_network(changed)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_without_its_json_says_what_to_write(tmp_path):
+    path = tmp_path / "blobs.ts"
+    path.write_bytes(b"")
+    with pytest.raises(ModelError, match=r"no blobs\.json beside it"):
+        load_network(path)
+    with pytest.raises(ModelError, match="no network at"):
+        load_network(tmp_path / "nowhere")
+
+
+codes = st.permutations(["RL", "AP", "SI"]).flatmap(
+    lambda pairs: st.tuples(*(st.sampled_from(pair) for pair in pairs)).map("".join)
+)
+
+
+@settings(max_examples=60)
+@given(
+    codes,
+    st.permutations(range(3)),
+    st.tuples(*[st.sampled_from([-1.0, 1.0])] * 3),
+    st.sampled_from([(0.0, 0.0, 0.0), (1.5, 2.5, 2.0)]),
+    st.booleans(),
+)
+def test_labels_come_back_to_where_their_voxels_were(code, order, signs, mm, crop):
+    """Whatever way the slices were cut and the network wants them."""
+    volume = _blocks(order, signs)
+    steps = [Orient(codes=code)]
+    if crop:
+        steps.append(Crop())
+    if any(mm):
+        steps.append(Space(mm=mm))
+    recipe = Recipe(
+        name="x", labels={1: "a"}, steps=(*steps, Pad(multiple=(4, 4, 4))), window=Window()
+    )
+    ready = prepare(volume, recipe)
+    labels = ready.rows[0].round().clamp(0, 255).to(torch.uint8).numpy()
+    back = ready.to_native(ready.nearest(labels))
+    same = (back == volume.voxels).mean()
+    assert same == 1.0 if not any(mm) else same > 0.7
+
+
+def _blocks(order: list[int], signs: tuple[float, ...]) -> Volume:
+    """A volume of three bright blocks with axes in any order and sense."""
+    voxels = np.zeros((12, 10, 14), np.float32)
+    voxels[2:7, 3:9, 1:5], voxels[7:11, 1:4, 6:13], voxels[4:6, 5:8, 9:12] = 60, 120, 200
+    affine = np.eye(4)
+    affine[:3, :3] = np.eye(3)[:, list(order)] * np.array(signs) * np.array([1.5, 2.0, 2.5])
+    facts = SeriesFacts("blocks", "CT", "", 10, 14, (1.5, 2.0, 2.5), 12, units="HU")
+    return Volume(voxels, affine, Verdict(), facts)
+
+
+def test_another_modality_is_refused_with_the_reason(study, tmp_path):
+    path = write_beside(tmp_path / "blobs.ts", modality=["MR"])
+    write_script(Blobs(), path)
+    vertical = CtAnalysis(CtSettings(network={"model": path}))
+    with pytest.raises(Exception, match="not MR"):
+        list(vertical.discover(study))

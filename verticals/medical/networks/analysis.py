@@ -1,0 +1,267 @@
+"""A volume through somebody's network: labels on the native grid and what they measure."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from plinth.engine import Call, InputError, Tiling
+from plinth.verticals.medical.ct.findings import Finding, finding
+from plinth.verticals.medical.networks.load import Network, with_window
+from plinth.verticals.medical.networks.prepare import Prepared, prepare
+from plinth.verticals.medical.networks.recipe import Orient, Recipe, Triple
+from plinth.verticals.medical.volumes.volume import Volume
+
+Labels = npt.NDArray[np.uint8]
+MIN_CELLS = 16
+
+
+@dataclass(eq=False)
+class Segmentation:
+    """What a network made of a volume; what the files are made from.
+
+    Args:
+        volume: the volume, modality units.
+        network: which network.
+        labels: (z, y, x) uint8 on the native grid.
+        uncertainty: (z, y, x) uint8 there, where it was asked for; see
+            :class:`plinth.engine.Tiling`.
+        findings: volume of each label.
+        plan: how it was done.
+        warnings: what limits it, one sentence each.
+        seconds: wall time by stage.
+    """
+
+    volume: Volume
+    network: Network
+    labels: Labels
+    uncertainty: Labels | None = None
+    findings: list[Finding] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def check_modality(volume: Volume, recipe: Recipe) -> None:
+    """Refuse a series that the network was not made for.
+
+    Raises:
+        InputError: another modality, or CT that is not in HU.
+    """
+    facts = volume.series
+    if recipe.modality and facts.modality not in recipe.modality:
+        raise InputError(
+            f"series {facts.id} is {facts.modality or 'of no modality'}, {recipe.name} was made "
+            f"for {' or '.join(recipe.modality)}",
+            field="Modality",
+            reason="modality",
+        )
+    if facts.modality == "CT" and facts.units != "HU":
+        raise InputError(
+            f"series {facts.id} is CT in {facts.units or 'no known unit'}, expected HU",
+            field="RescaleType",
+            reason="not_hu",
+        )
+
+
+def window_of(network: Network, memory_mb: int) -> Network:
+    """The network with windows as large as memory allows, where their size is free.
+
+    A network that is nothing but convolutions gives the same answer whatever the windows are, so
+    they are cut across the first axis alone while that fits: a window's two largest
+    intermediate results are held at once, and what is thrown away of it is the halo.
+
+    Args:
+        network: with a halo, or it is returned as it is.
+        memory_mb: MB for one window, at least what twice the halo takes.
+    """
+    window = network.recipe.window
+    if window.halo is None or window.size is None:
+        return network
+    cells = _floats_per_voxel(network) * 4
+    most = memory_mb * 1_000_000 / cells
+    size, halo = window.size, window.halo
+    best: tuple[int, int, Triple] | None = None
+    for candidate in _candidates(size, halo):
+        voxels = math.prod(candidate)
+        count = math.prod(
+            1 if c >= n else math.ceil((n - c) / (c - 2 * h)) + 1
+            for n, c, h in zip(size, candidate, halo, strict=True)
+        )
+        if voxels <= most and (best is None or (count * voxels, voxels) < (best[0], best[1])):
+            best = (count * voxels, voxels, candidate)
+    chosen = min(_candidates(size, halo), key=math.prod) if best is None else best[2]
+    return with_window(network, chosen)
+
+
+def _candidates(size: Triple, halo: Triple) -> list[Triple]:
+    """Windows to choose from: along each axis all of it, or equal parts and their halos."""
+    along = []
+    for n, h in zip(size, halo, strict=True):
+        found = {n}
+        for parts in range(2, 17):
+            inner = math.ceil((n - 2 * h) / parts) + 2 * h
+            if inner < n and inner - 2 * h >= MIN_CELLS:
+                found.add(inner)
+        along.append(sorted(found))
+    return [(z, y, x) for z in along[0] for y in along[1] for x in along[2]]
+
+
+def _floats_per_voxel(network: Network) -> int:
+    """Channels of the two largest neighbouring results, from the weights of the convolutions."""
+    pairs = [
+        parameter.shape[0] + parameter.shape[1]
+        for parameter in network.model.module.parameters()
+        if parameter.ndim == 5
+    ]
+    if network.recipe.reduce == "labels" and len(pairs) > 1:
+        pairs = pairs[:-1]
+    return max(pairs, default=64) + 1
+
+
+def segment(
+    volume: Volume, network: Network, *, uncertainty: bool = False, overlap: float | None = None
+) -> Generator[Call, Any, Segmentation]:
+    """A flow: prepare, run, bring back, measure.
+
+    Args:
+        volume: of a series the network was made for.
+        network: which.
+        uncertainty: a map of how sure it is goes with the labels.
+        overlap: of blended windows, instead of the network's own.
+
+    Raises:
+        InputError: see :func:`check_modality` and :func:`prepare`.
+    """
+    recipe, begun = network.recipe, time.perf_counter()
+    check_modality(volume, recipe)
+    prepared = prepare(volume, recipe)
+    tiling = tiling_of(prepared, recipe, uncertainty, overlap)
+    seconds = {"prepare": time.perf_counter() - begun}
+    begun = time.perf_counter()
+    got = yield Call(network.model.spec.name, prepared.rows, tiling=tiling)
+    seconds["network"] = time.perf_counter() - begun
+    begun = time.perf_counter()
+    prepared.rows = torch.empty(0)
+    labels, doubt = _native(prepared, got, tiling)
+    for k in volume.filled:
+        labels[k] = 0
+    for label in recipe.largest:
+        _keep_largest(labels, label)
+    counts = np.bincount(labels.ravel(), minlength=256)
+    done = Segmentation(volume, network, labels, doubt)
+    done.findings = _findings(counts, volume, recipe)
+    done.plan = _plan(prepared, network, tiling)
+    done.warnings = _warnings(volume, counts, network)
+    seconds["measure"] = time.perf_counter() - begun
+    done.seconds = {stage: round(spent, 3) for stage, spent in seconds.items()}
+    return done
+
+
+def tiling_of(
+    prepared: Prepared, recipe: Recipe, uncertainty: bool = False, overlap: float | None = None
+) -> Tiling:
+    """How a prepared volume is cut, and what is made of the outputs on the way."""
+    window = recipe.window
+    size = window.size or prepared.shape
+    halo = window.halo if window.halo is not None and size != prepared.shape else None
+    labels = recipe.reduce == "labels"
+    return Tiling(
+        window=size,
+        overlap=window.overlap if overlap is None else overlap,
+        blend=window.blend,
+        reduce=recipe.reduce,
+        halo=halo or ((1, 1, 1) if labels else (0, 0, 0)),
+        even=window.even,
+        activation=recipe.activation,
+        onto=None if labels else prepared.onto,
+        uncertainty=uncertainty,
+    )
+
+
+def _native(
+    prepared: Prepared, got: Tensor | dict[str, Tensor], tiling: Tiling
+) -> tuple[Labels, Labels | None]:
+    if isinstance(got, dict):
+        labels, doubt = got["labels"].numpy(), got["uncertainty"].numpy()
+        return prepared.to_native(labels), prepared.to_native(doubt)
+    labels = got.numpy()
+    if tiling.reduce == "labels":
+        labels = prepared.nearest(labels)
+    return prepared.to_native(labels), None
+
+
+def _keep_largest(labels: Labels, label: int) -> None:
+    """Only the largest 26-connected component of a label stays, in place."""
+    (box,) = ndimage.find_objects((labels == label).astype(np.uint8)) or (None,)
+    if box is None:
+        return
+    part = labels[box]
+    components, count = ndimage.label(part == label, np.ones((3, 3, 3)))
+    if count > 1:
+        largest = int(np.bincount(components.ravel())[1:].argmax()) + 1
+        part[(components > 0) & (components != largest)] = 0
+
+
+def _findings(counts: npt.NDArray[np.int64], volume: Volume, recipe: Recipe) -> list[Finding]:
+    ml = volume.voxel_volume_mm3 / 1000
+    how = f"voxels of label {{}} of {recipe.name} on the native grid"
+    return [
+        finding(
+            f"label_{value}_volume",
+            f"{name}, volume",
+            float(counts[value]) * ml if counts[value] else None,
+            "mL",
+            how.format(value),
+        )
+        for value, name in sorted(recipe.labels.items())
+    ]
+
+
+def _plan(prepared: Prepared, network: Network, tiling: Tiling) -> dict[str, Any]:
+    recipe = network.recipe
+    return {
+        "network": recipe.source,
+        "network_files_sha256": network.digest,
+        "steps": [step.model_dump(exclude_none=True) for step in recipe.steps],
+        "network_grid": list(prepared.shape),
+        "window": list(tiling.window),
+        "cut": "at the halo, exact" if tiling.exact else f"blended, {tiling.blend}",
+        "halo": list(tiling.halo),
+        "overlap": 0.0 if tiling.exact else tiling.overlap,
+        "flips": 8 if network.flips else 1,
+        "labels_by": recipe.reduce,
+    }
+
+
+def _warnings(volume: Volume, counts: npt.NDArray[np.int64], network: Network) -> list[str]:
+    recipe = network.recipe
+    warnings = [
+        f"{recipe.name} is a network of the user's own: what it is worth on these images is not "
+        "known here"
+    ]
+    warnings += recipe.notes
+    if not recipe.modality:
+        warnings.append("the network does not say which modality it was made for")
+    absent = [name for value, name in sorted(recipe.labels.items()) if not counts[value]]
+    if absent:
+        named = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
+        warnings.append(f"not found: {named}")
+    if not any(isinstance(step, Orient) for step in recipe.steps):
+        warnings.append(
+            "the network says nothing about orientation: it saw the images as they are stored"
+        )
+    if volume.filled:
+        warnings.append(
+            f"{len(volume.filled)} slices were interpolated; no label and no volume counts them"
+        )
+    return warnings

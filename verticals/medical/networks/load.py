@@ -1,0 +1,204 @@
+"""From a path to a network that the engine can run, whatever format it has."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from plinth.engine import Model, ModelError, ModelSpec, TensorSpec
+from plinth.engine.models.onnx import OnnxModule, read_contract
+from plinth.verticals.medical.networks.meshnet import is_meshnet, read_meshnet
+from plinth.verticals.medical.networks.monai_bundle import is_bundle, read_bundle
+from plinth.verticals.medical.networks.nnunet import is_nnunet, read_nnunet
+from plinth.verticals.medical.networks.recipe import Recipe, Triple
+from plinth.verticals.medical.networks.weights import read_export, read_script
+
+INPUT, OUTPUT = "volume", "classes"
+SCRIPTS = (".ts", ".pt", ".torchscript")
+FLIPS = ((), (2,), (3,), (4,), (2, 3), (2, 4), (3, 4), (2, 3, 4))
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network read from a user's files.
+
+    Args:
+        model: as the engine runs it: (n, 1, a, b, c) to (n, k, a, b, c).
+        recipe: what it needs and gives.
+        digest: SHA-256 over the files it was read from.
+        flips: its answers over flipped volumes are averaged.
+    """
+
+    model: Model
+    recipe: Recipe
+    digest: str
+    flips: bool = False
+
+
+class Flipped(nn.Module):
+    """The mean of a network's answers over all eight ways to flip a volume, flipped back.
+
+    Args:
+        network: the network.
+        activation: applied to each answer before the mean: ``"none"`` for nnU-Net, which
+            averages what the network gives.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """(n, c, z, y, x) to the mean over flips."""
+        total = cast(Tensor, self.network(volume))
+        for axes in FLIPS[1:]:
+            total = total + torch.flip(self.network(torch.flip(volume, axes)), axes)
+        return total / len(FLIPS)
+
+
+class _First(nn.Module):
+    """The first output of a network that gives several, such as deep supervision's."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """(n, c, z, y, x) to the first output."""
+        output = self.network(volume)
+        while isinstance(output, list | tuple):
+            output = output[0]
+        if isinstance(output, dict):
+            output = next(iter(output.values()))
+        return cast(Tensor, output)
+
+
+def load_network(path: Path, *, flips: bool = False, uncertainty: bool = False) -> Network:
+    """Read a network and what it says about itself.
+
+    Args:
+        path: a MONAI bundle, an nnU-Net v2 results folder, a MeshNet folder of brainchop, or a
+            TorchScript, torch.export or ONNX file with a JSON file of the same name beside it
+            (:class:`plinth.verticals.medical.networks.recipe.Recipe`).
+        flips: average over flips.
+        uncertainty: probabilities are needed beside labels.
+
+    Raises:
+        ModelError: names the file, what in it cannot be used, and what to do.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ModelError(f"there is no network at {path}")
+    try:
+        if is_bundle(path):
+            module, recipe = read_bundle(path)
+        elif is_nnunet(path):
+            module, recipe = read_nnunet(path)
+        elif is_meshnet(path):
+            module, recipe = read_meshnet(path, uncertainty or flips)
+        elif path.is_file():
+            module, recipe = _file(path)
+        else:
+            raise ModelError(
+                f"{path.name} is no network that is known",
+                hint="a MONAI bundle (configs/metadata.json), an nnU-Net folder (plans.json), a "
+                "MeshNet folder (model.json), or a .ts, .pt2 or .onnx file with its .json",
+            )
+    except ValidationError as error:
+        raise _invalid(path, error) from None
+    module = _First(module).eval()
+    if flips:
+        module = Flipped(module).eval()
+    digest = files_digest(path)
+    return Network(
+        _model(module, recipe, _made_from(digest, flips, uncertainty)), recipe, digest, flips
+    )
+
+
+def _made_from(digest: str, flips: bool, uncertainty: bool) -> str:
+    return hashlib.sha256(f"{digest} {flips} {uncertainty}".encode()).hexdigest()
+
+
+def _file(path: Path) -> tuple[nn.Module, Recipe]:
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        raise ModelError(
+            f"{path.name} does not say what it needs, and there is no {beside.name} beside it",
+            hint="write one with labels, steps and window: docs/medical.md, your own network",
+        )
+    try:
+        recipe = Recipe.model_validate_json(beside.read_bytes())
+    except ValidationError as error:
+        raise _invalid(beside, error) from None
+    if path.suffix == ".onnx":
+        inputs, outputs = read_contract(path)
+        if len(inputs) != 1 or len(inputs[0][1]) != 4:
+            raise ModelError(f"{path.name} takes {inputs}, expected one volume (n, 1, a, b, c)")
+        module: nn.Module = OnnxModule(path, (inputs[0][0],), tuple(o[0] for o in outputs[:1]))
+        return module, recipe
+    if path.suffix == ".pt2":
+        return read_export(path), recipe
+    if path.suffix in SCRIPTS:
+        return read_script(path), recipe
+    raise ModelError(f"{path.name} is neither .ts, .pt2 nor .onnx")
+
+
+def _model(module: nn.Module, recipe: Recipe, made_from: str) -> Model:
+    size: tuple[int | None, ...] = recipe.window.size or (None, None, None)
+    spec = ModelSpec(
+        name=_plain(recipe.name)[:64] or "network",
+        version=f"{_plain(recipe.version)[:40] or '1'}-{made_from[:12]}",
+        inputs=(TensorSpec(name=INPUT, shape=(1, *size), bounds=(0.0, 1.0)),),
+        outputs=(
+            TensorSpec(
+                name=OUTPUT,
+                shape=(recipe.channels, *size),
+                dtype="uint8" if recipe.reduce == "labels" else "float32",
+            ),
+        ),
+        description=recipe.description,
+        licence=recipe.licence,
+        source=recipe.source,
+    )
+    return Model(spec, module, made_from=made_from)
+
+
+def _plain(text: str) -> str:
+    """A text as the name of a model: lower case, ``[a-z0-9._-]``."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")
+
+
+def files_digest(path: Path) -> str:
+    """SHA-256 over the names and bytes of a file (and its JSON), or of the files of a folder."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    if path.is_file() and path.with_suffix(".json").is_file():
+        files.append(path.with_suffix(".json"))
+    for file in files:
+        digest.update(str(file.relative_to(path if path.is_dir() else path.parent)).encode())
+        with file.open("rb") as opened:
+            while data := opened.read(1 << 20):
+                digest.update(data)
+    return digest.hexdigest()
+
+
+def _invalid(path: Path, error: ValidationError) -> ModelError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return ModelError(f"{path.name}: {where}: {first['msg']}")
+
+
+def with_window(network: Network, size: Triple) -> Network:
+    """The same network with windows of another size."""
+    recipe = network.recipe
+    window = recipe.window.model_copy(update={"size": size})
+    recipe = recipe.model_copy(update={"window": window})
+    model = _model(network.model.module, recipe, network.model.digest())
+    return Network(model, recipe, network.digest, network.flips)

@@ -1,0 +1,265 @@
+"""What is written of a network's segmentation: report, page, pictures, SEG, NIfTI, volumes."""
+
+from __future__ import annotations
+
+import colorsys
+import csv
+import io
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from scipy import ndimage
+
+from plinth import __version__
+from plinth.engine import InputError
+from plinth.verticals.medical.networks.analysis import Segmentation
+from plinth.verticals.medical.output.dicom_seg import (
+    check_geometry,
+    clean_header,
+    highdicom_affine,
+)
+from plinth.verticals.medical.output.outputs import peak_memory_mb
+from plinth.verticals.medical.output.page import segmentation_page
+from plinth.verticals.medical.output.report import RESEARCH_USE, CtReport
+from plinth.verticals.medical.volumes.orientation import Orientation
+from plinth.verticals.medical.volumes.volume import Volume
+
+SIDE = 512
+
+
+class Wanted(Protocol):
+    """The settings that say what is written."""
+
+    @property
+    def page(self) -> bool:
+        """Write ``report.html``."""
+
+    @property
+    def pictures(self) -> bool:
+        """Write PNGs."""
+
+    @property
+    def segmentation(self) -> bool:
+        """Write ``segmentation.dcm``."""
+
+
+def write_segmentation_outputs(
+    report: CtReport, found: Segmentation, folder: Path, wanted: Wanted
+) -> list[Path]:
+    """Write a report and what belongs to it; returns the files.
+
+    Args:
+        report: of the study.
+        found: what the network made of it.
+        folder: exists.
+        wanted: what to write.
+    """
+    begun = time.perf_counter()
+    files, outputs = [folder / "segmentation.nii.gz"], {"segmentation.nii.gz": "written"}
+    write_nifti(found.labels, found.volume, files[0])
+    if found.uncertainty is not None:
+        files.append(folder / "uncertainty.nii.gz")
+        write_nifti(found.uncertainty, found.volume, files[-1])
+    files.append(folder / "volumes.csv")
+    files[-1].write_text(_table(report, found), encoding="utf-8")
+    if wanted.segmentation:
+        path = folder / "segmentation.dcm"
+        try:
+            write_seg(found, path)
+            outputs[path.name] = "written"
+            files.append(path)
+        except InputError as error:
+            outputs[path.name] = f"not written: {error.message}"
+    drawn = _pictures(found) if wanted.page or wanted.pictures else {}
+    if wanted.pictures:
+        for name, data in drawn.items():
+            files.append(folder / f"{name}.png")
+            files[-1].write_bytes(data)
+        outputs["pictures"] = "written"
+    outputs |= {"report.html": "written"} if wanted.page else {}
+    final = report.model_copy(
+        update={
+            "seconds": {**found.seconds, "outputs": round(time.perf_counter() - begun, 3)},
+            "outputs": outputs,
+            "peak_memory_mb": peak_memory_mb(),
+        }
+    )
+    if wanted.page:
+        files.append(folder / "report.html")
+        colours = _colours(found)
+        legend = [(name, colours[value]) for value, name in found.network.recipe.labels.items()]
+        files[-1].write_text(segmentation_page(final, drawn, legend), encoding="utf-8")
+    files.append(folder / "report.json")
+    files[-1].write_text(final.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    return files
+
+
+def write_nifti(values: npt.NDArray[np.uint8], volume: Volume, path: Path) -> None:
+    """Write values (z, y, x) on a volume's native grid as NIfTI-1, compressed.
+
+    Args:
+        values: uint8.
+        volume: whose affine says where they lie.
+        path: ends with ``.nii.gz``.
+    """
+    import SimpleITK as sitk  # heavy: only when a file is written
+
+    image: Any = sitk.GetImageFromArray(values)
+    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    image.SetSpacing([float(mm) for mm in spacing])
+    image.SetDirection((volume.affine[:3, :3] / spacing).ravel().tolist())
+    image.SetOrigin(volume.affine[:3, 3].tolist())
+    sitk.WriteImage(image, str(path), True, 1)
+
+
+def write_seg(found: Segmentation, path: Path) -> None:
+    """Write every label that was found as a segment of one binary SEG; its geometry is checked.
+
+    Raises:
+        InputError: nothing was found, there are no source images, or their headers are not good
+            enough for an object that refers to them.
+    """
+    import highdicom  # heavy: only when a SEG is written
+    from pydicom.sr.codedict import codes
+
+    recipe, volume = found.network.recipe, found.volume
+    present = [value for value in np.unique(found.labels).tolist() if value in recipe.labels]
+    if not present:
+        raise InputError("none of the network's labels was found", reason="empty")
+    sources = [clean_header(header) for header in volume.series.headers()]
+    if not sources:
+        raise InputError("the volume was not read from DICOM images", reason="no_source")
+    numbers = np.zeros(256, np.uint8)
+    numbers[present] = np.arange(1, len(present) + 1)
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name=recipe.name[:64], version=recipe.version[:64], family=codes.DCM.ArtificialIntelligence
+    )
+    segments = [
+        highdicom.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=recipe.labels[value][:64],
+            segmented_property_category=codes.SCT.AnatomicalStructure,
+            segmented_property_type=highdicom.sr.CodedConcept(
+                f"LABEL{value}", "99PLINTH", recipe.labels[value][:64]
+            ),
+            algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_identification=algorithm,
+        )
+        for number, value in enumerate(present, 1)
+    ]
+    try:
+        seg = highdicom.seg.Segmentation(
+            source_images=sources,
+            pixel_array=highdicom.Volume(
+                numbers[found.labels],
+                highdicom_affine(volume),
+                "PATIENT",
+                frame_of_reference_uid=volume.series.frame_of_reference_uid,
+            ),
+            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=segments,
+            series_instance_uid=highdicom.UID(),
+            series_number=901,
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer="Plinth",
+            manufacturer_model_name=recipe.source[:64],
+            software_versions=__version__,
+            device_serial_number="0",
+            content_label="SEGMENTATION",
+            content_description=RESEARCH_USE[:64],
+            series_description=f"{recipe.name[:30]}, research use only",
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        # The message may repeat values of the header.
+        raise InputError(
+            f"the source's headers do not allow a DICOM SEG ({type(error).__name__})",
+            reason="source_header",
+            hint="check the patient, study and frame of reference attributes of the images",
+        ) from error
+    seg.save_as(path)
+    check_geometry(path, volume)
+
+
+def _table(report: CtReport, found: Segmentation) -> str:
+    counts = np.bincount(found.labels.ravel(), minlength=256)
+    out = io.StringIO()
+    rows = csv.writer(out, lineterminator="\n")
+    rows.writerow(["study", "series", "label", "name", "voxels", "volume_ml"])
+    ml = found.volume.voxel_volume_mm3 / 1000
+    for value, name in sorted(found.network.recipe.labels.items()):
+        count = int(counts[value])
+        rows.writerow([report.study, report.series, value, name, count, f"{count * ml:.3f}"])
+    return out.getvalue()
+
+
+def _colours(found: Segmentation) -> dict[int, tuple[int, int, int]]:
+    """A colour for each label, far apart for neighbouring numbers."""
+    colours = {}
+    for value in found.network.recipe.labels:
+        red, green, blue = colorsys.hsv_to_rgb((value * 0.61803) % 1, 0.75, 1.0)
+        colours[value] = (round(255 * red), round(255 * green), round(255 * blue))
+    return colours
+
+
+def _pictures(found: Segmentation) -> dict[str, bytes]:
+    """Three planes through the middle of what was found, outlined."""
+    orientation = Orientation.of(found.volume.affine)
+    voxels = orientation.to_patient(found.volume.voxels)
+    labels = orientation.to_patient(found.labels)
+    z, y, x = _middle(labels)
+    spacing = orientation.spacing(found.volume.spacing)
+    low, high = np.percentile(found.volume.voxels[::4, ::4, ::4].astype(np.float32), [1, 99.5])
+    if found.volume.series.modality == "CT":
+        low, high = -160.0, 240.0
+    colours, drawn = _colours(found), {}
+    for name, index, mm in (
+        ("axial", (z,), (spacing[1], spacing[2])),
+        ("coronal", (slice(None, None, -1), y), (spacing[0], spacing[2])),
+        ("sagittal", (slice(None, None, -1), slice(None), x), (spacing[0], spacing[1])),
+    ):
+        at: Any = index
+        grey = (voxels[at].astype(np.float32) - low) / max(high - low, 1e-6)
+        drawn[name] = _drawn(np.clip(grey, 0, 1), labels[at], mm, colours)
+    return drawn
+
+
+def _middle(labels: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
+    found = ndimage.find_objects((labels[::2, ::2, ::2] > 0).astype(np.uint8))
+    if not found:
+        z, y, x = (n // 2 for n in labels.shape)
+        return z, y, x
+    z, y, x = (span.start + span.stop for span in found[0])
+    return z, y, x
+
+
+def _drawn(
+    grey: npt.NDArray[np.float32],
+    labels: npt.NDArray[np.uint8],
+    mm: tuple[float, float],
+    colours: dict[int, tuple[int, int, int]],
+) -> bytes:
+    extent = [n * step for n, step in zip(grey.shape, mm, strict=True)]
+    height, width = (max(1, round(SIDE * size / max(extent))) for size in extent)
+    picture = Image.fromarray((255 * grey).astype(np.uint8))
+    coloured = np.asarray(
+        picture.resize((width, height), Image.Resampling.BILINEAR).convert("RGB")
+    ).copy()
+    shown = np.asarray(
+        Image.fromarray(np.ascontiguousarray(labels)).resize(
+            (width, height), Image.Resampling.NEAREST
+        )
+    )
+    lowest = ndimage.minimum_filter(shown, 3)
+    edge = (shown > 0) & (lowest != ndimage.maximum_filter(shown, 3))
+    palette = np.zeros((256, 3), np.uint8)
+    for value, colour in colours.items():
+        palette[value] = colour
+    coloured[edge] = palette[shown[edge]]
+    out = io.BytesIO()
+    Image.fromarray(coloured).save(out, "PNG")
+    return out.getvalue()

@@ -1,0 +1,249 @@
+"""What a network needs and gives: read from its own metadata, or from a JSON file beside it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Triple = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+
+
+class _Step(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Orient(_Step):
+    """Turn and flip the axes, to the nearest patient axis.
+
+    Args:
+        codes: where each axis of the array points, such as ``"RAS"``: the first towards the
+            patient's right, the second anterior, the third superior.
+    """
+
+    op: Literal["orient"] = "orient"
+    codes: str = Field(pattern=r"^[RLAPSI]{3}$")
+
+    @field_validator("codes")
+    @classmethod
+    def _each_once(cls, codes: str) -> str:
+        if {frozenset(pair) & set(codes) != set() for pair in ("RL", "AP", "SI")} != {True}:
+            raise ValueError(f"{codes!r} does not name each of the three patient axes once")
+        return codes
+
+
+class Transpose(_Step):
+    """Reorder the axes.
+
+    Args:
+        order: the present axis that becomes the first, second and third.
+    """
+
+    op: Literal["transpose"] = "transpose"
+    order: Triple
+
+    @field_validator("order")
+    @classmethod
+    def _permutes(cls, order: Triple) -> Triple:
+        if sorted(order) != [0, 1, 2]:
+            raise ValueError(f"{order} is no order of three axes")
+        return order
+
+
+class Space(_Step):
+    """Resample to a spacing.
+
+    Args:
+        mm: of each axis of the array as it then lies; 0 keeps the spacing of that axis.
+        keep: what stays in place: the ``"first"`` voxel's centre (MONAI), or the outer
+            ``"edges"`` (nnU-Net).
+        order: of the spline: 0 nearest, 1 linear, 3 cubic.
+        coarse_order: instead of ``order`` along an axis whose spacing is more than three times
+            the others' (nnU-Net).
+    """
+
+    op: Literal["space"] = "space"
+    mm: Spacing
+    keep: Literal["first", "edges"] = "first"
+    order: Literal[0, 1, 3] = 1
+    coarse_order: Literal[0, 1, 3] | None = None
+
+
+class Conform(_Step):
+    """A grid of fixed size and spacing around the middle of the field of view, linear.
+
+    Args:
+        size: voxels of each axis.
+        mm: spacing of each axis.
+    """
+
+    op: Literal["conform"] = "conform"
+    size: Triple
+    mm: Spacing
+
+
+class Crop(_Step):
+    """Cut to the box of voxels above 0 (MONAI), or unequal 0 (nnU-Net).
+
+    Args:
+        above: only voxels above 0 count.
+        margin: voxels left on each side of each axis.
+    """
+
+    op: Literal["crop"] = "crop"
+    above: bool = True
+    margin: Triple = (0, 0, 0)
+
+
+class Pad(_Step):
+    """Pad with a value, half of it before and the larger half behind.
+
+    Args:
+        least: voxels of each axis at least.
+        multiple: voxels of each axis are a multiple of these.
+        value: of the padding.
+    """
+
+    op: Literal["pad"] = "pad"
+    least: Triple = (1, 1, 1)
+    multiple: Triple = (1, 1, 1)
+    value: float = 0.0
+
+
+class Clip(_Step):
+    """Values below ``low`` become ``low``, those above ``high`` become ``high``."""
+
+    op: Literal["clip"] = "clip"
+    low: float | None = None
+    high: float | None = None
+
+
+class Scale(_Step):
+    """``from_`` low..high becomes ``to`` low..high.
+
+    Args:
+        low: lower value; a percentile (0 to 100) with ``percentiles``, the smallest if ``None``.
+        high: upper value, likewise.
+        to: what they become.
+        clip: values beyond are clipped.
+        percentiles: ``low`` and ``high`` are percentiles of the values.
+    """
+
+    op: Literal["scale"] = "scale"
+    low: float | None = None
+    high: float | None = None
+    to: tuple[float, float] = (0.0, 1.0)
+    clip: bool = False
+    percentiles: bool = False
+
+    @model_validator(mode="after")
+    def _both(self) -> Scale:
+        if (self.low is None) != (self.high is None):
+            raise ValueError("give both low and high, or neither")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
+        return self
+
+
+class Normalise(_Step):
+    """(value - mean) / deviation.
+
+    Args:
+        mean: subtracted; ``None`` takes that of the values.
+        deviation: divided by; ``None`` takes that of the values.
+        nonzero: only voxels unequal 0 are counted and changed.
+        filled: with ``nonzero``, holes of the region unequal 0 are part of it (nnU-Net).
+    """
+
+    op: Literal["normalise"] = "normalise"
+    mean: float | None = None
+    deviation: float | None = Field(default=None, gt=0)
+    nonzero: bool = False
+    filled: bool = False
+
+
+class Affine(_Step):
+    """value * factor + offset."""
+
+    op: Literal["affine"] = "affine"
+    factor: float = 1.0
+    offset: float = 0.0
+
+
+Step = Annotated[
+    Orient | Transpose | Space | Conform | Crop | Pad | Clip | Scale | Normalise | Affine,
+    Field(discriminator="op"),
+]
+
+
+class Window(BaseModel):
+    """How the prepared volume goes through the network.
+
+    Args:
+        size: voxels of a window along each axis; ``None``: the whole volume at once.
+        overlap: share of it shared with its neighbour.
+        blend: weights inside a window.
+        even: windows are spread evenly (nnU-Net).
+        halo: voxels an answer depends on in each direction, if the network is nothing but
+            convolutions, normalisation by constants, and functions of single voxels.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: Triple | None = None
+    overlap: float = Field(default=0.25, ge=0, le=0.9)
+    blend: Literal["gaussian", "constant", "floored"] = "gaussian"
+    even: bool = False
+    halo: Triple | None = None
+
+
+class Recipe(BaseModel):
+    """What a network needs and gives.
+
+    Args:
+        name: of the network.
+        version: of the network.
+        source: what it was read from, such as ``"MONAI bundle"``.
+        description: what its authors say it does.
+        licence: of its weights, where it is said.
+        modality: DICOM modalities it was made for; none named: any.
+        labels: names by value of the label map; 0 is background and not named.
+        axes: order of the array's axes before any step: ``"xyz"`` (columns, rows, slices, as
+            MONAI and nibabel have it) or ``"zyx"`` (as SimpleITK and nnU-Net have it).
+        steps: done to the volume, in this order.
+        window: how it goes through the network.
+        activation: of the network's output; ``"none"`` if it gives probabilities or labels.
+        reduce: how output becomes labels; see :class:`plinth.engine.Tiling`.
+        channels: of the output, where they are known.
+        largest: labels of which only the largest component is kept.
+        notes: what a reader of the report should know.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    version: str = "1"
+    source: str = "description beside the file"
+    description: str = ""
+    licence: str = ""
+    modality: tuple[str, ...] = ()
+    labels: dict[int, str]
+    axes: Literal["xyz", "zyx"] = "xyz"
+    steps: tuple[Step, ...] = ()
+    window: Window = Window()
+    activation: Literal["none", "softmax", "sigmoid"] = "none"
+    reduce: Literal["argmax", "threshold", "labels"] = "argmax"
+    channels: int | None = Field(default=None, ge=1, le=256)
+    largest: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @field_validator("labels")
+    @classmethod
+    def _labels(cls, labels: dict[int, str]) -> dict[int, str]:
+        named = {value: name for value, name in labels.items() if value != 0}
+        if not named or any(not 1 <= value <= 255 for value in named):
+            raise ValueError("expected names for label values from 1 to 255")
+        if any(not name.strip() or len(name) > 64 for name in named.values()):
+            raise ValueError("expected label names of 1 to 64 characters")
+        return named

@@ -1,0 +1,180 @@
+"""Graphs and weights from files of others, read so that nothing in them is executed by Python.
+
+TorchScript files hold programs for torch's own interpreter. Their operators are checked against
+what networks are made of before torch opens them, since some of torch's operators read and write
+files.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from plinth.engine import ModelError
+from plinth.engine.models import program
+
+MOST_TEXT = 64 << 20  # bytes of code or graph that are looked through
+SCRIPT_CALL = re.compile(r"\b(torch|ops)\.([A-Za-z_][\w.]*)")
+SCRIPT_NAMES = re.compile(r"(aten|prim|quantized)\.\w+|nn\.[\w.]+|jit\.[\w.]+|\w+")
+FORBIDDEN = re.compile(
+    r"from_file|save|load|fopen|_?shared_filename|dist(ributed)?|rpc|c10d|classes|cuda|PythonOp"
+    r"|_pickle\w*|open_registration\w*"
+)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint (``.pt``, ``.pth``, ``.safetensors``) holds, without running a pickle.
+
+    Raises:
+        ModelError: it is not there, or would need to run code.
+    """
+    if path.suffix == ".safetensors":
+        return dict(load_file(path))
+    scalars = [np._core.multiarray.scalar, np.dtype, *_scalar_types()]  # type: ignore[attr-defined]
+    try:
+        with torch.serialization.safe_globals(scalars), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the pickle's protocol
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise ModelError(f"{path.name} cannot be read as weights: {_first(error)}") from error
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise ModelError(
+            f"{path.name} holds more than weights, and opening it would run code: {_first(error)}",
+            hint="save the weights alone: torch.save(model.state_dict(), ...), or safetensors",
+        ) from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{path.name} holds a {type(found).__name__}, expected weights by name")
+    return found
+
+
+def _scalar_types() -> list[type[Any]]:
+    names = ("Float64DType", "Float32DType", "Int64DType", "Int32DType", "BoolDType")
+    return [getattr(np.dtypes, name) for name in names]
+
+
+def tensors_of(state: Mapping[str, Any], *keys: str) -> dict[str, Tensor]:
+    """The weights in a checkpoint: itself, or what lies under one of the keys."""
+    for key in keys:
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def fill(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights into a network, all of them and no others.
+
+    Raises:
+        ModelError: names what is missing or left over.
+    """
+    prefixes = ("module.", "_orig_mod.")
+    clean = {_without(name, prefixes): value for name, value in state.items()}
+    wanted = network.state_dict()
+    missing = [name for name in wanted if name not in clean]
+    over = [name for name in clean if name not in wanted]
+    bad = [n for n in wanted if n in clean and wanted[n].shape != clean[n].shape]
+    if missing or over or bad:
+        what = f"{len(missing)} missing, {len(over)} left over, {len(bad)} of another shape"
+        first = (missing + over + bad)[0]
+        raise ModelError(
+            f"{path.name} does not hold this network's weights ({what}; the first is {first})",
+            hint="check that the configuration and the checkpoint belong together",
+        )
+    network.load_state_dict(clean, strict=True)
+
+
+def _without(name: str, prefixes: tuple[str, ...]) -> str:
+    for prefix in prefixes:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def read_script(path: Path) -> nn.Module:
+    """A TorchScript file in eval mode on the host, after its operators were checked.
+
+    Raises:
+        ModelError: not TorchScript, or it holds an operator that is no arithmetic.
+    """
+    with _archive(path) as archive:
+        code = [name for name in archive.namelist() if name.endswith(".py")]
+        if not code:
+            raise ModelError(f"{path.name} is not TorchScript: it holds no code")
+        for name in code:
+            _check_script(path, _text(archive, name, path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which files still are
+        try:
+            module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise ModelError(f"torch cannot load {path.name}: {_first(error)}") from error
+        return cast(nn.Module, module.eval())
+
+
+def _check_script(path: Path, text: str) -> None:
+    if "open(" in text or "__import__" in text:
+        raise ModelError(f"{path.name} holds code that is no network")
+    for root, name in SCRIPT_CALL.findall(text):
+        plain = SCRIPT_NAMES.fullmatch(name) if root == "torch" else None
+        known = root == "ops" and re.fullmatch(r"(aten|prim|quantized)\.\w+", name)
+        parts = name.split(".")
+        if not (plain or known) or any(FORBIDDEN.fullmatch(part) for part in parts):
+            raise ModelError(
+                f"{path.name} uses {root}.{name}, which is not part of a network",
+                hint="trace the network alone: torch.jit.trace(model.eval(), example)",
+            )
+
+
+def read_export(path: Path) -> nn.Module:
+    """A torch.export file (``.pt2``) as a module on the host.
+
+    Raises:
+        ModelError: see :func:`plinth.engine.models.program.read`.
+    """
+    return _Exported(program.read(path).module(check_guards=False))
+
+
+class _Exported(nn.Module):
+    """An exported program, whose mode was fixed when it was exported."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, volume: Tensor) -> Any:
+        """What the program makes of (n, 1, a, b, c)."""
+        return self.module(volume)
+
+    def train(self, mode: bool = True) -> _Exported:
+        """Stays as it is."""
+        self.training = False
+        return self
+
+
+def _archive(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ModelError(
+            f"{path.name} cannot be read as an archive of torch: {_first(error)}"
+        ) from error
+
+
+def _text(archive: zipfile.ZipFile, name: str, path: Path) -> str:
+    if archive.getinfo(name).file_size > MOST_TEXT:
+        raise ModelError(f"{path.name}: {name} is longer than {MOST_TEXT} bytes")
+    return archive.read(name).decode("utf-8", "replace")
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
