@@ -99,14 +99,14 @@ def test_ignored_files_are_listed_with_a_reason(
     (folder / "readme.txt").write_text("x" * 2000)
     (folder / "DICOMDIR").write_bytes(b"")
     shutil.copy(pydicom_data("reportsi.dcm"), folder / "report.dcm")
-    zipped(write("other"), folder / "more.zip")
+    (folder / "more.zip").write_bytes(b"PK\x03\x04" + bytes(100))
     (folder / "cut.dcm").write_bytes((folder / "slice_0001.dcm").read_bytes()[:600])
     reasons = {Path(bad.name).name: bad.reason for bad in scan(folder).ignored}
     assert reasons.pop("truth.json") == "not DICOM"
     assert reasons.pop("readme.txt") == "not DICOM"
     assert reasons.pop("report.dcm") == "DICOM without an image"
     assert "index" in reasons.pop("DICOMDIR")
-    assert "archive inside" in reasons.pop("more.zip")
+    assert "cannot be read as a zip archive" in reasons.pop("more.zip")
     assert "no Rows or Columns" in reasons.pop("cut.dcm")
     assert not reasons
 
@@ -169,9 +169,34 @@ def test_a_broken_archive_is_named(tmp_path: Path) -> None:
         discover(path)
 
 
-def test_a_folder_of_too_many_files_is_refused(write: Write) -> None:
-    with pytest.raises(InputError, match="more than 5 files"):
-        discover(write(), Limits(files=5))
+def test_archives_inside_a_folder_are_studies_like_others(
+    write: Write, tmp_path: Path, expected: Any
+) -> None:
+    cohort = tmp_path / "cohort"
+    cohort.mkdir()
+    zipped(write("one"), cohort / "one.zip")
+    zipped(write("two", seed=8), cohort / "two.zip")
+    (cohort / "broken.zip").write_bytes(b"PK\x03\x04" + bytes(100))
+    first, second = discover(cohort)
+    assert {len(first.frames), len(second.frames)} == {10}
+    assert any(np.array_equal(load_volume(one).voxels, expected()) for one in (first, second))
+
+
+def test_linked_folders_are_followed_once(write: Write, tmp_path: Path) -> None:
+    cohort = tmp_path / "cohort"
+    cohort.mkdir()
+    study = write("elsewhere")
+    (cohort / "linked").symlink_to(study)
+    (cohort / "again").symlink_to(study)
+    (cohort / "loop").symlink_to(cohort)
+    (cohort / "nowhere").symlink_to(tmp_path / "absent")
+    (series,) = discover(cohort)
+    assert len(series.frames) == 10
+
+
+def test_a_folder_has_no_most_files(write: Write) -> None:
+    (series,) = discover(write(), Limits(files=5))
+    assert len(series.frames) == 10
 
 
 def test_a_path_that_is_not_there_says_what_to_give(tmp_path: Path) -> None:
@@ -197,6 +222,18 @@ def test_a_dicomdir_leads_to_its_files(write: Write, tmp_path: Path, expected: A
     made.write(tmp_path / "media")
     volume = load_volume(tmp_path / "media" / "DICOMDIR", strict=True)
     assert np.array_equal(volume.voxels, expected())
+
+
+def test_media_in_capitals_are_found_in_lower_case(write: Write, tmp_path: Path) -> None:
+    made = FileSet()
+    for path in write("source").glob("*.dcm"):
+        made.add(path)
+    made.write(tmp_path / "media")
+    for path in sorted((tmp_path / "media").rglob("*"), reverse=True):
+        if path.name != "DICOMDIR":
+            path.rename(path.with_name(path.name.lower()))
+    (series,) = discover(tmp_path / "media" / "DICOMDIR")
+    assert len(series.frames) == 10
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR CS")

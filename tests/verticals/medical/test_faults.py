@@ -100,6 +100,16 @@ def test_the_end_of_a_series_that_is_missing_is_told_by_the_count(write: Write, 
     assert "7 of the 10 images" in verdict.issues[0].message
 
 
+def test_every_second_slice_that_is_lost_is_told_by_its_number(write: Write) -> None:
+    """What is left lies evenly: only the numbers tell."""
+    folder = write(shape=(36, 30, 11))
+    for k in range(2, 11, 2):
+        (folder / f"slice_{k:04d}.dcm").unlink()
+    verdict = load_volume(folder).verdict
+    assert verdict.status == "partial"
+    assert "5 of the Instance Numbers from 1 to 11 are absent" in verdict.issues[0].message
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [

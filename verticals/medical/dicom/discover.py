@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from pydicom import Dataset
 
 from plinth.engine.errors import InputError
@@ -150,7 +151,15 @@ def scan(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Scan:
     series = series_of(frames)
     expected = _acquired(frames)
     noted = [
-        replace(one, notes=(*one.notes, *_lost(one, expected), *_beside(one, series, ignored)))
+        replace(
+            one,
+            notes=(
+                *one.notes,
+                *_lost(one, expected),
+                *_unnumbered(one, series),
+                *_beside(one, series, ignored),
+            ),
+        )
         for one in series
     ]
     return Scan(tuple(sorted(noted, key=lambda one: (-len(one.frames), one.id))), tuple(ignored))
@@ -184,27 +193,40 @@ def _is_zip(path: Path) -> bool:
 
 
 def _walk(folder: Path, limits: Limits) -> Iterator[Source | Ignored]:
-    count = 0
-    for here, folders, names in os.walk(folder):
-        folders.sort()
+    """Every file below a folder once, whatever symbolic links lead to it; archives opened."""
+    seen: set[tuple[int, int]] = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if _first_time(Path(here, name), seen)]
         for name in sorted(names):
-            count += 1
-            if count > limits.files:
-                raise InputError(
-                    f"{folder} holds more than {limits.files} files",
-                    field=str(folder),
-                    hint="give a folder of one study or patient",
-                    reason="too_many_files",
-                )
             path = Path(here, name)
             if name.upper() == "DICOMDIR":
                 yield Ignored(str(path), "an index; the files themselves are walked")
             elif path.is_file() and _is_zip(path):
-                yield Ignored(str(path), "a zip archive inside a folder; give it by itself")
+                yield from _members(path, limits)
             elif path.is_file():
                 yield Source(path)
             else:
                 yield Ignored(str(path), "not a regular file")
+
+
+def _first_time(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    """A folder that no link led to before; a link back to where it lies would never end."""
+    try:
+        facts = folder.stat()
+    except OSError:  # a link to nowhere: os.walk passes over it
+        return True
+    place = facts.st_dev, facts.st_ino
+    known = place in seen
+    seen.add(place)
+    return not known
+
+
+def _members(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
+    """The members of an archive inside a folder; one that is refused stops nobody else."""
+    try:
+        yield from open_archive(path, limits)
+    except InputError as error:
+        yield Ignored(str(path), error.message, damaged=True, folder=str(path.parent))
 
 
 def _directory(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
@@ -224,13 +246,31 @@ def _directory(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
         if not reference:
             continue
         parts = [reference] if isinstance(reference, str) else [str(part) for part in reference]
-        target = root.joinpath(*parts).resolve()
+        target = _spelt(root, parts).resolve()
         if not target.is_relative_to(root):
             yield Ignored("/".join(parts), "the DICOMDIR points outside its folder", damaged=True)
         elif not target.is_file():
             yield Ignored(str(target), "listed in the DICOMDIR but absent", damaged=True)
         else:
             yield Source(target)
+
+
+def _spelt(root: Path, parts: list[str]) -> Path:
+    """A path as it is spelt on disk: media written in capitals are often copied in lower case."""
+    exact = root.joinpath(*parts)
+    if exact.exists():
+        return exact
+    here = root
+    for part in parts:
+        if part in ("", ".", "..") or not here.is_dir():
+            return exact
+        names = (
+            name
+            for name in sorted(child.name for child in here.iterdir())
+            if name.lower() == part.lower()
+        )
+        here = here / next(names, part)
+    return here
 
 
 # -- series ----------------------------------------------------------------------------------
@@ -337,6 +377,28 @@ def _lost(one: Series, acquired: Counter[tuple[str, ...]]) -> Iterator[Issue]:
         if wanted > acquired[name]:
             text = f"{acquired[name]} of the {wanted} images that the acquisition had are here"
             yield Issue("partial", text)
+
+
+def _unnumbered(one: Series, series: Sequence[Series]) -> Iterator[Issue]:
+    """Instance Numbers that follow the slices and have holes, which no other image fills."""
+    single = [frame for frame in one.frames if frame.header.frames == 1 and frame.placed]
+    places = {frame.header.instance_number: frame.position or () for frame in single}
+    numbers = sorted(number for number in places if number is not None)
+    if len(numbers) < max(3, len(one.frames)) or not _along_a_line([places[n] for n in numbers]):
+        return
+    family = [other for other in series if other is one or one.same_series(other)]
+    known = {frame.header.instance_number for other in family for frame in other.frames}
+    absent = numbers[-1] - numbers[0] + 1 - len(known & set(range(numbers[0], numbers[-1] + 1)))
+    if absent:
+        text = f"{absent} of the Instance Numbers from {numbers[0]} to {numbers[-1]} are absent"
+        yield Issue("partial", text)
+
+
+def _along_a_line(places: Sequence[tuple[float, ...]]) -> bool:
+    """Each place lies further than the last in one direction."""
+    line = np.array(places)
+    depths = (line - line[0]) @ (line[-1] - line[0])
+    return bool((np.diff(depths) > 0).all())
 
 
 # -- what lies beside ------------------------------------------------------------------------
