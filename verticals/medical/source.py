@@ -12,7 +12,8 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -85,12 +86,10 @@ class Source:
     Args:
         path: the file, or the archive it is a member of.
         member: its name inside the archive.
-        archive: the open archive; closes with the last source that uses it.
     """
 
     path: Path
     member: str | None = None
-    archive: zipfile.ZipFile | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -110,9 +109,10 @@ class Source:
             InputError: when it cannot be opened or is not a regular file.
         """
         try:
-            if self.archive is not None and self.member is not None:
-                info = self.archive.getinfo(self.member)
-                with self.archive.open(info) as stream:
+            if self.member is not None:
+                archive = _opened(self.path, self.path.stat().st_mtime_ns)
+                info = archive.getinfo(self.member)
+                with archive.open(info) as stream:
                     yield stream, info.file_size
                 return
             with self.path.open("rb") as file:
@@ -120,7 +120,7 @@ class Source:
                 if not stat.S_ISREG(facts.st_mode):
                     raise InputError(f"{self.name} is not a regular file", field=self.name)
                 yield file, facts.st_size
-        except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, KeyError) as error:
             raise InputError(
                 f"{self.name} cannot be read: {error}",
                 field=self.name,
@@ -157,6 +157,17 @@ def damaged(source: Source, error: Exception) -> InputError:
     )
 
 
+@lru_cache(maxsize=32)
+def _opened(path: Path, changed: int) -> zipfile.ZipFile:
+    """An archive that is open while others are read; a cohort may hold more than can be open.
+
+    Args:
+        path: of the archive.
+        changed: its time of change, so that a new archive of the same name is opened anew.
+    """
+    return zipfile.ZipFile(path)
+
+
 def open_archive(path: Path, limits: Limits = DEFAULT_LIMITS) -> list[Source]:
     """The members of a zip archive, after its directory was checked against ``limits``.
 
@@ -167,7 +178,7 @@ def open_archive(path: Path, limits: Limits = DEFAULT_LIMITS) -> list[Source]:
         InputError: not a zip, encrypted, too many members, too large, too dense, bad names.
     """
     try:
-        archive = zipfile.ZipFile(path)
+        archive = _opened(path, path.stat().st_mtime_ns)
     except (zipfile.BadZipFile, OSError) as error:
         raise InputError(
             f"{path} cannot be read as a zip archive: {error}",
@@ -178,14 +189,13 @@ def open_archive(path: Path, limits: Limits = DEFAULT_LIMITS) -> list[Source]:
     members = [info for info in archive.infolist() if not info.is_dir()]
     problem = _archive_problem(members, limits)
     if problem is not None:
-        archive.close()
         raise InputError(
             f"{path} is refused: {problem}",
             field=str(path),
             hint="unpack it yourself and give the folder",
             reason="archive_refused",
         )
-    return [Source(path, info.filename, archive) for info in members]
+    return [Source(path, info.filename) for info in members]
 
 
 def _archive_problem(members: list[zipfile.ZipInfo], limits: Limits) -> str | None:

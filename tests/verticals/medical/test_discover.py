@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -180,6 +181,20 @@ def test_archives_inside_a_folder_are_studies_like_others(
     first, second = discover(cohort)
     assert {len(first.frames), len(second.frames)} == {10}
     assert any(np.array_equal(load_volume(one).voxels, expected()) for one in (first, second))
+
+
+def test_more_archives_than_may_be_open_are_read(write: Write, tmp_path: Path) -> None:
+    zipped(write("one", shape=(6, 5, 1), spacing=(50, 50, 50)), tmp_path / "0.zip")
+    cohort = tmp_path / "cohort"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for number in range(200):
+        (cohort / str(number)).mkdir(parents=True)
+        shutil.copy(tmp_path / "0.zip", cohort / str(number))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 160), hard))
+    try:
+        assert not [bad for bad in scan(cohort).ignored if bad.damaged]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_linked_folders_are_followed_once(write: Write, tmp_path: Path) -> None:
