@@ -13,7 +13,7 @@ from typing import Any
 from plinth.engine import ConfigError, Engine, Model, Sla
 from plinth.engine.models.store import choose_store, default_store
 from plinth.pipelines.config.settings import Config
-from plinth.pipelines.config.source import validated
+from plinth.pipelines.live_tables import settings_of
 from plinth.verticals import Vertical, registry
 
 log = logging.getLogger("plinth.assembly")
@@ -53,9 +53,7 @@ def store_path(config: Config) -> Path:
 
 def load_vertical(config: Config, name: str) -> Vertical[Any, Any]:
     """One vertical with the settings of its table."""
-    kind = registry.find(name)
-    table = config.vertical(name).settings
-    settings = validated(kind.settings_type, table, ("verticals", name), config.origin)
+    settings, _ = settings_of(config, name)
     with choose_store(config.models.store):
         return registry.load(name, settings)
 

@@ -43,6 +43,7 @@ SHORT = (
 )
 ELSEWHERE = {"demo"}  # tests/test_package.py runs it
 SECONDS = 100.0
+EXAMPLES = ROOT / "examples"
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def fill(folder: Path) -> None:
             header.save_as(path)
             packed.write(path, path.name)
     (folder / "payment.json").write_text(registry.load("finance").example().model_dump_json())
+    shutil.copy(folder / "payment.json", folder / "history.jsonl")
+    shutil.copy(EXAMPLES / "rules.toml", folder)
     (folder / "plinth.toml").write_text(
         "[verticals.finance.sla]\ndeadline_ms = 100\n[verticals.medical]\nnodules = false\n"
     )
@@ -259,7 +262,6 @@ def test_the_patients_name_would_be_noticed(shop: Shop) -> None:
     assert PATIENT.encode() in first.read_bytes()
 
 
-EXAMPLES = ROOT / "examples"
 ARGUMENTS = {
     "engine.py": [],
     "http_client.py": ["payment.json"],

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from plinth.engine import Flow, InputError, Model, Sla
+from plinth.engine import ConfigError, Flow, InputError, Model, Sla
 
 Response = TypeVar("Response", bound=BaseModel)
 Artefacts = TypeVar("Artefacts")
@@ -49,9 +49,16 @@ Res = TypeVar("Res", bound=BaseModel | WithArtefacts[Any, Any])
 
 
 class Settings(BaseModel):
-    """Base of a vertical's settings: the table ``[verticals.<name>]`` of the config file."""
+    """Base of a vertical's settings: the table ``[verticals.<name>]`` of the config file.
+
+    Class attributes:
+        live_tables: fields that are tables and may be given as the path of a TOML file that holds
+            the table; when the file changes, :meth:`Vertical.reconfigure` gets the new settings.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    live_tables: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,34 @@ class Item:
     id: str
     paths: tuple[Path, ...]
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Tally:
+    """Adds up what a vertical answered to a history, for ``plinth backtest``.
+
+    Subclass it, and return it from :meth:`Vertical.tally`.
+    """
+
+    def __init__(self) -> None:
+        self.records = 0
+        self.refused = 0
+
+    def add(self, request: Any, result: Any) -> str:
+        """Take in one record and its result; returns what became of it, in a word or two.
+
+        Args:
+            request: as :meth:`Vertical.parse` read it; ``None`` where it could not.
+            result: of :meth:`Vertical.infer`, or the error.
+        """
+        self.records += 1
+        if isinstance(result, InputError):
+            self.refused += 1
+            return f"refused: {result.reason}"
+        return "answered"
+
+    def figures(self) -> dict[str, float]:
+        """What is to be compared, by name in the order of a table."""
+        return {"records": self.records, "refused": self.refused}
 
 
 class Vertical(ABC, Generic[Req, Res]):
@@ -184,6 +219,21 @@ class Vertical(ABC, Generic[Req, Res]):
         path = folder / "report.json"
         path.write_bytes(self.encode(result))
         return [path]
+
+    def tally(self) -> Tally:
+        """What ``plinth backtest`` compares two settings by; by default counts."""
+        return Tally()
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Take over the live tables of new settings, between two batches; all else stays.
+
+        Args:
+            settings: checked; what is not in ``live_tables`` is as it was.
+
+        Raises:
+            ConfigError: they cannot be taken over; nothing has changed then.
+        """
+        raise ConfigError(f"{self.name} takes over no settings while it runs")
 
     # -- state -------------------------------------------------------------------------------
     def observe(self, requests: Sequence[Req]) -> None:

@@ -287,6 +287,39 @@ def batch(
     raise typer.Exit(run_batch(config, as_json))
 
 
+@app.command(
+    epilog="Example: plinth backtest finance history.jsonl --set rules=new-rules.toml --set "
+    "review_threshold=0.05"
+)
+def backtest(
+    name: Annotated[str, typer.Argument(metavar="VERTICAL", help="Who reads the records.")],
+    history: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="Records, one JSON object a line, in the order in which they came; .gz is read.",
+        ),
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A setting of the vertical to try; may be repeated."
+        ),
+    ] = None,
+    then_config: Annotated[
+        Path | None, typer.Option("--then", help="A whole config file to try.")
+    ] = None,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What would other settings have decided? Answers a history twice and compares."""
+    from plinth.pipelines.cli.backtest import run_backtest, settings_to_try
+
+    now = _load(config_file)
+    then = _load(then_config or config_file, **settings_to_try(name, changes or []))
+    raise typer.Exit(run_backtest(now, then, name, history, as_json))
+
+
 @app.command(epilog="Example: plinth demo --out ./demo-out --events 20000")
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results.")] = Path(

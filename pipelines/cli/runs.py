@@ -31,6 +31,7 @@ from plinth.pipelines.console import err, say, show_json, show_table
 from plinth.pipelines.folders.batch import Batch, Summary, check_folders
 from plinth.pipelines.folders.batch import Progress as Step
 from plinth.pipelines.interpreter import set_for_serving
+from plinth.pipelines.live_tables import LiveTables
 from plinth.verticals import registry
 
 
@@ -119,7 +120,13 @@ def run_stream(config: Config, name: str, metrics: str | None, as_json: bool) ->
     from plinth.pipelines.stream import worker as stream
 
     vertical = load_vertical(config, name)
+    live = LiveTables(config, {name: vertical})
     stop = threading.Event()
+
+    def on_progress(progress: Any) -> None:
+        _stream_line(progress)
+        live.look()
+
     with (
         Signals(stop.set).handled(),
         metrics_at(metrics) as url,
@@ -130,7 +137,7 @@ def run_stream(config: Config, name: str, metrics: str | None, as_json: bool) ->
         if url is not None:
             say(f"metrics: {url}")
         summary = stream.run(
-            vertical, engine, config.stream, stop, _stream_line, sla=sla_of(vertical, config)
+            vertical, engine, config.stream, stop, on_progress, sla=sla_of(vertical, config)
         )
     if as_json:
         show_json(summary.as_dict())

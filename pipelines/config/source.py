@@ -108,10 +108,11 @@ def from_env(env: Mapping[str, str]) -> Iterator[tuple[Place, str, Any]]:
     for name in sorted(env):
         if name.startswith(ENV_PREFIX) and "__" in name:
             place = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
-            yield place, name, _toml_value(env[name])
+            yield place, name, toml_value(env[name])
 
 
-def _toml_value(text: str) -> Any:
+def toml_value(text: str) -> Any:
+    """A value as TOML writes it; what is none is a text."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

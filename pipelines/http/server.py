@@ -42,6 +42,7 @@ from plinth.pipelines.http.upload_routes import UploadDoor
 from plinth.pipelines.http.wire.admission import Limit
 from plinth.pipelines.http.wire.server import Bounds, SocketServer
 from plinth.pipelines.interpreter import set_for_serving
+from plinth.pipelines.live_tables import LiveTables
 from plinth.pipelines.records import RecordService
 from plinth.verticals import Vertical
 
@@ -49,6 +50,8 @@ log = logging.getLogger("plinth.serve")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ENGINE_LOOK = 0.25
 """Seconds between two looks at whether the engine is well."""
+LOOK = 1.0
+"""Seconds between two looks at whether the verticals' files of settings have changed."""
 
 
 def create_app(
@@ -68,12 +71,14 @@ def create_app(
     slas = {name: sla_of(vertical, config) for name, vertical in verticals.items()}
     pool = ThreadPoolExecutor(8, thread_name_prefix="plinth-http")
     folders = {name: v for name, v in verticals.items() if is_folder_vertical(v)}
+    live = LiveTables(config, verticals)
     jobs = Jobs(folders, engine, slas, serve.upload) if folders else None
 
     @contextlib.asynccontextmanager
     async def lifespan() -> AsyncIterator[None]:
         with contextlib.ExitStack() as stack:
             tasks = [asyncio.create_task(warm_up(verticals, engine, health, stack))]
+            tasks.append(asyncio.create_task(_look_after(live)))
             if jobs is not None:
                 tasks.append(asyncio.create_task(_purge(jobs)))
             yield
@@ -172,6 +177,12 @@ def _warm_one(vertical: Vertical[Any, Any], engine: Engine) -> None:
     finally:
         if state is not None:
             vertical.restore(state)
+
+
+async def _look_after(live: LiveTables) -> None:
+    while True:
+        await asyncio.sleep(LOOK)
+        live.look()
 
 
 async def _purge(jobs: Jobs) -> None:

@@ -41,7 +41,7 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(verticals: Mapping[str, Vertical[Any, Any]], **tables: Any) -> Iterator[Running]:
+def running(verticals: Mapping[str, Vertical[Any, Any]], /, **tables: Any) -> Iterator[Running]:
     """Serve verticals on a free port; tables are those of the config file.
 
     Args:

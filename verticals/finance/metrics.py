@@ -18,6 +18,12 @@ PARTIAL_DECISIONS = Counter(
     "Decisions with features_partial: something forgotten, or kept by another worker, is missing.",
     registry=REGISTRY,
 )
+RULE_HITS = Counter(
+    "plinth_finance_rule_hits_total",
+    "Payments that a rule held for; effect: applied, or shadow for rules that only watch.",
+    ("code", "effect"),
+    registry=REGISTRY,
+)
 EVICTED = Counter(
     "plinth_finance_evicted_total",
     "Entities forgotten because max_cards (_terminals, _customers, _devices) or max_events was "

@@ -1,147 +1,248 @@
-"""Rules beside the model, and the reasons behind a high score."""
+"""Rules beside the model: conditions over a payment and its features, whatever the score says."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from plinth.verticals.finance.features.online import FEATURES, MODEL_FEATURES
-from plinth.verticals.finance.schema import Reason
+from plinth.engine.errors import ConfigError
+from plinth.verticals.finance.expressions import Condition, Kind, condition
+from plinth.verticals.finance.features.online import FEATURES, Flag
+from plinth.verticals.finance.schema import Reason, Transaction
 
 Action = Literal["approve", "review", "decline"]
-MASKED = -1.0
-"""A feature with this value is "not told" to the model."""
-MAX_REASONS = 4
-MIN_EFFECT = 0.3
-"""Log-odds below which a group is no reason."""
-
-HARD_AMOUNT = Reason(code="R01", text="Amount above the hard limit")
-CARD_VELOCITY = Reason(code="R02", text="Too many payments with the card within 5 minutes")
-DEVICE_CARDS = Reason(code="R03", text="Too many cards on the device within 24 hours")
+MAX_RULES = 200
+RESERVED = ("R04", "X01")
+"""Codes that rules of a file may not have, nor any that begins with M and a digit: the model's."""
 REUSED_ID = Reason(code="R04", text="Transaction id used before with another amount or terminal")
-NO_TIME = Reason(code="X01", text="High score; there was no time to find its reasons")
 
-GROUPS: tuple[tuple[Reason, tuple[str, ...]], ...] = (
-    (
-        Reason(code="M01", text="Amount unusual, in itself or for the card"),
-        ("amount", "card_amount_ratio_30d"),
-    ),
-    (
-        Reason(code="M02", text="Unusual rhythm of payments with the card"),
-        (
-            "card_count_5m",
-            "card_count_1h",
-            "card_count_24h",
-            "card_count_7d",
-            "card_count_30d",
-            "card_recency",
-        ),
-    ),
-    (
-        Reason(code="M03", text="Unusual sum spent with the card"),
-        ("card_sum_5m", "card_sum_1h", "card_sum_24h", "card_sum_7d", "card_sum_30d"),
-    ),
-    (Reason(code="M04", text="Unusual number of terminals in a day"), ("card_terminals_24h",)),
-    (Reason(code="M05", text="Unusual activity at the terminal"), ("terminal_count_24h",)),
-    (
-        Reason(code="M06", text="Recent fraud at the terminal"),
-        ("terminal_risk_1d", "terminal_risk_7d", "terminal_risk_30d"),
-    ),
-    (Reason(code="M07", text="Unusual activity of the customer"), ("customer_count_24h",)),
-    (Reason(code="M08", text="Unusual time of day or week"), ("weekend", "night")),
-)
-"""Groups of model features that are told or masked together, with the reason each stands for."""
+_FLAGS = {"conflict": Flag.CONFLICT, "late": Flag.LATE, "partial": Flag.PARTIAL}
+_TEXTS = ("currency", "card", "customer_id", "terminal_id", "device_id")
+_YES_OR_NO = ("weekend", "night")
+NAMES: dict[str, Kind] = {
+    **{name: "condition" if name in _YES_OR_NO else "number" for name in FEATURES},
+    "score": "number",
+    **dict.fromkeys((*_FLAGS, "has_device"), "condition"),
+    **dict.fromkeys(_TEXTS, "text"),
+}
+"""What a condition may speak of. Amounts are in base currency."""
 
-_AMOUNT = FEATURES.index("amount")
-_COUNT = FEATURES.index("card_count_5m")
-_DEVICE = FEATURES.index("device_cards_24h")
+_MODEL = ConfigDict(extra="forbid", frozen=True)
+_Entry = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class Rule(BaseModel):
+    """One rule.
+
+    Args:
+        code: of the reason, such as ``B01``.
+        text: of the reason; fixed, so that it never holds data of a payment.
+        when: a condition over :data:`NAMES`.
+        action: what it asks for; the strictest of all rules and the score counts.
+        shadow: it is counted and asks for nothing, so that it can be watched before it counts.
+    """
+
+    model_config = _MODEL
+
+    code: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,15}$")]
+    text: Annotated[str, Field(min_length=1, max_length=120)]
+    when: str
+    action: Literal["review", "decline"]
+    shadow: bool = False
+
+
+class RuleBook(BaseModel):
+    """The table ``[verticals.finance.rules]``, or the file that stands for it.
+
+    Args:
+        rule: the rules.
+        lists: texts that may stand behind ``in``, by name.
+    """
+
+    model_config = _MODEL
+
+    rule: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES)] = ()
+    lists: dict[
+        Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")],
+        Annotated[frozenset[_Entry], Field(max_length=1_000_000)],
+    ] = Field(default_factory=dict)
+    _rules: Rules = PrivateAttr()
+
+    @field_validator("lists")
+    @classmethod
+    def _no_name_twice(cls, lists: dict[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+        if both := sorted(NAMES.keys() & lists.keys()):
+            raise ValueError(f"{both[0]} is a value of the payment: give the list another name")
+        return lists
+
+    @model_validator(mode="after")
+    def _compiled(self) -> RuleBook:
+        seen: set[str] = set()
+        conditions: list[Condition] = []
+        for place, rule in enumerate(self.rule):
+            if rule.code in seen:
+                raise ValueError(f"rule {place + 1}: the code {rule.code} is there twice")
+            if rule.code in RESERVED or (rule.code[0] == "M" and rule.code[1:2].isdigit()):
+                raise ValueError(f"rule {place + 1}: the code {rule.code} is taken by Plinth")
+            seen.add(rule.code)
+            try:
+                conditions.append(condition(rule.when, NAMES, self.lists))
+            except ConfigError as error:
+                hint = f" ({error.hint})" if error.hint else ""
+                raise ValueError(
+                    f"rule {place + 1} ({rule.code}), when: {error.message}{hint}"
+                ) from None
+        object.__setattr__(self, "_rules", Rules(self.rule, tuple(conditions), self._digest()))
+        return self
+
+    def _digest(self) -> str:
+        whole = {
+            "rule": [rule.model_dump() for rule in self.rule],
+            "lists": {name: sorted(texts) for name, texts in self.lists.items()},
+        }
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
+
+    def compiled(self) -> Rules:
+        """Ready to be applied."""
+        return self._rules
+
+
+@dataclass(frozen=True, slots=True)
+class Payments:
+    """Payments of one batch, as conditions see them.
+
+    Args:
+        asked: the payments.
+        amounts: float64 (n,), base currency.
+        features: float32 (n, len(FEATURES)).
+        flags: int (n,), see :class:`Flag`.
+        scores: float32 (n,), of the model.
+    """
+
+    asked: Sequence[Transaction]
+    amounts: npt.NDArray[np.float64]
+    features: npt.NDArray[np.float32]
+    flags: npt.NDArray[Any]
+    scores: npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """See :class:`plinth.verticals.finance.expressions.Rows`.
+
+        Numbers but the amount are float32, and numbers that a rule compares them with are rounded
+        alike: what equals a limit is not above it.
+        """
+        if name == "amount":
+            return self.amounts
+        if name == "score":
+            return self.scores
+        if name in _FLAGS:
+            set_: npt.NDArray[Any] = (self.flags & _FLAGS[name].value).astype(bool)
+            return set_
+        if name == "has_device":
+            return np.array([one.device_id is not None for one in self.asked], dtype=bool)
+        if name in _TEXTS:
+            return np.array([getattr(one, name) for one in self.asked], dtype=object)
+        column: npt.NDArray[Any] = self.features[:, FEATURES.index(name)]
+        return column != 0 if name in _YES_OR_NO else column
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What the rules ask for of one payment, and why: what declines comes first."""
+
+    action: Action = "approve"
+    reasons: list[Reason] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Limits that hold whatever the score says; ``None`` switches a rule off.
+    """Rules that were checked.
+
+    Args:
+        rules: as they were written.
+        conditions: one for each.
+        version: digest of all of them, 12 hexadecimal digits.
+    """
+
+    rules: tuple[Rule, ...]
+    conditions: tuple[Condition, ...]
+    version: str
+
+    def apply(self, payments: Payments) -> tuple[list[Verdict], dict[str, int]]:
+        """What the rules ask for of each payment, and how often each rule held.
+
+        A transaction id that came before with another amount or terminal is at least reviewed
+        (R04), whatever the rules are.
+        """
+        verdicts = [Verdict() for _ in range(len(payments))]
+        hits: dict[str, int] = {}
+        self._ask("decline", payments, verdicts, hits)
+        _add(verdicts, np.flatnonzero(payments.column("conflict")).tolist(), REUSED_ID, "review")
+        self._ask("review", payments, verdicts, hits)
+        return verdicts, hits
+
+    def _ask(
+        self, action: Action, payments: Payments, verdicts: list[Verdict], hits: dict[str, int]
+    ) -> None:
+        for rule, holds in zip(self.rules, self.conditions, strict=True):
+            if rule.action != action:
+                continue
+            held = np.flatnonzero(holds(payments)).tolist()
+            if held:
+                hits[rule.code] = len(held)
+            if not rule.shadow:
+                _add(verdicts, held, Reason(code=rule.code, text=rule.text), action)
+
+
+def _add(verdicts: list[Verdict], places: Sequence[int], reason: Reason, action: Action) -> None:
+    for place in places:
+        verdict = verdicts[place]
+        verdict.reasons.append(reason)
+        if verdict.action != "decline":
+            verdict.action = action
+
+
+def limits(
+    hard_amount: float | None, card_count_5m: int | None, device_cards_24h: int | None
+) -> RuleBook:
+    """The built-in rules; ``None`` leaves one out.
 
     Args:
         hard_amount: base currency; a larger payment is declined (R01).
         card_count_5m: payments with one card within 5 minutes; more go to review (R02).
         device_cards_24h: cards on one device within 24 hours; more go to review (R03).
     """
-
-    hard_amount: float | None
-    card_count_5m: int | None
-    device_cards_24h: int | None
-
-    def apply(self, row: Sequence[float], *, conflict: bool = False) -> tuple[Action, list[Reason]]:
-        """What the rules ask for, and why.
-
-        Args:
-            row: one row of features, columns as in FEATURES.
-            conflict: its transaction id came before with another amount or terminal: review (R04).
-        """
-        action: Action = "approve"
-        reasons: list[Reason] = []
-        if conflict:
-            action = "review"
-            reasons.append(REUSED_ID)
-        if self.card_count_5m is not None and row[_COUNT] > self.card_count_5m:
-            action = "review"
-            reasons.append(CARD_VELOCITY)
-        if self.device_cards_24h is not None and row[_DEVICE] > self.device_cards_24h:
-            action = "review"
-            reasons.append(DEVICE_CARDS)
-        if self.hard_amount is not None and row[_AMOUNT] > self.hard_amount:
-            action = "decline"
-            reasons.insert(0, HARD_AMOUNT)
-        return action, reasons
-
-
-def _members() -> Tensor:
-    """Which features belong to which group, bool (groups, features)."""
-    return torch.tensor([[name in names for name in MODEL_FEATURES] for _, names in GROUPS])
-
-
-_MEMBERS = _members()
-
-
-def masked_rows(rows: Tensor) -> Tensor:
-    """What to ask the model to explain rows.
-
-    Args:
-        rows: (n, features) float32, told in full.
-
-    Returns:
-        float32 (n * (2 * groups + 1) + 1, features): for each row, the row without each group,
-        with only each group, and in full; at the end one row that tells nothing.
-    """
-    full = rows[:, None, :]
-    without = torch.where(_MEMBERS, MASKED, full)
-    only = torch.where(_MEMBERS, full, MASKED)
-    nothing = torch.full((1, rows.shape[1]), MASKED)
-    return torch.cat((torch.cat((without, only, full), dim=1).flatten(0, 1), nothing))
-
-
-def contributions(scores: Tensor) -> Tensor:
-    """How much each group raised each score, in log-odds, (n, groups).
-
-    The mean of a group's effect when it is taken away from everything and when it is added to
-    nothing. It is the Shapley value exactly where groups interact at most in pairs; 18 rows
-    take the place of 256.
-
-    Args:
-        scores: probabilities of :func:`masked_rows`, (n * (2 * groups + 1) + 1,).
-    """
-    odds = torch.logit(scores.double(), eps=1e-7)
-    count = len(GROUPS)
-    each = odds[:-1].view(-1, 2 * count + 1)
-    without, only, full = each[:, :count], each[:, count:-1], each[:, -1:]
-    return ((full - without) + (only - odds[-1])) / 2
-
-
-def main_reasons(effects: Sequence[float]) -> list[Reason]:
-    """The reasons for a score, the strongest first."""
-    order = sorted(range(len(GROUPS)), key=lambda group: -effects[group])
-    return [GROUPS[group][0] for group in order if effects[group] >= MIN_EFFECT]
+    written: list[tuple[str, str, str, float | None, Literal["review", "decline"]]] = [
+        ("R01", "Amount above the hard limit", "amount", hard_amount, "decline"),
+        (
+            "R02",
+            "Too many payments with the card within 5 minutes",
+            "card_count_5m",
+            card_count_5m,
+            "review",
+        ),
+        (
+            "R03",
+            "Too many cards on the device within 24 hours",
+            "device_cards_24h",
+            device_cards_24h,
+            "review",
+        ),
+    ]
+    return RuleBook(
+        rule=tuple(
+            Rule(code=code, text=text, when=f"{name} > {limit!r}", action=action)
+            for code, text, name, limit, action in written
+            if limit is not None
+        )
+    )

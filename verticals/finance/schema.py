@@ -168,6 +168,7 @@ class Decision(BaseModel):
         model: name of the model that gave the score: ``fraud``, or under load its cheaper
             variant.
         model_version: its version.
+        rules_version: digest of the rules that were in force.
         features_late: a later event of the card had come before this one.
         features_partial: a window reached below what is remembered; counts may be too low.
         duplicate: this transaction was taken in before; nothing was counted again.
@@ -185,6 +186,7 @@ class Decision(BaseModel):
     reason_codes: Annotated[list[Reason], Field(max_length=4)]
     model: str | None
     model_version: str | None
+    rules_version: str | None
     features_late: bool = False
     features_partial: bool = False
     duplicate: bool = False

@@ -10,9 +10,10 @@ from math import inf
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
 
+import numpy as np
 import orjson
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 import plinth.verticals.finance.model  # noqa: F401  (registers the architectures)
@@ -39,16 +40,14 @@ from plinth.verticals.finance.features.online import (
     Limits,
 )
 from plinth.verticals.finance.features.timeline import DAY
-from plinth.verticals.finance.metrics import PARTIAL_DECISIONS, TableMetrics
-from plinth.verticals.finance.rules import (
-    MAX_REASONS,
+from plinth.verticals.finance.metrics import PARTIAL_DECISIONS, RULE_HITS, TableMetrics
+from plinth.verticals.finance.reasons import (
     NO_TIME,
-    Action,
-    Rules,
     contributions,
     main_reasons,
     masked_rows,
 )
+from plinth.verticals.finance.rules import Action, Payments, RuleBook, Verdict, limits
 from plinth.verticals.finance.schema import (
     LATEST,
     Decision,
@@ -60,8 +59,10 @@ from plinth.verticals.finance.schema import (
     milliseconds,
     read,
 )
+from plinth.verticals.finance.tally import FraudTally
 
 MODEL = "fraud"
+MAX_REASONS = 4
 MAX_EXPLAINED = 64
 """Alerts explained in one call: about a thousand rows, whatever the number of alerts."""
 STORE = Path(__file__).parent / "store"
@@ -81,6 +82,8 @@ class FraudSettings(Settings):
         review_threshold: score from which people look; default: each model's own.
         decline_threshold: score from which the payment is declined; default: each model's own.
         rates: currencies taken, and what one unit is worth in base currency.
+        rules: a table as :class:`RuleBook`, or a TOML file with it, which is read again when it
+            changes; it takes the place of the three limits below.
         hard_amount: base currency; above it the payment is declined. Absent: no such rule.
         max_card_count_5m: payments with a card in 5 minutes; above it, review.
         max_device_cards_24h: cards on a device in 24 hours; above it, review.
@@ -105,6 +108,7 @@ class FraudSettings(Settings):
     rates: dict[
         Annotated[str, Field(pattern=r"^[A-Z]{3}$")], Annotated[float, Field(ge=1e-6, le=100)]
     ] = Field(default_factory=lambda: {"EUR": 1.0}, min_length=1)
+    rules: RuleBook | None = None
     hard_amount: Annotated[float, Field(gt=0)] | None = 5000.0
     max_card_count_5m: Annotated[int, Field(ge=1)] | None = 10
     max_device_cards_24h: Annotated[int, Field(ge=1)] | None = 5
@@ -117,6 +121,20 @@ class FraudSettings(Settings):
     max_events: Annotated[int, Field(ge=8, le=10_000_000_000)] = 10_000_000
     unknown_fields: UnknownFields = "ignore"
     colocated: bool = False
+    live_tables: ClassVar[tuple[str, ...]] = ("rules",)
+
+    @model_validator(mode="after")
+    def _one_set_of_rules(self) -> FraudSettings:
+        both = self.model_fields_set & {"hard_amount", "max_card_count_5m", "max_device_cards_24h"}
+        if self.rules is not None and both:
+            raise ValueError(f"rules takes the place of {min(both)}: write it as a rule, or leave")
+        return self
+
+    def rule_book(self) -> RuleBook:
+        """The rules in force: those given, or the built-in ones with their limits."""
+        if self.rules is not None:
+            return self.rules
+        return limits(self.hard_amount, self.max_card_count_5m, self.max_device_cards_24h)
 
 
 class Variant(NamedTuple):
@@ -166,7 +184,7 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
         given = self.settings
         self._given = given
         self._clock = clock
-        self.rules = Rules(given.hard_amount, given.max_card_count_5m, given.max_device_cards_24h)
+        self.rules = given.rule_book().compiled()
         self.state = FeatureState(
             Limits(
                 lateness_ms=round(given.lateness_days * DAY),
@@ -217,6 +235,14 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
             )
         return Variant(spec.name, spec.version, review, decline)
 
+    def tally(self) -> FraudTally:
+        return FraudTally(self._given.rates)
+
+    def reconfigure(self, settings: Settings) -> None:
+        if not isinstance(settings, FraudSettings):
+            raise ConfigError(f"finance takes FraudSettings, not {type(settings).__name__}")
+        self.rules = settings.rule_book().compiled()
+
     def example(self) -> Transaction:
         return Transaction(
             transaction_id="example-1",
@@ -252,7 +278,11 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
                 effects = contributions(masked[:, 0])
                 found = map(main_reasons, effects.tolist())
                 reasons |= zip(part, found, strict=True)
-        asked = [req for req, result in zip(requests, results, strict=True) if result is None]
+        asked = [
+            request
+            for request, result in zip(requests, results, strict=True)
+            if result is None and not is_label(request)
+        ]
         decisions = iter(self._decisions(asked, batch, scores, answered, reasons))
         return [next(decisions) if result is None else result for result in results]
 
@@ -341,6 +371,7 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
             reason_codes=[],
             model=None,
             model_version=None,
+            rules_version=None,
             features_partial=not found,
             extra=label.model_extra,
         )
@@ -374,24 +405,23 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
 
     def _decisions(
         self,
-        asked: Sequence[Transaction | Label],
+        asked: Sequence[Transaction],
         batch: Batch,
         scores: Sequence[float],
         answered: Sequence[Variant],
         reasons: dict[int, list[Reason]],
     ) -> list[Decision]:
         decisions: list[Decision] = []
-        rows = zip(asked, batch.rows.tolist(), batch.flags.tolist(), scores, answered, strict=True)
-        for place, (request, row, flag, score, by) in enumerate(rows):
-            conflict = bool(flag & CONFLICT)
-            action, why = self.rules.apply(row, conflict=conflict)
+        verdicts = self._verdicts(asked, batch, scores)
+        rows = zip(asked, verdicts, batch.flags.tolist(), scores, answered, strict=True)
+        for place, (request, verdict, flag, score, by) in enumerate(rows):
             extra = request.model_extra
             special: dict[str, Any] = (
                 {
                     "features_late": bool(flag & LATE),
                     "features_partial": self._shared or bool(flag & PARTIAL),
                     "duplicate": bool(flag & DUPLICATE),
-                    "conflict": conflict,
+                    "conflict": bool(flag & CONFLICT),
                     "extra": extra,
                 }
                 if flag or self._shared or extra
@@ -401,13 +431,31 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
                 Decision(
                     transaction_id=request.transaction_id,
                     score=score,
-                    decision=by.stricter(action, score),
-                    reason_codes=[*why, *reasons.get(place, [])][:MAX_REASONS],
+                    decision=by.stricter(verdict.action, score),
+                    reason_codes=[*verdict.reasons, *reasons.get(place, [])][:MAX_REASONS],
                     model=by.model,
                     model_version=by.version,
+                    rules_version=self.rules.version,
                     **special,
                 )
             )
         if partial := sum(decision.features_partial for decision in decisions):
             PARTIAL_DECISIONS.inc(partial)
         return decisions
+
+    def _verdicts(
+        self, asked: Sequence[Transaction], batch: Batch, scores: Sequence[float]
+    ) -> list[Verdict]:
+        rates = self._given.rates
+        payments = Payments(
+            asked,
+            np.array([one.amount * rates[one.currency] for one in asked], dtype=np.float64),
+            batch.rows,
+            batch.flags,
+            np.array(scores, dtype=np.float32),
+        )
+        verdicts, hits = self.rules.apply(payments)
+        shadows = {rule.code for rule in self.rules.rules if rule.shadow} if hits else ()
+        for code, count in hits.items():
+            RULE_HITS.labels(code, "shadow" if code in shadows else "applied").inc(count)
+        return verdicts

@@ -1,0 +1,131 @@
+"""Tables of a vertical that lie in files of their own, and are read again when they change.
+
+A field named in ``Settings.live_tables`` may be the path of a TOML file with the table: rules,
+say, which people change more often than the service is restarted. What cannot be read or is wrong
+changes nothing: the error is logged and counted, and what was in force stays.
+"""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import Counter
+from pydantic import TypeAdapter, ValidationError
+
+from plinth.engine import ConfigError, PlinthError
+from plinth.engine.metrics import REGISTRY
+from plinth.pipelines.config.settings import Config
+from plinth.pipelines.config.source import validated
+from plinth.verticals import Settings, Vertical, registry
+
+MAX_BYTES = 64 << 20
+"""Of a file with a table."""
+RELOADS = Counter(
+    "plinth_settings_reloads_total",
+    "Files of settings that were read again because they changed; outcome: taken, or wrong.",
+    ("vertical", "outcome"),
+    registry=REGISTRY,
+)
+
+log = logging.getLogger("plinth.settings")
+Mark = tuple[int, int, int] | None
+
+
+def settings_of(config: Config, name: str) -> tuple[Settings, dict[Path, Mark]]:
+    """The checked settings of a vertical, and the files its tables were read from.
+
+    Args:
+        config: has its table; paths in it start from the config file's folder.
+        name: of the vertical.
+
+    Raises:
+        ConfigError: names the file, the key and what was expected.
+    """
+    kind: type[Settings] = registry.find(name).settings_type
+    table = dict(config.vertical(name).settings)
+    files: dict[Path, Mark] = {}
+    for field in kind.live_tables:
+        given = table.get(field)
+        if isinstance(given, str):
+            base = config.origin.file.parent if config.origin.file else Path()
+            path = base / Path(given).expanduser()
+            files[path] = mark_of(path)
+            table[field] = _read(path, kind, field)
+    return validated(kind, table, ("verticals", name), config.origin), files
+
+
+def mark_of(path: Path) -> Mark:
+    """What tells whether a file has changed; ``None`` where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _read(path: Path, kind: type[Settings], field: str) -> Mapping[str, Any]:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise ConfigError(f"{path} is larger than {MAX_BYTES >> 20} MiB")
+        content = tomllib.loads(raw.decode())
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}", hint=f"{field} is the path of a TOML file"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}", hint="see https://toml.io for the syntax") from None
+    try:
+        wanted: Any = kind.model_fields[field].annotation
+        TypeAdapter(wanted).validate_python(content)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False)
+        lines = [
+            f"{path}: {'.'.join(map(str, problem['loc'])) or field}: "
+            f"{problem['msg'].removeprefix('Value error, ')}"
+            for problem in problems[:20]
+        ]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+    return content
+
+
+class LiveTables:
+    """Looks after the files of some verticals' tables.
+
+    Args:
+        config: has their tables.
+        verticals: by name.
+    """
+
+    def __init__(self, config: Config, verticals: Mapping[str, Vertical[Any, Any]]) -> None:
+        self._config = config
+        self._verticals = verticals
+        self._files = {name: settings_of(config, name)[1] for name in verticals}
+
+    def look(self) -> None:
+        """Take over what has changed; call it between two batches, about once a second."""
+        for name, files in self._files.items():
+            if any(mark_of(path) != mark for path, mark in files.items()):
+                self._take_over(name)
+
+    def _take_over(self, name: str) -> None:
+        files = self._files[name]
+        marks = {path: mark_of(path) for path in files}
+        names = ", ".join(str(path) for path in files if marks[path] != files[path])
+        self._files[name] = marks
+        try:
+            settings, _ = settings_of(self._config, name)
+            self._verticals[name].reconfigure(settings)
+        except PlinthError as error:
+            RELOADS.labels(name, "wrong").inc()
+            log.error("%s: what was in force stays: %s", name, error)
+        else:
+            RELOADS.labels(name, "taken").inc()
+            log.info("%s: took over %s", name, names)

@@ -1,0 +1,246 @@
+"""Conditions over payments, written as text: checked before they run, and run on many rows at once.
+
+The grammar is a small part of Python's: comparisons (which may be chained), ``and``, ``or``,
+``not``, ``in``, the four arithmetic operators, numbers, quoted texts and names. Everything has a
+kind (number, condition or text) and kinds never mix, so that a slip of the pen is an error and
+no rule that is always false.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from math import isfinite
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from plinth.engine.errors import ConfigError
+
+Kind = Literal["number", "condition", "text"]
+Column = npt.NDArray[Any]
+MAX_LENGTH = 1000
+"""Characters of one condition."""
+MAX_DEPTH = 30
+"""Levels of brackets and operators within each other."""
+
+_COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+_ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+class Rows(Protocol):
+    """What a condition is evaluated on."""
+
+    def __len__(self) -> int:
+        """How many rows."""
+        ...
+
+    def column(self, name: str) -> Column:
+        """Values of a known name: numbers, booleans, or texts (objects; ``None`` where absent)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    kind: Kind
+    value: Callable[[Rows], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A condition that was checked.
+
+    Args:
+        text: as it was written.
+    """
+
+    text: str
+    _part: _Part
+
+    def __call__(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """Which rows it holds for, bool (n,). A division by zero holds for none."""
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            found = self._part.value(rows)
+        return np.broadcast_to(np.asarray(found, dtype=bool), (len(rows),))
+
+
+def condition(
+    text: str, names: Mapping[str, Kind], lists: Mapping[str, Collection[str]] | None = None
+) -> Condition:
+    """Read a condition.
+
+    Args:
+        text: such as ``amount > 500 and (night or card_count_1h >= 4)``.
+        names: what it may speak of, and the kind of each.
+        lists: collections of texts that may stand behind ``in``, by name.
+
+    Raises:
+        ConfigError: says at which character, what was expected and the nearest known name.
+    """
+    if len(text) > MAX_LENGTH:
+        raise ConfigError(f"it has {len(text)} characters, at most {MAX_LENGTH} are taken")
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        at = getattr(error, "offset", None)
+        where = f"at character {at}: " if at else ""
+        raise ConfigError(
+            f"{where}this is no condition", hint="such as: amount > 500 and night"
+        ) from None
+    part = _Reader(names, lists or {}).read(tree.body, 0)
+    if part.kind != "condition":
+        raise ConfigError(
+            f"it is a {part.kind}, expected a condition", hint="such as: amount > 500 and night"
+        )
+    return Condition(text, part)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    names: Mapping[str, Kind]
+    lists: Mapping[str, Collection[str]]
+
+    def read(self, node: ast.expr, depth: int) -> _Part:
+        if depth > MAX_DEPTH:
+            raise _wrong(node, f"more than {MAX_DEPTH} levels within each other")
+        match node:
+            case ast.Constant():
+                return _constant(node)
+            case ast.Name(id=name):
+                return self._name(node, name)
+            case ast.BoolOp(op=op, values=values):
+                parts = [self._of(value, "condition", depth) for value in values]
+                return _joined(parts, np.logical_and if isinstance(op, ast.And) else np.logical_or)
+            case ast.UnaryOp(op=ast.Not(), operand=inner):
+                part = self._of(inner, "condition", depth)
+                return _Part("condition", lambda rows: np.logical_not(part.value(rows)))
+            case ast.UnaryOp(op=ast.USub(), operand=inner):
+                part = self._of(inner, "number", depth)
+                return _Part("number", lambda rows: -part.value(rows))
+            case ast.BinOp(left=left, op=operation, right=right) if type(operation) in _ARITHMETIC:
+                return self._arithmetic(left, _ARITHMETIC[type(operation)], right, depth)
+            case ast.Compare(left=left, ops=ops, comparators=others):
+                return self._compare([left, *others], ops, depth)
+        raise _wrong(node, "this is not part of the language")
+
+    def _of(self, node: ast.expr, kind: Kind, depth: int) -> _Part:
+        part = self.read(node, depth + 1)
+        if part.kind != kind:
+            raise _wrong(node, f"expected a {kind}, this is a {part.kind}")
+        return part
+
+    def _name(self, node: ast.expr, name: str) -> _Part:
+        kind = self.names.get(name)
+        if kind is None:
+            if name in self.lists:
+                raise _wrong(node, f"{name} is a list, which stands behind 'in' only")
+            near = get_close_matches(name, list(self.names), n=1)
+            raise _wrong(
+                node,
+                f"{name} is not known" + (f", did you mean {near[0]}?" if near else ""),
+                hint=f"known are {', '.join(sorted(self.names))}",
+            )
+        return _Part(kind, lambda rows: rows.column(name))
+
+    def _arithmetic(
+        self, left: ast.expr, operation: Callable[[Any, Any], Any], right: ast.expr, depth: int
+    ) -> _Part:
+        one, other = self._of(left, "number", depth), self._of(right, "number", depth)
+
+        def value(rows: Rows) -> Any:
+            first, second = one.value(rows), other.value(rows)
+            try:
+                return operation(first, second)
+            except (ZeroDivisionError, OverflowError):  # two constants
+                return float("nan")
+
+        return _Part("number", value)
+
+    def _compare(self, nodes: Sequence[ast.expr], ops: Sequence[ast.cmpop], depth: int) -> _Part:
+        pairs = [
+            self._pair(left, op, right, depth)
+            for left, op, right in zip(nodes, ops, nodes[1:], strict=False)
+        ]
+        return pairs[0] if len(pairs) == 1 else _joined(pairs, np.logical_and)
+
+    def _pair(self, left: ast.expr, op: ast.cmpop, right: ast.expr, depth: int) -> _Part:
+        if isinstance(op, ast.In | ast.NotIn):
+            return self._member(left, right, isinstance(op, ast.In), depth)
+        compare = _COMPARISONS.get(type(op))
+        if compare is None:
+            raise _wrong(left, "'is' is not part of the language", hint="use == or in")
+        one = self.read(left, depth + 1)
+        if one.kind == "condition":
+            raise _wrong(left, "a condition is not compared", hint="write it, or 'not' before it")
+        other = self._of(right, one.kind, depth)
+        if one.kind == "text" and not isinstance(op, ast.Eq | ast.NotEq):
+            raise _wrong(left, "texts are compared by ==, != and in alone")
+        return _Part("condition", lambda rows: compare(one.value(rows), other.value(rows)))
+
+    def _member(self, left: ast.expr, right: ast.expr, wanted: bool, depth: int) -> _Part:
+        text, members = self._of(left, "text", depth), self._list(right)
+
+        def value(rows: Rows) -> Any:
+            found = np.asarray(text.value(rows), dtype=object)
+            held = [(one in members) is wanted for one in found.reshape(-1).tolist()]
+            return np.array(held, dtype=bool).reshape(found.shape)
+
+        return _Part("condition", value)
+
+    def _list(self, node: ast.expr) -> frozenset[str]:
+        if isinstance(node, ast.Name):
+            if node.id not in self.lists:
+                near = get_close_matches(node.id, list(self.lists), n=1)
+                raise _wrong(
+                    node,
+                    f"there is no list {node.id}" + (f", did you mean {near[0]}?" if near else ""),
+                    hint="write it under [lists]",
+                )
+            return frozenset(self.lists[node.id])
+        if isinstance(node, ast.List | ast.Tuple | ast.Set):
+            texts = [one.value for one in node.elts if isinstance(one, ast.Constant)]
+            if len(texts) == len(node.elts) and all(isinstance(one, str) for one in texts):
+                return frozenset(map(str, texts))
+        raise _wrong(node, "expected a list of quoted texts, or the name of a list")
+
+
+def _constant(node: ast.Constant) -> _Part:
+    value: Any = node.value
+    if isinstance(value, bool):
+        return _Part("condition", lambda rows: value)
+    if isinstance(value, str):
+        return _Part("text", lambda rows: value)
+    if isinstance(value, int | float) and abs(value) < 1e15 and isfinite(value):
+        number = float(value)
+        return _Part("number", lambda rows: number)
+    raise _wrong(node, "expected a number below 1e15 or a quoted text")
+
+
+def _joined(parts: Sequence[_Part], join: Callable[[Any, Any], Any]) -> _Part:
+    def value(rows: Rows) -> Any:
+        found = parts[0].value(rows)
+        for part in parts[1:]:
+            found = join(found, part.value(rows))
+        return found
+
+    return _Part("condition", value)
+
+
+def _wrong(node: ast.expr, what: str, hint: str | None = None) -> ConfigError:
+    return ConfigError(f"at character {node.col_offset + 1}: {what}", hint=hint)

@@ -1,0 +1,97 @@
+"""What a high score is put down to: groups of features, masked together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from plinth.verticals.finance.features.online import MODEL_FEATURES
+from plinth.verticals.finance.schema import Reason
+
+MASKED = -1.0
+"""A feature with this value is "not told" to the model."""
+MIN_EFFECT = 0.3
+"""Log-odds below which a group is no reason."""
+
+NO_TIME = Reason(code="X01", text="High score; there was no time to find its reasons")
+
+GROUPS: tuple[tuple[Reason, tuple[str, ...]], ...] = (
+    (
+        Reason(code="M01", text="Amount unusual, in itself or for the card"),
+        ("amount", "card_amount_ratio_30d"),
+    ),
+    (
+        Reason(code="M02", text="Unusual rhythm of payments with the card"),
+        (
+            "card_count_5m",
+            "card_count_1h",
+            "card_count_24h",
+            "card_count_7d",
+            "card_count_30d",
+            "card_recency",
+        ),
+    ),
+    (
+        Reason(code="M03", text="Unusual sum spent with the card"),
+        ("card_sum_5m", "card_sum_1h", "card_sum_24h", "card_sum_7d", "card_sum_30d"),
+    ),
+    (Reason(code="M04", text="Unusual number of terminals in a day"), ("card_terminals_24h",)),
+    (Reason(code="M05", text="Unusual activity at the terminal"), ("terminal_count_24h",)),
+    (
+        Reason(code="M06", text="Recent fraud at the terminal"),
+        ("terminal_risk_1d", "terminal_risk_7d", "terminal_risk_30d"),
+    ),
+    (Reason(code="M07", text="Unusual activity of the customer"), ("customer_count_24h",)),
+    (Reason(code="M08", text="Unusual time of day or week"), ("weekend", "night")),
+)
+"""Groups of model features that are told or masked together, with the reason each stands for."""
+
+
+def _members() -> Tensor:
+    """Which features belong to which group, bool (groups, features)."""
+    return torch.tensor([[name in names for name in MODEL_FEATURES] for _, names in GROUPS])
+
+
+_MEMBERS = _members()
+
+
+def masked_rows(rows: Tensor) -> Tensor:
+    """What to ask the model to explain rows.
+
+    Args:
+        rows: (n, features) float32, told in full.
+
+    Returns:
+        float32 (n * (2 * groups + 1) + 1, features): for each row, the row without each group,
+        with only each group, and in full; at the end one row that tells nothing.
+    """
+    full = rows[:, None, :]
+    without = torch.where(_MEMBERS, MASKED, full)
+    only = torch.where(_MEMBERS, full, MASKED)
+    nothing = torch.full((1, rows.shape[1]), MASKED)
+    return torch.cat((torch.cat((without, only, full), dim=1).flatten(0, 1), nothing))
+
+
+def contributions(scores: Tensor) -> Tensor:
+    """How much each group raised each score, in log-odds, (n, groups).
+
+    The mean of a group's effect when it is taken away from everything and when it is added to
+    nothing. It is the Shapley value exactly where groups interact at most in pairs; 18 rows
+    take the place of 256.
+
+    Args:
+        scores: probabilities of :func:`masked_rows`, (n * (2 * groups + 1) + 1,).
+    """
+    odds = torch.logit(scores.double(), eps=1e-7)
+    count = len(GROUPS)
+    each = odds[:-1].view(-1, 2 * count + 1)
+    without, only, full = each[:, :count], each[:, count:-1], each[:, -1:]
+    return ((full - without) + (only - odds[-1])) / 2
+
+
+def main_reasons(effects: Sequence[float]) -> list[Reason]:
+    """The reasons for a score, the strongest first."""
+    order = sorted(range(len(GROUPS)), key=lambda group: -effects[group])
+    return [GROUPS[group][0] for group in order if effects[group] >= MIN_EFFECT]
