@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,6 @@ from torch.nn import functional as F
 
 from plinth.engine import ModelError
 from plinth.verticals.medical.networks.recipe import (
-    Clip,
     Conform,
     Orient,
     Recipe,
@@ -120,7 +120,7 @@ def read_meshnet(folder: Path, uncertainty: bool = False) -> tuple[MeshNet, Reci
             f"{folder.name}/model.json is not a MeshNet: {type(error).__name__}: {error}"
         ) from error
     names = _labels(folder, cast(nn.Conv3d, network.layers[-1]).out_channels)
-    return network, _recipe(folder.name, network, names)
+    return network, _recipe(folder.name, network, names, _scale(str(described.get("_comment", ""))))
 
 
 def _network(layers: list[dict[str, Any]], labels: bool) -> MeshNet:
@@ -171,6 +171,14 @@ def _fill(network: MeshNet, path: Path, manifest: list[dict[str, Any]]) -> None:
                 convolution.bias.copy_(next(biases))
 
 
+def _scale(comment: str) -> Scale:
+    """From the smallest to the largest value, or between the quantiles that a comment names."""
+    named = re.findall(r"(\d+)\s*% quantile", comment)
+    if len(named) == 2:
+        return Scale(low=float(named[0]), high=float(named[1]), percentiles=True)
+    return Scale()
+
+
 def _labels(folder: Path, classes: int) -> dict[int, str]:
     for name in ("colormap3.json", "colormap.json"):
         if (folder / name).is_file():
@@ -180,13 +188,9 @@ def _labels(folder: Path, classes: int) -> dict[int, str]:
     return {n: f"label {n}" for n in range(1, classes)}
 
 
-def _recipe(name: str, network: MeshNet, labels: dict[int, str]) -> Recipe:
-    """T1 at 256 x 256 x 256 voxels of 1 mm, axes to the left, inferior and anterior, as FreeSurfer
-    conforms; values by extremes or, for those trained so, by the 5 % and 95 % quantiles."""
-    extremes = name.startswith("model5")
-    scale = Scale(clip=True) if extremes else Scale(low=2, high=98, percentiles=True, clip=True)
-    if name == "model20chan3cls":
-        scale = Scale(low=5, high=95, percentiles=True)
+def _recipe(name: str, network: MeshNet, labels: dict[int, str], scale: Scale) -> Recipe:
+    """T1 at 256 x 256 x 256 voxels of 1 mm, axes to the right, superior and anterior, as brainchop
+    conforms."""
     halo: Triple | None = None if network.normed else (network.radius,) * 3
     classes = cast(nn.Conv3d, network.layers[-1]).out_channels
     return Recipe(
@@ -198,10 +202,9 @@ def _recipe(name: str, network: MeshNet, labels: dict[int, str]) -> Recipe:
         labels=labels,
         axes="xyz",
         steps=(
-            Orient(codes="LIA"),
+            Orient(codes="RSA"),
             Conform(size=(SIDE,) * 3, mm=(1.0, 1.0, 1.0)),
             scale,
-            Clip(low=0),
         ),
         window=Window(size=(SIDE,) * 3, halo=halo, overlap=0.0),
         reduce="labels" if network.labels else "argmax",

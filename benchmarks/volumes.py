@@ -1,0 +1,216 @@
+"""A volume through a network: Plinth's plan beside naive eager windows and MONAI's own inferer.
+
+    python benchmarks/volumes.py NETWORK [--side 160] [--window 96] [--overlap 0.5] [--json]
+
+NETWORK is a MeshNet folder (exact windows at its halo), or any network that ``plinth batch
+--model`` takes. Each way runs in a fresh process with one thread on the same volume of noise blobs
+(or ``--volume FILE.npy``): CPU seconds of the volume alone, the peak memory of the process above
+what it held when its network was loaded, and Dice of the labels against one eager pass over the
+whole volume. Ways: ``naive`` (eager windows, all logits held, then argmax), ``monai``
+(``monai.inferers.sliding_window_inference``, then argmax), ``plinth`` (the engine, backend
+``--backend``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from head import parser_of, print_json
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+
+def memory_mb(field: str) -> float:
+    """A field of this process's status in MB; VmHWM is counted from :func:`forget_peak` on."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise LookupError(field)
+
+
+def forget_peak() -> None:
+    """Begin to count the peak of loaded memory anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def run_one(way: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One way in this process."""
+    import numpy as np
+    import torch
+
+    from plinth.engine import Call, Engine
+    from plinth.verticals.medical.networks.analysis import window_of
+    from plinth.verticals.medical.networks.load import load_network
+    from plinth.verticals.medical.networks.recipe import Recipe
+
+    torch.set_num_threads(1)
+    volume = torch.from_numpy(np.load(given.volume))[None]
+    network = load_network(given.network, uncertainty=way != "plinth")
+    recipe: Recipe = network.recipe
+    shape = volume.shape[1:]
+    window = (min(given.window, shape[0]), min(given.window, shape[1]), min(given.window, shape[2]))
+    module = network.model.module
+
+    def whole() -> Any:
+        return module(volume[None])[0].argmax(0).to(torch.uint8)
+
+    def naive() -> Any:
+        from plinth.engine.tiling import Tiling, WindowGrid
+
+        grid = WindowGrid(Tiling(window, given.overlap), (shape[0], shape[1], shape[2]))
+        total, count = None, torch.zeros(shape)
+        for n in range(len(grid)):
+            out = module(grid.cut(volume, n, n + 1))[0]
+            if total is None:
+                total = torch.zeros(len(out), *shape)
+            z, y, x = grid.corner(n)
+            at = (slice(z, z + window[0]), slice(y, y + window[1]), slice(x, x + window[2]))
+            total[(slice(None), *at)] += out
+            count[at] += 1
+        assert total is not None
+        return (total / count).argmax(0).to(torch.uint8)
+
+    def monai() -> Any:
+        inferers: Any = importlib.import_module("monai.inferers")
+        out = inferers.sliding_window_inference(
+            volume[None], window, 1, module, overlap=given.overlap, mode="gaussian"
+        )
+        return out[0].argmax(0).to(torch.uint8)
+
+    if way != "plinth":
+        held = memory_mb("VmRSS")
+        forget_peak()
+        begun = time.process_time()
+        with torch.inference_mode():
+            labels = {"whole": whole, "naive": naive, "monai": monai}[way]()
+        spent = time.process_time() - begun
+        plan: dict[str, Any] = {"window": list(window)}
+    else:
+        fitted = network.recipe.window.model_copy(
+            update={
+                "size": tuple(shape) if recipe.window.halo else window,
+                "overlap": given.overlap,
+            }
+        )
+        from dataclasses import replace as changed
+
+        network = changed(network, recipe=recipe.model_copy(update={"window": fitted}))
+        network = window_of(network, given.memory_mb)
+        from plinth.verticals.medical.networks.analysis import tiling_of
+        from plinth.verticals.medical.networks.load import with_window
+        from plinth.verticals.medical.networks.prepare import Axis, Prepared
+
+        size = network.recipe.window.size
+        assert size is not None
+        network = with_window(network, size)
+        axes = tuple(Axis(n, shape[n], shape[n], 0.0, 1.0, (0, shape[n])) for n in range(3))
+        ready = Prepared(volume, axes, (shape[0], shape[1], shape[2]))  # type: ignore[arg-type]
+        tiling = tiling_of(ready, network.recipe)
+        with Engine(threads=1, backend=given.backend) as engine:
+            engine.add(network.model, batch_range=(1, 1))
+            held = memory_mb("VmRSS")
+            forget_peak()
+            begun = time.process_time()
+            answer = engine.submit(Call(network.model.spec.name, volume, tiling=tiling)).result()
+            spent = time.process_time() - begun
+            status = engine.status()["models"][network.model.spec.name]
+        labels = answer.value
+        plan = {"window": list(size), "halo": list(tiling.halo), "backend": status["backend"]}
+    peak = memory_mb("VmHWM")
+    np.save(given.out, labels.numpy())
+    return {"cpu_s": round(spent, 2), "peak_mb": round(peak - held), "held_mb": round(held)} | plan
+
+
+def compare(given: argparse.Namespace) -> dict[str, Any]:
+    """Every way in a process of its own; what each took, and Dice against ``whole``."""
+    import numpy as np
+
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        path = given.volume or Path(scratch) / "volume.npy"
+        if given.volume is None:
+            np.save(path, made_up(given.side))
+        labels = {}
+        for way in ["whole", *given.ways.split(",")]:
+            out = Path(scratch) / f"{way}.npy"
+            options = ["--window", given.window, "--overlap", given.overlap]
+            options += ["--backend", given.backend, "--memory-mb", given.memory_mb]
+            words = [
+                __file__,
+                given.network,
+                "--one",
+                way,
+                "--volume",
+                path,
+                "--out",
+                out,
+                *options,
+            ]
+            done = subprocess.run(
+                [sys.executable, *map(str, words)],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            found[way] = json.loads(done.stdout.splitlines()[-1])
+            labels[way] = np.load(out)
+            truth = labels["whole"]
+            found[way]["dice"] = round(
+                min(
+                    float(2 * ((labels[way] == n) & (truth == n)).sum())
+                    / max(1, (labels[way] == n).sum() + (truth == n).sum())
+                    for n in np.unique(truth)
+                ),
+                5,
+            )
+    return found
+
+
+def made_up(side: int) -> Any:
+    """Smooth blobs between 0 and 1, (side, side, side) float32."""
+    import numpy as np
+    from scipy import ndimage
+
+    noise = np.random.default_rng(0).normal(size=(side, side, side)).astype(np.float32)
+    smooth = ndimage.gaussian_filter(noise, 4)
+    return ((smooth - smooth.min()) / (smooth.max() - smooth.min())).astype(np.float32)
+
+
+def main() -> None:
+    """The command line."""
+    parser = parser_of(__doc__)
+    parser.add_argument("network", type=Path)
+    parser.add_argument("--side", type=int, default=160, help="voxels of the made-up volume")
+    parser.add_argument("--volume", type=Path, help="a .npy file (z, y, x) instead")
+    parser.add_argument("--window", type=int, default=96)
+    parser.add_argument("--overlap", type=float, default=0.5)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--memory-mb", type=int, default=300, help="for one window")
+    parser.add_argument("--ways", default="naive,monai,plinth")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(run_one(given.one, given)))
+        return
+    told = compare(given)
+    if given.json:
+        print_json(told)
+        return
+    for way, facts in told.items():
+        print(way, facts)
+
+
+if __name__ == "__main__":
+    main()

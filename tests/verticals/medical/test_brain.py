@@ -1,0 +1,211 @@
+"""MeshNet, a real network, on a real T1; and nnU-Net's networks from their own folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from medical.own_networks import extra
+
+from plinth.engine import Call, Engine, ModelError
+from plinth.verticals.medical.networks.analysis import tiling_of, window_of
+from plinth.verticals.medical.networks.load import load_network, with_window
+from plinth.verticals.medical.networks.prepare import Axis, Prepared, prepare
+from plinth.verticals.medical.volumes.volume import SeriesFacts, Verdict, Volume
+
+MODELS = Path(__file__).resolve().parents[4] / "shared" / "models" / "meshnet"
+needs_models = pytest.mark.skipif(
+    not MODELS.is_dir(), reason="no real networks beside the checkout"
+)
+
+
+def head(shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> Volume:
+    """A ball in a ball, as MR."""
+    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    radius = np.sqrt(z**2 + y**2 + x**2)
+    voxels = np.where(radius < 0.5, 800, np.where(radius < 0.8, 400, 10)).astype(np.int16)
+    affine = np.diag([*spacing, 1.0])
+    facts = SeriesFacts("ball", "MR", "", shape[1], shape[2], spacing, shape[0])
+    return Volume(voxels, affine, Verdict(), facts)
+
+
+@needs_models
+@pytest.mark.parametrize(
+    "name", ["model5_gw_ae", pytest.param("model21_104class", marks=pytest.mark.slow)]
+)
+def test_windows_cut_at_the_halo_give_the_labels_of_one_pass(name):
+    """104 classes are never held: windows give labels, and the volume's are uint8."""
+    network = load_network(MODELS / name)
+    size = (16, 16, 112)
+    rows = torch.rand(1, *size, generator=torch.Generator().manual_seed(1))
+    halo = network.recipe.window.halo
+    assert halo is not None
+    windows = with_window(network, (16, 16, 2 * halo[0] + 10))
+    with torch.inference_mode():
+        whole = network.model.module(rows[None])[0, 0]
+    axes = tuple(Axis(n, size[n], size[n], 0.0, 1.0, (0, size[n])) for n in range(3))
+    tiling = tiling_of(Prepared(rows, axes, size), windows.recipe)
+    with Engine(threads=1, backend="eager") as engine:
+        engine.add(windows.model, batch_range=(1, 1))
+        call = Call(windows.model.spec.name, rows, tiling=tiling)
+        got = engine.submit(call).result().value
+    assert got.dtype == torch.uint8
+    assert torch.equal(got, whole)
+
+
+@needs_models
+def test_values_are_scaled_as_each_network_says_of_itself():
+    by_extremes = load_network(MODELS / "model5_gw_ae").recipe.steps[-1]
+    by_quantiles = load_network(MODELS / "model20chan3cls").recipe.steps[-1]
+    assert by_extremes.low is None
+    assert (by_quantiles.low, by_quantiles.high, by_quantiles.percentiles) == (5, 95, True)
+
+
+@needs_models
+def test_windows_are_as_large_as_memory_allows_and_never_change_the_halo():
+    network = load_network(MODELS / "model5_gw_ae")
+    sizes = [window_of(network, mb).recipe.window.size for mb in (100, 500, 4000)]
+    assert sizes[-1] == (256, 256, 256)
+    voxels = [int(np.prod(size)) for size in sizes]
+    assert voxels == sorted(voxels)
+    assert voxels[1] * 11 * 4 <= 500e6
+
+
+@needs_models
+def test_labels_of_a_conformed_head_lie_on_the_head():
+    """Whatever the network says: what is outside the field of view comes back as background."""
+    network = load_network(MODELS / "model5_gw_ae")
+    volume = head((40, 50, 60), (4.0, 4.0, 4.0))
+    ready = prepare(volume, network.recipe)
+    assert ready.shape == (256, 256, 256)
+    bright = (ready.rows[0] > 0.4).to(torch.uint8).numpy()
+    back = ready.to_native(ready.nearest(bright))
+    assert ((back > 0) == (volume.voxels > 300)).mean() > 0.99
+
+
+def _nnunet(folder: Path, **changed: object) -> Path:
+    """A results folder of nnU-Net v2 with a small network of random weights."""
+    unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
+    kwargs = {
+        "n_stages": 2,
+        "features_per_stage": [4, 8],
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[3, 3, 3], [3, 3, 3]],
+        "strides": [[1, 1, 1], [2, 2, 2]],
+        "n_conv_per_stage": [1, 1],
+        "n_conv_per_stage_decoder": [1],
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    plans = {
+        "dataset_name": "Dataset001_Ball",
+        "transpose_forward": [0, 1, 2],
+        "foreground_intensity_properties_per_channel": {
+            "0": {"mean": 300.0, "std": 200.0, "percentile_00_5": 0.0, "percentile_99_5": 700.0}
+        },
+        "configurations": {
+            "3d_fullres": {
+                "spacing": [3.0, 2.0, 2.0],
+                "patch_size": [16, 32, 32],
+                "normalization_schemes": ["CTNormalization"],
+                "use_mask_for_norm": [False],
+                "resampling_fn_data": "resample_data_or_seg_to_shape",
+                "resampling_fn_data_kwargs": {
+                    "is_seg": False,
+                    "order": 3,
+                    "order_z": 0,
+                    "force_separate_z": None,
+                },
+                "architecture": {
+                    "network_class_name": "dynamic_network_architectures.architectures.unet"
+                    ".PlainConvUNet",
+                    "arch_kwargs": kwargs,
+                    "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+                },
+            }
+        },
+    } | changed
+    dataset = {
+        "channel_names": {"0": "MR"},
+        "labels": {"background": 0, "inner": 1, "outer": 2},
+        "file_ending": ".nii.gz",
+    }
+    fold = folder / "nnUNetTrainer__nnUNetPlans__3d_fullres" / "fold_0"
+    fold.mkdir(parents=True)
+    (fold.parent / "plans.json").write_text(json.dumps(plans))
+    (fold.parent / "dataset.json").write_text(json.dumps(dataset))
+    torch.manual_seed(5)
+    from torch import nn
+
+    options = kwargs | {
+        "conv_op": nn.Conv3d,
+        "norm_op": nn.InstanceNorm3d,
+        "nonlin": nn.LeakyReLU,
+    }
+    network = unet.PlainConvUNet(input_channels=1, num_classes=3, deep_supervision=True, **options)
+    # As nnU-Net saves them: weights among numbers of NumPy.
+    checkpoint = {"network_weights": network.state_dict(), "_best_ema": np.float64(0.5)}
+    torch.save(checkpoint, fold / "checkpoint_final.pth")
+    return fold.parent
+
+
+def test_an_nnunet_folder_gives_what_its_own_steps_give(tmp_path):
+    """Crop, normalise, resample by splines, even windows, logits back, argmax."""
+    extra("dynamic_network_architectures")
+    folder = _nnunet(tmp_path)
+    network = load_network(folder)
+    assert network.recipe.labels == {1: "inner", 2: "outer"}
+    volume = head((20, 40, 44), (2.5, 2.5, 4.0))
+    ready = prepare(volume, network.recipe)
+    # skimage.transform.resize(order=3, mode="edge", anti_aliasing=False), which nnU-Net calls
+    from scipy import ndimage
+
+    values = np.clip(volume.voxels.astype(np.float32), 0, 700)
+    values = (values - 300) / 200
+    shape = [
+        round(n * have / want)
+        for n, have, want in zip(volume.shape, (4.0, 2.5, 2.5), (3.0, 2.0, 2.0), strict=True)
+    ]
+    zoom = [m / n for n, m in zip(volume.shape, shape, strict=True)]
+    resized = ndimage.zoom(values, zoom, order=3, mode="nearest", grid_mode=True)
+    resized = np.clip(resized, values.min(), values.max())
+    assert ready.shape == resized.shape
+    np.testing.assert_allclose(ready.rows[0].numpy(), resized, atol=2e-3)
+    tiling = tiling_of(ready, network.recipe)
+    assert tiling.even
+    assert tiling.overlap == 0.5
+    with Engine(threads=1, backend="eager") as engine:
+        engine.add(network.model, batch_range=(1, 1))
+        call = Call(network.model.spec.name, ready.rows, tiling=tiling)
+        labels = ready.to_native(engine.submit(call).result().value.numpy())
+    assert labels.shape == volume.shape
+    assert set(np.unique(labels)) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "named"),
+    [
+        ("network_class_name", "os.system", "os.system"),
+        ("network_class_name", "my.own.Network", "my.own.Network"),
+        ("conv_op", "builtins.exec", "builtins.exec"),
+    ],
+)
+def test_plans_that_name_code_are_refused(where, value, named, tmp_path):
+    folder = _nnunet(tmp_path)
+    plans = json.loads((folder / "plans.json").read_text())
+    architecture = plans["configurations"]["3d_fullres"]["architecture"]
+    if where in architecture:
+        architecture[where] = value
+    else:
+        architecture["arch_kwargs"][where] = value
+    (folder / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(ModelError, match=named):
+        load_network(folder)
