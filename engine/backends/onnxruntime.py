@@ -12,11 +12,14 @@ from torch import Tensor
 
 from plinth.engine.backends.base import Availability, installed, named
 from plinth.engine.backends.export import onnx_file, why_not_onnx
+from plinth.engine.backends.quantised import quantised_file
 from plinth.engine.devices.device import Device
 from plinth.engine.models.onnx import session
 from plinth.engine.models.spec import ModelSpec
 from plinth.engine.models.store import Model
+from plinth.engine.precision.onnx_graph import profile
 from plinth.engine.precision.policy import PrecisionPolicy
+from plinth.engine.precision.registry import missing
 
 BOUND_BYTES = 1 << 18  # of inputs and outputs; above it a plain run costs no more
 BOUND_SHAPES = 16
@@ -56,6 +59,9 @@ class OrtExecutable:
         device: the CPU.
         threads: of one run; ``None`` as torch has it.
         precision: what the graph computes in.
+
+    Attributes:
+        files: what a store must keep to load it again; none in fp32.
     """
 
     backend = "onnxruntime"
@@ -72,6 +78,7 @@ class OrtExecutable:
         self.precision = precision
         self.weights = path.stat().st_size  # all but a few per mille of it are the weights
         self.report: dict[str, Any] = {"threads": threads or torch.get_num_threads()}
+        self.files = {} if precision == "fp32" else {"model.onnx": path}
         self._spec = spec
         self._path = path
         self._outputs = [tensor.name for tensor in spec.outputs]
@@ -101,7 +108,13 @@ class OrtExecutable:
         return found
 
     def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As :meth:`run`: a session never writes to its inputs, and its outputs are new."""
+        """As :meth:`run`: a session never writes to its inputs, and its outputs are new.
+
+        Where the precision is not fp32, the report says which kernels ran.
+        """
+        if self.precision != "fp32":
+            ran = profile(self._path, inputs, self.report["threads"])
+            self.report |= {"kernels": ran.kernels, "flops": ran.flops}
         return self.run(inputs)
 
     def release(self) -> bool:
@@ -123,19 +136,34 @@ class OnnxRuntime:
         return installed("onnx", "onnxruntime")
 
     def supports(self, model: Model, device: Device, policy: PrecisionPolicy) -> str | None:
-        """fp32 on the CPU, weights up to 1 GiB, no bfloat16 tensors in the contract."""
+        """On the CPU, in what ``precision/onnx_graph.py`` realises; weights up to 1 GiB."""
         if device.kind != "cpu":
             return f"only its CPU provider is used here, not {device.kind}"
-        if not policy.plain and not policy.auto:
-            return "its CPU kernels compute in fp32 only"
-        return why_not_onnx(model)
+        if policy.auto:
+            return why_not_onnx(model)
+        if not policy.plain and (reason := installed("onnx", "onnx").reason):
+            return reason
+        return missing("onnx", policy) or why_not_onnx(model)
 
     def compile(
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None
     ) -> OrtExecutable:
-        """Load the model's ONNX file, or export it (seconds; once per weights).
+        """Load the model's ONNX file, or export it (seconds; once per weights and policy).
 
         Raises:
-            ModelError: it cannot be exported or loaded; says why.
+            ConfigError: the policy names a layer that is not there.
+            ModelError: it cannot be exported or loaded, or ``int8_static`` has no example rows.
         """
-        return OrtExecutable(model.spec, onnx_file(model), device, threads)
+        if policy.plain or policy.auto:
+            return OrtExecutable(model.spec, onnx_file(model), device, threads)
+        path, plan = quantised_file(model, policy)
+        low = any(precision != "fp32" for precision in plan.values())
+        executable = self.load(model, path, device, threads, policy.name if low else "fp32")
+        executable.report["layers"] = plan
+        return executable
+
+    def load(
+        self, model: Model, path: Path, device: Device, threads: int | None, precision: str
+    ) -> OrtExecutable:
+        """A file that this backend made of the model before."""
+        return OrtExecutable(model.spec, path, device, threads, precision)

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from plinth.engine.backends.base import Availability, installed, named
 from plinth.engine.backends.export import onnx_file, why_not_onnx
+from plinth.engine.backends.quantised import openvino_file
 from plinth.engine.cache import cache_folder
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import InputError, ModelError
 from plinth.engine.models.spec import ModelSpec
 from plinth.engine.models.store import Model
-from plinth.engine.precision.policy import PrecisionPolicy
+from plinth.engine.precision.policy import CLASSES, PrecisionPolicy
+from plinth.engine.precision.registry import missing, register
 
 INT32 = np.iinfo(np.int32)
 _LOOKUPS = ("Gather", "GatherElements")
@@ -44,6 +46,9 @@ class OpenVinoExecutable:
         threads: of one run; ``None`` as torch has it.
         precision: ``"fp32"``, ``"bf16"``, or what the graph was quantised to.
         bf16: let matrix products and convolutions compute in bfloat16.
+
+    Attributes:
+        files: what a store must keep to load it again; none where there is nothing but a policy.
     """
 
     backend = "openvino"
@@ -62,6 +67,7 @@ class OpenVinoExecutable:
         self.precision = precision
         self.weights = _constant_bytes(graph)
         self.report: dict[str, Any] = {"threads": threads or torch.get_num_threads()}
+        self.files: dict[str, Path] = {}
         self._spec = spec
         self._checks = _check_lookups(graph)
         settings = {
@@ -140,6 +146,17 @@ CHECK = "plinth_index_out_of_range"
 """Name of the output that says whether a look-up lay beyond its table."""
 
 
+@register("openvino", [name for name in CLASSES if name != "last"], ["fp32"])
+@register(
+    "openvino",
+    ["matmul", "conv", "embedding", "attention", "recurrent", "activation"],
+    ["bf16"],
+)
+@register("openvino", ["matmul", "conv"], ["int8_static"])
+def _by_plugin() -> None:
+    """Realised for the graph as a whole: bf16 by the CPU plugin, int8 by NNCF."""
+
+
 class OpenVino:
     """Runs ONNX files, and torch modules that export to one."""
 
@@ -151,17 +168,16 @@ class OpenVino:
         return installed("openvino", "openvino")
 
     def supports(self, model: Model, device: Device, policy: PrecisionPolicy) -> str | None:
-        """fp32 on the CPU; bf16 where the CPU has it. No float64, which it would narrow."""
+        """fp32 on the CPU; bf16 where the CPU has it; int8 by NNCF. No float64: it narrows it."""
         if device.kind != "cpu":
             return f"only its CPU plugin is used here, not {device.kind}"
         if any(t.dtype == "float64" for t in (*model.spec.inputs, *model.spec.outputs)):
             return "it computes float64 in float32"
-        wanted = {*policy.table().values(), *policy.layers.values()} - {"fp32", "bf16"}
-        if wanted:
-            return f"it computes fp32 and bf16 here, not {', '.join(sorted(wanted))}"
-        if not policy.plain and not device.native("bf16"):
+        if "bf16" in policy.used and not device.native("bf16"):
             return f"{device.name or device} has no bf16 instructions, and it emulates none"
-        return why_not_onnx(model)
+        if "int8_static" in policy.used and (why := installed("openvino", "nncf", "onnx").reason):
+            return why
+        return missing("openvino", policy) or why_not_onnx(model)
 
     def compile(
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None
@@ -169,13 +185,29 @@ class OpenVino:
         """Read the model's ONNX file, exported if need be, and compile it for any rows.
 
         Raises:
-            ModelError: it cannot be exported or read, or holds what is not computed as in torch.
+            ConfigError: the policy names a layer that is not there.
+            ModelError: it cannot be exported or read, or holds what is not computed as in torch,
+                or ``int8_static`` has no example rows.
         """
         graph = read_graph(onnx_file(model), model.spec)
-        # A policy with int8 classes is realised here: quantise `graph` before it is compiled.
-        bf16 = not policy.plain
-        precision = policy.name if bf16 else "fp32"
-        return OpenVinoExecutable(model.spec, graph, device, threads, precision, bf16=bf16)
+        bf16, precision = "bf16" in policy.used, policy.name
+        if "int8_static" not in policy.used:
+            return OpenVinoExecutable(model.spec, graph, device, threads, precision, bf16=bf16)
+        path, plan = openvino_file(model, policy, graph)
+        executable = self.load(model, path, device, threads, precision)
+        executable.report["layers"] = plan
+        return executable
+
+    def load(
+        self, model: Model, path: Path, device: Device, threads: int | None, precision: str
+    ) -> OpenVinoExecutable:
+        """A file that this backend made of the model before, its ``.bin`` beside it."""
+        graph = _core().read_model(str(path))
+        executable = OpenVinoExecutable(
+            model.spec, graph, device, threads, precision, bf16="bf16" in precision
+        )
+        executable.files = {"model.xml": path, "model.bin": path.with_suffix(".bin")}
+        return executable
 
 
 def read_graph(path: Path, spec: ModelSpec) -> Any:

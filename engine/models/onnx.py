@@ -242,8 +242,13 @@ def _contract(path: Path, kind: str, value: Any, free: bool = False) -> Contract
     return value.name, tuple(sizes[1:]), name
 
 
-def session(path: Path, threads: int | None) -> Any:
+def session(path: Path, threads: int | None, profile: Path | None = None) -> Any:
     """An ONNX Runtime session on the CPU that does not spin while it is idle.
+
+    Args:
+        path: the file.
+        threads: of one run; ``None`` as torch has it.
+        profile: where a profile of every kernel that runs is written, if at all.
 
     Raises:
         ModelError: ONNX Runtime is missing or cannot load the file.
@@ -259,6 +264,9 @@ def session(path: Path, threads: int | None) -> Any:
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     # A pattern is kept for each number of rows and doubles the arena; it is no faster here.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -34,6 +34,7 @@ from plinth.engine.models.fidelity import Run, compare, versions
 from plinth.engine.models.onnx import OnnxModule, read_contract
 from plinth.engine.models.signature import Example, Wishes, derive, given_rows
 from plinth.engine.models.spec import ModelSpec, TensorSpec, hold_against, spec_of
+from plinth.engine.models.variants import Variants
 
 __all__ = ["Model", "ModelSpec", "ModelStore", "TensorSpec", "architecture", "from_pretrained"]
 
@@ -59,6 +60,7 @@ class Model:
         made_from: SHA-256 of the files it was read from, where these alone decide what it
             computes; for modules that cannot be read, such as TorchScript.
         origin: what is known of the model of another library that it was made of.
+        variants: other ways to compute it that a store has, if it has any.
     """
 
     spec: ModelSpec
@@ -67,6 +69,7 @@ class Model:
     example: Mapping[str, Tensor] | None = None
     made_from: str | None = None
     origin: Mapping[str, Any] | None = None
+    variants: Variants | None = None
 
     @classmethod
     def from_torch(
@@ -329,13 +332,25 @@ class ModelStore:
         spec = self.verify(name, chosen)
         data = self._manifest(name, chosen)[1]
         folder = self.root / name / chosen
+        variants = self.variants(name, chosen)
         if _ONNX in data["files"]:
-            return Model(spec, _read(folder / _ONNX, spec), folder / _ONNX)
+            path = folder / _ONNX
+            return Model(spec, _read(path, spec), path, variants=variants)
         if _PROGRAM in data["files"]:
-            return Model(spec, _read(folder / _PROGRAM, spec))
+            return Model(spec, _read(folder / _PROGRAM, spec), variants=variants)
         built = _build(spec, data.get("factory"))
         weights.fill(built, folder / _WEIGHTS, name, data.get("shared") or {})
-        return Model(spec, built.eval())
+        return Model(spec, built.eval(), variants=variants)
+
+    def variants(self, name: str, version: str | None = None) -> Variants:
+        """Other ways to compute a version, the newest unless one is named, and the default.
+
+        Raises:
+            ModelError: there is no such model or version.
+        """
+        chosen = self._choose(name, version)
+        (facts,) = self._manifest(name, chosen)[1]["files"].values()
+        return Variants(self.root / name / chosen, str(facts.get("sha256")))
 
     def _choose(self, name: str, version: str | None) -> str:
         versions = self.versions(name)
@@ -352,6 +367,8 @@ class ModelStore:
     def verify(self, name: str, version: str | None = None) -> ModelSpec:
         """Check every file of a version (the newest unless one is named) against its sha256.
 
+        The files of its variants are checked too.
+
         Raises:
             ModelError: names the file that is missing or was changed.
         """
@@ -364,6 +381,9 @@ class ModelStore:
                 raise ModelError(
                     f"{path} is missing or not what was saved", hint="copy the version again"
                 )
+        variants = self.variants(name, version)
+        for variant in variants.list():
+            variants.get(variant.name)
         return spec
 
     def _manifest(self, name: str, version: str) -> tuple[ModelSpec, dict[str, Any]]:
