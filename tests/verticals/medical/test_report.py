@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from plinth import __version__
 from plinth.engine import Call
 from plinth.verticals.contract import WithArtefacts
 from plinth.verticals.medical.output.pictures import COLOURS
@@ -94,7 +95,6 @@ def test_every_number_has_a_unit_and_a_method(report: dict[str, Any]) -> None:
         "perc15": "HU",
         "noise": "HU",
         "laa950": "%",
-        "area": "cm²",
     }
     keys = [finding["key"] for finding in report["findings"]]
     assert len(set(keys)) == len(keys) >= 15
@@ -237,6 +237,17 @@ def test_the_page_needs_nothing_beside_it(written: Path, report: dict[str, Any])
     assert not re.search(r"https?://|<script", text)
     for nodule in report["nodules"]:
         assert f"{nodule['diameter_mm']:.1f}" in text
+
+
+def test_the_page_has_words_and_no_python(written: Path, report: dict[str, Any]) -> None:
+    text = (written / "report.html").read_text()
+    made = text[text.index("How it was made") :]
+    assert "tissue -500, lung -400, bone 226" in made
+    assert "coarse grid zyx" in made
+    assert not set("{}[]_'") & set(re.sub(r"<[^>]*>|Plinth.*", "", made))
+    assert "Plinth CT rules" in made
+    assert report["algorithm"] == {"Plinth CT rules": __version__}
+    assert report["network"]["digest"] in made
 
 
 def test_the_page_escapes_what_a_header_says(answer: CtResult, tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_a_real_chest_is_measured_as_far_as_its_kernel_bears(real: Callable[[str
     assert "kernel L is sharp" in report.finding("lungs_perc15").method
     assert any("between the left lung and its ribs" in warning for warning in report.warnings)
     assert not any("the right lung and its ribs" in warning for warning in report.warnings)
+    assert not any("field of view" in warning for warning in report.warnings)
 
 
 def test_a_real_mr_is_refused(real: Callable[[str], Path]) -> None:

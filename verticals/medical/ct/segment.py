@@ -33,7 +33,7 @@ dense in its dependent part belongs to it, though only what is below ``LUNG_HU``
 
 TOUCH_MM2 = 100.0
 OPENING_MM, CLOSING_MM = 4.0, 12.0
-MIN_BODY, MIN_LUNG_ML, MIN_BONE_ML = 0.2, 100.0, 0.5
+MIN_BODY, MIN_LUNG_ML, MIN_BONE_ML, MIN_OPENED_ML = 0.2, 100.0, 0.5, 20.0
 GAS_HU, FIRM_HU = -960.0, -500.0
 """Mean density of a lung's core: gas in bowel or stomach is below, stool and fat above."""
 
@@ -294,8 +294,9 @@ def _touching(hu: Float, lungs: Bool, tissue: Bool, body: Bool) -> tuple[str, ..
     sides = (lungs[:, 0], lungs[:, -1], lungs[:, :, 0], lungs[:, :, -1])
     lung_like = (hu > GAS_HU) & (hu < FIRM_HU) & ~body
     beside = lung_like & ndimage.binary_dilation(lungs, iterations=round(CUT_MM / COARSE_MM))
-    amid = _eroded(lung_like) & (_between(tissue, 1) | _between(tissue, 2))
-    if max(float(one.sum()) for one in (*sides, beside, amid)) > least:
+    amid, _ = ndimage.label(_eroded(lung_like) & (_between(tissue, 1) | _between(tissue, 2)))
+    opened = np.bincount(amid.ravel())[1:].max(initial=0) * COARSE_MM**3 / 1000
+    if max(float(one.sum()) for one in (*sides, beside)) > least or opened > MIN_OPENED_ML:
         found.append("sides")
     return tuple(found)
 

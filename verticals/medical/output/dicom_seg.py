@@ -13,10 +13,9 @@ from pydicom import Dataset
 from plinth import __version__
 from plinth.engine import InputError
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
-from plinth.verticals.medical.output.report import CtArtefacts, CtReport, CtResult
+from plinth.verticals.medical.output.report import RULES, CtArtefacts, CtReport, CtResult
 from plinth.verticals.medical.volumes.volume import Volume
 
-RULES = "Plinth CT rules"
 TYPE_2 = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
@@ -55,4 +56,14 @@ def _template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["words"] = words
     return environment.get_template(name)
+
+
+def words(value: Any) -> str:
+    """A setting as people write it: sizes with times, names without underscores."""
+    if isinstance(value, dict):
+        return ", ".join(f"{words(key)} {words(one)}" for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return " × ".join(map(words, value))
+    return value.replace("_", " ") if isinstance(value, str) else f"{value:g}"

@@ -172,13 +172,13 @@ def _letter(sheet: Image.Image, name: str, note: str) -> None:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
     side, middle = sheet.width, sheet.width // 2
     left, right, top, bottom = EDGES[name]
-    ink = (255, 220, 120)
-    draw.text((4, middle), left, ink, font, anchor="lm")
-    draw.text((side - 4, middle), right, ink, font, anchor="rm")
-    draw.text((middle, 4), top, ink, font, anchor="ma")
-    draw.text((middle, side - 4), bottom, ink, font, anchor="md")
-    draw.text((4, 4), f"{name} {note}".strip(), ink, font, anchor="la")
-    if side >= SIZE:
-        draw.text((4, side - 4), RESEARCH_USE, ink, font, anchor="ld")
-    else:
-        draw.text((4, side - 4), "Research use only", ink, font, anchor="ld")
+    use = RESEARCH_USE if side >= SIZE else "Research use only"
+    for place, text, anchor in (
+        ((5, middle), left, "lm"),
+        ((side - 5, middle), right, "rm"),
+        ((middle, 5), top, "ma"),
+        ((middle, side - 5), bottom, "md"),
+        ((5, 5), f"{name} {note}".strip(), "la"),
+        ((5, side - 5), use, "ld"),
+    ):  # a black edge keeps them readable on bone and padding alike
+        draw.text(place, text, (255, 220, 120), font, anchor, stroke_width=2, stroke_fill=(0, 0, 0))

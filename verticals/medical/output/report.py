@@ -8,12 +8,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from plinth import __version__
 from plinth.verticals.contract import WithArtefacts
 from plinth.verticals.medical.ct.analysis import Analysis
 from plinth.verticals.medical.ct.findings import Finding
 from plinth.verticals.medical.nodules.candidates import Nodule
 from plinth.verticals.medical.volumes.volume import Volume
 
+RULES = "Plinth CT rules"
 RESEARCH_USE = "Research use only, not for diagnosis."
 SYNTHETIC = (
     "The nodule network was trained and measured on synthetic phantoms only; it was never "
@@ -61,6 +63,7 @@ class CtReport(BaseModel):
 
     Args:
         statement: research use only.
+        algorithm: version by name of the rules that measured.
         study: pseudonym of the Study Instance UID, or the UID where the settings keep it.
         series: pseudonym of the Series Instance UID, or the UID.
         source: facts of the series, without personal data.
@@ -80,6 +83,7 @@ class CtReport(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     statement: str = RESEARCH_USE
+    algorithm: dict[str, str] = Field(default_factory=lambda: {RULES: __version__})
     study: str
     series: str
     source: dict[str, Any]
