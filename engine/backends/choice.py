@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plinth.engine.backends import registry
+from plinth.engine.backends import planner, registry
 from plinth.engine.backends.base import Backend, Executable, cpu_threads
+from plinth.engine.backends.planner import Bounded, Planned, Stretch
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, ModelError, PlinthError
 from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PRESETS, PrecisionPolicy, resolve
+from plinth.engine.precision.transforms import sharing_copy
 
 _log = logging.getLogger(__name__)
 
@@ -28,25 +30,12 @@ TOLERANCE = {
     "int8_static": 0.15,
     "int4": 0.3,
 }
-GAIN = 1.1
 MIXING = 1e-2  # how far a row's answers may be apart alone and in a batch
 TRIAL_SECONDS = 1.0  # of the reference on all example rows, about
-PROBE_SECONDS = 0.3
+PROBE_SECONDS = 0.15  # of one candidate at one number of rows
 PROBE_ROUNDS = 30
-
-
-@dataclass(slots=True)
-class _Candidate:
-    executable: Executable
-    times: list[float] = field(default_factory=list)
-
-    @property
-    def label(self) -> str:
-        return f"{self.executable.backend}/{self.executable.precision}"
-
-    @property
-    def seconds(self) -> float:
-        return min(self.times)
+PLAN_SECONDS = 6.0  # of timing all candidates at all numbers of rows
+COMPILE_SECONDS = 15.0  # of compiling and exporting all candidates of "auto"
 
 
 def prepare(
@@ -57,6 +46,7 @@ def prepare(
     threads: int | None = None,
     *,
     rows: int = 16,
+    most: int | None = None,
     example: Mapping[str, Tensor] | None = None,
 ) -> Executable:
     """Make a model ready to run, the fastest way that is right.
@@ -72,9 +62,11 @@ def prepare(
         device: where.
         policy: a preset, a table or a policy; ``"auto"`` takes bf16 where it is native and
             at least 1.1 times as fast.
-        backend: a name, or ``"auto"``: the fastest of those that are automatic.
+        backend: a name, or ``"auto"``: the fastest of those that are automatic, one for each
+            range of rows; what cannot be compiled within 15 s is left out.
         threads: CPU threads; ``None`` as torch has it.
-        rows: rows of the probe, fewer where they would take seconds.
+        rows: rows of the comparison with the reference, fewer where they would take seconds.
+        most: rows of the largest batch that is planned for; ``None``: ``rows``.
         example: valid rows (n, ...) by input name, where made-up ones would not do.
 
     Raises:
@@ -102,15 +94,158 @@ def prepare(
             reference.report |= {"reason": f"not tried: {error}", "refused": {}}
             return reference
         model = replace(model, example=trial.inputs)
-        found, refused = _candidates(model, reference, backends, wanted, trial)
-        refused = absent | refused
-        if not found:
-            reasons = "; ".join(f"{label}: {why}" for label, why in refused.items())
-            kind_of_error = ConfigError if backend != "auto" or not wanted.auto else ModelError
-            raise kind_of_error(f"model {model.spec.name} cannot run on {device}: {reasons}")
-        best = _fastest(found, trial.inputs)
-    _explain(best, found, wanted, backend, refused, trial)
-    return best.executable
+        asked = _Asked(model, reference, backends, wanted, backend, max(most or rows, 1), trial)
+        executable = _planned(asked, absent)
+    _warn(executable, trial)
+    return executable
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a plan is made for."""
+
+    model: Model
+    reference: Executable
+    backends: list[Backend]
+    wanted: PrecisionPolicy
+    backend: str
+    most: int
+    trial: _Trial
+
+    @property
+    def single(self) -> bool:
+        """Nothing is to be chosen."""
+        return len(self.backends) == 1 and not self.wanted.auto
+
+
+def _planned(asked: _Asked, absent: dict[str, str]) -> Executable:
+    """The plan of an earlier run as far as it still holds, else a new one."""
+    threads = asked.reference.report["threads"]
+    facts = (asked.wanted, asked.most, sorted(absent))
+    key = planner.plan_key(asked.model, asked.reference.device, asked.backends, threads, *facts)
+    known = None if asked.single else planner.recall(key)
+    if known is not None:
+        found, refused, _ = _candidates(asked, {stretch.label for stretch in known[0]})
+        if all(stretch.label in found for stretch in known[0]):
+            return _composed(asked, found, absent | refused, *known, source="as measured before")
+    found, refused, late = _candidates(asked)
+    refused = absent | refused
+    if not found:
+        device, name = asked.reference.device, asked.model.spec.name
+        reasons = "; ".join(f"{label}: {why}" for label, why in refused.items())
+        chosen = asked.backend != "auto" or not asked.wanted.auto
+        kind_of_error = ConfigError if chosen else ModelError
+        raise kind_of_error(f"model {name} cannot run on {device}: {reasons}")
+    if len(found) == 1:
+        return _composed(asked, found, refused, [Stretch(1, next(iter(found)))], {})
+    stopwatch = _Stopwatch(asked, found)
+    stretches = planner.ranges(list(found), stopwatch.times, asked.most, stopwatch.reference)
+    if not late:
+        planner.remember(key, stretches, stopwatch.seconds)
+    refused |= stopwatch.dropped
+    return _composed(asked, found, refused, stretches, stopwatch.seconds)
+
+
+def _composed(
+    asked: _Asked,
+    found: dict[str, Executable],
+    refused: dict[str, str],
+    stretches: list[Stretch],
+    seconds: planner.Seconds,
+    *,
+    source: str = "measured",
+) -> Executable:
+    """One executable of a plan, with the report of how it came about."""
+    parts = [(stretch.first, found[stretch.label]) for stretch in stretches]
+    executable = parts[0][1] if len(stretches) == 1 else Planned(parts)
+    only = "as asked for" if asked.single else "nothing else can run it"
+    executable.report |= {
+        "requested": {"backend": asked.backend, "precision": asked.wanted.name},
+        "resolved": {"backend": executable.backend, "precision": executable.precision},
+        "reason": _reason(stretches, seconds, asked.wanted) if seconds else only,
+        "plan": [{"from_rows": each.first, "runs": each.label} for each in stretches],
+        "plan_source": source,
+        "probe_rows": len(next(iter(asked.trial.inputs.values()))),
+        "example": asked.trial.source,
+        "probe_seconds": seconds,
+        "refused": refused,
+    }
+    return executable
+
+
+def _reason(stretches: list[Stretch], seconds: planner.Seconds, wanted: PrecisionPolicy) -> str:
+    plan = ", ".join(f"{each.label} from {each.first} rows on" for each in stretches)
+    rows = min(seconds, key=lambda count: abs(count - 16))
+    times = ", ".join(f"{label} {value * 1e6:.0f} us" for label, value in seconds[rows].items())
+    gain = f"; bf16 must be {planner.GAIN} times as fast as fp32" if wanted.auto else ""
+    return f"fastest: {plan}; at {rows} rows: {times}{gain}"
+
+
+class _Stopwatch:
+    """Times candidates in turn, and holds them against the reference at each number of rows."""
+
+    def __init__(self, asked: _Asked, found: dict[str, Executable]) -> None:
+        self.seconds: planner.Seconds = {}
+        self.dropped: dict[str, str] = {}
+        self._asked = asked
+        self._found = found
+        self._until = time.perf_counter() + PLAN_SECONDS
+        same = (label for label, each in found.items() if each is asked.reference)
+        self.reference = next(same, None)
+
+    def times(self, rows: int) -> list[float] | None:
+        """See :data:`planner.Times`."""
+        if rows not in self.seconds:
+            if self.seconds and not self._affordable(rows):
+                return None
+            self.seconds[rows] = self._measure(rows)
+        return [self.seconds[rows].get(label, float("inf")) for label in self._found]
+
+    def _affordable(self, rows: int) -> bool:
+        last = max(count for count in self.seconds)
+        slowest = max(value for value in self.seconds[last].values() if value < float("inf"))
+        expected = 2 * slowest * max(1.0, rows / last) * len(self._found)
+        return time.perf_counter() + expected < self._until
+
+    def _measure(self, rows: int) -> dict[str, float]:
+        """Interleaved, the least time of each: what else the machine does hits all alike."""
+        inputs = self._asked.model.rows(rows)
+        times: dict[str, list[float]] = {}
+        for label, executable in self._found.items():
+            if label not in self.dropped and self._agrees(label, executable, inputs):
+                times[label] = []
+        until = time.perf_counter() + PROBE_SECONDS * len(times)
+        for turn in range(PROBE_ROUNDS):
+            for label, taken in times.items():
+                begun = time.perf_counter()
+                _run(self._found[label], inputs)
+                taken.append(time.perf_counter() - begun)
+            slow = max(taken[-1] for taken in times.values()) > PROBE_SECONDS
+            if time.perf_counter() > until and (turn >= 2 or slow):
+                break
+        return {label: min(taken) for label, taken in times.items()}
+
+    def _agrees(self, label: str, executable: Executable, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether a candidate gives at this number of rows what it gave when it was compared."""
+        if executable is self._asked.reference:
+            return True
+        try:
+            outputs = _run(executable, inputs)
+            want = self._want(inputs)
+            worst = max(difference(outputs[name], each) for name, each in want.items())
+            if worst <= executable.report["allowed"]:
+                return True
+            reason = f"off the reference by {worst:.3g} at {len(next(iter(inputs.values())))} rows"
+        except PlinthError as error:
+            reason = error.message
+        self.dropped[label] = reason
+        return False
+
+    def _want(self, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the reference makes of rows that are those of the trial in turn."""
+        given = len(next(iter(self._asked.trial.inputs.values())))
+        turn = torch.arange(len(next(iter(inputs.values())))) % given
+        return {name: each.cpu()[turn] for name, each in self._asked.trial.outputs.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +255,8 @@ class _Trial:
     model: str
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
+    alone: Mapping[str, Tensor]
+    """Outputs of the first row run by itself."""
     source: str
     nan: float
     """Share of the reference's outputs that are not a number."""
@@ -152,7 +289,7 @@ def _trial(
             failed = failed or error
             continue
         _refuse_mixing(model, alone, outputs)
-        return _Trial(model.spec.name, inputs, outputs, source, _nan_share(outputs))
+        return _Trial(model.spec.name, inputs, outputs, alone, source, _nan_share(outputs))
     raise failed or ModelError(f"model {model.spec.name} has no example rows")
 
 
@@ -194,37 +331,67 @@ def _nan_share(outputs: Mapping[str, Tensor]) -> float:
 
 
 def _candidates(
-    model: Model,
-    reference: Executable,
-    backends: list[Backend],
-    wanted: PrecisionPolicy,
-    trial: _Trial,
-) -> tuple[list[_Candidate], dict[str, str]]:
-    """What can run the model and agrees with the reference; the others with the reason.
+    asked: _Asked, only: set[str] | None = None
+) -> tuple[dict[str, Executable], dict[str, str], bool]:
+    """What can run the model and agrees with the reference, by label; the others with the reason.
+
+    Also whether one was left out because it took too long.
 
     Raises:
         PlinthError: the only candidate's own.
     """
     refused: dict[str, str] = {}
-    found: list[_Candidate] = []
-    device, threads = reference.device, reference.report["threads"]
-    precisions = _precisions(wanted, device, refused)
-    for chosen in backends:
+    found: dict[str, Executable] = {}
+    reference = asked.reference
+    precisions = _precisions(asked.wanted, reference.device, refused)
+    bounded = Bounded(COMPILE_SECONDS)
+    for chosen in asked.backends:
         for precision in precisions:
+            label = f"{chosen.name}/{precision.name}"
             if chosen.name == reference.backend and precision.plain:
                 reference.report["difference"] = 0.0
-                found.append(_Candidate(reference))
-                continue
-            try:
-                executable = compiled(chosen, model, device, precision, threads)
-                _gate(executable, precision, trial)
-            except PlinthError as error:
-                refused[f"{chosen.name}/{precision.name}"] = error.message
-                if len(backends) == 1 and not wanted.auto:
-                    raise
-                continue
-            found.append(_Candidate(executable))
-    return found, refused
+                found[f"{chosen.name}/fp32"] = reference
+            elif only is None or label in only:
+                try:
+                    found[label] = _candidate(asked, chosen, precision, bounded)
+                except PlinthError as error:
+                    refused[label] = error.message
+                    if asked.single:
+                        raise
+    return found, refused, bounded.late
+
+
+def _candidate(
+    asked: _Asked, backend: Backend, policy: PrecisionPolicy, bounded: Bounded
+) -> Executable:
+    """A candidate that agrees with the reference; compiled within the bound if there are others.
+
+    Raises:
+        PlinthError: it cannot be compiled, is late, or does not agree.
+    """
+    device, threads = asked.reference.device, asked.reference.report["threads"]
+    other = None if asked.single or backend.name == "eager" else _apart(asked.model)
+    if other is None:
+        executable = compiled(backend, asked.model, device, policy, threads)
+    else:
+        executable = bounded.run(
+            lambda: compiled(backend, other, device, policy, threads),
+            f"{backend.name}/{policy.name}",
+        )
+    _gate(executable, policy, asked.trial)
+    return executable
+
+
+def _apart(model: Model) -> Model | None:
+    """The model with a module of its own that shares all tensors; ``None`` if it has no copy.
+
+    An exporter puts other tensors into the module that it traces: while one goes on in the
+    background, nobody else may run that module.
+    """
+    try:
+        return replace(model, module=sharing_copy(model.module))
+    except (TypeError, RuntimeError, AttributeError):
+        return None
 
 
 def _exact(kind: Backend, backend: str) -> list[Backend]:
@@ -300,9 +467,12 @@ def _gate(executable: Executable, policy: PrecisionPolicy, trial: _Trial) -> Non
             hint="give valid rows: add(..., example={...})",
         )
     outputs = _probe(executable, trial.inputs)
+    one = {name: tensor[:1] for name, tensor in trial.inputs.items()}
+    alone = _run(executable, one)
     allowed = max(TOLERANCE[each] for each in policy.used | {"fp32"})
     worst = max(difference(outputs[name], want) for name, want in trial.outputs.items())
-    executable.report["difference"] = worst
+    worst = max(worst, *(difference(alone[name], want) for name, want in trial.alone.items()))
+    executable.report |= {"difference": worst, "allowed": allowed}
     if not worst <= allowed:
         raise ModelError(
             f"{executable.backend} in {executable.precision} is off the reference by {worst:.3g}, "
@@ -336,52 +506,11 @@ def difference(got: Tensor, want: Tensor) -> float:
     return float((ours - theirs).abs().max()) / scale
 
 
-def _fastest(found: list[_Candidate], inputs: Mapping[str, Tensor]) -> _Candidate:
-    """Interleaved, the least time of each: what else the machine does hits all alike."""
-    if len(found) == 1:
-        return found[0]
-    until = time.perf_counter() + PROBE_SECONDS * len(found)
-    for turn in range(PROBE_ROUNDS):
-        for candidate in found:
-            begun = time.perf_counter()
-            _run(candidate.executable, inputs)
-            candidate.times.append(time.perf_counter() - begun)
-        slow = max(candidate.times[-1] for candidate in found) > PROBE_SECONDS
-        if time.perf_counter() > until and (turn >= 2 or slow):
-            break
-    exact = [c for c in found if c.executable.precision == "fp32"]
-    best = min(found, key=lambda candidate: candidate.seconds)
-    if exact and best not in exact:
-        rival = min(exact, key=lambda candidate: candidate.seconds)
-        return best if best.seconds * GAIN <= rival.seconds else rival
-    return best
-
-
-def _explain(
-    best: _Candidate,
-    found: list[_Candidate],
-    wanted: PrecisionPolicy,
-    backend: str,
-    refused: dict[str, str],
-    trial: _Trial,
-) -> None:
-    times: dict[str, Any] = {c.label: c.seconds for c in found if c.times}
-    rows = int(next(iter(trial.inputs.values())).shape[0])
-    others = ", ".join(f"{label} {seconds * 1e6:.0f} us" for label, seconds in times.items())
-    only = "as asked for" if backend != "auto" and not wanted.auto else "nothing else can run it"
-    gain = f"; bf16 must be {GAIN} times as fast as fp32" if wanted.auto else ""
-    best.executable.report |= {
-        "requested": {"backend": backend, "precision": wanted.name},
-        "resolved": {"backend": best.executable.backend, "precision": best.executable.precision},
-        "reason": f"fastest at {rows} rows: {others}{gain}" if times else only,
-        "probe_rows": rows,
-        "example": trial.source,
-        "probe_seconds": times,
-        "refused": refused,
-    }
+def _warn(executable: Executable, trial: _Trial) -> None:
+    """Say in the report and the log that NaN proves nothing."""
     if trial.nan:
         warning = f"{trial.nan:.0%} of the outputs are NaN on the example rows ({trial.source})"
-        best.executable.report["warning"] = warning
+        executable.report["warning"] = warning
         _log.warning(
             "model %s: %s; they could not be compared between backends", trial.model, warning
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from plinth.engine.backends.base import Executable, cpu_threads
 from plinth.engine.backends.choice import prepare
 from plinth.engine.backends.eager import TorchExecutable
+from plinth.engine.backends.planner import Planned
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, OutOfMemory, PlinthError
 from plinth.engine.flow import Sla
@@ -158,6 +159,7 @@ class LoadedModel:
             "precision": self.executable.precision,
             "largest_batch": self.most,
             "reason": self.executable.report.get("reason"),
+            "plan": self.executable.report.get("plan"),
             "weights_bytes": self.executable.weights,
             "row_bytes": plan.per_row if plan else None,
         }
@@ -204,7 +206,7 @@ def load_model(
         raise ConfigError(f"batch_range is {batch_range}, expected 1 <= smallest <= largest")
     with cpu_threads(threads):
         probe = min(_MEASURED_ROWS, high)
-        executable = prepare(model, device, precision, backend, threads, rows=probe)
+        executable = prepare(model, device, precision, backend, threads, rows=probe, most=high)
         if model.spec.free:
             room = Room(max(0, budget_of(device, budget) - executable.weights))
             return LoadedModel(model, sla, executable, high, room)
@@ -227,7 +229,12 @@ def _plan(executable: Executable, model: Model, probe: int, budget: int | str) -
         seconds = max(_seconds(executable, one), 1e-9)  # the first may have been slow for once
     large = min(max(2, probe), int(_SAMPLE_SECONDS / seconds))
     sizes = (1, large) if large > 1 else (1, 1)
-    return measure(executable, model.rows, sizes, weights=executable.weights, limit=budget)
+    plans = [
+        measure(member, model.rows, sizes, weights=executable.weights, limit=budget)
+        for member in (executable.members if isinstance(executable, Planned) else (executable,))
+    ]
+    fixed, per_row = (max(getattr(p, name) for p in plans) for name in ("fixed", "per_row"))
+    return replace(plans[0], fixed=fixed, per_row=per_row)
 
 
 def _range(

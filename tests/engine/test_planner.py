@@ -1,0 +1,291 @@
+"""A plan gives each range of rows its fastest candidate, and is never worth less than eager."""
+
+import json
+import threading
+import time
+from bisect import bisect_right
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from plinth.engine import Call, ConfigError, Engine, Model, ModelError, ModelSpec, TensorSpec
+from plinth.engine.backends import Availability, backends, choice, prepare
+from plinth.engine.backends.eager import TorchExecutable
+from plinth.engine.backends.planner import GAIN, Planned, ranges
+from plinth.engine.devices.device import pick
+
+CPU = pick("cpu")
+EAGER, OTHER, LOW = LABELS = ("eager/fp32", "other/fp32", "eager/bf16")
+COST = st.tuples(
+    st.floats(10, 1000).map(lambda us: us * 1e-6),
+    st.floats(0.01, 100).map(lambda us: us * 1e-6),
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLINTH_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def chosen(stretches, rows):
+    """The label that runs so many rows."""
+    return stretches[bisect_right([each.first for each in stretches], rows) - 1].label
+
+
+@given(st.lists(COST, min_size=3, max_size=3), st.integers(1, 512))
+def test_no_choice_is_slower_than_eager_at_any_number_of_rows_in_range(costs, most):
+    """Costs are a fixed part and one for each row; 0.95 leaves room for where they cross."""
+
+    def seconds(rows):
+        return [fixed + per_row * rows for fixed, per_row in costs]
+
+    stretches = ranges(LABELS, seconds, most, EAGER)
+    assert [each.first for each in stretches] == sorted({each.first for each in stretches})
+    assert stretches[0].first == 1
+    for rows in range(1, most + 1):
+        found = dict(zip(LABELS, seconds(rows), strict=True))
+        taken = found[chosen(stretches, rows)]
+        assert taken * 0.95 <= found[EAGER]
+        assert taken * 0.95 <= GAIN * min(found[EAGER], found[OTHER])
+
+
+@given(st.lists(COST, min_size=3, max_size=3))
+def test_a_plan_changes_for_a_real_gain_only_and_bf16_needs_one_too(costs):
+    def seconds(rows):
+        return [fixed + per_row * rows for fixed, per_row in costs]
+
+    stretches = ranges(LABELS, seconds, 128, EAGER)
+    for before, after in pairwise(stretches):
+        found = dict(zip(LABELS, seconds(after.first), strict=True))
+        gained = found[before.label] / found[after.label]
+        assert gained >= GAIN or found[before.label] > found[EAGER] * 0.999
+    for each in stretches:
+        found = dict(zip(LABELS, seconds(each.first), strict=True))
+        if each.label == LOW and each.first == 1:
+            assert found[LOW] * GAIN <= min(found[EAGER], found[OTHER])
+
+
+def test_what_is_too_dear_to_measure_keeps_the_last_choice():
+    stretches = ranges(LABELS[:2], lambda rows: [2.0, 1.0] if rows == 1 else None, 128, EAGER)
+    assert [(each.first, each.label) for each in stretches] == [(1, OTHER)]
+
+
+# -- real models and backends ------------------------------------------------------------------
+def model(module: nn.Module, *shape: int, name: str = "net") -> Model:
+    spec = ModelSpec(
+        name=name,
+        inputs=(TensorSpec(name="x", shape=shape),),
+        outputs=(TensorSpec(name="y", shape=(1,)),),
+    )
+    return Model(spec, module.eval())
+
+
+class Gru(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.last = nn.GRU(8, 16, batch_first=True), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.gru(x)[0][:, -1])
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1))
+
+
+class Fake:
+    """A backend with costs of its own: so many multiplications a call, and for each row."""
+
+    automatic = True
+
+    def __init__(self, name: str, fixed: int, per_row: int, **facts) -> None:
+        self.name, self.fixed, self.per_row = name, fixed, per_row
+        self.ready: threading.Event | None = facts.get("ready")
+        self.off_from = facts.get("off_from", 1 << 30)
+        self.compiled = 0
+
+    def available(self):
+        return Availability("1")
+
+    def supports(self, model, device, policy):
+        return None
+
+    def compile(self, model, device, policy, threads):
+        self.compiled += 1
+        if self.ready is not None:
+            self.ready.wait(30)
+        product = torch.ones(64, 64)
+
+        def run(x: Tensor) -> Tensor:
+            for _ in range(self.fixed + self.per_row * len(x)):
+                product @ product
+            return model.module(x) * (1 if len(x) < self.off_from else 2)
+
+        return TorchExecutable(self.name, model, model.module, device, compiled=run)
+
+
+@pytest.fixture
+def only(monkeypatch):
+    """Leaves eager and the given backends to the choice."""
+
+    def keep(*fakes: Fake) -> None:
+        for name in list(backends()):
+            if name != "eager":
+                monkeypatch.delitem(backends(), name)
+        for fake in fakes:
+            monkeypatch.setitem(backends(), fake.name, fake)
+
+    return keep
+
+
+def test_each_range_of_rows_runs_where_it_is_fastest_and_answers_stay_the_same(only):
+    net = model(nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 1)), 8)
+    slow = Fake("eager", 800, 0)
+    only(Fake("flat", 80, 0), Fake("steep", 0, 8), slow)
+    executable = prepare(net, CPU, "fp32", "auto", 1, most=128)
+    assert isinstance(executable, Planned)
+    runs = [each["runs"] for each in executable.report["plan"]]
+    assert runs == ["steep/fp32", "flat/fp32"]
+    assert 5 <= executable.report["plan"][1]["from_rows"] <= 16
+    assert executable.backend == "steep+flat"
+    for rows in (1, 4, 16, 128):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(executable.run({"x": x})["y"], net.module(x).detach())
+
+
+def test_a_plan_is_remembered_and_only_its_members_are_compiled_again(only, cache):
+    fast, slow = Fake("fast", 0, 0), Fake("slow", 800, 0)
+    eager = Fake("eager", 800, 0)
+    only(fast, slow, eager)
+    first = prepare(model(mlp(), 8), CPU, "fp32", "auto", 1)
+    assert first.report["plan"] == [{"from_rows": 1, "runs": "fast/fp32"}]
+    again = prepare(model(mlp(), 8), CPU, "fp32", "auto", 1)
+    assert again.report["plan"] == first.report["plan"]
+    assert again.report["plan_source"] == "as measured before"
+    assert (fast.compiled, slow.compiled) == (2, 1)
+    other = mlp()
+    other[0].extra = 1.0  # a plain attribute is part of the state
+    prepare(model(other, 8), CPU, "fp32", "auto", 1)
+    assert slow.compiled == 2
+    for path in (cache / "plans").iterdir():
+        path.write_text(json.dumps({"stretches": []}))
+    assert prepare(model(mlp(), 8), CPU, "fp32", "auto", 1).report["plan"] == first.report["plan"]
+
+
+def test_what_does_not_compile_in_time_is_left_out_with_the_reason(only, monkeypatch):
+    ready = threading.Event()
+    late = Fake("late", 0, 0, ready=ready)
+    only(late, Fake("eager", 800, 0))
+    monkeypatch.setattr(choice, "COMPILE_SECONDS", 0.05)
+    report = prepare(model(mlp(), 8), CPU, "fp32").report
+    assert report["resolved"]["backend"] == "eager"
+    assert "not ready within 0.05 s" in report["refused"]["late/fp32"]
+    ready.set()
+    report = prepare(model(mlp(), 8), CPU, "fp32").report
+    assert report["resolved"]["backend"] == "late", "the plan without it was not remembered"
+
+
+def test_a_model_answers_while_a_late_export_of_it_goes_on(monkeypatch):
+    """An exporter fills the module that it traces with tensors without values."""
+    traced, ready = threading.Event(), threading.Event()
+
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.compiler.is_exporting():
+                traced.set()
+                ready.wait(30)
+            return self.layer(x)
+
+    monkeypatch.setattr(choice, "COMPILE_SECONDS", 1.0)
+    net = model(Watched(), 8)
+    executable = prepare(net, CPU, "fp32", "auto", 1)
+    assert traced.wait(30)
+    x = torch.randn(3, 8)
+    with torch.inference_mode():
+        want = net.module(x)
+        torch.testing.assert_close(executable.run({"x": x})["y"], want)
+    ready.set()
+    assert "not ready within 1 s" in executable.report["refused"]["onnxruntime/fp32"]
+
+
+def test_what_is_wrong_at_some_number_of_rows_is_not_in_the_plan(only):
+    only(Fake("wrong", 0, 0, off_from=100), Fake("eager", 800, 0))
+    report = prepare(model(mlp(), 8), CPU, "fp32", "auto", 1, most=128).report
+    assert report["plan"][-1]["runs"] == "eager/fp32"
+    assert "at 128 rows" in report["refused"]["wrong/fp32"]
+    only(Fake("wrong", 0, 0, off_from=1), Fake("eager", 800, 0))
+    report = prepare(model(mlp(), 8), CPU, "fp32", "auto", 1, most=128).report
+    assert "off the reference" in report["refused"]["wrong/fp32"]
+
+
+def test_the_engine_serves_a_plan_and_tells_it(only):
+    only(Fake("flat", 80, 0), Fake("steep", 0, 8), Fake("eager", 800, 0))
+    net = model(mlp(), 8)
+
+    def infer(rows):
+        return (yield Call("net", rows))
+
+    with Engine(backend="auto", threads=1) as engine:
+        engine.add(net)
+        facts = engine.status()["models"]["net"]
+        assert [each["runs"] for each in facts["plan"]] == ["steep/fp32", "flat/fp32"]
+        for rows in (1, 2, 100, 300):
+            x = torch.randn(rows, 8)
+            answer = engine.run(infer(x))
+            torch.testing.assert_close(answer.value, net.module(x).detach())
+            assert answer.precision == {"net": "steep+flat/fp32"}
+
+
+@pytest.mark.slow
+@pytest.mark.clock
+@pytest.mark.parametrize(("module", "shape"), [(mlp, (8,)), (Gru, (5, 8))])
+def test_auto_is_never_much_slower_than_eager(module, shape):
+    net = model(module(), *shape)
+    eager = prepare(net, CPU, "fp32", "eager", 1)
+    auto = prepare(net, CPU, "fp32", "auto", 1, most=128)
+    for rows in (1, 2, 3, 6, 12, 24, 48, 96, 128):
+        x = {"x": torch.randn(rows, *shape)}
+        times = {eager: [], auto: []}
+        for _ in range(40):
+            for executable, taken in times.items():
+                begun = time.thread_time()
+                executable.run(x)
+                taken.append(time.thread_time() - begun)
+        assert min(times[auto]) * 0.95 <= min(times[eager]), rows
+
+
+def test_a_slow_model_is_added_within_a_bound():
+    class Slow(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            until = time.perf_counter() + 0.02 * len(x)
+            while time.perf_counter() < until:
+                pass
+            return x[:, :1]
+
+    begun = time.perf_counter()
+    engine = Engine(threads=1, backend="auto")
+    engine.add(model(Slow(), 8))
+    assert time.perf_counter() - begun < 60  # 30 on a machine of its own
+
+
+def test_a_name_that_is_not_there_or_a_model_nothing_can_run_is_refused(only):
+    only()
+    with pytest.raises(ConfigError, match="no backend"):
+        prepare(model(mlp(), 8), CPU, "fp32", "fast")
+    with pytest.raises(ModelError, match="mixes the rows"):
+        prepare(model(Mixing(), 8), CPU, "fp32")
+
+
+class Mixing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(0))[:, :1]
