@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -430,7 +431,14 @@ def from_pretrained(name: str, *, version: str | None = None, store: Path | None
     return ModelStore(store or default_store()).load(name, version)
 
 
+ARCHITECTURES = "plinth.architectures"
+"""Entry-point group of modules that register the architecture of that name."""
+
+
 def _build(spec: ModelSpec, origin: str | None) -> nn.Module:
+    if spec.architecture not in _FACTORIES:
+        for entry in entry_points(group=ARCHITECTURES, name=spec.architecture or ""):
+            entry.load()
     factory = _FACTORIES.get(spec.architecture or "")
     if factory is None:
         package = origin.rpartition(".")[0] if origin else "the package that defines it"

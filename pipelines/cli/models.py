@@ -64,6 +64,19 @@ def show(
     show_table(f"{spec.name} {spec.version}", ("field", "value"), rows)
 
 
+@models.command("families", epilog="Example: plinth models families --json")
+def list_families(as_json: JsonOption = False) -> None:
+    """List the model families that are built from a config, with their settings."""
+    from plinth.engine.models.families import families
+
+    found = [{"name": f.name, "summary": f.summary, "settings": f.defaults()} for f in families()]
+    if as_json:
+        show_json(found)
+        return
+    rows = [(f["name"], f["summary"], ", ".join(f["settings"])) for f in found]
+    show_table("Model families", ("name", "what it is for", "settings"), rows)
+
+
 @models.command(epilog="Example: plinth models verify")
 def verify(
     name: Annotated[str | None, typer.Argument(help="Name; default: all.")] = None,

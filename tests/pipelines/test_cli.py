@@ -240,6 +240,14 @@ def test_a_model_is_converted_listed_and_shown(plinth: Plinth) -> None:
         assert bad[0] in plinth(*words, *bad, code=2)[1]
 
 
+def test_model_families_are_listed_with_their_settings(plinth: Plinth) -> None:
+    found = {f["name"]: f for f in json.loads(plinth("models", "families", "--json")[0])}
+    assert len(found) >= 12
+    assert found["bert"]["settings"]["width"] == 768
+    shown = plinth("models", "families")[0]
+    assert "prefill only" in shown
+
+
 def test_models_are_listed_shown_and_verified(plinth: Plinth) -> None:
     torch = pytest.importorskip("torch")
     from plinth.engine import ModelSpec, ModelStore, TensorSpec

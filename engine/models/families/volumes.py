@@ -1,0 +1,94 @@
+"""Families of volumes (n, channels, depth, height, width): 3D U-Net and 3D ResNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from plinth.engine.models.families.layers import convolved
+
+
+def _twice(inside: int, outside: int) -> nn.Sequential:
+    return nn.Sequential(
+        convolved(3, inside, outside, 3, relu=nn.ReLU()),
+        convolved(3, outside, outside, 3, relu=nn.ReLU()),
+    )
+
+
+class Unet3d(nn.Module):
+    """Classes for every voxel (Çiçek et al., 2016); sizes are multiples of 2 ** (levels - 1)."""
+
+    def __init__(
+        self, channels: int = 1, widths: Sequence[int] = (16, 32, 64, 128), classes: int = 2
+    ) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(
+            _twice(inside, width)
+            for inside, width in zip((channels, *widths), widths, strict=False)
+        )
+        self.pool = nn.MaxPool3d(2)
+        pairs = list(zip(widths[::-1], widths[-2::-1], strict=False))
+        self.widen = nn.ModuleList(nn.ConvTranspose3d(a, b, 2, stride=2) for a, b in pairs)
+        self.up = nn.ModuleList(_twice(2 * b, b) for _, b in pairs)
+        self.head = nn.Conv3d(widths[0], classes, 1)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """Logits (n, classes, depth, height, width)."""
+        kept: list[Tensor] = []
+        x = volume
+        for level, block in enumerate(self.down):
+            x = block(self.pool(x) if level else x)
+            kept.append(x)
+        for widen, block, beside in zip(self.widen, self.up, kept[-2::-1], strict=True):
+            x = block(torch.cat([widen(x), beside], 1))
+        found: Tensor = self.head(x)
+        return found
+
+
+class Basic3d(nn.Module):
+    """Two 3x3x3 convolutions beside a shortcut."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        straight = inside == outside and stride == 1
+        self.shortcut = (
+            nn.Identity() if straight else convolved(3, inside, outside, 1, stride=stride)
+        )
+        self.body = nn.Sequential(
+            convolved(3, inside, outside, 3, stride=stride, relu=nn.ReLU()),
+            convolved(3, outside, outside, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Channels (n, c, d, h, w) to channels."""
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+class Resnet3d(nn.Module):
+    """A residual network of volumes or clips (Hara et al., 2017); the defaults are ResNet3D-18."""
+
+    def __init__(
+        self,
+        channels: int = 1,
+        widths: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 2, 2),
+        classes: int = 2,
+    ) -> None:
+        super().__init__()
+        self.stem = convolved(3, channels, widths[0], 7, stride=2, relu=nn.ReLU())
+        self.pool = nn.MaxPool3d(3, stride=2, padding=1)
+        blocks: list[nn.Module] = []
+        inside = widths[0]
+        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            for number in range(depth):
+                blocks.append(Basic3d(inside, width, 2 if stage and not number else 1))
+                inside = width
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(inside, classes)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """Logits (n, classes)."""
+        found: Tensor = self.head(self.blocks(self.pool(self.stem(volume))).mean((2, 3, 4)))
+        return found
