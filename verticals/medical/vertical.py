@@ -91,6 +91,7 @@ class CtSettings(Settings):
         pictures: write PNGs.
         key_images: nodules that get a picture, at most.
         segmentation: write ``segmentation.dcm``, which carries the source's patient identity.
+        measurements: write ``measurements.dcm``, a structured report with the same identity.
         keep_uids: put the source's UIDs into the report instead of pseudonyms.
         network: a network of the user's own, which then runs instead of the CT analysis.
     """
@@ -110,6 +111,7 @@ class CtSettings(Settings):
     pictures: bool = True
     key_images: int = Field(default=6, ge=0, le=50)
     segmentation: bool = True
+    measurements: bool = True
     keep_uids: bool = False
     network: NetworkSettings | None = None
 

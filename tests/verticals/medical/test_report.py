@@ -123,7 +123,7 @@ def test_research_use_is_said_wherever_people_look(written: Path, report: dict[s
 
 def test_what_was_written_is_told(written: Path, report: dict[str, Any]) -> None:
     assert report["outputs"] == dict.fromkeys(
-        ("pictures", "segmentation.dcm", "report.html"), "written"
+        ("pictures", "segmentation.dcm", "measurements.dcm", "report.html"), "written"
     )
     assert {path.name for path in written.glob("*.png")} == {
         *("axial.png", "coronal.png", "sagittal.png"),
@@ -253,7 +253,9 @@ def test_the_page_has_words_and_no_python(written: Path, report: dict[str, Any])
 def test_the_page_escapes_what_a_header_says(answer: CtResult, tmp_path: Path) -> None:
     source = {**answer.response.source, "kernel": "<script>alert(1)</script>"}
     told = replace(answer, response=answer.response.model_copy(update={"source": source}))
-    CtAnalysis(CtSettings(segmentation=False, pictures=False)).write(told, tmp_path)
+    CtAnalysis(CtSettings(segmentation=False, measurements=False, pictures=False)).write(
+        told, tmp_path
+    )
     assert "<script>" not in (tmp_path / "report.html").read_text()
 
 
@@ -290,7 +292,9 @@ def test_a_key_image_shows_the_nodule_in_the_middle_of_three_planes(written: Pat
 
 
 def test_settings_choose_what_is_written(answer: CtResult, tmp_path: Path) -> None:
-    vertical = CtAnalysis(CtSettings(page=False, pictures=False, segmentation=False))
+    vertical = CtAnalysis(
+        CtSettings(page=False, pictures=False, segmentation=False, measurements=False)
+    )
     files = vertical.write(answer, tmp_path)
     assert [path.name for path in files] == ["report.json"]
     assert json.loads(files[0].read_text())["outputs"] == {}

@@ -188,6 +188,8 @@ def clean_header(header: Dataset) -> Dataset:
     studies = header.get("ReferencedStudySequence") or []
     if not all(item.get("ReferencedSOPClassUID") for item in studies):
         del header.ReferencedStudySequence  # type 1 in each item (PS3.3 Table 10-11)
+    if header.get("PatientIdentityRemoved") == "YES" and not header.get("DeidentificationMethod"):
+        header.DeidentificationMethod = "not stated by the source"  # type 1C (PS3.3 C.7.1.1)
     for keyword, pattern in VALID.items():
         value = str(header.get(keyword) or "")
         if value and not pattern.fullmatch(value):

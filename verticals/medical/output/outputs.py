@@ -1,8 +1,9 @@
-"""What is written for each study: report.json, report.html, pictures and a DICOM SEG."""
+"""What is written for each study: report.json, report.html, pictures, DICOM SEG and SR."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -10,11 +11,13 @@ import psutil
 
 from plinth.engine import InputError
 from plinth.verticals.medical.output.dicom_seg import write_segmentation
+from plinth.verticals.medical.output.dicom_sr import write_measurements
 from plinth.verticals.medical.output.page import page
 from plinth.verticals.medical.output.pictures import key_image, overview, png
 from plinth.verticals.medical.output.report import CtResult
 
-REPORT, PAGE, SEGMENTATION = "report.json", "report.html", "segmentation.dcm"
+REPORT, PAGE = "report.json", "report.html"
+SEGMENTATION, MEASUREMENTS = "segmentation.dcm", "measurements.dcm"
 
 
 class Wanted(Protocol):
@@ -35,6 +38,10 @@ class Wanted(Protocol):
     @property
     def segmentation(self) -> bool:
         """Write ``segmentation.dcm``."""
+
+    @property
+    def measurements(self) -> bool:
+        """Write ``measurements.dcm``."""
 
 
 def write_outputs(result: CtResult, folder: Path, wanted: Wanted) -> list[Path]:
@@ -57,10 +64,13 @@ def write_outputs(result: CtResult, folder: Path, wanted: Wanted) -> list[Path]:
             files.append(folder / f"{name}.png")
             files[-1].write_bytes(data)
         outputs["pictures"] = "written"
+    seg, sr = folder / SEGMENTATION, folder / MEASUREMENTS
     if wanted.segmentation:
-        path = folder / SEGMENTATION
-        outputs[SEGMENTATION] = _segmentation(result, path)
-        files += [path] if path.exists() else []
+        outputs[SEGMENTATION] = _tried(lambda: write_segmentation(result, seg))
+    if wanted.measurements:
+        beside = seg if seg.exists() else None
+        outputs[MEASUREMENTS] = _tried(lambda: write_measurements(result, beside, sr))
+    files += [path for path in (seg, sr) if path.exists()]
     outputs |= {PAGE: "written"} if wanted.page else {}
     seconds = {**artefacts.seconds, "outputs": round(time.perf_counter() - begun, 3)}
     final = report.model_copy(
@@ -82,9 +92,9 @@ def _pictures(result: CtResult, count: int) -> dict[str, bytes]:
     return drawn
 
 
-def _segmentation(result: CtResult, path: Path) -> str:
+def _tried(write: Callable[[], None]) -> str:
     try:
-        write_segmentation(result, path)
+        write()
     except InputError as error:
         return f"not written: {error.message}"
     return "written"

@@ -1,0 +1,103 @@
+"""The structured report, read back by highdicom and held against the JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import highdicom
+import pydicom
+import pytest
+
+from plinth.verticals.contract import WithArtefacts
+from plinth.verticals.medical.phantom.chest import Phantom
+from plinth.verticals.medical.phantom.dicom import write_series
+from plinth.verticals.medical.vertical import CtAnalysis, CtSettings
+from plinth.verticals.testing import feed
+
+SMALL = {"shape": (76, 64, 48), "spacing": (4.6, 4.5, 4.5)}
+
+
+def written(series: Path, folder: Path, **settings: Any) -> Path:
+    vertical = CtAnalysis(CtSettings(page=False, pictures=False, **settings))
+    (item,) = vertical.discover(series)
+    (result,) = feed(vertical.infer([vertical.load(item)]))
+    assert isinstance(result, WithArtefacts)
+    folder.mkdir()
+    vertical.write(result, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("report")
+    write_series(Phantom(**SMALL), root / "series")
+    for path in (root / "series").glob("*.dcm"):
+        image = pydicom.dcmread(path)
+        image.PatientID, image.ConvolutionKernel = "ID-4711", "B70f"
+        image.save_as(path)
+    return written(root / "series", root / "out")
+
+
+def groups_of(path: Path) -> list[Any]:
+    content = highdicom.sr.srread(path).content
+    volumes = content.get_volumetric_roi_measurement_groups()
+    return [*volumes, *content.get_image_measurement_groups()]
+
+
+def test_every_number_of_the_report_reads_back_with_its_unit(outputs: Path) -> None:
+    report = json.loads((outputs / "report.json").read_text())
+    told = sorted((f["value"], f["unit"]) for f in report["findings"] if f["value"] is not None)
+    units = {"mL": "mL", "[hnsf'U]": "HU", "%": "%"}
+    read = sorted(
+        (measured.value, units[measured.unit.value])
+        for group in groups_of(outputs / "measurements.dcm")
+        for measured in group.get_measurements()
+    )
+    assert read == told
+    assert len(read) < len(report["findings"]), "indices of a sharp kernel are withheld"
+
+
+def test_each_lung_refers_to_its_segment(outputs: Path) -> None:
+    seg = pydicom.dcmread(outputs / "segmentation.dcm")
+    labels = {one.SegmentNumber: one.SegmentLabel for one in seg.SegmentSequence}
+    content = highdicom.sr.srread(outputs / "measurements.dcm").content
+    found = {
+        labels[number]: group.tracking_identifier
+        for group in content.get_volumetric_roi_measurement_groups()
+        for number in group.referenced_segment.referenced_segment_numbers
+        if group.referenced_segment.referenced_sop_instance_uid == seg.SOPInstanceUID
+    }
+    assert found == {"Right lung": "Right lung", "Left lung": "Left lung"}
+
+
+def test_it_is_of_the_patient_and_for_research(outputs: Path) -> None:
+    document = pydicom.dcmread(outputs / "measurements.dcm")
+    assert document.PatientID == "ID-4711"
+    assert "research use only" in document.SeriesDescription
+    assert document.VerificationFlag == "UNVERIFIED"
+    texts = {element.value for element in document.iterall() if element.keyword == "TextValue"}
+    assert {"Research use only, not for diagnosis.", "Plinth CT rules"} <= texts
+
+
+def test_without_segments_the_numbers_stand_alone(outputs: Path, tmp_path: Path) -> None:
+    out = written(outputs.parent / "series", tmp_path / "out", segmentation=False)
+    assert not (out / "segmentation.dcm").exists()
+    assert len(groups_of(out / "measurements.dcm")) == len(groups_of(outputs / "measurements.dcm"))
+
+
+@pytest.mark.parametrize("name", ["", "ge-head-ct-28"])
+def test_a_validator_finds_no_error(
+    outputs: Path, tmp_path: Path, real: Callable[[str], Path], name: str
+) -> None:
+    tool = shutil.which("dciodvfy")
+    if tool is None:
+        pytest.skip("dciodvfy of Debian's dicom3tools is absent")
+    folder = written(real(name), tmp_path / "out") if name else outputs
+    for path in folder.glob("*.dcm"):
+        told = subprocess.run([tool, path], capture_output=True, text=True, check=False)
+        assert not [line for line in told.stderr.splitlines() if line.startswith("Error")]
