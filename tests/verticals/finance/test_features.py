@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import suppress
 
 import numpy as np
@@ -157,6 +158,42 @@ def test_chunks_do_not_matter(history: list[Event | Labelled]) -> None:
     alone = [state.update([one]) for one in chunk]
     assert b"".join(batch.rows.tobytes() for batch in alone) == whole.rows.tobytes()
     assert b"".join(batch.flags.tobytes() for batch in alone) == whole.flags.tobytes()
+
+
+@given(histories(), st.randoms(use_true_random=False), st.sampled_from(LATENESS[:-1]))
+def test_the_order_of_arrival_leaves_no_trace(
+    history: list[Event | Labelled], dice: random.Random, ago: int
+) -> None:
+    made = {one.transaction: one for one in history if isinstance(one, Event)}
+    newest = max((one.time for one in made.values()), default=NOON)
+    made = {name: one for name, one in made.items() if one.time > newest - 20 * DAY}
+    other = list(made.values())
+    dice.shuffle(other)
+    probe = Event("probe", newest - ago, 5.0, "k1", "c1", "t", "d")
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timeline, "TRIM_MASK", 1)  # remove what is forgotten now and then
+        for order in (list(made.values()), other):
+            state = FeatureState(Limits(lateness_ms=DAY))
+            state.update(order)
+            batch = state.update([probe])
+            found.append((batch.rows.tobytes(), batch.flags.tobytes()))
+    assert found[0] == found[1]
+
+
+def test_what_is_forgotten_does_not_depend_on_the_order_of_arrival() -> None:
+    def event(name: str, time: int) -> Event:
+        return Event(name, time, 5.0, f"k{name}", f"c{name}", f"t{name}", "d")
+
+    old = event("old", NOON)
+    new = [event(f"new{n}", NOON + 3 * DAY + n) for n in range(8)]
+    found = []
+    for order in ([old, *new], [*new, old]):
+        state = FeatureState(Limits(lateness_ms=DAY))
+        state.update(order)
+        batch = state.update([event("probe", NOON + DAY // 2)])
+        found.append((batch.rows[0, FEATURES.index("device_cards_24h")], Flag(batch.flags[0])))
+    assert found == [(1.0, Flag.PARTIAL)] * 2
 
 
 def test_a_simulated_month_and_a_half_is_exact() -> None:

@@ -225,6 +225,8 @@ class FeatureState:
             InputError: there was no such transaction, or the label may mean several.
         """
         place = self.terminals.items.get(label.terminal)
+        if place is not None and label.time <= place.floor:
+            self.terminals.sink(place)
         sure, forgotten = ([], []) if place is None else self._cards_of(label, place)
         floor = self.terminals.floor if place is None else place.floor
         if len(sure) > 1:
@@ -280,32 +282,36 @@ class FeatureState:
         card = self.cards.touch(card_id)
         units = round(amount * UNITS)
         if transaction in card.known:
-            return _repeated(card, transaction, units, terminal_id)
+            if card.times[card.index(transaction)] > card.floor:
+                return _repeated(card, transaction, units, terminal_id)
+            self.cards.sink(card)
+        limits = self.limits
+        lateness = limits.lateness_ms
+        partial = self.cards.reach(card, time, CARD_REACH + lateness, CARD_REACH)
         if time <= card.floor:
             return self._answer_only(
                 transaction, time, amount, card_id, customer_id, terminal_id, device_id
             )
-        limits = self.limits
         end = card.place(time, units, transaction, intern(terminal_id))
         late = end < len(card.times)
-        partial = card.floor > time - CARD_REACH
 
         terminal = self.terminals.touch(terminal_id)
+        width = RISK_REACH if terminal.labelled else DAY
+        partial |= self.terminals.reach(terminal, time, RISK_REACH + lateness, width)
+        partial |= terminal.blind > time - RISK_REACH
         terminal_count = terminal.count(time, DAY, terminal.place(time, card_id))
         risks = terminal.shares(time) if terminal.marks else (0.0, 0.0, 0.0)
-        reach = RISK_REACH if terminal.marks else DAY
-        partial |= terminal.floor > time - reach or terminal.blind > time - RISK_REACH
 
         customer = self.customers.touch(customer_id)
+        partial |= self.customers.reach(customer, time, DAY + lateness, DAY)
         customer_count = customer.count(time, DAY, customer.add(time))
-        partial |= customer.floor > time - DAY
 
         device_cards = 0
         if device_id is not None:
             device = self.devices.touch(device_id)
+            partial |= self.devices.reach(device, time, DAY + lateness, DAY)
             device_cards = device.distinct(time, DAY, device.place(time, card_id))
-            partial |= device.floor > time - DAY
-            self.devices.grown(device, DAY + limits.lateness_ms, limits.device_events)
+            self.devices.grown(device, DAY + lateness, limits.device_events)
 
         row = ROW.pack(
             *_card_features(card, time, units, end),
@@ -316,9 +322,9 @@ class FeatureState:
         )
         flags = (_LATE if late else 0) | (_PARTIAL if partial else 0)
         card.keep_row(end, row, flags)
-        self.cards.grown(card, CARD_REACH + limits.lateness_ms, limits.card_events)
-        self.terminals.grown(terminal, RISK_REACH + limits.lateness_ms, limits.terminal_events)
-        self.customers.grown(customer, DAY + limits.lateness_ms, limits.customer_events)
+        self.cards.grown(card, CARD_REACH + lateness, limits.card_events)
+        self.terminals.grown(terminal, RISK_REACH + lateness, limits.terminal_events)
+        self.customers.grown(customer, DAY + lateness, limits.customer_events)
         return row, flags
 
     def _answer_only(self, *event: Any) -> tuple[bytes, int]:

@@ -43,8 +43,9 @@ class Timeline:
 
     Attributes:
         times: event times, milliseconds.
-        floor: the latest event time that was forgotten; windows that reach below it are
-            incomplete.
+        floor: what lies at or before it is forgotten, though it may not have been removed yet;
+            windows that reach below it are incomplete. It follows the newest event, so that it
+            depends on which events came and not on their order.
     """
 
     __slots__ = ("floor", "times")
@@ -56,6 +57,11 @@ class Timeline:
     def newest(self) -> int:
         """The latest event time seen, milliseconds."""
         return self.times[-1] if self.times else self.floor
+
+    def sink(self) -> None:
+        """Remove what lies at or before the floor."""
+        if drop := bisect_right(self.times, self.floor):
+            self.forget(drop)
 
     def add(self, time: int) -> int:
         """Place an event behind all of the same or an earlier time; returns entries up to it."""
@@ -271,14 +277,25 @@ class Terminal(CardTimeline):
         known = happened[(since <= time) & (time < until) & (happened <= edge)]
         return [int(np.count_nonzero(known > edge - days * DAY)) for days in (1, 7, 30)]
 
+    @property
+    def labelled(self) -> bool:
+        """A label of a transaction here was entered, or may have been."""
+        return bool(self.marks) or self.blind > NEVER
+
+    def sink(self) -> None:
+        super().sink()
+        self._forget_marks(self.floor)
+
     def trim(self, keep: int, limit: int) -> None:
-        oldest = self.times[-1] - keep
+        self._forget_marks(self.times[-1] - keep)
+        super().trim(keep, limit)
+
+    def _forget_marks(self, oldest: int) -> None:
         gone = [name for name, mark in self.marks.items() if mark[0] <= oldest]
         for name in gone:
             self.blind = max(self.blind, self.marks.pop(name)[0])
         if gone:
             self._table = None
-        super().trim(keep, limit)
 
 
 class Device(CardTimeline):
@@ -327,6 +344,29 @@ class Entities(Generic[E]):
         made = self.items[key] = self.make(self.floor)
         self.hold()
         return made
+
+    def reach(self, entity: E, time: int, keep: int, width: int) -> bool:
+        """Make an entity ready for an event whose longest window has ``width`` milliseconds.
+
+        Moves its floor to ``keep`` milliseconds before its newest event, this one included.
+
+        Returns:
+            True where the window reaches below the floor; then nothing lies there any more.
+        """
+        times, floor = entity.times, entity.floor
+        newest = times[-1] if times and times[-1] > time else time
+        if newest - keep > floor:
+            entity.floor = floor = newest - keep
+        if floor <= time - width:
+            return False
+        self.sink(entity)
+        return True
+
+    def sink(self, entity: E) -> None:
+        """Remove what an entity has at or below its floor."""
+        before = entity.entries()
+        entity.sink()
+        self.entries += entity.entries() - before
 
     def grown(self, entity: E, keep: int, limit: int) -> None:
         """Account for one more entry of the entity touched last; forget what exceeds the bounds.
