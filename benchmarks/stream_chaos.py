@@ -1,15 +1,15 @@
 """Whether a stream loses, repeats or stops anything while workers and brokers are killed.
 
     python benchmarks/stream_chaos.py [--records 1000000] [--worker-kills 50] [--broker-kills 5]
-        [--alerts 0.2] [--workers 2] [--growths 2] [--brokers 3] [--silence 5] [--json]
+        [--alerts 0.2] [--workers 2] [--growths 2] [--brokers 3] [--rate 0] [--silence 5] [--json]
 
 Payments are written to a real Kafka (KAFKA_HOME, else ../shared/kafka) in every codec in turn,
 each batch by its own producer; a share of them are alerts with reasons. Meanwhile workers
-(``plinth stream finance``, exactly once, each with a name and a state folder) are killed with
-SIGKILL and started again, brokers likewise, one at a time, and the input gets more partitions. A
-reader of committed records counts every answer. Exit code 1 if one payment was not answered
-exactly once, or if no answer came for longer than ``--silence`` seconds while some were due
-(longer where a broker was just killed: its partitions need a new leader first).
+(``plinth stream finance``, exactly once, each with a name, a state folder and a standby) are killed
+with SIGKILL and started again, brokers likewise, one at a time, and the input gets more partitions.
+A reader of committed records counts every answer. Exit code 1 if one payment was not answered
+exactly once, or if one waited longer than ``--silence`` seconds for its answer although it had
+been written before, while others were killed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def payment(number: int, alert: bool) -> tuple[bytes, bytes]:
 
 
 class Workers:
-    """``plinth stream finance``, several times; whoever ends is started again.
+    """``plinth stream finance``, several times, each with a standby; whoever ends is started again.
 
     Args:
         config: of the stream.
@@ -73,53 +73,99 @@ class Workers:
 
     def __init__(self, config: StreamConfig, count: int, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self.log = (folder / "workers.log").open("ab")
         self.ended: list[int] = []
-        self.running = {number: self._start(number) for number in range(count)}
+        self.log: dict[int, Path] = {}
+        self.running = {n: [self._start(n), self._start(n)] for n in range(count)}
 
     def _start(self, number: int) -> subprocess.Popen[bytes]:
         own = {"instance_id": f"w{number}", "state_dir": self.folder / f"w{number}"}
-        told = self.config.model_dump(mode="json", exclude_unset=True) | own
+        told = self.config.model_dump(mode="json", exclude_unset=True) | own | {"standby": True}
         settings = {f"PLINTH_STREAM__{k.upper()}": str(v) for k, v in told.items() if v is not None}
-        return subprocess.Popen(
-            [sys.executable, "-m", "plinth", "stream", "finance", "--json"],
-            env={**os.environ, **SINGLE, **settings, "PYTHONPATH": str(ROOT / "src")},
-            stdout=self.log,
-            stderr=self.log,
-        )
+        path = self.folder / f"worker-{number}-{len(self.log)}.log"
+        with path.open("wb") as log:
+            started = subprocess.Popen(
+                [sys.executable, "-m", "plinth", "stream", "finance", "--json"],
+                env={**os.environ, **SINGLE, **settings, "PYTHONPATH": str(ROOT / "src")},
+                stdout=log,
+                stderr=log,
+            )
+        self.log[started.pid] = path
+        return started
 
-    def kill_one(self) -> None:
-        """kill -9 of one of them."""
+    def kill_one(self) -> bool:
+        """kill -9 of one of those that work, unless its standby is not ready; whether it was."""
         number = random.choice(list(self.running))
-        self.running[number].kill()
-        self.running[number].wait()
-        self.running[number] = self._start(number)
+        pair = self.running[number]
+        with contextlib.suppress(OSError, ValueError):  # nobody holds the folder yet
+            held = int((self.folder / f"w{number}" / "lock").read_text())
+            others = [one for one in pair if one.pid != held]
+            if len(others) < len(pair) and all(map(self._stands_by, others)):
+                (worker,) = [one for one in pair if one.pid == held]
+                worker.kill()
+                worker.wait()
+                pair.remove(worker)
+                pair.append(self._start(number))
+                return True
+        return False
+
+    def _stands_by(self, process: subprocess.Popen[bytes]) -> bool:
+        return "standing by" in self.log[process.pid].read_text()
 
     def revive(self) -> None:
         """Start again whatever ended by itself, and remember how."""
-        for number, process in self.running.items():
-            if process.poll() is not None:
+        for number, pair in self.running.items():
+            for process in [one for one in pair if one.poll() is not None]:
                 self.ended.append(process.returncode)
-                self.running[number] = self._start(number)
+                pair.remove(process)
+                pair.append(self._start(number))
 
     def stop(self) -> None:
         """SIGTERM to all; their exit codes are remembered."""
-        for process in self.running.values():
+        every = [process for pair in self.running.values() for process in pair]
+        for process in every:
             process.terminate()
-        for process in self.running.values():
+        for process in every:
             try:
                 self.ended.append(process.wait(60))
             except subprocess.TimeoutExpired:
                 process.kill()
                 self.ended.append(process.wait())
-        self.log.close()
+
+
+class Brokers:
+    """Kills one of three nodes at a time, and starts it again while the reader reads on."""
+
+    def __init__(self, nodes: list[KafkaNode]) -> None:
+        self._nodes = nodes
+        self._down: KafkaNode | None = None
+        self._back: threading.Thread | None = None
+
+    def kill_one(self) -> bool:
+        """kill -9 of a node, unless another is down; whether it was."""
+        if not self.mend():
+            return False
+        self._down = random.choice(self._nodes)
+        self._down.kill()
+        return True
+
+    def mend(self) -> bool:
+        """Start again what was killed before; whether all nodes are up."""
+        if self._down is not None:
+            node, self._down = self._down, None
+            self._back = threading.Thread(target=node.start, daemon=True)
+            self._back.start()
+        return self._back is None or not self._back.is_alive()
 
 
 def feed(config: StreamConfig, given: argparse.Namespace, written: list[int]) -> None:
     """Write the payments, batch by batch, each in the next codec."""
     grow_at = [given.records * n // (given.growths + 1) for n in range(1, given.growths + 1)]
     dice = random.Random(1)
-    for first in range(0, given.records, BATCH):
+    began = time.monotonic()
+    size = min(BATCH, int(2 * given.rate) or BATCH)
+    for number, first in enumerate(range(0, given.records, size)):
+        if given.rate:
+            time.sleep(max(0.0, began + first / given.rate - time.monotonic()))
         if grow_at and first >= grow_at[0]:
             grow_at.pop(0)
             grow(config)
@@ -130,10 +176,10 @@ def feed(config: StreamConfig, given: argparse.Namespace, written: list[int]) ->
             linger_ms=20,
             retry_backoff_ms=20,
             delivery_timeout_ms=120_000,
-            compression_type=CODECS[first // BATCH % len(CODECS)],
+            compression_type=CODECS[number % len(CODECS)],
         )
         with contextlib.closing(producer):
-            last = min(first + BATCH, given.records)
+            last = min(first + size, given.records)
             pairs = [payment(n, dice.random() < given.alerts) for n in range(first, last)]
             for sent in [producer.send(config.input_topic, value, key) for key, value in pairs]:
                 sent.get(120)
@@ -203,7 +249,13 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         KafkaCluster(home, folder) if given.brokers == 3 else KafkaNode(home, folder)
     )
     nodes = kafka.nodes if isinstance(kafka, KafkaCluster) else []
-    config = kafka.config(partitions=4, idle_exit_s=None, metadata_max_age_ms=2_000)
+    config = kafka.config(
+        partitions=4,
+        idle_exit_s=None,
+        metadata_max_age_ms=2_000,
+        snapshot_interval_s=5.0,
+        commit_timeout_ms=given.commit_timeout_ms,
+    )
     prepare(config)
     workers = Workers(config, given.workers, folder)
     reader = Reader(kafka, config)
@@ -213,22 +265,20 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     acts = ["worker"] * given.worker_kills + ["broker"] * (given.broker_kills if nodes else 0)
     random.shuffle(acts)
     done, lately, began = 0, "start", time.monotonic()
-    down: KafkaNode | None = None
+    brokers = Brokers(nodes)
     try:
         while (answered := reader.read(written[0], lately)) < given.records:
             workers.revive()
             if len(workers.ended) > given.records // 1_000 + 10:
                 break  # they cannot even start
-            if done < len(acts) and answered >= given.records * (done + 1) // (len(acts) + 1):
+            due = given.records * (done + 1) // (len(acts) + 1)
+            if (
+                done < len(acts)
+                and answered >= due
+                and (workers if acts[done] == "worker" else brokers).kill_one()
+            ):
                 lately = acts[done]
                 done += 1
-                if lately == "worker":
-                    workers.kill_one()
-                else:
-                    if down is not None:
-                        down.start()
-                    down = random.choice(nodes)
-                    down.kill()
             if time.monotonic() - began > given.timeout:
                 break
         for _ in range(10):  # whatever came twice comes now
@@ -267,14 +317,18 @@ def main() -> None:
     parser.add_argument(
         "--growths", type=int, default=2, help="times the input's partitions double"
     )
+    parser.add_argument("--rate", type=float, default=0, help="payments a second; 0: all at once")
+    parser.add_argument("--commit-timeout-ms", type=int, default=10_000, help="of the workers")
+    parser.add_argument("--logs", action="store_true", help="show what the workers logged")
     parser.add_argument("--silence", type=float, default=5.0, help="seconds; longer is a failure")
     parser.add_argument("--timeout", type=float, default=7_200, help="seconds of the whole run")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = run(given, Path(folder))
-        if report["ended_by_themselves"]:
-            print((Path(folder) / "workers.log").read_text()[-4_000:], file=sys.stderr)
-    silent = [length for length, after in report["longest_silences_s"] if after == "worker"]
+        if report["ended_by_themselves"] or given.logs:
+            for path in sorted(Path(folder).glob("worker-*.log")):
+                print(path.name, path.read_text()[-2_000:], sep="\n", file=sys.stderr)
+    silent = [length for length, after in report["longest_silences_s"] if after != "start"]
     report["ok"] = (
         not (report["lost"] or report["twice"]) and max(silent, default=0) < given.silence
     )

@@ -9,9 +9,9 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from plinth.engine import ConfigError, InputError, PlinthError
 from plinth.verticals import Vertical
@@ -23,12 +23,18 @@ MAX_HEADER = 1 << 20
 
 
 @contextlib.contextmanager
-def claim(folder: Path | None, key: str = "stream.state_dir") -> Iterator[str | None]:
+def claim(
+    folder: Path | None,
+    key: str = "stream.state_dir",
+    while_held: Callable[[], object] | None = None,
+) -> Iterator[str | None]:
     """Hold a state folder for this process alone; gives the worker's lasting name kept there.
 
     Args:
         folder: made if it is not there; ``None`` holds nothing.
         key: what it is called in the config file.
+        while_held: called again and again, until the process that holds the folder has ended
+            (the system lets go of it for a killed one too); what it raises ends the wait.
 
     Raises:
         ConfigError: another process holds it, or it cannot be written.
@@ -45,17 +51,29 @@ def claim(folder: Path | None, key: str = "stream.state_dir") -> Iterator[str | 
             hint=f"set {key} to a folder this user may write",
         ) from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"the state folder {folder} is in use by another worker",
-                hint=f"give each worker a {key} of its own",
-            ) from None
+        while not _locked(lock):
+            if while_held is None:
+                raise ConfigError(
+                    f"the state folder {folder} is in use by another worker"
+                    f" (process {(folder / 'lock').read_text().strip()})",
+                    hint=f"give each worker a {key} of its own",
+                )
+            while_held()
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
         name = folder / "worker"
         if not name.exists():
             _replace(name, uuid.uuid4().hex.encode())
         yield name.read_text().strip()
+
+
+def _locked(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def write_snapshot(
@@ -85,10 +103,29 @@ def read_snapshot(path: Path, origin: Mapping[str, str]) -> tuple[dict[str, Any]
     if hashlib.sha256(rest).hexdigest().encode() != digest:
         raise InputError("its checksum does not match", field=str(path))
     head, _, body = rest.partition(b"\n")
-    header: dict[str, Any] = json.loads(head[:MAX_HEADER])
-    if header["format"] != FORMAT or header["origin"] != origin:
+    return _header(head[:MAX_HEADER], origin), body
+
+
+def read_header(path: Path, origin: Mapping[str, str]) -> dict[str, Any]:
+    """Header of a snapshot file, its state unread and unchecked.
+
+    Raises:
+        InputError: it is damaged, or somebody else's.
+    """
+    with path.open("rb") as file:
+        file.readline(MAX_HEADER)
+        return _header(file.readline(MAX_HEADER), origin)
+
+
+def _header(head: bytes, origin: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        header: dict[str, Any] = json.loads(head)
+        ours = header["format"] == FORMAT and header["origin"] == origin
+    except (ValueError, KeyError, TypeError):
+        raise InputError("its header is damaged") from None
+    if not ours:
         raise InputError(f"it belongs to another format or origin than {dict(origin)}")
-    return header, body
+    return header
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -210,12 +210,16 @@ def stream(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Serve Prometheus metrics, lag included, there."),
     ] = None,
+    replay: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Make this past decision again from the log, and compare."),
+    ] = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Score a Kafka topic until Ctrl-C or SIGTERM; answers and offsets commit together."""
-    from plinth.pipelines.cli.runs import run_stream
+    from plinth.pipelines.cli.runs import run_rebuild, run_stream
 
     config = _load(
         config_file,
@@ -230,6 +234,8 @@ def stream(
             "engine.precision": precision,
         },
     )
+    if replay is not None:
+        raise typer.Exit(run_rebuild(config, name, replay))
     raise typer.Exit(run_stream(config, name, metrics, as_json))
 
 

@@ -146,6 +146,45 @@ def run_stream(config: Config, name: str, metrics: str | None, as_json: bool) ->
     return 0
 
 
+def run_rebuild(config: Config, name: str, wanted: str) -> int:
+    """``plinth stream --replay``: prints each decision made again; 1 if one is another now.
+
+    Args:
+        config: has a ``[stream]`` table.
+        name: of the vertical.
+        wanted: a value of one of the answer's fields, such as its id; ``*`` for all answers.
+
+    Raises:
+        ConfigError: no ``[stream]`` table, no broker, or no such answer.
+        StreamError: the records are not retained any more.
+    """
+    if config.stream is None:
+        raise ConfigError(
+            "the stream has no topics",
+            hint="add a [stream] table, or give --input-topic and --output-topic",
+        )
+    from plinth.pipelines.stream.rebuild import has_value, rebuild
+
+    vertical = load_vertical(config, name)
+    equal = count = 0
+    with running(config, {name: vertical}) as engine:
+        found = rebuild(
+            vertical,
+            engine,
+            config.stream,
+            has_value(wanted),
+            sla=sla_of(vertical, config),
+            features=wanted != "*",
+        )
+        for one in found:
+            count += 1
+            equal += one.equal
+            if wanted != "*" or not one.equal:
+                show_json(one.as_dict())
+    say(f"{equal:,} of {count:,} decisions are the same again, bit for bit")
+    return 0 if equal == count else 1
+
+
 def _stream_line(progress: Any) -> None:
     say(
         f"{progress.records:,} records, {progress.dead_letters:,} dead letters, "

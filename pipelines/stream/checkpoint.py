@@ -6,6 +6,7 @@ offsets never lead the group's. What lies between is read again and observed wit
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from plinth.engine import InputError
-from plinth.pipelines.snapshots import read_snapshot, write_snapshot
-from plinth.pipelines.stream.chunks import Partition
+from plinth.pipelines.snapshots import read_header, read_snapshot, write_snapshot
+from plinth.pipelines.stream.chunks import Chunk, Partition
 from plinth.verticals.contract import Vertical
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class Checkpoint:
 
     Attributes:
         applied: position of each partition up to which records are in the state.
+        since: position of each of these from which on they are.
         dirty: a flow failed halfway; the state must be built again before it is used.
     """
 
@@ -43,8 +45,10 @@ class Checkpoint:
     origin: dict[str, str]
     replay_max_records: int
     applied: Offsets = field(default_factory=dict, init=False)
+    since: Offsets = field(default_factory=dict, init=False)
     dirty: bool = field(default=False, init=False)
     _empty: bytes | None = field(default=None, init=False)
+    _read: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._empty = self.vertical.snapshot()
@@ -59,6 +63,29 @@ class Checkpoint:
     def advance(self, ends: Mapping[Partition, int]) -> None:
         """Records up to ``ends`` are in the state now."""
         self.applied.update(ends)
+
+    def position(self, chunk: Chunk, mine: int) -> str:
+        """What a chunk is answered with: ``mine/width``, then each partition of the state.
+
+        A partition of the chunk stands first, as ``number:since-start-end``, others as
+        ``number:since-applied``. Empty without state.
+
+        Args:
+            chunk: not in the state yet.
+            mine: partitions this worker reads.
+        """
+        if not self.stateful:
+            return ""
+        parts = [
+            f"{p.partition}:{self.since.get(p, at)}-{at}-{chunk.ends[p]}"
+            for p, at in chunk.starts.items()
+        ]
+        parts += [
+            f"{p.partition}:{self.since.get(p, at)}-{at}"
+            for p, at in self.applied.items()
+            if p not in chunk.starts
+        ]
+        return " ".join([f"{mine}/{chunk.width}", *parts])
 
     def plan(self, committed: Offsets, first: Offsets) -> dict[Partition, tuple[int, int]]:
         """Where to read again, per partition: [from, to) is observed before ``to`` is scored.
@@ -80,7 +107,10 @@ class Checkpoint:
                     ahead,
                 )
                 self._clear()
-        return {p: (self._from(p, to, first[p]), to) for p, to in committed.items()}
+        spans = {p: (self._from(p, to, first[p]), to) for p, to in committed.items()}
+        for p, (start, _) in spans.items():
+            self.since.setdefault(p, start)
+        return spans
 
     def save(self) -> None:
         """Write the state and its offsets; call only when all of it is committed."""
@@ -89,8 +119,28 @@ class Checkpoint:
         started = time.perf_counter()
         body = self.vertical.snapshot() or b""
         offsets = [[p.topic, p.partition, at] for p, at in sorted(self.applied.items())]
-        write_snapshot(self.path, self.origin, body, {"offsets": offsets})
+        since = [[p.topic, p.partition, at] for p, at in sorted(self.since.items())]
+        write_snapshot(self.path, self.origin, body, {"offsets": offsets, "since": since})
         log.info("snapshot: %d bytes in %.2f s", len(body), time.perf_counter() - started)
+
+    def follow(self) -> bool:
+        """Take over the snapshot on disk where it knows other partitions; whether there is a state.
+
+        For a standby, whose state comes from the log and not from each snapshot of the worker.
+        """
+        if self.path is None or not self.stateful:
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            written = self.path.stat().st_mtime_ns
+            if written != self._read:
+                self._read = written
+                try:
+                    header = read_header(self.path, self.origin)
+                except InputError:  # load() says so
+                    header = {"offsets": []}
+                if {Partition(topic, p) for topic, p, _ in header["offsets"]} != set(self.applied):
+                    self._load()
+        return bool(self.applied)
 
     def _ahead(self, committed: Offsets) -> list[Partition]:
         return [p for p, to in committed.items() if self.applied.get(p, -1) > to]
@@ -108,7 +158,7 @@ class Checkpoint:
     def _clear(self) -> None:
         assert self._empty is not None
         self.vertical.restore(self._empty)
-        self.applied = {}
+        self.applied, self.since = {}, {}
         self.dirty = False
 
     def _load(self) -> None:
@@ -119,6 +169,7 @@ class Checkpoint:
             header, body = read_snapshot(self.path, self.origin)
             self.vertical.restore(body)
             self.applied = {Partition(topic, p): at for topic, p, at in header["offsets"]}
+            self.since = {Partition(topic, p): at for topic, p, at in header.get("since", ())}
         except (InputError, OSError) as error:
             log.warning(
                 "the snapshot %s cannot be used (%s); "

@@ -93,10 +93,18 @@ class Chunk:
 
 @dataclass(slots=True, eq=False)
 class Outputs:
-    """A chunk with its messages, ready to be written."""
+    """A chunk with its messages, ready to be written.
+
+    Args:
+        chunk: the records.
+        messages: one for each of them.
+        position: which records were in the state, for whoever wants to make a decision again;
+            empty without state.
+    """
 
     chunk: Chunk
     messages: list[Message]
+    position: str = ""
 
     def only(self, partitions: Mapping[Partition, Any], owner: Any) -> Outputs:
         """The part that belongs to ``partitions``, claimed by ``owner``."""
@@ -111,6 +119,7 @@ class Outputs:
                 width=chunk.width,
             ),
             [m for m in self.messages if (m.record.topic, m.record.partition) in kept],
+            self.position,
         )
 
 

@@ -72,6 +72,10 @@ class Producer(KafkaProducer):  # type: ignore[misc]
             # so that its thread does not wait for a broker that hangs
             network._net.call_soon_threadsafe(network._manager.close)
 
+    def nodes(self) -> frozenset[Any]:
+        """Brokers it is connected to; one that is missing later was lost, or long idle."""
+        return frozenset(self._sender._client._manager._conns.copy())
+
     def send_offsets_to_transaction(self, offsets: Any, group_metadata: Any) -> None:
         """Make offsets part of the transaction."""
         self._settle(self._transaction_manager.send_offsets_to_transaction(offsets, group_metadata))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from kafka import KafkaConsumer
+from kafka import ConsumerRebalanceListener, KafkaConsumer
 from kafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from kafka.errors import (
     KafkaError,
@@ -38,11 +38,25 @@ KEEP_ALIVE_S = 1.0
 Plan = dict[Partition, tuple[int, int]]
 
 
-def _member(config: StreamConfig, identity: str) -> Any:
+class _Joins(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Tells of every time the group was joined, also where nothing in it has changed."""
+
+    def __init__(self, joined: Callable[[], None]) -> None:
+        self._joined = joined
+
+    def on_partitions_revoked(self, revoked: Any) -> None:
+        """Positions are about to be forgotten."""
+        self._joined()
+
+    def on_partitions_assigned(self, assigned: Any) -> None:
+        """Positions are those of the committed offsets."""
+        self._joined()
+
+
+def _member(config: StreamConfig, identity: str, joined: Callable[[], None]) -> Any:
     """A consumer that will join the group at its first poll, and knows the topic by then."""
     consumer = connect(
         KafkaConsumer,
-        config.input_topic,
         **config.client(),
         client_id=f"plinth-{identity}",
         group_id=config.group,
@@ -57,6 +71,7 @@ def _member(config: StreamConfig, identity: str) -> Any:
         metrics_enabled=False,
         allow_auto_create_topics=False,
     )
+    consumer.subscribe([config.input_topic], listener=_Joins(joined))
     # a group leader that does not know the topic yet would assign nothing at first
     thread = AbandonableThread("plinth-metadata")
     asked = thread.start(partial(consumer.partitions_for_topic, config.input_topic))
@@ -81,7 +96,7 @@ class GroupConsumer:
         self.config = config
         self.limit = min(config.max_records, config.max_events or config.max_records)
         try:
-            self.consumer = _member(config, identity)
+            self.consumer = _member(config, identity, self._doubt)
         except (KafkaError, TimeoutError) as error:
             raise unreachable(config, error) from None
         self._timeout_ms = config.commit_timeout_ms
@@ -92,6 +107,7 @@ class GroupConsumer:
         self._polled = time.monotonic()
         self._held_back: dict[Any, int] = {}
         self._read_to: dict[Any, int] = {}
+        self._width = self.width
 
     # -- reading ---------------------------------------------------------------------------
     def poll(self) -> Chunk | None:
@@ -111,6 +127,8 @@ class GroupConsumer:
             wait = (until - time.monotonic()) * 1e3 if count else IDLE_MS
             if wait <= 0:
                 break
+            if not count:
+                self._see_growth()
             polled = self._poll(max(1, wait), self.limit - count)
             owner = self._owner()
             if owner is None:
@@ -167,6 +185,20 @@ class GroupConsumer:
             self._claim = None
             return {}
         return polled
+
+    def _doubt(self) -> None:
+        self._claim = None
+
+    def _see_growth(self) -> None:
+        """Join again once the topic has more partitions.
+
+        The client leaves that to the group's leader, and a static member that comes back under
+        its name is the leader without being told so (before KIP-814): nobody would notice.
+        """
+        if (width := self.width) > self._width:
+            log.info("%s has %d partitions now", self.config.input_topic, width)
+            self._width = width
+            self.consumer._coordinator.request_rejoin()
 
     def _owner(self) -> Any:
         owner = self.consumer.group_metadata()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 from kafka import KafkaConsumer
+from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 
+from plinth.pipelines.stream.checkpoint import Checkpoint
 from plinth.pipelines.stream.chunks import Chunk, Partition, Record
-from plinth.pipelines.stream.kafka_clients import connect
+from plinth.pipelines.stream.kafka_clients import connect, quiet_client
+from plinth.pipelines.stream.processor import Processor
 from plinth.pipelines.stream.settings import StreamConfig
 
 log = logging.getLogger(__name__)
@@ -22,6 +27,10 @@ POLL_MS = 200
 POLL_RECORDS = 2_000
 MAX_HELD = 50_000
 SILENCE_S = 5.0
+FOLLOW_S = 1.0
+"""How often a standby asks what the group has committed."""
+AGAIN_S = 0.05
+"""How often it looks whether the worker has ended."""
 
 
 class Replay:
@@ -51,6 +60,32 @@ class Replay:
         self._consumer.assign([TopicPartition(*place) for place in ranges])
         for place, start in self._at.items():
             self._consumer.seek(TopicPartition(*place), start)
+
+    def lost(self) -> list[tuple[Partition, int]]:
+        """Partitions whose first records are not retained any more, and where they begin now.
+
+        Raises:
+            KafkaError: the broker did not answer in time.
+        """
+        places = [TopicPartition(*place) for place in self._at]
+        first = self._consumer.beginning_offsets(places, timeout_ms=10_000)
+        return [
+            (p, first[TopicPartition(*p)])
+            for p, at in self._at.items()
+            if first[TopicPartition(*p)] > at
+        ]
+
+    def fits(self, spans: Mapping[Partition, tuple[int, int]]) -> bool:
+        """Whether :meth:`further` can go on with these: all was taken up to where they begin."""
+        return not self._ends and all(self._at.get(p) == start for p, (start, _) in spans.items())
+
+    def further(self, ends: Mapping[Partition, int]) -> None:
+        """Read on to new ends, once all was taken; some or all of the same partitions."""
+        self._heard = time.monotonic()
+        for place, to in ends.items():
+            if to > self._at[place]:
+                self._ends[place] = to
+                self._consumer.seek(TopicPartition(*place), self._at[place])
 
     @property
     def partitions(self) -> int:
@@ -124,3 +159,92 @@ class Replay:
 
 def _timestamp(record: Any) -> int:
     return int(record.timestamp)
+
+
+class Standby:
+    """Keeps the state of a worker close behind it, from its snapshot and the log.
+
+    Called again and again while the worker lives; then whoever called it has the worker's state
+    and goes on behind a few records.
+
+    Args:
+        config: of the worker.
+        checkpoint: of the same vertical and folder.
+        processor: observes what the worker has committed.
+        stop: nobody is needed any more.
+    """
+
+    def __init__(
+        self,
+        config: StreamConfig,
+        checkpoint: Checkpoint,
+        processor: Processor,
+        stop: threading.Event,
+    ) -> None:
+        self._config = config
+        self._checkpoint = checkpoint
+        self._processor = processor
+        self._stop = stop
+        self._replay: Replay | None = None
+        self._asked = 0.0
+
+    def __call__(self) -> None:
+        """Follow for a moment.
+
+        Raises:
+            NotNeeded: the standby was told to stop.
+        """
+        if self._stop.wait(0.0 if self._behind else AGAIN_S):
+            raise NotNeeded
+        try:
+            self._follow()
+        except (KafkaError, OSError, ValueError) as error:
+            log.debug("following the worker failed and is tried again: %r", error)
+            self.close()
+            self._asked = time.monotonic()
+
+    @property
+    def _behind(self) -> bool:
+        return self._replay is not None and self._replay.partitions > 0
+
+    def close(self) -> None:
+        """Close the reader."""
+        if self._replay is not None:
+            self._replay.close()
+            self._replay = None
+
+    def _follow(self) -> None:
+        if self._replay is not None and (chunk := self._replay.take()) is not None:
+            self._processor.observe(chunk)
+            self._checkpoint.advance(chunk.ends)
+        elif not self._behind and time.monotonic() - self._asked > FOLLOW_S:
+            self._asked = time.monotonic()
+            self._look_further()
+
+    def _look_further(self) -> None:
+        checkpoint = self._checkpoint
+        if not checkpoint.follow():
+            return
+        applied, committed = checkpoint.applied, self._committed()
+        spans = {p: (at, committed.get(p, at)) for p, at in applied.items()}
+        spans = {p: span for p, span in spans.items() if span[0] < span[1]}
+        if not spans:
+            return
+        if self._replay is None or not self._replay.fits(spans):
+            self.close()
+            self._replay = Replay(self._config, spans)
+        else:
+            self._replay.further({p: to for p, (_, to) in spans.items()})
+
+    def _committed(self) -> dict[Partition, int]:
+        group = self._config.group
+        with (
+            quiet_client(),
+            contextlib.closing(connect(KafkaAdminClient, **self._config.client())) as admin,
+        ):
+            found = admin.list_group_offsets(group)[group]
+        return {Partition(*place): known.offset for place, known in found.items()}
+
+
+class NotNeeded(Exception):
+    """A standby was told to stop before the worker ended."""

@@ -33,9 +33,13 @@ log = logging.getLogger(__name__)
 
 RETRY_BACKOFF_MS = 5
 """A transaction that begins before the last one's markers are written waits so long."""
+POSITION = "plinth_position"
+"""Header of answers and dead letters: ``partition@offset;`` of the record, then the position."""
 MAX_KEY = 32_768
 HEADROOM = 128 * 1024
 LEAVE_S = 5.0
+LOST_S = 1.0
+"""After so long a commit that lost a broker is begun anew: the client may wait for ever."""
 
 
 class KafkaSink(ABC):
@@ -62,7 +66,7 @@ class KafkaSink(ABC):
         self._thread = AbandonableThread("plinth-commit")
         self._slots: list[Any] = [None] * self.producers
         self._turn = 0
-        self._writing: tuple[Outputs, Pending[float]] | None = None
+        self._writing: tuple[Outputs, Pending[float], Any] | None = None
         self._deadline = config.commit_timeout_ms / 1e3
 
     # -- writing ---------------------------------------------------------------------------
@@ -70,8 +74,9 @@ class KafkaSink(ABC):
         """Begin to write; :meth:`finish` has been called for what was begun before."""
         slot = self._turn
         self._turn = (slot + 1) % self.producers
-        work = partial(self._timed, self._slots[slot], outputs)
-        self._writing = outputs, self._thread.start(work)
+        producer = self._slots[slot]
+        lost = partial(_lost_a_broker, producer, producer.nodes())
+        self._writing = outputs, self._thread.start(partial(self._timed, producer, outputs)), lost
 
     def finish(self) -> Committed | None:
         """Wait until what was begun is durable; ``None`` if nothing was begun.
@@ -82,12 +87,18 @@ class KafkaSink(ABC):
         """
         if self._writing is None:
             return None
-        (outputs, pending), self._writing = self._writing, None
+        (outputs, pending, lost), self._writing = self._writing, None
+        began = time.monotonic()
+        until = began + self._deadline
+        while not pending.done(min(LOST_S, max(0.0, until - time.monotonic()))):
+            if lost() or time.monotonic() >= until:
+                break
         try:
-            seconds = pending.wait(self._deadline)
+            seconds = pending.wait(0.0)
         except TimeoutError:
             self._abandon_thread()
-            why, cause = f"no answer in {self._deadline:.0f} s", "commit_timeout"
+            why = f"no answer in {time.monotonic() - began:.1f} s"
+            cause = "broker_lost" if lost() else "commit_timeout"
         except KafkaError as error:
             if final := hopeless(error, self.config):
                 raise final from None
@@ -185,16 +196,19 @@ class KafkaSink(ABC):
     def _send_all(self, producer: Any, outputs: Outputs) -> list[Any]:
         """Queue every message; its futures, to be handed to :meth:`_all_written`."""
         send, topic, width = producer.send, self.config.output_topic, outputs.chunk.width
-        alike = _alike(producer, topic, width)
+        alike, position = _alike(producer, topic, width), outputs.position
         futures = []
         for message in outputs.messages:
-            record = message.record
+            record, head = message.record, list(message.headers)
+            if position:
+                told = f"{record.partition}@{record.offset};{position}"
+                head.append((POSITION, told.encode()))
             if message.error is not None:
-                futures.append(self._send_dead(producer, message, width))
+                futures.append(self._send_dead(producer, message, head, width))
             else:
                 key = message.key
                 place = record.partition if alike and key == record.key else None
-                futures.append(send(topic, message.value, key, list(message.headers), place))
+                futures.append(send(topic, message.value, key, head, place))
         return futures
 
     def _all_written(self, futures: list[Any]) -> None:
@@ -208,7 +222,7 @@ class KafkaSink(ABC):
             if not future.succeeded():
                 future.get(max(0.0, until - time.monotonic()))
 
-    def _send_dead(self, producer: Any, message: Message, width: int) -> Any:
+    def _send_dead(self, producer: Any, message: Message, more: Any, width: int) -> Any:
         record, error = message.record, message.error
         assert error is not None
         topic = self.config.dead_letters
@@ -220,7 +234,11 @@ class KafkaSink(ABC):
         if value is None and key is None:
             value = b""
         place = record.partition if _alike(producer, topic, width) else None
-        return producer.send(topic, value, key, head + cut, place)
+        return producer.send(topic, value, key, head + cut + more, place)
+
+
+def _lost_a_broker(producer: Producer, before: frozenset[Any]) -> bool:
+    return not before <= producer.nodes()
 
 
 def _alike(producer: Any, topic: str, width: int) -> bool:

@@ -51,6 +51,10 @@ class StreamConfig(BaseModel):
     max_record_bytes: int = Field(
         default=1_000_000, ge=64, le=100_000_000, description="larger records become dead letters"
     )
+    positions: bool = Field(
+        default=True,
+        description="answers say from which records they were made, so that each can be rebuilt",
+    )
     compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = Field(
         default="none", description="of what is written"
     )
@@ -64,7 +68,7 @@ class StreamConfig(BaseModel):
         description="longest commit before its producer is replaced",
     )
     transaction_timeout_ms: int = Field(
-        default=60_000,
+        default=10_000,
         ge=1_000,
         description="time after which Kafka aborts what a vanished worker left open",
     )
@@ -88,6 +92,11 @@ class StreamConfig(BaseModel):
 
     state_dir: Path | None = Field(
         default=None, description="folder of this worker's state; its alone"
+    )
+    standby: bool = Field(
+        default=False,
+        description="wait, with all loaded and the state up to date, until the worker that "
+        "holds state_dir has ended, then take over",
     )
     snapshot_interval_s: float = Field(default=60.0, gt=0, description="time between snapshots")
     replay_max_records: int = Field(
@@ -144,6 +153,8 @@ class StreamConfig(BaseModel):
                 raise ValueError(f"bootstrap_servers: {server.strip()!r} is not host:port")
         if self.transaction_timeout_ms < self.commit_timeout_ms:
             raise ValueError("transaction_timeout_ms must not be below commit_timeout_ms")
+        if self.standby and self.state_dir is None:
+            raise ValueError("standby needs the state_dir of the worker it stands by for")
         topics = (self.input_topic, self.output_topic, self.dead_letters)
         if len(set(topics)) < len(topics):
             raise ValueError("input_topic, output_topic and dead_letter_topic must differ")

@@ -35,6 +35,7 @@ from plinth.pipelines.stream.kafka_clients import (
     prepare,
 )
 from plinth.pipelines.stream.kafka_consumer import GroupConsumer
+from plinth.pipelines.stream.kafka_replay import NotNeeded, Standby
 from plinth.pipelines.stream.kafka_sink import AtLeastOnceSink, ExactlyOnceSink, KafkaSink
 from plinth.pipelines.stream.metrics import DEAD_LETTERS, RECORDS, RECOVERIES
 from plinth.pipelines.stream.processor import Processor
@@ -158,21 +159,41 @@ def run(
             is complete.
         PlinthError: the engine failed for good; nothing of the chunk in hand was committed.
     """
-    with claim(config.state_dir) as name:
-        prepare(config)
-        identity = config.instance_id or name or uuid.uuid4().hex
+
+    def state() -> tuple[Checkpoint, Processor]:
         checkpoint = Checkpoint(
             vertical,
             config.state_dir / "state.snapshot" if config.state_dir else None,
             {"vertical": vertical.name, "topic": config.input_topic, "group": config.group},
             config.replay_max_records,
         )
-        processor = Processor(
+        return checkpoint, Processor(
             vertical, engine, config.max_record_bytes, checkpoint.stateful, sla or vertical.sla
         )
-        consumer, sink = join(config, identity, vertical.name)
-        worker = Worker(config, consumer, sink, processor, checkpoint, stop, on_progress)
-        return worker.run_supervised()
+
+    standby, ready = None, None
+    if config.standby:
+        prepare(config)
+        ready = state()
+        standby = Standby(config, *ready, stop)
+        log.info("standing by for the worker that holds %s", config.state_dir)
+    try:
+        with claim(config.state_dir, while_held=standby) as name:
+            if standby is None:
+                prepare(config)
+            else:
+                standby.close()
+                log.info("taking over %s", config.state_dir)
+            identity = config.instance_id or name or uuid.uuid4().hex
+            checkpoint, processor = ready or state()
+            consumer, sink = join(config, identity, vertical.name)
+            worker = Worker(config, consumer, sink, processor, checkpoint, stop, on_progress)
+            return worker.run_supervised()
+    except NotNeeded:
+        return StreamSummary()
+    finally:
+        if standby is not None:
+            standby.close()
 
 
 def join(config: StreamConfig, identity: str, vertical: str) -> tuple[GroupConsumer, KafkaSink]:
@@ -254,6 +275,7 @@ class Worker:
     def run(self) -> StreamSummary:
         """The run loop: poll, process, commit, until the end; then keep the state."""
         try:
+            self._fence()
             over = False
             while not over:
                 try:
@@ -270,6 +292,15 @@ class Worker:
                 self.consumer.close()
             finally:
                 self.sink.close()
+
+    def _fence(self) -> None:
+        """End what a dead worker of this name left open: readers wait for it, so do it first."""
+        self._at("recover")
+        try:
+            self.sink.ready()
+            log.info("nothing of an earlier worker of this name is open any more")
+        except (TimeoutError, KafkaError) as error:
+            log.warning("fencing is tried again, once in the group: %r", error)
 
     def _turn(self) -> bool:
         """One round of the loop; true when it was the last."""
@@ -310,6 +341,8 @@ class Worker:
                 outputs: Outputs = end.value
                 break
             self._wait_for_engine(seconds)
+        if self.config.positions:
+            outputs.position = self.checkpoint.position(chunk, self.consumer.partitions)
         self.checkpoint.advance(chunk.ends)
         dead = sum(message.error is not None for message in outputs.messages)
         self.dead_share.take(len(outputs.messages), dead)
@@ -481,6 +514,7 @@ class Worker:
                 self._settle()
                 committed |= part.chunk.ends
         self._at("restore")
+        log.info("in the group, with %d partitions", len(committed))
         self.consumer.begin(self.checkpoint.plan(committed, first), owner)
         self.processor.see_partitions(len(committed), max(self.consumer.width, len(committed)))
         self._moved = self._busy = time.monotonic()  # joining, however long, is not idling

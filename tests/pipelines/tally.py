@@ -49,6 +49,11 @@ class TallyVertical(Vertical[Spend, Tally]):
         self.observed = 0
         self.shares: list[tuple[int, int]] = []
 
+    @property
+    def seen(self) -> int:
+        """Records in the state."""
+        return sum(self.counts.values())
+
     def see_partitions(self, mine: int, total: int) -> None:
         self.shares.append((mine, total))
 

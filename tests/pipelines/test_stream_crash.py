@@ -9,11 +9,13 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kafka.admin import KafkaAdminClient
 from kafka_fixtures import KafkaNode, eventually
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
@@ -80,7 +82,7 @@ def worker() -> Iterator[Callable[[StreamConfig], Worker]]:
     yield start
     for one in started:
         one.process.kill()
-        one.process.wait(60)
+        one.process.communicate(timeout=60)
 
 
 class Thread:
@@ -276,3 +278,54 @@ def test_a_stop_while_the_broker_is_gone_ends_in_bounded_time(own_node: KafkaNod
     one.stop.set()
     with pytest.raises(StreamError, match="nothing is lost"):
         one.summary()
+
+
+def test_a_standby_follows_the_log_and_takes_over_when_the_worker_is_killed(
+    kafka_node: KafkaNode, worker: Callable[[StreamConfig], Worker], tmp_path: Path
+) -> None:
+    config = kafka_node.config(
+        instance_id="w1", state_dir=tmp_path, snapshot_interval_s=0.2, max_records=64,
+        idle_exit_s=None, session_timeout_ms=30_000, transaction_timeout_ms=60_000,
+        partitions=2, metadata_max_age_ms=500,
+    )  # fmt: skip
+    kafka_node.fill(config, spends(1_000))
+    first = worker(config)
+    first.until(1_000)
+    eventually((tmp_path / "state.snapshot").exists, 30, "the first snapshot")
+    second = Thread(config.model_copy(update={"standby": True}))
+    eventually(lambda: second.vertical.seen == 1_000, 30, "the standby has the state")
+    kafka_node.fill(config, spends(2_000, start=1_000))
+    first.until(3_000)
+    eventually(lambda: second.vertical.seen == 3_000, 30, "the standby follows the log")
+    assert not second.progress.partitions
+    kafka_node.fill(config, spends(8_000, start=3_000))
+    first.until(3_500)
+    first.kill_within(0.0)
+    killed = time.monotonic()
+    eventually(lambda: second.progress.records > 0, 20, "the standby answers")
+    # far below both time-outs: it neither waits for the group nor for the open transaction
+    assert time.monotonic() - killed < 10
+    # it leads the group now, though the broker does not tell it so
+    with contextlib.closing(KafkaAdminClient(bootstrap_servers=kafka_node.servers)) as admin:
+        admin.create_partitions({config.input_topic: 6})
+    others = [(b"d" + k, v.replace(b': "c', b': "dc')) for k, v in spends(400, start=11_000)]
+    kafka_node.fill(config, others)
+    eventually(lambda: second.progress.partitions == 6, 30, "the new partitions are read")
+    eventually(lambda: second.vertical.seen == 11_400, 30, "to their ends")
+    second.stop.set()
+    summary = second.summary()
+    assert 0 < summary.records < 8_400
+    assert summary.replayed < 8_000
+    expect_each_once(kafka_node.answers(config), 11_400)
+
+
+def test_a_standby_that_is_not_needed_ends_when_told(kafka_node: KafkaNode, tmp_path: Path) -> None:
+    config = kafka_node.config(state_dir=tmp_path, idle_exit_s=None)
+    kafka_node.fill(config, spends(100))
+    first = Thread(config)
+    first.until(100)
+    second = Thread(config.model_copy(update={"standby": True}))
+    second.stop.set()
+    assert second.summary() == StreamSummary()
+    first.stop.set()
+    assert first.summary().records == 100
