@@ -23,18 +23,26 @@ EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 LATEST = datetime(2100, 1, 1, tzinfo=UTC)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
+MIN_DIGITS = 13
+"""Of a card number."""
 _DIGITS = re.compile(r"(?:[-._/:]?[0-9]){13,19}")
 _FIELD = re.compile(r"[a-z][a-z_]{0,39}")
 
 
+def _is_card_number(token: str) -> bool:
+    """Whether it has the length and the check digit (Luhn, ISO/IEC 7812-1) of a card number."""
+    if len(token) < MIN_DIGITS or not token[:1].isdigit() or _DIGITS.fullmatch(token) is None:
+        return False
+    digits = [int(char) for char in reversed(token) if char.isdigit()]
+    doubled = (d * 2 - 9 if d > 4 else d * 2 for d in digits[1::2])
+    return (sum(digits[::2]) + sum(doubled)) % 10 == 0
+
+
 def _no_card_number(token: str) -> str:
-    if token[:1].isdigit() and _DIGITS.fullmatch(token):
-        digits = [int(char) for char in reversed(token) if char.isdigit()]
-        doubled = (d * 2 - 9 if d > 4 else d * 2 for d in digits[1::2])
-        if (sum(digits[::2]) + sum(doubled)) % 10 == 0:
-            raise PydanticCustomError(
-                "raw_card_number", "looks like a card number; send a token or keyed hash"
-            )
+    if _is_card_number(token):
+        raise PydanticCustomError(
+            "raw_card_number", "looks like a card number; send a token or keyed hash"
+        )
     return token
 
 
@@ -57,6 +65,8 @@ EventTime = Annotated[AwareDatetime, AfterValidator(_plausible_time)]
 
 UnknownFields = Literal["ignore", "keep", "refuse"]
 """What becomes of fields that the schema does not have."""
+CardNumbers = Literal["refuse", "allow"]
+"""What becomes of a record with an id that looks like a card number. ``card`` never may."""
 READING = ConfigDict(extra="ignore", strict=True, frozen=True, hide_input_in_errors=True)
 
 
@@ -186,7 +196,7 @@ class Decision(BaseModel):
     reason_codes: Annotated[list[Reason], Field(max_length=4)]
     model: str | None
     model_version: str | None
-    rules_version: str | None
+    rules_version: str | None = None
     features_late: bool = False
     features_partial: bool = False
     duplicate: bool = False
@@ -194,16 +204,41 @@ class Decision(BaseModel):
     extra: dict[str, Any] | None = None
 
 
-def read(raw: bytes, unknown: UnknownFields = "ignore") -> Transaction | Label:
+def read(
+    raw: bytes, unknown: UnknownFields = "ignore", card_numbers: CardNumbers = "refuse"
+) -> Transaction | Label:
     """One JSON record; a record with a field ``fraud`` is a label.
 
     Args:
         raw: one JSON object.
         unknown: what becomes of fields that the schema does not have.
+        card_numbers: what becomes of a record with an id that looks like a card number.
 
     Raises:
         InputError: names the first wrong field, and nothing the sender wrote.
     """
+    made = _read(raw, unknown)
+    if card_numbers == "refuse":
+        _refuse_card_numbers(made)
+    return made
+
+
+def _refuse_card_numbers(record: Transaction | Label) -> None:
+    ids = {"transaction_id": record.transaction_id, "terminal_id": record.terminal_id}
+    if not is_label(record):
+        ids |= {"customer_id": record.customer_id, "device_id": record.device_id or ""}
+    for field, value in ids.items():
+        if len(value) >= MIN_DIGITS and _is_card_number(value):
+            raise InputError(
+                f"{field}: looks like a card number; send a token or keyed hash",
+                field=field,
+                reason="raw_card_number",
+                hint="if your ids are long numbers, give them a prefix, or set "
+                "card_numbers_in_ids = 'allow' in [verticals.finance]",
+            )
+
+
+def _read(raw: bytes, unknown: UnknownFields) -> Transaction | Label:
     payment, label = _TYPES[unknown]
     try:
         made = payment.model_validate_json(raw)

@@ -50,6 +50,7 @@ from plinth.verticals.finance.reasons import (
 from plinth.verticals.finance.rules import Action, Payments, RuleBook, Verdict, limits
 from plinth.verticals.finance.schema import (
     LATEST,
+    CardNumbers,
     Decision,
     Label,
     Reason,
@@ -96,6 +97,8 @@ class FraudSettings(Settings):
             over all terminals, customers and devices.
         unknown_fields: of records: ``ignore`` them, ``keep`` them in the decision's ``extra``, or
             ``refuse`` the record.
+        card_numbers_in_ids: ``refuse`` records whose transaction, customer, terminal or device id
+            has the length and the check digit of a card number, or ``allow`` them.
         colocated: records that share a card, terminal, customer or device always lie in one
             partition. Unless the input is keyed so, every decision of a stream that several
             workers share has ``features_partial``.
@@ -120,6 +123,7 @@ class FraudSettings(Settings):
     max_devices: Entities = 200_000
     max_events: Annotated[int, Field(ge=8, le=10_000_000_000)] = 10_000_000
     unknown_fields: UnknownFields = "ignore"
+    card_numbers_in_ids: CardNumbers = "refuse"
     colocated: bool = False
     live_tables: ClassVar[tuple[str, ...]] = ("rules",)
 
@@ -290,7 +294,7 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
         return self.parse_at(raw, self._clock())
 
     def parse_at(self, raw: bytes, received: float | None) -> Transaction | Label:
-        made = read(raw, self._given.unknown_fields)
+        made = read(raw, self._given.unknown_fields, self._given.card_numbers_in_ids)
         ahead = self._given.max_ahead_seconds
         if ahead is None or received is None:
             return made
@@ -371,7 +375,6 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
             reason_codes=[],
             model=None,
             model_version=None,
-            rules_version=None,
             features_partial=not found,
             extra=label.model_extra,
         )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from payments import NOON, label, payment
 
 from plinth.engine import InputError
-from plinth.verticals.finance import FraudScoring
+from plinth.verticals.finance import FraudScoring, FraudSettings
 from plinth.verticals.finance.schema import (
     Decision,
     Label,
@@ -166,6 +166,30 @@ def test_tokens_are_taken(token: str) -> None:
     made = read(payment(card=token))
     assert isinstance(made, Transaction)
     assert made.card == token
+
+
+@pytest.mark.parametrize("field", ["transaction_id", "customer_id", "terminal_id", "device_id"])
+@pytest.mark.parametrize("number", ["4111111111111111", "4111-1111-1111-1111"])
+def test_an_id_that_looks_like_a_card_number_is_refused_unless_configured(
+    field: str, number: str
+) -> None:
+    for raw in (
+        payment(**{field: number}),
+        payment(**{field: number}).replace(b'"4111', b'"\\u0034111'),
+    ):
+        error = refusal(raw)
+        assert (error.field, error.reason) == (field, "raw_card_number")
+        assert number not in str(error.as_dict())
+        assert isinstance(read(raw, card_numbers="allow"), Transaction)
+    assert isinstance(read(payment(**{field: "4111111111111112"})), Transaction)
+
+
+def test_a_label_of_such_an_id_is_refused_too_and_the_vertical_may_allow_it() -> None:
+    raw = label(transaction_id="4111111111111111")
+    assert refusal(raw).field == "transaction_id"
+    assert FraudScoring(FraudSettings(card_numbers_in_ids="allow")).parse(raw)
+    with pytest.raises(InputError, match="transaction_id: looks like a card number"):
+        FraudScoring().parse(raw)
 
 
 @pytest.mark.parametrize("record", [payment, label])
