@@ -124,7 +124,7 @@ class Variants:
 
     def __init__(self, folder: Path, reference: str) -> None:
         self.folder = folder / "variants"
-        self._reference = reference
+        self.reference = reference
 
     def add(self, variant: Variant, files: Mapping[str, Path]) -> Variant:
         """Write a variant with copies of its files; whole or not at all.
@@ -133,7 +133,7 @@ class Variants:
             ModelError: one of that name exists, or it is of another reference.
         """
         target = self.folder / variant.name
-        if variant.reference != self._reference:
+        if variant.reference != self.reference:
             raise ModelError(f"variant {variant.name} is of another reference")
         if target.exists():
             raise _exists(target)
@@ -243,7 +243,7 @@ class Variants:
             ) from error
         if variant.name != path.parent.name:
             raise ModelError(f"{path} is of {variant.name}, not of its folder")
-        if variant.reference != self._reference:
+        if variant.reference != self.reference:
             raise ModelError(
                 f"{path} was made from another reference than the one beside it",
                 hint=f"remove {path.parent}",

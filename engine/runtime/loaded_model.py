@@ -15,11 +15,12 @@ from plinth.engine.backends.base import Executable, cpu_threads
 from plinth.engine.backends.choice import prepare
 from plinth.engine.backends.eager import TorchExecutable
 from plinth.engine.backends.planner import Planned
+from plinth.engine.backends.variants import best_variant, load_variant
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, OutOfMemory, PlinthError
 from plinth.engine.flow import Sla
 from plinth.engine.models.store import Model, ModelSpec
-from plinth.engine.precision.policy import PrecisionPolicy
+from plinth.engine.precision.policy import PrecisionPolicy, resolve
 from plinth.engine.runtime import batch_range as ranges
 from plinth.engine.runtime.memory_plan import MemoryPlan, Room, measure
 from plinth.engine.runtime.memory_plan import budget as budget_of
@@ -28,7 +29,8 @@ from plinth.engine.tiling import WindowGrid
 
 Range = tuple[int, int] | Literal["auto"]
 Precision = PrecisionPolicy | str | Mapping[str, Any]
-"""A policy, the name of a preset, or a table."""
+"""A policy, the name of a preset, a table, or ``"variant:NAME"`` of a stored model."""
+VARIANT = "variant:"
 _MOST = 128
 _MEASURED_ROWS = 16
 _SAMPLE_SECONDS = 2.0  # of the rows whose memory is measured, about
@@ -206,7 +208,9 @@ def load_model(
         raise ConfigError(f"batch_range is {batch_range}, expected 1 <= smallest <= largest")
     with cpu_threads(threads):
         probe = min(_MEASURED_ROWS, high)
-        executable = prepare(model, device, precision, backend, threads, rows=probe, most=high)
+        executable = _variant(model, device, precision, backend, threads)
+        if executable is None:
+            executable = prepare(model, device, precision, backend, threads, rows=probe, most=high)
         if model.spec.free:
             room = Room(max(0, budget_of(device, budget) - executable.weights))
             return LoadedModel(model, sla, executable, high, room)
@@ -219,6 +223,17 @@ def load_model(
     if isinstance(executable, TorchExecutable):  # in bf16, say: the float32 weights can go
         loaded.model = replace(model, module=executable.module)
     return loaded
+
+
+def _variant(
+    model: Model, device: Device, precision: Precision, backend: str, threads: int | None
+) -> Executable | None:
+    """The variant that is asked for by name, or in ``"auto"`` the best that runs here."""
+    if isinstance(precision, str) and precision.startswith(VARIANT):
+        return load_variant(model, device, threads, precision.removeprefix(VARIANT))
+    if backend != "auto" or not resolve(precision).auto:
+        return None
+    return best_variant(model, device, threads)
 
 
 def _plan(executable: Executable, model: Model, probe: int, budget: int | str) -> MemoryPlan:

@@ -93,7 +93,8 @@ class ModelTable:
         execution = self._execution
         usual = execution.backend or ("onnxruntime" if model.onnx else "eager")
         with self._one_at_a_time:
-            asked = (model.spec, model.digest(), batch_range, backend, repr(precision))
+            default = model.variants and model.variants.default
+            asked = (model.spec, model.digest(), default, batch_range, backend, repr(precision))
             if (known := self._models.get(model.spec.name)) and known.asked == asked:
                 known.sla = sla
                 return known

@@ -1,0 +1,1 @@
+"""The search for the fastest way to compute a model that loses no more than is allowed."""

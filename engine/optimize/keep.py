@@ -1,0 +1,92 @@
+"""From what a search found to variants in a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from plinth.engine.models.variants import Evidence, Variant, Variants
+from plinth.engine.optimize.search import Found, Point, Task
+from plinth.engine.precision.onnx_graph import saturates
+
+MAX_VARIANTS = 4
+_LIBRARIES = ("torch", "onnxruntime", "openvino", "nncf")
+
+
+def keep(found: Found, task: Task, variants: Variants, *, metric: str, data: str) -> list[Variant]:
+    """Write the points that nothing beats as variants; the best becomes the default.
+
+    Those that lose more than is allowed are there for ``Sla(on_overload="degrade")``.
+
+    Args:
+        found: what a search found.
+        task: what was searched.
+        variants: of the model's version.
+        metric: name of the measure.
+        data: where the rows are from.
+
+    Returns:
+        The variants that were written or were there already, the default first.
+    """
+    best = [found.best] if found.best else []
+    others = [point for point in found.front if point is not found.best]
+    written = [
+        _write(point, found, task, variants, {"metric": metric, "data": data})
+        for point in [*best, *others][:MAX_VARIANTS]
+    ]
+    variants.set_default(written[0].name if best else None)
+    return written
+
+
+def _write(
+    point: Point, found: Found, task: Task, variants: Variants, facts: Mapping[str, Any]
+) -> Variant:
+    files: dict[str, Path] = getattr(point.executable, "files", {})
+    evidence = Evidence(
+        speed=point.speed,
+        seconds=point.seconds,
+        reference_seconds=found.reference_seconds,
+        rows=task.batch,
+        threads=task.threads,
+        memory=point.memory,
+        reference_memory=found.reference_memory,
+        loss=point.loss,
+        max_loss=task.max_loss,
+        data_digest=found.data_digest,
+        held_out=found.held_out,
+        machine=task.device.name or str(task.device),
+        versions=dict(_versions(_LIBRARIES)),
+        kernels=point.report.get("kernels") or {},
+        flops=point.report.get("flops") or {},
+        **facts,
+    )
+    exact = bool(files) and "int8" in "".join(point.policy.used) and not saturates()
+    variant = Variant(
+        name=_free_name(point, variants),
+        backend=point.backend,
+        precision=point.policy.as_dict(),
+        device=task.device.kind,
+        needs=("int8-exact",) if exact else (),
+        reference=variants.reference,
+        evidence=evidence,
+    )
+    return variants.add(variant, files)
+
+
+def _free_name(point: Point, variants: Variants) -> str:
+    used = "-".join(sorted(point.policy.used)) or "fp32"
+    base = f"{point.backend}-{used}".replace("_", "-")
+    base += f"-keep{point.kept}" if point.kept else ""
+    taken = {variant.name for variant in variants.list()}
+    names = (base, *(f"{base}.{number}" for number in range(2, 1000)))
+    return next(name for name in names if name not in taken)
+
+
+def _versions(libraries: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for library in libraries:
+        try:
+            yield library, metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue

@@ -1,0 +1,163 @@
+"""What a faster model loses: one number, 0 for nothing, by the measure of the task."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plinth.engine.errors import ConfigError, InputError, nearest
+
+Rows = Mapping[str, Tensor]
+Loss = Callable[[Rows, Rows, Tensor | None], float]
+"""From outputs, those of the reference, and labels, to what is lost."""
+
+COMMAND_SECONDS = 600
+
+
+def loss_of(metric: str, command: Sequence[str] | None = None) -> Loss:
+    """The measure of a name.
+
+    Args:
+        metric: ``cosine``: 1 - mean cosine of each row with the reference's; ``top1``: share of
+            rows whose largest entry along dimension 1 is another; ``dice``: 1 - mean Dice of
+            the classes along dimension 1, background left out; ``auc``, ``ap``: what is lost of
+            the area under the ROC or precision-recall curve against labels; ``command``: what a
+            program prints.
+        command: the program and its arguments; it is given two more, the .npz files of the
+            outputs and of the reference's outputs, and prints the loss.
+
+    Raises:
+        ConfigError: unknown, or ``command`` without one.
+    """
+    if metric == "command":
+        if not command:
+            raise ConfigError("metric command needs a program", hint="--command './measure.py'")
+        return lambda got, want, _: _by_command(command, got, want)
+    if metric not in _MEASURES:
+        raise ConfigError(f"there is no metric {metric!r}", hint=nearest(metric, METRICS))
+    return _MEASURES[metric]
+
+
+def _worst(one: Callable[[Tensor, Tensor], float]) -> Loss:
+    """The largest loss of the float outputs, each taken alone."""
+
+    def loss(got: Rows, want: Rows, _: Tensor | None) -> float:
+        floats = [name for name, tensor in want.items() if tensor.is_floating_point()]
+        if not floats:
+            raise InputError("no output is of floats, so that nothing can be compared")
+        found = [one(got[name].double(), want[name].double()) for name in floats]
+        # What is no number is no match: max() would pass over NaN.
+        return max(value if value == value else float("inf") for value in found)
+
+    return loss
+
+
+def _cosine(got: Tensor, want: Tensor) -> float:
+    a, b = got.flatten(1), want.flatten(1)
+    both_zero = (a.norm(dim=1) == 0) & (b.norm(dim=1) == 0)
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1, eps=1e-30)
+    return float(1 - torch.where(both_zero, 1.0, cosine).mean())
+
+
+def _top1(got: Tensor, want: Tensor) -> float:
+    if want.ndim < 2 or want.shape[1] < 2:
+        raise InputError(
+            f"top1 needs outputs (rows, classes, ...), got {tuple(want.shape)}",
+            hint="use cosine, auc or ap for a single score",
+        )
+    return float((got.argmax(1) != want.argmax(1)).double().mean())
+
+
+def _dice(got: Tensor, want: Tensor) -> float:
+    if want.ndim < 3 or want.shape[1] < 2:
+        raise InputError(f"dice needs outputs (rows, classes, ...), got {tuple(want.shape)}")
+    ours, theirs = got.argmax(1), want.argmax(1)
+    scores = []
+    for label in range(1, want.shape[1]):
+        a, b = ours == label, theirs == label
+        size = int(a.sum() + b.sum())
+        if size:
+            scores.append(2 * int((a & b).sum()) / size)
+    return 1 - sum(scores) / len(scores) if scores else 0.0
+
+
+def _against_labels(area: Callable[[Any, Any], float]) -> Loss:
+    def loss(got: Rows, want: Rows, labels: Tensor | None) -> float:
+        if labels is None:
+            raise ConfigError("auc and ap need labels", hint="give the data an array 'labels'")
+        name = next(iter(want))
+        if want[name].flatten(1).shape[1] != 1:
+            raise InputError(f"auc and ap need one score per row, got {tuple(want[name].shape)}")
+        truth = labels.numpy(force=True).astype(bool).ravel()
+        if truth.all() or not truth.any():
+            raise InputError("auc and ap need rows of both labels, 0 and 1")
+        before, after = (
+            area(truth, each[name].double().numpy(force=True).ravel()) for each in (want, got)
+        )
+        return before - after if after == after else float("inf")
+
+    return loss
+
+
+def roc_auc(truth: Any, scores: Any) -> float:
+    """Area under the ROC curve: the chance that a positive scores above a negative; ties half."""
+    if np.isnan(scores).any():
+        return float("nan")
+    _values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    positive = int(truth.sum())
+    negative = len(truth) - positive
+    return float((ranks[truth].sum() - positive * (positive + 1) / 2) / (positive * negative))
+
+
+def average_precision(truth: Any, scores: Any) -> float:
+    """Sum of precision times the step in recall, over distinct scores from above."""
+    if np.isnan(scores).any():
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    hits, ranked = np.cumsum(truth[order]), scores[order]
+    last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
+    recall, precision = hits[last] / hits[-1], hits[last] / (last + 1)
+    return float(np.sum(np.diff(recall, prepend=0) * precision))
+
+
+def _by_command(command: Sequence[str], got: Rows, want: Rows) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        files = []
+        for name, rows in (("got", got), ("want", want)):
+            files.append(str(Path(folder) / f"{name}.npz"))
+            arrays: dict[str, Any] = {k: tensor.numpy(force=True) for k, tensor in rows.items()}
+            np.savez(files[-1], **arrays)
+        try:
+            done = subprocess.run(
+                [*command, *files], capture_output=True, text=True, timeout=COMMAND_SECONDS
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ConfigError(f"{command[0]} cannot be run: {error}") from error
+    try:
+        if done.returncode:
+            raise ValueError(done.stderr.strip()[-300:])
+        return float(done.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError) as error:
+        raise ConfigError(
+            f"{command[0]} gave no number (exit code {done.returncode}): {error}",
+            hint="its last line must be the loss",
+        ) from error
+
+
+_MEASURES: dict[str, Loss] = {
+    "cosine": _worst(_cosine),
+    "top1": _worst(_top1),
+    "dice": _worst(_dice),
+    "auc": _against_labels(roc_auc),
+    "ap": _against_labels(average_precision),
+}
+METRICS = (*_MEASURES, "command")
+"""The names that :func:`loss_of` knows."""

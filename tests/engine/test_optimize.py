@@ -1,0 +1,232 @@
+"""The search for the fastest way within an allowed loss, and the variants it ends in."""
+
+import json
+import shutil
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from plinth.engine import Call, ConfigError, Engine, Model, ModelError, ModelStore, Sla
+from plinth.engine.backends.choice import TOLERANCE
+from plinth.engine.devices.device import pick
+from plinth.engine.optimize.keep import keep
+from plinth.engine.optimize.measures import average_precision, loss_of, roc_auc
+from plinth.engine.optimize.search import Task, search
+
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]
+CPU = pick("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLINTH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+class Wide(nn.Module):
+    """Layers wide enough that int8 shows, one of which int8 harms: its outliers hide the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.harmed = nn.Linear(256, 512), nn.Linear(512, 512)
+        self.two, self.out = nn.Linear(512, 512), nn.Linear(512, 8)
+        with torch.no_grad():
+            self.one.weight[:1] *= 300
+            self.harmed.weight[:, :1] *= 1e-4
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.harmed(self.one(x)))
+        return self.out(torch.relu(self.two(x)))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """A search over a model in a store, and the variants that were kept of it."""
+    store = ModelStore(tmp_path_factory.mktemp("store"))
+    rows = {"x": torch.randn(48, 256, generator=torch.Generator().manual_seed(3))}
+    store.add(Model.from_torch(Wide().eval(), example=rows["x"], name="wide"))
+    model = store.load("wide")
+    task = Task(
+        model, rows, loss_of("cosine"), 2e-3, CPU, backends=("eager", "onnxruntime"), batch=24
+    )
+    said: list[str] = []
+    result = search(task, tmp_path_factory.mktemp("work"), said.append)
+    written = keep(result, task, store.variants("wide"), metric="cosine", data="noise")
+    return store, task, result, written, said
+
+
+def test_the_layer_that_is_harmed_most_goes_back_to_float32_first(found):
+    _, _, result, _, said = found
+    damage = result.damage["onnxruntime int8"]
+    harmed = max(damage, key=damage.get)
+    assert harmed == list(damage)[1], "the second layer"
+    kept = [p for p in result.points if p.backend == "onnxruntime" and p.policy.used == {"int8"}]
+    whole = next(p for p in kept if p.kept == 0)
+    assert whole.loss > 2e-3
+    fit = [p for p in kept if p.loss <= 2e-3]
+    assert fit
+    assert all(p.policy.layers[harmed] == "fp32" for p in fit)
+    assert any("alone loses" in line for line in said)
+
+
+def test_the_best_is_within_the_loss_and_nothing_within_it_is_faster(found):
+    _, task, result, _, _ = found
+    assert result.best is not None
+    assert result.best.loss <= task.max_loss
+    assert result.best.speed == max(p.speed for p in result.points if p.loss <= task.max_loss)
+    assert result.held_out == 24
+    front = result.front
+    assert all(a.speed >= b.speed and a.loss > b.loss for a, b in pairwise(front))
+
+
+def test_variants_hold_the_evidence_and_the_default_is_the_best(found):
+    store, task, result, written, _ = found
+    variants = store.variants("wide")
+    assert variants.default == written[0].name
+    evidence = variants.get(written[0].name).evidence
+    assert evidence.speed == result.best.speed
+    assert evidence.loss <= evidence.max_loss == task.max_loss
+    assert (evidence.metric, evidence.data, evidence.rows) == ("cosine", "noise", 24)
+    low = [v for v in written if "int8" in v.name]
+    assert all(v.evidence.flops for v in low), "the backend's own profile"
+    store.verify("wide")
+
+
+def test_going_back_is_the_same_step(found):
+    store, _, _, written, _ = found
+    variants = store.variants("wide")
+    assert variants.set_default(None) == written[0].name
+    assert variants.default is None
+    assert variants.set_default(written[0].name) is None
+    with pytest.raises(ModelError, match="there is no variant nothing"):
+        variants.set_default("nothing")
+
+
+def row_of(engine: Engine, rows: torch.Tensor, sla: Sla | None = None):
+    def flow():
+        return (yield Call("wide", rows))
+
+    return engine.run(flow(), sla)
+
+
+def test_an_engine_in_auto_serves_the_default_and_in_fp32_the_reference(found):
+    store, task, _, written, _ = found
+    rows = task.rows["x"][:4]
+    with Engine(device="cpu") as engine:
+        engine.add(store.load("wide"), backend="auto", precision="auto")
+        answer = row_of(engine, rows)
+        assert answer.precision["wide"].endswith(f"/{written[0].name}")
+        assert "times as fast" in engine.status()["models"]["wide"]["reason"]
+        store.variants("wide").set_default(None)
+        engine.add(store.load("wide"), backend="auto", precision="auto")
+        assert row_of(engine, rows).precision["wide"].endswith("/fp32"), "rolled back"
+        store.variants("wide").set_default(written[0].name)
+        engine.add(store.load("wide"), precision="exact")
+        assert row_of(engine, rows).precision == {"wide": "eager/fp32"}
+
+
+def test_a_served_model_is_switched_and_back_without_a_failed_request(found):
+    store, task, _, written, _ = found
+    low = next(v for v in written if v.files)
+    done, stop = [], threading.Event()
+    with Engine(device="cpu") as engine:
+        engine.add(store.load("wide"), precision="exact")
+
+        def ask():
+            while not stop.is_set():
+                done.append(row_of(engine, task.rows["x"][:2]).precision["wide"])
+
+        with ThreadPoolExecutor(3) as pool:
+            asking = [pool.submit(ask) for _ in range(3)]
+            for precision in (f"variant:{low.name}", "exact", f"variant:{low.name}"):
+                engine.add(store.load("wide"), precision=precision)
+                count = len(done)
+                while len(done) < count + 20 and not any(each.done() for each in asking):
+                    row_of(engine, task.rows["x"][:2])
+            stop.set()
+            for each in asking:
+                each.result()
+        assert row_of(engine, task.rows["x"][:2]).precision["wide"].endswith(low.name)
+    assert {word.partition("/")[2] for word in done} == {"fp32", low.name}
+
+
+def test_a_variant_that_is_off_does_not_replace_what_serves(found, monkeypatch):
+    store, task, _, written, _ = found
+    low = next(v for v in written if v.files)
+    with Engine(device="cpu") as engine:
+        engine.add(store.load("wide"), precision="exact")
+        monkeypatch.setitem(TOLERANCE, "int8", 1e-9)
+        monkeypatch.setitem(TOLERANCE, "int8_static", 1e-9)
+        monkeypatch.setitem(TOLERANCE, "int4", 1e-9)
+        monkeypatch.setitem(TOLERANCE, "fp32", 1e-9)
+        with pytest.raises(ModelError, match="off the reference"):
+            engine.add(store.load("wide"), precision=f"variant:{low.name}")
+        assert row_of(engine, task.rows["x"][:2]).precision == {"wide": "eager/fp32"}
+
+
+def test_a_damaged_file_of_a_variant_is_refused(found, tmp_path):
+    store, *_ = found
+    shutil.copytree(store.root, tmp_path / "store")
+    copy = ModelStore(tmp_path / "store")
+    variant = next(v for v in copy.variants("wide").list() if v.files)
+    path = copy.variants("wide").path(variant, next(iter(variant.files)))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match="not what was saved"):
+        copy.variants("wide").get(variant.name)
+    with pytest.raises(ModelError, match="not what was saved"):
+        copy.verify("wide")
+    facts = path.parent / "variant.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"reference": "0" * 64}))
+    with pytest.raises(ModelError, match="another reference"):
+        copy.variants("wide").list()
+
+
+def test_too_few_rows_and_unknown_measures_are_refused(found, tmp_path):
+    _, task, *_ = found
+    few = replace(task, rows={"x": task.rows["x"][:5]})
+    with pytest.raises(ConfigError, match="5 rows are too few"):
+        search(few, tmp_path)
+    with pytest.raises(ConfigError, match="did you mean 'cosine'"):
+        loss_of("cosin")
+    with pytest.raises(ConfigError, match="needs a program"):
+        loss_of("command")
+
+
+def test_measures_are_what_their_names_say(tmp_path):
+    truth = np.array([0, 0, 1, 1, 0, 1], bool)
+    scores = np.array([0.1, 0.4, 0.35, 0.8, 0.4, 0.4])
+    sklearn = pytest.importorskip("sklearn.metrics")
+    assert roc_auc(truth, scores) == pytest.approx(sklearn.roc_auc_score(truth, scores))
+    assert average_precision(truth, scores) == pytest.approx(
+        sklearn.average_precision_score(truth, scores)
+    )
+    want, got = {"y": torch.eye(4)}, {"y": torch.eye(4)[[1, 0, 2, 3]]}
+    assert loss_of("top1")(got, want, None) == 0.5
+    assert loss_of("cosine")(got, want, None) == pytest.approx(0.5)
+    assert loss_of("cosine")({"y": torch.full((4, 4), torch.nan)}, want, None) == float("inf")
+    mask = torch.zeros(1, 2, 4, 4)
+    mask[:, 1, :2] = 1
+    mask[:, 0, 2:] = 1
+    assert loss_of("dice")({"y": mask}, {"y": mask}, None) == 0
+    assert loss_of("dice")({"y": mask.flip(2)}, {"y": mask}, None) == 1
+    program = tmp_path / "measure.py"
+    program.write_text(
+        "import sys, numpy\n"
+        "a, b = (numpy.load(p)['y'] for p in sys.argv[1:])\n"
+        "print(abs(a - b).max())"
+    )
+    by_command = loss_of("command", [sys.executable, str(program)])
+    assert by_command(got, want, None) == 1.0
+    with pytest.raises(ConfigError, match="gave no number"):
+        loss_of("command", [sys.executable, "-c", "pass"])(got, want, None)
