@@ -53,7 +53,7 @@ def store_path(config: Config) -> Path:
 
 def load_vertical(config: Config, name: str) -> Vertical[Any, Any]:
     """One vertical with the settings of its table."""
-    settings, _ = settings_of(config, name)
+    settings, _ = settings_of(config, name, registry.find(name).settings_type)
     with choose_store(config.models.store):
         return registry.load(name, settings)
 

@@ -20,7 +20,7 @@ from plinth.engine import ConfigError, PlinthError
 from plinth.engine.metrics import REGISTRY
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.config.source import validated
-from plinth.verticals import Settings, Vertical, registry
+from plinth.verticals import Settings, Vertical
 
 MAX_BYTES = 64 << 20
 """Of a file with a table."""
@@ -35,17 +35,19 @@ log = logging.getLogger("plinth.settings")
 Mark = tuple[int, int, int] | None
 
 
-def settings_of(config: Config, name: str) -> tuple[Settings, dict[Path, Mark]]:
+def settings_of(
+    config: Config, name: str, kind: type[Settings]
+) -> tuple[Settings, dict[Path, Mark]]:
     """The checked settings of a vertical, and the files its tables were read from.
 
     Args:
         config: has its table; paths in it start from the config file's folder.
         name: of the vertical.
+        kind: its type of settings.
 
     Raises:
         ConfigError: names the file, the key and what was expected.
     """
-    kind: type[Settings] = registry.find(name).settings_type
     table = dict(config.vertical(name).settings)
     files: dict[Path, Mark] = {}
     for field in kind.live_tables:
@@ -107,7 +109,11 @@ class LiveTables:
     def __init__(self, config: Config, verticals: Mapping[str, Vertical[Any, Any]]) -> None:
         self._config = config
         self._verticals = verticals
-        self._files = {name: settings_of(config, name)[1] for name in verticals}
+        self._files = {
+            name: settings_of(config, name, vertical.settings_type)[1]
+            for name, vertical in verticals.items()
+            if vertical.settings_type.live_tables
+        }
 
     def look(self) -> None:
         """Take over what has changed; call it between two batches, about once a second."""
@@ -121,8 +127,9 @@ class LiveTables:
         names = ", ".join(str(path) for path in files if marks[path] != files[path])
         self._files[name] = marks
         try:
-            settings, _ = settings_of(self._config, name)
-            self._verticals[name].reconfigure(settings)
+            vertical = self._verticals[name]
+            settings, _ = settings_of(self._config, name, vertical.settings_type)
+            vertical.reconfigure(settings)
         except PlinthError as error:
             RELOADS.labels(name, "wrong").inc()
             log.error("%s: what was in force stays: %s", name, error)
