@@ -61,7 +61,7 @@ def derive(module: nn.Module, example: Example, wishes: Wishes) -> Derived:
         ModelError: the example does not fit ``forward``, an output has no row for each input
             row, rows mix, or answers are random.
     """
-    name = _name(wishes.name or type(module).__name__.lower())
+    name = _proposal(type(module).__name__) if wishes.name is None else _name(wishes.name)
     copied = _in_eval_mode(module, name)
     rows = _by_name(module, example, name, wishes.rows_dim)
     other = _other(module, rows, wishes, name)
@@ -235,11 +235,14 @@ def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 def _name(wanted: str) -> str:
     if re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", wanted):
         return wanted
-    proposal = re.sub(r"[^a-z0-9._-]+", "-", wanted.lower()).strip("._-")[:64]
     raise ModelError(
         f"{wanted!r} is not a model name",
-        hint=f"use a-z, 0-9, dot, _ and -, such as {proposal or 'model'!r}",
+        hint=f"use a-z, 0-9, dot, _ and -, such as {_proposal(wanted)!r}",
     )
+
+
+def _proposal(text: str) -> str:
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("._-")[:64] or "model"
 
 
 def _in_eval_mode(module: nn.Module, name: str) -> nn.Module:

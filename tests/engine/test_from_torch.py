@@ -227,7 +227,14 @@ def test_integers_keep_their_dtype(dtype, tmp_path):
 @pytest.mark.parametrize("name", ["Mein Modell", "../up", "", "x" * 70, "UPPER"])
 def test_a_name_that_the_store_would_not_take_is_refused_with_one_it_takes(name):
     with pytest.raises(ModelError, match="is not a model name"):
-        Model.from_torch(nn.ReLU(), example=torch.ones(2, 3), name=name or " ")
+        Model.from_torch(nn.ReLU(), example=torch.ones(2, 3), name=name)
+
+
+def test_a_class_of_any_name_gives_a_name_that_the_store_takes():
+    names = {"_Net": "net", "Größe": "gr-e", "_": "model"}
+    for own, taken in names.items():
+        kind = type(own, (nn.ReLU,), {})
+        assert Model.from_torch(kind(), example=torch.ones(2, 3)).spec.name == taken
 
 
 def test_a_sequence_first_model_is_usable_once_it_is_said_where_its_rows_are():
