@@ -6,7 +6,9 @@ Gevenois et al. (AJRCCM 1996) and Parr et al. (Respir Res 2008).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -189,25 +191,68 @@ class _Counts:
     )
 
     def add(self, hu: npt.NDArray[Any], bits: Labels, labels: Labels) -> None:
-        """Count one native plane (y, x) and write its labels."""
-        body = ((bits & INSIDE) > 0) | (((bits & BODY) > 0) & (hu > TISSUE_HU))
-        self.body += int(np.count_nonzero(body))
-        bone = (hu >= BONE_HU) & ((bits & BONE) > 0) & body
-        labels[bone] = BONE_LABEL
-        low = (hu < LUNG_EDGE_HU) & ((bits & AIRWAY) == 0)
-        airy = hu < LUNG_HU
-        for side, may, core in (
-            (LUNG_RIGHT, RIGHT, RIGHT_CORE),
-            (LUNG_LEFT, LEFT, LEFT_CORE),
+        """Count one native plane (y, x) and write its labels.
+
+        A voxel's label and counts follow from its bits and from which thresholds it passes, so
+        they are looked up in a table of all cases.
+        """
+        case = (hu >= TISSUE_HU).view(np.uint8)
+        for passed in (
+            hu > TISSUE_HU,
+            hu >= LUNG_HU,
+            hu >= LUNG_EDGE_HU,
+            hu >= BONE_HU,
         ):
-            inner = (bits & core) > 0
-            whole = (((bits & may) > 0) & low) | inner
-            labels[whole] = side
-            self.lung[side] += int(np.count_nonzero(whole))
-            self.air[side] += _histogram(hu[whole & airy])
-        self.bone += int(np.count_nonzero(labels == BONE_LABEL))
-        tubes = (hu < TISSUE_HU) & ((bits & AIRWAY) > 0) & (labels == 0)
-        self.airway += int(np.count_nonzero(tubes))
+            case += passed.view(np.uint8)
+        if hu.dtype.kind == "f":
+            case[np.isnan(hu)] = len(_LEVELS) - 1
+        index = case.astype(np.uint16)
+        index <<= 8
+        index |= bits
+        found = _cases().take(index, mode="clip")
+        labels[...] = found >> 8
+        self.body += _count(found, _IS_BODY)
+        self.bone += _count(found, _IS_BONE)
+        self.airway += _count(found, _IS_AIRWAY)
+        for side, (is_lung, is_air) in _OF_SIDE.items():
+            self.lung[side] += _count(found, is_lung)
+            self.air[side] += _histogram(hu[(found & is_air) != 0])
+
+
+_IS_BODY, _IS_BONE, _IS_AIRWAY = 1, 2, 4
+_OF_SIDE = {LUNG_RIGHT: (8, 16), LUNG_LEFT: (32, 64)}
+"""Flags of a voxel: part of a lung, and air-filled part of it."""
+
+_LEVELS = (TISSUE_HU - 1, TISSUE_HU, LUNG_HU - 1, LUNG_EDGE_HU - 1, BONE_HU - 1, BONE_HU, math.nan)
+"""A value for each set of thresholds that a voxel can pass, by how many of them it passes."""
+
+
+@cache
+def _cases() -> npt.NDArray[np.uint16]:
+    """256 * label + flags, by 256 * thresholds passed + bits of the region."""
+    hu = np.repeat(np.array(_LEVELS, np.float32), 256)
+    bits = np.tile(np.arange(256, dtype=np.uint8), len(_LEVELS))
+    labels, flags = np.zeros(len(hu), np.uint8), np.zeros(len(hu), np.uint8)
+    body = ((bits & INSIDE) > 0) | (((bits & BODY) > 0) & (hu > TISSUE_HU))
+    flags[body] |= _IS_BODY
+    labels[(hu >= BONE_HU) & ((bits & BONE) > 0) & body] = BONE_LABEL
+    low = (hu < LUNG_EDGE_HU) & ((bits & AIRWAY) == 0)
+    for side, may, core in (
+        (LUNG_RIGHT, RIGHT, RIGHT_CORE),
+        (LUNG_LEFT, LEFT, LEFT_CORE),
+    ):
+        whole = (((bits & may) > 0) & low) | ((bits & core) > 0)
+        labels[whole] = side
+        is_lung, is_air = _OF_SIDE[side]
+        flags[whole] |= is_lung
+        flags[whole & (hu < LUNG_HU)] |= is_air
+    flags[labels == BONE_LABEL] |= _IS_BONE
+    flags[(hu < TISSUE_HU) & ((bits & AIRWAY) > 0) & (labels == 0)] |= _IS_AIRWAY
+    return labels.astype(np.uint16) << 8 | flags
+
+
+def _count(found: npt.NDArray[np.uint16], flag: int) -> int:
+    return int(np.count_nonzero(found & flag))
 
 
 def _histogram(hu: npt.NDArray[Any]) -> Bins:
