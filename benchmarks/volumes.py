@@ -3,12 +3,12 @@
     python benchmarks/volumes.py NETWORK [--side 160] [--window 96] [--overlap 0.5] [--json]
 
 NETWORK is a MeshNet folder (exact windows at its halo), or any network that ``plinth batch
---model`` takes. Each way runs in a fresh process with one thread on the same volume of noise blobs
-(or ``--volume FILE.npy``): CPU seconds of the volume alone, the peak memory of the process, what
-loading and measuring the network takes included, above what it held after its imports, and Dice of the labels against one eager pass over the
-whole volume. Ways: ``naive`` (eager windows, all logits held, then argmax), ``monai``
-(``monai.inferers.sliding_window_inference``, then argmax), ``plinth`` (the engine, backend
-``--backend``).
+--model`` takes. Each way runs in a fresh process with one thread on the same volume of smooth
+noise (or ``--volume FILE.npy``): CPU seconds of the volume alone, the peak memory of the process
+above what it held after its imports, what loading and measuring the network takes included, and
+Dice of the worst class against one eager pass over the whole volume. Ways: ``naive`` (eager
+windows, all logits held, then argmax), ``monai`` (``monai.inferers.sliding_window_inference``,
+then argmax), ``plinth`` (the engine with ``--backend``).
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ def _cases() -> npt.NDArray[np.uint16]:
         flags[whole & (hu < LUNG_HU)] |= is_air
     flags[labels == BONE_LABEL] |= _IS_BONE
     flags[(hu < TISSUE_HU) & ((bits & AIRWAY) > 0) & (labels == 0)] |= _IS_AIRWAY
-    return labels.astype(np.uint16) << 8 | flags
+    return (labels.astype(np.uint16) << 8 | flags).astype(np.uint16)
 
 
 def _count(found: npt.NDArray[np.uint16], flag: int) -> int:
