@@ -2,9 +2,9 @@
 
     python benchmarks/families.py [--rows 1 8] [--rounds 9] [--families bert resnet] [--json]
 
-Configs are a tenth of the published sizes, so that the table takes minutes. One thread; backends
-take turns in each round; a figure is the median of eager's CPU time over that backend's in the
-same round. Beside it stands the largest difference from eager, relative to the largest output.
+Configs are small, so that the table takes minutes. One thread; backends take turns in each round;
+a figure is the median of eager's CPU time over that backend's in the same round. Beside it stands
+the largest difference from eager, relative to the largest output.
 """
 
 from __future__ import annotations
