@@ -23,9 +23,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "verticals")]
 
 from commands import Command  # noqa: E402
+from medical.own_networks import Blobs, write_bundle  # noqa: E402
 from pages import BLOCKS, Block, assigned, commands  # noqa: E402
 
 from plinth.pipelines.cli.embedded_broker import SESSION_TIMEOUT_MS, EmbeddedBroker  # noqa: E402
@@ -127,6 +128,7 @@ def fill(folder: Path) -> None:
     )
     (folder / "verticals").symlink_to(ROOT / "verticals")
     fill_models(folder)
+    write_bundle(folder / "spleen_ct_segmentation", Blobs())
     page = "\n".join(b.text for b in BLOCKS if b.page.name == "writing-a-vertical.md"
                      and b.language == "python")  # fmt: skip
     plug_in = page.partition("from plinth.verticals.testing")[0]
