@@ -18,6 +18,8 @@ from plinth.pipelines.cli.benchmark import benchmark
 from plinth.pipelines.cli.convert import EPILOG as CONVERT_EPILOG
 from plinth.pipelines.cli.convert import convert
 from plinth.pipelines.cli.models import models
+from plinth.pipelines.cli.optimize import EPILOG as OPTIMIZE_EPILOG
+from plinth.pipelines.cli.optimize import optimize
 from plinth.pipelines.console import (
     FAILED,
     USAGE,
@@ -49,6 +51,7 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.command(epilog=BENCHMARK_EPILOG)(benchmark)
+app.command(epilog=OPTIMIZE_EPILOG)(optimize)
 app.command(epilog=BACKENDS_EPILOG)(backends)
 app.command(epilog=CONVERT_EPILOG)(convert)
 

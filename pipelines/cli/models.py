@@ -62,6 +62,21 @@ def show(
         return
     rows = [(key, _cell(value)) for key, value in facts.items() if value]
     show_table(f"{spec.name} {spec.version}", ("field", "value"), rows)
+    variants = target.variants(spec.name, spec.version)
+    evidence = [(v.name, v.name == variants.default, v.evidence) for v in variants.list()]
+    if evidence:
+        lines = [
+            (
+                n + (" (default)" if default else ""),
+                f"{e.speed:.2f}",
+                f"{e.loss:.2g} {e.metric}",
+                f"{e.memory / 1e6:.1f}",
+                f"{e.held_out} rows of {e.data}, {e.machine}",
+            )
+            for n, default, e in evidence
+        ]
+        columns = ("variant", "x fp32", "loss", "weights MB", "measured on")
+        show_table("Variants", columns, lines)
 
 
 @models.command("families", epilog="Example: plinth models families --json")
