@@ -5,7 +5,7 @@ READY  := $(VENV)/.ready
 EXTRAS := $(VENV)/.extras
 JOBS   ?= 2
 
-.PHONY: help setup extras demo lint fix test fuzz coverage wheel-test clean
+.PHONY: help setup extras demo lint fix test fuzz bench-compute coverage wheel-test clean
 
 help:                  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -45,6 +45,9 @@ test: extras lint      ## everything: style, types, tests
 
 fuzz: setup            ## requests made up from the API document, 500 for each route
 	PLINTH_FUZZ_CASES=500 $(BIN)/pytest tests/pipelines/uploads/test_openapi.py
+
+bench-compute: extras  ## backends and precisions on five models; into docs/benchmarks.md (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compute.py --compilers --write
 
 coverage: setup        ## lines the quick tests of engine and verticals run; fails below the floor
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine tests/verticals -m "not slow and not clock" -n $(JOBS) --cov --cov-report=term

@@ -113,7 +113,8 @@ class Planned:
         self.backend = "+".join(dict.fromkeys(member.backend for member in self.members))
         self.precision = "+".join(dict.fromkeys(member.precision for member in self.members))
         self.device = self.members[0].device
-        self.weights = sum(member.weights for member in self.members)
+        modules = {id(getattr(each, "module", each)): each.weights for each in self.members}
+        self.weights = sum(modules.values())
         self.report: dict[str, Any] = dict(self.members[0].report)
         self._firsts = [first for first, _ in parts]
         self._runs = [part.run for _, part in parts]
@@ -126,6 +127,18 @@ class Planned:
     def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every member learns from the rows; gives what the last one gave."""
         return [member.probe(inputs) for member in self.members][-1]
+
+    def smallest(self) -> Executable:
+        """The member with the fewest weights, for where not all of them fit into memory."""
+        chosen = min(self.members, key=lambda member: member.weights)
+        label = f"{chosen.backend}/{chosen.precision}"
+        chosen.report |= {
+            **self.report,
+            "resolved": {"backend": chosen.backend, "precision": chosen.precision},
+            "plan": [{"from_rows": 1, "runs": label}],
+            "reason": f"smallest: the plan's members take {self.weights} bytes, which do not fit",
+        }
+        return chosen
 
     def release(self) -> bool:
         """Give back the memory that members keep."""

@@ -17,6 +17,7 @@ from plinth.engine.backends import Availability, backends, choice, prepare
 from plinth.engine.backends.eager import TorchExecutable
 from plinth.engine.backends.planner import GAIN, Planned, ranges
 from plinth.engine.devices.device import pick
+from plinth.engine.precision.transforms import sharing_copy
 
 CPU = pick("cpu")
 EAGER, OTHER, LOW = LABELS = ("eager/fp32", "other/fp32", "eager/bf16")
@@ -108,6 +109,7 @@ class Fake:
         self.name, self.fixed, self.per_row = name, fixed, per_row
         self.ready: threading.Event | None = facts.get("ready")
         self.off_from = facts.get("off_from", 1 << 30)
+        self.extra = facts.get("extra", 0)
         self.compiled = 0
 
     def available(self):
@@ -127,7 +129,10 @@ class Fake:
                 product @ product
             return model.module(x) * (1 if len(x) < self.off_from else 2)
 
-        return TorchExecutable(self.name, model, model.module, device, compiled=run)
+        own = sharing_copy(model.module)
+        made = TorchExecutable(self.name, model, own, device, compiled=run)
+        made.weights += self.extra
+        return made
 
 
 @pytest.fixture
@@ -244,6 +249,20 @@ def test_the_engine_serves_a_plan_and_tells_it(only):
             answer = engine.run(infer(x))
             torch.testing.assert_close(answer.value, net.module(x).detach())
             assert answer.precision == {"net": "steep+flat/fp32"}
+
+
+@pytest.mark.cpu
+def test_a_plan_that_does_not_fit_gives_way_to_its_smallest_member(only):
+    large = 200_000_000
+    only(Fake("flat", 80, 0, extra=large), Fake("steep", 0, 8), Fake("eager", 800, 0))
+    roomy, tight = (
+        Engine(backend="auto", threads=1, memory_budget=budget) for budget in (2 * large, large)
+    )
+    for engine, runs in ((roomy, ["steep/fp32", "flat/fp32"]), (tight, ["steep/fp32"])):
+        engine.add(model(mlp(), 8))
+        facts = engine.status()["models"]["net"]
+        assert list(dict.fromkeys(each["runs"] for each in facts["plan"])) == runs
+    assert "do not fit" in facts["reason"]
 
 
 @pytest.mark.slow
