@@ -10,7 +10,6 @@ accuracy.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -359,7 +358,7 @@ def write(text: str, page: Path) -> None:
 
 def main() -> None:
     """Measure, print, draw, write."""
-    parser: argparse.ArgumentParser = parser_of(__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--seconds", type=float, default=20.0, help="of each number of rows")
     parser.add_argument("--compilers", action="store_true", help="inductor too; takes minutes")
