@@ -294,7 +294,7 @@ def test_a_stream_can_serve_its_metrics() -> None:
 
     with metrics_at("127.0.0.1:0") as url:
         assert url is not None
-        assert "plinth_queue_rows" in httpx.get(url).text
+        assert "plinth_settings_reloads_total" in httpx.get(url).text
         address = url.removeprefix("http://").removesuffix("/metrics")
         with pytest.raises(ConfigError, match="Address already in use"), metrics_at(address):
             pass
