@@ -8,6 +8,7 @@ against its parser in ``test_docs.py``.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from kafka import KafkaProducer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "verticals")]
@@ -195,9 +197,12 @@ def test_a_plinth_command_runs_as_it_is_written(
         words[words.index("--port") + 1] = "0"
     if words[1] == "benchmark":
         words += SHORT
+    once = "--replay" in words
+    if once:
+        decide(words[words.index("--replay") + 1], shop, tmp_path / "before.txt")
     command = start(words, shop, tmp_path / "said.txt")
     try:
-        if pattern := LASTING.get(words[1]):
+        if not once and (pattern := LASTING.get(words[1])):
             await_words(command, pattern)
             if words[1] == "serve":
                 await_answer(command)
@@ -208,6 +213,21 @@ def test_a_plinth_command_runs_as_it_is_written(
         assert "Traceback" not in command.said
     finally:
         command.end()
+
+
+def decide(transaction: str, shop: Shop, said: Path) -> None:
+    """Let a stream decide a payment of this id."""
+    payment = json.loads((shop.folder / "payment.json").read_text())
+    stream = start(["plinth", "stream", "finance", "--idle-exit-s", "5"], shop, said)
+    try:
+        await_words(stream, LASTING["stream"])
+        producer = KafkaProducer(bootstrap_servers=shop.broker)
+        value = json.dumps(payment | {"transaction_id": transaction}).encode()
+        producer.send("payments", value, payment["card"].encode()).get(30)
+        producer.close()
+        assert stream.wait(SECONDS) == 0, stream.said
+    finally:
+        stream.end()
 
 
 def await_answer(command: Command) -> None:

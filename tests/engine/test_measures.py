@@ -151,7 +151,8 @@ def test_the_report_says_what_ran_not_what_was_wished():
     assert flops == pytest.approx({"bf16": 1 / 3, "fp32": 2 / 3})
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-    assert prepare(model(encoder, (6, 16), (6, 16)), CPU, "bf16", "eager").precision == "fp32"
+    report = prepare(model(encoder, (6, 16), (6, 16)), CPU, "bf16", "eager").report
+    assert report["flops"]["bf16"] > 0.5, "layers of torch's own library too"
 
 
 @pytest.mark.cpu

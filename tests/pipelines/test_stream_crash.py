@@ -225,14 +225,15 @@ def test_scores_stay_right_while_workers_join_and_leave_the_group(
     eventually(lambda: second.progress.partitions > 0, 60, "the second worker has partitions")
     kafka_node.fill(config, spends(3_000, start=1_000))
     second.until(300)
+    shares = first.vertical.shares
+    eventually(lambda: any(mine < 4 for mine, _ in shares), 60, "the first shares the topic")
     first.stop.set()
     done = first.summary()
     second.until(4_000 - done.records)
     second.stop.set()
     assert done.records + second.summary().records == 4_000
     assert second.summary().replayed > 0
-    assert (4, 4) in first.vertical.shares
-    assert any(mine < 4 for mine, _ in first.vertical.shares)
+    assert (4, 4) in shares
     expect_each_once(kafka_node.answers(config), 4_000)
 
 

@@ -188,6 +188,6 @@ def test_without_a_frame_of_reference_it_is_left_out_and_said(
     out = tmp_path / "out"
     out.mkdir()
     files = CtAnalysis(CtSettings(nodules=False, pictures=False, page=False)).write(result, out)
-    assert [path.name for path in files] == ["report.json"]
+    assert [path.name for path in files] == ["measurements.dcm", "report.json"]
     told = CtReport.model_validate_json((out / "report.json").read_text())
     assert told.outputs["segmentation.dcm"].startswith("not written: the source's headers")
