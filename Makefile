@@ -43,7 +43,8 @@ test: extras lint      ## everything: style, types, tests
 	PLINTH_TEST_DEVICE=fake OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine -m "not cpu and not clock and not slow"
 	$(BIN)/pytest -m clock
 
-fuzz: setup            ## requests made up from the API document, 500 for each route
+fuzz: extras           ## new examples for every property, 500 requests for each route (an hour)
+	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/pytest -m "hypothesis and not clock" -n $(JOBS) --timeout 3000
 	PLINTH_FUZZ_CASES=500 $(BIN)/pytest tests/pipelines/uploads/test_openapi.py
 
 bench-compute: extras  ## backends and precisions on five models; into docs/benchmarks.md (half an hour)

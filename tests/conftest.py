@@ -7,9 +7,11 @@ from importlib.util import find_spec
 import pytest
 from hypothesis import settings
 
-# Shared, noisy machines: an example's first call may pay for imports and lazy set-up.
-settings.register_profile("plinth", deadline=None, max_examples=60)
-settings.load_profile("plinth")
+# Shared, noisy machines: an example's first call may pay for imports and lazy set-up. One commit
+# has one result, so examples are drawn from the test's own text; `make fuzz` draws others.
+settings.register_profile("plinth", deadline=None, max_examples=60, derandomize=True)
+settings.register_profile("fuzz", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "plinth"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

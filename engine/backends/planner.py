@@ -15,7 +15,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, TypeVar
 
 import torch
@@ -71,24 +71,21 @@ def ranges(
         keep = found[current] <= min(GAIN * found[best], limit)
         return current if keep else best
 
-    def split(low: int, before: int, high: int, after: int) -> list[tuple[int, int]]:
-        if before == after:
+    def walk(low: int, current: int, high: int) -> list[tuple[int, int]]:
+        """Where the choice changes after ``low``, and to what; each change is from the one before."""
+        after = choose(current, high)
+        if after is None or after == current:
             return []
         middle = (low + high) // 2
-        chosen = None if high - low <= max(1, low // 16) else choose(before, middle)
-        if chosen is None:
+        if high - low <= max(1, low // 16) or times(middle) is None:
             return [(high, after)]
-        return split(low, before, middle, chosen) + split(middle, chosen, high, after)
+        found = walk(low, current, middle)
+        return found + walk(middle, found[-1][1] if found else current, high)
 
-    walked: list[tuple[int, int]] = []
-    for rows in sorted({*(count for count in COUNTS if count < most), most}):
-        chosen = choose(walked[-1][1] if walked else None, rows)
-        if chosen is None:
-            break
-        walked.append((rows, chosen))
-    starts = [(1, walked[0][1] if walked else 0)]
-    for (low, before), (high, after) in pairwise(walked):
-        starts += split(low, before, high, after)
+    ends = list(takewhile(times, sorted({*(count for count in COUNTS if count < most), most})))
+    starts = [(1, (choose(None, ends[0]) if ends else None) or 0)]
+    for low, high in pairwise(ends):
+        starts += walk(low, starts[-1][1], high)
     return [Stretch(first, labels[chosen]) for first, chosen in starts]
 
 
