@@ -14,17 +14,13 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
-from plinth import __version__
 from plinth.engine import InputError
 from plinth.verticals.medical.networks.analysis import Segmentation
-from plinth.verticals.medical.output.dicom_seg import (
-    check_geometry,
-    clean_header,
-    highdicom_affine,
-)
+from plinth.verticals.medical.output.derived import made_by
+from plinth.verticals.medical.output.dicom_seg import save_seg
 from plinth.verticals.medical.output.outputs import peak_memory_mb
 from plinth.verticals.medical.output.page import segmentation_page
-from plinth.verticals.medical.output.report import RESEARCH_USE, CtReport
+from plinth.verticals.medical.output.report import CtReport
 from plinth.verticals.medical.volumes.orientation import Orientation
 from plinth.verticals.medical.volumes.volume import Volume
 
@@ -130,9 +126,6 @@ def write_seg(found: Segmentation, path: Path) -> None:
     present = [value for value in np.unique(found.labels).tolist() if value in recipe.labels]
     if not present:
         raise InputError("none of the network's labels was found", reason="empty")
-    sources = [clean_header(header) for header in volume.series.headers()]
-    if not sources:
-        raise InputError("the volume was not read from DICOM images", reason="no_source")
     numbers = np.zeros(256, np.uint8)
     numbers[present] = np.arange(1, len(present) + 1)
     algorithm = highdicom.AlgorithmIdentificationSequence(
@@ -151,38 +144,8 @@ def write_seg(found: Segmentation, path: Path) -> None:
         )
         for number, value in enumerate(present, 1)
     ]
-    try:
-        seg = highdicom.seg.Segmentation(
-            source_images=sources,
-            pixel_array=highdicom.Volume(
-                numbers[found.labels],
-                highdicom_affine(volume),
-                "PATIENT",
-                frame_of_reference_uid=volume.series.frame_of_reference_uid,
-            ),
-            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=segments,
-            series_instance_uid=highdicom.UID(),
-            series_number=901,
-            sop_instance_uid=highdicom.UID(),
-            instance_number=1,
-            manufacturer="Plinth",
-            manufacturer_model_name=recipe.source[:64],
-            software_versions=__version__,
-            device_serial_number="0",
-            content_label="SEGMENTATION",
-            content_description=RESEARCH_USE[:64],
-            series_description=f"{recipe.name[:30]}, research use only",
-        )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        # The message may repeat values of the header.
-        raise InputError(
-            f"the source's headers do not allow a DICOM SEG ({type(error).__name__})",
-            reason="source_header",
-            hint="check the patient, study and frame of reference attributes of the images",
-        ) from error
-    seg.save_as(path)
-    check_geometry(path, volume)
+    about = made_by(recipe.source, 901, f"{recipe.name[:30]}, research use only")
+    save_seg(volume, numbers[found.labels], segments, about, path)
 
 
 def _table(report: CtReport, found: Segmentation) -> str:

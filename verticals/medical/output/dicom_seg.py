@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydicom import Dataset
+import pydicom
 
 from plinth import __version__
 from plinth.engine import InputError
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
-from plinth.verticals.medical.output.report import RULES, CtArtefacts, CtReport, CtResult
+from plinth.verticals.medical.output.derived import derived, made_by, source_headers
+from plinth.verticals.medical.output.report import (
+    RESEARCH_USE,
+    RULES,
+    CtArtefacts,
+    CtReport,
+    CtResult,
+)
 from plinth.verticals.medical.volumes.volume import Volume
 
-TYPE_2 = (
-    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
-    *("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
-)
-VALID = {
-    "PatientAge": re.compile(r"\d{3}[DWMY]"),
-    "PatientBirthDate": re.compile(r"\d{8}"),
-    "PatientSex": re.compile(r"[FMO]"),
-    "StudyDate": re.compile(r"\d{8}"),
-    "StudyTime": re.compile(r"\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?"),
-}
 TOLERANCE_MM = 0.01
+Labels = npt.NDArray[np.uint8]
 
 
 def write_segmentation(result: CtResult, path: Path) -> None:
@@ -44,48 +40,49 @@ def write_segmentation(result: CtResult, path: Path) -> None:
         InputError: there is nothing to segment, there are no source images, or their headers
             are not good enough for an object that refers to them.
     """
-    import highdicom  # heavy: only when a SEG is written
-
     report, artefacts = result.response, result.artefacts
     numbers, segments = _segments(artefacts, report)
     if not segments:
         raise InputError("neither lungs nor nodules were found", reason="empty")
-    sources = [clean_header(header) for header in artefacts.volume.series.headers()]
-    if not sources:
-        raise InputError("the volume was not read from DICOM images", reason="no_source")
-    volume = highdicom.Volume(
-        numbers[artefacts.analysis.labels],
-        highdicom_affine(artefacts.volume),
-        "PATIENT",
-        frame_of_reference_uid=artefacts.volume.series.frame_of_reference_uid,
-    )
-    try:
+    about = made_by(RULES, 900, "CT analysis, research use only")
+    save_seg(artefacts.volume, numbers[artefacts.analysis.labels], segments, about, path)
+
+
+def save_seg(
+    volume: Volume, labels: Labels, segments: list[Any], about: dict[str, Any], path: Path
+) -> None:
+    """Write segments as one SEG on a volume's native grid, and check its geometry on disk.
+
+    Args:
+        volume: whose images the segments are of.
+        labels: (z, y, x), 0 or the number of a segment.
+        segments: their descriptions, in the order of their numbers from 1.
+        about: from :func:`made_by`.
+        path: the file.
+
+    Raises:
+        InputError: there are no source images, or their headers do not allow a SEG.
+    """
+    import highdicom  # heavy: only when a SEG is written
+
+    sources = source_headers(volume)
+    with derived("DICOM SEG"):
         seg = highdicom.seg.Segmentation(
             source_images=sources,
-            pixel_array=volume,
+            pixel_array=highdicom.Volume(
+                labels,
+                highdicom_affine(volume),
+                "PATIENT",
+                frame_of_reference_uid=volume.series.frame_of_reference_uid,
+            ),
             segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=segments,
-            series_instance_uid=highdicom.UID(),
-            series_number=900,
-            sop_instance_uid=highdicom.UID(),
-            instance_number=1,
-            manufacturer="Plinth",
-            manufacturer_model_name=RULES,
-            software_versions=__version__,
-            device_serial_number="0",
-            content_label="CT_ANALYSIS",
-            content_description="Research use only, not for diagnosis",
-            series_description="CT analysis, research use only",
+            content_label="SEGMENTATION",
+            content_description=RESEARCH_USE[:64],
+            **about,
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        # The message may repeat values of the header.
-        raise InputError(
-            f"the source's headers do not allow a DICOM SEG ({type(error).__name__})",
-            reason="source_header",
-            hint="check the patient, study and frame of reference attributes of the images",
-        ) from error
     seg.save_as(path)
-    check_geometry(path, artefacts.volume)
+    check_geometry(path, volume)
 
 
 def highdicom_affine(volume: Volume) -> npt.NDArray[np.float64]:
@@ -101,9 +98,7 @@ def check_geometry(path: Path, volume: Volume) -> None:
     Raises:
         InputError: a frame does not lie on a slice; the file is removed.
     """
-    import highdicom
-
-    seg = highdicom.seg.segread(path)
+    seg = pydicom.dcmread(path, stop_before_pixels=True)
     shared = seg.SharedFunctionalGroupsSequence[0]
     measures = shared.PixelMeasuresSequence[0]
     cosines = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, float)
@@ -175,23 +170,3 @@ def _description(label: int, number: int, report: CtReport) -> Any:
         tracking_id=tracking,
         tracking_uid=highdicom.UID() if tracking else None,
     )
-
-
-def clean_header(header: Dataset) -> Dataset:
-    """A header fit to copy from: type 2 attributes present, invalid values left out."""
-    for keyword in TYPE_2:
-        if keyword not in header:
-            setattr(header, keyword, "")
-    for element in header:
-        if element.VR == "PN" and element.value and "^" not in str(element.value):
-            element.value = f"{element.value}^"  # one component, said as PS3.5 6.2.1.2 allows
-    studies = header.get("ReferencedStudySequence") or []
-    if not all(item.get("ReferencedSOPClassUID") for item in studies):
-        del header.ReferencedStudySequence  # type 1 in each item (PS3.3 Table 10-11)
-    if header.get("PatientIdentityRemoved") == "YES" and not header.get("DeidentificationMethod"):
-        header.DeidentificationMethod = "not stated by the source"  # type 1C (PS3.3 C.7.1.1)
-    for keyword, pattern in VALID.items():
-        value = str(header.get(keyword) or "")
-        if value and not pattern.fullmatch(value):
-            setattr(header, keyword, "")
-    return header

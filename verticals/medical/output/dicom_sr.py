@@ -9,9 +9,13 @@ import pydicom
 from pydicom import Dataset
 
 from plinth import __version__
-from plinth.engine import InputError
 from plinth.verticals.medical.ct.findings import Finding
-from plinth.verticals.medical.output.dicom_seg import clean_header
+from plinth.verticals.medical.output.derived import (
+    clean_header,
+    derived,
+    made_by,
+    source_headers,
+)
 from plinth.verticals.medical.output.report import RESEARCH_USE, RULES, CtReport, CtResult
 
 SCHEME = "99PLINTH"
@@ -41,34 +45,17 @@ def write_measurements(result: CtResult, segmentation: Path | None, path: Path) 
     """
     import highdicom  # heavy: only when a report is written
 
-    sources = [clean_header(header) for header in result.artefacts.volume.series.headers()]
-    if not sources:
-        raise InputError("the volume was not read from DICOM images", reason="no_source")
+    sources = source_headers(result.artefacts.volume)
     seg = pydicom.dcmread(segmentation, stop_before_pixels=True) if segmentation else None
     evidence = [*sources, clean_header(seg)] if seg is not None else sources
-    try:
+    with derived("DICOM SR"):
         document = highdicom.sr.Comprehensive3DSR(
             evidence=evidence,
             content=_content(result.response, sources, seg),
-            series_instance_uid=highdicom.UID(),
-            series_number=901,
-            sop_instance_uid=highdicom.UID(),
-            instance_number=1,
-            manufacturer="Plinth",
-            manufacturer_model_name=RULES,
-            software_versions=__version__,
-            device_serial_number="0",
-            series_description="CT measurements, research use only",
             is_complete=True,
             is_final=False,
+            **made_by(RULES, 901, "CT measurements, research use only"),
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        # The message may repeat values of the header.
-        raise InputError(
-            f"the source's headers do not allow a DICOM SR ({type(error).__name__})",
-            reason="source_header",
-            hint="check the patient and study attributes of the images",
-        ) from error
     document.save_as(path)
 
 

@@ -9,42 +9,51 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from plinth.verticals.medical.output.pictures import COLOURS
 from plinth.verticals.medical.output.report import CtReport
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
+Legend = list[tuple[str, tuple[int, int, int]]]
+"""Name and RGB colour of each outline."""
+
+CT_LEGEND: Legend = [
+    ("right lung", COLOURS["right"]),
+    ("left lung", COLOURS["left"]),
+    ("nodule candidate", COLOURS["nodule"]),
+]
+
+
 def page(report: CtReport, pictures: dict[str, bytes]) -> str:
-    """The report as HTML, pictures inside.
+    """The report of the CT analysis as HTML, pictures inside.
 
     Args:
         report: what was found.
         pictures: PNG files by name; names that start with ``nodule`` are shown by the nodules.
     """
-    inline = {
-        name: "data:image/png;base64," + base64.b64encode(data).decode()
-        for name, data in pictures.items()
-    }
-    views = {name: data for name, data in inline.items() if not name.startswith("nodule")}
-    keys = {name: data for name, data in inline.items() if name.startswith("nodule")}
-    return _template("report.html").render(report=report, views=views, keys=keys)
+    return _rendered("report.html", report, pictures, CT_LEGEND)
 
 
-def segmentation_page(
-    report: CtReport, pictures: dict[str, bytes], legend: list[tuple[str, tuple[int, int, int]]]
-) -> str:
+def segmentation_page(report: CtReport, pictures: dict[str, bytes], legend: Legend) -> str:
     """The report of a network's segmentation as HTML, pictures inside.
 
     Args:
         report: what was found.
         pictures: PNG files by name.
-        legend: name and colour of each label.
+        legend: of the labels.
     """
-    views = {
+    return _rendered("segmentation.html", report, pictures, legend)
+
+
+def _rendered(name: str, report: CtReport, pictures: dict[str, bytes], legend: Legend) -> str:
+    inline = {
         name: "data:image/png;base64," + base64.b64encode(data).decode()
         for name, data in pictures.items()
     }
-    return _template("segmentation.html").render(report=report, views=views, legend=legend)
+    views = {name: data for name, data in inline.items() if not name.startswith("nodule")}
+    keys = {name: data for name, data in inline.items() if name not in views}
+    return _template(name).render(report=report, views=views, keys=keys, legend=legend)
 
 
 @cache
