@@ -10,7 +10,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -128,8 +128,12 @@ class Source:
                 reason="unreadable",
             ) from None
 
-    def dataset(self, *, pixels: bool = True) -> Dataset:
-        """The whole data set, with or without pixel data.
+    def dataset(self, *, pixels: bool = True, only: Sequence[str] = ()) -> Dataset:
+        """The data set, with or without pixel data.
+
+        Args:
+            pixels: read the pixel data too.
+            only: keywords of the attributes that are read; all of them by default.
 
         Raises:
             InputError: when it is not DICOM, is damaged, or its header is too long.
@@ -141,7 +145,12 @@ class Source:
                     stream.seek(0)
                 if pixels:
                     return dcmread(stream, force=True)
-                return dcmread(Capped(stream), stop_before_pixels=True, force=True)
+                return dcmread(
+                    Capped(stream),
+                    stop_before_pixels=True,
+                    force=True,
+                    specific_tags=list(only) or None,
+                )
             except MALFORMED as error:
                 raise damaged(self, error) from None
 

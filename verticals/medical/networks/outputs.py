@@ -17,7 +17,7 @@ from scipy import ndimage
 from plinth.engine import InputError
 from plinth.verticals.medical.networks.analysis import Segmentation
 from plinth.verticals.medical.output.derived import made_by
-from plinth.verticals.medical.output.dicom_seg import save_seg
+from plinth.verticals.medical.output.dicom_seg import label_counts, save_seg
 from plinth.verticals.medical.output.outputs import peak_memory_mb
 from plinth.verticals.medical.output.page import segmentation_page
 from plinth.verticals.medical.output.report import CtReport
@@ -123,7 +123,8 @@ def write_seg(found: Segmentation, path: Path) -> None:
     from pydicom.sr.codedict import codes
 
     recipe, volume = found.network.recipe, found.volume
-    present = [value for value in np.unique(found.labels).tolist() if value in recipe.labels]
+    counts = label_counts(found.labels)
+    present = [value for value in sorted(recipe.labels) if counts[value]]
     if not present:
         raise InputError("none of the network's labels was found", reason="empty")
     numbers = np.zeros(256, np.uint8)
@@ -149,7 +150,7 @@ def write_seg(found: Segmentation, path: Path) -> None:
 
 
 def _table(report: CtReport, found: Segmentation) -> str:
-    counts = np.bincount(found.labels.ravel(), minlength=256)
+    counts = label_counts(found.labels)
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
     rows.writerow(["study", "series", "label", "name", "voxels", "volume_ml"])

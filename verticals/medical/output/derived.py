@@ -27,7 +27,7 @@ VALID = {
 
 
 def source_headers(volume: Volume) -> list[Dataset]:
-    """The headers of a volume's images, in slice order, fit to refer to and to copy from.
+    """The headers of a volume's images, in slice order: all fit to refer to, the first to copy.
 
     Args:
         volume: read from DICOM.
@@ -38,7 +38,7 @@ def source_headers(volume: Volume) -> list[Dataset]:
     headers = volume.series.headers()
     if not headers:
         raise InputError("the volume was not read from DICOM images", reason="no_source")
-    return [clean_header(header) for header in headers]
+    return [clean_header(headers[0]), *headers[1:]]
 
 
 def clean_header(header: Dataset) -> Dataset:

@@ -125,9 +125,21 @@ def check_geometry(path: Path, volume: Volume) -> None:
         )
 
 
+def label_counts(labels: Labels) -> npt.NDArray[np.int64]:
+    """(256,) voxels of each label, slice by slice: nothing as large as the volume is held.
+
+    Args:
+        labels: (z, y, x).
+    """
+    counts = np.zeros(256, np.int64)
+    for plane in labels:
+        counts += np.bincount(plane.ravel(), minlength=256)
+    return counts
+
+
 def _segments(artefacts: CtArtefacts, report: CtReport) -> tuple[npt.NDArray[np.uint8], list[Any]]:
     """Segment number by label, and the segments' descriptions in the order of their numbers."""
-    present = np.unique(artefacts.analysis.labels)
+    present = np.flatnonzero(label_counts(artefacts.analysis.labels))
     numbers = np.zeros(256, np.uint8)
     segments: list[Any] = []
     for label in present[present > 0]:

@@ -42,6 +42,14 @@ Array = npt.NDArray[Any]
 Affine = npt.NDArray[np.float64]
 
 
+REFERENCE = (
+    *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "PatientID"),
+    *("FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
+    *("Rows", "Columns", "Modality", "InstanceNumber"),
+)
+"""Attributes that an object which refers to an image reads of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Issue:
     """One thing found in the geometry of a series.
@@ -176,10 +184,15 @@ class SeriesFacts:
     def headers(self) -> list[Dataset]:
         """The source images' data sets without pixel data, one per file, in slice order.
 
-        They hold the patient's identity: for writing derived objects, not for logs.
+        The first is whole; the others hold what a reference to an image and its place needs, as
+        patient, study and series are the same. They hold the patient's identity: for writing
+        derived objects, not for logs.
         """
-        unique = dict.fromkeys(self.sources)
-        return [source.dataset(pixels=False) for source in unique]
+        first, *others = dict.fromkeys(self.sources) or (None,)
+        if first is None:
+            return []
+        whole = first.dataset(pixels=False)
+        return [whole, *(source.dataset(pixels=False, only=REFERENCE) for source in others)]
 
     def public(self) -> dict[str, Any]:
         """What a report may print: no UID, no file name, no position."""
