@@ -43,7 +43,7 @@ ENGINE_NAMES = """
     EngineFailed Flow InputError LatencyModel Model ModelError ModelSpec ModelStore PlinthError
     QueueFull Refused Sla TensorSpec Tiling Timing Work architecture from_pretrained
 """
-VERTICALS_NAMES = "Item Settings Tally Vertical WithArtefacts"
+VERTICALS_NAMES = "Item LeftOut Settings Tally Vertical WithArtefacts"
 PLINTH_NAMES = """
     Answer Call Cancelled Closed ConfigError DeadlineRefused DeviceError Engine EngineFailed Flow
     InputError Item Model ModelError ModelSpec ModelStore PlinthError QueueFull Refused Settings

@@ -70,11 +70,32 @@ class Item:
             output folder and the journal entry, so only ``[A-Za-z0-9._-]``, at most 128.
         paths: the files it is made of.
         facts: what the user may see of it in lists and logs, without personal data.
+        replaces: ids of items told before that were incomplete and are withdrawn.
     """
 
     id: str
     paths: tuple[Path, ...]
     facts: dict[str, Any] = field(default_factory=dict)
+    replaces: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Files below a folder that are no item, and why.
+
+    Args:
+        path: the file, or the folder they lie in.
+        reason: in a word, such as ``"not_dicom"``.
+        message: a sentence, without personal data.
+        files: how many.
+        failed: they should have been part of an item, and cannot be read.
+    """
+
+    path: Path
+    reason: str
+    message: str
+    files: int = 1
+    failed: bool = False
 
 
 class Tally:
@@ -205,6 +226,14 @@ class Vertical(ABC, Generic[Req, Res]):
     def discover(self, folder: Path) -> Iterator[Item]:
         """Find the items below a folder without reading more than it must."""
         raise InputError(f"{self.name} takes records, not folders", reason="unsupported")
+
+    def survey(self, folder: Path) -> Iterator[Item | LeftOut]:
+        """As :meth:`discover`, as early as can be, with every file that is no item.
+
+        The doors call it. An item may be told before all its files were seen; it is then told
+        again and replaces what was told too early.
+        """
+        yield from self.discover(folder)
 
     def load(self, item: Item) -> Req:
         """Read one item found by :meth:`discover`.

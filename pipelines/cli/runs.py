@@ -289,7 +289,7 @@ def show_summary(summary: Summary) -> None:
         ]
         show_table("Failed", ("item", "reason", "message"), rows)
     counts = summary.as_dict()
-    keys = ("items", "done", "skipped", "failed", "open", "seconds")
+    keys = ("found", "done", "skipped", "failed", "open", "seconds")
     show_table("Batch", keys, [[counts[key] for key in keys]])
 
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 import os
+import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import orjson
 
@@ -35,18 +38,21 @@ from plinth.pipelines.folders.items import (
     Finished,
     Steps,
     analyse,
-    discover,
     fingerprint,
     printable,
+    survey,
     versions,
 )
 from plinth.pipelines.folders.journal import Entry, Journal
 from plinth.pipelines.folders.storage import StorageError, replace_file, storing, sweep
-from plinth.verticals import Item, Vertical
+from plinth.verticals import Item, LeftOut, Vertical
 
 AGAIN = "make room or change the permissions, then run it again: it goes on"
 MAX_NUMBERS = 200
 """Numbers of one result that the cohort's table shows."""
+COLUMNS = ("id", "state", "source", "files", "seconds", "reason", "message")
+LEFT_OUT = ".partial-left-out.csv"
+"""Rows of files that are no item, until they become part of the cohort's table."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What makes a spreadsheet run a cell."""
 State = Literal["done", "failed", "skipped", "failed before", "open"]
@@ -77,15 +83,18 @@ class Summary:
 
     Args:
         states: how each item of the folder stands, by id, in the order found.
+        left_out: rows of the cohort's table for files that are no item, by state.
         entries: the journal's word on each item that has one, by id.
-        sources: the file or folder each item was found in, relative to the input, by id.
+        sources: the file or folder each item was found in, relative to the input, and how many
+            files it is made of, by id.
         seconds: wall time of this run.
         interrupted: the run was told to stop before the end.
     """
 
     states: dict[str, State] = field(default_factory=dict)
+    left_out: Counter[State] = field(default_factory=Counter)
     entries: dict[str, Entry] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, tuple[str, int]] = field(default_factory=dict)
     seconds: float = 0.0
     interrupted: bool = False
 
@@ -101,16 +110,17 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """0 when every item is done, 1 when some failed or stayed open."""
-        return 1 if self.failed or self.count("open") else 0
+        """0 when every item is done, 1 when items or files failed, or items stayed open."""
+        return 1 if self.failed or self.left_out["failed"] or self.count("open") else 0
 
     def as_dict(self) -> dict[str, Any]:
         """The summary as JSON-ready data."""
         return {
+            "found": len(self.states) + self.left_out.total(),
             "items": len(self.states),
             "done": self.count("done"),
-            "skipped": self.count("skipped"),
-            "failed": len(self.failed),
+            "skipped": self.count("skipped") + self.left_out["skipped"],
+            "failed": len(self.failed) + self.left_out["failed"],
             "open": self.count("open"),
             "interrupted": self.interrupted,
             "seconds": round(self.seconds, 3),
@@ -122,16 +132,16 @@ class Summary:
         """A table as CSV: each item, its state, its source, and the numbers of its result."""
         entries = [self.entries.get(name) for name in self.states]
         numbers = sorted({key for entry in entries if entry for key in entry.numbers})
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["id", "state", "source", "seconds", "reason", "message", *numbers])
+        rows: list[list[Any]] = [[*COLUMNS, *numbers]]
         for (name, state), entry in zip(self.states.items(), entries, strict=True):
             error = (entry and entry.error) or {}
-            cells = [name, state, self.sources.get(name), entry and round(entry.seconds, 3)]
-            cells += [error.get("reason"), error.get("message")]
+            source, files = self.sources.get(name, ("", 0))
+            cells = [name, state, source, files, entry and round(entry.seconds, 3)]
+            told = (error.get("reason"), error.get("message"))
+            cells += told if state != "skipped" else ("done_before", "done by an earlier run")
             cells += [entry.numbers.get(key) if entry else None for key in numbers]
-            table.writerow(map(_cell, cells))
-        return text.getvalue()
+            rows.append(cells)
+        return "".join(map(_row, rows))
 
 
 class Batch:
@@ -179,6 +189,7 @@ class Batch:
         self._tell = on_progress
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
         self._finding = threading.Lock()
         self._device = threading.BoundedSemaphore(workers)
         self._broken: PlinthError | None = None
@@ -203,7 +214,8 @@ class Batch:
                 self.summary.entries = journal.entries
                 sweep(self.out)
                 replace_file(self.out / "failed.jsonl", b"")
-                self._work_all(self._open_items(journal), journal)
+                with os.fdopen(_owners_file(self.out / LEFT_OUT), "w") as left_out:
+                    self._work_all(self._open_items(journal, left_out), journal)
                 self._finish(started)
         except StorageError as error:
             self._broken = error
@@ -225,18 +237,23 @@ class Batch:
         for worker in workers:
             worker.result()
         if not self.summary.states and self._broken is None and not self._stop.is_set():
-            raise ConfigError(
+            self._broken = ConfigError(
                 f"{self.vertical.name} found nothing to do in {self.folder}",
                 hint="check the folder and the vertical",
             )
 
-    def _open_items(self, journal: Journal) -> Iterator[Item]:
+    def _open_items(self, journal: Journal, left_out: TextIO) -> Iterator[Item]:
         """Items that are to be worked on, as they are found; the others are told at once."""
-        for item in discover(self.vertical, self.folder):
+        for item in survey(self.vertical, self.folder):
+            if isinstance(item, LeftOut):
+                self._leave_out(item, left_out)
+                continue
+            for name in item.replaces:
+                self._withdraw(name, journal)
             state = self._known(item, journal.entries.get(item.id))
             with self._lock:
                 self.summary.states[item.id] = state
-                self.summary.sources[item.id] = _source(item, self.folder)
+                self.summary.sources[item.id] = _source(item, self.folder), len(item.paths)
                 self._tell(Progress("found", total=len(self.summary.states)))
                 if state != "open":
                     self._tell(Progress("finished", item.id, state=state))
@@ -244,6 +261,26 @@ class Batch:
                 self._note_failed(journal.entries[item.id])
             if state == "open":
                 yield item
+
+    def _leave_out(self, one: LeftOut, table: TextIO) -> None:
+        state: State = "failed" if one.failed else "skipped"
+        self.summary.left_out[state] += 1
+        source = printable(os.path.relpath(one.path, self.folder))
+        message = printable(one.message)
+        with storing():
+            table.write(_row(["", state, source, one.files, None, one.reason, message]))
+
+    def _withdraw(self, name: str, journal: Journal) -> None:
+        """Remove an item that was told before all its files were seen, once it is not in work."""
+        with self._settled:
+            while self.summary.states.get(name) == "open" and not self._stop.is_set():
+                self._settled.wait(0.5)
+            self.summary.states.pop(name, None)
+            with storing():
+                if name in journal.entries:
+                    journal.add(Entry(name, "withdrawn", {}, ""))
+                if (self.out / name).exists():
+                    shutil.rmtree(self.out / name)
 
     def _known(self, item: Item, entry: Entry | None) -> State:
         if entry is None or not self.resume:
@@ -293,8 +330,10 @@ class Batch:
         entry = replace(entry, **change)
         with self._lock, storing():
             journal.add(entry)
-            self.summary.states[entry.id] = entry.state
-            self._tell(Progress("finished", entry.id, state=entry.state))
+            state: State = "failed" if entry.state == "failed" else "done"
+            self.summary.states[entry.id] = state
+            self._settled.notify_all()
+            self._tell(Progress("finished", entry.id, state=state))
         if entry.state == "failed":
             self._note_failed(entry)
 
@@ -310,7 +349,11 @@ class Batch:
         self.summary.seconds = time.perf_counter() - started
         self.summary.interrupted = self._stop.is_set()
         replace_file(self.out / "failed.jsonl", b"".join(map(_failed_line, self.summary.failed)))
-        replace_file(self.out / "cohort.csv", self.summary.cohort().encode(), mode=0o600)
+        left_out = self.out / LEFT_OUT
+        with left_out.open("rb") as rows:
+            table = itertools.chain((self.summary.cohort().encode(),), rows)
+            replace_file(self.out / "cohort.csv", table, mode=0o600)
+        left_out.unlink()
         replace_file(
             self.out / "summary.json",
             orjson.dumps(self.summary.as_dict(), option=orjson.OPT_INDENT_2),
@@ -338,6 +381,11 @@ def _success(done: Finished) -> dict[str, Any]:
     }
 
 
+def _owners_file(path: Path) -> int:
+    """A new file that only its owner can read."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+
+
 def _failed_line(entry: Entry) -> bytes:
     return orjson.dumps({"id": entry.id, **(entry.error or {}), "facts": entry.facts}) + b"\n"
 
@@ -358,6 +406,13 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float | bool]]:
             yield from _numbers(inner, f"{name}.{key}" if name else key)
     elif isinstance(value, bool | int | float) and math.isfinite(value):
         yield name, value
+
+
+def _row(cells: Sequence[Any]) -> str:
+    """A line of a table as CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(map(_cell, cells))
+    return text.getvalue()
 
 
 def _cell(value: Any) -> Any:

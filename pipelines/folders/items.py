@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from plinth.engine import Answer, Engine, Flow, InputError, PlinthError, Sla
 from plinth.pipelines.folders.storage import storing, write_whole
 from plinth.pipelines.records import FAULTS
-from plinth.verticals import Item, Settings, Vertical
+from plinth.verticals import Item, LeftOut, Settings, Vertical
 
 log = logging.getLogger("plinth.items")
 
@@ -105,11 +105,11 @@ def software_fault(what: str, step: str, error: BaseException) -> SoftwareFault:
     )
 
 
-def discover(vertical: Vertical[Any, Any], folder: Path) -> Iterator[Item]:
-    """The vertical's items below a folder, as they are found, with ids that can name folders.
+def survey(vertical: Vertical[Any, Any], folder: Path) -> Iterator[Item | LeftOut]:
+    """What the vertical finds below a folder, as it finds it; ids of items can name folders.
 
     An id that cannot, or that was given before, is replaced by one made from it; which stays the
-    same as long as the files keep their places.
+    same as long as the files keep their places. An item that replaces one of its id keeps it.
 
     Raises:
         InputError: the vertical found the folder unreadable.
@@ -117,10 +117,14 @@ def discover(vertical: Vertical[Any, Any], folder: Path) -> Iterator[Item]:
     """
     seen: set[str] = set()
     try:
-        for item in vertical.discover(folder):
-            name = item.id
+        for found in vertical.survey(folder):
+            if isinstance(found, LeftOut):
+                yield found
+                continue
+            name = found.id
+            seen -= set(found.replaces)
             if not _ID.fullmatch(name) or name in seen:
-                places = (os.path.relpath(path, folder) for path in sorted(item.paths))
+                places = (os.path.relpath(path, folder) for path in sorted(found.paths))
                 name = _safe_name(name, "\0".join(places))
             if name in seen:
                 raise SoftwareFault(
@@ -128,7 +132,7 @@ def discover(vertical: Vertical[Any, Any], folder: Path) -> Iterator[Item]:
                     hint="this is a fault in the vertical",
                 )
             seen.add(name)
-            yield item if name == item.id else replace(item, id=name)
+            yield found if name == found.id else replace(found, id=name)
     except PlinthError:
         raise
     except OSError as error:
@@ -199,7 +203,7 @@ def analyse(
     Args:
         vertical: the domain.
         engine: a started engine that has the vertical's models.
-        item: from :func:`discover`.
+        item: from :func:`survey`.
         folder: final place of the outputs; appears whole or not at all.
         sla: the promise, usually background.
         steps: hooks.

@@ -27,13 +27,13 @@ from plinth.pipelines.folders.items import (
     SoftwareFault,
     Steps,
     analyse,
-    discover,
     printable,
     software_fault,
+    survey,
 )
 from plinth.pipelines.folders.storage import StorageError, StorageFull, storing
 from plinth.pipelines.records import explained
-from plinth.verticals import Item, Vertical
+from plinth.verticals import Item, LeftOut, Vertical
 
 JobState = Literal["receiving", "queued", "running", "done", "failed"]
 OWN = (InputError, Refused, StorageError, SoftwareFault)
@@ -90,6 +90,7 @@ class Job:
         vertical: who reads it.
         folder: its own folder: ``in`` for what came, ``out`` for what is written.
         created: clock time of the upload.
+        left_out: the first files that are no item, and why.
     """
 
     id: str
@@ -98,6 +99,7 @@ class Job:
     created: float
     state: JobState = "receiving"
     items: list[ItemReport] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
     failure: PlinthError | None = None
     error: dict[str, Any] | None = None
     finished: float | None = None
@@ -135,6 +137,7 @@ class Job:
             "progress": {"items": len(self.items), "finished": over, "stage": stage},
             "error": self.error,
             "items": [_item_dict(item, url) for item in self.items],
+            "left_out": self.left_out,
         }
 
 
@@ -351,7 +354,12 @@ class Jobs:
 
     def _run(self, job: Job) -> None:
         vertical = self._verticals[job.vertical]
-        found = list(discover(vertical, job.received))
+        found: list[Item] = []
+        for one in survey(vertical, job.received):
+            if isinstance(one, LeftOut):
+                self._leave_out(job, one)
+            else:
+                found = [other for other in found if other.id not in one.replaces] + [one]
         if not found:
             raise InputError(
                 f"{vertical.name} found nothing in the upload",
@@ -366,6 +374,12 @@ class Jobs:
         failures = [report for report in job.items if report.failure]
         if len(failures) == len(found):
             job.failure, job.error = failures[0].failure, failures[0].error
+
+    def _leave_out(self, job: Job, one: LeftOut) -> None:
+        if len(job.left_out) < MAX_SOURCES:
+            told = {"reason": one.reason, "message": one.message, "files": one.files}
+            report = _reports(job, [Item("", (one.path,))])[0]
+            job.left_out.append({"sources": report.sources, **_for_client(told, job, report)})
 
     def _one(self, vertical: Vertical[Any, Any], job: Job, one: Item, report: ItemReport) -> None:
         report.state = "running"

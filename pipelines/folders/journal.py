@@ -21,7 +21,7 @@ class Entry:
 
     Args:
         id: the item's id.
-        state: ``"done"`` or ``"failed"``.
+        state: ``"done"`` or ``"failed"``; ``"withdrawn"`` when more of its files were found.
         models: version by name of the vertical's models at the time.
         inputs: fingerprint of the item's files and the settings at the time.
         seconds: how long it took.
@@ -33,7 +33,7 @@ class Entry:
     """
 
     id: str
-    state: Literal["done", "failed"]
+    state: Literal["done", "failed", "withdrawn"]
     models: dict[str, str]
     inputs: str
     seconds: float = 0.0

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from plinth.pipelines.config.settings import Config
 from plinth.pipelines.folders.batch import Batch, Progress, Summary
 from plinth.pipelines.folders.journal import Journal
 from plinth.pipelines.folders.storage import write_whole
-from plinth.verticals import Item, Settings
+from plinth.verticals import Item, LeftOut, Settings
 
 PLAIN = Config.model_validate({"engine": {"backend": "eager", "precision": "fp32"}})
 
@@ -337,6 +338,54 @@ def test_the_first_result_does_not_wait_for_the_last_file(
 
     summary = Batch(Endless(), engine, shelf, tmp_path / "out", on_progress=note).run()
     assert len(summary.states) == 4
+
+
+def test_files_that_are_no_item_stand_in_the_cohort_with_their_reason(
+    engine: Engine, shelf: Path, tmp_path: Path
+) -> None:
+    class Wary(Shelf):
+        def survey(self, folder: Path) -> Iterator[Item | LeftOut]:
+            yield LeftOut(folder / "notes" / "=x.pdf", "no_text", "not a text", files=3)
+            yield from self.discover(folder)
+            yield LeftOut(folder / "torn.txt", "torn", "cut short", failed=True)
+
+    out = tmp_path / "out"
+    summary = Batch(Wary(), engine, shelf, out).run()
+    rows = list(csv.DictReader(io.StringIO((out / "cohort.csv").read_text())))
+    assert (out / "cohort.csv").stat().st_mode & 0o777 == 0o600
+    states = Counter(row["state"] for row in rows)
+    told = json.loads((out / "summary.json").read_text())
+    assert states == {"done": 2, "failed": 3, "skipped": 1}
+    assert told["done"] + told["failed"] + told["skipped"] == told["found"] == 6
+    pdf, torn = (row for row in rows if not row["id"])
+    assert (pdf["source"], pdf["files"], pdf["reason"]) == ("notes/=x.pdf", "3", "no_text")
+    assert (torn["state"], torn["message"]) == ("failed", "cut short")
+    assert summary.exit_code == 1
+    again = Batch(Wary(), engine, shelf, out).run().as_dict()
+    assert again["done"] + again["failed"] + again["skipped"] == again["found"] == 6
+    assert not list(out.glob(".partial-*"))
+
+
+def test_an_item_that_was_told_too_early_is_done_again_in_its_place(
+    engine: Engine, shelf: Path, tmp_path: Path
+) -> None:
+    """Two items turn out to be one; the later word stands, also on the next run."""
+
+    class Hasty(Shelf):
+        def discover(self, folder: Path) -> Iterator[Item]:
+            one, other = folder / "a.txt", folder / "d.txt"
+            yield Item("a", (one,))
+            yield Item("d", (other,))
+            yield Item("d", (other, one), replaces=("a", "d"))
+
+    out = tmp_path / "out"
+    for _ in range(2):
+        summary = Batch(Hasty(), engine, shelf, out).run()
+        assert summary.states == {"d": "done"}
+        assert not (out / "a").exists()
+        assert (out / "d" / "twice.txt").read_text() == "8.0\n"
+        (row,) = csv.DictReader(io.StringIO((out / "cohort.csv").read_text()))
+        assert row["files"] == "2"
 
 
 @pytest.mark.parametrize("fault", [KeyError("x"), SystemExit(3), PermissionError(13, "denied")])

@@ -13,13 +13,14 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from plinth.engine import Call, Flow, InputError, Model, ModelStore, Sla, Tiling
-from plinth.verticals.contract import Item, Settings, Vertical, WithArtefacts
+from plinth.verticals.contract import Item, LeftOut, Settings, Vertical, WithArtefacts
 from plinth.verticals.medical.ct.analysis import MIN_SLICES, Analysis, analyse
 from plinth.verticals.medical.ct.findings import Finding
 from plinth.verticals.medical.ct.segment import BONE_HU, COARSE_MM, LUNG_HU, TISSUE_HU
 from plinth.verticals.medical.dicom.choose import LISTED
-from plinth.verticals.medical.dicom.discover import Series, scan
+from plinth.verticals.medical.dicom.discover import SETTLED, Series, survey
 from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.dicom.walk import Ignored
 from plinth.verticals.medical.networks.analysis import Segmentation, segment, window_of
 from plinth.verticals.medical.networks.load import Network as UserNetwork
 from plinth.verticals.medical.networks.load import load_network
@@ -49,6 +50,8 @@ from plinth.verticals.medical.volumes.volume import SeriesFacts, Verdict, Volume
 
 STORE = Path(__file__).parent / "store"
 MODEL = "nodules"
+KEPT = 64
+"""Series whose headers are kept from when they are found until they are loaded."""
 
 
 class NetworkSettings(Settings):
@@ -78,6 +81,7 @@ class CtSettings(Settings):
         version: of the model; the newest by default.
         nodules: look for nodules; off, since the network was never measured on patients.
         strict: refuse series whose geometry is not regular instead of repairing them.
+        burned_in: ``"skip"`` series whose Burned In Annotation is YES, or ``"analyse"`` them.
         gaps: ``"refuse"`` series with slices missing, or ``"fill"`` the gaps by interpolation.
         working_spacing_mm: isotropic spacing of the network's grid. The packaged weights were
             trained at 1.5; others need others.
@@ -100,6 +104,7 @@ class CtSettings(Settings):
     version: str | None = None
     nodules: bool = False
     strict: bool = False
+    burned_in: Literal["skip", "analyse"] = "skip"
     gaps: Literal["refuse", "fill"] = "refuse"
     working_spacing_mm: float = Field(default=1.5, ge=0.5, le=4)
     window: tuple[int, int, int] = (32, 48, 48)
@@ -187,36 +192,61 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
 
     # -- folders -----------------------------------------------------------------------------
     def discover(self, folder: Path) -> Iterator[Item]:
-        """CT series below a folder, zip or DICOMDIR; what else lies there is named in facts.
+        """CT series below a folder, zip or DICOMDIR, when all of it was seen.
 
         Raises:
             InputError: there are images, but no CT series that can be analysed.
         """
-        found = scan(folder).series
+        found = self._survey(folder, None)
+        yield from (one for one in found if isinstance(one, Item))
+
+    def survey(self, folder: Path) -> Iterator[Item | LeftOut]:
+        """CT series as they become complete; all else is left out with its reason.
+
+        Raises:
+            InputError: there are images, but no CT series that can be analysed.
+        """
+        return self._survey(folder, SETTLED)
+
+    def _survey(self, folder: Path, settled: int | None) -> Iterator[Item | LeftOut]:
         own = self.settings.network
         modalities = ("CT",) if own is None else self._user_network(own).recipe.modality
-        reasons = {series.id: _unfit(series, modalities) for series in found}
-        fit = [series for series in found if reasons[series.id] is None]
-        left = [series for series in found if reasons[series.id] is not None]
-        skipped = [f"{series.describe()}: {reasons[series.id]}" for series in left[:LISTED]]
-        if len(left) > LISTED:
-            skipped.append(f"and {len(left) - LISTED} more")
-        if found and not fit:
+        left: dict[str, tuple[Series, LeftOut]] = {}
+        fit = 0
+        for found in survey(folder, settled=settled):
+            if isinstance(found, Ignored):
+                yield LeftOut(Path(found.name), found.code, found.reason, failed=found.damaged)
+                continue
+            series = found.series
+            for name in found.replaces:
+                left.pop(name, None)
+            unfit = _unfit(series, modalities, self.settings.burned_in)
+            if unfit is not None:
+                left[series.id] = series, _left_out(series, *unfit)
+                continue
+            fit += 1
+            self._keep(series)
+            facts: dict[str, Any] = {"modality": series.modality, "images": len(series.frames)}
+            yield Item(series.id, _paths(series), facts, found.replaces)
+        yield from (one for _, one in left.values())
+        if left and not fit:
+            lines = [f"{series.describe()}: {one.message}" for series, one in left.values()]
+            more = [f"and {len(lines) - LISTED} more"] * (len(lines) > LISTED)
             raise InputError(
                 f"{folder.name} holds no {' or '.join(modalities) or 'image'} series to analyse: "
-                f"{'; '.join(skipped)}",
+                f"{'; '.join(lines[:LISTED] + more)}",
                 hint=f"give axial images of at least {MIN_SLICES} slices",
                 reason="no_ct",
             )
-        self._found = {series.id: series for series in fit}
-        for number, series in enumerate(fit):
-            facts: dict[str, Any] = {"modality": series.modality, "images": len(series.frames)}
-            if number == 0 and skipped:
-                facts["skipped"] = skipped
-            yield Item(series.id, _paths(series), facts)
+
+    def _keep(self, series: Series) -> None:
+        """Remember a series until it is loaded; the oldest is found again if it is needed."""
+        self._found[series.id] = series
+        while len(self._found) > KEPT:
+            self._found.pop(next(iter(self._found)), None)
 
     def load(self, item: Item) -> StudyRequest:
-        series = self._found.get(item.id)
+        series = self._found.pop(item.id, None)
         settings = self.settings
         if series is not None:
             volume = load_volume(series, settings.strict, gaps=settings.gaps)
@@ -390,19 +420,31 @@ def _described(model: Model) -> Network:
     )
 
 
-def _unfit(series: Series, modalities: tuple[str, ...] = ("CT",)) -> str | None:
-    """Why a series is not analysed."""
+def _unfit(
+    series: Series, modalities: tuple[str, ...], burned_in: Literal["skip", "analyse"]
+) -> tuple[str, str] | None:
+    """Why a series is not analysed, in a word and in a sentence."""
+    header = series.frames[0].header
     if series.problem is not None:
-        return series.problem
+        return "not_a_volume", series.problem
     if modalities and series.modality not in modalities:
-        return f"not {' or '.join(modalities)}"
+        return "other_modality", f"not {' or '.join(modalities)}"
     if series.localiser:
-        return "a localiser"
-    if series.frames[0].header.kind is not None:
-        return f"{series.frames[0].header.kind}, whose values are not analysed as HU"
+        return "localiser", "a localiser"
+    if header.kind is not None:
+        return "derived", f"{header.kind}, whose values are not analysed as HU"
+    marked = any(frame.header.burned_in == "YES" for frame in series.frames)
+    if marked and burned_in == "skip":
+        return "burned_in", "Burned In Annotation is YES: the pixels may show who the patient is"
     if len(series.frames) < MIN_SLICES:
-        return f"fewer than {MIN_SLICES} images"
+        return "few_images", f"fewer than {MIN_SLICES} images"
     return None
+
+
+def _left_out(series: Series, reason: str, message: str) -> LeftOut:
+    paths = _paths(series)
+    place = paths[0] if len(paths) == 1 else Path(os.path.commonpath(paths))
+    return LeftOut(place, reason, message, len(paths))
 
 
 def _paths(series: Series) -> tuple[Path, ...]:

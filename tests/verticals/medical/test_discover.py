@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import re
 import resource
 import shutil
@@ -16,8 +18,9 @@ import pytest
 from pydicom.fileset import FileSet
 
 from plinth.engine.errors import InputError
-from plinth.verticals.medical.dicom.discover import discover, scan
+from plinth.verticals.medical.dicom.discover import Found, discover, scan, survey
 from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.dicom.walk import Ignored
 from plinth.verticals.medical.source import Limits
 
 Write = Callable[..., Path]
@@ -301,3 +304,69 @@ def test_what_is_no_scan_is_listed_but_not_loaded(
     assert not series.volumetric
     with pytest.raises(InputError, match=why):
         load_volume(series)
+
+
+# -- while the walk goes on --------------------------------------------------------------------
+def told(path: Path, settled: int) -> tuple[list[Found], dict[str, Found]]:
+    """Series in the order they are told, and those that stand at the end, by id."""
+    order, standing = [], {}
+    for one in survey(path, settled=settled):
+        if isinstance(one, Found):
+            for name in one.replaces:
+                standing.pop(name)
+            assert one.series.id not in standing
+            standing[one.series.id] = one
+            order.append(one)
+    return order, standing
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_what_stands_at_the_end_is_what_a_whole_look_finds(
+    write: Write, tmp_path: Path, seed: int
+) -> None:
+    """However the images of two patients and two series of each are strewn over folders."""
+    chance, root = random.Random(seed), tmp_path / "root"
+    shape = {"shape": (8, 8, 6), "spacing": (40.0, 36.0, 9.0)}
+    write("p1", **shape)
+    shutil.copytree(tmp_path / "p1", tmp_path / "p1 again")
+    write("p2", seed=9, series=2, **shape)
+    strewn = chance.choice((0.0, 0.1, 1.0))
+    for number, path in enumerate(sorted(tmp_path.glob("p*/*.dcm"))):
+        folder = root / (str(chance.randrange(4)) if chance.random() < strewn else path.parent.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / f"{number}.dcm")
+    _, standing = told(root, settled=chance.choice((0, 3, 8)))
+    whole = {one.id: one for one in scan(root).series}
+    assert standing.keys() == whole.keys()
+    for name, one in standing.items():
+        assert sorted(f.key for f in one.series.frames) == sorted(f.key for f in whole[name].frames)
+        assert (one.series.notes, one.series.problem) == (whole[name].notes, whole[name].problem)
+
+
+def test_a_series_is_told_before_the_last_file_is_read(write: Write, tmp_path: Path) -> None:
+    write("in/a")
+    write("in/b", seed=8)
+    (tmp_path / "in" / "c").mkdir()
+    (tmp_path / "in" / "c" / "late.dcm").write_bytes(b"")
+    found = survey(tmp_path / "in", settled=3)
+    first = next(one for one in found if isinstance(one, Found))
+    assert len(first.series.frames) == 10
+    (tmp_path / "in" / "c" / "late.dcm").write_bytes(b"x" * 200)
+    assert [one.name for one in found if isinstance(one, Ignored)][-1].endswith("late.dcm")
+
+
+def test_folders_that_are_empty_or_cannot_be_listed_are_told(tmp_path: Path) -> None:
+    (tmp_path / "in" / "empty").mkdir(parents=True)
+    deep = tmp_path / "in" / "deep"
+    deep.mkdir()
+    here = os.open(deep, os.O_DIRECTORY)
+    for _ in range(20):  # longer than any path may be: it can be made, and not be listed
+        os.mkdir("d" * 250, dir_fd=here)
+        inner = os.open("d" * 250, os.O_DIRECTORY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    reasons = {bad.code: bad for bad in scan(tmp_path / "in").ignored}
+    assert reasons["empty"].name.endswith("empty")
+    assert reasons["unreadable"].damaged
+    assert "File name too long" in reasons["unreadable"].reason

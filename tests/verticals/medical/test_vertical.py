@@ -12,7 +12,7 @@ from medical.chests import chest
 from pydantic import ValidationError
 
 from plinth.engine import Call, InputError, ModelStore
-from plinth.verticals.contract import WithArtefacts
+from plinth.verticals.contract import Item, LeftOut, WithArtefacts
 from plinth.verticals.medical.phantom.chest import Phantom
 from plinth.verticals.medical.phantom.dicom import write_series
 from plinth.verticals.medical.vertical import MODEL, STORE, CtAnalysis, CtSettings, StudyRequest
@@ -97,13 +97,41 @@ def test_without_nodules_no_model_is_needed(tmp_path: Path) -> None:
 
 
 # -- folders -----------------------------------------------------------------------------------
-def test_series_that_are_not_ct_are_named_and_skipped(series: Path, edit: Edit) -> None:
+def test_series_that_are_not_ct_are_left_out_with_their_reason(series: Path, edit: Edit) -> None:
     write_series(Phantom(**{**SMALL, "seed": 8}), series.parent / "mr")  # type: ignore[arg-type]
     edit(series.parent / "mr", lambda image, k: setattr(image, "Modality", "MR"))
-    (item,) = CtAnalysis().discover(series.parent)
+    found = list(CtAnalysis().survey(series.parent))
+    (item,) = (one for one in found if isinstance(one, Item))
     assert item.facts["images"] == 20
-    (skipped,) = item.facts["skipped"]
-    assert "not CT" in skipped
+    (mr,) = (one for one in found if isinstance(one, LeftOut) and one.reason == "other_modality")
+    assert (mr.path, mr.files, mr.message) == (series.parent / "mr", 20, "not CT")
+    assert [one.id for one in CtAnalysis().discover(series.parent)] == [item.id]
+
+
+def test_every_file_of_a_folder_is_an_item_or_left_out_once(series: Path, edit: Edit) -> None:
+    root = series.parent
+    write_series(Phantom(**{**SMALL, "seed": 8}), root / "mr")  # type: ignore[arg-type]
+    edit(root / "mr", lambda image, k: setattr(image, "Modality", "MR"))
+    (root / "torn.dcm").write_bytes((root / "mr" / "slice_0001.dcm").read_bytes()[:500])
+    (root / "notes.txt").write_text("x" * 200)
+    (root / "nowhere").symlink_to(root / "absent")
+    found = list(CtAnalysis().survey(root))
+    counts = [len(one.paths) if isinstance(one, Item) else one.files for one in found]
+    links = sum(path.is_symlink() for path in root.rglob("*"))
+    assert sum(counts) == sum(path.is_file() for path in root.rglob("*")) + links
+    reasons = {one.path.name: one for one in found if isinstance(one, LeftOut)}
+    assert reasons["torn.dcm"].failed
+    assert reasons["notes.txt"].reason == "not_dicom"
+    assert reasons["nowhere"].reason == "not_a_file"
+
+
+def test_burned_in_text_is_left_out_unless_it_is_wanted(series: Path, edit: Edit) -> None:
+    write_series(Phantom(**{**SMALL, "seed": 8}), series.parent / "b")  # type: ignore[arg-type]
+    edit(series.parent / "b", lambda image, k: setattr(image, "BurnedInAnnotation", "YES"))
+    told = [one for one in CtAnalysis().survey(series.parent) if isinstance(one, LeftOut)]
+    assert [one.path.name for one in told if one.reason == "burned_in"] == ["b"]
+    anyway = CtAnalysis(CtSettings(burned_in="analyse"))
+    assert len(list(anyway.discover(series.parent))) == 2
 
 
 def test_a_folder_without_ct_is_refused_with_its_contents(series: Path, edit: Edit) -> None:

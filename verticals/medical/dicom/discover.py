@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from pydicom import Dataset
 
-from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.grouping import Group, group
-from plinth.verticals.medical.dicom.header import Frame, Header, read_frames
+from plinth.verticals.medical.dicom.header import Frame, Header
 from plinth.verticals.medical.dicom.split import split
-from plinth.verticals.medical.source import DEFAULT_LIMITS, Limits, Source, open_archive
+from plinth.verticals.medical.dicom.walk import Ignored, files_of, read_images, sources
+from plinth.verticals.medical.source import DEFAULT_LIMITS, Limits, Source
 from plinth.verticals.medical.volumes.volume import Issue
 
 PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
-
-
-@dataclass(frozen=True, slots=True)
-class Ignored:
-    """A file that belongs to no series.
-
-    Args:
-        name: the file.
-        reason: why, such as ``"not DICOM"``.
-        damaged: it is DICOM, but cannot be read: an image may be missing from a series.
-        folder: where it lies, to tell which series may miss it.
-    """
-
-    name: str
-    reason: str
-    damaged: bool = False
-    folder: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -132,145 +113,150 @@ def discover(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> list[Series]:
 
 def scan(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Scan:
     """As :func:`discover`, with the files that were left out and why."""
-    frames: list[Frame] = []
+    series: list[Series] = []
     ignored: list[Ignored] = []
-    for found in _sources(Path(path), limits):
-        if isinstance(found, Ignored):
-            ignored.append(found)
-            continue
-        try:
-            images = read_frames(found)
-        except InputError as error:
-            harmless = error.reason == "not_dicom"
-            reason = "not DICOM" if harmless else error.message
-            ignored.append(Ignored(found.name, reason, not harmless, found.folder))
-            continue
-        if not images:
-            ignored.append(Ignored(found.name, "DICOM without an image"))
-        frames += images
-    series = series_of(frames)
-    expected = _acquired(frames)
-    noted = [
-        replace(
-            one,
-            notes=(
-                *one.notes,
-                *_lost(one, expected),
-                *_unnumbered(one, series),
-                *_beside(one, series, ignored),
-            ),
-        )
-        for one in series
-    ]
-    return Scan(tuple(sorted(noted, key=lambda one: (-len(one.frames), one.id))), tuple(ignored))
-
-
-# -- files -----------------------------------------------------------------------------------
-def _sources(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
-    if path.is_dir():
-        yield from _walk(path, limits)
-    elif not path.is_file():
-        raise InputError(
-            f"{path} does not exist",
-            field=str(path),
-            hint="give a folder, a zip archive, a DICOMDIR or a DICOM file",
-            reason="not_found",
-        )
-    elif path.name.upper() == "DICOMDIR":
-        yield from _directory(path, limits)
-    elif _is_zip(path):
-        yield from open_archive(path, limits)
-    else:
-        yield Source(path)
-
-
-def _is_zip(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
-    except OSError:
-        return False  # reading it as DICOM will say why it cannot be opened
-
-
-def _walk(folder: Path, limits: Limits) -> Iterator[Source | Ignored]:
-    """Every file below a folder once, whatever symbolic links lead to it; archives opened."""
-    seen: set[tuple[int, int]] = set()
-    for here, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if _first_time(Path(here, name), seen)]
-        for name in sorted(names):
-            path = Path(here, name)
-            if name.upper() == "DICOMDIR":
-                yield Ignored(str(path), "an index; the files themselves are walked")
-            elif path.is_file() and _is_zip(path):
-                yield from _members(path, limits)
-            elif path.is_file():
-                yield Source(path)
-            else:
-                yield Ignored(str(path), "not a regular file")
-
-
-def _first_time(folder: Path, seen: set[tuple[int, int]]) -> bool:
-    """A folder that no link led to before; a link back to where it lies would never end."""
-    try:
-        facts = folder.stat()
-    except OSError:  # a link to nowhere: os.walk passes over it
-        return True
-    place = facts.st_dev, facts.st_ino
-    known = place in seen
-    seen.add(place)
-    return not known
-
-
-def _members(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
-    """The members of an archive inside a folder; one that is refused stops nobody else."""
-    try:
-        yield from open_archive(path, limits)
-    except InputError as error:
-        yield Ignored(str(path), error.message, damaged=True, folder=str(path.parent))
-
-
-def _directory(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
-    """The files that a DICOMDIR refers to (PS3.10 8.5, PS3.3 F), never outside its folder."""
-    index = Source(path).dataset(pixels=False)
-    records: list[Dataset] = list(index.get("DirectoryRecordSequence") or [])
-    if len(records) > limits.files:
-        raise InputError(
-            f"{path} has {len(records)} records, at most {limits.files} are read",
-            field=str(path),
-            hint="give a folder of one study or patient",
-            reason="too_many_files",
-        )
-    root = path.parent.resolve()
-    for record in records:
-        reference = record.get("ReferencedFileID")
-        if not reference:
-            continue
-        parts = [reference] if isinstance(reference, str) else [str(part) for part in reference]
-        target = _spelt(root, parts).resolve()
-        if not target.is_relative_to(root):
-            yield Ignored("/".join(parts), "the DICOMDIR points outside its folder", damaged=True)
-        elif not target.is_file():
-            yield Ignored(str(target), "listed in the DICOMDIR but absent", damaged=True)
+    for one in survey(path, limits, settled=None):
+        if isinstance(one, Ignored):
+            ignored.append(one)
         else:
-            yield Source(target)
+            series.append(one.series)
+    return Scan(tuple(sorted(series, key=lambda one: (-len(one.frames), one.id))), tuple(ignored))
 
 
-def _spelt(root: Path, parts: list[str]) -> Path:
-    """A path as it is spelt on disk: media written in capitals are often copied in lower case."""
-    exact = root.joinpath(*parts)
-    if exact.exists():
-        return exact
-    here = root
-    for part in parts:
-        if part in ("", ".", "..") or not here.is_dir():
-            return exact
-        names = (
-            name
-            for name in sorted(child.name for child in here.iterdir())
-            if name.lower() == part.lower()
-        )
-        here = here / next(names, part)
-    return here
+# -- while the walk goes on --------------------------------------------------------------------
+SETTLED = 300
+"""Files read since a study's last image after which it counts as complete."""
+
+
+DAMAGED = 20
+"""Damaged files of one folder that a verdict names, at most."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A series, complete as far as is known.
+
+    Args:
+        series: to load, or the reason why not.
+        replaces: ids of series that were told before and are no longer right.
+    """
+
+    series: Series
+    replaces: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Study:
+    """Images of one study that were not told yet; and where those lie that were."""
+
+    frames: list[Frame] = field(default_factory=list)
+    last: int = 0
+
+
+@dataclass(slots=True)
+class _Told:
+    """What was told of a study: what each series was like, by id, and the folders it lies in."""
+
+    series: dict[str, Hashable]
+    folders: frozenset[Path]
+
+
+def survey(
+    path: str | Path, limits: Limits = DEFAULT_LIMITS, settled: int | None = SETTLED
+) -> Iterator[Found | Ignored]:
+    """Series and files left out, as soon as they are known; headers only are read.
+
+    Series are told study by study. A study counts as complete when ``settled`` files have been read
+    since its last image, or the walk has ended. Images of a study that come later still are told at
+    the end, together with those told before: what was told too early is named as replaced, and
+    from the first such study on nothing more is told before the end.
+
+    Args:
+        path: a folder (walked), a zip archive (never unpacked to disk), a DICOMDIR or a file.
+        limits: bounds on what is walked and unpacked.
+        settled: files after which a study counts as complete; ``None``: at the end of the walk.
+
+    Raises:
+        InputError: no such path, or an archive that is refused.
+    """
+    path = Path(path)
+    yield from _Survey(settled if path.is_dir() else None).over(sources(path, limits))
+
+
+class _Survey:
+    def __init__(self, settled: int | None) -> None:
+        self._settled = settled
+        self._open: dict[Hashable, _Study] = {}  # the one whose last image is oldest comes first
+        self._told: dict[Hashable, _Told] = {}
+        self._ids: set[str] = set()
+        self._damaged: dict[str, list[str]] = {}
+        self._scattered = False
+
+    def over(self, found: Iterable[Source | Ignored]) -> Iterator[Found | Ignored]:
+        for number, one in enumerate(found):
+            read = read_images(one)
+            if isinstance(read, Ignored):
+                self._note(read)
+                yield read
+                continue
+            key = study_of(read[0])
+            study = self._open.pop(key, None) or _Study()
+            study.frames += read
+            study.last = number
+            self._open[key] = study
+            self._scattered = self._scattered or key in self._told
+            if self._settled is not None and not self._scattered:
+                yield from self._complete(number - self._settled)
+        yield from self._rest()
+
+    def _note(self, ignored: Ignored) -> None:
+        """Keep the first damaged files of each folder: a series may miss them."""
+        reasons = self._damaged.setdefault(ignored.folder, []) if ignored.damaged else []
+        reasons += [ignored.reason] * (len(reasons) < DAMAGED)
+
+    def _complete(self, before: int) -> Iterator[Found]:
+        """Tell the studies whose last image came before a file."""
+        while self._open:
+            key, study = next(iter(self._open.items()))
+            if study.last >= before:
+                return
+            del self._open[key]
+            yield from self._tell(key, study.frames)
+
+    def _rest(self) -> Iterator[Found]:
+        late = {key for key in self._open if key in self._told}
+        again = frozenset[Path]().union(*(self._told[key].folders for key in late))
+        known = {frame.header.source for key in late for frame in self._open[key].frames}
+        for folder in sorted(again):
+            for source in files_of(folder):
+                read = read_images(source)
+                if isinstance(read, Ignored) or source in known:
+                    continue
+                if study_of(read[0]) in late:
+                    self._open[study_of(read[0])].frames += read
+        for key, study in self._open.items():
+            yield from self._tell(key, study.frames)
+
+    def _tell(self, key: Hashable, frames: list[Frame]) -> Iterator[Found]:
+        before = self._told[key].series if key in self._told else {}
+        self._ids -= set(before)
+        series = _noted(frames, self._damaged, self._ids)
+        self._ids |= {one.id for one in series}
+        now: dict[str, Hashable] = {one.id: (len(one.frames), one.notes) for one in series}
+        wrong = tuple(name for name, how in before.items() if now.get(name) != how)
+        self._told[key] = _Told(now, frozenset(Path(f.header.source.folder) for f in frames))
+        for one in series:
+            if before.get(one.id) != now[one.id]:
+                yield Found(one, wrong)
+                wrong = ()
+
+
+def study_of(frame: Frame) -> Hashable:
+    """What images have in common that may influence one another's series."""
+    header = frame.header
+    if header.study_uid and header.series_uid:
+        return hash((header.patient, header.study_uid))
+    return hash((header.patient, header.study_uid, header.source.folder))
 
 
 # -- series ----------------------------------------------------------------------------------
@@ -342,20 +328,43 @@ def _unfit_header(header: Header) -> str | None:
 
 def series_of(frames: Sequence[Frame]) -> list[Series]:
     """The series that images belong to, by what they say of themselves; no id repeats."""
-    return list(_told_apart([one for found in group(frames) for one in _series(found)]))
+    return list(_told_apart([one for found in group(frames) for one in _series(found)], set()))
 
 
-def _told_apart(series: Sequence[Series]) -> Iterator[Series]:
+def _told_apart(series: Sequence[Series], taken: set[str]) -> Iterator[Series]:
     """Copies of one series without trustworthy UIDs get ids by their folders."""
-    seen: set[str] = set()
+    seen = set(taken)
     for one in series:
         if one.id in seen:
             where = one.frames[0].header.source.folder
             digest = hashlib.blake2b(f"{one.id}\0{where}".encode(), digest_size=6).hexdigest()
-            yield replace(one, id=digest)
-        else:
-            seen.add(one.id)
-            yield one
+            one = replace(one, id=digest)
+        seen.add(one.id)
+        yield one
+
+
+def _noted(frames: list[Frame], damaged: dict[str, list[str]], taken: set[str]) -> list[Series]:
+    """The series of one study, with what is missing or lies beside them.
+
+    Args:
+        frames: all images of the study.
+        damaged: by folder, why files of it that may hold more cannot be read.
+        taken: ids that others have.
+    """
+    found = [one for grouped in group(frames) for one in _series(grouped)]
+    series, expected = list(_told_apart(found, taken)), _acquired(frames)
+    return [
+        replace(
+            one,
+            notes=(
+                *one.notes,
+                *_lost(one, expected),
+                *_unnumbered(one, series),
+                *_beside(one, series, damaged),
+            ),
+        )
+        for one in series
+    ]
 
 
 # -- completeness ----------------------------------------------------------------------------
@@ -402,7 +411,7 @@ def _along_a_line(places: Sequence[tuple[float, ...]]) -> bool:
 
 
 # -- what lies beside ------------------------------------------------------------------------
-def _beside(one: Series, series: list[Series], ignored: list[Ignored]) -> Iterator[Issue]:
+def _beside(one: Series, series: list[Series], damaged: dict[str, list[str]]) -> Iterator[Issue]:
     """What the same series or folder holds that is not in this volume."""
     for other in series:
         if other is one or not one.same_series(other) or other.part is not None:
@@ -415,7 +424,6 @@ def _beside(one: Series, series: list[Series], ignored: list[Ignored]) -> Iterat
             size = f"{header.columns} x {header.rows}"
             text = f"of another orientation or size, left out: {_images(count)} of {size}"
             yield Issue("mixed", text)
-    folders = {frame.header.source.folder for frame in one.frames}
-    for bad in ignored:
-        if bad.damaged and bad.folder in folders:
-            yield Issue("damaged", f"left out: {bad.reason}")
+    for folder in sorted({frame.header.source.folder for frame in one.frames}):
+        for reason in damaged.get(folder, ()):
+            yield Issue("damaged", f"left out: {reason}")

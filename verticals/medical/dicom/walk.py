@@ -1,0 +1,189 @@
+"""The files below a path, each with why it is no image where it is none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydicom import Dataset
+
+from plinth.engine.errors import InputError
+from plinth.verticals.medical.dicom.header import Frame, read_frames
+from plinth.verticals.medical.source import DEFAULT_LIMITS, Limits, Source, open_archive
+
+
+@dataclass(frozen=True, slots=True)
+class Ignored:
+    """A file that belongs to no series.
+
+    Args:
+        name: the file.
+        reason: why, such as ``"not DICOM"``.
+        damaged: it is DICOM, but cannot be read: an image may be missing from a series.
+        folder: where it lies, to tell which series may miss it.
+        code: the reason in a word.
+    """
+
+    name: str
+    reason: str
+    damaged: bool = False
+    folder: str = field(default="", repr=False)
+    code: str = "left_out"
+
+
+def sources(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
+    """Every file below a path, or that an archive or a DICOMDIR holds, in a fixed order.
+
+    Args:
+        path: a folder, a zip archive, a DICOMDIR or a file.
+        limits: bounds on archives and indices.
+
+    Raises:
+        InputError: no such path, or an archive that is refused.
+    """
+    if path.is_dir():
+        yield from _walk(path, limits)
+    elif not path.is_file():
+        raise InputError(
+            f"{path} does not exist",
+            field=str(path),
+            hint="give a folder, a zip archive, a DICOMDIR or a DICOM file",
+            reason="not_found",
+        )
+    elif path.name.upper() == "DICOMDIR":
+        yield from _directory(path, limits)
+    elif _is_zip(path):
+        yield from open_archive(path, limits)
+    else:
+        yield Source(path)
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+    except OSError:
+        return False  # reading it as DICOM will say why it cannot be opened
+
+
+def _walk(folder: Path, limits: Limits) -> Iterator[Source | Ignored]:
+    """Every file below a folder once, whatever symbolic links lead to it; archives opened."""
+    seen: set[tuple[int, int]] = set()
+    unread: list[OSError] = []
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=unread.append):
+        yield from _unreadable(unread)
+        folders[:] = [name for name in sorted(folders) if _first_time(Path(here, name), seen)]
+        if not folders and not names:
+            yield Ignored(here, "an empty folder", code="empty")
+        for name in sorted(names):
+            path = Path(here, name)
+            if name.upper() == "DICOMDIR":
+                yield Ignored(str(path), "an index; the files themselves are walked", code="index")
+            elif path.is_file() and _is_zip(path):
+                yield from _members(path, limits)
+            elif path.is_file():
+                yield Source(path)
+            else:
+                yield Ignored(str(path), "not a regular file", code="not_a_file")
+    yield from _unreadable(unread)
+
+
+def _unreadable(errors: list[OSError]) -> Iterator[Ignored]:
+    """The folders that could not be listed since this was last asked."""
+    for error in errors:
+        reason = f"the folder cannot be read: {error.strerror}"
+        yield Ignored(str(error.filename), reason, damaged=True, code="unreadable")
+    errors.clear()
+
+
+def _first_time(folder: Path, seen: set[tuple[int, int]]) -> bool:
+    """A folder that no link led to before; a link back to where it lies would never end."""
+    try:
+        facts = folder.stat()
+    except OSError:  # a link to nowhere: os.walk passes over it
+        return True
+    place = facts.st_dev, facts.st_ino
+    known = place in seen
+    seen.add(place)
+    return not known
+
+
+def _members(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
+    """The members of an archive inside a folder; one that is refused stops nobody else."""
+    try:
+        yield from open_archive(path, limits)
+    except InputError as error:
+        yield Ignored(str(path), error.message, True, str(path.parent), error.reason)
+
+
+def _directory(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
+    """The files that a DICOMDIR refers to (PS3.10 8.5, PS3.3 F), never outside its folder."""
+    index = Source(path).dataset(pixels=False)
+    records: list[Dataset] = list(index.get("DirectoryRecordSequence") or [])
+    if len(records) > limits.files:
+        raise InputError(
+            f"{path} has {len(records)} records, at most {limits.files} are read",
+            field=str(path),
+            hint="give a folder of one study or patient",
+            reason="too_many_files",
+        )
+    root = path.parent.resolve()
+    for record in records:
+        reference = record.get("ReferencedFileID")
+        if not reference:
+            continue
+        parts = [reference] if isinstance(reference, str) else [str(part) for part in reference]
+        target = _spelt(root, parts).resolve()
+        if not target.is_relative_to(root):
+            yield Ignored(
+                "/".join(parts), "the DICOMDIR points outside its folder", True, code="outside"
+            )
+        elif not target.is_file():
+            yield Ignored(str(target), "listed in the DICOMDIR but absent", True, code="absent")
+        else:
+            yield Source(target)
+
+
+def _spelt(root: Path, parts: list[str]) -> Path:
+    """A path as it is spelt on disk: media written in capitals are often copied in lower case."""
+    exact = root.joinpath(*parts)
+    if exact.exists():
+        return exact
+    here = root
+    for part in parts:
+        if part in ("", ".", "..") or not here.is_dir():
+            return exact
+        names = (
+            name
+            for name in sorted(child.name for child in here.iterdir())
+            if name.lower() == part.lower()
+        )
+        here = here / next(names, part)
+    return here
+
+
+def read_images(found: Source | Ignored) -> list[Frame] | Ignored:
+    """The images of a file, one or more, or why there are none."""
+    if isinstance(found, Ignored):
+        return found
+    try:
+        images = read_frames(found)
+    except InputError as error:
+        if error.reason == "not_dicom":
+            return Ignored(found.name, "not DICOM", folder=found.folder, code="not_dicom")
+        return Ignored(found.name, error.message, True, found.folder, "damaged")
+    return images or Ignored(
+        found.name, "DICOM without an image", folder=found.folder, code="no_image"
+    )
+
+
+def files_of(place: Path) -> Iterator[Source | Ignored]:
+    """The files of one folder, or the members of one archive, without going deeper."""
+    if not place.is_dir():
+        yield from sources(place, DEFAULT_LIMITS)
+        return
+    for path in sorted(place.iterdir()):
+        if path.is_file():
+            yield Source(path)
