@@ -106,6 +106,7 @@ class EngineMetrics:
             ),
         )
         self._models: dict[str, ModelMetrics] = {}
+        self._outcomes: dict[tuple[str, str], Counter] = {}
         rows = Gauge(
             "plinth_queue_rows",
             "Rows that wait for the device, by kind: urgent or background.",
@@ -117,6 +118,13 @@ class EngineMetrics:
             rows.labels(kind).set_function(partial(_ask, weak, kind))
         _show_memory(device)
         _ENGINES.watch(self)
+
+    def count(self, name: str, outcome: str) -> None:
+        """Count a call of a model; see ``plinth_calls_total``."""
+        found = self._outcomes.get((name, outcome))
+        if found is None:
+            found = self._outcomes[name, outcome] = self.calls.labels(name, outcome)
+        found.inc()
 
     def of_model(self, name: str) -> ModelMetrics:
         """The histograms of a model."""

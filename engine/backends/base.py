@@ -132,6 +132,19 @@ _LOCK = threading.Lock()
 _HELD: list[int] = []
 
 
+def thread_state() -> tuple[object, ...]:
+    """What of torch's settings belongs to the calling thread and changes what a model computes.
+
+    CPU threads, autocast, and modes such as ``with torch.device(...)`` or ``FakeTensorMode``.
+    """
+    return (
+        torch.get_num_threads(),
+        torch.is_autocast_enabled("cpu"),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+    )
+
+
 def check_cpu_threads(threads: int | None) -> None:
     """Whether :func:`cpu_threads` could hold this number now.
 

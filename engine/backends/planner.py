@@ -72,7 +72,7 @@ def ranges(
         return current if keep else best
 
     def walk(low: int, current: int, high: int) -> list[tuple[int, int]]:
-        """Where the choice changes after ``low``, and to what; each change is from the one before."""
+        """Where the choice changes after ``low``, and to what, seen from the choice before."""
         after = choose(current, high)
         if after is None or after == current:
             return []

@@ -7,7 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable
 
-from plinth.engine.backends.base import check_cpu_threads, cpu_threads
+from plinth.engine.backends.base import check_cpu_threads, cpu_threads, thread_state
 from plinth.engine.devices.device import Device
 
 _log = logging.getLogger("plinth.engine")
@@ -37,6 +37,7 @@ class LocalLane:
         self._threads = threads
         self._thread: threading.Thread | None = None
         self._joining = threading.Lock()
+        self._thread_state: object = None
 
     @property
     def alive(self) -> bool:
@@ -47,6 +48,10 @@ class LocalLane:
     def is_current(self) -> bool:
         """Whether the caller is the lane's own thread."""
         return self._thread is threading.current_thread()
+
+    def runs_alike_here(self) -> bool:
+        """Whether the calling thread would compute just what the lane's own does."""
+        return self.device.kind == "cpu" and thread_state() == self._thread_state
 
     def start(self) -> None:
         """Start the thread; an earlier one has ended.
@@ -69,6 +74,7 @@ class LocalLane:
         error: str | None = "it was stopped from outside"
         try:
             with cpu_threads(self._threads):
+                self._thread_state = thread_state()
                 while self._step():
                     pass
             error = None

@@ -19,6 +19,8 @@ DTYPES = (
     *("int64", "int32", "int16", "int8", "uint8", "bool"),
 )
 
+_TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES}
+
 
 class TensorSpec(BaseModel):
     """One input or output of a model.
@@ -75,6 +77,15 @@ class TensorSpec(BaseModel):
             return torch.randint(low, high + 1, sizes, generator=noise).to(dtype)
         return (low + (high - low) * torch.rand(sizes, generator=noise)).to(dtype)
 
+    def fits(self, rows: Tensor) -> bool:
+        """Whether rows (n, ...) have the shape and the dtype."""
+        if rows.dtype is not _TORCH_DTYPES[self.dtype] or rows.ndim != len(self.shape) + 1:
+            return False
+        sizes = rows.shape[1:]
+        return sizes == self.shape or all(
+            want is None or want == size for want, size in zip(self.shape, sizes, strict=True)
+        )
+
     def outside(self, rows: Tensor) -> str | None:
         """What is wrong with integers outside ``bounds``, or ``None``."""
         if self.bounds is None or rows.is_floating_point() or rows.is_meta or not rows.numel():
@@ -126,19 +137,13 @@ class ModelSpec(BaseModel):
         Raises:
             InputError: names the input, what was expected and what came.
         """
-        expected = {spec.name for spec in self.inputs}
-        if set(rows) != expected:
-            raise InputError(
-                f"model {self.name} takes inputs {sorted(expected)}, got {sorted(rows)}"
-            )
+        if len(rows) != len(self.inputs) or any(spec.name not in rows for spec in self.inputs):
+            expected = sorted(spec.name for spec in self.inputs)
+            raise InputError(f"model {self.name} takes inputs {expected}, got {sorted(rows)}")
         for spec in self.inputs:
             got = rows[spec.name]
-            shape = tuple(got.shape[1:])
-            fits = len(shape) == len(spec.shape) and all(
-                want is None or want == size for want, size in zip(spec.shape, shape, strict=True)
-            )
-            dtype = str(got.dtype).removeprefix("torch.")
-            if not fits or dtype != spec.dtype or got.ndim == 0:
+            if not spec.fits(got):
+                shape, dtype = tuple(got.shape[1:]), str(got.dtype).removeprefix("torch.")
                 raise InputError(
                     f"model {self.name}: input {spec.name} has rows {shape} {dtype}, "
                     f"expected {spec.shape} {spec.dtype}",
@@ -146,6 +151,8 @@ class ModelSpec(BaseModel):
                 )
             if outside := spec.outside(got):
                 raise InputError(f"model {self.name}: input {spec.name} {outside}", field=spec.name)
+        if len(rows) == 1:
+            return
         counts = {name: len(tensor) for name, tensor in rows.items()}
         if len(set(counts.values())) > 1:
             raise InputError(

@@ -53,6 +53,9 @@ T = TypeVar("T")
 State = Literal["new", "running", "closing", "closed", "failed"]
 Outcomes = list[tuple[Request, Result | PlinthError]]
 
+DIRECT_SECONDS = 0.001
+"""A call that is expected to take no longer, and that nothing else waits beside, is run by its
+caller: two changes of thread would take as long."""
 _LOOK = 1.0
 """Seconds after which a caller that still waits looks whether the device thread lives."""
 _log = logging.getLogger("plinth.engine")
@@ -114,6 +117,8 @@ class Engine:
         self._state: State = "new"
         self._failure: str | None = None
         self._lane = LocalLane(self.device, self._step, self._ended, threads)
+        self._taken = False  # a batch is on the device: of the lane, or of a caller
+        self._broken: BaseException | None = None  # what the lane has to end of
         self._busy = 0.0
         self._started = clock()
         self.metrics = EngineMetrics(self.device, self._waiting)
@@ -198,6 +203,7 @@ class Engine:
         self._lane.join()
         with self._wake:
             if not self._lane.alive:
+                self._taken, self._broken = False, None
                 self._lane.start()
                 self._state, self._failure = "running", None
         return self
@@ -279,7 +285,11 @@ class Engine:
         driver = FlowDriver(flow, self._clock)
         while (call := driver.call) is not None:
             try:
-                driver.send(self._wait(self.submit(call, sla)))
+                future: Future[Result] = Future()
+                request, alone = self._admit(call, sla, ThreadWaiter(future), direct=True)
+                if alone:
+                    self._run_alone(request)
+                driver.send(self._wait(future))
             except PlinthError as error:
                 driver.throw(error)
         return driver.answer()
@@ -302,7 +312,9 @@ class Engine:
         while (call := driver.call) is not None:
             try:
                 future: asyncio.Future[Result] = loop.create_future()
-                request = self._admit(call, sla, LoopWaiter(mailbox, future))
+                request, alone = self._admit(call, sla, LoopWaiter(mailbox, future), direct=True)
+                if alone:  # unless more comes in this pass of the loop, and makes a batch with it
+                    loop.call_soon(self._run_alone, request)
                 try:
                     result = await future
                 except asyncio.CancelledError:
@@ -316,24 +328,82 @@ class Engine:
     def submit(self, call: Call, sla: Sla | None = None) -> Future[Result]:
         """Queue one call; the future also carries refusals. Cancelling it frees its place."""
         future: Future[Result] = Future()
-        request = self._admit(call, sla, ThreadWaiter(future))
+        request, _ = self._admit(call, sla, ThreadWaiter(future))
         future.add_done_callback(lambda done: self._cancel(request) if done.cancelled() else None)
         return future
 
-    def _admit(self, call: Call, sla: Sla | None, waiter: Waiter) -> Request:
+    def _admit(
+        self, call: Call, sla: Sla | None, waiter: Waiter, *, direct: bool = False
+    ) -> tuple[Request, bool]:
+        """Queue a call.
+
+        Args:
+            call: what is asked for.
+            sla: the promise; ``None``: the model's.
+            waiter: who is told.
+            direct: the caller can call :meth:`_run_alone`.
+
+        Returns:
+            The request, and whether its caller is to call it: the lane was not woken.
+        """
         loaded = self._models.get(call.model)
         request = request_of(loaded, call, waiter, self._models.cheaper(loaded))
         promise = sla or loaded.sla
         step = loaded.most if promise.deadline_ms is not None else request.total
+        alone = False
         with self._wake:
             if self._state == "running":
+                alone = direct and self._is_small(request)
                 outcomes = self._enqueue(request, promise, step)
-                self._wake.notify()
+                alone = alone and not outcomes
+                if not alone:
+                    self._wake.notify()
             else:
                 outcomes = self._fail((request,), self._not_running())
         for _, outcome in outcomes:
             waiter.settle(outcome)
-        return request
+        return request, alone
+
+    def _is_small(self, request: Request) -> bool:
+        """Whether its caller should run it: nothing else is there to do, and it is soon done."""
+        if self._taken or self._batcher or request.total > request.loaded.most:
+            return False
+        expected = self._batcher.latency.predict(request.key, request.total)
+        return 0.0 < expected <= DIRECT_SECONDS and self._lane.runs_alike_here()
+
+    def _run_alone(self, request: Request) -> None:
+        """Run a call in its caller's thread, if still nothing else waits; else the lane does.
+
+        What breaks the engine's own books here ends the lane, as it would there.
+        """
+        with self._wake:
+            waiting = self._batcher.urgent_rows + self._batcher.background_rows
+            if self._taken or request.over or waiting > request.total:
+                return  # whoever came in between has woken the lane
+            batch, outcomes = self._next()
+        self._settle(outcomes)
+        if batch is None:
+            return
+        try:
+            interrupt = self._execute(batch)
+        except BaseException as error:
+            with self._wake:
+                self._broken = error
+                self._wake.notify()
+            if isinstance(error, Exception):
+                return  # the lane's end tells everybody who waits
+            raise
+        if interrupt is not None:
+            raise interrupt
+
+    def _next(self) -> tuple[Batch | None, Outcomes]:
+        """The batch to run now, which has the device then; with the lock held."""
+        batch, refused = self._batcher.next(self._clock())
+        self._taken = batch is not None
+        outcomes: Outcomes = []
+        for refusal in refused:
+            outcomes += self._fail((refusal.work.owner,), refusal.error)
+        return batch, outcomes
 
     def _enqueue(self, request: Request, promise: Sla, step: int) -> Outcomes:
         """Give a request's rows to the batcher, or say why not."""
@@ -389,7 +459,7 @@ class Engine:
                 self._batcher.cancel(work)
             request.works.clear()
             name = request.loaded.spec.name
-            self.metrics.calls.labels(name, error.reason).inc()
+            self.metrics.count(name, error.reason)
             if error.reason in ("deadline", "queue_full"):
                 self.metrics.sla_misses.labels(name, error.reason).inc()
             outcomes.append((request, error))
@@ -405,15 +475,14 @@ class Engine:
     # -- the lane's thread -------------------------------------------------------------------
     def _step(self) -> bool:
         """Wait for a batch and run it; False when the engine is closed and nothing waits."""
-        outcomes: Outcomes = []
         with self._wake:
-            while not self._batcher and self._state == "running":
+            while self._taken or (not self._batcher and self._state == "running"):
                 self._wake.wait()
+                if self._broken is not None:
+                    raise self._broken
             if not self._batcher:
                 return False
-            batch, refused = self._batcher.next(self._clock())
-            for refusal in refused:
-                outcomes += self._fail((refusal.work.owner,), refusal.error)
+            batch, outcomes = self._next()
         self._settle(outcomes)
         if batch is not None:
             self._execute(batch)
@@ -444,8 +513,12 @@ class Engine:
             batcher = self._batcher
             return batcher.urgent_rows if kind == "urgent" else batcher.background_rows
 
-    def _execute(self, batch: Batch) -> None:
-        """Run a batch and hand out its answers; learning and counting come after them."""
+    def _execute(self, batch: Batch) -> KeyboardInterrupt | None:
+        """Run a batch and hand out its answers; learning and counting come after them.
+
+        Returns:
+            What the user stopped the model with, in a thread that is not the lane's.
+        """
         begun = self._clock()
         loaded: LoadedModel = batch.parts[0].work.owner.ran(batch.key)
         halvings = loaded.halvings
@@ -457,7 +530,9 @@ class Engine:
             output = loaded.run(cat_rows(rows))
         except BaseException as error:  # noqa: BLE001 - a model's failure is its batch's alone
             self._failed(batch, loaded, error)
-            return
+            if isinstance(error, KeyboardInterrupt) and not self._lane.is_current:
+                return error
+            return None
         now = self._clock()
         outcomes = self._deliver(batch, loaded, output, begun, now)
         self._settle(outcomes)
@@ -466,18 +541,27 @@ class Engine:
                 self._batcher.shrink(batch.key, loaded.most)
             self._busy += now - begun
             self._batcher.finished(batch, now - begun, now)
+            self._give_back()
         self.metrics.busy_seconds.inc(now - begun)
         if loaded.halvings > halvings:
             self.metrics.halved.labels(loaded.spec.name).inc(loaded.halvings - halvings)
         meters = self.metrics.of_model(loaded.spec.name)
         meters.batch_rows.observe(batch.rows)
         meters.batch_seconds.observe(now - begun)
+        return None
+
+    def _give_back(self) -> None:
+        """The device is free; with the lock held."""
+        self._taken = False
+        if self._batcher or self._state != "running":
+            self._wake.notify()
 
     def _failed(self, batch: Batch, loaded: LoadedModel, error: BaseException) -> None:
         """A batch raised: search for the callers at fault, and tell those that were found."""
         self.metrics.failed_batches.labels(loaded.spec.name).inc()
         with self._wake:
             works = self._batcher.failed(batch, self._clock())
+            self._give_back()
             requests = list(dict.fromkeys(work.owner for work in works))
             outcomes: Outcomes = []
             for request in requests:
@@ -544,7 +628,7 @@ class Engine:
 
     def _count(self, request: Request, ran: LoadedModel, cause: str | None) -> None:
         asked, name = request.loaded.spec.name, ran.spec.name
-        self.metrics.calls.labels(asked, "late" if cause else "answered").inc()
+        self.metrics.count(asked, "late" if cause else "answered")
         meters = self.metrics.of_model(asked)
         meters.call_seconds.observe(request.timing.total)
         meters.queue_seconds.observe(request.timing.queue)

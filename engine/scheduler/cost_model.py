@@ -12,6 +12,7 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Set
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,8 @@ class _Curve:
         return not self.knots or not min(self.knots) / 2 < rows < max(self.knots) * 2
 
     def level(self) -> float:
-        return self.ratios.quantile(0.5, 1.0)
+        ordered = self.ratios.ordered
+        return ordered[len(ordered) // 2] if ordered else 1.0
 
     def delay(self, share: float) -> float:
         return max(0.0, self.delays.quantile(share, 0.0)) if share > 0.5 else 0.0
@@ -119,11 +121,15 @@ class _Curve:
     def _follow(self, rows: int, seconds: float) -> None:
         """Move the curve's knots near ``rows`` a little towards what was seen."""
         off = seconds / (self.level() * self.base(rows)) - 1
-        near = sorted(self.knots, key=lambda knot: abs(knot - rows))[:2]
-        span = sum(abs(knot - rows) for knot in near) or 1
-        for knot in near:
-            closeness = 1 - abs(knot - rows) / span if len(near) > 1 else 1.0
-            self.knots[knot] *= 1 + _LEARN * closeness * max(-0.5, min(off, 0.5))
+        step = _LEARN * max(-0.5, min(off, 0.5))
+        near = nsmallest(2, self.knots, key=lambda knot: abs(knot - rows))
+        if len(near) == 1 or near[0] == rows:
+            self.knots[near[0]] *= 1 + step
+        else:
+            first, second = near
+            span = abs(first - rows) + abs(second - rows)
+            self.knots[first] *= 1 + step * (1 - abs(first - rows) / span)
+            self.knots[second] *= 1 + step * (1 - abs(second - rows) / span)
         self.moved += 1
         if self.moved >= _REBUILD:
             self.moved = 0
@@ -149,7 +155,9 @@ class LatencyModel:
 
     def observe(self, key: BatchKey, rows: int, seconds: float) -> None:
         """Learn from a finished batch."""
-        curve = self._curves.setdefault(key, _Curve())
+        curve = self._curves.get(key)
+        if curve is None:
+            curve = self._curves[key] = _Curve()
         if curve.is_far(rows):
             self.seed(key, rows, seconds / curve.level())
         curve.observe(rows, max(seconds, 1e-7))

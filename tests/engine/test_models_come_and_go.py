@@ -278,14 +278,14 @@ def test_two_engines_have_metrics_and_models_of_their_own():
 
 def test_what_an_engine_counted_stays_counted_when_it_is_gone():
     def answered() -> float:
-        labels = {"model": "counted", "outcome": "answered"}
+        labels = {"model": "swapped", "outcome": "answered"}
         return REGISTRY.get_sample_value("plinth_calls_total", labels) or 0.0
 
     before = answered()
     engine = Engine(threads=1)
-    engine.add(scale(1.0, "counted"), batch_range=(1, 1))
+    engine.add(scale(1.0, "swapped"), batch_range=(1, 1))
     with engine:
-        ask(engine, "counted")
+        ask(engine, "swapped")
     assert answered() == before + 1
     gone = weakref.ref(engine)
     del engine

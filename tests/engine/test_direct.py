@@ -1,0 +1,246 @@
+"""A small call that nothing else waits beside is run by its caller; all else by the lane."""
+
+import asyncio
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from plinth.engine import Batcher, Call, Engine, EngineFailed, LatencyModel, Model, ModelSpec, Sla
+from plinth.engine import TensorSpec as Shape
+from plinth.engine.runtime import engine as runtime
+
+pytestmark = pytest.mark.cpu  # on a device the lane alone may run
+
+SLA = Sla(deadline_ms=60_000)
+
+
+class Notes:
+    """What happened in a model: the thread and the rows of each batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[str, int]] = []
+        self.interrupt: BaseException | None = None
+        self.gate: threading.Event | None = None
+        self.inside = threading.Event()
+
+
+class Noting(nn.Module):
+    """Doubles."""
+
+    notes = Notes()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, bias=False)
+        with torch.no_grad():
+            self.linear.weight.copy_(2 * torch.eye(4))
+
+    def forward(self, x):
+        notes = Noting.notes
+        notes.batches.append((threading.current_thread().name, len(x)))
+        if notes.gate is not None:
+            notes.inside.set()
+            assert notes.gate.wait(60)
+        if notes.interrupt is not None:
+            raise notes.interrupt
+        return self.linear(x)
+
+
+@pytest.fixture
+def noting(monkeypatch):
+    """A running engine with it, and its notes; however slow the machine, calls count as small."""
+    monkeypatch.setattr(runtime, "DIRECT_SECONDS", 10.0)
+    spec = ModelSpec(
+        name="noting",
+        inputs=(Shape(name="x", shape=(4,)),),
+        outputs=(Shape(name="y", shape=(4,)),),
+    )
+    with Engine(Batcher(LatencyModel()), threads=1) as engine:
+        engine.add(Model(spec, Noting().eval()), batch_range=(1, 8), sla=SLA)
+        Noting.notes = Notes()
+        yield engine, Noting.notes
+
+
+def flow(rows=1, value=1.0):
+    return (yield Call("noting", torch.full((rows, 4), float(value))))
+
+
+def here():
+    return threading.current_thread().name
+
+
+def as_the_lane():
+    """The number of CPU threads that the engine of these tests has."""
+    torch.set_num_threads(1)
+
+
+def in_a_thread(work):
+    """What work() gives in a new thread that has the lane's settings."""
+    found = []
+
+    def run():
+        as_the_lane()
+        found.append(work())
+
+    thread = threading.Thread(target=run, name="caller")
+    thread.start()
+    thread.join(60)
+    return found[0]
+
+
+def test_a_small_call_on_an_idle_engine_runs_in_its_callers_thread(noting):
+    engine, notes = noting
+    answer = in_a_thread(lambda: engine.run(flow(3)))
+    assert answer.value.tolist() == [[2.0] * 4] * 3
+    assert notes.batches == [("caller", 3)]
+    assert not answer.late
+    assert answer.timing.batch_rows == 3
+
+
+def test_a_call_that_takes_long_or_is_larger_than_a_batch_runs_on_the_lane(noting, monkeypatch):
+    engine, notes = noting
+    in_a_thread(lambda: engine.run(flow(20)))
+    monkeypatch.setattr(runtime, "DIRECT_SECONDS", 0.0)
+    in_a_thread(lambda: engine.run(flow(1)))
+    assert {name for name, _ in notes.batches} == {"plinth-device"}
+    assert sum(rows for _, rows in notes.batches) == 21
+
+
+@pytest.mark.parametrize("mode", ["autocast", "device", "threads"])
+def test_settings_of_the_calling_thread_do_not_reach_the_model(noting, mode):
+    engine, notes = noting
+    modes = {
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "device": lambda: torch.device("meta"),
+        "threads": lambda: torch.inference_mode(False),
+    }
+
+    def work():
+        rows = torch.full((1, 4), 1.001)
+
+        def one():
+            return (yield Call("noting", rows))
+
+        if mode == "threads":
+            torch.set_num_threads(2)
+        with modes[mode]():
+            return engine.run(one()).value
+
+    value = in_a_thread(work)
+    assert value.dtype == torch.float32
+    assert value.tolist() == (2 * torch.full((1, 4), 1.001)).tolist()
+    assert notes.batches == [("plinth-device", 1)]
+
+
+def test_in_an_event_loop_one_call_runs_there_and_calls_of_one_pass_make_a_batch(noting):
+    engine, notes = noting
+
+    async def main():
+        as_the_lane()
+        await engine.run_async(flow(1))
+        alone = list(notes.batches)
+        notes.batches.clear()
+        answers = await asyncio.gather(*(engine.run_async(flow(1, n)) for n in range(4)))
+        return alone, [float(answer.value[0, 0]) for answer in answers]
+
+    alone, values = in_a_thread(lambda: asyncio.run(main()))
+    assert alone == [("caller", 1)]
+    assert values == [0.0, 2.0, 4.0, 6.0]
+    assert {name for name, _ in notes.batches} == {"plinth-device"}
+
+
+def test_a_cancelled_call_is_not_run_and_the_next_one_is(noting):
+    engine, notes = noting
+
+    async def main():
+        as_the_lane()
+        task = asyncio.ensure_future(engine.run_async(flow(1)))
+        await asyncio.sleep(0)  # it is admitted, and would run in the next pass
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return (await engine.run_async(flow(2))).value
+
+    assert in_a_thread(lambda: asyncio.run(main())).shape == (2, 4)
+    assert sum(rows for _, rows in notes.batches if rows == 2) == 2
+    assert engine.status()["urgent_rows"] == 0
+
+
+def test_ctrl_c_reaches_the_caller_and_the_engine_goes_on(noting):
+    engine, notes = noting
+
+    def work():
+        notes.interrupt = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(flow(1))
+        notes.interrupt = None
+        return engine.run(flow(2)).value
+
+    assert in_a_thread(work).tolist() == [[2.0] * 4] * 2
+    assert engine.state == "running"
+
+
+def test_what_breaks_the_engines_books_in_a_callers_thread_is_told_and_ends_the_engine(
+    noting, monkeypatch
+):
+    engine, _ = noting
+
+    def broken(*_):
+        raise ZeroDivisionError("a fault of ours")
+
+    def work():
+        monkeypatch.setattr(engine._batcher, "finished", broken)
+        assert engine.run(flow(1)).value.shape == (1, 4)  # it was answered before
+        for _ in range(1000):
+            if engine.state == "failed":
+                break
+            with pytest.raises(EngineFailed):
+                engine.run(flow(1))
+        monkeypatch.undo()
+        return engine.state, engine.failure
+
+    assert in_a_thread(work) == ("failed", "ZeroDivisionError")
+    engine.start()
+    assert in_a_thread(lambda: engine.run(flow(1))).value.tolist() == [[2.0] * 4]
+
+
+def test_callers_of_many_threads_each_get_their_own_rows(noting):
+    engine, notes = noting
+    found: dict[int, list[float]] = {}
+
+    def caller(number):
+        as_the_lane()
+        found[number] = [
+            float(engine.run(flow(1 + turn % 3, number * 1000 + turn)).value[0, 0])
+            for turn in range(50)
+        ]
+
+    threads = [threading.Thread(target=caller, args=(n,), name=f"caller-{n}") for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {n: [2.0 * (n * 1000 + turn) for turn in range(50)] for n in range(6)}
+    assert sum(rows for _, rows in notes.batches) == 6 * sum(1 + turn % 3 for turn in range(50))
+    assert engine.status()["urgent_rows"] == 0
+
+
+def test_closing_waits_for_a_batch_that_a_caller_runs(noting):
+    engine, notes = noting
+    notes.gate = threading.Event()
+    answers: list[object] = []
+    caller = threading.Thread(
+        target=lambda: (as_the_lane(), answers.append(engine.run(flow(1)).value.tolist()))
+    )
+    caller.start()
+    assert notes.inside.wait(60)
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    assert engine.state in ("running", "closing")
+    notes.gate.set()
+    closer.join(60)
+    caller.join(60)
+    assert answers == [[[2.0] * 4]]
+    assert engine.state == "closed"
