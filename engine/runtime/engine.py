@@ -368,7 +368,7 @@ class Engine:
         """Whether its caller should run it: nothing else is there to do, and it is soon done."""
         if self._taken or self._batcher or request.total > request.loaded.most:
             return False
-        expected = self._batcher.latency.predict(request.key, request.total)
+        expected = self._batcher.latency.predict(request.key, request.total, 0.5)
         return 0.0 < expected <= DIRECT_SECONDS and self._lane.runs_alike_here()
 
     def _run_alone(self, request: Request) -> None:
