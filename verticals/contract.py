@@ -277,6 +277,18 @@ class Vertical(ABC, Generic[Req, Res]):
         """
         return
 
+    def see_growth(self, at: float | None) -> None:
+        """Told by a log's door, after :meth:`see_partitions`, when the log got more partitions.
+
+        A key may lie in another partition since then. Where several workers share the log, the
+        state may then lack what came with the key before: say so in the answers for as long as
+        something older than ``at`` could have counted.
+
+        Args:
+            at: seconds since 1970-01-01T00:00Z; ``None``: never seen, or this worker reads all.
+        """
+        return
+
     def snapshot(self) -> bytes | None:
         """The state as bytes, or ``None`` for a stateless vertical."""
         return None

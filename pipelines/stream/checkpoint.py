@@ -16,7 +16,7 @@ from typing import Any
 
 from plinth.engine import InputError
 from plinth.pipelines.snapshots import read_header, read_snapshot, write_snapshot
-from plinth.pipelines.stream.chunks import Chunk, Partition
+from plinth.pipelines.stream.chunks import UNKNOWN, Chunk, Layout, Partition
 from plinth.verticals.contract import Vertical
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Checkpoint:
     Attributes:
         applied: position of each partition up to which records are in the state.
         since: position of each of these from which on they are.
+        layout: of the input topic, as the group or the snapshot last knew it.
         dirty: a flow failed halfway; the state must be built again before it is used.
     """
 
@@ -46,6 +47,7 @@ class Checkpoint:
     replay_max_records: int
     applied: Offsets = field(default_factory=dict, init=False)
     since: Offsets = field(default_factory=dict, init=False)
+    layout: Layout = field(default=UNKNOWN, init=False)
     dirty: bool = field(default=False, init=False)
     _empty: bytes | None = field(default=None, init=False)
     _read: int = field(default=0, init=False)
@@ -67,6 +69,7 @@ class Checkpoint:
     def position(self, chunk: Chunk, mine: int) -> str:
         """What a chunk is answered with: ``mine/width``, then each partition of the state.
 
+        Behind ``mine/width`` stands ``/grown`` where the input has grown (milliseconds).
         A partition of the chunk stands first, as ``number:since-start-end``, others as
         ``number:since-applied``. Empty without state.
 
@@ -85,7 +88,9 @@ class Checkpoint:
             for p, at in self.applied.items()
             if p not in chunk.starts
         ]
-        return " ".join([f"{mine}/{chunk.width}", *parts])
+        layout = chunk.layout
+        share = f"{mine}/{layout.width}" + (f"/{layout.grown}" if layout.grown else "")
+        return " ".join([share, *parts])
 
     def plan(self, committed: Offsets, first: Offsets) -> dict[Partition, tuple[int, int]]:
         """Where to read again, per partition: [from, to) is observed before ``to`` is scored.
@@ -120,7 +125,8 @@ class Checkpoint:
         body = self.vertical.snapshot() or b""
         offsets = [[p.topic, p.partition, at] for p, at in sorted(self.applied.items())]
         since = [[p.topic, p.partition, at] for p, at in sorted(self.since.items())]
-        write_snapshot(self.path, self.origin, body, {"offsets": offsets, "since": since})
+        more = {"offsets": offsets, "since": since, "layout": self.layout}
+        write_snapshot(self.path, self.origin, body, more)
         log.info("snapshot: %d bytes in %.2f s", len(body), time.perf_counter() - started)
 
     def follow(self) -> bool:
@@ -170,6 +176,7 @@ class Checkpoint:
             self.vertical.restore(body)
             self.applied = {Partition(topic, p): at for topic, p, at in header["offsets"]}
             self.since = {Partition(topic, p): at for topic, p, at in header.get("since", ())}
+            self.layout = self.layout.joined(Layout(*header.get("layout", ())))
         except (InputError, OSError) as error:
             log.warning(
                 "the snapshot %s cannot be used (%s); "

@@ -19,6 +19,38 @@ class Partition(NamedTuple):
     partition: int
 
 
+class Layout(NamedTuple):
+    """How many partitions a topic has, and when it was last seen to have grown.
+
+    Args:
+        width: partitions; 0 when unknown.
+        grown: milliseconds since 1970 at which a worker first saw more partitions than before:
+            not earlier than it happened. 0: never.
+    """
+
+    width: int = 0
+    grown: int = 0
+
+    def note(self) -> str:
+        """As it is kept beside an offset of the group."""
+        return f"plinth {self.width} {self.grown}"
+
+    @classmethod
+    def read(cls, note: str) -> Layout:
+        """From :meth:`note`; unknown where it is somebody else's."""
+        word, *numbers = note.split(" ")
+        if word != "plinth" or len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
+            return cls()
+        return cls(int(numbers[0]), int(numbers[1]))
+
+    def joined(self, other: Layout) -> Layout:
+        """What both tell together."""
+        return Layout(max(self.width, other.width), max(self.grown, other.grown))
+
+
+UNKNOWN = Layout()
+
+
 class Record(Protocol):
     """One input record as the processor sees it; kafka-python's ``ConsumerRecord`` is one."""
 
@@ -80,7 +112,7 @@ class Chunk:
         ends: position of each partition after it: what is committed with it.
         owner: the consumer's group membership while it read them, checked at the commit.
         replay: the records were answered before and only rebuild the state.
-        width: partitions the input topic has.
+        layout: of the input topic, when the records were read.
     """
 
     records: list[Record]
@@ -88,7 +120,7 @@ class Chunk:
     ends: dict[Partition, int]
     owner: Any = None
     replay: bool = False
-    width: int = 0
+    layout: Layout = UNKNOWN
 
 
 @dataclass(slots=True, eq=False)
@@ -116,7 +148,7 @@ class Outputs:
                 {p: chunk.starts[p] for p in kept},
                 {p: chunk.ends[p] for p in kept},
                 owner,
-                width=chunk.width,
+                layout=chunk.layout,
             ),
             [m for m in self.messages if (m.record.topic, m.record.partition) in kept],
             self.position,

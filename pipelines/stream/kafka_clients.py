@@ -30,7 +30,7 @@ from kafka.net.compat import KafkaNetClient
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from plinth.engine import ConfigError
-from plinth.pipelines.stream.chunks import Partition, StreamError
+from plinth.pipelines.stream.chunks import Layout, Partition, StreamError
 from plinth.pipelines.stream.settings import StreamConfig
 
 log = logging.getLogger(__name__)
@@ -167,9 +167,10 @@ class AbandonableThread:
             pending.run()
 
 
-def as_offsets(ends: Mapping[Partition, int]) -> dict[Any, Any]:
-    """Positions by :class:`Partition` in kafka-python's words."""
-    return {TopicPartition(*p): OffsetAndMetadata(at, "", -1) for p, at in ends.items()}
+def as_offsets(ends: Mapping[Partition, int], layout: Layout) -> dict[Any, Any]:
+    """Positions by :class:`Partition` in kafka-python's words, each with the topic's layout."""
+    note = layout.note()
+    return {TopicPartition(*p): OffsetAndMetadata(at, note, -1) for p, at in ends.items()}
 
 
 # -- topics --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -18,7 +19,7 @@ from kafka.errors import (
 )
 from kafka.structs import TopicPartition
 
-from plinth.pipelines.stream.chunks import Chunk, Partition, Record, Rewind
+from plinth.pipelines.stream.chunks import Chunk, Layout, Partition, Record, Rewind
 from plinth.pipelines.stream.kafka_clients import (
     AbandonableThread,
     as_offsets,
@@ -28,7 +29,7 @@ from plinth.pipelines.stream.kafka_clients import (
     unreachable,
 )
 from plinth.pipelines.stream.kafka_replay import Replay
-from plinth.pipelines.stream.metrics import LAG, LOST, OPEN_TRANSACTION, PARTITIONS
+from plinth.pipelines.stream.metrics import GROWN, LAG, LOST, OPEN_TRANSACTION, PARTITIONS
 from plinth.pipelines.stream.settings import StreamConfig
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,8 @@ class GroupConsumer:
         self._held_back: dict[Any, int] = {}
         self._read_to: dict[Any, int] = {}
         self._width = self.width
+        self._layout = Layout()
+        self._asked: Any = None
 
     # -- reading ---------------------------------------------------------------------------
     def poll(self) -> Chunk | None:
@@ -221,7 +224,7 @@ class GroupConsumer:
             starts[place] = self._positions[place]
             ends[place] = self._positions[place] = records[-1].offset + 1
             every.extend(records)
-        return Chunk(every, starts, ends, owner, width=self.width)
+        return Chunk(every, starts, ends, owner, layout=self.layout)
 
     # -- positions -------------------------------------------------------------------------
     def committed(self) -> tuple[Any, dict[Partition, int], dict[Partition, int]] | None:
@@ -239,13 +242,14 @@ class GroupConsumer:
         places = sorted(self.consumer.assignment())
         if not places:
             return owner, {}, {}
+        known = self._committed()
         first = self._offsets(self.consumer.beginning_offsets, places)
         last = self._offsets(self.consumer.end_offsets, places)
         self._ends = last
         found: dict[Partition, int] = {}
         fresh: dict[Partition, int] = {}
         for place in places:
-            at = self._committed(place)
+            at = known.get(place)
             if at is None:
                 at = first[place] if self.config.start_at == "earliest" else last[place]
                 fresh[Partition(*place)] = at
@@ -261,15 +265,40 @@ class GroupConsumer:
             raise KafkaTimeoutError(f"partition {error} is not known to the brokers yet") from None
         return found
 
-    def _committed(self, place: Any) -> int | None:
+    def _committed(self) -> dict[Any, int]:
+        """The group's offset of every partition that has one; also tells the layout."""
+        places = [TopicPartition(self.config.input_topic, p) for p in range(self.width)]
         try:
-            at: int | None = self.consumer.committed(place, timeout_ms=self._timeout_ms)
+            found = self.consumer._coordinator.fetch_committed_offsets(
+                places, timeout_ms=self._timeout_ms
+            )
         except KafkaTimeoutError:
             raise KafkaTimeoutError(
                 "the group's offsets were not told: the coordinator is away, or a transaction that "
                 "nobody ends keeps them unstable (kafka-transactions.sh find-hanging)"
             ) from None
-        return at
+        for told in found.values():
+            self.learn(Layout.read(told.metadata))
+        self._see_moved_keys(len(places))
+        return {place: told.offset for place, told in found.items()}
+
+    def learn(self, layout: Layout) -> None:
+        """Take in what somebody knew of the topic's layout."""
+        self._layout = self._layout.joined(layout)
+
+    def _see_moved_keys(self, width: int) -> None:
+        """Note when the topic has more partitions than the group had answered with."""
+        before = self._layout.width
+        if 0 < before < width:
+            self.learn(Layout(width, int(time.time() * 1e3)))
+            log.warning(
+                "%s has grown from %d to %d partitions: a key may lie in another one than before, "
+                "and where several workers share them, with one that does not know its past; "
+                "answers that this may concern say so until the longest window has passed",
+                self.config.input_topic, before, width,
+            )  # fmt: skip
+        self.learn(Layout(width))
+        GROWN.labels(self.config.input_topic).set(self._layout.grown / 1e3)
 
     def _retained(self, place: Any, at: int, first: int, last: int) -> int:
         if first <= at <= last:
@@ -310,7 +339,7 @@ class GroupConsumer:
         Raises:
             KafkaError: they were not committed.
         """
-        self.consumer.commit(as_offsets(ends), timeout_ms=self._timeout_ms)
+        self.consumer.commit(as_offsets(ends, self.layout), timeout_ms=self._timeout_ms)
 
     @property
     def joined(self) -> bool:
@@ -326,6 +355,34 @@ class GroupConsumer:
     def width(self) -> int:
         """Partitions of the input topic, as far as is known."""
         return len(self.consumer.partitions_for_topic(self.config.input_topic))
+
+    @property
+    def layout(self) -> Layout:
+        """Partitions of the input topic, and when it has grown, as of the last assignment."""
+        return self._layout
+
+    def ask_layout(self) -> None:
+        """Ask how many partitions the topic has, if others share it; :meth:`see_layout` waits."""
+        if len(self._positions) >= self.width:
+            return
+        answered = threading.Event()
+        future = self.consumer._cluster.request_update()
+        future.add_both(lambda *_: answered.set())
+        self._asked = future, answered
+
+    def see_layout(self) -> None:
+        """See that the topic has not grown before :meth:`ask_layout`: then keys may have moved.
+
+        Raises:
+            Rewind: it has, or nobody says.
+        """
+        if self._asked is None:
+            return
+        (future, answered), self._asked = self._asked, None
+        if not answered.wait(self._timeout_ms / 1e3) or not future.succeeded():
+            raise Rewind("layout_unknown")
+        if self.width > self._layout.width:
+            raise Rewind("grown")
 
     @property
     def replaying(self) -> int:

@@ -195,7 +195,8 @@ class KafkaSink(ABC):
 
     def _send_all(self, producer: Any, outputs: Outputs) -> list[Any]:
         """Queue every message; its futures, to be handed to :meth:`_all_written`."""
-        send, topic, width = producer.send, self.config.output_topic, outputs.chunk.width
+        send, topic = producer.send, self.config.output_topic
+        width = outputs.chunk.layout.width
         alike, position = _alike(producer, topic, width), outputs.position
         futures = []
         for message in outputs.messages:
@@ -275,7 +276,8 @@ class ExactlyOnceSink(KafkaSink):
         producer.begin_transaction()
         futures = self._send_all(producer, outputs)
         chunk = outputs.chunk
-        producer.send_offsets_to_transaction(as_offsets(chunk.ends), chunk.owner)
+        offsets = as_offsets(chunk.ends, chunk.layout)
+        producer.send_offsets_to_transaction(offsets, chunk.owner)
         self._all_written(futures)
         producer.commit_transaction()
 

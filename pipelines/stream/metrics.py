@@ -68,6 +68,12 @@ OPEN_TRANSACTION = Gauge(
     ("topic", "partition"),
     registry=REGISTRY,
 )
+GROWN = Gauge(
+    "plinth_kafka_partitions_grown_timestamp_seconds",
+    "When the input was last seen to have more partitions than before; 0: never.",
+    ("topic",),
+    registry=REGISTRY,
+)
 DEAD_SHARE = Gauge(
     "plinth_dead_letter_share",
     "Share of dead letters among the latest records of this worker (dead_letter_window).",

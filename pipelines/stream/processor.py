@@ -101,9 +101,16 @@ class Processor:
                 self._isolate.pop(p, None)
         return not self._isolate.keys().isdisjoint(chunk.starts)
 
-    def see_partitions(self, mine: int, total: int) -> None:
-        """Tell the vertical how many of the input's partitions this worker reads."""
+    def see_partitions(self, mine: int, total: int, grown: int) -> None:
+        """Tell the vertical how many of the input's partitions this worker reads.
+
+        Args:
+            mine: partitions of this worker.
+            total: partitions of the input.
+            grown: milliseconds since 1970 when it was last seen to have grown; 0: never.
+        """
         self.vertical.see_partitions(mine, total)
+        self.vertical.see_growth(grown / 1e3 if grown and mine < total else None)
 
     # -- parse -----------------------------------------------------------------------------
     def _parse(

@@ -34,12 +34,13 @@ class Position:
     """What a chunk of records was answered with.
 
     Args:
-        share: partitions that its worker read, and those the input had.
+        share: partitions that its worker read, those the input had, and when it had grown
+            (milliseconds since 1970; 0: never).
         before: the records in the state, [from, to) by partition.
         chunk: the records answered together, [from, to) by partition, in their order.
     """
 
-    share: tuple[int, int]
+    share: tuple[int, int, int]
     before: Spans
     chunk: Spans
 
@@ -51,7 +52,7 @@ class Position:
             ValueError: it is not one.
         """
         share, *parts = header.split(" ")
-        mine, total = map(int, share.split("/"))
+        mine, total, *grown = map(int, share.split("/"))
         before, chunk = {}, {}
         for part in parts:
             number, _, span = part.partition(":")
@@ -60,7 +61,7 @@ class Position:
             before[place] = since, at
             if end:
                 chunk[place] = at, end[0]
-        return cls((mine, total), before, chunk)
+        return cls((mine, total, grown[0] if grown else 0), before, chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +198,7 @@ class _State:
             {p: at for p, (at, _) in position.chunk.items()},
             {p: to for p, (_, to) in position.chunk.items()},
         )
-        self._vertical.see_partitions(*position.share)
+        self._processor.see_partitions(*position.share)
         before = (self._vertical.snapshot() or b"") if features else b""
         steps = self._processor.process(chunk)
         try:

@@ -85,7 +85,7 @@ class _Redelivery:
     def observe(self, chunk: Chunk) -> None:
         """There is no state."""
 
-    def see_partitions(self, mine: int, total: int) -> None:
+    def see_partitions(self, mine: int, total: int, grown: int) -> None:
         """There is no state."""
 
     def _wanted(self, record: Record) -> bool:

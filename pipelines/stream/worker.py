@@ -129,8 +129,8 @@ class ChunkProcessor(Protocol):
     def observe(self, chunk: Chunk) -> None:
         """Take a replayed chunk into the state, without answers."""
 
-    def see_partitions(self, mine: int, total: int) -> None:
-        """Told whenever this worker's share of the input changes."""
+    def see_partitions(self, mine: int, total: int, grown: int) -> None:
+        """Told whenever this worker's share of the input changes, and when that last grew."""
 
 
 def run(
@@ -333,6 +333,8 @@ class Worker:
         self._at("process")
         if self._began is None:
             self._began = time.perf_counter(), time.process_time()
+        if self.checkpoint.stateful:
+            self.consumer.ask_layout()
         steps = self.processor.process(chunk)
         while True:
             try:
@@ -347,6 +349,7 @@ class Worker:
         dead = sum(message.error is not None for message in outputs.messages)
         self.dead_share.take(len(outputs.messages), dead)
         self._busy = time.monotonic()
+        self.consumer.see_layout()
         return outputs
 
     def _wait_for_engine(self, seconds: float) -> None:
@@ -494,6 +497,7 @@ class Worker:
 
     def _resume(self) -> None:
         """Go on behind what the group has committed, writing again what is not among it."""
+        self.consumer.learn(self.checkpoint.layout)
         found = self.consumer.committed()
         if found is None:
             self.consumer.keep_alive()
@@ -514,9 +518,12 @@ class Worker:
                 self._settle()
                 committed |= part.chunk.ends
         self._at("restore")
+        layout = self.consumer.layout
+        self.checkpoint.layout = layout
         log.info("in the group, with %d partitions", len(committed))
         self.consumer.begin(self.checkpoint.plan(committed, first), owner)
-        self.processor.see_partitions(len(committed), max(self.consumer.width, len(committed)))
+        mine, width = len(committed), max(self.consumer.width, len(committed))
+        self.processor.see_partitions(mine, width, layout.grown)
         self._moved = self._busy = time.monotonic()  # joining, however long, is not idling
 
     # -- patience --------------------------------------------------------------------------

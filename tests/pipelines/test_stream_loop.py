@@ -21,12 +21,21 @@ from tally import TallyVertical, expect_each_once, started_engine
 from plinth.engine import Call, ConfigError, Engine, InputError, ModelError, QueueFull
 from plinth.pipelines.snapshots import claim
 from plinth.pipelines.stream.checkpoint import Checkpoint
-from plinth.pipelines.stream.chunks import Chunk, Committed, Outputs, Partition, Rewind, StreamError
+from plinth.pipelines.stream.chunks import (
+    Chunk,
+    Committed,
+    Layout,
+    Outputs,
+    Partition,
+    Rewind,
+    StreamError,
+)
 from plinth.pipelines.stream.processor import MAX_FAILURES, Processor
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.pipelines.stream.worker import StreamSummary, Worker
 
 P = Partition("in", 0)
+ONE = Layout(1)
 ENGINE = started_engine(TallyVertical())
 
 
@@ -70,6 +79,7 @@ class MemoryLog:
     joined: bool = False
     partitions: int = 1
     width: int = 1
+    layout: Layout = ONE
     replaying: int = 0
     commits_offsets: bool = True
     writing: Outputs | None = None
@@ -90,6 +100,15 @@ class MemoryLog:
 
     def committed(self) -> tuple[None, dict[Partition, int], dict[Partition, int]]:
         return None, {P: self.durable}, {P: 0}
+
+    def learn(self, layout: Layout) -> None:
+        assert layout.width <= 1
+
+    def ask_layout(self) -> None:
+        """It never grows."""
+
+    def see_layout(self) -> None:
+        """It never grows."""
 
     def begin(self, plan: dict[Partition, tuple[int, int]], owner: None) -> None:
         self.at, self.mark = plan[P]

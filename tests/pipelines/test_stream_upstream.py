@@ -123,6 +123,109 @@ def test_partitions_added_while_running_are_read(kafka_node: KafkaNode) -> None:
     assert vertical.shares[-1] == (6, 6)
 
 
+class Member:
+    """A worker of finance on a thread of this process, on input that is said to be colocated."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        self.stop = threading.Event()
+        self.progress = StreamProgress()
+        self._config = config
+        self._vertical = FraudScoring(FraudSettings(colocated=True))
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with started_engine(self._vertical) as engine:
+                run(self._vertical, engine, self._config, self.stop, self._note)
+        except BaseException as error:  # noqa: BLE001 - raised by end() on the test's thread
+            self._failure = error
+
+    def _note(self, progress: StreamProgress) -> None:
+        self.progress = progress
+
+    def end(self) -> None:
+        self.stop.set()
+        self._thread.join(60)
+        if self._failure is not None:
+            raise self._failure
+
+
+def two_members(config: StreamConfig, *, sharing: int) -> list[Member]:
+    members = [Member(config), Member(config)]
+
+    def both() -> bool:
+        parts = [one.progress.partitions for one in members]
+        return min(parts) > 0 and sum(parts) == sharing
+
+    eventually(both, 60, "both share the topic")
+    return members
+
+
+def answered(members: list[Member], count: int) -> None:
+    eventually(
+        lambda: sum(one.progress.records for one in members) == count, 60, f"{count} answers"
+    )
+
+
+def add_partitions(config: StreamConfig, count: int) -> None:
+    with contextlib.closing(KafkaAdminClient(bootstrap_servers=config.bootstrap_servers)) as admin:
+        admin.create_partitions({config.input_topic: count})
+        eventually(
+            lambda: len(admin.describe_topics([config.input_topic])[0]["partitions"]) == count,
+            30,
+            f"{count} partitions",
+        )
+
+
+def rounds(first: int, last: int) -> list[tuple[bytes, bytes]]:
+    """Payments of thirty cards, each once in every round."""
+    return [
+        (key, value.replace(b'"x', f'"r{number}x'.encode()))
+        for number in range(first, last)
+        for key, value in payments(30)
+    ]
+
+
+def test_a_card_whose_past_another_worker_has_is_flagged_once_partitions_were_added(
+    kafka_node: KafkaNode, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plinth.pipelines.stream.worker.PROGRESS_S", 0.0)
+    config = kafka_node.config(partitions=2, max_records=32, idle_exit_s=None)
+    prepare(config)
+    members = two_members(config, sharing=2)
+    send(config, rounds(0, 11))
+    answered(members, 330)
+    add_partitions(config, 6)
+    send(config, rounds(11, 14))  # long before the consumers look at the topic by themselves
+    answered(members, 420)
+    for one in members:
+        one.end()
+    members = two_members(config, sharing=6)  # what the group noted outlives its workers
+    send(config, rounds(14, 15))
+    answered(members, 30)
+    for one in members:
+        one.end()
+
+    decisions = {d["transaction_id"]: d for d in kafka_node.answers(config)}
+    assert len(decisions) == 450
+    fast = {
+        name
+        for name, decision in decisions.items()
+        if "R02" in [reason["code"] for reason in decision["reason_codes"]]
+    }
+    flagged = {name for name, decision in decisions.items() if decision["features_partial"]}
+    numbers = {name: int(name[1 : name.index("x")]) for name in decisions}
+    late = {name for name, number in numbers.items() if number >= 11}
+    assert late - fast  # cards have moved away from their past
+    assert late - fast <= flagged
+    assert flagged == late
+    assert "has grown from 2 to 6 partitions" in caplog.text
+    grown = "plinth_kafka_partitions_grown_timestamp_seconds"
+    assert (REGISTRY.get_sample_value(grown, {"topic": config.input_topic}) or 0) > 1e9
+
+
 def test_an_open_transaction_upstream_is_said_and_waited_for(
     kafka_node: KafkaNode, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ from plinth.verticals.contract import Settings, Vertical
 from plinth.verticals.finance.features import persistence
 from plinth.verticals.finance.features.online import (
     MODEL_FEATURES,
+    RISK_REACH,
     Batch,
     Event,
     FeatureState,
@@ -200,6 +201,7 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
             )
         )
         self._shared = False
+        self._moved_until: int | None = None
         self._known_past = inf, datetime.min.replace(tzinfo=UTC)
         me = weakref.ref(self)
         self._tables = TableMetrics(lambda: found.state if (found := me()) else None)
@@ -323,6 +325,10 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
     def see_partitions(self, mine: int, total: int) -> None:
         self._shared = mine < total and not self._given.colocated
 
+    def see_growth(self, at: float | None) -> None:
+        reach = RISK_REACH + self.state.limits.lateness_ms
+        self._moved_until = None if at is None else round(at * 1e3) + reach
+
     def observe(self, requests: Sequence[Transaction | Label]) -> None:
         """Take records in without scoring them; what :meth:`infer` refuses is left out."""
         self.state.update(self._taken_in(requests, []))
@@ -419,15 +425,16 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
         rows = zip(asked, verdicts, batch.flags.tolist(), scores, answered, strict=True)
         for place, (request, verdict, flag, score, by) in enumerate(rows):
             extra = request.model_extra
+            apart = self._shared or self._may_have_moved(request)
             special: dict[str, Any] = (
                 {
                     "features_late": bool(flag & LATE),
-                    "features_partial": self._shared or bool(flag & PARTIAL),
+                    "features_partial": apart or bool(flag & PARTIAL),
                     "duplicate": bool(flag & DUPLICATE),
                     "conflict": bool(flag & CONFLICT),
                     "extra": extra,
                 }
-                if flag or self._shared or extra
+                if flag or apart or extra
                 else {}
             )
             decisions.append(
@@ -445,6 +452,11 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
         if partial := sum(decision.features_partial for decision in decisions):
             PARTIAL_DECISIONS.inc(partial)
         return decisions
+
+    def _may_have_moved(self, request: Transaction) -> bool:
+        """Whether a window reaches below the time when keys moved to other partitions."""
+        until = self._moved_until
+        return until is not None and milliseconds(request.event_time) <= until
 
     def _verdicts(
         self, asked: Sequence[Transaction], batch: Batch, scores: Sequence[float]

@@ -268,6 +268,21 @@ def test_a_share_of_the_partitions_is_said_on_every_decision() -> None:
     assert not partial(1, colocated=True)
 
 
+def test_windows_that_reach_below_the_growth_of_the_log_are_said() -> None:
+    vertical = FraudScoring(FraudSettings(colocated=True))
+    vertical.see_partitions(1, 4)
+    at = vertical.parse(payment()).event_time.timestamp()
+
+    def partial(grown: float | None) -> bool:
+        vertical.see_growth(grown)
+        [decision] = score(vertical, payment())
+        return bool(decision.features_partial)
+
+    days = 86_400
+    grown = (None, at, at - 43.9 * days, at - 44.1 * days)
+    assert [partial(one) for one in grown] == [False, True, True, False]
+
+
 def test_what_had_to_be_forgotten_is_counted_and_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
