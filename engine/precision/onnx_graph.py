@@ -14,14 +14,14 @@ import json
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, from_numpy
 
 from plinth.engine.errors import ConfigError, ModelError, nearest
 from plinth.engine.models.onnx import session
@@ -127,6 +127,7 @@ def realise(
     target: Path,
     policy: PrecisionPolicy,
     calibration: Mapping[str, Tensor] | None = None,
+    ranges: Path | None = None,
 ) -> dict[str, str]:
     """Write an ONNX file that computes as the policy says. Returns precision by layer.
 
@@ -136,6 +137,8 @@ def realise(
         policy: what to compute in what.
         calibration: rows (n, ...) by input name for ``int8_static``: their activations give
             the scales.
+        ranges: where the ranges of activations are kept; those of a call before, with the same
+            source and calibration, are taken as they are.
 
     Raises:
         ConfigError: a layer that is not there, or a class in a precision that ONNX Runtime has
@@ -151,7 +154,7 @@ def realise(
         handler("onnx", layer.op_class, plan[layer.name])
     static = [layer.node for layer in layers if plan[layer.name] == "int8_static"]
     if static:
-        proto = _static(proto, static, calibration)
+        proto = _static(proto, static, calibration, ranges)
     edit = _Edit(proto, {tensor.name: tensor for tensor in proto.graph.initializer})
     nodes = {layer.node: layer for layer in layers}
     new: list[Any] = []
@@ -168,6 +171,99 @@ def realise(
     _need_contrib(proto)
     onnx.save_model(proto, str(target))
     return plan
+
+
+class Switched:
+    """An ONNX file in which the layers of a policy compute either way, as each run says.
+
+    It takes one input more: for each of these layers, whether it computes as the policy says or
+    in float32. Every layer has both sets of weights.
+
+    Args:
+        source: the float32 file.
+        target: where the file is made.
+        policy: what to compute in what, where it is switched on; not ``int8_static``.
+        threads: of a run.
+
+    Attributes:
+        layers: names of those that can be switched.
+    """
+
+    INPUT = "plinth/low"
+
+    def __init__(
+        self, source: Path, target: Path, policy: PrecisionPolicy, threads: int | None
+    ) -> None:
+        import onnx
+
+        proto = onnx.load_model(str(source))
+        layers = _layers(proto)
+        plan = _plan(proto, layers, policy)
+        nodes = {layer.node: layer for layer in layers if plan[layer.name] != "fp32"}
+        self.layers = [layer.name for layer in nodes.values()]
+        edit = _Edit(proto, {tensor.name: tensor for tensor in proto.graph.initializer})
+        new: list[Any] = []
+        for node in proto.graph.node:
+            if node.name not in nodes:
+                new.append(node)
+                continue
+            layer = nodes[node.name]
+            realised = handler("onnx", layer.op_class, plan[layer.name])
+            new.extend(_either(edit, node, realised, self.layers.index(layer.name)))
+        del proto.graph.node[:]
+        proto.graph.node.extend(new)
+        given = onnx.helper.make_tensor_value_info(
+            self.INPUT, onnx.TensorProto.BOOL, [len(self.layers)]
+        )
+        proto.graph.input.append(given)
+        _need_contrib(proto)
+        onnx.save_model(proto, str(target))
+        self._outputs = [value.name for value in proto.graph.output]
+        self._session = session(target, threads)
+
+    def taking(self, low: Iterable[str]) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        """What runs rows with these layers as the policy says, and the others in float32."""
+        chosen = set(low)
+        switches = np.array([name in chosen for name in self.layers], bool)
+
+        def run(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            feeds = {name: tensor.numpy(force=True) for name, tensor in rows.items()}
+            found = self._session.run(self._outputs, feeds | {self.INPUT: switches})
+            return {
+                name: from_numpy(array) for name, array in zip(self._outputs, found, strict=True)
+            }
+
+        return run
+
+
+def _either(
+    edit: _Edit, node: Any, realised: Callable[[_Edit, Any], Iterable[Any]], place: int
+) -> list[Any]:
+    """A node both ways, and the switch at a place of the input that says which one runs."""
+    import onnx
+
+    branches = []
+    for way in ("low", "high"):
+        own = onnx.NodeProto()
+        own.CopyFrom(node)
+        own.output[0] = f"{node.output[0]}/{way}"
+        # What one branch makes of its inputs no other one sees; constants are everybody's.
+        edit.made = {t.name: t.name for t in edit.proto.graph.initializer}
+        nodes = list(realised(edit, own)) if way == "low" else [own]
+        floats = onnx.helper.make_tensor_value_info(own.output[0], onnx.TensorProto.FLOAT, None)
+        branches.append(onnx.helper.make_graph(nodes, own.output[0], [], [floats]))
+    index = edit.constant(f"{Switched.INPUT}/{place}", np.array(place, np.int64))
+    chosen = f"{node.output[0]}/chosen"
+    return [
+        _node("Gather", [Switched.INPUT, index], [chosen]),
+        _node(
+            "If",
+            [chosen],
+            [node.output[0]],
+            then_branch=branches[0],
+            else_branch=branches[1],
+        ),
+    ]
 
 
 def plan_of(path: Path, policy: PrecisionPolicy) -> tuple[dict[str, str], dict[str, str]]:
@@ -363,7 +459,9 @@ def _node(kind: str, inputs: list[str], outputs: list[str], name: str = "", **fa
     )
 
 
-def _static(proto: Any, nodes: list[str], rows: Mapping[str, Tensor] | None) -> Any:
+def _static(
+    proto: Any, nodes: list[str], rows: Mapping[str, Tensor] | None, ranges: Path | None
+) -> Any:
     """Quantised by ONNX Runtime's own tool: QDQ, weights per channel, ranges from the rows."""
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -381,7 +479,8 @@ def _static(proto: Any, nodes: list[str], rows: Mapping[str, Tensor] | None) -> 
         def get_next(self) -> dict[str, Any] | None:
             return next(feeds, None)
 
-    kinds = {node.op_type for node in proto.graph.node if node.name in nodes}
+    kinds = {*_OP_CLASSES} & {node.op_type for node in proto.graph.node}
+    kinds -= {"Gather", "LSTM", "GRU", "RNN"}  # the same for any nodes, as kept ranges must be
     with tempfile.TemporaryDirectory() as folder, _quiet():
         before, after = Path(folder) / "before.onnx", Path(folder) / "after.onnx"
         onnx.save_model(proto, str(before))
@@ -396,6 +495,7 @@ def _static(proto: Any, nodes: list[str], rows: Mapping[str, Tensor] | None) -> 
             reduce_range=saturates(),
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            calibration_cache_path=None if ranges is None else str(ranges),
         )
         return onnx.load_model(str(after))
 

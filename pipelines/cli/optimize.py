@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,10 @@ def optimize(
     version: Annotated[str | None, typer.Option(help="Version; default: the newest.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a timed run.")] = 8,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of a run.")] = 1,
+    minutes: Annotated[
+        float,
+        typer.Option(min=0.1, help="After which nothing new is tried; the best so far counts."),
+    ] = 15.0,
     picture: Annotated[Path | None, typer.Option(help="Where to draw the curve, .png.")] = None,
     store: Annotated[
         Path | None, typer.Option("--store", help="Folder of the store; default: models.store.")
@@ -72,13 +77,14 @@ def optimize(
         **({"backends": tuple(backend)} if backend else {}),
         batch=batch,
         threads=threads,
+        seconds=60 * minutes,
     )
     with tempfile.TemporaryDirectory(prefix="plinth-optimize-") as folder:
         found = search(task, Path(folder), say)
         variants = models.variants(name, model.spec.version)
         written = keep(found, task, variants, metric=metric, data=data.name)
     if picture is not None:
-        _draw(found, max_loss, metric, picture)
+        draw(found.points, found.best, max_loss, metric, picture)
     if as_json:
         show_json(
             {
@@ -94,7 +100,7 @@ def optimize(
     for label, why in found.refused.items():
         say(f"not tried: {label}: {why}")
     say(
-        f"{name} is served as {variants.default} from its next start in precision auto"
+        f"{name} is served as {variants.default} in precision auto, by servers that run already too"
         if variants.default
         else f"nothing is faster than float32 within {max_loss}: {name} stays as it is"
     )
@@ -143,7 +149,14 @@ def _show(found: Found, max_loss: float) -> None:
     show_table("Candidates", ("candidate", "x fp32", "loss", "weights MB", ""), rows)
 
 
-def _draw(found: Found, max_loss: float, metric: str, path: Path) -> None:
+def draw(
+    points: Sequence[Point], best: Point | None, max_loss: float, metric: str, path: Path
+) -> None:
+    """Draw speed against loss of each candidate.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
     from plinth.distribution import install_hint
     from plinth.engine import ConfigError
 
@@ -154,8 +167,8 @@ def _draw(found: Found, max_loss: float, metric: str, path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     floor = max_loss / 1000 or 1e-9
-    for point in found.points:
-        taken = point is found.best
+    for point in points:
+        taken = point is best
         axes.plot(point.speed, max(point.loss, floor), "o", color="C3" if taken else "C0")
         axes.annotate(point.label, (point.speed, max(point.loss, floor)), fontsize=7)
     axes.axhline(max_loss, color="0.5", linestyle="--", label="allowed")

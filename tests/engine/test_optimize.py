@@ -14,11 +14,15 @@ import torch
 from torch import nn
 
 from plinth.engine import Call, ConfigError, Engine, Model, ModelError, ModelStore, Sla
-from plinth.engine.backends.choice import TOLERANCE
+from plinth.engine.backends import registry
+from plinth.engine.backends.choice import TOLERANCE, compiled
+from plinth.engine.backends.export import onnx_file
+from plinth.engine.backends.quantised import NamedLayer, switched
 from plinth.engine.devices.device import pick
 from plinth.engine.optimize.keep import keep
 from plinth.engine.optimize.measures import average_precision, loss_of, roc_auc
-from plinth.engine.optimize.search import Task, search
+from plinth.engine.optimize.search import Task, alike, search
+from plinth.engine.precision.policy import PrecisionPolicy, resolve
 
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 CPU = pick("cpu")
@@ -76,6 +80,38 @@ def test_the_layer_that_is_harmed_most_goes_back_to_float32_first(found):
     assert fit
     assert all(p.policy.layers[harmed] == "fp32" for p in fit)
     assert any("alone loses" in line for line in said)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_one_graph_computes_each_layer_either_way_as_a_file_of_its_own_would(found, precision):
+    _, task, *_ = found
+    model = replace(task.model, onnx=onnx_file(task.model))
+    either = switched("onnxruntime", model, resolve({precision: ["matmul"]}), 1)
+    assert len(either.layers) == 3, "the last stays float32"
+    rows = {"x": task.rows["x"][:4]}
+    for low in ([], either.layers[:1], either.layers[1:], either.layers):
+        policy = PrecisionPolicy(layers=dict.fromkeys(low, precision))
+        alone = compiled(registry.find("onnxruntime"), model, CPU, policy, 1)
+        want, got = alone.run(rows), either.taking(low)(rows)
+        assert all(torch.allclose(got[name], want[name], rtol=1e-5, atol=1e-5) for name in want)
+    assert switched("onnxruntime", model, resolve({"int8_static": ["matmul"]}), 1) is None
+
+
+def test_when_the_time_is_over_the_best_so_far_is_found(found, tmp_path):
+    _, task, *_ = found
+    said: list[str] = []
+    result = search(replace(task, seconds=0.0), tmp_path, said.append)
+    assert result.points == []
+    assert result.best is None
+    assert result.refused["onnxruntime int8"] == "the 0 s of the search were over"
+
+
+def test_where_runs_are_too_many_like_layers_are_tried_together():
+    layers = [
+        NamedLayer(f"block.{block}.{part}", "matmul", 1.0) for block in range(3) for part in "ab"
+    ]
+    groups = [[layer.name for layer in group] for group in alike(layers)]
+    assert groups == [[f"block.{block}.{part}" for block in range(3)] for part in "ab"]
 
 
 def test_the_best_is_within_the_loss_and_nothing_within_it_is_faster(found):
