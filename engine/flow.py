@@ -120,7 +120,7 @@ class Answer(Generic[T_co]):
         value: what the flow returned.
         timing: where the time went.
         models: version by name of every model that ran.
-        degraded: the model that ran instead, by the name of the one that was asked for.
+        degraded: the model or variant that ran instead, by the name of the one that was asked for.
         late: the deadline had passed when the answer was ready.
         precision: backend and precision, such as ``"eager/fp32"``, of every model that ran: the
             same request may be answered in another one on another machine, unless the engine

@@ -67,6 +67,11 @@ class EngineMetrics:
         self.degraded = counter(
             "plinth_degraded_total", "Calls that a cheaper model answered.", ("model", "cheaper")
         )
+        self.variant_switches = counter(
+            "plinth_variant_switches_total",
+            "Changes of a model's default in the store; outcome: taken, or refused.",
+            ("model", "outcome"),
+        )
         self.failed_batches = counter(
             "plinth_failed_batches_total",
             "Batches in which a model raised; they are run again in halves.",

@@ -13,6 +13,7 @@ from typing import Any
 from plinth.engine import ConfigError, Engine, Model, Sla
 from plinth.engine.models.store import choose_store, default_store
 from plinth.pipelines.config.settings import Config
+from plinth.pipelines.live_models import following
 from plinth.pipelines.live_tables import settings_of
 from plinth.verticals import Vertical, registry
 
@@ -121,12 +122,23 @@ def build_engine(config: Config, verticals: Mapping[str, Vertical[Any, Any]]) ->
 
 
 @contextlib.contextmanager
-def running(config: Config, verticals: Mapping[str, Vertical[Any, Any]]) -> Iterator[Engine]:
-    """The engine of :func:`build_engine`, started; at the end it is closed, then the verticals."""
+def running(
+    config: Config, verticals: Mapping[str, Vertical[Any, Any]], *, follow: bool = False
+) -> Iterator[Engine]:
+    """The engine of :func:`build_engine`, started; at the end it is closed, then the verticals.
+
+    Args:
+        config: the settings of all.
+        verticals: by name.
+        follow: take up defaults that change in the store meanwhile.
+    """
     with contextlib.ExitStack() as stack:
         for vertical in verticals.values():
             stack.callback(vertical.close)
-        yield stack.enter_context(build_engine(config, verticals))
+        engine = stack.enter_context(build_engine(config, verticals))
+        if follow:
+            stack.enter_context(following(engine))
+        yield engine
 
 
 def _check_shared(

@@ -84,11 +84,19 @@ def best_variant(model: Model, device: Device, threads: int | None) -> Executabl
 
 
 def degraded_variant(model: Model, device: Device, beside: str | None) -> str | None:
-    """Name of the fastest variant that runs here and is not the one that usually answers."""
+    """Name of the fastest variant that runs here, if it is faster than what usually answers.
+
+    Args:
+        model: of a store.
+        device: where.
+        beside: the variant that usually answers; ``None``: the reference.
+    """
     if model.variants is None:
         return None
-    fit = [v for v in model.variants.list() if v.name != beside and why_not(v, device) is None]
-    return max(fit, key=lambda v: v.evidence.speed).name if fit else None
+    speeds = {v.name: v.evidence.speed for v in model.variants.list() if not why_not(v, device)}
+    name = max(speeds, key=lambda name: speeds[name], default=None)
+    usual = speeds.get(beside, 1.0) if beside else 1.0
+    return name if name is not None and speeds[name] > usual else None
 
 
 def _hold_against_reference(model: Model, executable: Executable, policy: PrecisionPolicy) -> None:

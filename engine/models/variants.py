@@ -203,11 +203,23 @@ class Variants:
         Raises:
             ModelError: the file that says so cannot be read.
         """
+        return self._said("default")
+
+    @property
+    def before(self) -> str | None:
+        """Name of the one that was taken before the default; ``None`` is the reference.
+
+        Raises:
+            ModelError: the file that says so cannot be read.
+        """
+        return self._said("before")
+
+    def _said(self, key: str) -> str | None:
         path = self.folder / "default.json"
         if not path.is_file():
             return None
         try:
-            name = json.loads(path.read_text())["default"]
+            name = json.loads(path.read_text())[key]
             if name is not None and not NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is not a name")
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -163,15 +163,46 @@ class Engine:
         with self._wake:
             self._batcher.register_sla(promise)
             before = self._models.put(loaded)
-            if before is not None and before.key != loaded.key:
-                self._batcher.forget(before.key)
+            for key in () if before is None else before.keys:
+                if key not in loaded.keys:
+                    self._batcher.forget(key)
             self._register_models()
+
+    def renew(self) -> list[str]:
+        """Load stored models again whose default in the store has changed since; their names.
+
+        Only those in precision ``"auto"`` with backend ``"auto"`` follow it. Work goes on
+        meanwhile, as in :meth:`add`. What cannot be loaded changes nothing: it is logged, counted,
+        told in :meth:`status`, and not tried again before the default changes once more.
+
+        Raises:
+            Closed: the engine was closed.
+        """
+        taken = []
+        for loaded, model in self._models.outdated():
+            name = loaded.spec.name
+            range_, backend, precision = loaded.how
+            options: dict[str, Any] = {"backend": backend, "precision": precision}
+            try:
+                self.add(model, sla=loaded.sla, batch_range=range_, **options)
+            except Closed:
+                raise
+            except PlinthError as error:
+                loaded.refused = error.message
+                self.metrics.variant_switches.labels(name, "refused").inc()
+                _log.error("model %s: what serves stays: %s", name, error)
+            else:
+                self.metrics.variant_switches.labels(name, "taken").inc()
+                taken.append(name)
+        return taken
 
     def _register_models(self) -> None:
         for each in self._models.all():
             if not each.free:
                 other = self._models.cheaper(each)
                 cheaper = None if other is None else other.key
+                if other is not None and other is each.degraded:
+                    self._batcher.register(other.key, other.most, pinned=True)
                 self._batcher.register(each.key, each.most, cheaper, pinned=True)
 
     def remove(self, name: str) -> None:
@@ -183,7 +214,8 @@ class Engine:
             ModelError: there is no such model.
         """
         with self._wake:
-            self._batcher.forget(self._models.pop(name).key)
+            for key in self._models.pop(name).keys:
+                self._batcher.forget(key)
             self._register_models()
 
     # -- life --------------------------------------------------------------------------------
@@ -623,11 +655,13 @@ class Engine:
         self._requests.discard(request)
         request.works.clear()  # a cycle would be left to the garbage collector
         ran, late = request.ran(work.key), now > work.deadline
-        self._count(request, ran, _why_late(work, batch, begun) if late else None)
-        return Result(value, timing, ran.model, late, ran.precision)
+        variant = ran.executable.precision if ran is request.loaded.degraded else None
+        instead = variant or ran.spec.name
+        self._count(request, instead, _why_late(work, batch, begun) if late else None)
+        return Result(value, timing, ran.model, late, ran.precision, variant)
 
-    def _count(self, request: Request, ran: LoadedModel, cause: str | None) -> None:
-        asked, name = request.loaded.spec.name, ran.spec.name
+    def _count(self, request: Request, name: str, cause: str | None) -> None:
+        asked = request.loaded.spec.name
         self.metrics.count(asked, "late" if cause else "answered")
         meters = self.metrics.of_model(asked)
         meters.call_seconds.observe(request.timing.total)

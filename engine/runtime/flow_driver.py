@@ -24,6 +24,8 @@ class Result:
     ran: Model
     late: bool
     precision: str
+    variant: str | None = None
+    """The variant that ran though another one was asked for."""
 
 
 class FlowDriver(Generic[T]):
@@ -47,8 +49,8 @@ class FlowDriver(Generic[T]):
         asked, ran = self.call.model if self.call else "", result.ran.spec
         self._models[ran.name] = ran.version
         self._precision[ran.name] = result.precision
-        if ran.name != asked:
-            self._degraded[asked] = ran.name
+        if ran.name != asked or result.variant:
+            self._degraded[asked] = result.variant or ran.name
         self._late |= result.late
         for name in ("queue", "device", "co_batched"):
             setattr(self._timing, name, getattr(self._timing, name) + getattr(result.timing, name))

@@ -52,6 +52,11 @@ class LoadedModel:
         free: some size of its inputs is free, so that calls fall into shape buckets.
         key: prefix of its batch keys.
         asked: what it was loaded from and how, so that the same is not loaded twice.
+        how: the batch range, backend and precision it was asked for with.
+        default: its default variant in the store when it was loaded.
+        follows: another default in the store is to take its place.
+        refused: why the default in the store did not take its place.
+        degraded: a faster variant of it, which answers what would be late otherwise.
         halvings: batches that did not fit into memory and were run in halves, so far.
         fits: rows of its largest batch if it had the device's memory to itself.
     """
@@ -66,6 +71,13 @@ class LoadedModel:
     key: str = field(init=False)
     halvings: int = field(init=False, default=0)
     asked: object = field(init=False, default=None)
+    how: tuple[Range, str | None, Precision | None] = field(
+        init=False, default=((1, 1), None, None)
+    )
+    default: str | None = field(init=False, default=None)
+    follows: bool = field(init=False, default=False)
+    refused: str | None = field(init=False, default=None)
+    degraded: LoadedModel | None = field(init=False, default=None)
     fits: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,6 +96,16 @@ class LoadedModel:
     def precision(self) -> str:
         """Backend and precision that answers are computed in, such as ``"eager/fp32"``."""
         return f"{self.executable.backend}/{self.executable.precision}"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The prefixes of all its batch keys."""
+        return (self.key,) if self.degraded is None else (self.key, self.degraded.key)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights of all that it runs."""
+        return self.executable.weights + (self.degraded.weights if self.degraded else 0)
 
     def bucket(self, rows: Mapping[str, Tensor]) -> str:
         """The batch key of rows: one for each model and shape."""
@@ -161,6 +183,10 @@ class LoadedModel:
             "precision": self.executable.precision,
             "largest_batch": self.most,
             "reason": self.executable.report.get("reason"),
+            "variant": self.executable.report.get("variant"),
+            "default": self.default,
+            "default_refused": self.refused,
+            "degraded": None if self.degraded is None else self.degraded.precision,
             "plan": self.executable.report.get("plan"),
             "weights_bytes": self.executable.weights,
             "row_bytes": plan.per_row if plan else None,

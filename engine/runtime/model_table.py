@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from plinth.engine.backends.eager import stored_bytes
+from plinth.engine.backends.variants import degraded_variant
 from plinth.engine.devices.device import Device
-from plinth.engine.errors import ModelError, OutOfMemory, nearest
+from plinth.engine.errors import ModelError, OutOfMemory, PlinthError, nearest
 from plinth.engine.flow import Sla
-from plinth.engine.models.store import Model
-from plinth.engine.runtime.loaded_model import LoadedModel, Precision, Range, load_model
+from plinth.engine.models.store import Model, ModelStore
+from plinth.engine.precision.policy import resolve
+from plinth.engine.runtime.loaded_model import (
+    VARIANT,
+    LoadedModel,
+    Precision,
+    Range,
+    load_model,
+)
 from plinth.engine.runtime.memory_plan import budget
 from plinth.engine.scheduler.cost_model import LatencyModel
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +76,13 @@ class ModelTable:
         return loaded
 
     def cheaper(self, loaded: LoadedModel) -> LoadedModel | None:
-        """The model that answers in place of another when time is short.
+        """The model that answers in place of another when time is short, or a variant of it.
 
         One that takes other inputs never does.
         """
-        other = self._models.get(loaded.spec.cheaper or "")
+        if loaded.spec.cheaper is None:
+            return loaded.degraded
+        other = self._models.get(loaded.spec.cheaper)
         return other if other is not None and other.spec.inputs == loaded.spec.inputs else None
 
     def all(self) -> list[LoadedModel]:
@@ -92,29 +106,78 @@ class ModelTable:
         """
         execution = self._execution
         usual = execution.backend or ("onnxruntime" if model.onnx else "eager")
+        wanted = execution.precision if precision is None else precision
+        chosen = isinstance(wanted, str) and wanted.startswith(VARIANT)
         with self._one_at_a_time:
-            default = model.variants and model.variants.default
-            asked = (model.spec, model.digest(), default, batch_range, backend, repr(precision))
+            default = model.variants.default if model.variants else None
+            how = (batch_range, backend, precision)
+            asked = (model.spec, model.digest(), default, *map(repr, how), sla.on_overload)
             if (known := self._models.get(model.spec.name)) and known.asked == asked:
-                known.sla = sla
+                known.sla, known.default, known.refused = sla, default, None
                 return known
             if self._budget is None:
                 self._budget = budget(self._device, self._setting)
-            held = sum(loaded.executable.weights for loaded in self.all())
+            held = sum(loaded.weights for loaded in self.all())
             self._check(model, held)
             loaded = load_model(
                 model,
                 sla,
                 self._device,
                 self._latency,
-                precision=execution.precision if precision is None else precision,
+                precision=wanted,
                 backend=backend or usual,
                 threads=execution.threads,
                 batch_range=batch_range,
                 budget=self._budget - held,
             )
-            loaded.asked = asked
+            loaded.asked, loaded.how, loaded.default = asked, how, default
+            loaded.follows = not chosen and (backend or usual) == "auto" and resolve(wanted).auto
+            if sla.on_overload == "degrade" and (chosen or loaded.follows):
+                loaded.degraded = self._coarser(loaded, model, self._budget - held)
             return loaded
+
+    def _coarser(self, loaded: LoadedModel, model: Model, budget: int) -> LoadedModel | None:
+        """A faster variant of a model, for work that would rather be coarse than late."""
+        name = degraded_variant(model, self._device, loaded.executable.report.get("variant"))
+        if name is None or loaded.spec.cheaper is not None:
+            return None
+        try:
+            return load_model(
+                model,
+                loaded.sla,
+                self._device,
+                self._latency,
+                precision=f"{VARIANT}{name}",
+                threads=self._execution.threads,
+                batch_range=(1, loaded.most),
+                budget=budget - loaded.executable.weights,
+            )
+        except PlinthError as error:
+            _log.warning("model %s: variant %s: %s", loaded.spec.name, name, error.message)
+            return None
+
+    def outdated(self) -> Iterator[tuple[LoadedModel, Model]]:
+        """Models whose default in the store is another than the one they follow, read again.
+
+        Each one is given once for each default.
+        """
+        for loaded in self.all():
+            model = loaded.model
+            if not loaded.follows or model.variants is None:
+                continue
+            try:
+                default = model.variants.default
+                if default == loaded.default:
+                    continue
+                loaded.default = default
+                store = ModelStore(model.variants.folder.parents[2])
+                fresh = store.load(model.spec.name, model.variants.folder.parent.name)
+            except PlinthError as error:
+                if loaded.refused != error.message:
+                    _log.error("model %s: %s", loaded.spec.name, error)
+                loaded.refused = error.message
+                continue
+            yield loaded, replace(fresh, spec=model.spec, example=model.example)
 
     def _check(self, model: Model, held: int) -> None:
         """Refuse a model whose weights do not fit, or leave another no room for one row."""
@@ -142,7 +205,7 @@ class ModelTable:
 
     def _share_room(self) -> None:
         """Cut the largest batches of all to the room that the weights leave, or widen them."""
-        room = (self._budget or 0) - sum(each.executable.weights for each in self.all())
+        room = (self._budget or 0) - sum(each.weights for each in self.all())
         for each in self.all():
             plan = each.plan
             if plan is not None and plan.per_row:

@@ -177,7 +177,7 @@ def serve(
     _warn_if_open(config)
     with (
         kept_states(config.serve.state_dir, verticals),
-        running(config, verticals) as engine,
+        running(config, verticals, follow=True) as engine,
     ):
         server = door.Server(door.create_app(verticals, engine, config), config, bound)
         url = server.url

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plinth.pipelines.console import FAILED, show_error, show_json, show_table
+from plinth.pipelines.console import FAILED, say, show_error, show_json, show_table
 
 if TYPE_CHECKING:
     from plinth.engine import ModelSpec, ModelStore
@@ -123,6 +129,88 @@ def verify(
     if broken:
         show_error(f"damaged or missing: {', '.join(broken)}", "bring them into the store again")
         raise typer.Exit(FAILED)
+
+
+@models.command(epilog="Example: plinth models switch risk onnxruntime-int8")
+def switch(
+    name: Annotated[str, typer.Argument(help="Name of the model.")],
+    variant: Annotated[
+        str | None, typer.Argument(help="Name of a variant, or 'reference' for none.")
+    ] = None,
+    back: Annotated[bool, typer.Option("--back", help="The one that was taken before.")] = False,
+    server: Annotated[
+        str | None, typer.Option(help="URL of a plinth serve: wait until it has taken it up.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="How long to wait for it.")] = 120.0,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Variable that holds the server's API key.")
+    ] = None,
+    version: VersionOption = None,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Choose the variant that answers; servers in precision auto take it up within seconds.
+
+    They load and check it first, and switch between two batches. What cannot be loaded there
+    changes nothing.
+    """
+    from plinth.engine import ConfigError
+
+    if (variant is None) is not back:
+        raise ConfigError(
+            "name a variant, 'reference', or --back", hint=f"plinth models show {name}"
+        )
+    target = store_of(store, config)
+    variants = target.variants(name, version)
+    wanted = variants.before if back else None if variant == "reference" else variant
+    before = variants.set_default(wanted)
+    say(f"{name}: {before or 'reference'} -> {wanted or 'reference'}")
+    if server is not None:
+        key = os.environ.get(api_key_env) if api_key_env else None
+        facts = _await_default(server, name, wanted, key, seconds)
+        say(f"{server} answers as {facts['backend']}/{facts['precision']}")
+
+
+def _await_default(
+    server: str, name: str, wanted: str | None, key: str | None, seconds: float
+) -> dict[str, Any]:
+    """What a server says of a model once it serves a default of the store.
+
+    Raises:
+        ModelError: it refuses it, has no such model, does not follow the store, or is late.
+    """
+    from plinth.engine import ModelError
+
+    until = time.monotonic() + seconds
+    pause = threading.Event()
+    while True:
+        facts = _status(server, key).get(name)
+        if facts is None:
+            raise ModelError(f"{server} has no model {name}")
+        if facts.get("default_refused"):
+            raise ModelError(f"{server} keeps what it serves: {facts['default_refused']}")
+        if facts.get("default") == wanted == facts.get("variant"):
+            return dict(facts)
+        if time.monotonic() > until:
+            raise ModelError(
+                f"{server} still serves {name} as {facts['backend']}/{facts['precision']}",
+                hint="does it read this store, in precision and backend auto?",
+            )
+        pause.wait(0.2)
+
+
+def _status(server: str, key: str | None) -> dict[str, Any]:
+    from plinth.engine import ConfigError
+
+    if not server.startswith(("http://", "https://")):
+        raise ConfigError(f"{server} is not a URL", hint="such as http://127.0.0.1:8000")
+    headers = {"X-API-Key": key} if key else {}
+    asked = urllib.request.Request(f"{server}/v1/status", headers=headers)  # noqa: S310
+    try:
+        with urllib.request.urlopen(asked, timeout=10) as answer:  # noqa: S310
+            return dict(json.load(answer)["models"])
+    except (OSError, ValueError, KeyError, urllib.error.HTTPError) as error:
+        raise ConfigError(f"{server}/v1/status cannot be read: {error}") from error
 
 
 def store_of(path: Path | None, config_file: Path | None) -> ModelStore:

@@ -130,7 +130,7 @@ def run_stream(config: Config, name: str, metrics: str | None, as_json: bool) ->
     with (
         Signals(stop.set).handled(),
         metrics_at(metrics) as url,
-        running(config, {name: vertical}) as engine,
+        running(config, {name: vertical}, follow=True) as engine,
         set_for_serving(),
     ):
         say(f"streaming {config.stream.input_topic} -> {config.stream.output_topic}")
@@ -232,7 +232,7 @@ def run_batch(config: Config, as_json: bool) -> int:
     vertical = load_vertical(config, name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(choose_store(config.models.store))
-        engine = stack.enter_context(running(config, {name: vertical}))
+        engine = stack.enter_context(running(config, {name: vertical}, follow=True))
         view = stack.enter_context(BatchView())
         job = Batch(
             vertical,
