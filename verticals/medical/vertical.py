@@ -95,6 +95,10 @@ class CtSettings(Settings):
         pictures: write PNGs.
         key_images: nodules that get a picture, at most.
         segmentation: write ``segmentation.dcm``, which carries the source's patient identity.
+        segmentation_type: ``"binary"``, or ``"labelmap"``: smaller, not yet read everywhere.
+        contours: write ``structures.dcm``, an RT Structure Set with the same identity.
+        nifti: write ``segmentation.nii.gz``; a network's own is always written.
+        captures: write the pictures as DICOM too, marked not for diagnosis.
         measurements: write ``measurements.dcm``, a structured report with the same identity.
         keep_uids: put the source's UIDs into the report instead of pseudonyms.
         network: a network of the user's own, which then runs instead of the CT analysis.
@@ -116,6 +120,10 @@ class CtSettings(Settings):
     pictures: bool = True
     key_images: int = Field(default=6, ge=0, le=50)
     segmentation: bool = True
+    segmentation_type: Literal["binary", "labelmap"] = "binary"
+    contours: bool = False
+    nifti: bool = False
+    captures: bool = False
     measurements: bool = True
     keep_uids: bool = False
     network: NetworkSettings | None = None

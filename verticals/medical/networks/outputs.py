@@ -7,7 +7,7 @@ import csv
 import io
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,30 +17,15 @@ from scipy import ndimage
 from plinth.engine import InputError
 from plinth.verticals.medical.networks.analysis import Segmentation
 from plinth.verticals.medical.output.derived import made_by
-from plinth.verticals.medical.output.dicom_seg import label_counts, save_seg
-from plinth.verticals.medical.output.outputs import peak_memory_mb
+from plinth.verticals.medical.output.dicom_seg import SegType, label_counts, save_seg
+from plinth.verticals.medical.output.nifti import write_nifti
+from plinth.verticals.medical.output.outputs import Wanted, for_archives, peak_memory_mb, tried
 from plinth.verticals.medical.output.page import segmentation_page
 from plinth.verticals.medical.output.report import CtReport
+from plinth.verticals.medical.output.rtstruct import Structure
 from plinth.verticals.medical.volumes.orientation import Orientation
-from plinth.verticals.medical.volumes.volume import Volume
 
 SIDE = 512
-
-
-class Wanted(Protocol):
-    """The settings that say what is written."""
-
-    @property
-    def page(self) -> bool:
-        """Write ``report.html``."""
-
-    @property
-    def pictures(self) -> bool:
-        """Write PNGs."""
-
-    @property
-    def segmentation(self) -> bool:
-        """Write ``segmentation.dcm``."""
 
 
 def write_segmentation_outputs(
@@ -63,19 +48,26 @@ def write_segmentation_outputs(
     files.append(folder / "volumes.csv")
     files[-1].write_text(_table(report, found), encoding="utf-8")
     if wanted.segmentation:
-        path = folder / "segmentation.dcm"
-        try:
-            write_seg(found, path)
-            outputs[path.name] = "written"
-            files.append(path)
-        except InputError as error:
-            outputs[path.name] = f"not written: {error.message}"
-    drawn = _pictures(found) if wanted.page or wanted.pictures else {}
+        seg = folder / "segmentation.dcm"
+        outputs[seg.name] = tried(lambda: write_seg(found, seg, wanted.segmentation_type))
+        files += [seg] if seg.exists() else []
+    drawn = _pictures(found) if wanted.page or wanted.pictures or wanted.captures else {}
     if wanted.pictures:
         for name, data in drawn.items():
             files.append(folder / f"{name}.png")
             files[-1].write_bytes(data)
         outputs["pictures"] = "written"
+    named = [Structure(value, name) for value, name in found.network.recipe.labels.items()]
+    files += for_archives(
+        found.volume,
+        found.labels,
+        named,
+        drawn,
+        found.network.recipe.source,
+        folder,
+        wanted,
+        outputs,
+    )
     outputs |= {"report.html": "written"} if wanted.page else {}
     final = report.model_copy(
         update={
@@ -94,26 +86,8 @@ def write_segmentation_outputs(
     return files
 
 
-def write_nifti(values: npt.NDArray[np.uint8], volume: Volume, path: Path) -> None:
-    """Write values (z, y, x) on a volume's native grid as NIfTI-1, compressed.
-
-    Args:
-        values: uint8.
-        volume: whose affine says where they lie.
-        path: ends with ``.nii.gz``.
-    """
-    import SimpleITK as sitk  # heavy: only when a file is written
-
-    image: Any = sitk.GetImageFromArray(values)
-    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
-    image.SetSpacing([float(mm) for mm in spacing])
-    image.SetDirection((volume.affine[:3, :3] / spacing).ravel().tolist())
-    image.SetOrigin(volume.affine[:3, 3].tolist())
-    sitk.WriteImage(image, str(path), True, 1)
-
-
-def write_seg(found: Segmentation, path: Path) -> None:
-    """Write every label that was found as a segment of one binary SEG; its geometry is checked.
+def write_seg(found: Segmentation, path: Path, kind: SegType) -> None:
+    """Write every label that was found as a segment of one SEG; its geometry is checked.
 
     Raises:
         InputError: nothing was found, there are no source images, or their headers are not good
@@ -146,7 +120,7 @@ def write_seg(found: Segmentation, path: Path) -> None:
         for number, value in enumerate(present, 1)
     ]
     about = made_by(recipe.source, 901, f"{recipe.name[:30]}, research use only")
-    save_seg(volume, numbers[found.labels], segments, about, path)
+    save_seg(volume, numbers[found.labels], segments, about, path, kind)
 
 
 def _table(report: CtReport, found: Segmentation) -> str:

@@ -17,6 +17,11 @@ TYPE_2 = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
 )
+COPIED = (
+    *(*TYPE_2, "StudyInstanceUID", "SpecificCharacterSet", "PatientAge", "PatientIdentityRemoved"),
+    *("DeidentificationMethod", "FrameOfReferenceUID", "PositionReferenceIndicator"),
+)
+"""What an object made by hand takes over from its first image."""
 VALID = {
     "PatientAge": re.compile(r"\d{3}[DWMY]"),
     "PatientBirthDate": re.compile(r"\d{8}"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pydicom
+from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless
 
 from plinth import __version__
 from plinth.engine import InputError
@@ -24,10 +25,11 @@ from plinth.verticals.medical.volumes.volume import Volume
 
 TOLERANCE_MM = 0.01
 Labels = npt.NDArray[np.uint8]
+SegType = Literal["binary", "labelmap"]
 
 
-def write_segmentation(result: CtResult, path: Path) -> None:
-    """Write lungs and nodules as segments of one binary SEG, and check its geometry on disk.
+def write_segmentation(result: CtResult, path: Path, kind: SegType = "binary") -> None:
+    """Write lungs and nodules as segments of one SEG, and check its geometry on disk.
 
     The file refers to the source instances and carries the patient's identity as they do, as
     a PACS needs it. Voxels of a nodule belong to its segment and not to the lung's.
@@ -35,6 +37,7 @@ def write_segmentation(result: CtResult, path: Path) -> None:
     Args:
         result: the volume, its labels, and the network that found the nodules.
         path: the file.
+        kind: of SEG.
 
     Raises:
         InputError: there is nothing to segment, there are no source images, or their headers
@@ -45,11 +48,16 @@ def write_segmentation(result: CtResult, path: Path) -> None:
     if not segments:
         raise InputError("neither lungs nor nodules were found", reason="empty")
     about = made_by(RULES, 900, "CT analysis, research use only")
-    save_seg(artefacts.volume, numbers[artefacts.analysis.labels], segments, about, path)
+    save_seg(artefacts.volume, numbers[artefacts.analysis.labels], segments, about, path, kind)
 
 
 def save_seg(
-    volume: Volume, labels: Labels, segments: list[Any], about: dict[str, Any], path: Path
+    volume: Volume,
+    labels: Labels,
+    segments: list[Any],
+    about: dict[str, Any],
+    path: Path,
+    kind: SegType,
 ) -> None:
     """Write segments as one SEG on a volume's native grid, and check its geometry on disk.
 
@@ -59,6 +67,8 @@ def save_seg(
         segments: their descriptions, in the order of their numbers from 1.
         about: from :func:`made_by`.
         path: the file.
+        kind: ``"binary"``: a frame of bits for each segment and slice, read everywhere;
+            ``"labelmap"``: one of numbers for each slice (PS3.3 A.51, since 2024), JPEG-LS.
 
     Raises:
         InputError: there are no source images, or their headers do not allow a SEG.
@@ -75,7 +85,8 @@ def save_seg(
                 "PATIENT",
                 frame_of_reference_uid=volume.series.frame_of_reference_uid,
             ),
-            segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+            segmentation_type=kind.upper(),
+            transfer_syntax_uid=ExplicitVRLittleEndian if kind == "binary" else JPEGLSLossless,
             segment_descriptions=segments,
             content_label="SEGMENTATION",
             content_description=RESEARCH_USE[:64],

@@ -10,14 +10,20 @@ from typing import Protocol
 import psutil
 
 from plinth.engine import InputError
-from plinth.verticals.medical.output.dicom_seg import write_segmentation
+from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
+from plinth.verticals.medical.output.captures import write_captures
+from plinth.verticals.medical.output.dicom_seg import Labels, SegType, write_segmentation
 from plinth.verticals.medical.output.dicom_sr import write_measurements
+from plinth.verticals.medical.output.nifti import write_nifti
 from plinth.verticals.medical.output.page import page
 from plinth.verticals.medical.output.pictures import key_image, overview, png
-from plinth.verticals.medical.output.report import CtResult
+from plinth.verticals.medical.output.report import RULES, CtResult
+from plinth.verticals.medical.output.rtstruct import Structure, write_rtstruct
+from plinth.verticals.medical.volumes.volume import Volume
 
 REPORT, PAGE = "report.json", "report.html"
 SEGMENTATION, MEASUREMENTS = "segmentation.dcm", "measurements.dcm"
+STRUCTURES = "structures.dcm"
 
 
 class Wanted(Protocol):
@@ -40,6 +46,22 @@ class Wanted(Protocol):
         """Write ``segmentation.dcm``."""
 
     @property
+    def segmentation_type(self) -> SegType:
+        """Kind of SEG."""
+
+    @property
+    def contours(self) -> bool:
+        """Write ``structures.dcm``."""
+
+    @property
+    def nifti(self) -> bool:
+        """Write ``segmentation.nii.gz``."""
+
+    @property
+    def captures(self) -> bool:
+        """Write the pictures as DICOM too."""
+
+    @property
     def measurements(self) -> bool:
         """Write ``measurements.dcm``."""
 
@@ -57,7 +79,7 @@ def write_outputs(result: CtResult, folder: Path, wanted: Wanted) -> list[Path]:
     outputs: dict[str, str] = {}
     drawn: dict[str, bytes] = {}
     files: list[Path] = []
-    if wanted.page or wanted.pictures:
+    if wanted.page or wanted.pictures or wanted.captures:
         drawn = _pictures(result, wanted.key_images)
     if wanted.pictures:
         for name, data in drawn.items():
@@ -66,11 +88,23 @@ def write_outputs(result: CtResult, folder: Path, wanted: Wanted) -> list[Path]:
         outputs["pictures"] = "written"
     seg, sr = folder / SEGMENTATION, folder / MEASUREMENTS
     if wanted.segmentation:
-        outputs[SEGMENTATION] = _tried(lambda: write_segmentation(result, seg))
+        outputs[SEGMENTATION] = tried(
+            lambda: write_segmentation(result, seg, wanted.segmentation_type)
+        )
     if wanted.measurements:
         beside = seg if seg.exists() else None
-        outputs[MEASUREMENTS] = _tried(lambda: write_measurements(result, beside, sr))
+        outputs[MEASUREMENTS] = tried(lambda: write_measurements(result, beside, sr))
     files += [path for path in (seg, sr) if path.exists()]
+    labels = artefacts.analysis.labels
+    if wanted.nifti:
+        files.append(folder / "segmentation.nii.gz")
+        write_nifti(labels, artefacts.volume, files[-1])
+        outputs[files[-1].name] = "written"
+    named = [Structure(LUNG_RIGHT, "Right lung"), Structure(LUNG_LEFT, "Left lung")]
+    for nodule in report.nodules or []:
+        name = f"Nodule candidate {nodule.number}"
+        named.append(Structure(NODULE + nodule.number - 1, name))
+    files += for_archives(artefacts.volume, labels, named, drawn, RULES, folder, wanted, outputs)
     outputs |= {PAGE: "written"} if wanted.page else {}
     seconds = {**artefacts.seconds, "outputs": round(time.perf_counter() - begun, 3)}
     final = report.model_copy(
@@ -84,6 +118,42 @@ def write_outputs(result: CtResult, folder: Path, wanted: Wanted) -> list[Path]:
     return files
 
 
+def for_archives(
+    volume: Volume,
+    labels: Labels,
+    structures: list[Structure],
+    pictures: dict[str, bytes],
+    model: str,
+    folder: Path,
+    wanted: Wanted,
+    outputs: dict[str, str],
+) -> list[Path]:
+    """Write contours and pictures as DICOM where they are wanted; returns the files.
+
+    Args:
+        volume: whose images they are of.
+        labels: (z, y, x).
+        structures: the labels that become contours.
+        pictures: PNG files by name.
+        model: the rules or the network that made them.
+        folder: exists.
+        wanted: what to write.
+        outputs: told, by name, what was written or why not.
+    """
+    files: list[Path] = []
+    structure_set = folder / STRUCTURES
+    if wanted.contours:
+        outputs[STRUCTURES] = tried(
+            lambda: write_rtstruct(volume, labels, structures, model, structure_set)
+        )
+        files += [structure_set] if structure_set.exists() else []
+    if wanted.captures:
+        outputs["captures"] = tried(
+            lambda: files.extend(write_captures(volume, pictures, model, folder))
+        )
+    return files
+
+
 def _pictures(result: CtResult, count: int) -> dict[str, bytes]:
     artefacts = result.artefacts
     drawn = {name: png(picture) for name, picture in overview(artefacts)}
@@ -92,7 +162,8 @@ def _pictures(result: CtResult, count: int) -> dict[str, bytes]:
     return drawn
 
 
-def _tried(write: Callable[[], None]) -> str:
+def tried(write: Callable[[], None]) -> str:
+    """Write one output; ``"written"``, or why not."""
     try:
         write()
     except InputError as error:

@@ -1,0 +1,29 @@
+"""Values on a volume's native grid as NIfTI-1."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from plinth.verticals.medical.volumes.volume import Volume
+
+
+def write_nifti(values: npt.NDArray[np.uint8], volume: Volume, path: Path) -> None:
+    """Write values (z, y, x) on a volume's native grid as NIfTI-1, compressed.
+
+    Args:
+        values: uint8.
+        volume: whose affine says where they lie.
+        path: ends with ``.nii.gz``.
+    """
+    import SimpleITK as sitk  # heavy: only when a file is written
+
+    image: Any = sitk.GetImageFromArray(values)
+    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    image.SetSpacing([float(mm) for mm in spacing])
+    image.SetDirection((volume.affine[:3, :3] / spacing).ravel().tolist())
+    image.SetOrigin(volume.affine[:3, 3].tolist())
+    sitk.WriteImage(image, str(path), True, 1)
