@@ -21,8 +21,8 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A .pt2, .onnx or .safetensors file, LightGBM's .txt, XGBoost's .json or .ubj, or a "
-            "folder of Hugging Face."
+            help="A .pt2, .onnx or .safetensors file, LightGBM's .txt, XGBoost's .json or .ubj, or "
+            "a folder of Hugging Face."
         ),
     ],
     name: Annotated[str, typer.Option(help="Name in the store.")],
