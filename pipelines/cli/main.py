@@ -17,6 +17,8 @@ from plinth.pipelines.cli.benchmark import EPILOG as BENCHMARK_EPILOG
 from plinth.pipelines.cli.benchmark import benchmark
 from plinth.pipelines.cli.convert import EPILOG as CONVERT_EPILOG
 from plinth.pipelines.cli.convert import convert
+from plinth.pipelines.cli.init import EPILOG as INIT_EPILOG
+from plinth.pipelines.cli.init import init
 from plinth.pipelines.cli.models import models
 from plinth.pipelines.cli.optimize import EPILOG as OPTIMIZE_EPILOG
 from plinth.pipelines.cli.optimize import optimize
@@ -56,6 +58,7 @@ app.command(epilog=BENCHMARK_EPILOG)(benchmark)
 app.command(epilog=OPTIMIZE_EPILOG)(optimize)
 app.command(epilog=BACKENDS_EPILOG)(backends)
 app.command(epilog=CONVERT_EPILOG)(convert)
+app.command(epilog=INIT_EPILOG)(init)
 app.command("serve-model", epilog=SERVE_MODEL_EPILOG)(serve_model)
 
 ConfigOption = Annotated[
