@@ -22,7 +22,10 @@ from tiny_verticals import GATE, Gate, install
 from plinth.engine import ConfigError
 from plinth.pipelines.cli.main import main
 
-COMMANDS = ("list", "check", "serve", "stream", "batch", "benchmark", "models", "convert", "demo")
+COMMANDS = (
+    *("list", "init", "check", "serve", "serve-model", "stream", "batch", "benchmark", "models"),
+    *("convert", "demo"),
+)
 
 PLAIN = {"PLINTH_ENGINE__BACKEND": "eager", "PLINTH_ENGINE__PRECISION": "fp32"}
 
