@@ -379,10 +379,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each number of rows")
     parser.add_argument("--quick", action="store_true", help="the MLP alone, half a second")
     parser.add_argument("--results", type=Path, help="JSON of lines that this run adds its own to")
+    parser.add_argument("--ways", nargs="+", help="these beside eager alone: openvino/fp32 ...")
     parser.add_argument("--compilers", action="store_true", help="inductor too; takes minutes")
     parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
     given = parser.parse_args()
     ways = [way for way in WAYS if given.compilers or way[0] not in SLOW]
+    if given.ways:
+        ways = [way for way in WAYS if "/".join(way) in ("eager/fp32", *given.ways)]
     if given.quick:
         given.models, given.seconds = ["MLP 64-256x3-1"], 0.5
     lines: list[Line] = []

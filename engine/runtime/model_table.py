@@ -170,8 +170,8 @@ class ModelTable:
                 if default == loaded.default:
                     continue
                 loaded.default = default
-                store = ModelStore(model.variants.folder.parents[2])
-                fresh = store.load(model.spec.name, model.variants.folder.parent.name)
+                version, name, root = model.variants.folder.parents[:3]
+                fresh = ModelStore(root).load(name.name, version.name)
             except PlinthError as error:
                 if loaded.refused != error.message:
                     _log.error("model %s: %s", loaded.spec.name, error)

@@ -98,7 +98,7 @@ def serve_model(
         serve = config.serve.model_copy(update={"max_body_bytes": most})
         config = config.model_copy(update={"serve": serve})
         verticals = {vertical.name: vertical}
-        with running(config, verticals) as engine:
+        with running(config, verticals, follow=True) as engine:
             server = door.Server(door.create_app(verticals, engine, config), config, bound)
             server.run(lambda: _tell(vertical, server.url, as_json))
     say("drained, good bye")
