@@ -20,6 +20,8 @@ from plinth.pipelines.cli.convert import convert
 from plinth.pipelines.cli.init import EPILOG as INIT_EPILOG
 from plinth.pipelines.cli.init import init
 from plinth.pipelines.cli.models import models
+from plinth.pipelines.cli.new_vertical import EPILOG as NEW_VERTICAL_EPILOG
+from plinth.pipelines.cli.new_vertical import new_vertical
 from plinth.pipelines.cli.optimize import EPILOG as OPTIMIZE_EPILOG
 from plinth.pipelines.cli.optimize import optimize
 from plinth.pipelines.cli.serve_model import EPILOG as SERVE_MODEL_EPILOG
@@ -59,6 +61,7 @@ app.command(epilog=OPTIMIZE_EPILOG)(optimize)
 app.command(epilog=BACKENDS_EPILOG)(backends)
 app.command(epilog=CONVERT_EPILOG)(convert)
 app.command(epilog=INIT_EPILOG)(init)
+app.command("new-vertical", epilog=NEW_VERTICAL_EPILOG)(new_vertical)
 app.command("serve-model", epilog=SERVE_MODEL_EPILOG)(serve_model)
 
 ConfigOption = Annotated[

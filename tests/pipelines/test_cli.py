@@ -24,7 +24,7 @@ from plinth.pipelines.cli.main import main
 
 COMMANDS = (
     *("list", "init", "check", "serve", "serve-model", "stream", "batch", "benchmark", "models"),
-    *("convert", "demo"),
+    *("convert", "demo", "new-vertical"),
 )
 
 PLAIN = {"PLINTH_ENGINE__BACKEND": "eager", "PLINTH_ENGINE__PRECISION": "fp32"}
