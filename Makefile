@@ -40,7 +40,7 @@ fix: setup             ## format, and mend what can be mended without thought
 test: export PLINTH_REQUIRE_EXTRAS = 1
 test: extras lint      ## everything: style, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not clock" -n $(JOBS) --dist loadfile --no-loadscope-reorder
-	PLINTH_TEST_DEVICE=fake OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine -m "not cpu and not clock and not slow"
+	PLINTH_TEST_DEVICE=fake OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine -m "not cpu and not clock and not slow" -n $(JOBS) --dist loadfile
 	$(BIN)/pytest -m clock
 
 fuzz: extras           ## new examples for every property, 500 requests for each route (an hour)
