@@ -142,7 +142,10 @@ def test_in_an_event_loop_one_call_runs_there_and_calls_of_one_pass_make_a_batch
         await engine.run_async(flow(1))
         alone = list(notes.batches)
         notes.batches.clear()
-        answers = await asyncio.gather(*(engine.run_async(flow(1, n)) for n in range(4)))
+        notes.gate = threading.Event()  # the lane's first batch waits until all have come
+        calls = [asyncio.ensure_future(engine.run_async(flow(1, n))) for n in range(4)]
+        asyncio.get_running_loop().call_soon(notes.gate.set)
+        answers = await asyncio.gather(*calls)
         return alone, [float(answer.value[0, 0]) for answer in answers]
 
     alone, values = in_a_thread(lambda: asyncio.run(main()))
