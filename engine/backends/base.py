@@ -57,6 +57,10 @@ class Executable(Protocol):
         """Give back the memory that earlier runs keep; whether there may have been some."""
         ...
 
+    def is_native(self, rows: int) -> bool:
+        """Whether a run of so many rows calls no Python of the model, which could wait for ever."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Availability:

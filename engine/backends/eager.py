@@ -116,6 +116,10 @@ class TorchExecutable:
         """Nothing is kept between runs."""
         return False
 
+    def is_native(self, rows: int) -> bool:
+        """A module's forward may do anything."""
+        return False
+
     def _given(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.device.kind != "cpu":
             target = self.device.torch

@@ -117,6 +117,10 @@ class OrtExecutable:
             self.report |= {"kernels": ran.kernels, "flops": ran.flops}
         return self.run(inputs)
 
+    def is_native(self, rows: int) -> bool:
+        """A graph is run by the library alone."""
+        return True
+
     def release(self) -> bool:
         """Load the session anew; its arena keeps what the largest batch so far took."""
         self._bound.clear()

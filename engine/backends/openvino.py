@@ -120,6 +120,10 @@ class OpenVinoExecutable:
         self.report["kernels"] = self.kernels()
         return output
 
+    def is_native(self, rows: int) -> bool:
+        """A graph is run by the library alone."""
+        return True
+
     def kernels(self) -> dict[str, int]:
         """How many nodes run in each kernel, such as ``"MatMul brgemm_avx512_amx_bf16"``."""
         nodes = Counter[str]()

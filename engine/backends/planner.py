@@ -114,12 +114,18 @@ class Planned:
         self.weights = sum(modules.values())
         self.report: dict[str, Any] = dict(self.members[0].report)
         self._firsts = [first for first, _ in parts]
-        self._runs = [part.run for _, part in parts]
+        self._parts = [part for _, part in parts]
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run rows on the executable of their number."""
-        rows = len(next(iter(inputs.values())))
-        return self._runs[bisect_right(self._firsts, rows) - 1](inputs)
+        return self._at(len(next(iter(inputs.values())))).run(inputs)
+
+    def _at(self, rows: int) -> Executable:
+        return self._parts[bisect_right(self._firsts, rows) - 1]
+
+    def is_native(self, rows: int) -> bool:
+        """Whether the executable of so many rows is."""
+        return self._at(rows).is_native(rows)
 
     def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every member learns from the rows; gives what the last one gave."""

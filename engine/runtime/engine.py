@@ -52,6 +52,9 @@ from plinth.engine.scheduler.work import Batch, BatchSlice, Work
 T = TypeVar("T")
 State = Literal["new", "running", "closing", "closed", "failed"]
 Outcomes = list[tuple[Request, Result | PlinthError]]
+Direct = Literal["none", "native", "any"]
+"""Calls whose batch a caller could run itself. An event loop takes those of native code alone: a
+module that waits for something would stop all it serves."""
 
 DIRECT_SECONDS = 0.001
 """A call that is expected to take no longer, and that nothing else waits beside, is run by its
@@ -318,7 +321,7 @@ class Engine:
         while (call := driver.call) is not None:
             try:
                 future: Future[Result] = Future()
-                request, alone = self._admit(call, sla, ThreadWaiter(future), direct=True)
+                request, alone = self._admit(call, sla, ThreadWaiter(future), direct="any")
                 if alone:
                     self._run_alone(request)
                 driver.send(self._wait(future))
@@ -344,7 +347,8 @@ class Engine:
         while (call := driver.call) is not None:
             try:
                 future: asyncio.Future[Result] = loop.create_future()
-                request, alone = self._admit(call, sla, LoopWaiter(mailbox, future), direct=True)
+                waiter = LoopWaiter(mailbox, future)
+                request, alone = self._admit(call, sla, waiter, direct="native")
                 if alone:  # unless more comes in this pass of the loop, and makes a batch with it
                     loop.call_soon(self._run_alone, request)
                 try:
@@ -365,7 +369,7 @@ class Engine:
         return future
 
     def _admit(
-        self, call: Call, sla: Sla | None, waiter: Waiter, *, direct: bool = False
+        self, call: Call, sla: Sla | None, waiter: Waiter, *, direct: Direct = "none"
     ) -> tuple[Request, bool]:
         """Queue a call.
 
@@ -373,7 +377,7 @@ class Engine:
             call: what is asked for.
             sla: the promise; ``None``: the model's.
             waiter: who is told.
-            direct: the caller can call :meth:`_run_alone`.
+            direct: calls whose batch the caller could run with :meth:`_run_alone`.
 
         Returns:
             The request, and whether its caller is to call it: the lane was not woken.
@@ -385,7 +389,7 @@ class Engine:
         alone = False
         with self._wake:
             if self._state == "running":
-                alone = direct and self._is_small(request)
+                alone = direct != "none" and self._is_small(request, direct)
                 outcomes = self._enqueue(request, promise, step)
                 alone = alone and not outcomes
                 if not alone:
@@ -396,11 +400,14 @@ class Engine:
             waiter.settle(outcome)
         return request, alone
 
-    def _is_small(self, request: Request) -> bool:
+    def _is_small(self, request: Request, direct: Direct) -> bool:
         """Whether its caller should run it: nothing else is there to do, and it is soon done."""
-        if self._taken or self._batcher or request.total > request.loaded.most:
+        loaded, rows = request.loaded, request.total
+        if self._taken or self._batcher or rows > loaded.most:
             return False
-        expected = self._batcher.latency.predict(request.key, request.total, 0.5)
+        if direct == "native" and not loaded.executable.is_native(rows):
+            return False
+        expected = self._batcher.latency.predict(request.key, rows, 0.5)
         return 0.0 < expected <= DIRECT_SECONDS and self._lane.runs_alike_here()
 
     def _run_alone(self, request: Request) -> None:

@@ -9,6 +9,8 @@ from torch import nn
 
 from plinth.engine import Batcher, Call, Engine, EngineFailed, LatencyModel, Model, ModelSpec, Sla
 from plinth.engine import TensorSpec as Shape
+from plinth.engine.backends import prepare
+from plinth.engine.devices.device import pick
 from plinth.engine.runtime import engine as runtime
 
 pytestmark = pytest.mark.cpu  # on a device the lane alone may run
@@ -48,6 +50,20 @@ class Noting(nn.Module):
         return self.linear(x)
 
 
+class Native:
+    """An executable that says what graphs say: nothing in it waits."""
+
+    def __init__(self, executable) -> None:
+        self._executable = executable
+        self.native = True
+
+    def __getattr__(self, name):
+        return getattr(self._executable, name)
+
+    def is_native(self, rows):
+        return self.native
+
+
 @pytest.fixture
 def noting(monkeypatch):
     """A running engine with it, and its notes; however slow the machine, calls count as small."""
@@ -59,6 +75,8 @@ def noting(monkeypatch):
     )
     with Engine(Batcher(LatencyModel()), threads=1) as engine:
         engine.add(Model(spec, Noting().eval()), batch_range=(1, 8), sla=SLA)
+        loaded = engine._models.get("noting")
+        loaded.executable = Native(loaded.executable)
         Noting.notes = Notes()
         yield engine, Noting.notes
 
@@ -152,6 +170,29 @@ def test_in_an_event_loop_one_call_runs_there_and_calls_of_one_pass_make_a_batch
     assert alone == [("caller", 1)]
     assert values == [0.0, 2.0, 4.0, 6.0]
     assert {name for name, _ in notes.batches} == {"plinth-device"}
+
+
+def test_a_module_that_may_wait_for_something_never_runs_in_an_event_loop(noting):
+    engine, notes = noting
+    engine._models.get("noting").executable.native = False
+
+    async def main():
+        as_the_lane()
+        await engine.run_async(flow(1))
+
+    in_a_thread(lambda: asyncio.run(main()))
+    assert notes.batches == [("plinth-device", 1)]
+
+
+@pytest.mark.parametrize(("backend", "native"), [("eager", False), ("onnxruntime", True)])
+def test_a_backend_says_whether_it_runs_native_code(backend, native):
+    spec = ModelSpec(
+        name="linear",
+        inputs=(Shape(name="x", shape=(4,)),),
+        outputs=(Shape(name="y", shape=(4,)),),
+    )
+    made = prepare(Model(spec, nn.Linear(4, 4).eval()), pick("cpu"), "fp32", backend, 1)
+    assert made.is_native(1) is native
 
 
 def test_a_call_cancelled_before_it_ran_leaves_nothing_behind(noting):
