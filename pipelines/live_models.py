@@ -28,9 +28,13 @@ def following(engine: Engine) -> Iterator[None]:
 
     def follow() -> None:
         while not ended.wait(LOOK):
-            with contextlib.suppress(Closed):
+            try:
                 for name in engine.renew():
                     log.info("model %s took over its default in the store", name)
+            except Closed:
+                return
+            except Exception:
+                log.exception("the defaults in the store were not read; the next look tries again")
 
     thread = threading.Thread(target=follow, name="plinth-models", daemon=True)
     thread.start()
