@@ -40,9 +40,9 @@ class _Sample:
         self.values.append(value)
         insort(self.ordered, value)
 
-    def quantile(self, share: float, empty: float) -> float:
+    def quantile(self, share: float) -> float:
         if not self.ordered:
-            return empty
+            return 0.0
         return self.ordered[min(int(share * len(self.ordered)), len(self.ordered) - 1)]
 
     def keep(self, count: int) -> None:
@@ -100,7 +100,7 @@ class _Curve:
         return ordered[len(ordered) // 2] if ordered else 1.0
 
     def delay(self, share: float) -> float:
-        return max(0.0, self.delays.quantile(share, 0.0)) if share > 0.5 else 0.0
+        return max(0.0, self.delays.quantile(share)) if share > 0.5 else 0.0
 
     def observe(self, rows: int, seconds: float) -> None:
         self.ratios.add(seconds / self.base(rows))

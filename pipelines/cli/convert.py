@@ -17,6 +17,15 @@ EPILOG = (
 )
 
 
+CodeOption = Annotated[
+    str | None,
+    typer.Option(metavar="FILE:FUNCTION", help="Builds the module of weights. It is run."),
+]
+ArgumentsOption = Annotated[
+    str | None, typer.Option(metavar="JSON", help="Keyword arguments of that function.")
+]
+
+
 def convert(
     source: Annotated[
         Path,
@@ -51,13 +60,8 @@ def convert(
         list[str] | None,
         typer.Option(metavar="INPUT=DIM", help="A dimension of any size."),
     ] = None,
-    code: Annotated[
-        str | None,
-        typer.Option(metavar="FILE:FUNCTION", help="Builds the module of weights. It is run."),
-    ] = None,
-    arguments: Annotated[
-        str | None, typer.Option(metavar="JSON", help="Keyword arguments of that function.")
-    ] = None,
+    code: CodeOption = None,
+    arguments: ArgumentsOption = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
 ) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from plinth.pipelines.cli.convert import ArgumentsOption, CodeOption, table
 from plinth.pipelines.console import say, show_json
 
 if TYPE_CHECKING:
@@ -66,13 +67,8 @@ def serve_model(
     output: Annotated[
         list[str] | None, typer.Option(help="Keep this output; repeat it for several.")
     ] = None,
-    code: Annotated[
-        str | None,
-        typer.Option(metavar="FILE:FUNCTION", help="Builds the module of weights. It is run."),
-    ] = None,
-    arguments: Annotated[
-        str | None, typer.Option(metavar="JSON", help="Keyword arguments of that function.")
-    ] = None,
+    code: CodeOption = None,
+    arguments: ArgumentsOption = None,
     config_file: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what is served as JSON on stdout.")
@@ -82,7 +78,6 @@ def serve_model(
     from plinth.engine import Sla
     from plinth.engine.models.convert import Options
     from plinth.pipelines.assembly import running
-    from plinth.pipelines.cli.convert import table
     from plinth.pipelines.config.settings import load
     from plinth.pipelines.http import server as door
     from plinth.pipelines.served_model import served
