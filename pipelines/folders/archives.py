@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
+import os
 import re
 import secrets
 import stat
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
 import orjson
 from python_multipart.exceptions import FormParserError
@@ -27,7 +30,10 @@ from plinth.engine import InputError, PlinthError
 from plinth.pipelines.config.settings import UploadConfig
 from plinth.pipelines.folders.storage import storing
 
-CHUNK = 1 << 20
+CHUNK = 256 << 10
+"""Bytes of an archived file that are unpacked at once."""
+PART = 32 << 10
+"""Bytes of a zip's central directory that are read at once."""
 PIECE = 64 << 10
 """Bytes of a form's file that are written at once."""
 SMALL = 8 << 20
@@ -206,58 +212,137 @@ class Sink:
 
 
 def unzip(archive: Path, sink: Sink) -> None:
-    """Unpack a zip archive into the sink's folder.
+    """Unpack a zip archive into the sink's folder; memory does not grow with its files.
 
     Raises:
         InputError: not a zip, damaged, encrypted, ZIP64, another packing than deflate, links or
             devices, refused names, over a bound.
         StorageError: there is no room.
     """
-    _check_directory(archive, sink.limits)
     try:
-        with zipfile.ZipFile(archive) as opened:
-            for entry in opened.infolist():
-                if not entry.is_dir():
-                    _extract(opened, entry, sink)
+        with archive.open("rb") as stream:
+            directory = _directory(stream, sink.limits)
+            for part in _parts(stream, directory):
+                with zipfile.ZipFile(cast("IO[bytes]", _Excerpt(stream, directory, part))) as some:
+                    for entry in some.infolist():
+                        if not entry.is_dir():
+                            _extract(some, entry, sink)
     except PlinthError:
         raise
     except Exception as error:  # a damaged archive takes the library into many kinds
         raise bad_upload("the archive is damaged", "make the zip again and send it") from error
 
 
-def _check_directory(archive: Path, limits: UploadConfig) -> None:
-    """Bound the central directory before it is read into memory, by what is there."""
-    size = archive.stat().st_size
-    with archive.open("rb") as stream:
-        stream.seek(max(0, size - _END_SPAN))
-        tail = stream.read(_END_SPAN)
-        at = tail.rfind(b"PK\x05\x06")
-        if at < 0 or at + _END.size > len(tail):
-            raise bad_upload("the body is not a zip archive", "send a .zip, or multipart/form-data")
-        _, _, _, _, entries, length, _, _ = _END.unpack_from(tail, at)
-        if length == 0xFFFFFFFF or b"PK\x06\x07" in tail[max(0, at - 20) : at]:
-            raise bad_upload("ZIP64 archives are not taken", "send fewer than 65,535 files")
-        begin = size - len(tail) + at - length
-        if begin < 0:
-            raise bad_upload("the archive is damaged", "make the zip again and send it")
-        stream.seek(begin)
-        counted = _count_entries(stream, length, limits.max_files)
-    if max(entries, counted) > limits.max_files or length > limits.max_files * 1024:
-        raise too_much("files", limits.max_files, "max_files")
+@dataclass(frozen=True, slots=True)
+class _Directory:
+    """An archive's central directory.
+
+    Args:
+        begin: where it starts in the file, bytes.
+        length: its bytes.
+        offset: where the archive says that it starts; less than ``begin`` behind a prefix.
+    """
+
+    begin: int
+    length: int
+    offset: int
 
 
-def _count_entries(stream: BinaryIO, length: int, most: int) -> int:
-    """Entries in ``length`` bytes of central directory; stops at the first beyond ``most``."""
-    count = 0
-    while length > 0 and count <= most:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Whole entries of a central directory: how many, and their bytes."""
+
+    entries: int
+    data: bytes
+
+
+class _Excerpt:
+    """An archive as if a part of its central directory were all of it.
+
+    ``zipfile`` makes half a kilobyte of objects of every entry that it finds; shown a part at a
+    time, it holds those of a part.
+    """
+
+    def __init__(self, stream: BinaryIO, directory: _Directory, part: _Part) -> None:
+        self._stream = stream
+        self._begin = directory.begin
+        end = (b"PK\x05\x06", 0, 0, part.entries, part.entries, len(part.data), directory.offset, 0)
+        self._tail = part.data + _END.pack(*end)
+        self._at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        size = self._begin + len(self._tail)
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at}.get(whence, size))
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """Bytes from here on; of files or of the directory, never of both."""
+        before = self._begin - self._at
+        if before > 0:
+            self._stream.seek(self._at)
+            data = self._stream.read(min(size, before) if size >= 0 else before)
+        else:
+            data = self._tail[-before : len(self._tail) if size < 0 else size - before]
+        self._at += len(data)
+        return data
+
+
+def _directory(stream: BinaryIO, limits: UploadConfig) -> _Directory:
+    """Find the central directory and bound it by what is there, before it is read into memory."""
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(max(0, size - _END_SPAN))
+    tail = stream.read(_END_SPAN)
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or at + _END.size > len(tail):
+        raise bad_upload("the body is not a zip archive", "send a .zip, or multipart/form-data")
+    _, _, _, _, entries, length, offset, _ = _END.unpack_from(tail, at)
+    if length == 0xFFFFFFFF or b"PK\x06\x07" in tail[max(0, at - 20) : at]:
+        raise bad_upload("ZIP64 archives are not taken", "send fewer than 65,535 files")
+    directory = _Directory(size - len(tail) + at - length, length, offset)
+    if directory.begin < 0:
+        raise bad_upload("the archive is damaged", "make the zip again and send it")
+    most = limits.max_files
+    counted = sum(1 for _ in itertools.islice(_entries(stream, directory), most + 1))
+    if max(entries, counted) > most or length > most * 1024:
+        raise too_much("files", most, "max_files")
+    return directory
+
+
+def _entries(stream: BinaryIO, directory: _Directory) -> Iterator[tuple[int, int]]:
+    """Where each entry of a central directory begins and ends."""
+    at, end = directory.begin, directory.begin + directory.length
+    while at < end:
+        stream.seek(at)
         head = stream.read(_ENTRY.size)
         if len(head) < _ENTRY.size or head[:4] != b"PK\x01\x02":
             raise bad_upload("the archive is damaged", "make the zip again and send it")
-        more = sum(_ENTRY.unpack(head)[1:])
-        stream.seek(more, 1)
-        length -= _ENTRY.size + more
-        count += 1
-    return count
+        after = at + _ENTRY.size + sum(_ENTRY.unpack(head)[1:])
+        yield at, after
+        at = after
+
+
+def _parts(stream: BinaryIO, directory: _Directory) -> Iterator[_Part]:
+    """The entries of a central directory, ``PART`` bytes of them or one at a time."""
+    begin, count = directory.begin, 0
+    end = directory.begin
+    for at, after in _entries(stream, directory):
+        if count and after - begin > PART:
+            yield _part(stream, begin, at, count)
+            begin, count = at, 0
+        count, end = count + 1, after
+    if count:
+        yield _part(stream, begin, end, count)
+
+
+def _part(stream: BinaryIO, begin: int, end: int, entries: int) -> _Part:
+    stream.seek(begin)
+    return _Part(entries, stream.read(end - begin))
 
 
 def _extract(opened: zipfile.ZipFile, entry: zipfile.ZipInfo, sink: Sink) -> None:

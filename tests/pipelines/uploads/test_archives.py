@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import struct
 import tempfile
@@ -88,6 +89,30 @@ def test_a_directory_longer_than_it_claims_is_counted() -> None:
     end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, len(directory), 0, 0)
     with pytest.raises(InputError, match="more than 10,000 files"):
         unpacked(directory + end)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 500), st.binary(max_size=40))
+def test_an_archive_of_many_parts_behind_a_prefix_is_read_whole(count: int, prefix: bytes) -> None:
+    files = {f"{number}-{'x' * 90}": str(number).encode() for number in range(count)}
+    assert unpacked(prefix + zipped(files.items())) == files
+
+
+def test_of_four_thousand_files_only_a_few_are_in_memory_at_once(tmp_path: Path) -> None:
+    packed, folder = tmp_path / "body", tmp_path / "in"
+    packed.write_bytes(zipped((f"study/series/IM{n:06}", b"1") for n in range(4000)))
+    folder.mkdir()
+    held: list[int] = []
+
+    def look(size: int) -> None:
+        if sink.files % 1000 == 0:
+            held.append(sum(isinstance(one, zipfile.ZipInfo) for one in gc.get_objects()))
+
+    sink = Sink(folder, UploadConfig(), spend=look)
+    unzip(packed, sink)
+    assert sum(1 for path in folder.rglob("*") if path.is_file()) == 4000
+    assert len(held) == 4
+    assert max(held) < 500
 
 
 def test_folders_are_counted_too() -> None:
