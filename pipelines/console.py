@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -55,9 +56,31 @@ def say(text: str) -> None:
     err.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-TRUSTED = ("plinth", "kafka", "uvicorn", "granian")
-"""Loggers whose messages never quote the data that Plinth reads: its own, and its servers'."""
+@contextlib.contextmanager
+def written_anew(path: Path, if_there: str) -> Iterator[None]:
+    """A block that makes a file or folder which a user asked for by ``--out``.
 
+    Args:
+        path: what is made.
+        if_there: the hint for a path that exists.
+
+    Raises:
+        ConfigError: it is there already, or cannot be written.
+    """
+    from plinth.engine import ConfigError
+
+    try:
+        yield
+    except FileExistsError:
+        raise ConfigError(f"{path} is there already", hint=if_there) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}", hint="choose another with --out"
+        ) from None
+
+
+TRUSTED = ("plinth", "kafka")
+"""Loggers whose messages never quote the data that Plinth reads."""
 
 HIDDEN = "its text may quote data and is not shown"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from plinth.pipelines.console import say
+from plinth.pipelines.console import say, written_anew
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -29,17 +29,10 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a commented plinth.toml that starts as it is."""
-    from plinth.engine import ConfigError
-
-    try:
+    with written_anew(out, if_there="--force replaces it"):
+        text = commented_config()
         with out.open("w" if force else "x", encoding="utf-8") as file:
-            file.write(commented_config())
-    except FileExistsError:
-        raise ConfigError(f"{out} is there already", hint="--force replaces it") from None
-    except OSError as error:
-        raise ConfigError(
-            f"{out} cannot be written: {error.strerror}", hint="choose another with --out"
-        ) from None
+            file.write(text)
     say(f"wrote {out}; next: plinth check --config {out}")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from plinth.pipelines.console import say
+from plinth.pipelines.console import say, written_anew
 
 EPILOG = "Example: plinth new-vertical leaks · cd leaks && pip install -e . && plinth check leaks"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
@@ -191,17 +191,11 @@ def new_vertical(
     if name in registry.names():
         raise ConfigError(f"a vertical named {name!r} is installed", hint="choose another name")
     folder = out or Path(name)
-    try:
+    with written_anew(folder, if_there="choose another with --out"):
         folder.mkdir(parents=True)
         for path, text in skeleton(name).items():
             (folder / path).parent.mkdir(exist_ok=True)
             (folder / path).write_text(text, encoding="utf-8")
-    except FileExistsError:
-        raise ConfigError(f"{folder} is there already", hint="choose another with --out") from None
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be written: {error.strerror}", hint="choose another with --out"
-        ) from None
     say(f"wrote {folder}; next: cd {folder} && pip install -e . && pytest && plinth check {name}")
 
 
