@@ -8,11 +8,11 @@ quantiles, so that a promise made from them is kept.
 from __future__ import annotations
 
 import json
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Set
 from dataclasses import dataclass, field
-from heapq import nsmallest
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +65,15 @@ class _Curve:
     ratios: _Sample = field(default_factory=_Sample)
     delays: _Sample = field(default_factory=_Sample)
     table: list[float] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
     moved: int = 0
 
     def rebuild(self, rows: int) -> None:
         size = max(rows, len(self.table) - 1, max(self.knots, default=1))
-        at = np.array(sorted(self.knots), dtype=float)
+        self.order = sorted(self.knots)
+        at = np.array(self.order, dtype=float)
         # A cost that falls with rows is measurement noise; rows_within() needs it monotone.
-        cost = np.maximum.accumulate([self.knots[int(k)] for k in at])
+        cost = np.maximum.accumulate([self.knots[k] for k in self.order])
         grid = np.arange(size + 1, dtype=float)
         # Beyond the largest, at least half of its cost is taken to grow with the rows.
         slope = 0.5 * cost[-1] / at[-1]
@@ -103,26 +105,29 @@ class _Curve:
         return max(0.0, self.delays.quantile(share)) if share > 0.5 else 0.0
 
     def observe(self, rows: int, seconds: float) -> None:
-        self.ratios.add(seconds / self.base(rows))
+        base = self.base(rows)
+        self.ratios.add(seconds / base)
         self._forget_if_shifted()
-        self.delays.add(seconds - self.level() * self.base(rows))
-        self._follow(rows, seconds)
+        expected = self.level() * base
+        self.delays.add(seconds - expected)
+        self._follow(rows, seconds / expected - 1)
 
     def _forget_if_shifted(self) -> None:
         """Drop the past once the last few batches all lie on one side of it."""
         if len(self.ratios.values) < 2 * _SHIFT:
             return
         middle = self.level()
-        recent = list(self.ratios.values)[-_SHIFT:]
+        recent = list(islice(reversed(self.ratios.values), _SHIFT))
         if min(recent) > middle * _BAND or max(recent) < middle / _BAND:
             self.ratios.keep(_SHIFT)
             self.delays.keep(0)
 
-    def _follow(self, rows: int, seconds: float) -> None:
-        """Move the curve's knots near ``rows`` a little towards what was seen."""
-        off = seconds / (self.level() * self.base(rows)) - 1
+    def _follow(self, rows: int, off: float) -> None:
+        """Move the two knots next to ``rows`` a little, by how far off the curve was there."""
         step = _LEARN * max(-0.5, min(off, 0.5))
-        near = nsmallest(2, self.knots, key=lambda knot: abs(knot - rows))
+        after = bisect_left(self.order, rows)
+        around = self.order[max(0, after - 2) : after + 2]
+        near = sorted(around, key=lambda knot: abs(knot - rows))[:2]
         if len(near) == 1 or near[0] == rows:
             self.knots[near[0]] *= 1 + step
         else:
