@@ -263,7 +263,7 @@ def session(path: Path, threads: int | None, profile: Path | None = None) -> Any
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised; the log would only say it again
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from plinth.engine.errors import InputError, ModelError
@@ -110,6 +110,9 @@ class ModelSpec(BaseModel):
         description: what it is for; ``licence``: of the weights; ``source``: where from.
         metrics: measured quality by name.
         cheaper: name of the variant that degraded work goes to.
+        mask: name of the input that says where there are values (1) and where there is padding
+            (0): rows of different lengths then share batches. ``None``: the input called
+            ``mask`` or ``..._mask``; ``""``: there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -125,6 +128,13 @@ class ModelSpec(BaseModel):
     source: str = ""
     metrics: dict[str, float] = Field(default_factory=dict)
     cheaper: str | None = None
+    mask: str | None = None
+
+    @model_validator(mode="after")
+    def _mask_is_an_input(self) -> ModelSpec:
+        if self.mask and self.mask not in {tensor.name for tensor in self.inputs}:
+            raise ValueError(f"mask is {self.mask!r}, which is no input")
+        return self
 
     @property
     def free(self) -> bool:

@@ -30,7 +30,7 @@ from plinth.engine.errors import (
     OutOfMemory,
     PlinthError,
 )
-from plinth.engine.flow import Answer, Call, Flow, Sla, cat_rows
+from plinth.engine.flow import Answer, Call, Flow, Sla
 from plinth.engine.lanes.local import LocalLane
 from plinth.engine.metrics import EngineMetrics
 from plinth.engine.models.store import Model
@@ -566,7 +566,7 @@ class Engine:
                 part.work.owner.take(part.work.first + part.first, part.rows)
                 for part in batch.parts
             ]
-            output = loaded.run(cat_rows(rows))
+            output = loaded.run(loaded.joined(rows))
         except BaseException as error:  # noqa: BLE001 - a model's failure is its batch's alone
             self._failed(batch, loaded, error)
             if isinstance(error, KeyboardInterrupt) and not self._lane.is_current:
@@ -631,7 +631,7 @@ class Engine:
             if request.over:
                 continue
             try:
-                own = {key: rows[span] for key, rows in output.items()}
+                own = loaded.own(output, span, request.rows)
                 result = self._result(batch, part, own, begun, now)
             except BaseException as error:  # noqa: BLE001 - as in _execute
                 told = _model_error(loaded, batch, error, alone=True)

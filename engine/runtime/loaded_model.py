@@ -18,12 +18,14 @@ from plinth.engine.backends.planner import Planned
 from plinth.engine.backends.variants import best_variant, load_variant
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, OutOfMemory, PlinthError
-from plinth.engine.flow import Sla
+from plinth.engine.flow import Sla, cat_rows
 from plinth.engine.models.store import Model, ModelSpec
 from plinth.engine.precision.policy import PrecisionPolicy, resolve
 from plinth.engine.runtime import batch_range as ranges
 from plinth.engine.runtime.memory_plan import MemoryPlan, Room, measure
 from plinth.engine.runtime.memory_plan import budget as budget_of
+from plinth.engine.runtime.padding import Padding
+from plinth.engine.runtime.padding import found as find_padding
 from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.tiling import WindowGrid
 
@@ -50,6 +52,7 @@ class LoadedModel:
         room: what its calls may hold between batches.
         plan: its memory; ``None`` where sizes of its inputs are free.
         free: some size of its inputs is free, so that calls fall into shape buckets.
+        padding: how rows of different lengths share batches; ``None`` where they do not.
         key: prefix of its batch keys.
         asked: what it was loaded from and how, so that the same is not loaded twice.
         how: the batch range, backend and precision it was asked for with.
@@ -67,6 +70,7 @@ class LoadedModel:
     most: int
     room: Room
     plan: MemoryPlan | None = None
+    padding: Padding | None = None
     free: bool = field(init=False)
     key: str = field(init=False)
     halvings: int = field(init=False, default=0)
@@ -108,14 +112,31 @@ class LoadedModel:
         return self.executable.weights + (self.degraded.weights if self.degraded else 0)
 
     def bucket(self, rows: Mapping[str, Tensor]) -> str:
-        """The batch key of rows: one for each model and shape."""
+        """The batch key of rows: one for each model, and shape or range of lengths."""
         if not self.free:
             return self.key
+        if self.padding is not None and (longest := self.padding.bucket(rows)) is not None:
+            return f"{self.key}[up to {longest}]"
         shapes = (
             f"{tensor.name}={'x'.join(map(str, rows[tensor.name].shape[1:]))}"
             for tensor in self.spec.inputs
         )
         return f"{self.key}[{','.join(shapes)}]"
+
+    def joined(self, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Rows of the calls of one batch in one piece."""
+        if self.padding is None or len(parts) == 1:
+            return cat_rows(parts)
+        return self.padding.joined(parts)
+
+    def own(
+        self, outputs: Mapping[str, Tensor], span: slice, rows: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What belongs to one call of a batch's outputs: its rows, without padding."""
+        found = {name: tensor[span] for name, tensor in outputs.items()}
+        if self.padding is None or self.padding.bucket(rows) is None:
+            return found
+        return self.padding.cut(found, self.padding.length(rows))
 
     def run(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """Run rows; what does not fit into memory is run in halves. Outputs lie on the host.
@@ -190,6 +211,7 @@ class LoadedModel:
             "plan": self.executable.report.get("plan"),
             "weights_bytes": self.executable.weights,
             "row_bytes": plan.per_row if plan else None,
+            "padding": None if self.padding is None else self.padding.status(),
         }
 
 
@@ -239,7 +261,10 @@ def load_model(
             executable = prepare(model, device, precision, backend, threads, rows=probe, most=high)
         if model.spec.free:
             room = Room(max(0, budget_of(device, budget) - executable.weights))
-            return LoadedModel(model, sla, executable, high, room)
+            padding = None
+            if high > 1 and not _is_exact(precision):
+                padding = find_padding(model, executable)
+            return LoadedModel(model, sla, executable, high, room, padding=padding)
         plan = _plan(executable, model, probe, budget)
         if plan.max_rows < low and isinstance(executable, Planned):
             executable = executable.smallest()
@@ -252,6 +277,11 @@ def load_model(
     if isinstance(executable, TorchExecutable):  # in bf16, say: the float32 weights can go
         loaded.model = replace(model, module=executable.module)
     return loaded
+
+
+def _is_exact(precision: Precision) -> bool:
+    named = isinstance(precision, str) and precision.startswith(VARIANT)
+    return not named and resolve(precision).exact
 
 
 def _variant(
