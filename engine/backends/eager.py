@@ -59,7 +59,7 @@ class TorchExecutable:
         self.report: dict[str, Any] = {"threads": torch.get_num_threads()}
         self._spec = model.spec
         self.module = module
-        self._compiled = compiled or module
+        self._compiled = module if compiled is None else compiled
         self._binding = Binding(model.spec, model.module)
         self._copies_inputs = True
         self._copies_outputs = True

@@ -43,6 +43,18 @@ def scorer() -> Model:
     return Model(spec({"x": (8,)}, {"score": (1,)}), module)
 
 
+class Whole(nn.Module):
+    """A module that is no container."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.inner(x)
+        return answer
+
+
 class TwoWays(nn.Module):
     """Two inputs, two outputs."""
 
@@ -315,7 +327,7 @@ def test_inductor_says_when_there_is_no_compiler(monkeypatch):
 @pytest.mark.parametrize("backend", ["inductor", "aotinductor"])
 def test_inductor_compiles_for_any_number_of_rows(backend, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    model = scorer()
+    model = Model(scorer().spec, Whole(scorer().module).eval())
     executable = prepare(model, CPU, "fp32", backend)
     for rows in (1, 5, 33):
         x = torch.randn(rows, 8)

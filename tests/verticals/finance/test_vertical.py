@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from payments import DAY, HOUR, NOON, label, payment
 from torch import nn
 
@@ -418,6 +420,22 @@ def test_the_stored_models_are_the_manifests() -> None:
     for name in ("fraud", "fraud-lite"):
         spec = store.verify(name)
         assert spec.metrics["review_threshold"] <= spec.metrics["decline_threshold"]
+
+
+@given(data=st.data(), name=st.sampled_from(("fraud", "fraud-lite")), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_the_bits_of_a_score_do_not_depend_on_who_shares_the_batch(
+    data: st.DataObject, name: str, seed: int
+) -> None:
+    module = ModelStore(STORE).load(name).module
+    rows = torch.rand(600, 21, generator=torch.Generator().manual_seed(seed)) ** 3 * 3_000
+    with torch.inference_mode():
+        whole = module(rows)
+        start = 0
+        while start < len(rows):
+            count = data.draw(st.one_of(st.integers(1, 20), st.integers(1, 600)), "rows of a batch")
+            assert torch.equal(module(rows[start : start + count]), whole[start : start + count])
+            start += count
 
 
 class Slow(nn.Module):
