@@ -113,6 +113,8 @@ class ModelSpec(BaseModel):
         mask: name of the input that says where there are values (1) and where there is padding
             (0): rows of different lengths then share batches. ``None``: the input called
             ``mask`` or ``..._mask``; ``""``: there is none.
+        block: rows that every forward gets, the last ones filled up: the bits of an answer then
+            do not depend on the rows that share its batch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -129,6 +131,7 @@ class ModelSpec(BaseModel):
     metrics: dict[str, float] = Field(default_factory=dict)
     cheaper: str | None = None
     mask: str | None = None
+    block: int | None = Field(default=None, ge=1, le=4096)
 
     @model_validator(mode="after")
     def _mask_is_an_input(self) -> ModelSpec:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from plinth.engine.backends.base import Executable, cpu_threads
+from plinth.engine.backends.blocks import Blocks
 from plinth.engine.backends.choice import prepare
 from plinth.engine.backends.eager import TorchExecutable
 from plinth.engine.backends.planner import Planned
@@ -254,11 +255,18 @@ def load_model(
     low, high = (1, _MOST) if batch_range == "auto" else batch_range
     if not 1 <= low <= high:
         raise ConfigError(f"batch_range is {batch_range}, expected 1 <= smallest <= largest")
+    block = model.spec.block
     with cpu_threads(threads):
         probe = min(_MEASURED_ROWS, high)
         executable = _variant(model, device, precision, backend, threads)
         if executable is None:
-            executable = prepare(model, device, precision, backend, threads, rows=probe, most=high)
+            tried, planned = (probe, high) if block is None else (block, block)
+            executable = prepare(
+                model, device, precision, backend, threads, rows=tried, most=planned
+            )
+        module = executable.module if isinstance(executable, TorchExecutable) else None
+        if block is not None:
+            executable = Blocks(executable, block)
         if model.spec.free:
             room = Room(max(0, budget_of(device, budget) - executable.weights))
             padding = None
@@ -274,8 +282,8 @@ def load_model(
     loaded = LoadedModel(model, sla, executable, most, Room(plan.budget - plan.peak(1)), plan)
     for rows, seconds in cost.items():
         latency.seed(loaded.key, rows, seconds)
-    if isinstance(executable, TorchExecutable):  # in bf16, say: the float32 weights can go
-        loaded.model = replace(model, module=executable.module)
+    if module is not None:  # in bf16, say: the float32 weights can go
+        loaded.model = replace(model, module=module)
     return loaded
 
 

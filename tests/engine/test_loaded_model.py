@@ -119,6 +119,32 @@ def test_what_does_not_fit_is_run_in_halves_and_nothing_is_lost():
             engine.run(call("small", rows))
 
 
+class Counted(nn.Module):
+    """Twice the rows; keeps how many came each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(len(x))
+        return 2 * x
+
+
+def test_a_model_of_blocks_always_gets_so_many_rows_and_each_caller_its_own():
+    counted = Counted()
+    plain = model("in-blocks", counted)
+    blocks = Model(plain.spec.model_copy(update={"block": 8}), counted)
+    with Engine() as engine:
+        engine.add(blocks, batch_range=(1, 20))
+        ready = engine.run(call("in-blocks", torch.zeros(1, 4))) and len(counted.seen)
+        for rows in (1, 7, 8, 9, 50):
+            x = torch.randn(rows, 4)
+            assert torch.equal(engine.run(call("in-blocks", x)).value, 2 * x)
+    assert set(counted.seen[ready:]) == {8}
+    assert len(counted.seen) - ready == 1 + 1 + 1 + 2 + 8  # 50 rows are batches of 20, 20 and 10
+
+
 def test_a_model_that_exceeds_the_budget_is_refused_with_its_bytes():
     with pytest.raises(OutOfMemory, match="160000 bytes of weights, the budget is 100000"):
         Engine(memory_budget=100_000).add(model("large", Wide()))

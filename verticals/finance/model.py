@@ -4,10 +4,6 @@ Normalisation and calibration are buffers of the module, so the artefact is the 
 Each row of the output says which variant it comes from, because under load the engine may let
 the cheaper one answer. A negative feature means "not told" and counts as the training mean;
 all features are >= 0.
-
-A row's bits do not depend on the rows that share its batch. Matrix products and vectorised
-functions take the last few rows of a batch another way than the others, so a batch is filled to a
-multiple of :data:`BLOCK` rows.
 """
 
 from __future__ import annotations
@@ -20,8 +16,8 @@ from torch.nn import functional
 
 from plinth.engine.models.store import architecture
 
-BLOCK = 16
-"""Rows to a multiple of which a batch is filled: AVX-512 takes 16 float32 at a time."""
+BLOCK = 32
+"""Rows of every forward, so that a score's bits do not depend on who shares its batch."""
 
 
 class Standardise(nn.Module):
@@ -128,9 +124,7 @@ class FraudScorer(nn.Module):
         return logits
 
     def forward(self, rows: Tensor) -> Tensor:
-        count = rows.shape[0]
-        filled = functional.pad(rows, (0, 0, 0, -count % BLOCK))
-        probability: Tensor = self.calibration(self.logits(filled))[:count]
+        probability: Tensor = self.calibration(self.logits(rows))
         return torch.cat((probability, torch.full_like(probability, self.variant)), dim=1)
 
 

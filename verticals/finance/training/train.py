@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from plinth.engine import ConfigError, ModelSpec, ModelStore, PlinthError, TensorSpec
 from plinth.verticals.finance.features.online import MODEL_FEATURES
-from plinth.verticals.finance.model import FraudScorer, fraud_lite, fraud_mlp
+from plinth.verticals.finance.model import BLOCK, FraudScorer, fraud_lite, fraud_mlp
 from plinth.verticals.finance.training.history import WEEK, Data, Rows, recorded, simulated
 from plinth.verticals.finance.training.quality import (
     calibration_error,
@@ -245,6 +245,7 @@ def specification(recipe: Recipe, version: str, source: str, metrics: Quality) -
         source=source,
         metrics={name: round(value, 6) for name, value in metrics.items()},
         cheaper=recipe.cheaper,
+        block=BLOCK,
     )
 
 
