@@ -19,7 +19,7 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $(READY)
 
-extras: $(EXTRAS)      ## what only some tests need: OpenVINO, MONAI, transformers, scikit-learn; exact versions
+extras: $(EXTRAS)      ## what only some tests need: OpenVINO, MONAI, transformers, scikit-learn, tritonclient; exact versions
 
 $(EXTRAS): $(READY) requirements-extras.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-extras.lock

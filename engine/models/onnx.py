@@ -125,7 +125,7 @@ def parse(path: Path) -> Any:
     """
     try:
         import onnx
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+        from google.protobuf.message import DecodeError
     except ImportError as error:
         raise ModelError(
             "reading ONNX files needs the package onnx", hint="pip install 'plinth-engine[onnx]'"

@@ -33,6 +33,7 @@ from plinth.engine.errors import (
 from plinth.engine.flow import Answer, Call, Flow, Sla
 from plinth.engine.lanes.local import LocalLane
 from plinth.engine.metrics import EngineMetrics
+from plinth.engine.models.spec import ModelSpec
 from plinth.engine.models.store import Model
 from plinth.engine.runtime.flow_driver import Clock, FlowDriver, Result
 from plinth.engine.runtime.loaded_model import LoadedModel, Precision, Range
@@ -289,6 +290,10 @@ class Engine:
     def failure(self) -> str | None:
         """Why the device thread ended, for the log and for health checks; None while it is well."""
         return self._failure if self.state == "failed" else None
+
+    def contracts(self) -> dict[str, tuple[ModelSpec, Sla]]:
+        """What every model takes and gives, and its own promise, by its name."""
+        return {each.spec.name: (each.spec, each.sla) for each in self._models.all()}
 
     def status(self) -> dict[str, Any]:
         """Device, models, what waits, and the share of time the device was busy so far."""

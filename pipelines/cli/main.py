@@ -17,6 +17,8 @@ from plinth.pipelines.cli.benchmark import EPILOG as BENCHMARK_EPILOG
 from plinth.pipelines.cli.benchmark import benchmark
 from plinth.pipelines.cli.convert import EPILOG as CONVERT_EPILOG
 from plinth.pipelines.cli.convert import convert
+from plinth.pipelines.cli.doctor import EPILOG as DOCTOR_EPILOG
+from plinth.pipelines.cli.doctor import doctor
 from plinth.pipelines.cli.init import EPILOG as INIT_EPILOG
 from plinth.pipelines.cli.init import init
 from plinth.pipelines.cli.models import models
@@ -60,6 +62,7 @@ app.command(epilog=BENCHMARK_EPILOG)(benchmark)
 app.command(epilog=OPTIMIZE_EPILOG)(optimize)
 app.command(epilog=BACKENDS_EPILOG)(backends)
 app.command(epilog=CONVERT_EPILOG)(convert)
+app.command(epilog=DOCTOR_EPILOG)(doctor)
 app.command(epilog=INIT_EPILOG)(init)
 app.command("new-vertical", epilog=NEW_VERTICAL_EPILOG)(new_vertical)
 app.command("serve-model", epilog=SERVE_MODEL_EPILOG)(serve_model)
@@ -190,7 +193,12 @@ def serve(
     ):
         server = door.Server(door.create_app(verticals, engine, config), config, bound)
         url = server.url
-        server.run(lambda: say(f"serving {', '.join(verticals)} on {url} (API docs: {url}/docs)"))
+        server.run(
+            lambda: say(
+                f"serving {', '.join(verticals)} on {url} (API docs: {url}/docs)"
+                + (f", gRPC on {server.grpc_address}" if server.grpc_address else "")
+            )
+        )
     say("drained, good bye")
 
 

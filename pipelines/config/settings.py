@@ -118,6 +118,50 @@ class UploadConfig(Table):
     )
 
 
+class OipConfig(Table):
+    """``[serve.oip]``: tensors by model name, over REST and gRPC."""
+
+    enabled: bool = Field(default=True, description="whether there are routes under /v2")
+    models: tuple[str, ...] = Field(
+        default=(), description="models of the store to load beside the verticals'; `*`: all"
+    )
+    load_models: bool = Field(
+        default=False, description="whether clients may load and unload models of the store"
+    )
+    max_body_bytes: Bytes = Field(
+        default=64 << 20, ge=64, le=(1 << 31) - 1, description="bytes of one request's tensors"
+    )
+    max_work_bytes: Bytes = Field(
+        default=256 << 20, ge=64, description="bytes of all requests in work together before 429"
+    )
+
+
+class GrpcConfig(Table):
+    """``[serve.grpc]``: the same over gRPC."""
+
+    port: int | None = Field(
+        default=None, ge=0, le=65_535, description="port to listen on; none: no gRPC; 0: a free one"
+    )
+    max_streams: int = Field(
+        default=256, ge=1, description="calls in work before RESOURCE_EXHAUSTED"
+    )
+    certificate: Path | None = Field(
+        default=None, description="PEM file of the certificate and its chain; none: no TLS"
+    )
+    key: Path | None = Field(default=None, description="PEM file of the certificate's key")
+    client_ca: Path | None = Field(
+        default=None, description="PEM file of who signs the certificates that clients must show"
+    )
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> GrpcConfig:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together")
+        if self.client_ca is not None and self.certificate is None:
+            raise ValueError("client_ca needs a certificate and a key")
+        return self
+
+
 class ServeConfig(Table):
     """``[serve]``: the HTTP door."""
 
@@ -153,6 +197,8 @@ class ServeConfig(Table):
         description="folder that keeps the verticals' state from one run to the next; none: lost",
     )
     upload: UploadConfig = Field(default_factory=UploadConfig)
+    oip: OipConfig = Field(default_factory=OipConfig)
+    grpc: GrpcConfig = Field(default_factory=GrpcConfig)
 
 
 class BatchConfig(Table):

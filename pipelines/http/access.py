@@ -5,17 +5,13 @@ All of it is decided from the head, before anything of a body is kept.
 - **Host.** A page of a foreign site can make its own name point at 127.0.0.1 and then read what a
   local server answers (DNS rebinding). So a server bound to loopback answers to IP addresses, to
   ``localhost``, to names without a dot, which nobody can register, and to ``serve.allowed_hosts``.
-- **Key.** Programs send it as a bearer token or in ``X-API-Key``; browsers, which are asked for it
-  before they can show a page, as the password of the Basic scheme (RFC 7617), of any user.
+- **Key.** See :mod:`plinth.pipelines.identity`.
 - **Origin.** A page of a foreign site can send a request without reading the answer. Browsers say
   so in ``Sec-Fetch-Site`` and ``Origin``; what changes or computes anything is refused then.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hmac
 import ipaddress
 from collections.abc import Collection
 
@@ -23,8 +19,9 @@ from plinth.engine import PlinthError, Refused
 from plinth.pipelines.http.errors import HttpError
 from plinth.pipelines.http.health import Health
 from plinth.pipelines.http.wire.head import Fields, ParsedHead
+from plinth.pipelines.identity import has_key
 
-OPEN_PATHS = (b"/health/live", b"/health/ready")
+OPEN_PATHS = (b"/health/live", b"/health/ready", b"/v2/health/live", b"/v2/health/ready")
 """Paths that ask for no key and answer to every host: they tell nothing of the inside."""
 UNAUTHORISED = HttpError(
     "this server needs an API key",
@@ -42,6 +39,7 @@ CROSS_SITE = HttpError(
     reason="cross_site",
     hint="send it from a program, or from a page of this server",
 )
+_WORK = (b"/v1/", b"/v2/models/")  # not while the server warms up
 _SAFE = (b"GET", b"HEAD", b"OPTIONS")
 _KNOWN = 64  # hosts remembered as ours
 _SAME_SITE = (b"same-origin", b"none")
@@ -79,9 +77,9 @@ class Access:
                 self._known.add(host)
         if head.method not in _SAFE and _is_cross_site(fields):
             return CROSS_SITE
-        if self._key is not None and not _has_key(fields, self._key):
+        if self._key is not None and not has_key(fields, self._key):
             return UNAUTHORISED
-        if "warm_up" in self._health.reasons and head.decoded_path.startswith(b"/v1/"):
+        if "warm_up" in self._health.reasons and head.decoded_path.startswith(_WORK):
             return Refused(self._health.reasons["warm_up"], retry_after=1.0)
         return None
 
@@ -105,23 +103,6 @@ def _is_cross_site(fields: Fields) -> bool:
     if origin is None:
         return False
     return origin.lower().partition(b"://")[2] != fields.get(b"host", b"").lower()
-
-
-def _has_key(fields: Fields, key: bytes) -> bool:
-    scheme, _, given = fields.get(b"authorization", b"").partition(b" ")
-    scheme = scheme.lower()
-    if scheme == b"basic":
-        given = _password(given)
-    elif scheme != b"bearer":
-        given = b""
-    return hmac.compare_digest(fields.get(b"x-api-key", given).strip(), key)
-
-
-def _password(credentials: bytes) -> bytes:
-    try:
-        return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
-    except binascii.Error:
-        return b""
 
 
 def _is_address(name: bytes) -> bool:

@@ -16,7 +16,7 @@ from starlette.responses import HTMLResponse, Response
 
 from plinth.engine import Engine, PlinthError
 from plinth.engine.metrics import REGISTRY
-from plinth.pipelines.http.errors import HttpError, error_response
+from plinth.pipelines.http.errors import HttpError, error_response, is_flat
 from plinth.pipelines.http.health import Health
 from plinth.verticals import Vertical
 
@@ -91,16 +91,20 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def plinth(request: Request, error: Exception) -> Response:
         assert isinstance(error, PlinthError)
-        return error_response(error)
+        return error_response(error, flat=_flat(request))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         if error.status_code not in (404, 405):
             return error_response(HttpError(str(error.detail), reason="malformed_upload", extra={}))
-        return error_response(_lost(app, request, error))
+        return error_response(_lost(app, request, error), flat=_flat(request))
 
     app.add_exception_handler(PlinthError, plinth)
     app.add_exception_handler(HTTPException, http)
+
+
+def _flat(request: Request) -> bool:
+    return is_flat(request.url.path.encode())
 
 
 def _lost(app: FastAPI, request: Request, error: HTTPException) -> HttpError:

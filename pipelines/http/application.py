@@ -9,7 +9,7 @@ from typing import Any
 
 from plinth.engine import PlinthError
 from plinth.pipelines.http.access import OPEN_PATHS, Access
-from plinth.pipelines.http.errors import HttpError, error_bytes
+from plinth.pipelines.http.errors import HttpError, error_bytes, is_flat
 from plinth.pipelines.http.health import Health
 from plinth.pipelines.http.metrics import HTTP
 from plinth.pipelines.http.record_routes import BUSY, DRAINED, RecordRoute
@@ -130,12 +130,13 @@ class HttpApplication:
             if status:
                 asgi.abandon()
             else:
-                status, whole = error_bytes(failure or explained(RuntimeError("no answer")))
+                told = failure or explained(RuntimeError("no answer"))
+                status, whole = error_bytes(told, flat=is_flat(exchange.head.path))
                 exchange.respond(whole)
         route = getattr(scope.get("route"), "path", "other")
         HTTP.note(route, status, time.perf_counter() - exchange.arrived)
 
     def _refuse(self, exchange: Exchange, error: PlinthError) -> None:
-        status, whole = error_bytes(error)
+        status, whole = error_bytes(error, flat=is_flat(exchange.head.path))
         exchange.refuse(whole)
         HTTP.note("other", status, time.perf_counter() - exchange.arrived)

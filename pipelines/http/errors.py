@@ -42,12 +42,16 @@ REASON_STATUS = {
     "malformed_http": 400,
     "bad_header": 400,
     "unauthorised": 401,
+    "forbidden": 403,
     "foreign_host": 403,
     "cross_site": 403,
     "not_found": 404,
+    "model_not_found": 404,
     "not_allowed": 405,
     "body_too_slow": 408,
+    "model_in_use": 409,
     "body_too_large": 413,
+    "tensor_too_large": 413,
     "too_many_items": 413,
     "unsupported_media_type": 415,
     "too_many_jobs": 429,
@@ -103,30 +107,45 @@ def body_of(error: PlinthError) -> dict[str, Any]:
     return {"field": None, **error.as_dict()}
 
 
-def answer_of(error: PlinthError) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+def answer_of(
+    error: PlinthError, *, flat: bool = False
+) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     """Status, fields and body of the answer to an error; the one place that maps them.
 
     ``Retry-After`` (whole seconds, at least 1) stands where trying again helps.
+
+    Args:
+        error: what is wrong.
+        flat: one sentence in the place of an object, and 400 in the place of 422, as the Open
+            Inference Protocol has it.
     """
     status = status_of(error)
     headers = dict(error.headers) if isinstance(error, HttpError) else {}
     if status in (429, 503):
         wait = getattr(error, "retry_after", None)
         headers.setdefault("retry-after", str(max(1, math.ceil(wait or 0))))
-    body = orjson.dumps({"error": body_of(error)})
+    told: object = body_of(error)
+    if flat:
+        status, told = 400 if status == 422 else status, str(error)
+    body = orjson.dumps({"error": told})
     fields = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     return status, [(b"content-type", b"application/json"), *fields], body
 
 
-def error_bytes(error: PlinthError) -> tuple[int, bytes]:
-    """The error as it goes to a socket, and its status."""
-    status, fields, body = answer_of(error)
+def is_flat(path: bytes) -> bool:
+    """Whether errors of a path are those of the Open Inference Protocol."""
+    return path == b"/v2" or path.startswith(b"/v2/")
+
+
+def error_bytes(error: PlinthError, *, flat: bool = False) -> tuple[int, bytes]:
+    """The error as it goes to a socket, and its status; see :func:`answer_of`."""
+    status, fields, body = answer_of(error, flat=flat)
     return status, answer.whole(status, [*fields, (b"content-length", b"%d" % len(body))], body)
 
 
-def error_response(error: PlinthError) -> Response:
-    """The error as a response of an ASGI application."""
-    status, fields, body = answer_of(error)
+def error_response(error: PlinthError, *, flat: bool = False) -> Response:
+    """The error as a response of an ASGI application; see :func:`answer_of`."""
+    status, fields, body = answer_of(error, flat=flat)
     response = Response(body, status_code=status)
     response.raw_headers = [*response.raw_headers, *fields]
     return response

@@ -15,8 +15,10 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 from starlette.responses import FileResponse, Response
 
 from plinth.pipelines.folders.archives import FILE_TYPES, FORM_TYPE, ZIP_TYPES
-from plinth.pipelines.http.errors import HttpError
+from plinth.pipelines.http.errors import HttpError, is_flat
 from plinth.pipelines.http.record_routes import DEADLINE_HEADER
+from plinth.pipelines.oip.service import MAX_PRIORITY
+from plinth.pipelines.oip.tensors import DATATYPES
 from plinth.verticals import Vertical
 
 Schema = dict[str, Any]
@@ -33,6 +35,7 @@ MEANINGS = {
     403: "sent by a page of another site, or to a name that is not this server's",
     404: "no such thing",
     408: "the body did not come, or too slowly",
+    409: "the model belongs to a vertical",
     413: "too large",
     415: "wrong media type",
     422: "a field is wrong, or nothing in the upload can be used",
@@ -212,6 +215,81 @@ def job_file(vertical: Vertical[Any, Any]) -> dict[str, Any]:
     return {"responses": {"200": answer, **errors(404)}}
 
 
+def tensors(path: str, method: str) -> dict[str, Any]:
+    """What the document says of a route of the Open Inference Protocol."""
+    answers: dict[str, Any] = {}
+    kinds: dict[str, Any] = {"application/json": {"schema": _OBJECT}}
+    told: dict[str, Any] = {}
+    if path.endswith("/infer"):
+        kinds |= {"application/octet-stream": {}}
+        schema = {"$ref": "#/components/schemas/InferRequest"}
+        told["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schema}},
+        }
+        answers = _flat_errors(400, 404, 408, 413, 415, 429, 503, 504)
+    elif path.endswith("/index"):
+        kinds = {"application/json": {"schema": {"type": "array", "items": _OBJECT}}}
+        ready = {"type": "object", "properties": {"ready": {"type": "boolean"}}}
+        told["requestBody"] = {"content": {"application/json": {"schema": ready}}}
+        answers = _flat_errors(400, 408, 413, 415)
+    elif method == "POST":
+        told["requestBody"] = {"content": {"application/json": {"schema": _OBJECT}}}
+        answers = _flat_errors(400, 403, 404, 408, 409, 413, 415, 503)
+    elif "{model}" in path:
+        answers = _flat_errors(404, 503)
+    answers["200"] = {"description": "as the protocol says", "content": kinds}
+    return told | {"responses": answers}
+
+
+def _flat_errors(*codes: int) -> dict[str, Any]:
+    """Error answers of the Open Inference Protocol: one sentence each."""
+    return {
+        str(code): {"description": MEANINGS.get(code, "wrong"), **_holds("Sentence")}
+        for code in codes
+    }
+
+
+_VALUE = {"type": ["boolean", "integer", "number", "string"]}
+_PARAMETERS: Schema = {"type": "object", "additionalProperties": _VALUE}
+_TENSOR: Schema = {
+    "type": "object",
+    "required": ["name", "datatype", "shape", "data"],
+    "properties": {
+        "name": _STRING,
+        "datatype": {"enum": [*DATATYPES]},
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 1},
+        "parameters": _PARAMETERS,
+        "data": {"type": "array", "items": {"type": ["number", "boolean", "array"]}},
+    },
+}
+SENTENCE: Schema = {"type": "object", "required": ["error"], "properties": {"error": _STRING}}
+INFER: Schema = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {
+        "id": _STRING,
+        "parameters": {
+            **_PARAMETERS,
+            "properties": {
+                "timeout": {"type": "integer", "minimum": 0, "description": "microseconds"},
+                "priority": {"type": "integer", "minimum": 0, "maximum": MAX_PRIORITY},
+                "binary_data_output": {"type": "boolean"},
+            },
+        },
+        "inputs": {"type": "array", "items": _TENSOR, "minItems": 1},
+        "outputs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["name"],
+                "properties": {"name": _STRING, "parameters": _PARAMETERS},
+            },
+        },
+    },
+}
+
+
 def _holds(name: str) -> dict[str, Any]:
     return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}}
 
@@ -230,7 +308,9 @@ def publish(app: FastAPI, verticals: Iterable[Vertical[Any, Any]], *, locked: bo
         locked: requests need an API key.
     """
     made = app.openapi
-    components: dict[str, Any] = {"schemas": {"Error": ERROR}}
+    components: dict[str, Any] = {
+        "schemas": {"Error": ERROR, "Sentence": SENTENCE, "InferRequest": INFER}
+    }
     for vertical in verticals:
         components["schemas"] |= schemas(vertical)
     if locked:
@@ -258,10 +338,10 @@ def _complete(operation: dict[str, Any], path: str, method: str, locked: bool) -
         del answers["422"]
     if path in COMMON:
         answers.update(COMMON[path])
-    if path.startswith("/health/"):
+    if path.startswith(("/health/", "/v2/health/")):
         return
     refusals = [403, 429, *([401] if locked else []), *([503] if path.startswith("/v1/") else [])]
-    answers.update(errors(*refusals))
+    answers.update((_flat_errors if is_flat(path.encode()) else errors)(*refusals))
     if locked:
         operation["security"] = [{"bearer": []}, {"header": []}]
 
@@ -277,6 +357,10 @@ COMMON: Mapping[str, dict[str, Any]] = {
     "/": {"200": _says("verticals and routes", _JSON, "text/html")},
     "/metrics": {"200": _says("Prometheus text format", "text/plain")},
     "/v1/status": {"200": _says("device, models, queue, utilisation", _JSON)},
+    "/v2/health/ready": {
+        "200": _says("send traffic", _JSON),
+        "503": _says("do not", _JSON),
+    },
     "/health/live": {"200": _says("the process answers", _JSON)},
     "/health/ready": {
         "200": _says("send traffic", _JSON),

@@ -20,14 +20,14 @@ from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from plinth.engine import ConfigError, Engine, EngineFailed, InputError, PlinthError
-from plinth.pipelines.assembly import is_folder_vertical, sla_of
+from plinth.engine import ConfigError, Engine, EngineFailed, InputError, ModelStore, PlinthError
+from plinth.pipelines.assembly import is_folder_vertical, sla_of, store_path
 from plinth.pipelines.config.settings import Config, ServeConfig
 from plinth.pipelines.folders.jobs import Jobs
 from plinth.pipelines.http import openapi as http_openapi
@@ -38,13 +38,18 @@ from plinth.pipelines.http.body import headers_of, whole
 from plinth.pipelines.http.disconnect import cancel_on_disconnect
 from plinth.pipelines.http.health import Health
 from plinth.pipelines.http.record_routes import RecordRoute
+from plinth.pipelines.http.tensor_routes import TensorRoutes
 from plinth.pipelines.http.upload_routes import UploadDoor
 from plinth.pipelines.http.wire.admission import Limit
 from plinth.pipelines.http.wire.server import Bounds, SocketServer
 from plinth.pipelines.interpreter import set_for_serving
 from plinth.pipelines.live_tables import LiveTables
+from plinth.pipelines.oip.service import ModelService, load_at_start
 from plinth.pipelines.records import RecordService
 from plinth.verticals import Vertical
+
+if TYPE_CHECKING:
+    from plinth.pipelines.grpc.server import GrpcDoor
 
 log = logging.getLogger("plinth.serve")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -77,6 +82,8 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan() -> AsyncIterator[None]:
         with contextlib.ExitStack() as stack:
+            if tensors is not None:
+                await tensors.start()
             tasks = [asyncio.create_task(warm_up(verticals, engine, health, stack))]
             tasks.append(asyncio.create_task(_look_after(live)))
             if jobs is not None:
@@ -84,6 +91,8 @@ def create_app(
             yield
             for task in tasks:
                 task.cancel()
+            if tensors is not None:
+                await tensors.stop(health.seconds_left)
             if jobs is not None:
                 await asyncio.to_thread(jobs.close, health.seconds_left)
             pool.shutdown(wait=False, cancel_futures=True)
@@ -112,16 +121,43 @@ def create_app(
             _record_route(app, route, serve)
         elif jobs is not None and name in folders:
             _upload_routes(app, UploadDoor(vertical, jobs, serve))
+    store = ModelStore(store_path(config))
+    models = ModelService(engine, store, serve.oip) if serve.oip.enabled else None
+    if models is not None:
+        seconds = serve.request_timeout_seconds
+        TensorRoutes(models, health, serve.max_body_bytes, seconds).add_to(app)
+        load_at_start(engine, store, serve.oip.models)
     add_common_routes(app, engine, health, verticals)
     add_error_handlers(app)
     key = config.api_key()
+    tensors = None if models is None else _grpc_door(models, config, key, health)
     http_openapi.publish(app, verticals.values(), locked=key is not None)
     access = Access(key, serve.host, serve.allowed_hosts, health)
-    most = max(serve.max_body_bytes, serve.upload.max_bytes if folders else 0)
+    uploads = serve.upload.max_bytes if folders else 0
+    most = max(serve.max_body_bytes, uploads, serve.oip.max_body_bytes)
     application = HttpApplication(app, routes, access, limit, most, health)
     promises = [slas[route.service.vertical.name].deadline_ms for route in routes.values()]
     tightest = min((ms / 1e3 for ms in promises if ms is not None), default=None)
-    return Application(application, lifespan, tightest, lambda: engine.failure)
+    return Application(application, lifespan, tightest, lambda: engine.failure, tensors)
+
+
+def _grpc_door(
+    service: ModelService, config: Config, key: str | None, health: Health
+) -> GrpcDoor | None:
+    """The gRPC server of the config, which is imported if there is to be one."""
+    serve = config.serve
+    if serve.grpc.port is None:
+        return None
+    from plinth.pipelines.grpc.server import GrpcDoor
+
+    return GrpcDoor(
+        service,
+        serve.grpc,
+        host=serve.host,
+        key=key,
+        reasons=health.reasons,
+        seconds=serve.request_timeout_seconds,
+    )
 
 
 @dataclass(frozen=True)
@@ -133,12 +169,14 @@ class Application:
         lifespan: entered before the first request and left after the last.
         promise: seconds; the tightest promise of a record route, if any.
         failure: why the engine ended, None while it is well.
+        grpc: the gRPC server, if there is one.
     """
 
     http: HttpApplication
     lifespan: Callable[[], contextlib.AbstractAsyncContextManager[None]]
     promise: float | None
     failure: Callable[[], str | None]
+    grpc: GrpcDoor | None = None
 
 
 async def warm_up(
@@ -292,6 +330,11 @@ class Server:
         )
         self._sockets = SocketServer(bound, app.http, app.http.limit, bounds)
 
+    @property
+    def grpc_address(self) -> str:
+        """Where gRPC is served, "" while or if it is not."""
+        return "" if self._app.grpc is None else self._app.grpc.address
+
     def run(self, serving: Callable[[], None] | None = None) -> None:
         """Serve in this thread until drained; in the main thread signals drain it.
 
@@ -334,6 +377,7 @@ class Server:
                 await asyncio.wait((draining, forced), return_when=asyncio.FIRST_COMPLETED)
                 forced.cancel()
                 if not draining.done():
+                    self._health.drain_until = time.monotonic()
                     draining.cancel()
                     self._sockets.stop()
 

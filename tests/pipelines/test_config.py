@@ -17,7 +17,9 @@ from plinth.pipelines.assembly import sla_of
 from plinth.pipelines.config.settings import (
     BatchConfig,
     EngineConfig,
+    GrpcConfig,
     ModelsConfig,
+    OipConfig,
     ServeConfig,
     SlaConfig,
     UploadConfig,
@@ -224,6 +226,8 @@ TABLES = {
     "engine": EngineConfig,
     "serve": ServeConfig,
     "serve.upload": UploadConfig,
+    "serve.oip": OipConfig,
+    "serve.grpc": GrpcConfig,
     "batch": BatchConfig,
     "models": ModelsConfig,
     "verticals.<name>": VerticalConfig,

@@ -50,8 +50,9 @@ def test_what_it_gives_as_a_default_is_the_default(tmp_path: Path) -> None:
 def test_no_table_and_no_key_is_left_out() -> None:
     text = commented_config()
     tables = set(re.findall(r"(?m)^(?:# )?\[([\w.]+)\]$", text))
-    wanted = {"engine", "serve", "serve.upload", "stream", "batch", "models"}
-    assert wanted == set(Config.model_fields) - {"verticals"} | {"serve.upload"}
+    inner = {"serve.upload", "serve.oip", "serve.grpc"}
+    wanted = {"engine", "serve", "stream", "batch", "models"} | inner
+    assert wanted == set(Config.model_fields) - {"verticals"} | inner
     for listing in registry.describe():
         if listing.error is None:
             wanted |= {f"verticals.{listing.name}", f"verticals.{listing.name}.sla"}
@@ -60,5 +61,5 @@ def test_no_table_and_no_key_is_left_out() -> None:
     for name, field in Config.model_fields.items():
         kind = StreamConfig if name == "stream" else field.annotation
         if name != "verticals":
-            assert set(getattr(kind, "model_fields", {})) - {"upload"} <= keys
+            assert set(getattr(kind, "model_fields", {})) - {"upload", "oip", "grpc"} <= keys
     assert set(SlaConfig.model_fields) | {"batch_range"} <= keys

@@ -74,7 +74,7 @@ class AsgiExchange:
             "headers": head.pairs,
             "server": here,
             "client": client,
-            "state": {},
+            "state": {"waited": self._exchange.began - self._exchange.arrived},
         }
 
     # -- the body ----------------------------------------------------------------------------

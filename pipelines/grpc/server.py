@@ -1,0 +1,511 @@
+"""``inference.GRPCInferenceService`` and ``grpc.health.v1.Health`` in the server's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+import numpy as np
+import orjson
+from google.protobuf.message import DecodeError
+from prometheus_client import Counter, Histogram
+from torch import Tensor
+
+from plinth.engine import (
+    Answer,
+    Cancelled,
+    Closed,
+    ConfigError,
+    DeadlineRefused,
+    InputError,
+    PlinthError,
+    QueueFull,
+    Refused,
+)
+from plinth.engine.metrics import REGISTRY
+from plinth.pipelines.config.settings import GrpcConfig
+from plinth.pipelines.grpc import messages
+from plinth.pipelines.grpc.messages import HEALTH, INFERENCE, message
+from plinth.pipelines.identity import has_key
+from plinth.pipelines.oip.service import ModelService, check_parameters, less, within
+from plinth.pipelines.oip.tensors import NAMES, TensorHeader, from_bytes, from_json, header_of
+from plinth.pipelines.oip.tensors import to_bytes as raw_of
+from plinth.pipelines.records import FAULTS, InternalError, explained, late_at_door
+
+log = logging.getLogger("plinth.grpc")
+
+STREAMED = 16
+"""Requests of one stream that are in work together; the next is not read before one is answered."""
+_SLACK = 64 << 10  # bytes of a message beside its tensors
+_ASIDE = 1 << 20  # bytes from which tensors are read on another thread
+_IDLE_MS = 300_000
+_PING_MS = 60_000
+
+_OPEN = ("ServerLive", "ServerReady")
+_CODES: dict[type[PlinthError], grpc.StatusCode] = {
+    InputError: grpc.StatusCode.INVALID_ARGUMENT,
+    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlineRefused: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Cancelled: grpc.StatusCode.CANCELLED,
+    Closed: grpc.StatusCode.UNAVAILABLE,
+    Refused: grpc.StatusCode.UNAVAILABLE,
+    InternalError: grpc.StatusCode.INTERNAL,
+}
+_REASONS = {
+    "model_not_found": grpc.StatusCode.NOT_FOUND,
+    "forbidden": grpc.StatusCode.PERMISSION_DENIED,
+    "model_in_use": grpc.StatusCode.FAILED_PRECONDITION,
+    "cannot_load": grpc.StatusCode.FAILED_PRECONDITION,
+    "unauthorised": grpc.StatusCode.UNAUTHENTICATED,
+    "timeout": grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+}
+_REQUESTS = Counter(
+    "plinth_grpc_requests", "gRPC calls by method and code.", ("method", "code"), registry=REGISTRY
+)
+_SECONDS = Histogram(
+    "plinth_grpc_request_seconds",
+    "Time from a gRPC call's message to the end of its answer.",
+    ("method",),
+    registry=REGISTRY,
+)
+
+Context = Any
+"""``grpc.aio.ServicerContext``, which takes bytes here: messages are read within a bound."""
+
+
+class GrpcDoor:
+    """The gRPC server; started and stopped in the event loop of the HTTP server.
+
+    Args:
+        service: the models.
+        config: ``[serve.grpc]``.
+        host: to listen on.
+        key: the API key, or ``None``.
+        reasons: why the server is not ready; a live view.
+        seconds: longest wait for an answer.
+
+    Attributes:
+        address: where it listens, once started.
+
+    Raises:
+        ConfigError: a file of the certificate cannot be read.
+    """
+
+    def __init__(
+        self,
+        service: ModelService,
+        config: GrpcConfig,
+        *,
+        host: str,
+        key: str | None,
+        reasons: Mapping[str, str],
+        seconds: float,
+    ) -> None:
+        self.address = ""
+        self._models = service
+        self._config = config
+        self._host = f"[{host}]" if ":" in host else host
+        self._key = None if key is None else key.encode()
+        self._reasons = reasons
+        self._seconds = seconds
+        self._credentials = _credentials(config)
+        self._server: Any = None
+
+    # -- life --------------------------------------------------------------------------------
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            ConfigError: the port is in use or not allowed.
+        """
+        most = self._models.config.max_body_bytes
+        self._server = grpc.aio.server(
+            maximum_concurrent_rpcs=self._config.max_streams,
+            options=(
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", most + _SLACK),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.max_connection_idle_ms", _IDLE_MS),
+                ("grpc.keepalive_time_ms", _PING_MS),
+            ),
+        )
+        self._server.add_generic_rpc_handlers(tuple(self._handlers()))
+        wanted = f"{self._host}:{self._config.port}"
+        try:
+            port = (
+                self._server.add_insecure_port(wanted)
+                if self._credentials is None
+                else self._server.add_secure_port(wanted, self._credentials)
+            )
+        except RuntimeError:
+            raise ConfigError(
+                f"gRPC cannot listen on {wanted}: in use, not allowed, or no address of this "
+                "machine",
+                hint="choose another serve.grpc.port",
+            ) from None
+        await self._server.start()
+        self.address = f"{self._host}:{port}"
+
+    async def stop(self, seconds: float) -> None:
+        """Take no new calls, and give those in work so long."""
+        if self._server is not None:
+            await self._server.stop(seconds)
+
+    def _handlers(self) -> list[Any]:
+        unary = {
+            "ServerLive": self._live,
+            "ServerReady": self._ready,
+            "ModelReady": self._model_ready,
+            "ServerMetadata": self._server_metadata,
+            "ModelMetadata": self._metadata,
+            "ModelConfig": self._model_config,
+            "ModelStatistics": self._statistics,
+            "RepositoryIndex": self._index,
+            "RepositoryModelLoad": self._load,
+            "RepositoryModelUnload": self._unload,
+            "ModelInfer": self._infer,
+        }
+        methods = {name: self._unary(name, f) for name, f in unary.items()}
+        methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._stream)
+        health = {
+            "Check": grpc.unary_unary_rpc_method_handler(self._check_health),
+            "Watch": grpc.unary_stream_rpc_method_handler(self._watch_health),
+        }
+        return [
+            grpc.method_handlers_generic_handler(f"{INFERENCE}.GRPCInferenceService", methods),
+            grpc.method_handlers_generic_handler(f"{HEALTH}.Health", health),
+        ]
+
+    def _unary(self, name: str, answer: Callable[[bytes, Context], Awaitable[Any]]) -> Any:
+        """A handler that turns errors into codes, and counts."""
+
+        async def handle(raw: bytes, context: Context) -> bytes:
+            begun = time.perf_counter()
+            code = grpc.StatusCode.CANCELLED
+            try:
+                if name not in _OPEN:
+                    self._check_key(context)
+                told: bytes = (await answer(raw, context)).SerializeToString()
+                code = grpc.StatusCode.OK
+            except FAULTS as error:
+                code, told = _fail(context, explained(error)), b""
+            finally:
+                _REQUESTS.labels(name, code.name).inc()
+                _SECONDS.labels(name).observe(time.perf_counter() - begun)
+            return told
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def _check_key(self, context: Context) -> None:
+        if self._key is None:
+            return
+        fields = {
+            name.encode(): value if isinstance(value, bytes) else value.encode()
+            for name, value in context.invocation_metadata() or ()
+        }
+        if not has_key(fields, self._key):
+            raise InputError(
+                "this server needs an API key",
+                hint="send it as metadata, 'authorization: Bearer <key>' or 'x-api-key: <key>'",
+                reason="unauthorised",
+            )
+
+    # -- what there is ---------------------------------------------------------------------------
+    async def _live(self, raw: bytes, context: Context) -> Any:
+        return message("ServerLiveResponse")(live=True)
+
+    async def _ready(self, raw: bytes, context: Context) -> Any:
+        return message("ServerReadyResponse")(ready=not self._reasons)
+
+    async def _model_ready(self, raw: bytes, context: Context) -> Any:
+        asked = _read("ModelReadyRequest", raw)
+        try:
+            fine = self._models.is_ready(asked.name, asked.version)
+        except InputError:  # asked of a model that is not there, the protocol answers no
+            fine = False
+        return message("ModelReadyResponse")(ready=fine)
+
+    async def _server_metadata(self, raw: bytes, context: Context) -> Any:
+        return message("ServerMetadataResponse")(**self._models.server_metadata())
+
+    async def _metadata(self, raw: bytes, context: Context) -> Any:
+        asked = _read("ModelMetadataRequest", raw)
+        return message("ModelMetadataResponse")(**self._models.metadata(asked.name, asked.version))
+
+    async def _model_config(self, raw: bytes, context: Context) -> Any:
+        asked = _read("ModelConfigRequest", raw)
+        told = self._models.model_config(asked.name, asked.version)
+        for tensor in (*told["input"], *told["output"]):
+            tensor["data_type"] = messages.DATA_TYPES[tensor["data_type"].removeprefix("TYPE_")]
+        return message("ModelConfigResponse")(config=told)
+
+    async def _statistics(self, raw: bytes, context: Context) -> Any:
+        asked = _read("ModelStatisticsRequest", raw)
+        told = self._models.statistics(asked.name, asked.version)
+        return message("ModelStatisticsResponse")(**told)
+
+    async def _index(self, raw: bytes, context: Context) -> Any:
+        asked = _read("RepositoryIndexRequest", raw)
+        found = self._models.index(ready_only=asked.ready)
+        return message("RepositoryIndexResponse")(models=found)
+
+    async def _load(self, raw: bytes, context: Context) -> Any:
+        asked = _read("RepositoryModelLoadRequest", raw)
+        if asked.parameters:
+            raise InputError(
+                "a model is loaded as it is in the store, without parameters",
+                field="parameters",
+                hint="leave config and files out",
+            )
+        await self._models.load(asked.model_name)
+        return message("RepositoryModelLoadResponse")()
+
+    async def _unload(self, raw: bytes, context: Context) -> Any:
+        asked = _read("RepositoryModelUnloadRequest", raw)
+        await self._models.unload(asked.model_name)
+        return message("RepositoryModelUnloadResponse")()
+
+    # -- inference -------------------------------------------------------------------------------
+    async def _infer(self, raw: bytes, context: Context) -> Any:
+        answer, told = await self._answer(raw, context.time_remaining())
+        context.set_trailing_metadata(_about(answer))
+        return told
+
+    async def _answer(
+        self, raw: bytes, remaining: float | None
+    ) -> tuple[Answer[dict[str, Tensor]], Any]:
+        """Run a model on the rows of a message; cancelling the task frees their place."""
+        if "warm_up" in self._reasons:
+            raise Refused(self._reasons["warm_up"], retry_after=1.0)
+        begun = time.perf_counter()
+        with self._models.budget.reserve(len(raw)):
+            asked = _read("ModelInferRequest", raw)
+            spec = self._models.spec(asked.model_name, asked.model_version)
+            for output in asked.outputs:
+                check_parameters(_parameters(output.parameters))
+            wanted = self._models.wanted(spec, [output.name for output in asked.outputs])
+            promise = self._models.promise(spec.name, _parameters(asked.parameters))
+            promise = within(promise, remaining)
+            most = self._models.config.max_body_bytes
+            rows = (
+                await asyncio.to_thread(_rows, asked, most)
+                if len(raw) > _ASIDE
+                else _rows(asked, most)
+            )
+            decoded = time.perf_counter()
+            try:
+                async with asyncio.timeout(self._seconds):
+                    sla = less(promise, decoded - begun)
+                    answer = await self._models.infer(spec, rows, sla)
+            except TimeoutError:
+                raise InputError(
+                    f"no answer within {self._seconds:g} s",
+                    hint="send fewer rows at once, or raise serve.request_timeout_seconds",
+                    reason="timeout",
+                ) from None
+            encoding = time.perf_counter()
+            told = message("ModelInferResponse")(
+                model_name=spec.name, model_version=spec.version, id=asked.id
+            )
+            for name in wanted:
+                tensor = answer.value[name]
+                told.outputs.add(name=name, datatype=NAMES[tensor.dtype], shape=list(tensor.shape))
+                told.raw_output_contents.append(bytes(raw_of(tensor)))
+        now, timing = time.perf_counter(), answer.timing
+        timing.decode, timing.encode = decoded - begun, now - encoding
+        timing.total = now - begun
+        answer.late = answer.late or late_at_door(answer, promise, timing.total)
+        return answer, told
+
+    async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> Any:
+        """Answers in the order of the requests, some of which are in work together."""
+        try:
+            self._check_key(context)
+        except InputError as error:
+            await context.abort(code_of(error), str(error))
+        waiting: deque[asyncio.Task[Any]] = deque()
+        arriving: asyncio.Task[bytes | None] | None = None
+        incoming: AsyncIterator[bytes] | None = aiter(requests)
+        try:
+            while True:
+                if arriving is None and incoming is not None and len(waiting) < STREAMED:
+                    arriving = asyncio.ensure_future(_next(incoming))
+                watched = [task for task in (arriving, *list(waiting)[:1]) if task is not None]
+                if not watched:
+                    return
+                await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+                if arriving is not None and arriving.done():
+                    raw, arriving = arriving.result(), None
+                    if raw is None:
+                        incoming = None
+                    else:
+                        waiting.append(
+                            asyncio.ensure_future(self._streamed(raw, context.time_remaining()))
+                        )
+                while waiting and waiting[0].done():
+                    yield waiting.popleft().result()
+        finally:
+            for task in (arriving, *waiting):
+                if task is not None:
+                    task.cancel()
+
+    async def _streamed(self, raw: bytes, remaining: float | None) -> bytes:
+        told = message("ModelStreamInferResponse")()
+        begun, code = time.perf_counter(), grpc.StatusCode.CANCELLED
+        try:
+            _, answer = await self._answer(raw, remaining)
+            told.infer_response.CopyFrom(answer)
+            code = grpc.StatusCode.OK
+        except FAULTS as error:
+            known = explained(error)
+            code, told.error_message = code_of(known), str(known)
+        finally:
+            _REQUESTS.labels("ModelStreamInfer", code.name).inc()
+            _SECONDS.labels("ModelStreamInfer").observe(time.perf_counter() - begun)
+        return bytes(told.SerializeToString())
+
+    # -- gRPC's own health protocol ----------------------------------------------------------------
+    async def _check_health(self, raw: bytes, context: Context) -> bytes:
+        try:
+            asked = _read("HealthCheckRequest", raw, HEALTH).service
+        except InputError as error:
+            await context.abort(code_of(error), str(error))
+        if asked not in ("", f"{INFERENCE}.GRPCInferenceService"):
+            await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service here")
+        return self._health()
+
+    def _health(self) -> bytes:
+        status = messages.NOT_SERVING if self._reasons else messages.SERVING
+        return bytes(message("HealthCheckResponse", HEALTH)(status=status).SerializeToString())
+
+    async def _watch_health(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
+        told = b""
+        while True:
+            if (now := self._health()) != told:
+                told = now
+                yield now
+            await asyncio.sleep(1.0)
+
+
+async def _next(requests: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(requests, None)
+
+
+def _fail(context: Context, error: PlinthError) -> grpc.StatusCode:
+    """Let a call end with the code and sentence of an error; what it returns is not sent."""
+    trailing = [("plinth-reason", error.reason)]
+    if (wait := getattr(error, "retry_after", None)) is not None:
+        trailing.append(("retry-after-ms", str(round(wait * 1e3))))
+    context.set_trailing_metadata(trailing)
+    code = code_of(error)
+    context.set_code(code)
+    context.set_details(str(error))
+    return code
+
+
+def code_of(error: PlinthError) -> grpc.StatusCode:
+    """The gRPC code that means what an error means."""
+    if error.reason in _REASONS:
+        return _REASONS[error.reason]
+    found = (_CODES[kind] for kind in type(error).__mro__ if kind in _CODES)
+    return next(found, grpc.StatusCode.UNAVAILABLE)
+
+
+def _about(answer: Answer[Any]) -> list[tuple[str, str]]:
+    """Where the time went and which models ran, as the headers of the HTTP door tell it."""
+    told = [
+        ("x-plinth-timing", orjson.dumps(answer.timing.as_dict()).decode()),
+        ("x-plinth-models", ", ".join(f"{k}={v}" for k, v in answer.models.items())),
+        ("x-plinth-precision", ", ".join(f"{k}={v}" for k, v in answer.precision.items())),
+    ]
+    if answer.degraded:
+        told.append(
+            ("x-plinth-degraded", ", ".join(f"{k}={v}" for k, v in answer.degraded.items()))
+        )
+    return [*told, ("x-plinth-late", "true")] if answer.late else told
+
+
+def _read(name: str, raw: bytes, package: str = INFERENCE) -> Any:
+    try:
+        return message(name, package).FromString(raw)
+    except DecodeError:
+        raise InputError(f"this is no {package}.{name}", reason="malformed_request") from None
+
+
+def _parameters(given: Mapping[str, Any]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in given.items():
+        choice = value.WhichOneof("parameter_choice")
+        found[name] = None if choice is None else getattr(value, choice)
+    return found
+
+
+def _rows(asked: Any, most: int) -> dict[str, Tensor]:
+    """The inputs by name, from raw bytes or from typed contents.
+
+    Raises:
+        InputError: both or neither came, or not what the headers say.
+    """
+    raws = asked.raw_input_contents
+    if raws and len(raws) != len(asked.inputs):
+        raise InputError(
+            f"there are {len(asked.inputs)} inputs and {len(raws)} raw contents",
+            field="raw_input_contents",
+            hint="send one for each input, in the same order, or typed contents for all",
+        )
+    rows: dict[str, Tensor] = {}
+    for number, given in enumerate(asked.inputs):
+        header = header_of(given.name, given.datatype, list(given.shape), most)
+        check_parameters(_parameters(given.parameters))
+        if header.name in rows:
+            raise InputError("an input stands more than once", field=header.name)
+        if raws and given.HasField("contents"):
+            raise InputError(f"input {header.name} has raw and typed contents", field=header.name)
+        rows[header.name] = (
+            from_bytes(header, raws[number]) if raws else _typed(header, given.datatype, given)
+        )
+    return rows
+
+
+def _typed(header: TensorHeader, datatype: str, given: Any) -> Tensor:
+    field = _CONTENTS.get(datatype)
+    if field is None:
+        raise InputError(
+            f"input {header.name}: {datatype} has no typed contents",
+            field=header.name,
+            hint="send raw_input_contents",
+            reason="bad_datatype",
+        )
+    values = getattr(given.contents, field)
+    if datatype in ("FP32", "FP64", "BOOL"):
+        array = np.array(values, {"FP32": "f4", "FP64": "f8", "BOOL": "?"}[datatype])
+        return from_bytes(header, array.tobytes())
+    return from_json(header, list(values))
+
+
+def _credentials(config: GrpcConfig) -> Any:
+    """TLS by the files of the config; with a client CA, clients must show a certificate too."""
+    if config.certificate is None or config.key is None:
+        return None
+    ca = config.client_ca
+    try:
+        pair = (config.key.read_bytes(), config.certificate.read_bytes())
+        root = None if ca is None else ca.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"serve.grpc: cannot read {error.filename}: {error.strerror}") from None
+    return grpc.ssl_server_credentials([pair], root, require_client_auth=ca is not None)
