@@ -1,14 +1,15 @@
 """A vertical made of any model's contract, so that a model is served without writing one.
 
 A record has the model's inputs by name, as JSON numbers nested like one row; where the features
-of a row have names, it has those. An answer has the outputs by name.
+of a row have names, it has those. An answer has the outputs by name. Where the model takes missing
+values, ``null`` stands for one; it is NaN in the row.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -30,6 +31,7 @@ class ServedModel(Vertical[BaseModel, BaseModel]):
     action = ACTION
     model: ClassVar[Model]
     features: ClassVar[tuple[str, ...]]
+    missing: ClassVar[frozenset[int]]
 
     def models(self) -> Sequence[Model]:
         return [self.model]
@@ -77,6 +79,8 @@ class ServedModel(Vertical[BaseModel, BaseModel]):
         inputs = self.model.spec.inputs
         if self.features:
             return [np.array(list(request.__dict__.values()), _numpy(inputs[0].dtype))]
+        if self.missing:
+            self._check_missing(request)
         arrays = []
         for tensor, value in zip(inputs, request.__dict__.values(), strict=True):
             try:
@@ -90,6 +94,18 @@ class ServedModel(Vertical[BaseModel, BaseModel]):
                 ) from None
             arrays.append(array)
         return arrays
+
+    def _check_missing(self, request: BaseModel) -> None:
+        """Raises InputError where a number is missing that the model needs."""
+        (values,) = request.__dict__.values()
+        for place, value in enumerate(values):
+            if value is None and place not in self.missing:
+                name = f"{self.model.spec.inputs[0].name}.{place}"
+                raise InputError(
+                    f"{name}: the model takes no missing value here",
+                    field=name,
+                    hint="send a number",
+                )
 
     def _rows(self, rows: list[list[np.ndarray[Any, Any]]]) -> dict[str, Tensor]:
         return {
@@ -131,6 +147,7 @@ def served(
     name: str | None = None,
     sla: Sla | None = None,
     features: Sequence[str] = (),
+    missing: Collection[int] = (),
 ) -> ServedModel:
     """A vertical that serves one model.
 
@@ -139,6 +156,7 @@ def served(
         name: of the vertical, and so of its route; by default made from the model's.
         sla: the promise; by default none.
         features: names of the numbers of a row, where the only input is a list of them.
+        missing: places in such a row that may be ``null``.
 
     Raises:
         ConfigError: the features do not fit the input, or a name stands twice.
@@ -153,12 +171,13 @@ def served(
             "__module__": __name__,
             "name": called,
             "summary": _summary(model),
-            "request": _request(model, features),
+            "request": _request(model, features, missing),
             "response": _response(model),
             "sla": sla or Sla(),
             "heavy": model.spec.free,
             "model": model,
             "features": tuple(features),
+            "missing": frozenset(missing),
         },
     )
     return kind()  # type: ignore[no-any-return]
@@ -192,11 +211,16 @@ def _check_features(model: Model, features: Sequence[str]) -> None:
         )
 
 
-def _request(model: Model, features: Sequence[str]) -> type[BaseModel]:
+def _request(model: Model, features: Sequence[str], missing: Collection[int]) -> type[BaseModel]:
     inputs = model.spec.inputs
     if features:
         number = _number(inputs[0])
-        fields = [(feature, number) for feature in features]
+        fields = [
+            (feature, number | None if place in missing else number)
+            for place, feature in enumerate(features)
+        ]
+    elif missing:
+        fields = [(inputs[0].name, _nested(inputs[0], _number(inputs[0]) | None))]
     else:
         fields = [(tensor.name, _nested(tensor, _number(tensor))) for tensor in inputs]
     return _typed("Record", "f", fields, f"One row for {model.spec.name}.")

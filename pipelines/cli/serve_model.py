@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -87,8 +87,9 @@ def serve_model(
     config = load(config_file, overrides={"serve.host": host, "serve.port": port})
     named = feature_names(features) if features else ()
     bound = door.bind(config.serve.host, config.serve.port)
-    with model_at(path, name, options) as (model, own):
-        vertical = served(model, name=name, sla=sla, features=named or own)
+    with model_at(path, name, options) as (model, facts):
+        own, missing = facts.get("features") or (), facts.get("missing") or ()
+        vertical = served(model, name=name, sla=sla, features=named or own, missing=missing)
         most = max(config.serve.max_body_bytes, body_bytes(model))
         serve = config.serve.model_copy(update={"max_body_bytes": most})
         config = config.model_copy(update={"serve": serve})
@@ -164,8 +165,11 @@ def feature_names(text: str) -> list[str]:
 @contextlib.contextmanager
 def model_at(
     path: Path, name: str | None, options: Options
-) -> Iterator[tuple[Model, tuple[str, ...]]]:
-    """The model at a path and the names of its features, while what it was made into is kept.
+) -> Iterator[tuple[Model, dict[str, Any]]]:
+    """The model at a path and what is known of its features, while what it was made into is kept.
+
+    ``features`` are their names, unless it is an entry of a store; ``missing`` the places of those
+    that may be missing.
 
     Raises:
         ModelError: it is missing, damaged, or of no kind that can be served; nothing is unpickled.
@@ -176,13 +180,14 @@ def model_at(
     entry = store_entry(path)
     if entry is not None:
         root, model, version = entry
-        yield ModelStore(root).load(model, version), ()
+        store = ModelStore(root)
+        yield store.load(model, version), {"missing": store.report(model, version).get("missing")}
         return
     with tempfile.TemporaryDirectory(prefix="plinth-serve-model-") as folder:
         store = ModelStore(Path(folder))
         found = convert(path, store, name=name or model_name(path), options=options)
-        features = found.report.get("features") or ()
-        yield store.load(found.spec.name, found.spec.version), tuple(features)
+        known = {key: found.report.get(key) for key in ("features", "missing")}
+        yield store.load(found.spec.name, found.spec.version), known
 
 
 def store_entry(path: Path) -> tuple[Path, str, str | None] | None:

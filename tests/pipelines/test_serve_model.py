@@ -39,7 +39,7 @@ from plinth.pipelines.cli.serve_model import (
     store_entry,
 )
 from plinth.pipelines.served_model import served, vertical_name
-from plinth.verticals.testing import checks
+from plinth.verticals.testing import checks, run_with_models
 
 JSON = {"content-type": "application/json"}
 
@@ -218,8 +218,8 @@ def test_an_entry_of_a_store_is_served_by_version_or_newest(tmp_path: Path) -> N
         for path in (store.root / "risk", store.root / "risk" / "1.9")
     }
     assert [entry and entry[2] for entry in found.values()] == [None, "1.9"]
-    with model_at(store.root / "risk", None, Options()) as (model, features):
-        assert (model.spec.version, features) == ("1.10", ())
+    with model_at(store.root / "risk", None, Options()) as (model, facts):
+        assert (model.spec.version, facts) == ("1.10", {"missing": None})
     with model_at(next((store.root / "risk" / "1.9").glob("program*")), None, Options()) as (
         old,
         _,
@@ -256,11 +256,62 @@ def test_boosted_trees_answer_as_at_home_from_their_own_files(
             path = tmp_path / "trees.ubj"
             trees.save_model(str(path))
         home = trees.predict(rows) if regress else trees.predict_proba(rows)
-    with model_at(path, None, Options()) as (model, features):
-        assert features == (tuple(names) if kind == "lightgbm" else ())
+    with model_at(path, None, Options()) as (model, facts):
+        assert facts["features"] == (names if kind == "lightgbm" else [])
+        assert facts["missing"] == ([] if kind == "lightgbm" else [0, 1, 2])
         found = model.run({"X": torch.from_numpy(rows)})
     key = "variable" if regress else "probabilities"
     assert np.allclose(found[key].numpy().reshape(home.shape), home, atol=1e-5)
+
+
+@pytest.mark.needs("lightgbm", "onnxmltools", "sklearn", "xgboost", "skl2onnx")
+def test_null_is_a_missing_value_where_the_trees_have_seen_some(tmp_path: Path) -> None:
+    """LightGBM says so of each feature, XGBoost of all; elsewhere the field is named."""
+    import lightgbm
+    import xgboost
+
+    rows = np.random.default_rng(2).normal(size=(400, 2)).astype(np.float32)
+    rows[::3, 0] = np.nan
+    wanted = np.where(np.isnan(rows[:, 0]), 2.0, rows[:, 0]) + rows[:, 1] > 0.5
+    holed = np.array([[np.nan, -1.0], [0.25, 1.0]], np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = {"n_estimators": 5}
+        light = lightgbm.LGBMClassifier(**plain, verbose=-1)
+        light.fit(rows, wanted, feature_name=["amount", "age"])
+        light.booster_.save_model(str(tmp_path / "light.txt"))
+        extreme = xgboost.XGBClassifier(**plain).fit(rows, wanted)
+        extreme.save_model(str(tmp_path / "extreme.ubj"))
+        home = {"light": light.predict_proba(holed), "extreme": extreme.predict_proba(holed)}
+    with (
+        model_at(tmp_path / "light.txt", None, Options()) as (first, named),
+        model_at(tmp_path / "extreme.ubj", None, Options()) as (second, unnamed),
+    ):
+        assert (named["missing"], unnamed["missing"]) == ([0], [0, 1])
+        verticals = [
+            served(first, features=named["features"], missing=named["missing"]),
+            served(second, missing=unnamed["missing"]),
+        ]
+        by_name = {vertical.name: vertical for vertical in verticals}
+        with running(by_name, engine={"backend": "onnxruntime"}) as server:
+            records = [{"amount": None, "age": -1.0}, {"amount": 0.25, "age": 1.0}]
+            found = server.post("/v1/light/predict", json=records).json()["results"]
+            told = [one["result"]["probabilities"] for one in found]
+            assert np.allclose(told, home["light"], atol=1e-5)
+            record = {"X": [None, -1.0]}
+            told = server.post("/v1/extreme/predict", json=record).json()["probabilities"]
+            assert np.allclose(told, home["extreme"][0], atol=1e-5)
+            wrong = server.post("/v1/light/predict", json={"amount": 1.0, "age": None})
+            assert wrong.json()["error"]["field"] == "age"
+
+
+def test_null_in_a_row_without_names_is_refused_at_its_place() -> None:
+    vertical = served(linear(3), missing=(0, 2))
+    assert vertical.request is not None
+    records = [vertical.request.model_validate({"x": x}) for x in ([None, 1, None], [1, None, 1])]
+    found = run_with_models(vertical, records)
+    assert found[0].reason == "not_finite"  # what a network makes of NaN
+    assert found[1].field == "x.1"
 
 
 @pytest.mark.needs("lightgbm", "xgboost")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from plinth.engine.errors import ModelError
 from plinth.engine.models import estimators
 from plinth.engine.models.convert.source import Request, Source
-from plinth.engine.models.fidelity import Run
+from plinth.engine.models.fidelity import Run, compare
 from plinth.engine.models.onnx import OnnxModule, read_contract
 from plinth.engine.models.signature import given_rows
 from plinth.engine.models.spec import spec_of
@@ -29,13 +30,13 @@ def read(path: Path, request: Request) -> Source:
 
     The model takes ``X``, float32 rows of the features, and gives ``label`` and
     ``probabilities``, or ``variable`` for a number. The names of the features, where the file has
-    them, are in the facts.
+    them, are in the facts, and as ``missing`` the places of those that may be NaN.
 
     Raises:
         ModelError: its library is not installed, it is no such file, or it cannot be converted.
     """
     try:
-        booster, features, run = (
+        booster, features, run, missing = (
             _lightgbm(path) if path.suffix.lower() == ".txt" else _xgboost(path)
         )
     except ImportError as error:
@@ -52,15 +53,52 @@ def read(path: Path, request: Request) -> Source:
     example = given_rows(request.name, spec.inputs, tensors)
     model = Model(spec, OnnxModule(onnx, *names).eval(), onnx, example)
     named = [name for name in features if name]
+
+    def at_home(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value for key, value in run(given).items() if key in names[1]}
+
     return Source(
         model,
-        run=lambda given: {key: value for key, value in run(given).items() if key in names[1]},
-        facts={"kind": "booster", "features": named if len(named) == len(features) else []},
+        run=at_home,
+        facts={
+            "kind": "booster",
+            "features": named if len(named) == len(features) else [],
+            "missing": _missing(model, at_home, missing),
+        },
         libraries=estimators.LIBRARIES,
     )
 
 
-def _lightgbm(path: Path) -> tuple[Any, list[str], Run]:
+Found = tuple[Any, list[str], Run, list[int]]
+"""What is converted, names of its features or "", its own answers, features that may be NaN."""
+
+
+def _missing(model: Model, at_home: Run, wanted: list[int]) -> list[int]:
+    """Of the features that may be NaN those for which the converted model answers as at home."""
+    rows = (model.example or {})[estimators.INPUT]
+    kept = []
+    for feature in wanted:
+        holed = rows.clone()
+        holed[:, feature] = float("nan")
+        with contextlib.suppress(ModelError):  # it answers otherwise: NaN is refused there
+            compare(model.spec.name, model.run, at_home, {estimators.INPUT: holed})
+            kept.append(feature)
+    return kept
+
+
+def _lightgbm_missing(booster: Any) -> list[int]:
+    """Features whose every split says where NaN goes; at others LightGBM takes it for 0."""
+    told: dict[int, set[str]] = {}
+    nodes = [tree["tree_structure"] for tree in booster.dump_model()["tree_info"]]
+    while nodes:
+        node = nodes.pop()
+        if "split_feature" in node:
+            told.setdefault(node["split_feature"], set()).add(node["missing_type"])
+            nodes += [node["left_child"], node["right_child"]]
+    return sorted(feature for feature, kinds in told.items() if kinds == {"NaN"})
+
+
+def _lightgbm(path: Path) -> Found:
     import lightgbm
 
     try:
@@ -75,10 +113,11 @@ def _lightgbm(path: Path) -> tuple[Any, list[str], Run]:
     names = [str(name) for name in booster.feature_name()]
     made_up = names == [f"Column_{number}" for number in range(len(names))]
     chance = classes > 1 or objective in ("binary", "cross_entropy", "xentropy")
-    return booster, [""] * len(names) if made_up else names, _running(booster.predict, chance)
+    named = [""] * len(names) if made_up else names
+    return booster, named, _running(booster.predict, chance), _lightgbm_missing(booster)
 
 
-def _xgboost(path: Path) -> tuple[Any, list[str], Run]:
+def _xgboost(path: Path) -> Found:
     import xgboost
 
     try:
@@ -94,7 +133,7 @@ def _xgboost(path: Path) -> tuple[Any, list[str], Run]:
         ) from error
     names = [str(name) for name in booster.feature_names or [""] * booster.num_features()]
     predict = estimator.predict_proba if chance else estimator.predict
-    return estimator, names, _running(predict, chance)
+    return estimator, names, _running(predict, chance), list(range(len(names)))
 
 
 def _running(predict: Callable[[Any], Any], chance: bool) -> Run:
