@@ -16,11 +16,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 from kafka import KafkaProducer
 
@@ -106,6 +108,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         server = start(["plinth", "serve", "finance", "medical"], shop, folder / "server.txt")
         try:
             url = await_words(server, LASTING["serve"])[1]
+            await_readiness(url)
             yield Shop(folder, env, broker.bootstrap_servers, url)
         finally:
             server.end()
@@ -239,6 +242,17 @@ def await_answer(command: Command) -> None:
     with socket.create_connection((host, int(port)), timeout=30) as door:
         door.sendall(b"GET /health/live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
         assert door.recv(64).startswith(b"HTTP/1.1 200")
+
+
+def await_readiness(url: str) -> None:
+    """Until the models are warm; a minute, at most."""
+    ready = threading.Event()
+    for _ in range(600):
+        if httpx.get(f"{url}/health/ready", timeout=60).status_code == 200:
+            ready.set()
+            return
+        ready.wait(0.1)
+    raise AssertionError("the server did not become ready within a minute")
 
 
 @pytest.mark.parametrize("words", [pytest.param(w, id=at) for at, w in every("curl")])
