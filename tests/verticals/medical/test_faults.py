@@ -10,25 +10,88 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import EnhancedCTImageStorage
 
 from plinth.engine import InputError
-from plinth.verticals.medical.dicom.discover import discover
+from plinth.verticals.medical.dicom.discover import discover, scan
 from plinth.verticals.medical.dicom.loader import load_volume
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
-from dicom_faults import FAULTS, check_series
+from dicom_faults import check_series
+from dicom_mutations import Work, check, dicomdir
 
 Write = Callable[..., Path]
 Edit = Callable[..., None]
 
 
 def test_every_generated_fault_is_read_as_others_read_it_or_refused_for_its_reason() -> None:
-    told = check_series(4 * len(FAULTS), seed=11)
+    told = check_series(100, seed=11)
     assert told["wrong"] == []
-    assert told["loaded"] > 2 * told["refused"] - 20 > 0
+    assert told["loaded"] > told["refused"] > 0
+
+
+def test_a_usual_step_beside_tiny_ones_is_no_gap(write: Write) -> None:
+    """Steps of 5 mm of which every second is 1 mm: nothing is missing."""
+    volume = load_volume(write(steps=(5.0, 1.0, 5.0, 1.0, 5.0, 5.0, 5.0, 5.0, 5.0)))
+    assert volume.verdict.status == "resampled_spacing"
+
+
+def test_mosaics_of_several_times_are_refused_for_what_they_are(write: Write, edit: Edit) -> None:
+    folder = write()
+    edit(folder, lambda image, k: setattr(image, "ImageType", ["ORIGINAL", "PRIMARY", "MOSAIC"]))
+    with pytest.raises(InputError, match="all slices of a volume side by side") as refusal:
+        load_volume(folder)
+    assert refusal.value.reason == "not_a_volume"
+
+
+def test_the_units_of_pet_are_told(write: Write, edit: Edit) -> None:
+    def pet(image: pydicom.Dataset, k: int) -> None:
+        image.Modality, image.Units = "PT", "BQML"
+        image.RescaleIntercept = 0
+        del image.RescaleType
+
+    folder = write()
+    edit(folder, pet)
+    assert load_volume(folder).series.units == "BQML"
+
+
+# -- damaged bytes -----------------------------------------------------------------------------
+def test_changed_files_neither_crash_hang_nor_lie() -> None:
+    """In child processes with limits of memory and time; 10,000 as a command."""
+    told = check(Work(first=0, count=150, seed=5))
+    assert told["wrong"] == []
+    assert min(told["loaded"], told["damaged"], told["damaged_pixels"], told["truncated"]) > 5
+
+
+def test_a_run_length_stream_that_a_decoder_panics_on_is_refused(write: Write) -> None:
+    """One row too few in the header: a decoder in Rust ends its thread where it can."""
+    folder = write(compression="rle", shape=(36, 30, 1))
+    path = folder / "slice_0001.dcm"
+    image = pydicom.dcmread(path)
+    image.Rows -= 7
+    image.save_as(path)
+    with pytest.raises(InputError) as refusal:
+        load_volume(path)
+    assert refusal.value.reason == "damaged_pixels"
+
+
+@pytest.mark.filterwarnings("ignore")  # pydicom's own, at what it writes here
+@pytest.mark.parametrize("name", ["IM\0AGE", "x" * 5000], ids=["null byte", "too long"])
+def test_a_dicomdir_that_names_what_cannot_be_a_file_is_told(write: Write, name: str) -> None:
+    folder = write(shape=(12, 10, 3))
+    dicomdir([pydicom.dcmread(path) for path in folder.glob("*.dcm")], folder / "media")
+    place = folder / "media" / "DICOMDIR"
+    index = pydicom.dcmread(place)
+    records = [one for one in index.DirectoryRecordSequence if "ReferencedFileID" in one]
+    tag = records[0]["ReferencedFileID"].tag
+    records[0][tag] = DataElement(tag, "CS", ["A", name], validation_mode=pydicom.config.IGNORE)
+    index.save_as(place, enforce_file_format=False)
+    found = scan(place)
+    assert [len(series.frames) for series in found.series] == [2]
+    assert "names what no file is called" in found.ignored[0].reason
 
 
 def test_a_rescale_that_is_missing_in_some_slices_names_the_first(write: Write, edit: Edit) -> None:

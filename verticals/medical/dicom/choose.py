@@ -84,6 +84,14 @@ def _only(found: Scan, where: object) -> Series:
     if not candidates:
         raise _nothing(found, where)
     main = candidates[0]
+    if len(candidates) > 1 and main.problem is not None:
+        raise InputError(
+            f"{where} holds {len(found.series)} series, and none makes a volume: "
+            f"{listing(found.series)}",
+            field=main.frames[0].header.source.name,
+            hint="give the original images of a scan",
+            reason="not_a_volume",
+        )
     minor = all(one.same_series(main) and _minor(one, main) for one in candidates[1:])
     if len(candidates) > 1 and not minor:
         raise InputError(

@@ -29,12 +29,14 @@ class StreamFacts:
     Args:
         rows: of its image.
         columns: of its image.
-        precision: bits of a value.
+        components: values of a pixel.
+        precision: bits of a value, ``None`` where the header is right about them.
     """
 
     rows: int
     columns: int
-    precision: int
+    components: int
+    precision: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +65,37 @@ def _jpeg_ls(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
 
 def _jpeg_ls_facts(frame: bytes) -> StreamFacts:
     """From the frame header SOF55 (ITU-T T.87, C.2.2)."""
-    precision, rows, columns = struct.unpack_from(">BHH", frame, frame.index(b"\xff\xf7") + 4)
-    return StreamFacts(rows, columns, precision)
+    at = frame.index(b"\xff\xf7") + 4
+    precision, rows, columns, components = struct.unpack_from(">BHHB", frame, at)
+    return StreamFacts(rows, columns, components, precision)
+
+
+SOF = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+"""Markers of a frame header of JPEG (ITU-T T.81, table B.1)."""
+
+
+def _jpeg_facts(frame: bytes) -> StreamFacts:
+    """From the frame header, the first marker of SOF after segments of stated lengths.
+
+    The precision is left to the header: encoders write 16 where 12 bits are stored.
+    """
+    at = 2
+    while True:
+        mark, code, length = struct.unpack_from(">BBH", frame, at)
+        if mark != 0xFF:
+            raise ValueError("no marker")
+        if code in SOF:
+            _, rows, columns, components = struct.unpack_from(">BHHB", frame, at + 4)
+            return StreamFacts(rows, columns, components)
+        at += 1 if code == 0xFF else 2 + length  # 0xFF may be repeated before a marker
 
 
 def _jpeg_2000_facts(frame: bytes) -> StreamFacts:
     """From the marker SIZ, which follows SOC (ITU-T T.800, A.5.1)."""
     at = frame.index(b"\xff\x4f\xff\x51") + 8
     right, bottom, left, top = struct.unpack_from(">IIII", frame, at)
-    (depth,) = struct.unpack_from(">B", frame, at + 34)
-    return StreamFacts(bottom - top, right - left, (depth & 0x7F) + 1)
+    components, depth = struct.unpack_from(">HB", frame, at + 32)
+    return StreamFacts(bottom - top, right - left, components, (depth & 0x7F) + 1)
 
 
 def _jpeg_2000(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
@@ -116,7 +139,7 @@ def _jpeg(module: Any, frame: bytes, header: Header) -> bytes | bytearray:
     return values.astype(values.dtype.newbyteorder("<")).tobytes()
 
 
-_JPEG = Codec("SimpleITK", "SimpleITK", _jpeg, end=b"\xff\xd9")
+_JPEG = Codec("SimpleITK", "SimpleITK", _jpeg, _jpeg_facts, b"\xff\xd9")
 _JPEG_LS = Codec("pyjpegls", "jpeg_ls", _jpeg_ls, _jpeg_ls_facts, b"\xff\xd9")
 _JPEG_2000 = Codec("pylibjpeg-openjpeg", "openjpeg", _jpeg_2000, _jpeg_2000_facts, b"\xff\xd9")
 
@@ -189,6 +212,11 @@ def check_decoder(header: Header) -> None:
         )
 
 
+CODEC_ERRORS = (RuntimeError, ValueError, TypeError, OSError, MemoryError)
+PANICS = "pyo3_runtime"
+"""Where the exception of a decoder in Rust comes from, which is no Exception and has no import."""
+
+
 def decode_frame(header: Header, fragments: bytes, index: int) -> tuple[Array, int | None]:
     """One frame of an encapsulated file, and the bits of a value that its code stream states.
 
@@ -220,7 +248,9 @@ def decode_frame(header: Header, fragments: bytes, index: int) -> tuple[Array, i
     facts = _checked_facts(codec, header, frame)
     try:
         decoded = codec.decode(module, frame, header)
-    except (RuntimeError, ValueError, TypeError, OSError, MemoryError) as error:
+    except BaseException as error:
+        if not isinstance(error, CODEC_ERRORS) and type(error).__module__ != PANICS:
+            raise
         raise _broken(header, f"{type(error).__name__} in the decoder") from None
     pixels = header.rows * header.columns
     width = len(decoded) // pixels
@@ -242,8 +272,13 @@ def _check_format(header: Header, frame: bytes) -> None:
 
 
 def _checked_facts(codec: Codec, header: Header, frame: bytes) -> StreamFacts | None:
-    """A code stream of another size than the header's would be decoded into other memory."""
+    """A code stream of another size than the header's would be decoded into other memory.
+
+    RLE states no size; its shortest run makes 64 times as many bytes (PS3.5 G.3.1).
+    """
     if codec.facts is None:
+        if header.frame_bytes > 64 * len(frame):
+            raise _broken(header, f"{len(frame)} bytes of RLE for {header.frame_bytes} bytes")
         return None
     try:
         facts = codec.facts(frame)
@@ -252,6 +287,8 @@ def _checked_facts(codec: Codec, header: Header, frame: bytes) -> StreamFacts | 
     if (facts.rows, facts.columns) != (header.rows, header.columns):
         stated, expected = (f"{o.columns} x {o.rows}" for o in (facts, header))
         raise _broken(header, f"its code stream is {stated} pixels, not {expected}")
+    if facts.components != 1:
+        raise _broken(header, f"its code stream has {facts.components} values in a pixel, not 1")
     return facts
 
 

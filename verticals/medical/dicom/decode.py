@@ -76,13 +76,28 @@ def _check_sizes(frames: Sequence[Frame]) -> None:
 
 def _decode_as(frames: Sequence[Frame], dtype: type[np.generic]) -> Array:
     header = frames[0].header
-    out: Array = np.empty((len(frames), header.rows, header.columns), dtype=dtype)
+    out = _room((len(frames), header.rows, header.columns), dtype, header)
     by_file: dict[Source, list[int]] = {}
     for k, frame in enumerate(frames):
         by_file.setdefault(frame.header.source, []).append(k)
     for slices in by_file.values():
         _read_file(out, [(k, frames[k]) for k in slices])
     return out
+
+
+def _room(shape: tuple[int, int, int], dtype: type[np.generic], header: Header) -> Array:
+    """The array for a volume that fits the limits, and may still not fit the machine."""
+    try:
+        return np.empty(shape, dtype=dtype)
+    except MemoryError:
+        z, y, x = shape
+        raise InputError(
+            f"{z} images of {x} x {y} from {header.source.name} on do not fit the memory of this "
+            "machine",
+            field=header.source.name,
+            hint="load a part of the series, or where there is more memory",
+            reason="too_large",
+        ) from None
 
 
 def _read_file(out: Array, slices: list[tuple[int, Frame]]) -> None:

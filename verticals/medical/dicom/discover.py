@@ -323,6 +323,8 @@ def _unfit_header(header: Header) -> str | None:
         return f"{header.bits_allocated}-bit {'floating ' * header.floating}pixels"
     if header.modality_lut:
         return "a Modality LUT Sequence instead of a rescale slope"
+    if "MOSAIC" in header.image_type:
+        return "a mosaic, all slices of a volume side by side in one image"
     return None
 
 

@@ -266,8 +266,10 @@ def _gaps(steps: Vector) -> tuple[tuple[int, int], ...]:
     """Steps that stand out from both neighbouring runs of equal steps.
 
     One or two steps, at least 1.5 times the steps on either side, are missing slices; longer
-    runs are another spacing. Returns (slice before, slices missing) pairs.
+    runs are another spacing, and a usual step beside a lone shorter one is as it should be.
+    Returns (slice before, slices missing) pairs.
     """
+    usual = float(np.median(steps))
     runs: list[tuple[int, int]] = []
     for k, step in enumerate(steps):
         if runs and abs(step - steps[runs[-1][0]]) <= max(STEP_MM, 0.02 * step):
@@ -276,11 +278,16 @@ def _gaps(steps: Vector) -> tuple[tuple[int, int], ...]:
             runs.append((k, 1))
     found = []
     for n, (start, count) in enumerate(runs):
-        sides = [float(steps[runs[m][0]]) for m in (n - 1, n + 1) if 0 <= m < len(runs)]
-        if not sides or count > len(sides) or steps[start] < 1.5 * max(sides):
+        sides = [
+            (float(steps[runs[m][0]]), runs[m][1]) for m in (n - 1, n + 1) if 0 <= m < len(runs)
+        ]
+        beside, times = max(sides, default=(usual, 1))
+        if not sides or count > len(sides) or steps[start] < 1.5 * beside:
+            continue
+        if times == 1 and steps[start] < 1.5 * usual:
             continue
         for k in range(start, start + count):
-            found.append((k, max(1, round(float(steps[k]) / max(sides)) - 1)))
+            found.append((k, max(1, round(float(steps[k]) / beside) - 1)))
     return tuple(found)
 
 

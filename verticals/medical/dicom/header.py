@@ -65,6 +65,7 @@ class Header:
         floating: the pixels are Float or Double Float Pixel Data.
         frames: Number of Frames.
         padding: Pixel Padding Value and Range Limit, stored values, lower one first.
+        units: Units of a PET image, such as BQML.
     """
 
     source: Source
@@ -101,6 +102,7 @@ class Header:
     image_type: tuple[str, ...]
     windows: tuple[Window, ...]
     burned_in: str | None
+    units: str | None
 
     @property
     def encapsulated(self) -> bool:
@@ -153,8 +155,14 @@ class Frame:
 
     @property
     def units(self) -> str:
-        """Of the modality values: Rescale Type, which CT may leave out for HU (PS3.3 C.8.2.1)."""
-        assumed = "HU" if self.header.modality == "CT" and self.rescaled else ""
+        """Of the modality values: those of PET (PS3.3 C.8.9.1.1.3), else Rescale Type.
+
+        CT may leave the Rescale Type out for HU (PS3.3 C.8.2.1).
+        """
+        header = self.header
+        if header.modality == "PT" and header.units:
+            return header.units
+        assumed = "HU" if header.modality == "CT" and self.rescaled else ""
         return self.marks.get("RescaleType", assumed)
 
 
@@ -283,6 +291,7 @@ def _header(
         image_type=texts(dataset, "ImageType"),
         windows=_windows(dataset),
         burned_in=text(dataset, "BurnedInAnnotation"),
+        units=text(dataset, "Units"),
     )
 
 

@@ -11,7 +11,14 @@ from pydicom import Dataset
 
 from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.header import Frame, read_frames
-from plinth.verticals.medical.source import DEFAULT_LIMITS, Limits, Source, open_archive
+from plinth.verticals.medical.source import (
+    DEFAULT_LIMITS,
+    MALFORMED,
+    Limits,
+    Source,
+    damaged,
+    open_archive,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +128,10 @@ def _members(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
 def _directory(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
     """The files that a DICOMDIR refers to (PS3.10 8.5, PS3.3 F), never outside its folder."""
     index = Source(path).dataset(pixels=False)
-    records: list[Dataset] = list(index.get("DirectoryRecordSequence") or [])
+    try:
+        records: list[Dataset] = list(index.get("DirectoryRecordSequence") or [])
+    except MALFORMED as error:
+        raise damaged(Source(path), error) from None
     if len(records) > limits.files:
         raise InputError(
             f"{path} has {len(records)} records, at most {limits.files} are read",
@@ -131,16 +141,21 @@ def _directory(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
         )
     root = path.parent.resolve()
     for record in records:
-        reference = record.get("ReferencedFileID")
-        if not reference:
+        try:
+            reference = record.get("ReferencedFileID")
+            if not reference:
+                continue
+            parts = [reference] if isinstance(reference, str) else [str(part) for part in reference]
+            target = _spelt(root, parts).resolve()
+            there = target.is_file()
+        except MALFORMED:  # a null byte, say, or a name that is too long
+            yield Ignored(str(path), "the DICOMDIR names what no file is called", True, str(root))
             continue
-        parts = [reference] if isinstance(reference, str) else [str(part) for part in reference]
-        target = _spelt(root, parts).resolve()
         if not target.is_relative_to(root):
             yield Ignored(
                 "/".join(parts), "the DICOMDIR points outside its folder", True, code="outside"
             )
-        elif not target.is_file():
+        elif not there:
             yield Ignored(str(target), "listed in the DICOMDIR but absent", True, code="absent")
         else:
             yield Source(target)
