@@ -24,6 +24,7 @@ from plinth.verticals.medical.output.page import segmentation_page
 from plinth.verticals.medical.output.report import CtReport
 from plinth.verticals.medical.output.rtstruct import Structure
 from plinth.verticals.medical.volumes.orientation import Orientation
+from plinth.verticals.medical.volumes.shape import shape_of
 
 SIDE = 512
 
@@ -124,14 +125,22 @@ def write_seg(found: Segmentation, path: Path, kind: SegType) -> None:
 
 
 def _table(report: CtReport, found: Segmentation) -> str:
-    counts = label_counts(found.labels)
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
-    rows.writerow(["study", "series", "label", "name", "voxels", "volume_ml"])
-    ml = found.volume.voxel_volume_mm3 / 1000
+    rows.writerow(
+        ["study", "series", "label", "name", "voxels", "volume_ml", "diameter_mm", "mean"]
+    )
+    boxes = ndimage.find_objects(found.labels, max_label=max(found.network.recipe.labels))
     for value, name in sorted(found.network.recipe.labels.items()):
-        count = int(counts[value])
-        rows.writerow([report.study, report.series, value, name, count, f"{count * ml:.3f}"])
+        sizes: tuple[object, ...] = (0, "0.000", "", "")
+        box = boxes[value - 1]
+        if box is not None:
+            inside = found.labels[box] == value
+            shape = shape_of(inside, found.volume.spacing)
+            mean = float(found.volume.voxels[box][inside].mean(dtype=np.float64))
+            volume, diameter = f"{shape.volume_mm3 / 1000:.3f}", f"{shape.diameter_mm:.2f}"
+            sizes = (shape.voxels, volume, diameter, f"{mean:.6g}")
+        rows.writerow([report.study, report.series, value, name, *sizes])
     return out.getvalue()
 
 
