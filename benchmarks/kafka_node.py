@@ -28,13 +28,29 @@ from plinth.pipelines.stream.kafka_clients import prepare
 from plinth.pipelines.stream.settings import StreamConfig
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "kafka"
+USER, PASSWORD = "plinth", "a password of tests"
+SECURITY = """\
+sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512
+listener.name.secure.plain.sasl.jaas.config=\
+org.apache.kafka.common.security.plain.PlainLoginModule required user_{user}="{password}";
+listener.name.secure.scram-sha-256.sasl.jaas.config=\
+org.apache.kafka.common.security.scram.ScramLoginModule required;
+listener.name.secure.scram-sha-512.sasl.jaas.config=\
+org.apache.kafka.common.security.scram.ScramLoginModule required;
+listener.name.certified.ssl.client.auth=required
+ssl.keystore.type=PEM
+ssl.keystore.location={folder}/both.pem
+ssl.truststore.type=PEM
+ssl.truststore.location={folder}/certificate.pem
+"""
 PROPERTIES = """\
 process.roles=broker,controller
 node.id={number}
 controller.quorum.voters={voters}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}{more}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port}{more}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,\
+SECURE:SASL_SSL,CERTIFIED:SSL
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
 log.dirs={data}
@@ -151,6 +167,9 @@ class KafkaNode(Kafka):
         prefix: what to start it with, such as ``("taskset", "-c", "0")``.
         number: which node of its cluster it is.
         ports: of broker and controller of every node of the cluster; by default it is alone.
+        secure: it also listens at ``secure`` (TLS, and SASL with USER and PASSWORD) and at
+            ``certified`` (TLS with a certificate of the client); ``certificate.pem`` and
+            ``key.pem`` in the folder are both sides'. Needs openssl.
     """
 
     def __init__(
@@ -160,15 +179,21 @@ class KafkaNode(Kafka):
         prefix: Sequence[str] = (),
         number: int = 1,
         ports: Sequence[tuple[int, int]] = (),
+        secure: bool = False,
     ) -> None:
         self.home, self.folder, self.prefix = home, folder, prefix
         ports = ports or [(free_port(), free_port())]
         self.port, controller = ports[number - 1]
         self.servers = f"127.0.0.1:{self.port}"
         voters = ",".join(f"{n}@127.0.0.1:{at}" for n, (_, at) in enumerate(ports, 1))
+        self.secure, self.certified = (
+            (f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}") if secure else ("", "")
+        )
+        more = f",SECURE://{self.secure},CERTIFIED://{self.certified}" if secure else ""
         self.properties = folder / "server.properties"
         self.properties.write_text(
             PROPERTIES.format(
+                more=more,
                 number=number,
                 port=self.port,
                 controller=controller,
@@ -177,12 +202,17 @@ class KafkaNode(Kafka):
                 copies=len(ports),
                 in_sync=(len(ports) + 1) // 2,
             )
+            + (SECURITY.format(user=USER, password=PASSWORD, folder=folder) if secure else "")
         )
+        scram = [f"SCRAM-SHA-{bits}=[name={USER},password={PASSWORD}]" for bits in (256, 512)]
+        users = [word for one in scram for word in ("--add-scram", one)] if secure else []
+        if secure:
+            _certify(folder)
         self.env = {**os.environ, "KAFKA_HEAP_OPTS": "-Xmx384M", "LOG_DIR": str(folder)}
         self._held: Guarded | None = None
         subprocess.run(
             [home / "bin/kafka-storage.sh", "format", "--config", self.properties,
-             "--cluster-id", "5L6g3nShT-eMCtK--X86sw"],
+             "--cluster-id", "5L6g3nShT-eMCtK--X86sw", *users],
             env=self.env,
             check=True,
             capture_output=True,
@@ -229,6 +259,20 @@ class KafkaNode(Kafka):
         """Answer again."""
         assert self._held is not None
         os.killpg(self._held.process_group, signal.SIGCONT)
+
+
+def _certify(folder: Path) -> None:
+    """A certificate for 127.0.0.1 that signs itself, and its key."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1",
+         "-keyout", key, "-out", certificate],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )  # fmt: skip
+    (folder / "both.pem").write_text(key.read_text() + certificate.read_text())
 
 
 class KafkaCluster(Kafka):

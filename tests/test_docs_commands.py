@@ -129,7 +129,8 @@ def fill(folder: Path) -> None:
             packed.write(path, path.name)
     (folder / "payment.json").write_text(registry.load("finance").example().model_dump_json())
     shutil.copy(folder / "payment.json", folder / "history.jsonl")
-    shutil.copy(EXAMPLES / "rules.toml", folder)
+    for name in ("rules.toml", "mapping.toml", "messages.jsonl"):
+        shutil.copy(EXAMPLES / name, folder)
     (folder / "plinth.toml").write_text(
         "[verticals.finance.sla]\ndeadline_ms = 100\n[verticals.medical]\nnodules = false\n"
     )

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import itertools
 import math
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -21,10 +19,9 @@ from plinth.pipelines.assembly import load_vertical, running
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.config.source import toml_value
 from plinth.pipelines.console import err, show_json, show_table
+from plinth.pipelines.lines import MAX_LINE, lines_of, opened
 from plinth.verticals import Tally, Vertical
 
-MAX_LINE = 1_000_000
-"""Bytes of one record."""
 _CHUNK = 256
 _NO_HASTE = Sla()
 
@@ -93,7 +90,7 @@ def run_backtest(
     Raises:
         ConfigError: a file is not there, or holds no record.
     """
-    files = [_opened(path) for path in history]
+    files = [opened(path) for path in history]
     changed: Counter[tuple[str, str]] = Counter()
     bar = Progress(
         TextColumn("[bold]backtest"),
@@ -112,7 +109,7 @@ def run_backtest(
             "backtest", total=sum(os.fstat(file.fileno()).st_size for file in files)
         )
         lines = itertools.chain.from_iterable(
-            _lines(path, file) for path, file in zip(history, files, strict=True)
+            lines_of(path, file) for path, file in zip(history, files, strict=True)
         )
         while chunk := list(itertools.islice(lines, _CHUNK)):
             before, after = (side.answer(chunk) for side in sides)
@@ -129,27 +126,6 @@ def _side(stack: contextlib.ExitStack, config: Config, name: str) -> Side:
     if vertical.request is None:
         raise ConfigError(f"{name} takes folders, not records", hint="name another vertical")
     return Side(vertical, stack.enter_context(running(config, {name: vertical})))
-
-
-def _opened(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise ConfigError(f"cannot read the history {path}: {error.strerror}") from None
-
-
-def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Records of a file, which may be packed by gzip; of a line that is too long, its beginning."""
-    text = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-    try:
-        while line := text.readline(MAX_LINE + 2):
-            end = line
-            while end[-1:] != b"\n" and (end := text.readline(MAX_LINE)):
-                pass
-            if line.strip():
-                yield line.rstrip(b"\r\n")
-    except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"the history {path} is damaged: {error}") from None
 
 
 def _show(

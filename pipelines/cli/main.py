@@ -259,6 +259,35 @@ def stream(
     raise typer.Exit(run_stream(config, name, metrics, as_json))
 
 
+@app.command("check-mapping", epilog="Example: plinth check-mapping finance sample.jsonl")
+def check_mapping(
+    name: Annotated[str, typer.Argument(metavar="VERTICAL", help="Who reads the records.")],
+    samples: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILE]...",
+            help="Messages: JSON, one a line (.gz is read), or one Avro message a file. Without: "
+            "the newest of the input topic.",
+        ),
+    ] = None,
+    mapping: Annotated[
+        Path | None, typer.Option(help="TOML file.", show_default="stream.mapping")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write the records, as training and backtest read them."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Messages to read from the topic.")] = 1_000,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a declared mapping makes of your messages: each field, and what is wrong."""
+    from plinth.pipelines.cli.check_mapping import Options, run_check_mapping
+
+    options = Options(samples or [], mapping, out, count, as_json)
+    raise typer.Exit(run_check_mapping(_load(config_file), name, options))
+
+
 @app.command(epilog="Example: plinth batch medical ./studies --out ./results")
 def batch(
     what: Annotated[

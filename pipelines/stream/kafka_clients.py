@@ -181,15 +181,15 @@ def prepare(config: StreamConfig) -> dict[str, int]:
         ConfigError: no broker answers, it refuses us, or topics are missing; says what to do.
     """
     options = config.client()
-    try:
-        with quiet_client():
+    with quiet_client() as heard:
+        try:
             admin = connect(
                 KafkaAdminClient,
                 **options,
                 request_timeout_ms=int(config.connect_timeout_s * 1e3),
             )
-    except (KafkaError, OSError, ValueError) as error:
-        raise unreachable(config, error) from None
+        except (KafkaError, OSError, ValueError) as error:
+            raise unreachable(config, error, heard) from None
     try:
         return _topics(admin, config)
     except KafkaError as error:
@@ -198,15 +198,38 @@ def prepare(config: StreamConfig) -> dict[str, int]:
         admin.close()
 
 
+class Heard(logging.Handler):
+    """What a client logs while it connects, which its error does not say.
+
+    Attributes:
+        connected: something listens there.
+        untrusted: its certificate was not accepted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.connected = self.untrusted = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See what a line tells."""
+        text = record.getMessage()
+        self.connected |= ": connected to " in text
+        self.untrusted |= "CERTIFICATE_VERIFY_FAILED" in text
+
+
 @contextlib.contextmanager
-def quiet_client() -> Iterator[None]:
+def quiet_client() -> Iterator[Heard]:
     """No log of each attempt to connect: the error that follows says it once."""
-    logger = logging.getLogger("kafka")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    logger, heard = logging.getLogger("kafka"), Heard()
+    level, passed_on = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(heard)
     try:
-        yield
+        yield heard
     finally:
+        logger.removeHandler(heard)
+        logger.propagate = passed_on
         logger.setLevel(level)
 
 
@@ -260,8 +283,23 @@ def missing_topics(config: StreamConfig) -> set[str] | None:
 
 
 # -- errors --------------------------------------------------------------------------------
-def unreachable(config: StreamConfig, error: Exception) -> ConfigError:
+def unreachable(config: StreamConfig, error: Exception, heard: Heard | None = None) -> ConfigError:
     """What to end with when no client can be made."""
+    if heard is not None and heard.untrusted:
+        return ConfigError(
+            f"the certificate of {config.bootstrap_servers} is not trusted",
+            hint="stream.ssl_cafile is the PEM file of who signed it; the name in it must be the "
+            "one in stream.bootstrap_servers",
+        )
+    if heard is not None and heard.connected:
+        login = (
+            f", the user {config.sasl_username} and its password" if config.sasl_username else ""
+        )
+        return ConfigError(
+            f"something listens at {config.bootstrap_servers}, and closes the connection of a "
+            f"{config.security_protocol} client",
+            hint=f"check stream.security_protocol, the certificates{login}",
+        )
     if isinstance(error, AuthorizationError):
         return ConfigError(
             f"{config.bootstrap_servers} refuses this client: {type(error).__name__}",

@@ -17,7 +17,7 @@ LAG = Gauge(
 )
 RECORDS = Counter(
     "plinth_kafka_records_total",
-    "Input records by what became of them: scored, dead_letter, replayed.",
+    "Input records by what became of them: scored, dead_letter, skipped, replayed.",
     ("topic", "outcome"),
     registry=REGISTRY,
 )

@@ -25,6 +25,8 @@ from plinth.engine import (
     Sla,
 )
 from plinth.engine.flow import Tensors, row_count
+from plinth.pipelines.formats.mapping import DeclaredMapping
+from plinth.pipelines.formats.registry import RegistryAway
 from plinth.pipelines.stream.chunks import Chunk, Message, Outputs, Partition, Poisoned, Record
 from plinth.pipelines.stream.metrics import CHUNK_SECONDS, REFUSED
 from plinth.verticals.contract import Vertical
@@ -54,6 +56,7 @@ class Processor:
         stateful: the vertical has state, which a failed flow leaves unknown.
         sla: the promise asked of the engine; work that would miss it is late, never refused or
             degraded.
+        mapping: from messages to the vertical's records; ``None``: they are its records.
     """
 
     vertical: Vertical[Any, Any]
@@ -61,6 +64,7 @@ class Processor:
     max_record_bytes: int = 1_000_000
     stateful: bool = False
     sla: Sla = field(default_factory=Sla)
+    mapping: DeclaredMapping | None = None
     _isolate: dict[Partition, int] = field(default_factory=dict, init=False)
     _failures: int = field(default=0, init=False)
 
@@ -80,6 +84,7 @@ class Processor:
         """
         started = time.perf_counter()
         messages: list[Message] = []
+        yield from self._ask_for_schemas(chunk)
         readable = self._parse(chunk.records, messages)
         alone = self._alone(chunk)
         groups = [[pair] for pair in readable] if alone else [readable] if readable else []
@@ -89,7 +94,11 @@ class Processor:
         return Outputs(chunk, messages)
 
     def observe(self, chunk: Chunk) -> None:
-        """Take a replayed chunk into the vertical's state, without answers."""
+        """Take a replayed chunk into the vertical's state, without answers.
+
+        Raises:
+            RegistryAway: schemas of its messages cannot be had.
+        """
         readable = self._parse(chunk.records, [])
         if readable:
             self.vertical.observe([request for _, request in readable])
@@ -113,6 +122,16 @@ class Processor:
         self.vertical.see_growth(grown / 1e3 if grown and mine < total else None)
 
     # -- parse -----------------------------------------------------------------------------
+    def _ask_for_schemas(self, chunk: Chunk) -> Steps:
+        """Have what the chunk is read with; while the registry is away, wait for it."""
+        while self.mapping is not None:
+            try:
+                return self.mapping.prepare(record.value for record in chunk.records)
+            except RegistryAway as away:
+                log.warning("%s; trying again", away)
+                yield 1.0
+        return None
+
     def _parse(
         self, records: Sequence[Record], messages: list[Message]
     ) -> list[tuple[Record, Any]]:
@@ -123,11 +142,13 @@ class Processor:
             try:
                 if raw is None or len(raw) > limit:
                     raise _unfit(raw, limit)
+                if self.mapping is not None and (raw := self.mapping.record(raw)) is None:
+                    continue
                 at = record.timestamp
                 readable.append((record, parse(raw, at / 1e3 if at >= 0 else None)))
             except InputError as error:
                 messages.append(Message(record, error=error))
-            except _ENDS:
+            except (*_ENDS, RegistryAway):
                 raise
             except BaseException as error:
                 log.exception("%s.parse raised on %s", self.vertical.name, _place(record))

@@ -13,13 +13,15 @@ from typing import Any
 
 import orjson
 from kafka import KafkaConsumer
+from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 from torch import Tensor
 
 from plinth.engine import ConfigError, Engine, Sla
 from plinth.engine.flow import Tensors
+from plinth.pipelines.formats.mapping import load_mapping
 from plinth.pipelines.stream.chunks import Chunk, Partition, Record, StreamError
-from plinth.pipelines.stream.kafka_clients import connect, prepare
+from plinth.pipelines.stream.kafka_clients import connect, prepare, quiet_client, unreachable
 from plinth.pipelines.stream.kafka_replay import Replay
 from plinth.pipelines.stream.kafka_sink import POSITION
 from plinth.pipelines.stream.processor import Processor
@@ -184,7 +186,15 @@ class _State:
         self._config = config
         self._vertical = vertical
         self._asked = _Asked(engine)
-        self._processor = Processor(vertical, self._asked, config.max_record_bytes, True, sla)  # type: ignore[arg-type]
+        mapping = load_mapping(config.mapping, vertical) if config.mapping else None
+        self._processor = Processor(
+            vertical,
+            self._asked,  # type: ignore[arg-type]
+            config.max_record_bytes,
+            True,
+            sla,
+            mapping,
+        )
         self._empty = empty
         self._spans: dict[Partition, tuple[int, int]] = {}
 
@@ -307,8 +317,34 @@ def _answers(config: StreamConfig, wanted: Callable[[bytes | None], bool]) -> It
                 )
 
 
+def newest(config: StreamConfig, count: int) -> Iterator[Record]:
+    """About so many of the newest records of the input, in no group; nothing is committed.
+
+    Raises:
+        ConfigError: no broker, or no such topic.
+    """
+    with quiet_client() as heard:
+        try:
+            consumer = _reader(config)
+        except (KafkaError, OSError, ValueError) as error:
+            raise unreachable(config, error, heard) from None
+    with contextlib.closing(consumer):
+        topic = config.input_topic
+        places = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic) or ()]
+        if not places:
+            raise ConfigError(f"there is no topic {topic} on {config.bootstrap_servers}")
+        yield from _to_the_end(consumer, config, places, -(-count // len(places)))
+
+
 def _committed(config: StreamConfig, topic: str) -> Iterator[Any]:
-    consumer = connect(
+    consumer = _reader(config)
+    with contextlib.closing(consumer):
+        places = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic)]
+        yield from _to_the_end(consumer, config, places)
+
+
+def _reader(config: StreamConfig) -> Any:
+    return connect(
         KafkaConsumer,
         **config.client(),
         enable_auto_commit=False,
@@ -317,12 +353,19 @@ def _committed(config: StreamConfig, topic: str) -> Iterator[Any]:
         metrics_enabled=False,
         allow_auto_create_topics=False,
     )
-    with contextlib.closing(consumer):
-        places = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic)]
-        consumer.assign(places)
-        timeout_ms = config.commit_timeout_ms
-        ends = consumer.end_offsets(places, timeout_ms=timeout_ms)
-        consumer.seek_to_beginning(*places)
-        while any((consumer.position(p, timeout_ms=timeout_ms) or 0) < ends[p] for p in places):
-            for records in consumer.poll(500).values():
-                yield from records
+
+
+def _to_the_end(
+    consumer: Any, config: StreamConfig, places: list[Any], most: int | None = None
+) -> Iterator[Any]:
+    """What partitions hold, or the newest offsets of each."""
+    consumer.assign(places)
+    timeout_ms = config.commit_timeout_ms
+    ends = consumer.end_offsets(places, timeout_ms=timeout_ms)
+    consumer.seek_to_beginning(*places)
+    for p in places if most is not None else ():
+        first = consumer.position(p, timeout_ms=timeout_ms) or 0
+        consumer.seek(p, max(first, ends[p] - (most or 0)))
+    while any((consumer.position(p, timeout_ms=timeout_ms) or 0) < ends[p] for p in places):
+        for records in consumer.poll(500).values():
+            yield from records

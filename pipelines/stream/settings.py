@@ -46,6 +46,10 @@ class StreamConfig(BaseModel):
         default="exactly_once", description="exactly_once or at_least_once"
     )
 
+    mapping: Path | None = Field(
+        default=None,
+        description="TOML file that says how messages become records; none: they are records",
+    )
     max_records: int = Field(default=512, ge=1, le=10_000, description="records in one transaction")
     linger_ms: float = Field(default=20.0, ge=0, le=5_000, description="longest wait to fill one")
     max_record_bytes: int = Field(

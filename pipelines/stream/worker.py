@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from kafka.errors import KafkaError
 
 from plinth.engine import Engine, Sla
+from plinth.pipelines.formats.mapping import load_mapping
 from plinth.pipelines.snapshots import claim
 from plinth.pipelines.stream.checkpoint import Checkpoint
 from plinth.pipelines.stream.chunks import (
@@ -89,6 +90,7 @@ class StreamSummary:
     Args:
         records: input records answered and committed, dead letters included.
         scored: answers committed.
+        skipped: messages that the mapping says are no records.
         dead_letters: dead letters committed, by reason.
         replayed: records read again for the state alone.
         transactions: chunks committed.
@@ -101,6 +103,7 @@ class StreamSummary:
 
     records: int = 0
     scored: int = 0
+    skipped: int = 0
     dead_letters: dict[str, int] = field(default_factory=dict)
     replayed: int = 0
     transactions: int = 0
@@ -157,7 +160,8 @@ def run(
         ConfigError: no broker, missing topics or an unusable state folder; nothing has started.
         StreamError: Kafka stayed away or refuses, or the loop stands still; what was committed
             is complete.
-        PlinthError: the engine failed for good; nothing of the chunk in hand was committed.
+        PlinthError: the engine failed for good, or the schema registry is away while state is
+            rebuilt; nothing of the chunk in hand was committed.
     """
 
     def state() -> tuple[Checkpoint, Processor]:
@@ -168,8 +172,15 @@ def run(
             config.replay_max_records,
         )
         return checkpoint, Processor(
-            vertical, engine, config.max_record_bytes, checkpoint.stateful, sla or vertical.sla
+            vertical,
+            engine,
+            config.max_record_bytes,
+            checkpoint.stateful,
+            sla or vertical.sla,
+            mapping,
         )
+
+    mapping = load_mapping(config.mapping, vertical) if config.mapping else None
 
     standby, ready = None, None
     if config.standby:
@@ -355,7 +366,10 @@ class Worker:
     def _wait_for_engine(self, seconds: float) -> None:
         now = time.monotonic()
         self._check_patience(now)
-        self._check_stall(now, "the engine has refused or not finished this chunk's work")
+        self._check_stall(
+            now,
+            "the engine has not finished this chunk's work, or the schema registry does not answer",
+        )
         self._pause.wait(seconds)
         self.consumer.keep_alive()
         self._at("process")
@@ -397,7 +411,11 @@ class Worker:
             for reason, count in dead.items():
                 DEAD_LETTERS.labels(topic, reason).inc(count)
                 summary.dead_letters[reason] = summary.dead_letters.get(reason, 0) + count
-        summary.records += len(messages)
+        skipped = len(committed.outputs.chunk.records) - len(messages)
+        if skipped:
+            RECORDS.labels(topic, "skipped").inc(skipped)
+        summary.skipped += skipped
+        summary.records += len(messages) + skipped
         summary.scored += len(messages) - lost
         summary.transactions += 1
         self._times.append(committed.seconds)
@@ -606,7 +624,7 @@ class Worker:
             StreamProgress(
                 summary.records,
                 summary.scored,
-                summary.records - summary.scored,
+                summary.records - summary.scored - summary.skipped,
                 summary.replayed,
                 lag,
                 self.consumer.partitions,

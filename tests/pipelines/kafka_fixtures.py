@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from kafka_node import Kafka, KafkaNode, find_home
+from kafka_node import PASSWORD, USER, Kafka, KafkaNode, find_home
 
 __all__ = [
+    "PASSWORD",
+    "USER",
     "Kafka",
     "KafkaNode",
     "clients_end",
@@ -40,7 +43,8 @@ def required_home() -> Path:
 @pytest.fixture(scope="session")
 def kafka_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaNode]:
     """A node shared by the tests that leave it alive."""
-    node = KafkaNode(required_home(), tmp_path_factory.mktemp("kafka"))
+    secure = shutil.which("openssl") is not None
+    node = KafkaNode(required_home(), tmp_path_factory.mktemp("kafka"), secure=secure)
     yield node
     node.kill()
 

@@ -97,7 +97,7 @@ def test_a_packed_history_and_another_config_file_are_read(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["absent.jsonl"], "cannot read the history absent.jsonl"),
+        (["absent.jsonl"], "cannot read absent.jsonl"),
         (["history.jsonl", "--set", "rules"], "is not KEY=VALUE"),
         (["history.jsonl", "--set", "ruls=x.toml"], "did you mean"),
         (["history.jsonl", "--set", "rules=absent.toml"], "cannot read absent.toml"),

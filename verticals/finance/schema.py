@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypeIs
 
 from plinth.engine.errors import InputError
+from plinth.verticals.card_numbers import MIN_DIGITS, is_card_number
 
 MIN_AMOUNT = 0.0001
 """The finest subdivision of a currency in ISO 4217; 0 verifies a card without a payment."""
@@ -23,23 +24,11 @@ EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 LATEST = datetime(2100, 1, 1, tzinfo=UTC)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
-MIN_DIGITS = 13
-"""Of a card number."""
-_DIGITS = re.compile(r"(?:[-._/:]?[0-9]){13,19}")
 _FIELD = re.compile(r"[a-z][a-z_]{0,39}")
 
 
-def _is_card_number(token: str) -> bool:
-    """Whether it has the length and the check digit (Luhn, ISO/IEC 7812-1) of a card number."""
-    if len(token) < MIN_DIGITS or not token[:1].isdigit() or _DIGITS.fullmatch(token) is None:
-        return False
-    digits = [int(char) for char in reversed(token) if char.isdigit()]
-    doubled = (d * 2 - 9 if d > 4 else d * 2 for d in digits[1::2])
-    return (sum(digits[::2]) + sum(doubled)) % 10 == 0
-
-
 def _no_card_number(token: str) -> str:
-    if _is_card_number(token):
+    if is_card_number(token):
         raise PydanticCustomError(
             "raw_card_number", "looks like a card number; send a token or keyed hash"
         )
@@ -75,6 +64,7 @@ class Transaction(BaseModel):
 
     Args:
         schema_version: 1.
+        kind: ``payment``; what comes after one is a FollowUp.
         transaction_id: unique on the card; the same id again is the same payment.
         event_time: when the payment happened, RFC 3339 with an offset.
         amount: in ``currency``: 0.0001 to 10,000,000, or 0 to verify the card (it is counted and
@@ -89,6 +79,7 @@ class Transaction(BaseModel):
     model_config = READING
 
     schema_version: Literal[1] = 1
+    kind: Literal["payment"] = "payment"
     transaction_id: Id
     event_time: EventTime
     amount: Annotated[float, Field(ge=0, le=MAX_AMOUNT, allow_inf_nan=False)]
@@ -121,6 +112,30 @@ class Label(BaseModel):
     card: Annotated[_Token | None, Field(repr=False)] = None
 
 
+class FollowUp(BaseModel):
+    """What was done with a payment after it was asked for, schema version 1: noted, not counted.
+
+    Features count what was asked for: who tests cards reverses his payments.
+
+    Args:
+        schema_version: 1.
+        kind: ``capture``, ``reversal`` or ``refund``.
+        transaction_id: of the payment.
+        event_time: when this was done, RFC 3339 with an offset.
+        card: as in the payment.
+        amount: captured, taken back or paid back, in the payment's currency, if known.
+    """
+
+    model_config = READING
+
+    schema_version: Literal[1] = 1
+    kind: Literal["capture", "reversal", "refund"]
+    transaction_id: Id
+    event_time: EventTime
+    card: CardToken
+    amount: Annotated[float, Field(ge=0, le=MAX_AMOUNT, allow_inf_nan=False)] | None = None
+
+
 class StrictTransaction(Transaction):
     """A transaction without unknown fields."""
 
@@ -129,6 +144,12 @@ class StrictTransaction(Transaction):
 
 class StrictLabel(Label):
     """A label without unknown fields."""
+
+    model_config = READING | ConfigDict(extra="forbid")
+
+
+class StrictFollowUp(FollowUp):
+    """A follow-up without unknown fields."""
 
     model_config = READING | ConfigDict(extra="forbid")
 
@@ -145,19 +166,31 @@ class OpenLabel(Label):
     model_config = READING | ConfigDict(extra="allow")
 
 
-_TYPES: dict[UnknownFields, tuple[type[Transaction], type[Label]]] = {
-    "ignore": (Transaction, Label),
-    "keep": (OpenTransaction, OpenLabel),
-    "refuse": (StrictTransaction, StrictLabel),
+class OpenFollowUp(FollowUp):
+    """A follow-up with its unknown fields in ``model_extra``."""
+
+    model_config = READING | ConfigDict(extra="allow")
+
+
+Record = Transaction | Label | FollowUp
+_TYPES: dict[UnknownFields, tuple[type[Transaction], type[Label], type[FollowUp]]] = {
+    "ignore": (Transaction, Label, FollowUp),
+    "keep": (OpenTransaction, OpenLabel, OpenFollowUp),
+    "refuse": (StrictTransaction, StrictLabel, StrictFollowUp),
 }
-_LABELS = frozenset(label for _, label in _TYPES.values())
-_LABEL_IDS = ("transaction_id", "terminal_id")
-_PAYMENT_IDS = (*_LABEL_IDS, "customer_id", "device_id")
+_LABELS = frozenset(label for _, label, _ in _TYPES.values())
+_FOLLOW_UPS = frozenset(follow_up for _, _, follow_up in _TYPES.values())
+_IDS = ("transaction_id", "terminal_id", "customer_id", "device_id")
 
 
-def is_label(record: Transaction | Label) -> TypeIs[Label]:
+def is_label(record: Record) -> TypeIs[Label]:
     """Whether a record is a label; in a tenth of the time of pydantic's ``isinstance``."""
     return type(record) in _LABELS
+
+
+def is_follow_up(record: Record) -> TypeIs[FollowUp]:
+    """Whether a record is a capture, a reversal or a refund."""
+    return type(record) in _FOLLOW_UPS
 
 
 class Reason(BaseModel):
@@ -174,8 +207,8 @@ class Decision(BaseModel):
 
     Args:
         transaction_id: of the record.
-        score: calibrated probability of fraud, in [0, 1]; none for a label.
-        decision: what to do with the payment; ``noted`` for a label.
+        score: calibrated probability of fraud, in [0, 1]; none for what is noted.
+        decision: what to do with the payment; ``noted`` for a label or a follow-up.
         reason_codes: at most four: rules first, then what raised the score most.
         model: name of the model that gave the score: ``fraud``, or under load its cheaper
             variant.
@@ -208,8 +241,8 @@ class Decision(BaseModel):
 
 def read(
     raw: bytes, unknown: UnknownFields = "ignore", card_numbers: CardNumbers = "refuse"
-) -> Transaction | Label:
-    """One JSON record; a record with a field ``fraud`` is a label.
+) -> Record:
+    """One JSON record; one with a field ``fraud`` is a label, one of another kind a follow-up.
 
     Args:
         raw: one JSON object.
@@ -225,10 +258,10 @@ def read(
     return made
 
 
-def _refuse_card_numbers(record: Transaction | Label) -> None:
-    for field in _LABEL_IDS if is_label(record) else _PAYMENT_IDS:
-        value = getattr(record, field)
-        if value is not None and len(value) >= MIN_DIGITS and _is_card_number(value):
+def _refuse_card_numbers(record: Record) -> None:
+    for field in _IDS:
+        value = getattr(record, field, None)
+        if value is not None and len(value) >= MIN_DIGITS and is_card_number(value):
             raise InputError(
                 f"{field}: looks like a card number; send a token or keyed hash",
                 field=field,
@@ -238,13 +271,17 @@ def _refuse_card_numbers(record: Transaction | Label) -> None:
             )
 
 
-def _read(raw: bytes, unknown: UnknownFields) -> Transaction | Label:
-    payment, label = _TYPES[unknown]
+def _read(raw: bytes, unknown: UnknownFields) -> Record:
+    payment, label, follow_up = _TYPES[unknown]
+    other: type[Label | FollowUp] = label
     try:
         made: Transaction = payment.__pydantic_validator__.validate_json(raw)
     except ValidationError as error:
-        if not _says_fraud(raw):
-            raise refusal(error) from None
+        found = _object(raw)
+        if "fraud" not in found:
+            if found.get("kind", "payment") == "payment":
+                raise refusal(error) from None
+            other = follow_up
     else:
         if 0 < made.amount < MIN_AMOUNT:
             raise InputError(
@@ -255,27 +292,28 @@ def _read(raw: bytes, unknown: UnknownFields) -> Transaction | Label:
             )
         # Quotation marks of keys and texts, if no field is there twice, none is unknown, and
         # nothing is escaped. A field more adds at least two: equality proves that there is none.
-        texts = 6 + (made.device_id is not None)
-        if raw.count(b'"') == 2 * (len(made.model_fields_set) + texts):
+        given = made.model_fields_set
+        texts = 6 + ("device_id" in given and made.device_id is not None) + ("kind" in given)
+        if raw.count(b'"') == 2 * (len(given) + texts):
             return made
-        if not _says_fraud(raw):
+        if "fraud" not in _object(raw):
             _refuse_double_keys(raw)
             return made
     try:
-        known = label.model_validate_json(raw)
+        known = other.model_validate_json(raw)
     except ValidationError as error:
         raise refusal(error) from None
     _refuse_double_keys(raw)
     return known
 
 
-def _says_fraud(raw: bytes) -> bool:
-    """Whether the record is an object with a field ``fraud``."""
+def _object(raw: bytes) -> dict[str, Any]:
+    """The record as it stands; empty where it is no object."""
     try:
         found = orjson.loads(raw)
     except orjson.JSONDecodeError:
-        return False
-    return isinstance(found, dict) and "fraud" in found
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _refuse_double_keys(raw: bytes) -> None:

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plinth.verticals.contract import Tally
-from plinth.verticals.finance.schema import Decision, Label, Transaction, is_label, milliseconds
+from plinth.verticals.finance.schema import (
+    Decision,
+    Record,
+    is_follow_up,
+    is_label,
+    milliseconds,
+)
 
 _DAY = 86_400_000
 _Payment = tuple[str, str, int]
@@ -51,10 +57,10 @@ class FraudTally(Tally):
         self._unknown = 0
         self._sums = _Figures()
 
-    def add(self, request: Transaction | Label | None, result: Any) -> str:
+    def add(self, request: Record | None, result: Any) -> str:
         """See :class:`Tally`."""
         word = super().add(request, result)
-        if request is None or not isinstance(result, Decision):
+        if request is None or not isinstance(result, Decision) or is_follow_up(request):
             return word
         name = (request.transaction_id, request.terminal_id, milliseconds(request.event_time))
         if is_label(request):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import numpy as np
 import orjson
 import torch
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 import plinth.verticals.finance.model  # noqa: F401  (registers the architectures)
@@ -53,10 +53,13 @@ from plinth.verticals.finance.schema import (
     LATEST,
     CardNumbers,
     Decision,
+    FollowUp,
     Label,
     Reason,
+    Record,
     Transaction,
     UnknownFields,
+    is_follow_up,
     is_label,
     milliseconds,
     read,
@@ -157,11 +160,12 @@ class Variant(NamedTuple):
         return "review" if action == "review" or score >= self.review else "approve"
 
 
-class FraudScoring(Vertical[Transaction | Label, Decision]):
+class FraudScoring(Vertical[Record, Decision]):
     """Scores card payments with real-time features, a model, and rules beside it.
 
     Labels (what became known of earlier payments) come as records among the transactions, so
-    that they share their order, their offsets and their replay; each is answered as ``noted``.
+    that they share their order, their offsets and their replay; each is answered as ``noted``, and
+    so is what was done with a payment later: its capture, reversal or refund.
 
     A transaction enters the feature state before the model is asked, exactly once: when the
     engine then refuses, it stays counted, and the same transaction sent again is known by its
@@ -260,7 +264,7 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
             terminal_id="t000001",
         )
 
-    def infer(self, requests: Sequence[Transaction | Label]) -> Flow[list[Decision | InputError]]:
+    def infer(self, requests: Sequence[Record]) -> Flow[list[Decision | InputError]]:
         results: list[Decision | InputError | None] = []
         batch = self.state.update(self._taken_in(requests, results))
         self._tables.count_evictions(self.state)
@@ -287,15 +291,18 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
         asked = [
             request
             for request, result in zip(requests, results, strict=True)
-            if result is None and not is_label(request)
+            if result is None and isinstance(request, Transaction)
         ]
         decisions = iter(self._decisions(asked, batch, scores, answered, reasons))
         return [next(decisions) if result is None else result for result in results]
 
-    def parse(self, raw: bytes) -> Transaction | Label:
+    def record_types(self) -> Sequence[type[BaseModel]]:
+        return (Transaction, Label, FollowUp)
+
+    def parse(self, raw: bytes) -> Record:
         return self.parse_at(raw, self._clock())
 
-    def parse_at(self, raw: bytes, received: float | None) -> Transaction | Label:
+    def parse_at(self, raw: bytes, received: float | None) -> Record:
         made = read(raw, self._given.unknown_fields, self._given.card_numbers_in_ids)
         ahead = self._given.max_ahead_seconds
         if ahead is None or received is None:
@@ -319,7 +326,7 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
             del fields["extra"]
         return orjson.dumps(fields, default=vars)
 
-    def key(self, request: Transaction | Label) -> str | None:
+    def key(self, request: Record) -> str | None:
         return request.card
 
     def see_partitions(self, mine: int, total: int) -> None:
@@ -329,7 +336,7 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
         reach = RISK_REACH + self.state.limits.lateness_ms
         self._moved_until = None if at is None else round(at * 1e3) + reach
 
-    def observe(self, requests: Sequence[Transaction | Label]) -> None:
+    def observe(self, requests: Sequence[Record]) -> None:
         """Take records in without scoring them; what :meth:`infer` refuses is left out."""
         self.state.update(self._taken_in(requests, []))
 
@@ -341,7 +348,7 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
 
     def _taken_in(
         self,
-        requests: Sequence[Transaction | Label],
+        requests: Sequence[Record],
         results: list[Decision | InputError | None],
     ) -> Iterator[Event]:
         """Events of the transactions, in order; labels take effect in between.
@@ -353,6 +360,9 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
         for request in requests:
             if is_label(request):
                 results.append(self._note(request))
+                continue
+            if is_follow_up(request):
+                results.append(_noted(request))
                 continue
             event = self._event(request)
             if isinstance(event, InputError):
@@ -374,16 +384,7 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
             found = self.state.label(made)
         except InputError as error:
             return error
-        return Decision(
-            transaction_id=label.transaction_id,
-            score=None,
-            decision="noted",
-            reason_codes=[],
-            model=None,
-            model_version=None,
-            features_partial=not found,
-            extra=label.model_extra,
-        )
+        return _noted(label, partial=not found)
 
     def _event(self, request: Transaction) -> Event | InputError:
         rate = self._given.rates.get(request.currency)
@@ -474,3 +475,16 @@ class FraudScoring(Vertical[Transaction | Label, Decision]):
         for code, count in hits.items():
             RULE_HITS.labels(code, "shadow" if code in shadows else "applied").inc(count)
         return verdicts
+
+
+def _noted(record: Label | FollowUp, *, partial: bool = False) -> Decision:
+    return Decision(
+        transaction_id=record.transaction_id,
+        score=None,
+        decision="noted",
+        reason_codes=[],
+        model=None,
+        model_version=None,
+        features_partial=partial,
+        extra=record.model_extra,
+    )

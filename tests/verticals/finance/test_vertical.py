@@ -110,6 +110,27 @@ def test_a_label_is_noted_in_its_place() -> None:
     assert isinstance(FraudScoring().parse(label()), Label)
 
 
+@pytest.mark.parametrize("kind", ["capture", "reversal", "refund"])
+def test_what_is_done_with_a_payment_later_is_noted_and_changes_no_feature(kind: str) -> None:
+    later = {"kind": kind, "transaction_id": "x1", "card": "tok_1"}
+    raw = json.dumps(later | {"event_time": "2025-09-01T12:01:00Z"}).encode()
+    plain, followed = FraudScoring(), FraudScoring()
+    noted = score(followed, payment(1), raw)[1]
+    score(plain, payment(1))
+    assert (noted.decision, noted.score, noted.transaction_id) == ("noted", None, "x1")
+    again = [score(one, payment(2, NOON + 60_000))[0] for one in (plain, followed)]
+    assert again[0] == again[1]
+    assert followed.key(followed.parse(raw)) == "tok_1"
+
+
+def test_a_record_of_another_kind_is_never_counted_as_a_payment() -> None:
+    for kind in ("chargeback", 7, None):
+        with pytest.raises(InputError) as refused:
+            FraudScoring().parse(payment(kind=kind))
+        assert refused.value.field == "kind"
+    assert FraudScoring().parse(payment(kind="payment")) == FraudScoring().parse(payment())
+
+
 def test_the_order_of_answers_is_that_of_the_records() -> None:
     raws = [payment(1), payment(2, currency="XXX"), label(1), payment(3, amount=6000.0)]
     one, two, three, four = score(FraudScoring(), *raws)

@@ -22,7 +22,7 @@ from plinth.verticals.finance.features.online import (
     Labelled,
 )
 from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
-from plinth.verticals.finance.schema import Label, Transaction, milliseconds, read
+from plinth.verticals.finance.schema import Label, Transaction, is_follow_up, milliseconds, read
 from plinth.verticals.finance.training.simulator import TABLE, Population, Table, events, simulate
 
 log = logging.getLogger(__name__)
@@ -129,8 +129,9 @@ def _records(file: Path, rates: Mapping[str, float]) -> Iterator[Event | Labelle
     with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                if line.strip():
-                    yield _record(read(line), rates)
+                made = read(line) if line.strip() else None
+                if made is not None and not is_follow_up(made):
+                    yield _record(made, rates)
             except InputError as error:
                 raise InputError(
                     f"{file}:{number}: {error.message}",

@@ -1,0 +1,428 @@
+"""From anybody's messages to a vertical's records, as a TOML file declares it.
+
+::
+
+    [[message]]
+    name = "authorisation"
+    when = {"header.type" = ["AUTH", "0100"]}
+
+    [message.fields]
+    transaction_id = "auth.id"
+    amount = {path = "auth.amount", unit = "minor"}
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from plinth.engine import ConfigError, InputError
+from plinth.engine.errors import nearest
+from plinth.pipelines.formats.fields import (
+    FieldMapping,
+    PathText,
+    Reader,
+    Scalar,
+    finder,
+    shown,
+)
+from plinth.pipelines.formats.registry import RegistryConfig, SchemaRegistry
+from plinth.verticals.contract import Vertical
+
+MAX_BYTES = 1 << 20
+"""Of a mapping file."""
+MAX_LEAVES = 10_000
+"""Values of one message, keys included."""
+KEPT = "unmapped"
+"""The field that holds what no field takes, where it is kept."""
+
+Steps = tuple[str | int, ...]
+_PATH: TypeAdapter[Steps] = TypeAdapter(PathText)
+
+
+class Format(BaseModel):
+    """``[format]``: how messages are written.
+
+    Args:
+        kind: ``type`` in the file: ``json``, or ``avro`` in the Confluent wire format (a zero
+            byte, four bytes of schema id, the value).
+        registry: where Avro schemas are.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    kind: Literal["json", "avro"] = Field(default="json", alias="type")
+    registry: RegistryConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Format:
+        if (self.kind == "avro") != (self.registry is not None):
+            raise ValueError("type = 'avro' and a table [format.registry] go together")
+        return self
+
+
+class MessageMapping(BaseModel):
+    """``[[message]]``: one kind of message, and the record it becomes.
+
+    Args:
+        name: for people.
+        when: values by path; all must fit, one of a list is enough. Empty: every message.
+        root: where the paths of the fields begin, such as ``payload.after``.
+        fields: of the record, by name; in this order.
+        unknown_fields: what of the message no field takes: ``ignore``, ``keep`` as ``unmapped``
+            in the record, or ``refuse`` the message.
+        skip: messages that are no record: neither answered nor dead letters.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
+    when: dict[str, Scalar | list[Scalar]] = {}
+    root: PathText = ()
+    fields: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], FieldMapping] = {}
+    unknown_fields: Literal["ignore", "keep", "refuse"] = "ignore"
+    skip: bool = False
+
+    @field_validator("when")
+    @classmethod
+    def _paths(cls, when: dict[str, Any]) -> dict[str, Any]:
+        for path in when:
+            try:
+                _steps(path)
+            except ValidationError as error:
+                raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        return when
+
+    @model_validator(mode="after")
+    def _check(self) -> MessageMapping:
+        if self.skip == bool(self.fields):
+            raise ValueError("either [message.fields], or skip = true")
+        for name, field in self.fields.items():
+            if field.unit == "minor" and "currency" not in self.fields:
+                raise ValueError(f"{name}: unit = 'minor' needs a field currency")
+        return self
+
+
+class MappingFile(BaseModel):
+    """The whole file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Format = Format()
+    message: Annotated[list[MessageMapping], Field(min_length=1, max_length=100)]
+
+    @field_validator("message")
+    @classmethod
+    def _names(cls, messages: list[MessageMapping]) -> list[MessageMapping]:
+        twice = [name for name, n in Counter(m.name for m in messages).items() if n > 1]
+        if twice:
+            raise ValueError(f"two messages are named {twice[0]}")
+        for message in messages[:-1]:
+            if not message.when:
+                raise ValueError(f"{message.name} takes every message: those below it get none")
+        return messages
+
+
+class Message:
+    """A checked :class:`MessageMapping`, ready to read."""
+
+    def __init__(self, declared: MessageMapping) -> None:
+        self.declared = declared
+        self.name = declared.name
+        root = declared.root
+        self._conditions = tuple(
+            (
+                finder(_steps(path)),
+                frozenset(map(_word, wanted if isinstance(wanted, list) else [wanted])),
+            )
+            for path, wanted in declared.when.items()
+        )
+        # a unit may depend on the currency, so that is read first
+        names = sorted(declared.fields, key=lambda name: name != "currency")
+        self._readers: tuple[tuple[str, Reader], ...] = tuple(
+            (name, declared.fields[name].reader(name, root)) for name in names
+        )
+        taken = [root + place for field in declared.fields.values() for place in field.places]
+        self._taken = frozenset([*taken, *map(_steps, declared.when)])
+
+    def fits(self, source: Any) -> bool:
+        """Whether all conditions hold."""
+        return all(
+            (found := find(source)) is not None
+            and not isinstance(found, dict | list)
+            and _word(found) in wanted
+            for find, wanted in self._conditions
+        )
+
+    def read(self, source: Any) -> dict[str, Any]:
+        """The record.
+
+        Raises:
+            InputError: names the field, where it should have come from, and no value.
+        """
+        made: dict[str, Any] = {}
+        for name, reader in self._readers:
+            value = reader(source, made)
+            if value is not None:
+                made[name] = value
+        if self.declared.unknown_fields != "ignore":
+            rest = {shown(path): value for path, value in _leaves(source, self._taken)}
+            if rest and self.declared.unknown_fields == "refuse":
+                raise InputError(
+                    f"the message has {len(rest)} values that no field of {self.name} takes",
+                    reason="unknown_field",
+                    hint="map them, or set unknown_fields = 'ignore' or 'keep'",
+                )
+            if rest:
+                made[KEPT] = rest
+        return made
+
+    def not_taken(self, source: Any) -> list[str]:
+        """Paths of the message that no field and no condition reads."""
+        return [shown(path) for path, _ in _leaves(source, self._taken)]
+
+    def each(self, source: Any) -> Iterator[tuple[str, Any]]:
+        """Every field by itself: its value, or the error it gives."""
+        made: dict[str, Any] = {}
+        for name, reader in self._readers:
+            try:
+                made[name] = reader(source, made)
+            except InputError as error:
+                yield name, error
+            else:
+                yield name, made[name]
+
+
+class DeclaredMapping:
+    """A mapping file in use: messages in, records of the vertical as JSON out.
+
+    Args:
+        declared: the checked file.
+    """
+
+    def __init__(self, declared: MappingFile) -> None:
+        self.messages = [Message(one) for one in declared.message]
+        config = declared.format.registry
+        self.registry = SchemaRegistry(config) if config is not None else None
+
+    def prepare(self, raws: Iterable[bytes | None]) -> None:
+        """Ask the registry for the schemas that these messages name and nobody asked for yet.
+
+        Raises:
+            RegistryAway: it did not answer; the messages are to be offered again.
+        """
+        if self.registry is not None:
+            self.registry.prepare(raws)
+
+    def decode(self, raw: bytes) -> dict[str, Any]:
+        """A message as it was written, before any mapping.
+
+        Raises:
+            InputError: it is no JSON object, or no Avro record of a schema that is known.
+        """
+        source = decoded_json(raw) if self.registry is None else self.registry.decode(raw)
+        if not isinstance(source, dict):
+            raise InputError(
+                "the message is not an object", reason="not_an_object", hint="send one JSON object"
+            )
+        return source
+
+    def kind_of(self, source: Any) -> Message:
+        """The first kind of message that fits.
+
+        Raises:
+            InputError: none does.
+        """
+        for message in self.messages:
+            if message.fits(source):
+                return message
+        asked = {path for message in self.messages for path in message.declared.when}
+        raise InputError(
+            f"no [[message]] of the mapping fits what is at {', '.join(sorted(asked))}",
+            reason="unmapped_message",
+            hint="add a [[message]] with this value in when; skip = true if it is no record",
+        )
+
+    def record(self, raw: bytes) -> bytes | None:
+        """The record of a message as JSON; None where the mapping skips it.
+
+        Raises:
+            InputError: the message cannot be read or mapped; repeats nothing of it.
+        """
+        source = self.decode(raw)
+        message = self.kind_of(source)
+        if message.declared.skip:
+            return None
+        return orjson.dumps(message.read(source), default=_as_json)
+
+
+def load_mapping(path: Path, vertical: Vertical[Any, Any]) -> DeclaredMapping:
+    """A mapping from a TOML file, checked against the records that a vertical takes.
+
+    Raises:
+        ConfigError: the file cannot be read, or something in it is wrong: names the message, the
+            field and what was expected.
+    """
+    declared = _declared(path)
+    lines = [
+        f"{path}: message {message.name}: {problem}"
+        for message in declared.message
+        if not message.skip
+        for problem in _problems(message, vertical.record_types())
+    ]
+    if lines:
+        raise ConfigError("\n".join(lines))
+    try:
+        return DeclaredMapping(declared)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", hint=error.hint) from None
+
+
+def _declared(path: Path) -> MappingFile:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the mapping {path.absolute()}: {error.strerror}",
+            hint="stream.mapping is the path of a TOML file",
+        ) from None
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_BYTES >> 20} MiB")
+    try:
+        content = tomllib.loads(raw.decode())
+        return MappingFile.model_validate(content)
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}", hint="see https://toml.io for the syntax") from None
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False)
+        lines = [_told(path, content, problem) for problem in problems[:20]]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _told(path: Path, content: Any, problem: Any) -> str:
+    """One problem of a file; a message by its name, an unknown key with the nearest known one."""
+    place = [str(step) for step in problem["loc"] if not isinstance(step, int)]
+    numbers = [step for step in problem["loc"] if isinstance(step, int)]
+    if place[:1] == ["message"] and numbers:
+        found = content["message"][numbers[0]]
+        name = found.get("name") if isinstance(found, dict) else None
+        place[0] = f"message {name or numbers[0] + 1}"
+    said = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        known = _keys(FieldMapping if "fields" in place else MessageMapping)
+        said = f"unknown key; {nearest(place[-1], known)}"
+    return f"{path}: {': '.join(place[:1] + ['.'.join(place[1:])] * (len(place) > 1))}: {said}"
+
+
+def _keys(kind: type[BaseModel]) -> list[str]:
+    return sorted(field.alias or name for name, field in kind.model_fields.items())
+
+
+def _problems(message: MessageMapping, kinds: Sequence[type[BaseModel]]) -> Iterator[str]:
+    """What keeps a message from being one of these records."""
+    given = set(message.fields)
+
+    def apart(kind: type[BaseModel]) -> tuple[int, int]:
+        known = kind.model_fields
+        needed = {name for name, field in known.items() if field.is_required()}
+        return len(given - set(known)) + len(needed - given), -len(given & set(known))
+
+    kind = min(kinds, key=apart)
+    for name in sorted(given - set(kind.model_fields)):
+        yield f"{name} is no field of {kind.__name__}; {nearest(name, sorted(kind.model_fields))}"
+    for name, field in kind.model_fields.items():
+        if field.is_required() and name not in given:
+            yield f"{name} is missing: {kind.__name__} needs it"
+        elif field.is_required() and message.fields[name].optional:
+            yield f"{name} is optional here, but {kind.__name__} needs it"
+
+
+def _steps(path: str) -> Steps:
+    return _PATH.validate_python(path)
+
+
+def _word(value: Any) -> str:
+    """A value as it is compared: 100, "100" and a constant true by their texts."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def decoded_json(raw: bytes) -> Any:
+    """JSON without NaN and without any key twice.
+
+    Raises:
+        InputError: it is not that.
+    """
+    try:
+        source = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        raise InputError(
+            "the message is not valid JSON",
+            hint="send one JSON object in UTF-8",
+            reason="malformed_json",
+        ) from None
+    # Where nothing is escaped, quotation marks are of keys and texts alone, and a key that is
+    # there twice has at least two that are not written again.
+    try:
+        if b"\\" in raw or raw.count(b'"') != orjson.dumps(source).count(b'"'):
+            json.loads(raw, object_pairs_hook=_unique)
+    except (orjson.JSONEncodeError, RecursionError):
+        raise InputError("the message is nested too deep", reason="malformed_json") from None
+    return source
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) < len(pairs):
+        raise InputError(
+            "an object of the message has a key twice",
+            reason="duplicate_key",
+            hint="send each key once",
+        )
+    return keys
+
+
+def _leaves(source: Any, taken: frozenset[Steps]) -> Iterator[tuple[Steps, Any]]:
+    """Values that no field reads, with their paths.
+
+    Raises:
+        InputError: there are too many.
+    """
+    rest: list[tuple[Steps, Any]] = [((), source)]
+    seen = 0
+    while rest:
+        path, one = rest.pop()
+        seen += 1
+        if seen > MAX_LEAVES:
+            raise InputError(f"the message has more than {MAX_LEAVES} values", reason="too_large")
+        if path in taken:
+            continue
+        if isinstance(one, dict) and one:
+            rest.extend(((*path, key), inner) for key, inner in one.items())
+        elif isinstance(one, list) and one:
+            rest.extend(((*path, at), inner) for at, inner in enumerate(one))
+        elif one is not None:
+            yield path, one
+
+
+def _as_json(value: Any) -> Any:
+    """What Avro knows and JSON does not: decimals and bytes, where they are kept unmapped."""
+    return str(value) if isinstance(value, Decimal) else f"{len(value)} bytes"

@@ -1,0 +1,283 @@
+"""Avro in the Confluent wire format; its schemas come from a Schema Registry over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import logging
+import os
+import ssl
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from plinth.engine import ConfigError, InputError, PlinthError
+
+HEAD = 5
+"""Bytes before the value: zero, then the id of the schema, most significant byte first."""
+MAX_REFERENCES = 100
+"""Other schemas that one schema may need, theirs included."""
+NOT_FOUND = 404
+
+log = logging.getLogger("plinth.formats")
+
+
+class RegistryConfig(BaseModel):
+    """``[format.registry]``.
+
+    Args:
+        url: of the registry, ``http://`` or ``https://``, a path before the API's is kept.
+        username: for basic authentication.
+        password_env: environment variable that holds the password.
+        cafile: PEM file of who signed its certificate; default: those the system trusts.
+        timeout_s: longest wait for one answer.
+        max_schemas: kept at most, by last use.
+        max_schema_bytes: a larger answer is refused.
+        retry_s: an id that the registry did not know is asked for again after so long.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str
+    username: str | None = None
+    password_env: str = "PLINTH_REGISTRY_PASSWORD"  # noqa: S105 - the name of a variable
+    cafile: Path | None = None
+    timeout_s: float = Field(default=3.0, gt=0, le=60)
+    max_schemas: int = Field(default=1_000, ge=1, le=100_000)
+    max_schema_bytes: int = Field(default=1 << 20, ge=100, le=64 << 20)
+    retry_s: float = Field(default=30.0, gt=0)
+
+    @field_validator("url")
+    @classmethod
+    def _plain(cls, url: str) -> str:
+        parts = urlsplit(url)
+        try:
+            wrong = parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+        except ValueError:
+            wrong = True
+        if wrong:
+            raise ValueError("expected http://host:port or https://host:port")
+        if parts.username or parts.query or parts.fragment:
+            raise ValueError("the name goes into username, the password into password_env")
+        return url.rstrip("/")
+
+
+class RegistryAway(PlinthError):
+    """The registry does not answer: the message is not at fault, and is to be offered again."""
+
+    reason = "registry"
+
+
+class SchemaRegistry:
+    """Reads messages by the schemas that they name; each schema is asked for once.
+
+    Args:
+        config: where the registry is.
+
+    Raises:
+        ConfigError: the password is not there.
+        ModuleNotFoundError: fastavro is not installed.
+    """
+
+    def __init__(self, config: RegistryConfig) -> None:
+        import fastavro
+
+        self._avro: Any = fastavro
+        self._config = config
+        self._schemas: OrderedDict[int, Any] = OrderedDict()
+        self._unknown: OrderedDict[int, tuple[float, str]] = OrderedDict()
+        self._headers = {"Accept": "application/vnd.schemaregistry.v1+json"}
+        if config.username is not None:
+            password = os.environ.get(config.password_env)
+            if not password:
+                raise ConfigError(
+                    f"the environment variable {config.password_env} is not set",
+                    hint="put the registry's password there, or name another with password_env",
+                )
+            pair = base64.b64encode(f"{config.username}:{password}".encode()).decode()
+            self._headers["Authorization"] = f"Basic {pair}"
+
+    def prepare(self, raws: Iterable[bytes | None]) -> None:
+        """Have the schemas of these messages, as far as the registry has them.
+
+        Raises:
+            RegistryAway: it does not answer, or not as a registry does.
+        """
+        for number in {_id(raw) for raw in raws if raw is not None and _wired(raw)}:
+            if number in self._schemas:
+                self._schemas.move_to_end(number)
+            elif not self._is_unknown(number):
+                self._learn(number)
+
+    def decode(self, raw: bytes) -> Any:
+        """The value of a message whose schema is known.
+
+        Raises:
+            InputError: not in the wire format, of no known schema, or not of that schema.
+            RegistryAway: the schema was not known yet, and the registry does not answer.
+        """
+        if not _wired(raw):
+            raise InputError(
+                "the message is not in the Confluent wire format",
+                reason="not_avro",
+                hint="it begins with a zero byte and four bytes of schema id; for JSON set "
+                "type = 'json' in [format]",
+            )
+        self.prepare((raw,))
+        number = _id(raw)
+        schema = self._schemas.get(number)
+        if schema is None:
+            why = self._unknown.get(number, (0.0, "is not known to the registry"))[1]
+            raise InputError(f"schema {number} {why}", reason="unknown_schema")
+        body = io.BytesIO(raw)
+        body.seek(HEAD)
+        try:
+            value = self._avro.schemaless_reader(body, schema, None)
+        except Exception as error:  # noqa: BLE001 - a hostile message may raise anything in there
+            log.debug("schema %d: %s", number, type(error).__name__)
+            raise self._damaged(number) from None
+        if body.tell() != len(raw):
+            raise self._damaged(number)
+        return value
+
+    def _damaged(self, number: int) -> InputError:
+        return InputError(
+            f"the message is not a value of schema {number}",
+            reason="malformed_avro",
+            hint="was it written with another schema than the one it names?",
+        )
+
+    def _is_unknown(self, number: int) -> bool:
+        at, _ = self._unknown.get(number, (None, ""))
+        return at is not None and time.monotonic() - at < self._config.retry_s
+
+    def _learn(self, number: int) -> None:
+        found = self._get(f"/schemas/ids/{number}")
+        if found is None:
+            return self._refuse(number, "is not known to the registry")
+        if found.get("schemaType", "AVRO") != "AVRO":
+            return self._refuse(number, "is not an Avro schema")
+        try:
+            named: dict[str, Any] = {}
+            self._referenced(found, named, [MAX_REFERENCES])
+            schema = self._parsed(found, named)
+        except RegistryAway:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the registry holds
+            log.warning("schema %d cannot be used: %s", number, type(error).__name__)
+            return self._refuse(number, "cannot be read")
+        self._unknown.pop(number, None)
+        self._schemas[number] = schema
+        if len(self._schemas) > self._config.max_schemas:
+            self._schemas.popitem(last=False)
+        return None
+
+    def _refuse(self, number: int, why: str) -> None:
+        self._unknown[number] = time.monotonic(), why
+        self._unknown.move_to_end(number)
+        if len(self._unknown) > self._config.max_schemas:
+            self._unknown.popitem(last=False)
+
+    def _referenced(self, found: dict[str, Any], named: dict[str, Any], left: list[int]) -> None:
+        """Parse the schemas that one refers to, theirs first."""
+        for reference in found.get("references") or ():
+            if reference["name"] in named:
+                continue
+            left[0] -= 1
+            if left[0] < 0:
+                raise ValueError("too many references")
+            subject = quote(reference["subject"], safe="")
+            other = self._get(f"/subjects/{subject}/versions/{int(reference['version'])}")
+            if other is None:
+                raise ValueError("a reference is not known")
+            self._referenced(other, named, left)
+            self._parsed(other, named)
+
+    def _parsed(self, found: dict[str, Any], named: dict[str, Any]) -> Any:
+        declared = orjson.loads(found["schema"])
+        if _has_empty_items(declared):
+            raise ValueError("an array of nothing may have any length in a few bytes")
+        return self._avro.parse_schema(declared, named_schemas=named)
+
+    def _get(self, path: str) -> dict[str, Any] | None:
+        """One answer; ``None`` for not found.
+
+        Raises:
+            RegistryAway: anything else than an answer in time.
+        """
+        config, until = self._config, time.monotonic() + self._config.timeout_s
+        parts = urlsplit(config.url)
+        try:
+            connection = self._connection(parts.hostname or "", parts.port, parts.scheme)
+            try:
+                connection.request("GET", parts.path + path, headers=self._headers)
+                response = connection.getresponse()
+                body = b""
+                while part := response.read1(65_536):
+                    body += part
+                    if len(body) > config.max_schema_bytes or time.monotonic() > until:
+                        raise self._away("its answer is too large or too slow")
+            finally:
+                connection.close()
+            if response.status == NOT_FOUND:
+                return None
+            if response.status != 200:
+                raise self._away(f"it answers {response.status}")
+            found = orjson.loads(body)
+        except (OSError, http.client.HTTPException, orjson.JSONDecodeError) as error:
+            raise self._away(type(error).__name__) from None
+        if not isinstance(found, dict) or not isinstance(found.get("schema"), str):
+            raise self._away("its answer is not one of a schema registry")
+        return found
+
+    def _connection(self, host: str, port: int | None, scheme: str) -> http.client.HTTPConnection:
+        if scheme == "http":
+            return http.client.HTTPConnection(host, port, timeout=self._config.timeout_s)
+        cafile = str(self._config.cafile) if self._config.cafile else None
+        context = ssl.create_default_context(cafile=cafile)
+        return http.client.HTTPSConnection(
+            host, port, timeout=self._config.timeout_s, context=context
+        )
+
+    def _away(self, why: str) -> RegistryAway:
+        return RegistryAway(
+            f"no schema from the registry at {self._config.url}: {why}",
+            hint="check [format.registry] of the mapping, and that the registry runs",
+        )
+
+
+def _wired(raw: bytes) -> bool:
+    return len(raw) > HEAD and raw[0] == 0
+
+
+def _id(raw: bytes) -> int:
+    return int.from_bytes(raw[1:HEAD], "big")
+
+
+def _has_empty_items(schema: Any) -> bool:
+    """Whether an array in it has items of no bytes, of which five bytes can say 2^34."""
+    rest = [schema]
+    while rest:
+        one = rest.pop()
+        if isinstance(one, list):
+            rest.extend(one)
+        elif isinstance(one, dict):
+            if one.get("type") == "array" and _is_empty(one.get("items")):
+                return True
+            rest.extend(value for value in one.values() if isinstance(value, dict | list))
+    return False
+
+
+def _is_empty(schema: Any) -> bool:
+    if not isinstance(schema, dict):
+        return bool(schema == "null")
+    if schema.get("type") == "record":
+        return all(_is_empty(field.get("type")) for field in schema.get("fields") or ())
+    return schema.get("type") == "null" or (schema.get("type"), schema.get("size")) == ("fixed", 0)

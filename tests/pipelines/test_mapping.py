@@ -1,0 +1,532 @@
+"""Messages of somebody else become records as a file declares it, or say what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import threading
+from collections.abc import Iterator
+from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plinth.engine import ConfigError, InputError
+from plinth.pipelines.cli.main import main
+from plinth.pipelines.formats.mapping import DeclaredMapping, load_mapping
+from plinth.pipelines.formats.registry import RegistryAway
+from plinth.verticals.finance import FraudScoring
+
+OURS = """
+[[message]]
+name = "authorisation"
+when = {"header.type" = ["AUTH", 100]}
+
+[message.fields]
+transaction_id = "auth.id"
+event_time = {path = "auth.at", time = "milliseconds"}
+amount = {path = "auth.amount", unit = "minor"}
+currency = {path = "auth.ccy", values = {978 = "EUR", 840 = "USD", 392 = "JPY"}}
+card = "card.token"
+customer_id = {path = "card.holder", as = "text"}
+terminal_id = {join = ["merchant.id", "merchant.terminal"]}
+device_id = {path = "device", optional = true}
+
+[[message]]
+name = "chargeback"
+when = {"header.type" = "CHARGEBACK"}
+
+[message.fields]
+fraud = {constant = true}
+transaction_id = "auth.id"
+event_time = {path = "auth.at", time = "milliseconds"}
+label_time = {path = "reported", time = "%d.%m.%Y %H:%M", zone = "Europe/Berlin"}
+terminal_id = {join = ["merchant.id", "merchant.terminal"]}
+card = "card.token"
+
+[[message]]
+name = "reversal"
+when = {"header.type" = 400}
+
+[message.fields]
+kind = {constant = "reversal"}
+transaction_id = "auth.id"
+event_time = {path = "auth.at", time = "milliseconds"}
+card = "card.token"
+
+[[message]]
+name = "heartbeat"
+when = {"header.type" = "PING"}
+skip = true
+"""
+AUTH: dict[str, Any] = {
+    "header": {"type": "AUTH"},
+    "auth": {"id": "a1", "at": 1_756_728_000_123, "amount": 4250, "ccy": 978, "mcc": 5411},
+    "card": {"token": "tok_9", "holder": 17},
+    "merchant": {"id": "m1", "terminal": "t1"},
+}
+RECORD = {
+    "transaction_id": "a1", "event_time": "2025-09-01T12:00:00.123Z", "amount": 42.5,
+    "currency": "EUR", "card": "tok_9", "customer_id": "17", "terminal_id": "m1:t1",
+}  # fmt: skip
+ONE_FIELD = """
+[[message]]
+name = "spend"
+[message.fields]
+card = "card"
+id = "id"
+amount = {field}
+"""
+
+
+@pytest.fixture(scope="module")
+def finance() -> FraudScoring:
+    return FraudScoring()
+
+
+def mapping_of(folder: Path, text: str, vertical: Any) -> DeclaredMapping:
+    file = folder / "mapping.toml"
+    file.write_text(text)
+    return load_mapping(file, vertical)
+
+
+@pytest.fixture
+def ours(tmp_path: Path, finance: FraudScoring) -> DeclaredMapping:
+    return mapping_of(tmp_path, OURS, finance)
+
+
+def record(mapping: DeclaredMapping, message: Any) -> dict[str, Any]:
+    made = mapping.record(json.dumps(message).encode())
+    assert made is not None
+    return dict(json.loads(made))
+
+
+def test_an_authorisation_becomes_a_payment(ours: DeclaredMapping, finance: FraudScoring) -> None:
+    assert record(ours, AUTH) == RECORD
+    assert record(ours, AUTH | {"device": "d1"}) == RECORD | {"device_id": "d1"}
+    payment = finance.parse_at(ours.record(json.dumps(AUTH).encode()) or b"", None)
+    assert payment.card == "tok_9"
+
+
+def test_minor_units_have_the_digits_of_their_currency(ours: DeclaredMapping) -> None:
+    for number, code, amount in ((840, "USD", 42.5), (392, "JPY", 4250.0)):
+        made = record(ours, AUTH | {"auth": AUTH["auth"] | {"ccy": number}})
+        assert (made["currency"], made["amount"]) == (code, amount)
+
+
+def test_a_chargeback_becomes_a_label_and_a_reversal_is_noted(
+    ours: DeclaredMapping, finance: FraudScoring
+) -> None:
+    head = {"header": {"type": "CHARGEBACK"}, "reported": "08.09.2025 11:30"}
+    made = record(ours, AUTH | head)
+    assert (made["fraud"], made["label_time"]) == (True, "2025-09-08T09:30:00.000Z")
+    assert finance.parse_at(json.dumps(made).encode(), None).fraud is True
+    made = record(ours, AUTH | {"header": {"type": "400"}})
+    noted = finance.infer([finance.parse_at(json.dumps(made).encode(), None)])
+    with pytest.raises(StopIteration) as end:
+        next(noted)
+    assert end.value.value[0].decision == "noted"
+
+
+def test_a_heartbeat_is_no_record_and_a_kind_nobody_declared_is_refused(
+    ours: DeclaredMapping,
+) -> None:
+    assert ours.record(b'{"header": {"type": "PING"}}') is None
+    with pytest.raises(InputError, match=r"header\.type") as refused:
+        ours.record(b'{"header": {"type": "SECRET"}}')
+    assert refused.value.reason == "unmapped_message"
+    assert "SECRET" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "becomes"),
+    [
+        ('"a"', 12.5, 12.5),
+        ('{path = "a", as = "number"}', "0012.50", 12.5),
+        ('{path = "a", unit = "0.01"}', "1999", 19.99),
+        ('{path = "a", unit = "0.01"}', 1999, 19.99),
+        ('{path = "a", unit = 1000}', 0.0021, 2.1),
+        ('{path = "a", unit = "-0.01"}', -1999, 19.99),
+        ('{path = "a", default = 1}', None, 1),
+        ('{path = "a", values = {true = 5, LOW = 1}}', True, 5),
+        ('{path = "a", as = "boolean"}', "FALSE", False),
+        ('{path = "a", as = "text"}', 12345678901234567890, "12345678901234567890"),
+        ('{path = "a", time = "seconds"}', "1756728000.1239", "2025-09-01T12:00:00.123Z"),
+        ('{path = "a", time = "microseconds"}', 1756728000123456, "2025-09-01T12:00:00.123Z"),
+        ('{path = "a", time = "iso"}', "2025-09-01T14:00:00.5+02:00", "2025-09-01T12:00:00.500Z"),
+        ('{path = "a", time = "iso", zone = "Europe/Berlin"}', "2025-09-01T14:00:00",
+         "2025-09-01T12:00:00.000Z"),
+        ('{path = "a", time = "iso", zone = "Europe/Berlin"}', "2025-12-01T14:00:00",
+         "2025-12-01T13:00:00.000Z"),
+        ('{path = "a", time = "iso", zone = "Europe/Berlin", ambiguous = "later"}',
+         "2025-10-26T02:30:00", "2025-10-26T01:30:00.000Z"),
+        ('{path = "a", time = "%Y%m%d%H%M%S%z"}', "20250901140000+0200",
+         "2025-09-01T12:00:00.000Z"),
+    ],
+)  # fmt: skip
+def test_what_a_value_becomes(
+    tmp_path: Path, finance: FraudScoring, field: str, given: Any, becomes: Any
+) -> None:
+    text = OURS.replace('{path = "auth.amount", unit = "minor"}', field)
+    made = record(mapping_of(tmp_path, text, finance), AUTH | {"a": given})
+    assert made["amount"] == becomes
+    assert type(made["amount"]) is type(becomes)
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "reason"),
+    [
+        ('"a"', None, "missing"),
+        ('"a"', {"b": 1}, "type"),
+        ('{path = "a", as = "number"}', "1,234.50", "number"),
+        ('{path = "a", as = "number"}', "NaN", "number"),
+        ('{path = "a", unit = "0.01"}', True, "number"),
+        ('{path = "a", as = "text"}', 1.5, "text"),
+        ('{path = "a", as = "boolean"}', "ja", "boolean"),
+        ('{path = "a", values = {LOW = 1}}', "HIGH", "unknown_value"),
+        ('{path = "a", time = "seconds"}', 1756728000123456, "time"),
+        ('{path = "a", time = "iso"}', "2025-09-01T14:00:00", "time_zone"),
+        ('{path = "a", time = "iso"}', "2025-09-01", "time"),
+        ('{path = "a", time = "iso"}', 1756728000, "time"),
+        ('{path = "a", time = "iso", zone = "Europe/Berlin"}', "2025-10-26T02:30:00",
+         "ambiguous_time"),
+        ('{path = "a", time = "iso", zone = "Europe/Berlin"}', "2025-03-30T02:30:00", "time"),
+    ],
+)  # fmt: skip
+def test_a_value_that_does_not_fit_is_refused_by_field_and_place_without_itself(
+    tmp_path: Path, finance: FraudScoring, field: str, given: Any, reason: str
+) -> None:
+    text = OURS.replace('{path = "auth.amount", unit = "minor"}', field)
+    with pytest.raises(InputError, match=r"amount: .* \(at a of the message\)") as refused:
+        record(mapping_of(tmp_path, text, finance), AUTH | {"a": given})
+    assert (refused.value.field, refused.value.reason) == ("amount", reason)
+    assert given is None or str(given) not in str(refused.value)
+
+
+@given(cents=st.integers(0, 10**12), text=st.booleans())
+def test_cents_lose_nothing(cents: int, text: bool) -> None:
+    from plinth.pipelines.formats.fields import FieldMapping
+
+    read = FieldMapping(path="a", unit="0.01").reader("amount", ())
+    made = read({"a": str(cents) if text else cents}, {})
+    assert made == float(Decimal(cents) / 100)
+
+
+def test_a_key_that_is_there_twice_is_refused_and_quotation_marks_in_texts_are_not(
+    ours: DeclaredMapping,
+) -> None:
+    raw = json.dumps(AUTH).encode()
+    with pytest.raises(InputError) as refused:
+        ours.record(raw.replace(b'"amount": 4250', b'"amount": 4250, "amount": 1'))
+    assert refused.value.reason == "duplicate_key"
+    assert ours.record(raw.replace(b'"m1"', b'"m\\"1"'))
+    hidden = raw.replace(b'"m1"', b'"\\u0022\\u0022"')
+    with pytest.raises(InputError):
+        ours.record(hidden.replace(b'"amount": 4250', b'"amount": 4250, "amount": 1'))
+    for wrong in (b"[1]", b"{", b'{"a": NaN}', b"\xff", b"", b'{"a":' * 600 + b"1" + b"}" * 600):
+        with pytest.raises(InputError):
+            ours.record(wrong)
+
+
+def test_what_no_field_takes_is_ignored_kept_or_refused(
+    tmp_path: Path, finance: FraudScoring
+) -> None:
+    def with_(word: str) -> DeclaredMapping:
+        name = 'name = "authorisation"'
+        text = OURS.replace(name, f'{name}\nunknown_fields = "{word}"')
+        return mapping_of(tmp_path, text, finance)
+
+    assert record(with_("ignore"), AUTH) == RECORD
+    assert record(with_("keep"), AUTH) == RECORD | {"unmapped": {"auth.mcc": 5411}}
+    with pytest.raises(InputError) as refused:
+        record(with_("refuse"), AUTH)
+    assert refused.value.reason == "unknown_field"
+
+
+def test_a_card_number_becomes_a_token_with_a_key_of_the_environment(
+    tmp_path: Path, finance: FraudScoring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = OURS.replace('"card.token"', '{path = "card.pan", keyed_hash_env = "CARD_KEY"}')
+    with pytest.raises(ConfigError, match="CARD_KEY"):
+        mapping_of(tmp_path, text, finance)
+    monkeypatch.setenv("CARD_KEY", "k" * 32)
+    message = AUTH | {"card": {"pan": "4111111111111111", "holder": 17}}
+    token = record(mapping_of(tmp_path, text, finance), message)["card"]
+    assert token.startswith("tok_")
+    assert len(token) == 36
+    assert "4111" not in token
+
+
+@pytest.mark.parametrize(
+    ("change", "with_", "says"),
+    [
+        ('terminal_id = {join', 'terminal = {join', "terminal_id is missing: Transaction needs it"),
+        ('amount = {path', 'amuont = {path', "did you mean 'amount'"),
+        ('unit = "minor"', 'untt = "minor"', r"message authorisation: fields\.amount\.?.*untt"),
+        ('unit = "minor"', 'unit = "minor", as = "text"', "unit is of numbers"),
+        ('"auth.id"', '"auth..id"', "is not a path"),
+        ('time = "milliseconds"', 'time = "millis"', "is none of iso"),
+        ('time = "milliseconds"', 'time = "%Y-%m-%d"', "give a zone"),
+        ('zone = "Europe/Berlin"', 'zone = "Berlin"', "Europe/Berlin is one"),
+        ('skip = true', '', "skip = true"),
+        ('name = "reversal"', 'name = "chargeback"', "two messages are named chargeback"),
+        ('when = {"header.type" = ["AUTH", 100]}', '', "those below it get none"),
+        ('"auth.id"', '{path = "auth.id", optional = true}', "Transaction needs it"),
+        ('[[message]]', '[[mesage]]', "message"),
+    ],
+)  # fmt: skip
+def test_a_wrong_mapping_is_refused_at_the_start_by_name(
+    tmp_path: Path, finance: FraudScoring, change: str, with_: str, says: str
+) -> None:
+    assert change in OURS
+    with pytest.raises(ConfigError, match=says) as wrong:
+        mapping_of(tmp_path, OURS.replace(change, with_), finance)
+    assert "mapping.toml" in str(wrong.value)
+
+
+def test_check_mapping_shows_what_becomes_of_a_sample_and_writes_the_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, sample, out = tmp_path / "m.toml", tmp_path / "s.jsonl", tmp_path / "r.jsonl"
+    file.write_text(OURS)
+    card = AUTH | {"card": {"token": "4111111111111111", "holder": 1}}
+    bad = AUTH | {"auth": AUTH["auth"] | {"at": 1_756_728_000}}
+    messages = [AUTH, {"header": {"type": "PING"}}, card, bad, {"header": {"type": "NEW"}}]
+    sample.write_text("\n".join(map(json.dumps, messages)) + "\n{oops\n")
+
+    def check(*arguments: str) -> tuple[int, dict[str, Any]]:
+        with pytest.raises(SystemExit) as end:
+            main(["check-mapping", "finance", str(sample), "--mapping", str(file), *arguments])
+        text = capsys.readouterr().out
+        assert "4111111111111111" not in text
+        return int(end.value.code or 0), json.loads(text) if "--json" in arguments else {}
+
+    code, found = check("--json", "--out", str(out))
+    assert code == 1
+    assert (found["skipped"], found["wrong"]) == (1, 4)
+    assert found["messages"]["authorisation"] == {"messages": 3, "records": 1}
+    amount = next(one for one in found["fields"] if one["field"] == "amount")
+    assert (amount["from"], amount["example"], amount["becomes"]) == ("auth.amount", "4250", "42.5")
+    assert {"message": "authorisation", "path": "auth.mcc", "count": 3} in found["not_taken"]
+    assert {(one["first"].rpartition(":")[2], one["message"]) for one in found["problems"]} == {
+        ("3", "authorisation"), ("4", "authorisation"), ("5", "(none)"), ("6", "(none)"),
+    }  # fmt: skip
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [RECORD]
+    sample.write_text(json.dumps(AUTH | {"auth": AUTH["auth"] | {"ccy": 840}}))
+    code, found = check("--json")
+    assert (code, found["wrong"], found["messages"]["authorisation"]["records"]) == (0, 0, 1)
+    assert "currency: expected one of EUR" in found["problems"][0]["text"]
+    sample.write_text(json.dumps(AUTH))
+    assert check()[0] == 0
+
+
+def test_the_example_and_the_mappings_of_the_documentation_are_right(
+    tmp_path: Path, finance: FraudScoring
+) -> None:
+    root = Path(__file__).resolve().parents[2]
+    example = load_mapping(root / "examples" / "mapping.toml", finance)
+    lines = (root / "examples" / "messages.jsonl").read_bytes().splitlines()
+    made = [example.record(line) for line in lines]
+    assert [one is None for one in made] == [False, False, False, True, False, False]
+    for one in made:
+        assert one is None or finance.parse_at(one, None)
+    page = (root / "docs" / "own-messages.md").read_text()
+    declared = [t for t in re.findall(r"(?ms)^```toml\n(.*?)^```", page) if "[[message]]" in t]
+    assert len(declared) == 2
+    assert mapping_of(tmp_path, declared[0], finance).messages
+    if find_spec("fastavro") is not None:
+        text = re.sub("(?m)^(username|cafile).*$", "", declared[1])
+        assert mapping_of(tmp_path, text, finance).registry
+
+
+# -- Avro ----------------------------------------------------------------------------------
+MONEY = {
+    "type": "record", "name": "bank.Money", "fields": [
+        {"name": "value", "type": {"type": "bytes", "logicalType": "decimal",
+                                   "precision": 12, "scale": 2}},
+        {"name": "currency", "type": "string"},
+    ],
+}  # fmt: skip
+PAYMENT = {
+    "type": "record", "name": "bank.Payment", "fields": [
+        {"name": "id", "type": "string"},
+        {"name": "at", "type": {"type": "long", "logicalType": "timestamp-millis"}},
+        {"name": "money", "type": "bank.Money"},
+        {"name": "card", "type": "string"},
+        {"name": "device", "type": ["null", "string"], "default": None},
+    ],
+}  # fmt: skip
+AVRO = """
+[format]
+type = "avro"
+[format.registry]
+url = "{url}"
+timeout_s = 1.0
+retry_s = 0.001
+{more}
+[[message]]
+name = "payment"
+[message.fields]
+transaction_id = "id"
+event_time = {{path = "at", time = "iso"}}
+amount = {{path = "money.value", as = "number"}}
+currency = "money.currency"
+card = "card"
+customer_id = {{constant = "unknown"}}
+terminal_id = {{constant = "web"}}
+device_id = {{path = "device", optional = true}}
+"""
+
+
+class Registry:
+    """Speaks the part of the REST API that readers use, on loopback."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, Any] = {
+            "/schemas/ids/7": {
+                "schema": json.dumps(PAYMENT),
+                "references": [{"name": "bank.Money", "subject": "money-value", "version": 1}],
+            },
+            "/subjects/money-value/versions/1": {
+                "subject": "money-value", "version": 1, "id": 6, "schema": json.dumps(MONEY),
+            },
+            "/schemas/ids/9": {"schemaType": "PROTOBUF", "schema": "syntax = 'proto3';"},
+        }  # fmt: skip
+        self.asked: list[str] = []
+        self.status = 200
+        self.authorization: str | None = None
+        registry = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                registry.asked.append(self.path)
+                registry.authorization = self.headers["Authorization"]
+                found = registry.paths.get(self.path)
+                status = registry.status if found or registry.status != 200 else 404
+                missing = {"error_code": 40403, "message": "Schema not found"}
+                body = json.dumps(found or missing).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/vnd.schemaregistry.v1+json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Nothing on stderr."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def registry() -> Iterator[Registry]:
+    one = Registry()
+    yield one
+    one.close()
+
+
+def framed(number: int = 7, **changes: Any) -> bytes:
+    import fastavro
+
+    named: dict[str, Any] = {}
+    fastavro.parse_schema(MONEY, named_schemas=named)
+    schema = fastavro.parse_schema(PAYMENT, named_schemas=named)
+    payment = {
+        "id": "p1", "at": 1_756_728_000_123, "card": "tok_9", "device": "d1",
+        "money": {"value": Decimal("12.34"), "currency": "EUR"},
+    }  # fmt: skip
+    body = BytesIO()
+    fastavro.schemaless_writer(body, schema, payment | changes)
+    return struct.pack(">bI", 0, number) + body.getvalue()
+
+
+@pytest.mark.needs("fastavro")
+def test_avro_is_read_by_the_schema_it_names_which_is_asked_for_once(
+    tmp_path: Path, registry: Registry, finance: FraudScoring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLINTH_REGISTRY_PASSWORD", "hunter2")
+    text = AVRO.format(url=registry.url, more='username = "plinth"')
+    mapping = mapping_of(tmp_path, text, finance)
+    for _ in range(3):
+        made = json.loads(mapping.record(framed()) or b"")
+    assert made == {
+        "transaction_id": "p1", "event_time": "2025-09-01T12:00:00.123Z", "amount": 12.34,
+        "currency": "EUR", "card": "tok_9", "customer_id": "unknown", "terminal_id": "web",
+        "device_id": "d1",
+    }  # fmt: skip
+    assert "device_id" not in json.loads(mapping.record(framed(device=None)) or b"")
+    assert registry.asked == ["/schemas/ids/7", "/subjects/money-value/versions/1"]
+    assert (registry.authorization or "").startswith("Basic ")
+
+
+@pytest.mark.needs("fastavro")
+def test_a_message_at_fault_is_refused_and_a_registry_that_is_away_is_waited_for(
+    tmp_path: Path, registry: Registry, finance: FraudScoring
+) -> None:
+    mapping = mapping_of(tmp_path, AVRO.format(url=registry.url, more=""), finance)
+    good = framed()
+    wrong = {
+        b'{"id": "p1"}': "not_avro", good[:4]: "not_avro", framed(8): "unknown_schema",
+        framed(9): "unknown_schema", good[:-3]: "malformed_avro", good + b"x": "malformed_avro",
+    }  # fmt: skip
+    for raw, reason in wrong.items():
+        with pytest.raises(InputError) as refused:
+            mapping.record(raw)
+        assert refused.value.reason == reason
+    registry.paths["/schemas/ids/8"] = registry.paths["/schemas/ids/7"]
+    assert mapping.record(framed(8)), "asked again after retry_s"
+    registry.status = 503
+    with pytest.raises(RegistryAway, match="503"):
+        mapping.prepare([framed(10)])
+    assert mapping.record(good), "what is known needs no registry"
+    registry.close()
+    with pytest.raises(RegistryAway, match="registry at"):
+        mapping.record(framed(10))
+
+
+@pytest.mark.needs("fastavro")
+def test_whatever_bytes_come_they_are_a_record_or_refused(
+    tmp_path: Path, registry: Registry, finance: FraudScoring
+) -> None:
+    mapping = mapping_of(tmp_path, AVRO.format(url=registry.url, more=""), finance)
+    outcomes: set[str] = set()
+
+    @given(tail=st.binary(max_size=60), cut=st.integers(5, 40))
+    def send(tail: bytes, cut: int) -> None:
+        try:
+            mapping.record(framed()[:cut] + tail)
+            outcomes.add("record")
+        except InputError as refused:
+            outcomes.add(refused.reason)
+
+    send()
+    assert "malformed_avro" in outcomes
+
+
+@pytest.mark.needs("fastavro")
+def test_a_schema_whose_values_may_be_endless_is_refused(
+    tmp_path: Path, registry: Registry, finance: FraudScoring
+) -> None:
+    """An array of nulls takes no bytes: five bytes would say that there are 2^34 of them."""
+    endless = {"type": "array", "items": "null"}
+    fields = [{"name": "id", "type": ["string", endless]}]
+    schema = {"type": "record", "name": "bomb", "fields": fields}
+    registry.paths["/schemas/ids/8"] = {"schema": json.dumps(schema)}
+    mapping = mapping_of(tmp_path, AVRO.format(url=registry.url, more=""), finance)
+    with pytest.raises(InputError) as refused:
+        mapping.record(b"\0\0\0\0\x08\x02" + b"\x80\x80\x80\x80\x80\x01" + b"\0")
+    assert refused.value.reason == "unknown_schema"

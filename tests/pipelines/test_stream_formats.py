@@ -1,0 +1,113 @@
+"""A bank's own Kafka and messages: mapped, in Avro, behind TLS and passwords."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kafka_fixtures import PASSWORD, USER, KafkaNode
+from tally import TallyVertical, started_engine
+
+from plinth.engine import ConfigError
+from plinth.pipelines.stream.rebuild import newest
+from plinth.pipelines.stream.worker import StreamConfig, StreamSummary, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.kafka]
+MAPPING = """
+[[message]]
+name = "spend"
+when = {"type" = "SPEND"}
+[message.fields]
+id = "payload.number"
+card = "payload.card"
+amount = {path = "payload.cents", unit = "0.01"}
+
+[[message]]
+name = "heartbeat"
+when = {"type" = "PING"}
+skip = true
+"""
+
+
+def messages(count: int) -> list[tuple[bytes, bytes]]:
+    made = []
+    for number in range(count):
+        spend = {"number": number, "card": f"c{number % 5}", "cents": str(100 + number)}
+        made.append((b"k", json.dumps({"type": "SPEND", "payload": spend}).encode()))
+    return made
+
+
+def stream(config: StreamConfig) -> StreamSummary:
+    vertical = TallyVertical()
+    with started_engine(vertical) as engine:
+        return run(vertical, engine, config, threading.Event())
+
+
+def test_own_messages_are_mapped_skipped_or_dead_letters_as_they_came(
+    kafka_node: KafkaNode, tmp_path: Path
+) -> None:
+    (tmp_path / "ours.toml").write_text(MAPPING)
+    odd = [(b"k", b'{"type": "PING"}'), (b"k", b'{"type": "NEW"}'), (b"k", b'{"type": "SPEND"}')]
+    config = kafka_node.config(
+        partitions=1, max_events=203, mapping=tmp_path / "ours.toml", state_dir=tmp_path / "state"
+    )
+    kafka_node.fill(config, messages(100) + odd + messages(200)[100:])
+    summary = stream(config)
+    assert (summary.records, summary.scored, summary.skipped) == (203, 200, 1)
+    assert summary.dead_letters == {"unmapped_message": 1, "missing": 1}
+    answers = kafka_node.answers(config)
+    assert [(a["id"], a["score"]) for a in answers[:2]] == [(0, 2.0), (1, pytest.approx(2.01))]
+    assert {a["count"] for a in answers} == set(range(1, 41)), "skipped ones are not counted"
+    assert [letter.value for letter in kafka_node.read(config.dead_letters)] == [
+        value for _, value in odd[1:]
+    ]
+    assert [record.value for record in newest(config, 2)] == [v for _, v in messages(200)[198:]]
+
+
+@pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN", None])
+def test_a_stream_runs_behind_tls_with_a_password_or_a_certificate(
+    kafka_node: KafkaNode, mechanism: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kafka_node.secure:
+        pytest.skip("needs openssl for the certificate")
+    files = {"ssl_cafile": kafka_node.folder / "certificate.pem"}
+    security: dict[str, Any] = {
+        "bootstrap_servers": kafka_node.secure,
+        "security_protocol": "SASL_SSL",
+        "sasl_mechanism": mechanism,
+        "sasl_username": USER,
+    }
+    if mechanism is None:
+        files |= {"ssl_certfile": files["ssl_cafile"], "ssl_keyfile": kafka_node.folder / "key.pem"}
+        security = {"bootstrap_servers": kafka_node.certified, "security_protocol": "SSL"}
+    monkeypatch.setenv("PLINTH_KAFKA_PASSWORD", PASSWORD)
+    config = kafka_node.config(max_events=50)
+    spends = [(b"k", json.dumps({"id": n, "card": "c", "amount": 1}).encode()) for n in range(50)]
+    kafka_node.fill(config, spends)
+    secured = StreamConfig(**config.model_dump() | security | files)
+    assert stream(secured).scored == 50
+    assert sorted(a["id"] for a in kafka_node.answers(config)) == list(range(50))
+
+
+def test_a_wrong_password_and_an_unknown_certificate_are_said_at_the_start(
+    kafka_node: KafkaNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kafka_node.secure:
+        pytest.skip("needs openssl for the certificate")
+    config = kafka_node.config(
+        bootstrap_servers=kafka_node.secure, security_protocol="SASL_SSL", connect_timeout_s=2,
+        sasl_mechanism="SCRAM-SHA-512", sasl_username=USER,
+    )  # fmt: skip
+    trusting = {"ssl_cafile": kafka_node.folder / "certificate.pem"}
+    monkeypatch.setenv("PLINTH_KAFKA_PASSWORD", "wrong")
+    with pytest.raises(ConfigError, match="user plinth and its password"):
+        stream(StreamConfig(**config.model_dump() | trusting))
+    monkeypatch.setenv("PLINTH_KAFKA_PASSWORD", PASSWORD)
+    with pytest.raises(ConfigError, match=r"certificate .* is not trusted"):
+        stream(config)
+    plain = {"security_protocol": "PLAINTEXT", "sasl_username": None}
+    with pytest.raises(ConfigError, match=r"check stream\.security_protocol"):
+        stream(StreamConfig(**config.model_dump() | plain))
