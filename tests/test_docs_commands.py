@@ -21,6 +21,8 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -34,6 +36,8 @@ from medical.own_networks import Blobs, write_bundle  # noqa: E402
 from pages import BLOCKS, Block, assigned, commands  # noqa: E402
 
 from plinth.pipelines.cli.embedded_broker import SESSION_TIMEOUT_MS, EmbeddedBroker  # noqa: E402
+from plinth.pipelines.stream.audit import AuditTrail  # noqa: E402
+from plinth.pipelines.stream.chunks import Chunk, Message, Outputs  # noqa: E402
 from plinth.verticals import registry  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -129,6 +133,7 @@ def fill(folder: Path) -> None:
             packed.write(path, path.name)
     (folder / "payment.json").write_text(registry.load("finance").example().model_dump_json())
     shutil.copy(folder / "payment.json", folder / "history.jsonl")
+    (folder / "audit.jsonl").write_bytes(audit_records(3))
     for name in ("rules.toml", "mapping.toml", "messages.jsonl"):
         shutil.copy(EXAMPLES / name, folder)
     (folder / "plinth.toml").write_text(
@@ -145,6 +150,15 @@ def fill(folder: Path) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plinth-leaks\nVersion: 1.0.0\n")
     (info / "entry_points.txt").write_text("[plinth.verticals]\nleaks = plinth_leaks:Leaks\n")
+
+
+def audit_records(count: int) -> bytes:
+    """An exported audit topic."""
+    record: Any = SimpleNamespace(topic="payments", partition=0, offset=0, timestamp=0)
+    messages = [Message(record, None, b'{"decision": "approve"}')] * count
+    outputs = Outputs(Chunk([record], {}, {}), messages)
+    AuditTrail("finance", None).add(outputs)
+    return b"".join(raw + b"\n" for _, raw in outputs.audit)
 
 
 def fill_models(folder: Path) -> None:

@@ -141,6 +141,9 @@ class Vertical(ABC, Generic[Req, Res]):
         batch_range: smallest and largest batch of its models, unless the config says other.
         heavy: the flow's own steps between calls take more than about a millisecond, so the
             doors drive it on a worker thread.
+
+    Attributes:
+        audited: set by a door that will ask for the :meth:`evidence` of each answer.
     """
 
     name: ClassVar[str]
@@ -152,6 +155,7 @@ class Vertical(ABC, Generic[Req, Res]):
     sla: ClassVar[Sla] = Sla()
     batch_range: tuple[int, int] | None = None
     heavy: ClassVar[bool] = False
+    audited: bool = False
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings if settings is not None else self.settings_type()
@@ -228,6 +232,14 @@ class Vertical(ABC, Generic[Req, Res]):
     def key(self, request: Req) -> str | None:
         """The key that keeps related records in order (the Kafka record key), if any."""
         return None
+
+    def evidence(self, request: Req, result: Res) -> dict[str, Any]:
+        """What an answer was made from, as far as it does not say so itself: JSON-ready.
+
+        An audited door asks for it after :meth:`infer`, and keeps it beside the answer: features,
+        thresholds, versions. What would identify a person or a card does not belong here.
+        """
+        return {}
 
     # -- folder doors: batch and upload ------------------------------------------------------
     def discover(self, folder: Path) -> Iterator[Item]:

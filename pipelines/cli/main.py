@@ -21,6 +21,7 @@ from plinth.pipelines.cli.doctor import EPILOG as DOCTOR_EPILOG
 from plinth.pipelines.cli.doctor import doctor
 from plinth.pipelines.cli.init import EPILOG as INIT_EPILOG
 from plinth.pipelines.cli.init import init
+from plinth.pipelines.cli.kafka.audit import audit
 from plinth.pipelines.cli.models import models
 from plinth.pipelines.cli.new_vertical import EPILOG as NEW_VERTICAL_EPILOG
 from plinth.pipelines.cli.new_vertical import new_vertical
@@ -58,6 +59,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(models, name="models")
+app.add_typer(audit, name="audit")
 app.command(epilog=BENCHMARK_EPILOG)(benchmark)
 app.command(epilog=OPTIMIZE_EPILOG)(optimize)
 app.command(epilog=BACKENDS_EPILOG)(backends)
@@ -282,7 +284,7 @@ def check_mapping(
     as_json: JsonOption = False,
 ) -> None:
     """What a declared mapping makes of your messages: each field, and what is wrong."""
-    from plinth.pipelines.cli.check_mapping import Options, run_check_mapping
+    from plinth.pipelines.cli.kafka.check_mapping import Options, run_check_mapping
 
     options = Options(samples or [], mapping, out, count, as_json)
     raise typer.Exit(run_check_mapping(_load(config_file), name, options))

@@ -6,7 +6,7 @@ poll -> :class:`Chunk` -> parse, infer, encode -> :class:`Outputs` -> commit -> 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from plinth.engine import InputError, PlinthError
@@ -37,8 +37,8 @@ class Layout(NamedTuple):
 
     @classmethod
     def read(cls, note: str) -> Layout:
-        """From :meth:`note`; unknown where it is somebody else's."""
-        word, *numbers = note.split(" ")
+        """From :meth:`note`, whatever follows it; unknown where it is somebody else's."""
+        word, *numbers = note.split(" ")[:3]
         if word != "plinth" or len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
             return cls()
         return cls(int(numbers[0]), int(numbers[1]))
@@ -93,6 +93,7 @@ class Message:
         value: the encoded answer; empty for a dead letter.
         error: why the record has no answer; ``None`` for an answer.
         headers: headers of the answer.
+        evidence: what the answer was made from, where the stream is audited.
     """
 
     record: Record
@@ -100,6 +101,7 @@ class Message:
     value: bytes = b""
     error: InputError | None = None
     headers: tuple[tuple[str, bytes], ...] = ()
+    evidence: Mapping[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -132,11 +134,15 @@ class Outputs:
         messages: one for each of them.
         position: which records were in the state, for whoever wants to make a decision again;
             empty without state.
+        audit: audit records with the partitions of their input, in order.
+        notes: to be kept beside the offset of each partition.
     """
 
     chunk: Chunk
     messages: list[Message]
     position: str = ""
+    audit: list[tuple[Partition, bytes]] = field(default_factory=list)
+    notes: Mapping[Partition, str] = field(default_factory=dict)
 
     def only(self, partitions: Mapping[Partition, Any], owner: Any) -> Outputs:
         """The part that belongs to ``partitions``, claimed by ``owner``."""
@@ -152,6 +158,8 @@ class Outputs:
             ),
             [m for m in self.messages if (m.record.topic, m.record.partition) in kept],
             self.position,
+            [(place, raw) for place, raw in self.audit if place in kept],
+            {place: note for place, note in self.notes.items() if place in kept},
         )
 
 

@@ -167,10 +167,15 @@ class AbandonableThread:
             pending.run()
 
 
-def as_offsets(ends: Mapping[Partition, int], layout: Layout) -> dict[Any, Any]:
-    """Positions by :class:`Partition` in kafka-python's words, each with the topic's layout."""
+def as_offsets(
+    ends: Mapping[Partition, int], layout: Layout, notes: Mapping[Partition, str]
+) -> dict[Any, Any]:
+    """Positions by :class:`Partition` in kafka-python's words, with the layout and their notes."""
     note = layout.note()
-    return {TopicPartition(*p): OffsetAndMetadata(at, note, -1) for p, at in ends.items()}
+    return {
+        TopicPartition(*p): OffsetAndMetadata(at, f"{note} {notes[p]}" if p in notes else note, -1)
+        for p, at in ends.items()
+    }
 
 
 # -- topics --------------------------------------------------------------------------------
@@ -234,7 +239,7 @@ def quiet_client() -> Iterator[Heard]:
 
 
 def _topics(admin: Any, config: StreamConfig) -> dict[str, int]:
-    wanted = _topics_of(config)
+    wanted = config.topics
     found = _counts(admin, wanted)
     missing = [name for name in wanted if name not in found]
     if missing and not config.create_topics:
@@ -255,10 +260,6 @@ def _topics(admin: Any, config: StreamConfig) -> dict[str, int]:
     return _counts(admin, wanted) if missing else found
 
 
-def _topics_of(config: StreamConfig) -> tuple[str, str, str]:
-    return config.input_topic, config.output_topic, config.dead_letters
-
-
 def _counts(admin: Any, names: tuple[str, ...]) -> dict[str, int]:
     return {
         topic["name"]: len(topic["partitions"])
@@ -273,7 +274,7 @@ def missing_topics(config: StreamConfig) -> set[str] | None:
         with quiet_client():
             admin = connect(KafkaAdminClient, **config.client())
             try:
-                found = admin.describe_topics(list(_topics_of(config)))
+                found = admin.describe_topics(list(config.topics))
             finally:
                 admin.close()
     except (KafkaError, OSError, ValueError) as error:

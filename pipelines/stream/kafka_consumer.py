@@ -110,6 +110,7 @@ class GroupConsumer:
         self._read_to: dict[Any, int] = {}
         self._width = self.width
         self._layout = Layout()
+        self.notes: dict[Partition, str] = {}
         self._asked: Any = None
 
     # -- reading ---------------------------------------------------------------------------
@@ -279,6 +280,7 @@ class GroupConsumer:
             ) from None
         for told in found.values():
             self.learn(Layout.read(told.metadata))
+        self.notes = {Partition(*place): told.metadata for place, told in found.items()}
         self._see_moved_keys(len(places))
         return {place: told.offset for place, told in found.items()}
 
@@ -339,7 +341,7 @@ class GroupConsumer:
         Raises:
             KafkaError: they were not committed.
         """
-        self.consumer.commit(as_offsets(ends, self.layout), timeout_ms=self._timeout_ms)
+        self.consumer.commit(as_offsets(ends, self.layout, {}), timeout_ms=self._timeout_ms)
 
     @property
     def joined(self) -> bool:

@@ -16,7 +16,14 @@ from typing import Any
 from kafka.errors import KafkaError
 
 from plinth import __version__
-from plinth.pipelines.stream.chunks import Committed, Message, Outputs, Rewind
+from plinth.pipelines.stream.chunks import (
+    Committed,
+    Message,
+    Outputs,
+    Partition,
+    Rewind,
+    StreamError,
+)
 from plinth.pipelines.stream.dead_letters import headers, payload
 from plinth.pipelines.stream.kafka_clients import (
     AbandonableThread,
@@ -210,7 +217,21 @@ class KafkaSink(ABC):
                 key = message.key
                 place = record.partition if alike and key == record.key else None
                 futures.append(send(topic, message.value, key, head, place))
+        if outputs.audit:
+            futures += self._send_audit(producer, outputs.audit)
         return futures
+
+    def _send_audit(self, producer: Any, audit: list[tuple[Partition, bytes]]) -> list[Any]:
+        topic = self.config.audit_topic
+        width = len(producer.partitions_for(topic))
+        if (most := max(place.partition for place, _ in audit)) >= width:
+            raise StreamError(
+                f"the audit topic {topic} has {width} partitions, and the input has a partition "
+                f"{most}",
+                hint="give the audit topic at least as many partitions as the input, and start "
+                "again: nothing of the chunk was committed",
+            )
+        return [producer.send(topic, raw, partition=place.partition) for place, raw in audit]
 
     def _all_written(self, futures: list[Any]) -> None:
         """Wait for what was sent, and see that all of it was.
@@ -276,7 +297,7 @@ class ExactlyOnceSink(KafkaSink):
         producer.begin_transaction()
         futures = self._send_all(producer, outputs)
         chunk = outputs.chunk
-        offsets = as_offsets(chunk.ends, chunk.layout)
+        offsets = as_offsets(chunk.ends, chunk.layout, outputs.notes)
         producer.send_offsets_to_transaction(offsets, chunk.owner)
         self._all_written(futures)
         producer.commit_transaction()

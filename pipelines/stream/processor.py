@@ -259,7 +259,12 @@ class Processor:
             return Message(record, error=_failure("encode", error))
         if len(value) > self.max_record_bytes:
             return Message(record, error=_unfit(value, self.max_record_bytes, "the answer"))
-        return Message(record, record.key if key is None else key.encode(), value)
+        return Message(
+            record,
+            record.key if key is None else key.encode(),
+            value,
+            evidence=self.vertical.evidence(request, result) if self.vertical.audited else None,
+        )
 
 
 def _result(future: Future[Any]) -> Steps:

@@ -301,7 +301,7 @@ def _answers(config: StreamConfig, wanted: Callable[[bytes | None], bool]) -> It
     """Committed answers that are wanted and say their position."""
     for topic in (config.output_topic, config.dead_letters):
         dead = topic == config.dead_letters
-        for record in _committed(config, topic):
+        for record in committed_records(config, topic):
             value = None if dead else record.value
             told = dict(record.headers).get(POSITION)
             if told is None or not wanted(value):
@@ -323,24 +323,30 @@ def newest(config: StreamConfig, count: int) -> Iterator[Record]:
     Raises:
         ConfigError: no broker, or no such topic.
     """
+    yield from _read_topic(config, config.input_topic, count)
+
+
+def committed_records(config: StreamConfig, topic: str) -> Iterator[Any]:
+    """All committed records that a topic holds, partition by partition in order.
+
+    Raises:
+        ConfigError: no broker, or no such topic.
+    """
+    yield from _read_topic(config, topic)
+
+
+def _read_topic(config: StreamConfig, topic: str, count: int | None = None) -> Iterator[Any]:
     with quiet_client() as heard:
         try:
             consumer = _reader(config)
         except (KafkaError, OSError, ValueError) as error:
             raise unreachable(config, error, heard) from None
     with contextlib.closing(consumer):
-        topic = config.input_topic
         places = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic) or ()]
         if not places:
             raise ConfigError(f"there is no topic {topic} on {config.bootstrap_servers}")
-        yield from _to_the_end(consumer, config, places, -(-count // len(places)))
-
-
-def _committed(config: StreamConfig, topic: str) -> Iterator[Any]:
-    consumer = _reader(config)
-    with contextlib.closing(consumer):
-        places = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic)]
-        yield from _to_the_end(consumer, config, places)
+        most = None if count is None else -(-count // len(places))
+        yield from _to_the_end(consumer, config, places, most)
 
 
 def _reader(config: StreamConfig) -> Any:

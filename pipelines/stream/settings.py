@@ -30,6 +30,13 @@ class StreamConfig(BaseModel):
         default=None,
         description="topic of records without an answer; none: <input_topic>.dead-letter",
     )
+    audit_topic: Topic | None = Field(
+        default=None, description="topic of a chained record of every decision; none: not kept"
+    )
+    audit_key_env: str | None = Field(
+        default=None,
+        description="environment variable with a key, without which the chain cannot be written",
+    )
     group: str = Field(
         default="plinth",
         min_length=1,
@@ -159,9 +166,12 @@ class StreamConfig(BaseModel):
             raise ValueError("transaction_timeout_ms must not be below commit_timeout_ms")
         if self.standby and self.state_dir is None:
             raise ValueError("standby needs the state_dir of the worker it stands by for")
-        topics = (self.input_topic, self.output_topic, self.dead_letters)
-        if len(set(topics)) < len(topics):
-            raise ValueError("input_topic, output_topic and dead_letter_topic must differ")
+        if len(set(self.topics)) < len(self.topics):
+            raise ValueError(
+                "input_topic, output_topic, dead_letter_topic and audit_topic must differ"
+            )
+        if self.audit_topic is not None and self.guarantee != "exactly_once":
+            raise ValueError("audit_topic needs guarantee = 'exactly_once'")
         if self.security_protocol.startswith("SASL") and not (
             self.sasl_mechanism and self.sasl_username
         ):
@@ -172,6 +182,12 @@ class StreamConfig(BaseModel):
     def dead_letters(self) -> str:
         """The dead-letter topic in force."""
         return self.dead_letter_topic or f"{self.input_topic}.dead-letter"
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """Every topic of the stream, the input first."""
+        audit = () if self.audit_topic is None else (self.audit_topic,)
+        return self.input_topic, self.output_topic, self.dead_letters, *audit
 
     def client(self) -> dict[str, Any]:
         """Connection options of every Kafka client, secrets read from the environment.

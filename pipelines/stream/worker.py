@@ -20,6 +20,7 @@ from kafka.errors import KafkaError
 from plinth.engine import Engine, Sla
 from plinth.pipelines.formats.mapping import load_mapping
 from plinth.pipelines.snapshots import claim
+from plinth.pipelines.stream.audit import AuditTrail, key_of
 from plinth.pipelines.stream.checkpoint import Checkpoint
 from plinth.pipelines.stream.chunks import (
     Chunk,
@@ -180,6 +181,10 @@ def run(
             mapping,
         )
 
+    trail = None
+    if config.audit_topic is not None:
+        vertical.audited = True
+        trail = AuditTrail(vertical.name, key_of(config.audit_key_env))
     mapping = load_mapping(config.mapping, vertical) if config.mapping else None
 
     standby, ready = None, None
@@ -198,7 +203,9 @@ def run(
             identity = config.instance_id or name or uuid.uuid4().hex
             checkpoint, processor = ready or state()
             consumer, sink = join(config, identity, vertical.name)
-            worker = Worker(config, consumer, sink, processor, checkpoint, stop, on_progress)
+            worker = Worker(
+                config, consumer, sink, processor, checkpoint, stop, on_progress, trail=trail
+            )
             return worker.run_supervised()
     except NotNeeded:
         return StreamSummary()
@@ -224,6 +231,7 @@ class Worker:
         checkpoint: the vertical's state and its offsets.
         stop: ends the loop.
         on_progress: told about once a second.
+        trail: makes audit records; ``None``: none are kept.
 
     Attributes:
         step: what the loop does now, and since when (``monotonic``).
@@ -238,8 +246,11 @@ class Worker:
         checkpoint: Checkpoint,
         stop: threading.Event,
         on_progress: Callable[[StreamProgress], None] | None = None,
+        *,
+        trail: AuditTrail | None = None,
     ) -> None:
         self.config = config
+        self.trail = trail
         self.processor = processor
         self.checkpoint = checkpoint
         self.stop = stop
@@ -356,6 +367,8 @@ class Worker:
             self._wait_for_engine(seconds)
         if self.config.positions:
             outputs.position = self.checkpoint.position(chunk, self.consumer.partitions)
+        if self.trail is not None:
+            self.trail.add(outputs)
         self.checkpoint.advance(chunk.ends)
         dead = sum(message.error is not None for message in outputs.messages)
         self.dead_share.take(len(outputs.messages), dead)
@@ -521,6 +534,7 @@ class Worker:
             self.consumer.keep_alive()
             return  # not in the group now: the next assignment comes back here
         owner, committed, first = found
+        notes = self.consumer.notes
         while self._unsettled:
             outputs = self._unsettled.popleft()
             ends, starts = outputs.chunk.ends, outputs.chunk.starts
@@ -535,10 +549,13 @@ class Worker:
                 self.sink.start(part)
                 self._settle()
                 committed |= part.chunk.ends
+                notes |= part.notes
         self._at("restore")
         layout = self.consumer.layout
         self.checkpoint.layout = layout
         log.info("in the group, with %d partitions", len(committed))
+        if self.trail is not None:
+            self.trail.resume(notes)
         self.consumer.begin(self.checkpoint.plan(committed, first), owner)
         mine, width = len(committed), max(self.consumer.width, len(committed))
         self.processor.see_partitions(mine, width, layout.grown)

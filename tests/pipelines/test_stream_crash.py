@@ -20,6 +20,7 @@ from kafka_fixtures import KafkaNode, eventually
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
 from plinth.engine.metrics import REGISTRY
+from plinth.pipelines.stream.audit import check_trail
 from plinth.pipelines.stream.worker import (
     StreamConfig,
     StreamError,
@@ -126,8 +127,9 @@ def test_exactly_once_however_often_and_whenever_the_worker_is_killed(
     kafka_node: KafkaNode, worker: Callable[[StreamConfig], Worker], tmp_path: Path
 ) -> None:
     config = kafka_node.config(
-        instance_id="w1", state_dir=tmp_path, snapshot_interval_s=0.2, max_records=64
-    )
+        instance_id="w1", state_dir=tmp_path, snapshot_interval_s=0.2, max_records=64,
+        audit_topic="audit-of-kills",
+    )  # fmt: skip
     kafka_node.fill(config, spends(8_000))
     for _ in range(3):
         one = worker(config)
@@ -135,6 +137,9 @@ def test_exactly_once_however_often_and_whenever_the_worker_is_killed(
         one.kill_within(0.3)
     last = worker(config).summary()
     expect_each_once(kafka_node.answers(config), 8_000)
+    trail = enumerate(record.value for record in kafka_node.read("audit-of-kills"))
+    checked = check_trail(((str(place), raw) for place, raw in trail), None)
+    assert (checked.records, checked.faults) == (8_000, [])
     assert 0 < last["records"] < 8_000
     assert last["replayed"] < 4_000  # the snapshot spared the rest
 

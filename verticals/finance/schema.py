@@ -9,7 +9,15 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypeIs
 
@@ -237,6 +245,7 @@ class Decision(BaseModel):
     duplicate: bool = False
     conflict: bool = False
     extra: dict[str, Any] | None = None
+    _row: Any = PrivateAttr(default=None)
 
 
 def read(

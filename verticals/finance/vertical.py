@@ -31,6 +31,7 @@ from plinth.engine import (
 from plinth.verticals.contract import Settings, Vertical
 from plinth.verticals.finance.features import persistence
 from plinth.verticals.finance.features.online import (
+    FEATURES,
     MODEL_FEATURES,
     RISK_REACH,
     Batch,
@@ -74,6 +75,11 @@ STORE = Path(__file__).parent / "store"
 LATE, PARTIAL, DUPLICATE, CONFLICT = (
     flag.value for flag in (Flag.LATE, Flag.PARTIAL, Flag.DUPLICATE, Flag.CONFLICT)
 )
+_TOLD = (
+    *("kind", "event_time", "amount", "currency", "customer_id", "terminal_id", "device_id"),
+    *("fraud", "label_time"),
+)
+"""What of a record an audit keeps."""
 Probability = Annotated[float, Field(ge=0, le=1)]
 Entities = Annotated[int, Field(ge=8, le=100_000_000)]
 
@@ -152,6 +158,7 @@ class Variant(NamedTuple):
     version: str
     review: float
     decline: float
+    digest: str
 
     def stricter(self, action: Action, score: float) -> Action:
         """What the rules ask for, or the score, whichever is stricter."""
@@ -243,7 +250,7 @@ class FraudScoring(Vertical[Record, Decision]):
                 f"for {spec.name}",
                 hint="set both",
             )
-        return Variant(spec.name, spec.version, review, decline)
+        return Variant(spec.name, spec.version, review, decline, model.digest())
 
     def tally(self) -> FraudTally:
         return FraudTally(self._given.rates)
@@ -325,6 +332,18 @@ class FraudScoring(Vertical[Record, Decision]):
             fields = fields.copy()
             del fields["extra"]
         return orjson.dumps(fields, default=vars)
+
+    def evidence(self, request: Record, result: Decision) -> dict[str, Any]:
+        """What was judged, its features, and the thresholds and model that judged; no card."""
+        told = vars(request)
+        record = {name: told[name] for name in _TOLD if told.get(name) is not None}
+        found: dict[str, Any] = {"record": record}
+        if result._row is not None:
+            row, by = result._row
+            found["features"] = dict(zip(FEATURES, row.tolist(), strict=True))
+            found["thresholds"] = {"review": by.review, "decline": by.decline}
+            found["model_digest"] = by.digest
+        return found
 
     def key(self, request: Record) -> str | None:
         return request.card
@@ -438,18 +457,19 @@ class FraudScoring(Vertical[Record, Decision]):
                 if flag or apart or extra
                 else {}
             )
-            decisions.append(
-                Decision(
-                    transaction_id=request.transaction_id,
-                    score=score,
-                    decision=by.stricter(verdict.action, score),
-                    reason_codes=[*verdict.reasons, *reasons.get(place, [])][:MAX_REASONS],
-                    model=by.model,
-                    model_version=by.version,
-                    rules_version=self.rules.version,
-                    **special,
-                )
+            decision = Decision(
+                transaction_id=request.transaction_id,
+                score=score,
+                decision=by.stricter(verdict.action, score),
+                reason_codes=[*verdict.reasons, *reasons.get(place, [])][:MAX_REASONS],
+                model=by.model,
+                model_version=by.version,
+                rules_version=self.rules.version,
+                **special,
             )
+            if self.audited:
+                decision._row = batch.rows[place], by
+            decisions.append(decision)
         if partial := sum(decision.features_partial for decision in decisions):
             PARTIAL_DECISIONS.inc(partial)
         return decisions

@@ -1,0 +1,1 @@
+"""Commands about the messages of a Kafka: their mapping, their audit records."""

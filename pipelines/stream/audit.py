@@ -1,0 +1,258 @@
+"""A record of every decision, each chained to the one before it by its hash.
+
+One chain for each partition of the input. Records are written in the transaction of their answers;
+the end of a chain stands beside the group's offset in the same transaction, so chain, answers and
+offsets cannot come apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import orjson
+
+from plinth import __version__
+from plinth.engine import ConfigError
+from plinth.pipelines.stream.chunks import Message, Outputs, Partition
+from plinth.verticals.card_numbers import is_card_number
+
+VERSION = 1
+ZERO = "0" * 64
+MIN_KEY = 16
+_TAIL = re.compile(rb',"hash":"([0-9a-f]{64})"}')
+_TAIL_BYTES = len(',"hash":""}') + 64
+_LONG = re.compile(rb"(?<![0-9.])(?:[0-9][ -]?){12,18}[0-9](?![0-9.])")
+DIGEST = 32
+"""So many digits in hexadecimal are no card number."""
+_HEX = re.compile(rb"[0-9a-f]*")
+_ESCAPED = re.compile(rb"\\.")
+
+
+class Link(NamedTuple):
+    """The end of a chain: number of its last record, and that record's hash."""
+
+    number: int = -1
+    digest: str = ZERO
+
+    def note(self) -> str:
+        """As it is kept beside an offset of the group."""
+        return f"{self.number}:{self.digest}"
+
+    @classmethod
+    def read(cls, note: str) -> Link:
+        """From the note beside an offset; the beginning where there is none."""
+        number, _, digest = note.rpartition(" ")[2].partition(":")
+        return cls(int(number), digest) if number.isdecimal() and len(digest) == 64 else cls()
+
+
+def key_of(variable: str | None) -> bytes | None:
+    """The key of the chain, from the environment; ``None``: it has none.
+
+    Raises:
+        ConfigError: the variable holds no key.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "")
+    if len(key) < MIN_KEY:
+        raise ConfigError(
+            f"the environment variable {variable} holds no key of {MIN_KEY} characters or more",
+            hint="stream.audit_key_env names the variable that does",
+        )
+    return key.encode()
+
+
+def digest_of(body: bytes, key: bytes | None) -> str:
+    """SHA-256 of a record without its hash; with a key, HMAC-SHA-256."""
+    if key is None:
+        return hashlib.sha256(body).hexdigest()
+    return hmac.digest(key, body, "sha256").hex()
+
+
+class AuditTrail:
+    """Makes the audit records of a worker's outputs.
+
+    Args:
+        vertical: its name.
+        key: makes the hashes such that nobody without it can write the chain anew.
+    """
+
+    def __init__(self, vertical: str, key: bytes | None) -> None:
+        self._vertical = vertical
+        self._key = key
+        self._ends: dict[Partition, Link] = {}
+
+    def resume(self, notes: Mapping[Partition, str]) -> None:
+        """Go on behind what is committed, as the notes beside the group's offsets say."""
+        self._ends = {place: Link.read(note) for place, note in notes.items()}
+
+    def add(self, outputs: Outputs) -> None:
+        """Make the records of a chunk, and note where each chain ends behind it."""
+        now = round(time.time() * 1e3)
+        for message in sorted(outputs.messages, key=_place):
+            record = message.record
+            place = Partition(record.topic, record.partition)
+            end = self._ends.get(place, Link())
+            told = _cleaned(orjson.dumps(_content(message)))
+            body = orjson.dumps(self._head(message, end, now))[:-1] + b"," + told[1:]
+            digest = digest_of(body, self._key)
+            self._ends[place] = Link(end.number + 1, digest)
+            outputs.audit.append((place, body[:-1] + b',"hash":"' + digest.encode() + b'"}'))
+        outputs.notes = {
+            place: self._ends[place].note() for place in outputs.chunk.ends if place in self._ends
+        }
+
+    def _head(self, message: Message, end: Link, now: int) -> dict[str, Any]:
+        record = message.record
+        return {
+            "version": VERSION,
+            "chain": f"{record.topic}[{record.partition}]",
+            "number": end.number + 1,
+            "previous": end.digest,
+            "offset": record.offset,
+            "received": record.timestamp,
+            "decided": now,
+            "software": f"{self._vertical} {__version__}",
+        }
+
+
+def _content(message: Message) -> dict[str, Any]:
+    error = message.error
+    if error is not None:
+        return {"refused": {"reason": error.reason, "field": error.field}}
+    return {"answer": orjson.Fragment(message.value), "evidence": message.evidence}
+
+
+def _place(message: Message) -> tuple[int, int]:
+    return message.record.partition, message.record.offset
+
+
+def _cleaned(body: bytes) -> bytes:
+    """The record without anything in its texts that looks like a card number."""
+
+    def stars(found: re.Match[bytes]) -> bytes:
+        number = found[0].replace(b" ", b"").replace(b"-", b"").decode()
+        if not is_card_number(number) or _in_digest(body, found.start(), found.end()):
+            return found[0]
+        in_text = _ESCAPED.sub(b"", body[: found.start()]).count(b'"') % 2
+        return b"*" * len(found[0]) if in_text else found[0]
+
+    return _LONG.sub(stars, body)
+
+
+def _in_digest(body: bytes, first: int, end: int) -> bool:
+    """Whether digits are part of a digest in hexadecimal."""
+    before = _HEX.match(body[:first][::-1])
+    behind = _HEX.match(body, end)
+    around = (before.end() if before else 0) + (behind.end() - end if behind else 0)
+    return end - first + around >= DIGEST
+
+
+@dataclass(slots=True)
+class Checked:
+    """What reading a trail came to.
+
+    Args:
+        records: read.
+        ends: of each chain.
+        begins: number of each chain's first record; not 0 where older ones are not there.
+        faults: what is wrong, at most 20.
+        wrong: how many faults there are.
+    """
+
+    records: int = 0
+    ends: dict[str, Link] = field(default_factory=dict)
+    begins: dict[str, int] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    wrong: int = 0
+
+    def fault(self, text: str) -> None:
+        """Note a fault."""
+        self.wrong += 1
+        if len(self.faults) < 20:
+            self.faults.append(text)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "records": self.records,
+            "wrong": self.wrong,
+            "faults": self.faults,
+            "chains": {
+                name: {"begins": self.begins[name], "ends": end.number, "hash": end.digest}
+                for name, end in self.ends.items()
+            },
+        }
+
+
+def check_trail(
+    records: Iterable[tuple[str, bytes]],
+    key: bytes | None,
+    known: Mapping[str, Link] | None = None,
+) -> Checked:
+    """See that no record was removed, changed or moved.
+
+    Args:
+        records: each with its place, such as a line.
+        key: of the chain.
+        known: ends of chains noted before; each must still be there as it was.
+    """
+    found = Checked()
+    left = dict(known or {})
+    for where, raw in records:
+        found.records += 1
+        read = _read(raw)
+        if read is None:
+            found.fault(f"{where}: is no audit record")
+            continue
+        chain, link, previous = read
+        if digest_of(raw[:-_TAIL_BYTES] + b"}", key) != link.digest:
+            found.fault(f"{where}: record {link.number} of {chain} was changed")
+        end = found.ends.get(chain)
+        if end is None:
+            found.begins[chain] = link.number
+        if why := _break(end, link, previous):
+            found.fault(f"{where}: record {link.number} of {chain} {why}")
+        found.ends[chain] = link
+        noted = left.get(chain)
+        if noted is not None and noted.number == link.number:
+            del left[chain]
+            if noted.digest != link.digest:
+                found.fault(f"{where}: record {link.number} of {chain} is not the one noted before")
+    for chain, link in left.items():
+        found.fault(f"record {link.number} of {chain}, noted before, is not there")
+    return found
+
+
+def _break(end: Link | None, link: Link, previous: str) -> str | None:
+    """What is wrong with a record behind the end of its chain."""
+    if end is None:
+        return "claims one before it" if link.number == 0 and previous != ZERO else None
+    if link.number > end.number + 1:
+        return f"follows {end.number}: records were removed"
+    if link.number <= end.number:
+        return f"follows {end.number}: it was moved or repeated, or the chain begun again"
+    return None if previous == end.digest else "does not follow the one before"
+
+
+def _read(raw: bytes) -> tuple[str, Link, str] | None:
+    """Chain, number and hash of a record, and the hash of the one before."""
+    tail = _TAIL.fullmatch(raw[-_TAIL_BYTES:])
+    if tail is None:
+        return None
+    try:
+        told = json.loads(raw)
+        chain, number, previous = told["chain"], told["number"], told["previous"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not isinstance(chain, str) or type(number) is not int or not isinstance(previous, str):
+        return None
+    return chain, Link(number, tail[1].decode()), previous

@@ -1,0 +1,249 @@
+"""Every decision has an audit record, and none can be removed, changed or moved unseen."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kafka_fixtures import KafkaNode
+from tally import started_engine
+
+from plinth.engine import ConfigError, InputError
+from plinth.pipelines.cli.main import main
+from plinth.pipelines.stream.audit import AuditTrail, Checked, check_trail
+from plinth.pipelines.stream.chunks import Chunk, Layout, Message, Outputs, Partition
+from plinth.pipelines.stream.rebuild import committed_records
+from plinth.pipelines.stream.worker import StreamConfig, StreamError, run
+from plinth.verticals.finance import FraudScoring, FraudSettings
+
+KEY = b"a key of sixteen bytes or more"
+CARD = "4111111111111111"
+
+
+def outputs(first: int, count: int, partition: int = 0, **answer: Any) -> Outputs:
+    """A chunk of answers, the last a refusal."""
+    records: list[Any] = [
+        SimpleNamespace(topic="t", partition=partition, offset=n, timestamp=1_756_728_000_000)
+        for n in range(first, first + count)
+    ]
+    value = json.dumps({"decision": "approve"} | answer).encode()
+    messages = [Message(record, b"k", value, evidence={"x": 1.5}) for record in records]
+    messages[-1] = Message(records[-1], error=InputError("no", field="f", reason="missing"))
+    place = Partition("t", partition)
+    return Outputs(Chunk(records, {place: first}, {place: first + count}), messages)
+
+
+def trail(chunks: int = 3, key: bytes | None = None) -> list[bytes]:
+    maker, made = AuditTrail("tests", key), []
+    for number in range(chunks):
+        chunk = outputs(number * 4, 4)
+        maker.add(chunk)
+        made += [raw for _, raw in chunk.audit]
+    return made
+
+
+def checked(records: list[bytes], key: bytes | None = None, known: Any = None) -> Checked:
+    return check_trail(((str(n), raw) for n, raw in enumerate(records)), key, known)
+
+
+def made_by(maker: AuditTrail) -> list[bytes]:
+    chunk = outputs(0, 4)
+    maker.add(chunk)
+    return [raw for _, raw in chunk.audit]
+
+
+TRAIL = trail(6)
+
+
+def test_a_whole_trail_is_right_and_says_what_was_decided() -> None:
+    found = checked(TRAIL)
+    assert (found.records, found.wrong) == (24, 0)
+    assert found.begins == {"t[0]": 0}
+    first, last = json.loads(TRAIL[0]), json.loads(TRAIL[-1])
+    assert (first["chain"], first["number"], first["offset"]) == ("t[0]", 0, 0)
+    assert (first["answer"], first["evidence"]) == ({"decision": "approve"}, {"x": 1.5})
+    assert last["refused"] == {"reason": "missing", "field": "f"}
+
+
+@given(st.integers(0, 23), st.integers(0, 23), st.data())
+def test_whatever_is_removed_changed_moved_or_repeated_is_found(
+    one: int, other: int, data: st.DataObject
+) -> None:
+    known = {"t[0]": checked(TRAIL).ends["t[0]"]}
+    assert checked(TRAIL[:one] + TRAIL[one + 1 :], known=known).wrong or one == 0
+    assert checked(TRAIL[: one + 1] + TRAIL[one:]).wrong
+    swapped = list(TRAIL)
+    swapped[one], swapped[other] = swapped[other], swapped[one]
+    assert bool(checked(swapped).wrong) == (one != other)
+    at = data.draw(st.integers(0, len(TRAIL[one]) - 1))
+    other_byte = data.draw(st.integers(0, 255).filter(lambda b: b != TRAIL[one][at]))
+    changed = TRAIL[one][:at] + bytes([other_byte]) + TRAIL[one][at + 1 :]
+    assert checked([*TRAIL[:one], changed, *TRAIL[one + 1 :]]).wrong
+
+
+def test_a_beginning_that_is_missing_is_told_and_an_end_only_by_what_was_noted() -> None:
+    assert checked(TRAIL[4:]).begins == {"t[0]": 4}
+    known = checked(TRAIL).ends
+    assert not checked(TRAIL[:-1]).wrong
+    assert "is not there" in checked(TRAIL[:-1], known=known).faults[0]
+    grown = AuditTrail("tests", None)
+    whole = [raw for _ in range(6) for raw in made_by(grown)]
+    ends = checked(whole).ends
+    assert not checked(whole + made_by(grown), known=ends).wrong
+    assert "is not the one noted before" in checked(trail(7), known=ends).faults[0]
+
+
+def test_without_the_key_nobody_writes_a_chain_anew() -> None:
+    keyed = trail(key=KEY)
+    assert not checked(keyed, KEY).wrong
+    assert checked(trail(), KEY).wrong == 12
+    assert checked(keyed).wrong == 12
+
+
+def test_a_trail_goes_on_behind_what_was_committed() -> None:
+    first, second = AuditTrail("tests", None), AuditTrail("tests", None)
+    one, lost, again = outputs(0, 4), outputs(4, 4), outputs(4, 4)
+    first.add(one)
+    first.add(lost)  # its transaction was given up
+    note = f"{Layout(4, 0).note()} {one.notes[Partition('t', 0)]}"
+    second.resume({Partition("t", 0): note, Partition("t", 1): Layout(4, 0).note()})
+    second.add(again)
+    assert not checked([raw for part in (one, again) for _, raw in part.audit]).wrong
+    assert Layout.read(note) == Layout(4, 0)
+
+
+@pytest.mark.parametrize(
+    "text", [CARD, f"order {CARD}", "4111-1111-1111-1111", f"m1:{CARD}", f'say "{CARD}", he said']
+)
+def test_what_looks_like_a_card_number_is_not_kept(text: str) -> None:
+    maker, chunk = AuditTrail("tests", None), outputs(0, 2, note=text)
+    maker.add(chunk)
+    raw = chunk.audit[0][1].decode()
+    assert "1111" not in raw
+    assert "****" in json.loads(raw)["answer"]["note"]
+
+
+def test_numbers_times_and_ids_that_are_no_card_numbers_stay() -> None:
+    told = {"at": 4111111111111111, "score": 0.4111111111111111, "id": "4111111111111112"}
+    maker, chunk = AuditTrail("tests", None), outputs(0, 2, **told)
+    maker.add(chunk)
+    assert json.loads(chunk.audit[0][1])["answer"] == {"decision": "approve"} | told
+
+
+@given(st.text("0123456789abcdef", min_size=48, max_size=48))
+def test_digests_stay_as_they_are(middle: str) -> None:
+    digest = f"a{CARD}{middle[:47]}"
+    maker, chunk = AuditTrail("tests", None), outputs(0, 2, digest=digest)
+    maker.resume({Partition("t", 0): f"plinth 1 0 7:{digest}"})
+    maker.add(chunk)
+    told = json.loads(chunk.audit[0][1])
+    assert (told["answer"]["digest"], told["previous"]) == (digest, digest)
+
+
+def test_finance_says_features_thresholds_and_versions_but_no_card() -> None:
+    from plinth.verticals.testing.flows import run_with_models
+
+    vertical = FraudScoring(FraudSettings(rates={"EUR": 1.0}))
+    vertical.audited = True
+    request = vertical.example()
+    decision = run_with_models(vertical, [request])[0]
+    evidence = vertical.evidence(request, decision)
+    assert evidence["features"]["amount"] == 42.5
+    assert evidence["thresholds"].keys() == {"review", "decline"}
+    assert len(evidence["model_digest"]) >= 32
+    assert evidence["record"]["terminal_id"] == request.terminal_id
+    assert request.card not in json.dumps(evidence, default=str)
+
+
+# -- on a real Kafka -----------------------------------------------------------------------
+def payments(count: int) -> list[tuple[bytes, bytes]]:
+    base = json.loads(FraudScoring().example().model_dump_json())
+    made = []
+    for n in range(count):
+        record = base | {"transaction_id": f"x{n}", "card": f"tok_{n % 7}", "amount": 10.0 + n}
+        made.append((record["card"].encode(), json.dumps(record).encode()))
+    return made
+
+
+def stream(config: StreamConfig) -> None:
+    vertical = FraudScoring(FraudSettings(card_numbers_in_ids="allow"))
+    with started_engine(vertical) as engine:
+        run(vertical, engine, config, threading.Event())
+
+
+@pytest.mark.slow
+@pytest.mark.kafka
+def test_a_stream_keeps_one_trail_over_its_restarts(
+    kafka_node: KafkaNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("AUDIT_KEY", KEY.decode())
+    config = kafka_node.config(
+        partitions=2, max_events=150, audit_topic="audit-of-restarts", audit_key_env="AUDIT_KEY"
+    )
+    numbered = json.loads(payments(1)[0][1]) | {"transaction_id": CARD}
+    odd = [(b"k", b"{oops"), (b"k", json.dumps(numbered).encode())]
+    kafka_node.fill(config, payments(298) + odd)
+    for _ in range(2):
+        stream(config)
+    raws = [record.value for record in committed_records(config, "audit-of-restarts")]
+    found = check_trail(((str(n), raw) for n, raw in enumerate(raws)), KEY)
+    assert (found.records, found.wrong, len(found.ends)) == (300, 0, 2)
+    told = [json.loads(raw) for raw in raws]
+    answers = {a["transaction_id"]: a for a in kafka_node.answers(config)}
+    audited = {t["answer"]["transaction_id"]: t for t in told if "answer" in t}
+    hidden = audited.pop("*" * 16)
+    assert hidden["answer"]["score"] == answers.pop(CARD)["score"]
+    assert {name: one["answer"] for name, one in audited.items()} == answers
+    assert [t["refused"]["reason"] for t in told if "refused" in t] == ["malformed_json"]
+    assert CARD not in b"".join(raws).decode()
+    assert not any(b"tok_" in raw for raw in raws)
+
+    monkeypatch.chdir(tmp_path)
+    table = {"audit_key_env": "AUDIT_KEY", "audit_topic": "audit-of-restarts",
+             "bootstrap_servers": kafka_node.servers, "input_topic": config.input_topic,
+             "output_topic": config.output_topic}  # fmt: skip
+    lines = "\n".join(f'{name} = "{value}"' for name, value in table.items())
+    Path("plinth.toml").write_text(f"[stream]\n{lines}\n")
+
+    def audit(*words: str) -> int:
+        with pytest.raises(SystemExit) as end:
+            main(["audit", *words])
+        return int(end.value.code or 0)
+
+    assert audit("export", "audit.jsonl") == 0
+    assert audit("verify", "audit.jsonl", "--heads", "heads.json") == 0
+    assert audit("verify", "--heads", "heads.json") == 0
+    whole = Path("audit.jsonl").read_text().splitlines()
+    Path("audit.jsonl").write_text("\n".join(whole[:10] + whole[11:]))
+    assert audit("verify", "audit.jsonl", "--heads", "heads.json") == 1
+    assert "records were removed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.kafka
+def test_an_audit_topic_with_too_few_partitions_is_said(kafka_node: KafkaNode) -> None:
+    config = kafka_node.config(partitions=2, audit_topic="narrow", max_events=40)
+    kafka_node.create("narrow", 1)
+    kafka_node.fill(config, payments(40))
+    with pytest.raises(StreamError, match="narrow has 1 partitions"):
+        stream(config)
+    assert kafka_node.answers(config) == []
+
+
+def test_a_trail_needs_transactions_and_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    topics = {"input_topic": "a", "output_topic": "b", "audit_topic": "c"}
+    with pytest.raises(ValueError, match="exactly_once"):
+        StreamConfig(**topics, guarantee="at_least_once")
+    with pytest.raises(ValueError, match="must differ"):
+        StreamConfig(**topics | {"audit_topic": "b"})
+    monkeypatch.delenv("AUDIT_KEY", raising=False)
+    config = StreamConfig(**topics, audit_key_env="AUDIT_KEY")
+    with pytest.raises(ConfigError, match="AUDIT_KEY"):
+        stream(config)
