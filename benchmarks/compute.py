@@ -76,7 +76,7 @@ class Bert(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids and mask (n, length) to (n, width)."""
-        x = self.norm(self.words(ids) + self.places(torch.arange(ids.shape[1])))
+        x = self.norm(self.words(ids) + self.places(torch.arange(ids.shape[1], device=ids.device)))
         allowed = mask[:, None, None, :] > 0
         for layer in self.layers:
             x = layer(x, allowed)

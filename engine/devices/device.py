@@ -1,12 +1,13 @@
 """One thin layer over ``torch.accelerator``: which devices there are and what they can do.
 
-Nothing else in the engine names ``torch.cuda`` or another vendor's module. Only the CPU has
-run so far; the other rows of the table follow torch's documentation and are untested.
+Nothing else in the engine names ``torch.cuda`` or another vendor's module. The CPU and
+one NVIDIA H100 have run so far; the other kinds follow torch's documentation and are untested.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import platform
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Event, Stream, Tensor
 
 from plinth.engine.errors import ConfigError, DeviceError
+
+_log = logging.getLogger(__name__)
 
 _VENDORS = {"cpu": "", "cuda": "NVIDIA", "npu": "Huawei", "xpu": "Intel", "mps": "Apple"}
 """The kinds of device that torch serves here, and who makes them."""
@@ -79,6 +83,57 @@ class Device:
         """Wait until the device has done what it was given."""
         if self.kind != "cpu":
             torch.accelerator.synchronize(self.torch)
+
+    def failure(self) -> str | None:
+        """Why it does nothing any more in this process, or ``None``.
+
+        An index outside of a table, say, stops a GPU for the process that sent it, for good.
+        """
+        try:
+            self.synchronize()
+        except Exception as error:  # noqa: BLE001 - drivers raise errors of any kind
+            return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        return None
+
+    # -- what only accelerators have ---------------------------------------------------------
+    def stream(self) -> Stream:
+        """A queue of work on the device; those of different queues overlap."""
+        return torch.Stream(self.torch)
+
+    def event(self) -> Event:
+        """A mark in a stream that one can wait for, with the device's own time.
+
+        Who waits sleeps: a thread that spins would take the core that prepares the next batch.
+        """
+        return torch.Event(self.torch, enable_timing=True, blocking=True)
+
+    def pinned(self, size: int) -> Tensor:
+        """Bytes of the host that the device copies by itself; ordinary ones where it has none."""
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:  # NotImplementedError is one
+            _log.warning("%s: no pinned memory, copies will wait: %s", self, type(error).__name__)
+            return torch.empty(size, dtype=torch.uint8)
+
+    def give_back_memory(self) -> None:
+        """Let the allocator give what it keeps for later to whoever needs it now."""
+        if self.kind != "cpu":
+            torch.accelerator.empty_cache()
+
+    def graph(self) -> Any:
+        """An empty graph of torch's for this kind of device, or ``None`` where there is none."""
+        made = getattr(torch.get_device_module(self.kind), f"{self.kind.upper()}Graph", None)
+        return None if made is None else made()
+
+    def keep_float32(self) -> None:
+        """Let float32 be float32: by default torch multiplies in TF32 in convolutions and RNNs.
+
+        TF32 keeps 10 bits of the mantissa; outputs were off by 3e-4 in place of 1e-6. The setting
+        is torch's for the process: one who wants TF32 sets it after the engine is made.
+        """
+        if self.kind == "cuda":
+            # torch's newer setting, one for each operation, is one that its exporter refuses.
+            torch.backends.cudnn.allow_tf32 = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ HARDWARE = (
     Hardware("Intel XPU", "xpu"),
     Hardware("Apple MPS", "mps"),
 )
-"""Only the row of the CPU has run; the others follow the documentation of torch and vendors."""
+"""The CPU has run, and eager on CUDA; the rest follows the documentation of torch and vendors."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,12 @@
-"""A device of this process, and the one thread that touches it."""
+"""A device of this process, and the one thread that touches it.
+
+On an accelerator a second one waits for what the first has launched.
+"""
 
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import traceback
 from collections.abc import Callable
@@ -11,6 +15,9 @@ from plinth.engine.backends.base import check_cpu_threads, cpu_threads, thread_s
 from plinth.engine.devices.device import Device
 
 _log = logging.getLogger("plinth.engine")
+
+_COLLECT_SECONDS = 60.0
+"""For which the end of a lane waits for what its device still runs, at most."""
 
 
 class LocalLane:
@@ -36,6 +43,8 @@ class LocalLane:
         self._ended = ended
         self._threads = threads
         self._thread: threading.Thread | None = None
+        self._later: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._collector: threading.Thread | None = None
         self._joining = threading.Lock()
         self._thread_state: object = None
 
@@ -46,8 +55,9 @@ class LocalLane:
 
     @property
     def is_current(self) -> bool:
-        """Whether the caller is the lane's own thread."""
-        return self._thread is threading.current_thread()
+        """Whether the caller is a thread of the lane's own."""
+        current = threading.current_thread()
+        return current is self._thread or current is self._collector
 
     def runs_alike_here(self) -> bool:
         """Whether the calling thread would compute just what the lane's own does."""
@@ -62,6 +72,32 @@ class LocalLane:
         check_cpu_threads(self._threads)
         self._thread = threading.Thread(target=self._run, name="plinth-device", daemon=True)
         self._thread.start()
+
+    def later(self, rest: Callable[[], None]) -> None:
+        """Do the rest of a step on the lane's second thread, behind the rests before.
+
+        Args:
+            rest: raises nothing.
+        """
+        if self._collector is None:
+            self._collector = threading.Thread(
+                target=self._collect, name="plinth-collect", daemon=True
+            )
+            self._collector.start()
+        self._later.put(rest)
+
+    def _collect(self) -> None:
+        with cpu_threads(self._threads):
+            while (rest := self._later.get()) is not None:
+                rest()
+                del rest  # it holds a batch, for as long as the next one takes to come
+
+    def _end_collector(self) -> None:
+        """Wait until all rests are done."""
+        if self._collector is not None:
+            self._later.put(None)
+            self._collector.join(_COLLECT_SECONDS)
+            self._collector = None
 
     def join(self) -> None:
         """Wait until the thread has ended; several callers may wait at once."""
@@ -83,4 +119,5 @@ class LocalLane:
             frames = "".join(traceback.format_tb(raised.__traceback__))
             _log.critical("the device thread of %s ended: %s\n%s", self.device, error, frames)
         finally:
+            self._end_collector()
             self._ended(error)

@@ -1,7 +1,8 @@
 """The engine: one lane that runs batches on a device, many callers that wait for it.
 
 Callers drive their own flows; each :class:`Call` becomes work in the :class:`Batcher`, whose
-batches the lane's thread runs one after the other.
+batches the lane's thread runs one after the other. On an accelerator it launches them, up to
+``pipeline_depth`` at once, and a second thread of the lane takes the outputs apart.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from plinth.engine.devices.device import pick
+from plinth.engine.devices.device import Device, pick
+from plinth.engine.devices.staging import Launched, Staging
 from plinth.engine.errors import (
     Cancelled,
     Closed,
     ConfigError,
+    DeviceError,
     EngineFailed,
     ModelError,
     OutOfMemory,
@@ -81,6 +84,10 @@ class Engine:
         memory_budget: bytes all models may take together; ``None``: a share of what is
             available when the first is added.
         latency_file: where learned costs are kept between runs; ``None`` forgets them.
+        pipeline_depth: batches that an accelerator is given before the first is done, so that the
+            host prepares one while the device runs another; ``None``: 1. The CPU has 1.
+        graphs: capture forwards and replay them on an accelerator where that is faster, which does
+            not run a model's Python again; ``None``: of models with backend ``"auto"``.
 
     Attributes:
         device: what it runs on.
@@ -102,17 +109,21 @@ class Engine:
         max_queue: int = 4096,
         memory_budget: int | None = None,
         latency_file: Path | None = None,
+        pipeline_depth: int | None = None,
+        graphs: bool | None = None,
     ) -> None:
         self.device = pick(device)
+        self._staging = _staging(self.device, pipeline_depth)
         self._batcher = (
             Batcher(LatencyModel(latency_file), max_queue=max_queue) if batcher is None else batcher
         )
         self._batcher.latency.restore()
+        depth = self._batcher.pipeline_depth = 1 if self._staging is None else self._staging.depth
         self._clock = clock
         self._models = ModelTable(
             self.device,
             self._batcher.latency,
-            Execution(precision, backend, threads),
+            Execution(precision, backend, threads, graphs, depth),
             "auto" if memory_budget is None else memory_budget,
         )
         self._requests: set[Request] = set()
@@ -121,7 +132,7 @@ class Engine:
         self._state: State = "new"
         self._failure: str | None = None
         self._lane = LocalLane(self.device, self._step, self._ended, threads)
-        self._taken = False  # a batch is on the device: of the lane, or of a caller
+        self._in_flight = 0  # batches on the device: of the lane, or of a caller
         self._broken: BaseException | None = None  # what the lane has to end of
         self._busy = 0.0
         self._started = clock()
@@ -228,6 +239,7 @@ class Engine:
 
         Raises:
             ConfigError: an engine of this process runs with another number of threads.
+            DeviceError: the device does nothing any more in this process.
         """
         with self._wake:
             if self._state == "running" and self._lane.alive:
@@ -239,7 +251,10 @@ class Engine:
         self._lane.join()
         with self._wake:
             if not self._lane.alive:
-                self._taken, self._broken = False, None
+                if self._staging is not None:
+                    _refuse_lost(self.device)
+                    self._staging = Staging(self.device, self._staging.depth)
+                self._in_flight, self._broken = 0, None
                 self._lane.start()
                 self._state, self._failure = "running", None
         return self
@@ -408,7 +423,7 @@ class Engine:
     def _is_small(self, request: Request, direct: Direct) -> bool:
         """Whether its caller should run it: nothing else is there to do, and it is soon done."""
         loaded, rows = request.loaded, request.total
-        if self._taken or self._batcher or rows > loaded.most:
+        if self._in_flight or self._batcher or rows > loaded.most:
             return False
         if direct == "native" and not loaded.executable.is_native(rows):
             return False
@@ -422,7 +437,7 @@ class Engine:
         """
         with self._wake:
             waiting = self._batcher.urgent_rows + self._batcher.background_rows
-            if self._taken or request.over or waiting > request.total:
+            if self._in_flight or request.over or waiting > request.total:
                 return  # whoever came in between has woken the lane
             batch, outcomes = self._next()
         self._settle(outcomes)
@@ -443,7 +458,7 @@ class Engine:
     def _next(self) -> tuple[Batch | None, Outcomes]:
         """The batch to run now, which has the device then; with the lock held."""
         batch, refused = self._batcher.next(self._clock())
-        self._taken = batch is not None
+        self._in_flight += batch is not None
         outcomes: Outcomes = []
         for refusal in refused:
             outcomes += self._fail((refusal.work.owner,), refusal.error)
@@ -520,17 +535,29 @@ class Engine:
     def _step(self) -> bool:
         """Wait for a batch and run it; False when the engine is closed and nothing waits."""
         with self._wake:
-            while self._taken or (not self._batcher and self._state == "running"):
+            while self._broken is None and self._is_idle():
                 self._wake.wait()
-                if self._broken is not None:
-                    raise self._broken
+            if self._broken is not None:
+                raise self._broken
             if not self._batcher:
                 return False
             batch, outcomes = self._next()
+            if batch is None and not outcomes and self._in_flight:
+                self._wake.wait()  # what waits is not to be queued behind what runs
         self._settle(outcomes)
-        if batch is not None:
+        if batch is None:
+            return True
+        if self._staging is None:
             self._execute(batch)
+        else:
+            self._launch(batch, self._staging)
         return True
+
+    def _is_idle(self) -> bool:
+        """Whether the lane has nothing to begin, or no room for it; with the lock held."""
+        if self._in_flight >= self._batcher.pipeline_depth:
+            return True
+        return not self._batcher and (self._state == "running" or self._in_flight > 0)
 
     def _ended(self, error: str | None) -> None:
         """The lane's thread ends: whoever still waits is told why."""
@@ -577,7 +604,78 @@ class Engine:
             if isinstance(error, KeyboardInterrupt) and not self._lane.is_current:
                 return error
             return None
+        self._finish(batch, loaded, output, begun, self._clock(), halvings)
+        return None
+
+    def _launch(self, batch: Batch, staging: Staging) -> None:
+        """Send a batch to an accelerator; what comes back is handed out by another thread."""
+        loaded: LoadedModel = batch.parts[0].work.owner.ran(batch.key)
+        halvings = loaded.halvings
+        try:
+            rows = [
+                part.work.owner.take(part.work.first + part.first, part.rows)
+                for part in batch.parts
+            ]
+            launched = loaded.launch(staging, rows)
+        except BaseException as error:  # noqa: BLE001 - as in _execute
+            self._failed_there(batch, loaded, error, staging)
+            return
+        if staging.depth == 1:
+            self._collect(batch, loaded, launched, halvings, staging)
+        else:
+            self._lane.later(lambda: self._collect(batch, loaded, launched, halvings, staging))
+
+    def _collect(
+        self,
+        batch: Batch,
+        loaded: LoadedModel,
+        launched: Launched,
+        halvings: int,
+        staging: Staging,
+    ) -> None:
+        """Wait for a batch that was launched, and hand out its answers."""
+        try:
+            output, seconds = launched.wait()
+        except BaseException as error:  # noqa: BLE001 - as in _execute
+            self._failed_there(batch, loaded, error, staging)
+            return
         now = self._clock()
+        try:
+            self._finish(batch, loaded, output, now - seconds, now, halvings)
+        except BaseException as error:  # noqa: BLE001 - the engine's own books: ends the lane
+            self._break(error)
+
+    def _failed_there(
+        self, batch: Batch, loaded: LoadedModel, error: BaseException, staging: Staging
+    ) -> None:
+        """A batch raised on an accelerator: see :meth:`_failed`; end the lane if the device died.
+
+        Which batch it died of is not known then: one that was launched before may be told later.
+        """
+        why = self.device.failure()
+        if why is None:
+            self._failed(batch, loaded, error)
+            return
+        staging.abandon()
+        self._break(_lost(self.device, why), error)
+
+    def _break(self, error: BaseException, cause: BaseException | None = None) -> None:
+        """Let the lane end of this."""
+        error.__cause__ = cause
+        with self._wake:
+            self._broken = error
+            self._wake.notify()
+
+    def _finish(
+        self,
+        batch: Batch,
+        loaded: LoadedModel,
+        output: dict[str, Any],
+        begun: float,
+        now: float,
+        halvings: int,
+    ) -> None:
+        """Hand out the answers of a batch; learning and counting come after them."""
         outcomes = self._deliver(batch, loaded, output, begun, now)
         self._settle(outcomes)
         with self._wake:
@@ -592,11 +690,10 @@ class Engine:
         meters = self.metrics.of_model(loaded.spec.name)
         meters.batch_rows.observe(batch.rows)
         meters.batch_seconds.observe(now - begun)
-        return None
 
     def _give_back(self) -> None:
         """The device is free; with the lock held."""
-        self._taken = False
+        self._in_flight -= 1
         if self._batcher or self._state != "running":
             self._wake.notify()
 
@@ -682,6 +779,34 @@ class Engine:
             self.metrics.sla_misses.labels(asked, cause).inc()
         if name != asked:
             self.metrics.degraded.labels(asked, name).inc()
+
+
+def _staging(device: Device, depth: int | None) -> Staging | None:
+    """What carries batches to a device and back; ``None`` on the CPU, whose rows are there.
+
+    Raises:
+        ConfigError: an impossible depth.
+    """
+    most = 1 if device.kind == "cpu" else 16
+    if depth is not None and not 1 <= depth <= most:
+        raise ConfigError(f"pipeline_depth is {depth}, expected 1 to {most} on {device}")
+    if device.kind == "cpu":
+        return None
+    device.keep_float32()
+    return Staging(device, depth or 1)
+
+
+def _lost(device: Device, why: str) -> DeviceError:
+    return DeviceError(
+        f"{device} does nothing any more in this process: {why}",
+        hint="start the process again; an index outside of a table does this: give integers bounds",
+    )
+
+
+def _refuse_lost(device: Device) -> None:
+    """Raises DeviceError if a device failed in this process."""
+    if (why := device.failure()) is not None:
+        raise _lost(device, why)
 
 
 def _why_late(work: Work, batch: Batch, begun: float) -> str:

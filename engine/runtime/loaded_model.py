@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from time import perf_counter
@@ -18,11 +18,14 @@ from plinth.engine.backends.eager import TorchExecutable
 from plinth.engine.backends.planner import Planned
 from plinth.engine.backends.variants import best_variant, load_variant
 from plinth.engine.devices.device import Device
+from plinth.engine.devices.staging import Launched, Staging
 from plinth.engine.errors import ConfigError, OutOfMemory, PlinthError
 from plinth.engine.flow import Sla, cat_rows
 from plinth.engine.models.store import Model, ModelSpec
 from plinth.engine.precision.policy import PrecisionPolicy, resolve
 from plinth.engine.runtime import batch_range as ranges
+from plinth.engine.runtime import graphs as captured
+from plinth.engine.runtime.graphs import Graphed
 from plinth.engine.runtime.memory_plan import MemoryPlan, Room, measure
 from plinth.engine.runtime.memory_plan import budget as budget_of
 from plinth.engine.runtime.padding import Padding
@@ -39,6 +42,8 @@ _MEASURED_ROWS = 16
 _SAMPLE_SECONDS = 2.0  # of the rows whose memory is measured, about
 _COST_SECONDS = 5.0  # of measuring what batches cost, about
 _REPEAT_SECONDS = 0.1  # batches that take longer are run once
+_NO_MEMORY = ("can't allocate memory", "Failed to allocate memory", "_STATUS_ALLOC_FAILED")
+"""What the host's allocator, ONNX Runtime, and NVIDIA's libraries say where torch does not."""
 
 
 @dataclass(slots=True)
@@ -157,6 +162,9 @@ class LoadedModel:
             count = len(next(iter(rows.values())))
             if count == 1:
                 raise self._too_large(error) from error
+        if self.executable.device.kind != "cpu":
+            self.executable.release()
+            self.executable.device.give_back_memory()
         self.halvings += 1
         self.fits = self.most = min(self.most, max(1, count // 2))
         halves = [
@@ -164,6 +172,26 @@ class LoadedModel:
             for span in (slice(0, count // 2), slice(count // 2, count))
         ]
         return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+
+    def launch(self, staging: Staging, parts: Sequence[dict[str, Tensor]]) -> Launched:
+        """Send rows of several calls to an accelerator as one batch.
+
+        What does not fit into memory waits until what is on its way has come back, and runs alone,
+        in halves if it must.
+
+        Raises:
+            OutOfMemory: not even one row fits.
+            BaseException: whatever the model raises while it is launched.
+        """
+        if self.padding is not None:
+            parts = [self.joined(list(parts))]
+        try:
+            return staging.launch(self.executable.run, parts)
+        except Exception as error:
+            if isinstance(error, PlinthError) or not _is_out_of_memory(error):
+                raise
+        staging.drain()
+        return staging.launch(self.run, [cat_rows(list(parts))])
 
     def check_windows(self, grid: WindowGrid) -> None:
         """Refuse a volume whose logits would never fit, as far as the contract tells.
@@ -227,6 +255,8 @@ def load_model(
     threads: int | None = None,
     batch_range: Range = (1, _MOST),
     budget: int | str = "auto",
+    graphs: bool | None = None,
+    depth: int = 1,
 ) -> LoadedModel:
     """Compile a model, measure its memory and its cost, and seed the latency model.
 
@@ -245,6 +275,9 @@ def load_model(
         threads: CPU threads; ``None`` as torch has it.
         batch_range: smallest and largest batch, or ``"auto"``: found by measuring.
         budget: bytes the model may take, or ``"auto"``.
+        graphs: capture and replay forwards on an accelerator where that is faster; ``None``: with
+            backend ``"auto"``. Not for models whose inputs have free sizes.
+        depth: batches on the device at once; each holds its rows and outputs there.
 
     Raises:
         ConfigError: an impossible range, backend or precision.
@@ -277,7 +310,11 @@ def load_model(
         if plan.max_rows < low and isinstance(executable, Planned):
             executable = executable.smallest()
             plan = _plan(executable, model, probe, budget)
+        if device.kind != "cpu":
+            plan = _in_flight(plan, executable, model, depth)
         plan.check(low)
+        if backend == "auto" if graphs is None else graphs:
+            executable, plan = _graphed(executable, model, plan, high)
         most, cost = _range(executable, model, plan, high if batch_range != "auto" else None)
     loaded = LoadedModel(model, sla, executable, most, Room(plan.budget - plan.peak(1)), plan)
     for rows, seconds in cost.items():
@@ -290,6 +327,26 @@ def load_model(
 def _is_exact(precision: Precision) -> bool:
     named = isinstance(precision, str) and precision.startswith(VARIANT)
     return not named and resolve(precision).exact
+
+
+def _in_flight(plan: MemoryPlan, executable: Executable, model: Model, depth: int) -> MemoryPlan:
+    """The plan with the rows and outputs of the other batches on their way to and from a device."""
+    one = model.rows(1)
+    moved = [*one.values(), *executable.run(one).values()]
+    extra = (depth - 1) * sum(tensor.nbytes for tensor in moved)
+    return replace(plan, per_row=plan.per_row + extra)
+
+
+def _graphed(
+    executable: Executable, model: Model, plan: MemoryPlan, high: int
+) -> tuple[Executable, MemoryPlan]:
+    """The executable with graphs of its forwards where they are faster, and what they take."""
+    most = min(high, plan.max_rows)
+    if executable.device.kind == "cpu" or most < 1 or executable.device.graph() is None:
+        return executable, plan
+    graphed = Graphed(executable)
+    graphed.capture(model.rows, most, int(captured.SHARE * plan.budget))
+    return graphed, replace(plan, fixed=plan.fixed + graphed.bytes)
 
 
 def _variant(
@@ -360,4 +417,4 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     said = str(error)
-    return "can't allocate memory" in said or "Failed to allocate memory" in said
+    return any(words in said for words in _NO_MEMORY)

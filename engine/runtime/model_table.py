@@ -30,11 +30,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How models run unless they say otherwise; see :class:`plinth.engine.Engine`."""
+    """How models run unless they say otherwise; see :class:`plinth.engine.Engine`.
+
+    Args:
+        depth: batches on the device at once.
+    """
 
     precision: Precision = "fp32"
     backend: str | None = None
     threads: int | None = None
+    graphs: bool | None = None
+    depth: int = 1
 
 
 class ModelTable:
@@ -129,6 +135,8 @@ class ModelTable:
                 threads=execution.threads,
                 batch_range=batch_range,
                 budget=self._budget - held,
+                graphs=execution.graphs,
+                depth=execution.depth,
             )
             loaded.asked, loaded.how, loaded.default = asked, how, default
             loaded.follows = not chosen and (backend or usual) == "auto" and resolve(wanted).auto
@@ -151,6 +159,8 @@ class ModelTable:
                 threads=self._execution.threads,
                 batch_range=(1, loaded.most),
                 budget=budget - loaded.executable.weights,
+                graphs=self._execution.graphs,
+                depth=self._execution.depth,
             )
         except PlinthError as error:
             _log.warning("model %s: variant %s: %s", loaded.spec.name, name, error.message)

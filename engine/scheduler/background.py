@@ -104,20 +104,28 @@ class Background:
         out, self._works, self.rows = self._works, [], 0
         return out
 
-    def slice(self, max_rows: Callable[[BatchKey], int]) -> Batch | None:
+    def slice(
+        self, max_rows: Callable[[BatchKey], int], depth: int = 1, ahead: float = 0.0
+    ) -> Batch | None:
         """The next slice: the least served work first, filled up with work of the same key.
 
         Args:
             max_rows: the largest batch of a key, rows.
+            depth: slices that the device may be given at once; each has its part of the bound.
+            ahead: seconds of those it was given and has not done. None is added to them beyond
+                the bound; one row alone may take longer, but not behind another slice.
         """
         if not self._works:
             return None
         self._works.sort(key=attrgetter("service"))
         first = self._works[0]
         self._virtual_time, key, suspects = first.service, first.key, first.suspects
-        rows = max(1, self.latency.rows_within(key, self.bound, max_rows(key), 0.5))
+        bound = self.bound
+        rows = max(1, self.latency.rows_within(key, bound / depth, max_rows(key), 0.5))
         if not self.latency.predict(key, 1):
             rows = 1  # cost unknown: the smallest slice measures it
+        if ahead and ahead + self.latency.predict(key, rows, 0.5) > bound * (1 + 1e-9):
+            return None
         parts: list[BatchSlice] = []
         for work in self._works:
             if not rows:

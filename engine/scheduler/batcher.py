@@ -23,7 +23,7 @@ The policy, when the device is free:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import frexp
 from operator import attrgetter
 
@@ -75,6 +75,10 @@ class Batcher:
             promise in use.
         idle_slice: blocking bound in seconds while no promise is known.
 
+    Attributes:
+        pipeline_depth: batches that the device is given before the first of them is done. The next
+            one is planned for the time when they are, and slices share the blocking bound.
+
     Raises:
         ConfigError: an impossible share.
     """
@@ -90,13 +94,15 @@ class Batcher:
     ) -> None:
         self.latency = latency
         self.max_queue = max_queue
+        self.pipeline_depth = 1
         self._background = Background(latency, background_share, slice_share, idle_slice)
         self._settings_by_key: OrderedDict[BatchKey, KeySettings] = OrderedDict()
         self._queues: dict[QueueName, DeadlineQueue] = {}
         self._rows = 0
         self._virtual_time = 0.0
         self._busy_until = 0.0
-        self._running: BatchKey | None = None
+        self._ahead = 0.0
+        self._running: list[Batch] = []
 
     # -- settings and state ------------------------------------------------------------------
     def register(
@@ -208,31 +214,47 @@ class Batcher:
         waiting = [work for queue in self._queues.values() for work in queue.works]
         self._queues.clear()
         self._rows = 0
-        self._running = None
+        self._running.clear()
         return [*self._background.clear(), *waiting]
 
     # -- the device is free ------------------------------------------------------------------
     def next(self, now: float) -> tuple[Batch | None, list[Refusal]]:
-        """The batch to run now, and the work refused to make it possible."""
+        """The batch to give to the device now, and the work refused to make it possible.
+
+        It runs when those that the device was given before are done. There is none while a slice
+        of background work would add to others more than the blocking bound.
+        """
         refused: list[Refusal] = []
         if self._background.rotate(now):
             self._drop_idle_queues(now)
+        while len(self._running) >= self.pipeline_depth:
+            self._running.pop(0)  # done: the device is free for one more
+        start = self._device_free(now) if self._running else now
+        self._ahead = start - now
         for queue in self._waiting():
-            self._sweep(queue, now, refused)
+            self._sweep(queue, start, refused)
         batch = self._slice() if self._background.in_deficit else None
         if batch is None:
-            batch = self._urgent_batch(now, refused) or self._slice()
+            batch = self._urgent_batch(start, refused) or self._slice()
         if batch is not None:
-            self._busy_until = self._finish(batch.key, batch.rows, now)
-            self._running = batch.key
+            self._busy_until = self._finish(batch.key, batch.rows, start)
+            self._running.append(batch)
             self._background.account(batch)
         return batch, refused
 
     def finished(self, batch: Batch, seconds: float, now: float) -> None:
-        """Learn what a batch really took; the device is free from ``now`` on."""
+        """Learn what a batch really took; the device is free from ``now`` on, or runs the next."""
         self.latency.observe(batch.key, batch.rows, seconds)
-        self._busy_until, self._running = now, None
+        self._done(batch, now)
         self._settings(batch.key).failures = 0
+
+    def _done(self, batch: Batch, now: float) -> None:
+        if batch in self._running:
+            self._running.remove(batch)
+        self._busy_until = now + self._seconds_of(self._running) if self._running else now
+
+    def _seconds_of(self, batches: Iterable[Batch]) -> float:
+        return sum(self.latency.predict(each.key, each.rows, 0.5) for each in batches)
 
     def failed(self, batch: Batch, now: float) -> list[Work]:
         """Search a batch that failed for the callers at fault, by halves.
@@ -245,7 +267,7 @@ class Batcher:
         Returns:
             The work to fail: a caller that was alone, or, at a bound, all that is left.
         """
-        self._busy_until, self._running = now, None
+        self._done(batch, now)
         for name in [n for n, queue in self._queues.items() if queue.suspects and not queue.works]:
             del self._queues[name]
         settings = self._settings(batch.key)
@@ -278,7 +300,12 @@ class Batcher:
         self._add(queue, work)
 
     def _slice(self) -> Batch | None:
-        return self._background.slice(lambda key: self._settings(key).max_rows)
+        ahead = 0.0
+        if self._running:
+            ahead = self._seconds_of(each for each in self._running if not each.urgent)
+        return self._background.slice(
+            lambda key: self._settings(key).max_rows, self.pipeline_depth, ahead
+        )
 
     # -- urgent ------------------------------------------------------------------------------
     def _urgent_batch(self, now: float, refused: list[Refusal]) -> Batch | None:
@@ -329,7 +356,7 @@ class Batcher:
             return max_rows
         fastest = max_rows / max(latency.predict(key, max_rows, quantile), 1e-9)
         for other in tighter:
-            allowed = other.first_deadline - now if other.works else other.promise
+            allowed = other.first_deadline - now if other.works else other.promise - self._ahead
             rows = max(1, other.rows, round(other.rate(now) * other.promise))
             allowed -= latency.predict(other.key, rows, other.quantile)
             allowed += max(0.0, other.service - queue.service)
@@ -447,8 +474,7 @@ class Batcher:
         """Keys of what waits and runs, and those it may be degraded to."""
         keys = {queue.key for queue in self._queues.values() if queue.works}
         keys |= self._background.keys()
-        if self._running is not None:
-            keys.add(self._running)
+        keys.update(each.key for each in self._running)
         known = (self._settings_by_key.get(key) for key in keys)
         return keys | {each.cheaper for each in known if each and each.cheaper}
 
@@ -480,8 +506,12 @@ class Batcher:
 
         A batch that is over its prediction by t seconds is expected to take t more.
         """
-        over = now - self._busy_until if self._running is not None else 0.0
-        return max(now, self._busy_until) + max(0.0, over)
+        if not self._running:
+            return max(now, self._busy_until)
+        over = now - self._busy_until
+        if len(self._running) > 1:
+            over += self._seconds_of(self._running[1:])
+        return self._busy_until + 2 * max(0.0, over)
 
     def _finish(self, key: BatchKey, rows: int, start: float) -> float:
         """When rows that run next are done, by the median; work that misses it is hopeless."""

@@ -1,21 +1,29 @@
-"""Engine tests on a device made of Python: ``PLINTH_TEST_DEVICE=fake pytest tests/engine``.
+"""Engine tests on an accelerator: ``PLINTH_TEST_DEVICE=cuda pytest tests/engine``.
 
-Every engine that does not ask for a device by name then runs on an accelerator with memory of
-its own, as a GPU has. Tests marked ``cpu`` are about the CPU, or a backend that only runs there.
+Every engine that does not ask for a device by name then runs there. ``fake`` is a device made of
+Python with memory of its own, as a GPU has; another word is a kind of device that torch must find.
+Tests marked ``cpu`` are about the CPU, or a backend that only runs there.
 """
 
 import os
 
 import pytest
 
+from plinth.engine.devices.device import pick
 from tests.engine import fake_accelerator
 
-FAKE = os.environ.get("PLINTH_TEST_DEVICE") == "fake"
-LIBRARIES = fake_accelerator.install() if FAKE else []
+DEVICE = os.environ.get("PLINTH_TEST_DEVICE", "")
+LIBRARIES = fake_accelerator.install() if DEVICE == "fake" else []
+
+
+def pytest_configure() -> None:
+    """Never pass on another device than the one that was asked for."""
+    if DEVICE not in ("", "fake") and pick("auto").kind != DEVICE:
+        raise pytest.UsageError(f"PLINTH_TEST_DEVICE is {DEVICE}, torch finds {pick('auto')}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if FAKE:
+    if DEVICE:
         skip = pytest.mark.skip(reason="about the CPU")
         for item in items:
             if item.get_closest_marker("cpu"):

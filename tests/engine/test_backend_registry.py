@@ -31,7 +31,7 @@ module = nn.Linear(4, 2).eval()
 def infer(rows):
     return (yield Call("net", rows))
 
-with Engine(backend="traced") as engine:
+with Engine(device="cpu", backend="traced") as engine:
     engine.add(Model(spec, module))
     rows = torch.randn(5, 4)
     torch.testing.assert_close(engine.run(infer(rows)).value, module(rows).detach())

@@ -343,3 +343,34 @@ def test_a_batch_that_overruns_is_not_taken_to_end_at_any_moment():
     assert refusal.error.predicted == pytest.approx(0.08)
     queue.finished(batch, 0.09, 0.09)
     assert queue.admit(work(arrival=0.09, sla=Sla(deadline_ms=150)), 0.09) is None
+
+
+def test_with_two_in_flight_the_second_is_planned_for_the_end_of_the_first():
+    queue = batcher()
+    queue.pipeline_depth = 2
+    offer_many(queue, 60)
+    first, _ = queue.next(0.0)
+    assert (first.rows, first.predicted) == (60, pytest.approx(0.08))
+    offer_many(queue, 100, sla=Sla(deadline_ms=150))
+    second, refused = queue.next(0.0)
+    assert refused == []
+    assert second.rows == 50  # 150 ms less the 80 of the first are 20 and one for each row
+    queue.finished(first, 0.08, 0.08)
+    queue.finished(second, 0.07, 0.15)
+    _, refused = queue.next(0.15)
+    assert len(refused) == 50, "they could not be in time behind both"
+
+
+@given(st.integers(1, 4), st.integers(1, 40), st.floats(0.05, 2.0))
+def test_slices_in_flight_take_the_blocking_bound_together(depth, rows, promise):
+    queue = batcher()
+    queue.pipeline_depth = depth
+    queue.register_sla(Sla(deadline_ms=promise * 1e3))
+    queue.admit(work(key="volume", rows=rows, sla=Sla()), 0.0)
+    running = []
+    while len(running) < depth and (batch := queue.next(0.0)[0]) is not None:
+        running.append(batch)
+    assert running, "the first one runs whatever it takes"
+    taken = sum(queue.latency.predict(each.key, each.rows, 0.5) for each in running)
+    one = queue.latency.predict("volume", 1, 0.5)
+    assert taken <= max(queue.blocking_bound, one) * (1 + 1e-6)

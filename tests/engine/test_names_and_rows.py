@@ -210,6 +210,7 @@ class Late(nn.Module):
         return x.neg_() if bool((x > 100).all()) else -x
 
 
+@pytest.mark.cpu  # an accelerator's model writes into rows of its own
 def test_a_write_that_no_example_showed_is_an_error_once_and_then_a_copy():
     with Engine() as engine:
         engine.add(Model(spec([Spec(name="x", shape=(4,))], [Spec(name="y", shape=(4,))]), Late()))
@@ -352,6 +353,9 @@ def test_bounds_make_rows_up_and_refuse_integers_outside():
         Spec(name="x", shape=(), bounds=(2, 1))
 
 
+@pytest.mark.skipif(
+    pick("auto").kind not in ("cpu", "fakeacc"), reason="it stops a GPU for its process"
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_id_outside_the_table_is_an_error_on_every_backend_and_the_next_is_answered(backend):
     table = nn.Embedding(10, 3)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from plinth.engine import Call, Engine, Model, ModelSpec, TensorSpec
 from plinth.engine.models.families import find
 
+pytestmark = pytest.mark.cpu  # other lengths are tried on a device, and its models are the CPU's
 WIDTH, PLACES = 16, 64
 
 

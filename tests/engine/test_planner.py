@@ -197,6 +197,7 @@ def test_what_does_not_compile_in_time_is_left_out_with_the_reason(only, monkeyp
     assert report["resolved"]["backend"] == "late", "the plan without it was not remembered"
 
 
+@pytest.mark.cpu  # exporters are for the CPU's backends
 def test_a_model_answers_while_a_late_export_of_it_goes_on(monkeypatch):
     """An exporter fills the module that it traces with tensors without values."""
     traced, ready = threading.Event(), threading.Event()
@@ -243,7 +244,7 @@ def test_the_engine_serves_a_plan_and_tells_it(only):
     def infer(rows):
         return (yield Call("net", rows))
 
-    with Engine(backend="auto", threads=1) as engine:
+    with Engine(device="cpu", backend="auto", threads=1) as engine:
         engine.add(net)
         facts = engine.status()["models"]["net"]
         assert [each["runs"] for each in facts["plan"]] == ["steep/fp32", "flat/fp32"]
