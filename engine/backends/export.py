@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from plinth.engine.models.store import Model
 
 MAX_WEIGHTS = 1 << 30
 EXAMPLE_ROWS = 2
-FORMAT = "2"  # of what is kept in the cache
+FORMAT = "3"  # of what is kept in the cache
 
 
 def why_not_onnx(model: Model) -> str | None:
@@ -86,7 +87,9 @@ def onnx_file(model: Model) -> Path:
             )
             if converted is None:
                 raise ModelError(f"model {model.spec.name}: the export gave nothing")
-            _refuse_negative_ids(converted.model_proto, new)
+            proto = converted.model_proto  # made anew each time it is asked for
+            tidy_recurrent(proto)
+            _refuse_negative_ids(proto, new)
         new.replace(path)
     return path
 
@@ -120,6 +123,70 @@ def program_key(model: Model, program: torch.export.ExportedProgram) -> str:
     return key.hexdigest()
 
 
+def tidy_recurrent(proto: Any) -> None:
+    """Take out what the exporter puts around a recurrent layer of one direction.
+
+    It begins with states of zeros, which ONNX has by itself, and joins the directions of the
+    output by sizes that the graph computes, where there is one direction to be dropped: fifteen
+    nodes that take a third of the time of a small layer.
+    """
+    import onnx
+
+    made_by = {name: node for node in proto.graph.node for name in node.output}
+    constants = {t.name: t for t in proto.graph.initializer}
+    axis = onnx.numpy_helper.from_array(np.array([1], np.int64), "plinth_direction")
+    for node in list(proto.graph.node):
+        if node.op_type not in ("GRU", "LSTM", "RNN"):
+            continue
+        for place in (5, 6):  # initial_h, initial_c
+            if len(node.input) > place and _is_zero(node.input[place], made_by, constants):
+                node.input[place] = ""
+        if any(a.name == "direction" and a.s == b"bidirectional" for a in node.attribute):
+            continue
+        for swapped in _readers(proto, node.output[0], "Transpose"):
+            for joined in _readers(proto, swapped.output[0], "Reshape"):
+                if _origin(joined) == _origin(node) == _origin(swapped):
+                    joined.op_type = "Squeeze"
+                    joined.input[:] = [node.output[0], axis.name]
+                    del joined.attribute[:]
+    proto.graph.initializer.append(axis)
+    _drop_unread(proto)
+
+
+def _readers(proto: Any, name: str, kind: str) -> list[Any]:
+    return [n for n in proto.graph.node if n.op_type == kind and n.input[0] == name]
+
+
+def _origin(node: Any) -> str:
+    """The operation of the traced program that a node was made for."""
+    return next((m.value for m in node.metadata_props if m.key.endswith("fx_node")), "")
+
+
+def _is_zero(name: str, made_by: dict[str, Any], constants: dict[str, Any]) -> bool:
+    """Whether a tensor is a constant 0, or copies of one."""
+    import onnx
+
+    while name in made_by and made_by[name].op_type in ("Slice", "Expand"):
+        name = made_by[name].input[0]
+    return name in constants and not onnx.numpy_helper.to_array(constants[name]).any()
+
+
+def _drop_unread(proto: Any) -> None:
+    """Remove nodes and constants that no output depends on, where no node has a graph inside."""
+    if any(a.HasField("g") for node in proto.graph.node for a in node.attribute):
+        return
+    read = {value.name for value in proto.graph.output}
+    kept = []
+    for node in reversed(proto.graph.node):
+        if read & set(node.output):
+            kept.append(node)
+            read |= set(node.input)
+    constants = [tensor for tensor in proto.graph.initializer if tensor.name in read]
+    del proto.graph.node[:], proto.graph.initializer[:]
+    proto.graph.node.extend(reversed(kept))
+    proto.graph.initializer.extend(constants)
+
+
 def _refuse_negative_ids(proto: Any, path: Path) -> None:
     """Save an exported model in which look-ups fail on ids below 0, as they do in torch.
 
@@ -130,8 +197,7 @@ def _refuse_negative_ids(proto: Any, path: Path) -> None:
 
     nodes = []
     for number, node in enumerate(proto.graph.node):
-        origin = next((m.value for m in node.metadata_props if m.key.endswith("fx_node")), "")
-        lookup = any(f"aten.{op}." in origin for op in ("embedding", "index_select"))
+        lookup = any(f"aten.{op}." in _origin(node) for op in ("embedding", "index_select"))
         if node.op_type == "Gather" and lookup:
             ids, zero, far, below, safe = node.input[1], *(f"plinth_{number}_{i}" for i in range(4))
             kind = onnx.TensorProto.INT64

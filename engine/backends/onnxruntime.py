@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,25 +25,37 @@ BOUND_SHAPES = 16
 
 
 class _Bound:
-    """Inputs and outputs of one shape, bound to a session once: a run then only copies."""
+    """Inputs and outputs of one shape, bound to a session once: a run then only copies.
 
-    def __init__(self, session: Any, feeds: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-        self.session = session
-        self.binding = session.io_binding()
-        self.inputs = {name: np.empty(array.shape, array.dtype) for name, array in feeds.items()}
-        self.outputs = {name: np.empty(array.shape, array.dtype) for name, array in found.items()}
-        for bind, arrays in (
-            (self.binding.bind_input, self.inputs),
-            (self.binding.bind_output, self.outputs),
+    The buffers are torch tensors: every change between torch's code and numpy's costs as much as
+    a small layer.
+    """
+
+    def __init__(
+        self, session: Any, inputs: Mapping[str, Tensor], found: Mapping[str, Tensor]
+    ) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._inputs = [(name, _buffer(tensor)) for name, tensor in inputs.items()]
+        self._outputs = [(name, _buffer(tensor)) for name, tensor in found.items()]
+        for bind, buffers in (
+            (self._binding.bind_input, self._inputs),
+            (self._binding.bind_output, self._outputs),
         ):
-            for name, array in arrays.items():
-                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            for name, buffer in buffers:
+                dtype = buffer.numpy().dtype.type
+                bind(name, "cpu", 0, dtype, tuple(buffer.shape), buffer.data_ptr())
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
-        for name, array in self.inputs.items():
-            array[...] = feeds[name]
-        self.session.run_with_iobinding(self.binding)
-        return {name: array.copy() for name, array in self.outputs.items()}
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, buffer in self._inputs:
+            given = inputs[name]
+            buffer.copy_(given.detach() if given.requires_grad else given)
+        self._session.run_with_iobinding(self._binding)
+        return {name: buffer.clone() for name, buffer in self._outputs}
+
+
+def _buffer(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype)
 
 
 class OrtExecutable:
@@ -91,20 +102,19 @@ class OrtExecutable:
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run rows on the host."""
-        feeds = {name: tensor.numpy(force=True) for name, tensor in inputs.items()}
-        rows = len(next(iter(feeds.values())))
+        rows = len(next(iter(inputs.values())))
         bound = self._bound.get(rows) if self._fixed else None
-        found = self._plain(feeds, rows) if bound is None else bound.run(feeds)
-        output = {name: torch.from_numpy(found[name]) for name in self._outputs}
-        return named(self._spec, output, rows)
+        return self._plain(inputs, rows) if bound is None else bound.run(inputs)
 
-    def _plain(self, feeds: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    def _plain(self, inputs: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+        feeds = {name: tensor.numpy(force=True) for name, tensor in inputs.items()}
         arrays = self._session.run(self._outputs, feeds)
-        found = dict(zip(self._outputs, arrays, strict=True))
+        output = dict(zip(self._outputs, map(torch.from_numpy, arrays), strict=True))
+        found = named(self._spec, output, rows)
         if self._fixed and rows not in self._bound and len(self._bound) < BOUND_SHAPES:
-            size = sum(array.nbytes for array in (*feeds.values(), *arrays))
-            small = size <= BOUND_BYTES and all(len(array) == rows for array in arrays)
-            self._bound[rows] = _Bound(self._session, feeds, found) if small else None
+            size = sum(tensor.nbytes for tensor in (*inputs.values(), *found.values()))
+            small = size <= BOUND_BYTES
+            self._bound[rows] = _Bound(self._session, inputs, found) if small else None
         return found
 
     def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

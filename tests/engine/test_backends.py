@@ -2,6 +2,7 @@
 
 import shutil
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from plinth.engine import Call, ConfigError, Engine, Model, ModelError, ModelSpe
 from plinth.engine.backends import Availability, Executable, backends, prepare
 from plinth.engine.backends.choice import difference
 from plinth.engine.backends.eager import TorchExecutable
+from plinth.engine.backends.export import onnx_file
 from plinth.engine.backends.inductor import Inductor
 from plinth.engine.backends.planner import GAIN
 from plinth.engine.devices.device import Device, pick
@@ -332,3 +334,39 @@ def test_inductor_compiles_for_any_number_of_rows(backend, monkeypatch, tmp_path
     for rows in (1, 5, 33):
         x = torch.randn(rows, 8)
         torch.testing.assert_close(executable.run({"x": x})["score"], model.module(x).detach())
+
+
+class Steps(nn.Module):
+    """A recurrent layer, from zeros or from a state of its own, and its last step."""
+
+    def __init__(self, layer: nn.RNNBase, *, started: bool = False) -> None:
+        super().__init__()
+        self.layer, self.started = layer, started
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.mean((1, 2))[None, :, None].repeat(1, 1, self.layer.hidden_size)
+        return self.layer(x, state if self.started else None)[0][:, -1]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("net", "most"),
+    [
+        (lambda: Steps(nn.GRU(5, 6, batch_first=True)), 11),
+        (lambda: Steps(nn.GRU(5, 6, batch_first=True), started=True), 20),
+        (lambda: Steps(nn.LSTM(5, 6, batch_first=True, bidirectional=True)), 60),
+    ],
+)
+def test_a_recurrent_layer_is_exported_without_what_the_exporter_puts_around_it(net, most):
+    torch.manual_seed(0)
+    spec = ModelSpec(
+        name="steps",
+        inputs=(TensorSpec(name="x", shape=(4, 5)),),
+        outputs=(TensorSpec(name="y", shape=(None,)),),
+    )
+    model = Model(spec, net().eval())
+    nodes = onnx.load_model(str(onnx_file(model))).graph.node
+    assert len(nodes) <= most, [node.op_type for node in nodes]
+    ready = prepare(model, pick("cpu"), "fp32", "onnxruntime")
+    x = {"x": torch.randn(3, 4, 5)}
+    assert difference(ready.run(x)["y"], model.run(x)["y"]) < 1e-5
