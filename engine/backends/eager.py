@@ -14,6 +14,7 @@ from plinth.engine.backends.base import Availability, named
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
 from plinth.engine.models.binding import Binding
+from plinth.engine.models.program import ProgramModule
 from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PrecisionPolicy
 from plinth.engine.precision.registry import missing
@@ -156,6 +157,16 @@ def stored_bytes(module: nn.Module) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
+def no_layers(model: Model, policy: PrecisionPolicy) -> str | None:
+    """Why torch cannot lower a stored program, or ``None``: its precisions go by layers."""
+    if policy.plain or policy.auto or not isinstance(model.module, ProgramModule):
+        return None
+    return (
+        "a stored program has operations, not layers: register the code that builds the module, "
+        "or take a precision of backend onnxruntime or openvino"
+    )
+
+
 class Eager:
     """Runs the module as torch does, layer by layer, in the precision of each layer."""
 
@@ -170,7 +181,7 @@ class Eager:
         """Torch modules in the precisions that torch has for their classes."""
         if model.onnx:
             return "the model is an ONNX file, not a torch module"
-        return missing("torch", policy)
+        return missing("torch", policy) or no_layers(model, policy)
 
     def compile(
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None

@@ -1,6 +1,6 @@
 """How a torch module is made to compute in the precisions of a policy, and what then ran.
 
-A layer of a low precision holds weights in it and takes its inputs in it; its output stays low
+A layer of bf16 or fp16 holds weights in it and takes its inputs in it; its output stays low
 until something needs float32: a layer or function of an fp32 class, or the end of the model.
 Consecutive low layers so pass tensors on without casts. Normalisation that follows a
 convolution of a low precision is folded into its weights.
@@ -213,6 +213,32 @@ def _lower(
         layer._init_flat_weights()
     if next(layer.parameters(), None) is not None or not getattr(layer, "inplace", False):
         layer.register_forward_pre_hook(functools.partial(_take, dtype), with_kwargs=True)
+
+
+class _Int8Embedding(nn.Embedding):
+    """A look-up table of 8-bit rows, each with a scale of its own; gives float32."""
+
+    scale: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.embedding(input, self.weight) * nn.functional.embedding(
+            input, self.scale
+        )
+
+
+@register("torch", ("embedding",), ("int8",))
+def _int8_table(layer: nn.Module, _: str, __: dict[tuple[int, torch.dtype], Tensor]) -> None:
+    if type(layer) is not nn.Embedding or layer.max_norm is not None:
+        raise ConfigError(
+            f"torch has no {type(layer).__name__} in int8, nor one with max_norm",
+            hint="leave that layer in fp32: precision.layers",
+        )
+    weight = layer.weight.detach()
+    scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+    del layer.weight
+    layer.register_buffer("weight", (weight / scale).round().to(torch.int8))
+    layer.register_buffer("scale", scale)
+    layer.__class__ = _Int8Embedding
 
 
 @register("torch", tuple(_CLASSES), ("fp32",))

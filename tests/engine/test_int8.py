@@ -1,5 +1,7 @@
 """int8 and int4: what they compute, what really ran, and that no row depends on its neighbours."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from plinth.engine import Call, ConfigError, Engine, Model, ModelError, ModelSpec, TensorSpec
+from plinth.engine import (
+    Call,
+    ConfigError,
+    Engine,
+    Model,
+    ModelError,
+    ModelSpec,
+    ModelStore,
+    TensorSpec,
+)
 from plinth.engine.backends import prepare, registry
 from plinth.engine.backends.choice import compiled, difference
 from plinth.engine.devices.device import pick
@@ -86,6 +97,18 @@ def test_most_of_the_arithmetic_runs_low_and_the_report_has_it_from_the_profile(
     assert 0 < difference(ran.run(rows)["scores"], reader.run(rows)["scores"]) < off
     if precision == "int8":
         assert ran.weights < 0.4 * sum(p.nbytes for p in reader.module.parameters())
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8_static", "int4"])
+def test_a_stored_program_runs_low_and_says_its_share(scorer, tmp_path, precision):
+    store = ModelStore(tmp_path)
+    store.add(Model.from_torch(scorer.module, example=scorer.example["x"], name="scorer"))
+    model = replace(store.load("scorer"), example={"input": scorer.example["x"]})
+    ran = prepare(model, CPU, precision, "onnxruntime")
+    assert ran.precision == precision
+    assert ran.report["flops"][precision.removesuffix("_static")] > 0.85
+    with pytest.raises(ConfigError, match="has operations, not layers"):
+        prepare(model, CPU, "bf16", "eager")
 
 
 @settings(max_examples=25)

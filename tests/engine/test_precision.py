@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from plinth.engine import ConfigError
+from plinth.engine import ConfigError, Model, ModelSpec, TensorSpec
+from plinth.engine.backends import prepare
+from plinth.engine.backends.choice import difference
+from plinth.engine.devices.device import pick
 from plinth.engine.precision.policy import CLASSES, PRESETS, PrecisionPolicy, resolve
 from plinth.engine.precision.registry import missing
 from plinth.engine.precision.transforms import apply, flops_by_precision, report
@@ -307,3 +310,45 @@ def test_fp16_is_realised_as_bf16_is(seed):
 def test_a_wrong_setting_is_refused_with_the_nearest_right_one(setting, says):
     with pytest.raises(ConfigError, match=says):
         resolve(setting)
+
+
+class Tied(nn.Module):
+    """A table of words that is the last layer, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.inner = nn.Embedding(50, 32), nn.Linear(32, 32)
+        self.out = nn.Linear(32, 50, bias=False)
+        self.out.weight = self.words.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.inner(self.words(ids))).mean(1))
+
+
+def test_tables_in_int8_beside_products_in_bf16_each_as_the_policy_says():
+    policy = PrecisionPolicy(
+        fp32=["norm", "softmax"], bf16=["matmul", "conv", "activation"], int8=["embedding"]
+    )
+    torch.manual_seed(0)
+    ids = TensorSpec(name="ids", shape=(6,), dtype="int64", bounds=(0, 49))
+    spec = ModelSpec(name="tied", inputs=(ids,), outputs=(TensorSpec(name="y", shape=(50,)),))
+    model = Model(spec, Tied().eval())
+    ready = prepare(model, pick("cpu"), policy, "eager")
+    assert ready.report["layers"] == {"words": "int8", "inner": "bf16", "out": "fp32"}
+    assert set(ready.report["flops"]) == {"bf16", "fp32"}
+    assert ready.precision == policy.name
+    rows = model.rows(4)
+    want, got = model.run(rows)["y"], ready.run(rows)["y"]
+    assert 0 < difference(got, want) < 0.02
+    table = ready.module.words
+    assert table.weight.dtype == torch.int8
+    torch.testing.assert_close(
+        table(rows["ids"]), model.module.words(rows["ids"]), rtol=0, atol=0.02
+    )
+    assert model.module.words.weight.dtype == torch.float32, "the model stays as it was"
+
+
+def test_a_table_that_int8_would_change_is_refused():
+    net = nn.Sequential(nn.Embedding(9, 4, max_norm=1.0), nn.Flatten(), nn.Linear(8, 1))
+    with pytest.raises(ConfigError, match="no Embedding in int8"):
+        apply(net.eval(), PrecisionPolicy(int8=["embedding"]))
