@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from plinth.engine.backends import registry
 from plinth.engine.backends.base import Executable
@@ -17,6 +21,7 @@ from plinth.engine.precision.onnx_graph import saturates
 from plinth.engine.precision.policy import PRESETS, PrecisionPolicy
 
 CHECKED_ROWS = 8
+RECENT_SECONDS = 5.0  # of the check on rows of recent calls
 _log = logging.getLogger(__name__)
 
 
@@ -100,9 +105,8 @@ def degraded_variant(model: Model, device: Device, beside: str | None) -> str | 
 
 
 def _hold_against_reference(model: Model, executable: Executable, policy: PrecisionPolicy) -> None:
-    kind = registry.find("onnxruntime" if model.onnx else "eager")
     rows = model.rows(CHECKED_ROWS)
-    reference = compiled(kind, model, executable.device, PRESETS["exact"], None)
+    reference = _reference(model, executable)
     try:
         want = reference.run(rows)
     except Exception as error:
@@ -116,13 +120,67 @@ def _hold_against_reference(model: Model, executable: Executable, policy: Precis
     got = executable.probe(rows)
     worst = max(difference(got[name], tensor) for name, tensor in want.items())
     allowed = max(TOLERANCE[each] for each in policy.used | {"fp32"})
-    executable.report["difference"] = worst
+    executable.report |= {"difference": worst, "allowed": allowed}
     if not worst <= allowed:
-        raise ModelError(
-            f"variant {policy.name} of {model.spec.name} is off the reference by {worst:.3g}, "
-            f"allowed is {allowed:g}",
-            hint="make it again on this machine: plinth optimize",
-        )
+        raise _off(model, policy.name, worst, allowed, "")
+
+
+def check_on(model: Model, executable: Executable, rows: Sequence[Mapping[str, Tensor]]) -> None:
+    """Hold a loaded variant against the reference on single rows that were answered lately.
+
+    Rows that the reference refuses say nothing; after five seconds the rest is left. The report
+    says on how many it was checked, and how far off it was.
+
+    Args:
+        model: of a store.
+        executable: one of its variants; anything else passes.
+        rows: (1, ...) by input name, of any sizes that the contract leaves free.
+
+    Raises:
+        ModelError: it is off by more than its precision may be; names the figures.
+    """
+    name = executable.report.get("variant")
+    if name is None or not rows:
+        return
+    reference, until = _reference(model, executable), time.monotonic() + RECENT_SECONDS
+    wants: dict[str, list[Tensor]] = {}
+    gots: dict[str, list[Tensor]] = {}
+    checked = 0
+    for row in rows:
+        if checked and time.monotonic() > until:
+            break
+        try:
+            want = reference.run(row)
+        except Exception as error:  # noqa: BLE001 - whatever a model raises on it
+            _log.debug("model %s: %s", model.spec.name, type(error).__name__)
+            continue
+        got = executable.run(row)
+        for output, tensor in want.items():
+            if got[output].shape != tensor.shape:
+                raise _off(model, name, float("inf"), 0.0, " on a recent row")
+            wants.setdefault(output, []).append(tensor.flatten())
+            gots.setdefault(output, []).append(got[output].flatten())
+        checked += 1
+    if not checked:
+        return
+    worst = max(difference(torch.cat(gots[each]), torch.cat(wants[each])) for each in wants)
+    allowed = executable.report.get("allowed", TOLERANCE["fp32"])
+    executable.report["recent"] = {"rows": checked, "difference": worst}
+    if not worst <= allowed:
+        raise _off(model, name, worst, allowed, f" on {checked} recent rows")
+
+
+def _reference(model: Model, executable: Executable) -> Executable:
+    kind = registry.find("onnxruntime" if model.onnx else "eager")
+    return compiled(kind, model, executable.device, PRESETS["exact"], None)
+
+
+def _off(model: Model, variant: str, worst: float, allowed: float, where: str) -> ModelError:
+    return ModelError(
+        f"variant {variant} of {model.spec.name} is off the reference by {worst:.3g}{where}, "
+        f"allowed is {allowed:g}",
+        hint="make it again on this machine, with rows like those that come: plinth optimize",
+    )
 
 
 def _in_order(variants: Variants) -> Iterator[Variant]:

@@ -599,6 +599,7 @@ class Engine:
                 for part in batch.parts
             ]
             output = loaded.run(loaded.joined(rows))
+            loaded.see(rows)
         except BaseException as error:  # noqa: BLE001 - a model's failure is its batch's alone
             self._failed(batch, loaded, error)
             if isinstance(error, KeyboardInterrupt) and not self._lane.is_current:

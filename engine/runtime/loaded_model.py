@@ -30,6 +30,7 @@ from plinth.engine.runtime.memory_plan import MemoryPlan, Room, measure
 from plinth.engine.runtime.memory_plan import budget as budget_of
 from plinth.engine.runtime.padding import Padding
 from plinth.engine.runtime.padding import found as find_padding
+from plinth.engine.runtime.recent import Recent
 from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.tiling import WindowGrid
 
@@ -65,6 +66,7 @@ class LoadedModel:
         default: its default variant in the store when it was loaded.
         follows: another default in the store is to take its place.
         refused: why the default in the store did not take its place.
+        recent: rows that it answered lately, for the check of what is to take its place.
         degraded: a faster variant of it, which answers what would be late otherwise.
         halvings: batches that did not fit into memory and were run in halves, so far.
         fits: rows of its largest batch if it had the device's memory to itself.
@@ -87,6 +89,7 @@ class LoadedModel:
     default: str | None = field(init=False, default=None)
     follows: bool = field(init=False, default=False)
     refused: str | None = field(init=False, default=None)
+    recent: Recent | None = field(init=False, default=None)
     degraded: LoadedModel | None = field(init=False, default=None)
     fits: int = field(init=False)
 
@@ -134,6 +137,12 @@ class LoadedModel:
         if self.padding is None or len(parts) == 1:
             return cat_rows(parts)
         return self.padding.joined(parts)
+
+    def see(self, parts: list[dict[str, Tensor]]) -> None:
+        """Rows of calls that were answered."""
+        if self.recent is not None:
+            for part in parts:
+                self.recent.see(part)
 
     def own(
         self, outputs: Mapping[str, Tensor], span: slice, rows: Mapping[str, Tensor]
@@ -234,6 +243,7 @@ class LoadedModel:
             "largest_batch": self.most,
             "reason": self.executable.report.get("reason"),
             "variant": self.executable.report.get("variant"),
+            "checked_on_recent": self.executable.report.get("recent"),
             "default": self.default,
             "default_refused": self.refused,
             "degraded": None if self.degraded is None else self.degraded.precision,
@@ -261,9 +271,10 @@ def load_model(
     """Compile a model, measure its memory and its cost, and seed the latency model.
 
     A model whose inputs have free sizes is tried on example rows if it takes them, but its
-    memory and cost are learned from its first batches, shape by shape. What is measured stays
-    within half a minute or the time of six rows, whichever is longer. Compiling and exporting
-    for the first time come on top: at most 15 s with ``"auto"``, which leaves out what is late.
+    memory and cost are learned from its first batches, shape by shape. Whatever a row costs, what
+    is measured stays within half a minute, in fp32 or ``"auto"``: one whose row takes more than
+    4 s is served untried, row by row. Compiling and exporting for the first time come on top: at
+    most 15 s with ``"auto"``, which leaves out what is late.
 
     Args:
         model: the model.
@@ -300,10 +311,13 @@ def load_model(
         module = executable.module if isinstance(executable, TorchExecutable) else None
         if block is not None:
             executable = Blocks(executable, block)
+        if executable.report.get("untried"):  # a batch of several rows was never seen to be right
+            room = Room(max(0, budget_of(device, budget) - executable.weights))
+            return LoadedModel(model, sla, executable, 1, room)
         if model.spec.free:
             room = Room(max(0, budget_of(device, budget) - executable.weights))
             padding = None
-            if high > 1 and not _is_exact(precision):
+            if high > 1 and block is None and not _is_exact(precision):
                 padding = find_padding(model, executable)
             return LoadedModel(model, sla, executable, high, room, padding=padding)
         plan = _plan(executable, model, probe, budget)
@@ -363,7 +377,7 @@ def _variant(
 def _plan(executable: Executable, model: Model, probe: int, budget: int | str) -> MemoryPlan:
     """The memory of up to ``probe`` rows, fewer where they would take seconds."""
     one = model.rows(1)
-    seconds = _seconds(executable, one)
+    seconds = executable.report.get("row_seconds") or _seconds(executable, one)
     if seconds < _SAMPLE_SECONDS:
         seconds = max(_seconds(executable, one), 1e-9)  # the first may have been slow for once
     large = min(max(2, probe), int(_SAMPLE_SECONDS / seconds))
@@ -382,6 +396,8 @@ def _range(
     """Rows of the largest batch, and what batches cost; ``high`` is None to find it."""
     if high is not None:
         most = min(high, plan.max_rows)
+        if (slow := executable.report.get("row_seconds", 0.0)) > _SAMPLE_SECONDS:
+            return most, {1: slow}
         return most, _costs(executable, model, most)
     found = ranges.remembered(model, executable)
     if found is None or found.most > plan.max_rows:

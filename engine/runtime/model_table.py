@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from plinth.engine.backends.eager import stored_bytes
-from plinth.engine.backends.variants import degraded_variant
+from plinth.engine.backends.variants import check_on, degraded_variant
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError, OutOfMemory, PlinthError, nearest
 from plinth.engine.flow import Sla
@@ -23,6 +23,7 @@ from plinth.engine.runtime.loaded_model import (
     load_model,
 )
 from plinth.engine.runtime.memory_plan import budget
+from plinth.engine.runtime.recent import Recent
 from plinth.engine.scheduler.cost_model import LatencyModel
 
 _log = logging.getLogger(__name__)
@@ -140,6 +141,11 @@ class ModelTable:
             )
             loaded.asked, loaded.how, loaded.default = asked, how, default
             loaded.follows = not chosen and (backend or usual) == "auto" and resolve(wanted).auto
+            if known and known.recent and known.spec.inputs == model.spec.inputs:
+                check_on(model, loaded.executable, known.recent.rows())
+                loaded.recent = known.recent
+            elif loaded.follows and model.variants is not None:
+                loaded.recent = Recent()
             if sla.on_overload == "degrade" and (chosen or loaded.follows):
                 loaded.degraded = self._coarser(loaded, model, self._budget - held)
             return loaded

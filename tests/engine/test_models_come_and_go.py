@@ -24,6 +24,7 @@ from plinth.engine import (
 )
 from plinth.engine.errors import OutOfMemory
 from plinth.engine.metrics import REGISTRY
+from plinth.engine.runtime.recent import Recent
 from plinth.engine.scheduler.batcher import MAX_KEYS
 
 SLA = Sla(deadline_ms=60_000)
@@ -292,3 +293,22 @@ def test_what_an_engine_counted_stays_counted_when_it_is_gone():
     gc.collect()
     assert gone() is None
     assert answered() == before + 1
+
+
+def test_few_rows_of_recent_calls_are_kept_and_no_large_ones():
+    recent = Recent()
+    for number in range(20_000):
+        recent.see({"x": torch.full((3, 2), float(number))})
+    numbers = [int(row["x"][0, 0]) for row in recent.rows()]
+    assert len(numbers) == 8
+    assert all(row["x"].shape == (1, 2) for row in recent.rows())
+    assert min(numbers) > 20_000 - 10 * 2048, "old ones have given way"
+    assert len(set(numbers)) == 8
+    assert max(numbers) - min(numbers) > 100, "not the last eight"
+    large = Recent()
+    large.see({"x": torch.zeros(2, 1 << 20)})
+    assert large.rows() == []
+    mine = torch.zeros(1, 2)
+    large.see({"x": mine})
+    mine += 1
+    assert not large.rows()[0]["x"].any(), "a row of the caller is copied"

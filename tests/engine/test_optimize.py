@@ -17,7 +17,7 @@ from plinth.engine import Call, ConfigError, Engine, Model, ModelError, ModelSto
 from plinth.engine.backends import registry
 from plinth.engine.backends.choice import TOLERANCE, compiled
 from plinth.engine.backends.export import onnx_file
-from plinth.engine.backends.quantised import NamedLayer, switched
+from plinth.engine.backends.quantised import NamedLayer, quantised_file, switched
 from plinth.engine.devices.device import pick
 from plinth.engine.optimize import search as optimize
 from plinth.engine.optimize.keep import keep
@@ -215,6 +215,39 @@ def test_a_variant_that_is_off_does_not_replace_what_serves(found, monkeypatch):
         with pytest.raises(ModelError, match="off the reference"):
             engine.add(store.load("wide"), precision=f"variant:{low.name}")
         assert row_of(engine, task.rows["x"][:2]).precision == {"wide": "eager/fp32"}
+
+
+def narrow(found, folder) -> tuple[ModelStore, Model, torch.Tensor]:
+    """A stored model, its rows, and a variant whose ranges fit rows of that size alone."""
+    store = ModelStore(folder)
+    rows = torch.randn(32, 32, generator=torch.Generator().manual_seed(1))
+    net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    store.add(Model.from_torch(net, example=rows, name="wide"))
+    model = replace(store.load("wide"), example={"input": rows})
+    path, _ = quantised_file(model, resolve("int8_static"))
+    variants, (written, *_) = store.variants("wide"), found[3]
+    facts = {"backend": "onnxruntime", "precision": resolve("int8_static").as_dict(), "needs": ()}
+    facts |= {"name": "narrow", "reference": variants.reference, "files": {}}
+    variants.add(written.model_copy(update=facts), {"model.onnx": path})
+    return store, model, rows
+
+
+@pytest.mark.parametrize(("times", "taken"), [(1, True), (1000, False)])
+def test_a_new_default_is_checked_on_rows_of_recent_calls(found, tmp_path, times, taken):
+    store, model, rows = narrow(found, tmp_path)
+    with Engine(device="cpu", backend="auto", precision="auto") as engine:
+        engine.add(model)
+        for row in rows:
+            row_of(engine, times * row[None])
+        store.variants("wide").set_default("narrow")
+        assert engine.renew() == (["wide"] if taken else [])
+        facts = engine.status()["models"]["wide"]
+        assert row_of(engine, rows[:2]).precision["wide"].endswith("narrow" if taken else "/fp32")
+    if taken:
+        assert facts["checked_on_recent"]["rows"] == 8
+        assert 0 < facts["checked_on_recent"]["difference"] < 0.15
+    else:
+        assert "on 8 recent rows, allowed is 0.15" in facts["default_refused"]
 
 
 def test_a_damaged_file_of_a_variant_is_refused(found, tmp_path):
