@@ -36,6 +36,8 @@ PROBE_SECONDS = 0.15  # of one candidate at one number of rows
 PROBE_ROUNDS = 30
 PLAN_SECONDS = 6.0  # of timing all candidates at all numbers of rows
 COMPILE_SECONDS = 15.0  # of compiling and exporting all candidates of "auto"
+CHECK_SECONDS = 8.0  # of trying the reference, and again of trying all others, in "auto"
+SLOW_SECONDS = 1.0  # of one row; what takes longer is run as seldom as can be
 
 
 def prepare(
@@ -63,7 +65,8 @@ def prepare(
         policy: a preset, a table or a policy; ``"auto"`` takes bf16 where it is native and
             at least 1.1 times as fast.
         backend: a name, or ``"auto"``: the fastest of those that are automatic, one for each
-            range of rows; what cannot be compiled within 15 s is left out.
+            range of rows; what cannot be compiled within 15 s is left out. Where the reference
+            cannot be tried within 8 s it is taken as it is, and its report says ``untried``.
         threads: CPU threads; ``None`` as torch has it.
         rows: rows of the comparison with the reference, fewer where they would take seconds.
         most: rows of the largest batch that is planned for; ``None``: ``rows``.
@@ -86,9 +89,13 @@ def prepare(
     with cpu_threads(threads):
         reference = compiled(kind, model, device, PRESETS["fp32"], threads)
         given = model.example if example is None else example
+        hurried = kind in backends and (wanted.plain or wanted.auto)
+        within = Bounded(CHECK_SECONDS if hurried else None)
         try:
-            trial = _trial(model, reference, rows, given)
+            trial = within.run(lambda: _trial(model, reference, rows, given, threads), "one row")
         except ModelError as error:
+            if within.late:
+                return _untried(model, reference)
             if given is not None or not model.spec.free or kind not in backends or not wanted.plain:
                 raise
             reference.report |= {"reason": f"not tried: {error}", "refused": {}}
@@ -98,6 +105,17 @@ def prepare(
         executable = _planned(asked, absent)
     _warn(executable, trial)
     return executable
+
+
+def _untried(model: Model, reference: Executable) -> Executable:
+    """The reference as it is: one row takes too long to compare anything."""
+    reason = (
+        f"one row takes more than {CHECK_SECONDS / 2:g} s, so that nothing was tried or compared; "
+        "a backend that is named is, however long it takes"
+    )
+    _log.warning("model %s: %s", model.spec.name, reason)
+    reference.report |= {"reason": reason, "refused": {}, "untried": True}
+    return reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +226,15 @@ class _Stopwatch:
         return time.perf_counter() + expected < self._until
 
     def _measure(self, rows: int) -> dict[str, float]:
-        """Interleaved, the least time of each: what else the machine does hits all alike."""
+        """Interleaved, the least time of each: what else the machine does hits all alike.
+
+        What takes seconds is not run again: one run tells enough.
+        """
+        slow = self._asked.reference.report.get("row_seconds", 0.0)
+        if slow > SLOW_SECONDS and rows == 1:
+            return {
+                label: each.report.get("row_seconds", slow) for label, each in self._found.items()
+            }
         inputs = self._asked.model.rows(rows)
         times: dict[str, list[float]] = {}
         for label, executable in self._found.items():
@@ -264,6 +290,18 @@ class _Trial:
 
 
 def _trial(
+    model: Model,
+    reference: Executable,
+    rows: int,
+    given: Mapping[str, Tensor] | None,
+    threads: int | None,
+) -> _Trial:
+    """As :func:`_tried`, in a thread of its own."""
+    with cpu_threads(threads):
+        return _tried(model, reference, rows, given)
+
+
+def _tried(
     model: Model, reference: Executable, rows: int, given: Mapping[str, Tensor] | None
 ) -> _Trial:
     """Run the reference on the first example rows that it takes, and see that it keeps them apart.
@@ -279,6 +317,7 @@ def _trial(
             begun = time.perf_counter()
             alone = _probe(reference, one)
             seconds = time.perf_counter() - begun
+            seconds /= 1 if reference.is_native(1) else 2  # a probe runs a module twice
             if seconds < TRIAL_SECONDS:  # the first run may have been slow for once
                 begun = time.perf_counter()
                 _run(reference, one)
@@ -290,6 +329,8 @@ def _trial(
             failed = failed or error
             continue
         _refuse_mixing(model, alone, outputs)
+        if seconds > SLOW_SECONDS:
+            reference.report["row_seconds"] = seconds
         return _Trial(model.spec.name, inputs, outputs, alone, source, _nan_share(outputs))
     raise failed or ModelError(f"model {model.spec.name} has no example rows")
 
@@ -346,6 +387,8 @@ def _candidates(
     reference = asked.reference
     precisions = _precisions(asked.wanted, reference.device, refused)
     bounded = Bounded(COMPILE_SECONDS)
+    hurried = len(asked.backends) > 1 and (asked.wanted.plain or asked.wanted.auto)
+    checks = Bounded(CHECK_SECONDS if hurried else None)
     for chosen in asked.backends:
         for precision in precisions:
             label = f"{chosen.name}/{precision.name}"
@@ -354,16 +397,16 @@ def _candidates(
                 found[f"{chosen.name}/fp32"] = reference
             elif only is None or label in only:
                 try:
-                    found[label] = _candidate(asked, chosen, precision, bounded)
+                    found[label] = _candidate(asked, chosen, precision, bounded, checks)
                 except PlinthError as error:
                     refused[label] = error.message
                     if asked.single:
                         raise
-    return found, refused, bounded.late
+    return found, refused, bounded.late or checks.late
 
 
 def _candidate(
-    asked: _Asked, backend: Backend, policy: PrecisionPolicy, bounded: Bounded
+    asked: _Asked, backend: Backend, policy: PrecisionPolicy, bounded: Bounded, checks: Bounded
 ) -> Executable:
     """A candidate that agrees with the reference; compiled within the bound if there are others.
 
@@ -379,7 +422,9 @@ def _candidate(
             lambda: compiled(backend, other, device, policy, threads),
             f"{backend.name}/{policy.name}",
         )
-    _gate(executable, policy, asked.trial)
+    checks.run(
+        lambda: _gate(executable, policy, asked.trial, threads), f"{backend.name}/{policy.name}"
+    )
     return executable
 
 
@@ -460,16 +505,28 @@ def _guarded(
         ) from error
 
 
-def _gate(executable: Executable, policy: PrecisionPolicy, trial: _Trial) -> None:
+def _gate(
+    executable: Executable, policy: PrecisionPolicy, trial: _Trial, threads: int | None
+) -> None:
+    with cpu_threads(threads):
+        _hold(executable, policy, trial)
+
+
+def _hold(executable: Executable, policy: PrecisionPolicy, trial: _Trial) -> None:
     if trial.nan == 1:
         raise ModelError(
             "the reference gives nothing but NaN on the example rows, so that nothing can be "
             "compared",
             hint="give valid rows: add(..., example={...})",
         )
+    begun = time.perf_counter()
     outputs = _probe(executable, trial.inputs)
-    one = {name: tensor[:1] for name, tensor in trial.inputs.items()}
-    alone = _run(executable, one)
+    if len(next(iter(trial.inputs.values()))) > 1:
+        one = {name: tensor[:1] for name, tensor in trial.inputs.items()}
+        alone = _run(executable, one)
+    else:
+        alone = outputs
+        executable.report["row_seconds"] = time.perf_counter() - begun
     allowed = max(TOLERANCE[each] for each in policy.used | {"fp32"})
     worst = max(difference(outputs[name], want) for name, want in trial.outputs.items())
     worst = max(worst, *(difference(alone[name], want) for name, want in trial.alone.items()))

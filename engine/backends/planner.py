@@ -155,12 +155,16 @@ class Bounded:
     A step that is late is left to end by itself: what it has made is in the cache by then.
 
     Args:
-        seconds: for all steps together.
+        seconds: for all steps together, their own time alone; ``None``: there is no bound, and
+            the caller's thread runs them.
+
+    Attributes:
+        late: some step was.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
-        self._until = time.monotonic() + seconds
+        self._left = 0.0 if seconds is None else seconds
         self.late = False
 
     def run(self, step: Callable[[], T], what: str) -> T:
@@ -170,6 +174,9 @@ class Bounded:
             ModelError: it is late.
             BaseException: what the step raised.
         """
+        if self._seconds is None:
+            return step()
+        begun = time.monotonic()
         made: list[T] = []
         failed: list[BaseException] = []
 
@@ -181,7 +188,8 @@ class Bounded:
 
         thread = threading.Thread(target=work, name="plinth-compile")
         thread.start()
-        thread.join(max(0.0, self._until - time.monotonic()))
+        thread.join(max(0.0, self._left))
+        self._left -= time.monotonic() - begun
         if failed:
             raise failed[0]
         if not made:

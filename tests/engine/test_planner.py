@@ -18,6 +18,7 @@ from plinth.engine.backends.eager import TorchExecutable
 from plinth.engine.backends.planner import GAIN, Planned, ranges
 from plinth.engine.devices.device import pick
 from plinth.engine.precision.transforms import sharing_copy
+from plinth.engine.runtime import loaded_model
 
 CPU = pick("cpu")
 EAGER, OTHER, LOW = LABELS = ("eager/fp32", "other/fp32", "eager/bf16")
@@ -299,6 +300,47 @@ def test_a_slow_model_is_added_within_a_bound():
     engine = Engine(threads=1, backend="auto")
     engine.add(model(Slow(), 8))
     assert time.perf_counter() - begun < 60  # 30 on a machine of its own
+
+
+class Endless(nn.Module):
+    """Takes as long for a row as the test says; counts rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened, self.rows = threading.Event(), 0
+
+    def __deepcopy__(self, _: object) -> "Endless":
+        raise TypeError("a lock has no copy")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows += len(x)
+        assert self.opened.wait(60)
+        return x[:, :1]
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_a_row_that_takes_for_ever_holds_no_start_up(monkeypatch, backend):
+    monkeypatch.setattr(choice, "CHECK_SECONDS", 0.2)
+    net = model(Endless(), 8)
+    with Engine(threads=1, backend=backend) as engine:
+        engine.add(net)  # ends
+        facts = engine.status()["models"]["net"]
+        assert "nothing was tried" in facts["reason"]
+        assert (facts["backend"], facts["largest_batch"]) == ("eager", 1)
+        net.module.opened.set()
+        answer = engine.submit(Call("net", torch.arange(24.0).reshape(3, 8))).result(60)
+        assert answer.value.flatten().tolist() == [0.0, 8.0, 16.0]
+
+
+def test_a_row_of_seconds_is_run_three_times_at_most(monkeypatch):
+    """Twice when it is tried, once for its memory: 8 s and 4 s, whatever a row costs."""
+    for name in ("SLOW_SECONDS", "TRIAL_SECONDS"):
+        monkeypatch.setattr(choice, name, 0.0)
+    monkeypatch.setattr(loaded_model, "_SAMPLE_SECONDS", 0.0)
+    net = model(Endless(), 8)
+    net.module.opened.set()
+    Engine(threads=1, backend="eager").add(net)
+    assert net.module.rows == 3
 
 
 def test_a_name_that_is_not_there_or_a_model_nothing_can_run_is_refused(only):
