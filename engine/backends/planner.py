@@ -186,7 +186,7 @@ class Bounded:
             except BaseException as error:  # noqa: BLE001 - raised again by the waiting thread
                 failed.append(error)
 
-        thread = threading.Thread(target=work, name="plinth-compile")
+        thread = threading.Thread(target=work, name=f"plinth {what}")
         thread.start()
         thread.join(max(0.0, self._left))
         self._left -= time.monotonic() - begun
