@@ -7,9 +7,9 @@ Payments are written to a real Kafka (KAFKA_HOME, else ../shared/kafka) in every
 each batch by its own producer; a share of them are alerts with reasons. Meanwhile workers
 (``plinth stream finance``, exactly once, each with a name, a state folder and a standby) are killed
 with SIGKILL and started again, brokers likewise, one at a time, and the input gets more partitions.
-A reader of committed records counts every answer. Exit code 1 if one payment was not answered
-exactly once, or if one waited longer than ``--silence`` seconds for its answer although it had
-been written before, while others were killed.
+So much is written that every kill has work in hand. A reader of committed records counts every
+answer. Exit code 1 if one payment was not answered exactly once, or if one waited longer than
+``--silence`` seconds for its answer although it had been written before, while others were killed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +128,8 @@ class Workers:
             process.terminate()
         for process in every:
             try:
-                self.ended.append(process.wait(60))
+                code = process.wait(60)
+                self.ended.append(0 if code == -signal.SIGTERM else code)  # it had not begun
             except subprocess.TimeoutExpired:
                 process.kill()
                 self.ended.append(process.wait())
@@ -157,7 +160,15 @@ class Brokers:
         return self._back is None or not self._back.is_alive()
 
 
-def feed(config: StreamConfig, given: argparse.Namespace, written: list[int]) -> None:
+@dataclass
+class Written:
+    """How many payments were written, and how many may be until the next act has been done."""
+
+    count: int = 0
+    most: int = 0
+
+
+def feed(config: StreamConfig, given: argparse.Namespace, written: Written) -> None:
     """Write the payments, batch by batch, each in the next codec."""
     grow_at = [given.records * n // (given.growths + 1) for n in range(1, given.growths + 1)]
     dice = random.Random(1)
@@ -166,6 +177,8 @@ def feed(config: StreamConfig, given: argparse.Namespace, written: list[int]) ->
     for number, first in enumerate(range(0, given.records, size)):
         if given.rate:
             time.sleep(max(0.0, began + first / given.rate - time.monotonic()))
+        while first > written.most:
+            time.sleep(0.01)
         if grow_at and first >= grow_at[0]:
             grow_at.pop(0)
             grow(config)
@@ -183,7 +196,7 @@ def feed(config: StreamConfig, given: argparse.Namespace, written: list[int]) ->
             pairs = [payment(n, dice.random() < given.alerts) for n in range(first, last)]
             for sent in [producer.send(config.input_topic, value, key) for key, value in pairs]:
                 sent.get(120)
-        written[0] = last
+        written.count = last
 
 
 def grow(config: StreamConfig) -> None:
@@ -259,7 +272,7 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     prepare(config)
     workers = Workers(config, given.workers, folder)
     reader = Reader(kafka, config)
-    written = [0]
+    written = Written()
     feeder = threading.Thread(target=feed, args=(config, given, written), daemon=True)
     feeder.start()
     acts = ["worker"] * given.worker_kills + ["broker"] * (given.broker_kills if nodes else 0)
@@ -267,11 +280,13 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     done, lately, began = 0, "start", time.monotonic()
     brokers = Brokers(nodes)
     try:
-        while (answered := reader.read(written[0], lately)) < given.records:
+        while (answered := reader.read(written.count, lately)) < given.records:
             workers.revive()
+            # a little further than where the next act is due: it has work in hand, and takes place
+            due = given.records * (done + 1) // (len(acts) + 1)
+            written.most = due + BATCH
             if len(workers.ended) > given.records // 1_000 + 10:
                 break  # they cannot even start
-            due = given.records * (done + 1) // (len(acts) + 1)
             if (
                 done < len(acts)
                 and answered >= due

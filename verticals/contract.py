@@ -229,6 +229,19 @@ class Vertical(ABC, Generic[Req, Res]):
         """Write the response of one answer as JSON."""
         return response_of(result).model_dump_json().encode()
 
+    def why_other(self, before: bytes, now: bytes) -> list[str]:
+        """Why two answers to one record differ, made at two times from the same state.
+
+        Args:
+            before, now: as :meth:`encode` writes them, not the same bytes.
+
+        Returns:
+            Sentences, the most telling one first; without data of the record.
+        """
+        then, again = orjson.loads(before), orjson.loads(now)
+        names = [name for name in {**then, **again} if then.get(name) != again.get(name)]
+        return [f"{name} differs" for name in names] or ["the same fields, written otherwise"]
+
     def key(self, request: Req) -> str | None:
         """The key that keeps related records in order (the Kafka record key), if any."""
         return None
@@ -296,15 +309,39 @@ class Vertical(ABC, Generic[Req, Res]):
         """
         return
 
-    def see_growth(self, at: float | None) -> None:
-        """Told by a log's door, after :meth:`see_partitions`, when the log got more partitions.
+    def together(self, request: Req) -> Sequence[str | None]:
+        """What a request has in common with others that must lie in the same partition.
 
-        A key may lie in another partition since then. Where several workers share the log, the
-        state may then lack what came with the key before: say so in the answers for as long as
-        something older than ``at`` could have counted.
+        A log's door holds records against it, and calls :meth:`see_growth` when two that share a
+        name lie in different partitions.
+
+        Returns:
+            One name for each kind of entity, in the same order for every request; ``None``
+            where it has none. Empty: nothing needs to meet, or nobody says that it does.
+        """
+        return ()
+
+    def see_growth(self, at: float | None) -> None:
+        """Told by a log's door, after :meth:`see_partitions`, when keys were seen to move.
+
+        That is when the log got more partitions, or when records lay apart that must meet
+        (:meth:`together`). A key may lie in another partition since then. Where several workers
+        share the log, the state may then lack what came with the key before: say so in the answers
+        for as long as something older than ``at`` could have counted.
 
         Args:
             at: seconds since 1970-01-01T00:00Z; ``None``: never seen, or this worker reads all.
+        """
+        return
+
+    def see_start(self, at: float | None) -> None:
+        """Told by a log's door where the state lacks what the log received before ``at``.
+
+        The log no longer had it, or it was more than may be read again. Say so in the answers for
+        as long as something older could have counted.
+
+        Args:
+            at: seconds since 1970-01-01T00:00Z; ``None``: the state has all.
         """
         return
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,7 @@ def run_rebuild(config: Config, name: str, wanted: str) -> int:
 
     vertical = load_vertical(config, name)
     equal = count = 0
+    why: Counter[str] = Counter()
     with running(config, {name: vertical}) as engine:
         found = rebuild(
             vertical,
@@ -179,9 +181,12 @@ def run_rebuild(config: Config, name: str, wanted: str) -> int:
         for one in found:
             count += 1
             equal += one.equal
+            why.update(one.why[:1])
             if wanted != "*" or not one.equal:
                 show_json(one.as_dict())
     say(f"{equal:,} of {count:,} decisions are the same again, bit for bit")
+    for reason, times in why.most_common(10):
+        say(f"{times:,} differ: {reason}")
     return 0 if equal == count else 1
 
 

@@ -37,6 +37,8 @@ class Checkpoint:
     Attributes:
         applied: position of each partition up to which records are in the state.
         since: position of each of these from which on they are.
+        lacks: milliseconds since 1970, for each partition with records that should be in the state
+            and could not be read: what came to it before may be missing.
         layout: of the input topic, as the group or the snapshot last knew it.
         dirty: a flow failed halfway; the state must be built again before it is used.
     """
@@ -47,6 +49,7 @@ class Checkpoint:
     replay_max_records: int
     applied: Offsets = field(default_factory=dict, init=False)
     since: Offsets = field(default_factory=dict, init=False)
+    lacks: dict[Partition, int] = field(default_factory=dict, init=False)
     layout: Layout = field(default=UNKNOWN, init=False)
     dirty: bool = field(default=False, init=False)
     _empty: bytes | None = field(default=None, init=False)
@@ -62,6 +65,20 @@ class Checkpoint:
         """The vertical has state to keep."""
         return self._empty is not None
 
+    @property
+    def start(self) -> int:
+        """Milliseconds since 1970: the state may lack what came before; 0: it has all."""
+        return max(self.lacks.values(), default=0)
+
+    def observed(self, chunk: Chunk) -> None:
+        """The records of a replayed chunk are in the state now."""
+        for p, at in chunk.starts.items():
+            if p in self.lacks and at == self.since.get(p):  # the oldest that there is
+                first = next(r.timestamp for r in chunk.records if r.partition == p.partition)
+                if first > 0:
+                    self.lacks[p] = min(self.lacks[p], first)
+        self.advance(chunk.ends)
+
     def advance(self, ends: Mapping[Partition, int]) -> None:
         """Records up to ``ends`` are in the state now."""
         self.applied.update(ends)
@@ -69,7 +86,8 @@ class Checkpoint:
     def position(self, chunk: Chunk, mine: int) -> str:
         """What a chunk is answered with: ``mine/width``, then each partition of the state.
 
-        Behind ``mine/width`` stands ``/grown`` where the input has grown (milliseconds).
+        Behind ``mine/width`` stands ``/grown`` where keys have moved, then ``/start`` where the
+        state lacks what came before (milliseconds; 0: neither).
         A partition of the chunk stands first, as ``number:since-start-end``, others as
         ``number:since-applied``. Empty without state.
 
@@ -89,8 +107,8 @@ class Checkpoint:
             if p not in chunk.starts
         ]
         layout = chunk.layout
-        share = f"{mine}/{layout.width}" + (f"/{layout.grown}" if layout.grown else "")
-        return " ".join([share, *parts])
+        times = (layout.grown, self.start) if self.start else (layout.grown,) * bool(layout.grown)
+        return " ".join(["/".join(map(str, (mine, layout.width, *times))), *parts])
 
     def plan(self, committed: Offsets, first: Offsets) -> dict[Partition, tuple[int, int]]:
         """Where to read again, per partition: [from, to) is observed before ``to`` is scored.
@@ -113,8 +131,7 @@ class Checkpoint:
                 )
                 self._clear()
         spans = {p: (self._from(p, to, first[p]), to) for p, to in committed.items()}
-        for p, (start, _) in spans.items():
-            self.since.setdefault(p, start)
+        self.since |= {p: start for p, (start, _) in spans.items() if p not in self.applied}
         return spans
 
     def save(self) -> None:
@@ -125,7 +142,8 @@ class Checkpoint:
         body = self.vertical.snapshot() or b""
         offsets = [[p.topic, p.partition, at] for p, at in sorted(self.applied.items())]
         since = [[p.topic, p.partition, at] for p, at in sorted(self.since.items())]
-        more = {"offsets": offsets, "since": since, "layout": self.layout}
+        lacks = [[p.topic, p.partition, at] for p, at in sorted(self.lacks.items())]
+        more = {"offsets": offsets, "since": since, "layout": self.layout, "lacks": lacks}
         write_snapshot(self.path, self.origin, body, more)
         log.info("snapshot: %d bytes in %.2f s", len(body), time.perf_counter() - started)
 
@@ -152,19 +170,29 @@ class Checkpoint:
         return [p for p, to in committed.items() if self.applied.get(p, -1) > to]
 
     def _from(self, p: Partition, to: int, first: int) -> int:
-        known = self.applied.get(p)
-        at = max(first, to - self.replay_max_records) if known is None else known
-        if known is not None and known < first and known < to:
-            log.warning(
-                "%s[%d]: records %d to %d are not retained any more and are missing in the state",
-                *p, known, min(first, to),
-            )  # fmt: skip
-        return min(max(at, first), to)
+        known = self.applied.get(p, 0)
+        at = max(first, known)
+        if p not in self.applied:
+            at = max(at, to - self.replay_max_records)
+        at = min(at, to)
+        if known < at:
+            self.missed(p, at)
+        return at
+
+    def missed(self, p: Partition, to: int) -> None:
+        """Note that records up to this offset cannot be brought into the state."""
+        log.warning(
+            "%s[%d]: records %d to %d are not retained any more, or more than replay_max_records, "
+            "and are missing in the state; answers that this may concern say so until the longest "
+            "window has passed",
+            *p, self.applied.get(p, 0), to,
+        )  # fmt: skip
+        self.lacks[p] = int(time.time() * 1e3)
 
     def _clear(self) -> None:
         assert self._empty is not None
         self.vertical.restore(self._empty)
-        self.applied, self.since = {}, {}
+        self.applied, self.since, self.lacks = {}, {}, {}
         self.dirty = False
 
     def _load(self) -> None:
@@ -176,6 +204,7 @@ class Checkpoint:
             self.vertical.restore(body)
             self.applied = {Partition(topic, p): at for topic, p, at in header["offsets"]}
             self.since = {Partition(topic, p): at for topic, p, at in header.get("since", ())}
+            self.lacks = {Partition(topic, p): at for topic, p, at in header.get("lacks", ())}
             self.layout = self.layout.joined(Layout(*header.get("layout", ())))
         except (InputError, OSError) as error:
             log.warning(

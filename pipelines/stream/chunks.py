@@ -20,12 +20,12 @@ class Partition(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How many partitions a topic has, and when it was last seen to have grown.
+    """How many partitions a topic has, and when its keys were last seen to move.
 
     Args:
         width: partitions; 0 when unknown.
-        grown: milliseconds since 1970 at which a worker first saw more partitions than before:
-            not earlier than it happened. 0: never.
+        grown: milliseconds since 1970 at which a worker saw more partitions than before, or
+            records apart that must meet: not earlier than it happened. 0: never.
     """
 
     width: int = 0

@@ -28,7 +28,7 @@ from plinth.pipelines.stream.kafka_clients import (
     missing_topics,
     unreachable,
 )
-from plinth.pipelines.stream.kafka_replay import Replay
+from plinth.pipelines.stream.kafka_replay import Elsewhere, Replay
 from plinth.pipelines.stream.metrics import GROWN, LAG, LOST, OPEN_TRANSACTION, PARTITIONS
 from plinth.pipelines.stream.settings import StreamConfig
 
@@ -112,6 +112,7 @@ class GroupConsumer:
         self._layout = Layout()
         self.notes: dict[Partition, str] = {}
         self._asked: Any = None
+        self._elsewhere = Elsewhere(config)
 
     # -- reading ---------------------------------------------------------------------------
     def poll(self) -> Chunk | None:
@@ -287,6 +288,7 @@ class GroupConsumer:
     def learn(self, layout: Layout) -> None:
         """Take in what somebody knew of the topic's layout."""
         self._layout = self._layout.joined(layout)
+        GROWN.labels(self.config.input_topic).set(self._layout.grown / 1e3)
 
     def _see_moved_keys(self, width: int) -> None:
         """Note when the topic has more partitions than the group had answered with."""
@@ -300,7 +302,6 @@ class GroupConsumer:
                 self.config.input_topic, before, width,
             )  # fmt: skip
         self.learn(Layout(width))
-        GROWN.labels(self.config.input_topic).set(self._layout.grown / 1e3)
 
     def _retained(self, place: Any, at: int, first: int, last: int) -> int:
         if first <= at <= last:
@@ -357,6 +358,12 @@ class GroupConsumer:
     def width(self) -> int:
         """Partitions of the input topic, as far as is known."""
         return len(self.consumer.partitions_for_topic(self.config.input_topic))
+
+    def elsewhere(self) -> list[Record]:
+        """A few of the latest records of partitions that others read, now and then; never waits."""
+        mine = {place.partition for place in self._positions}
+        others = [p for p in range(self.width) if p not in mine]
+        return self._elsewhere.take(others) if self.joined and others else []
 
     @property
     def layout(self) -> Layout:

@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from kafka import KafkaConsumer
@@ -17,7 +18,12 @@ from kafka.structs import TopicPartition
 
 from plinth.pipelines.stream.checkpoint import Checkpoint
 from plinth.pipelines.stream.chunks import Chunk, Partition, Record
-from plinth.pipelines.stream.kafka_clients import connect, quiet_client
+from plinth.pipelines.stream.kafka_clients import (
+    AbandonableThread,
+    Pending,
+    connect,
+    quiet_client,
+)
 from plinth.pipelines.stream.processor import Processor
 from plinth.pipelines.stream.settings import StreamConfig
 
@@ -29,6 +35,10 @@ MAX_HELD = 50_000
 SILENCE_S = 5.0
 FOLLOW_S = 1.0
 """How often a standby asks what the group has committed."""
+LOOK_S = 30.0
+"""How often a worker looks at a partition that another one reads."""
+LOOK_RECORDS = 200
+LOOK_SECONDS = 2.0
 AGAIN_S = 0.05
 """How often it looks whether the worker has ended."""
 
@@ -48,15 +58,7 @@ class Replay:
         self._at = {place: start for place, (start, _) in ranges.items()}
         self._held: dict[Partition, deque[Record]] = {place: deque() for place in ranges}
         self._heard = time.monotonic()
-        self._consumer = connect(
-            KafkaConsumer,
-            **config.client(),
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            isolation_level="read_committed",
-            metrics_enabled=False,
-            allow_auto_create_topics=False,
-        )
+        self._consumer = reader(config)
         self._consumer.assign([TopicPartition(*place) for place in ranges])
         for place, start in self._at.items():
             self._consumer.seek(TopicPartition(*place), start)
@@ -161,6 +163,108 @@ def _timestamp(record: Any) -> int:
     return int(record.timestamp)
 
 
+class Log:
+    """Reads spans of partitions, mostly one behind the other."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        self._consumer = reader(config)
+        self._held: dict[Partition, deque[Record]] = {}
+        self._at: dict[Partition, int] = {}
+
+    def take(self, place: Partition, start: int, to: int) -> list[Record]:
+        """The records in [start, to) of a partition that are still there.
+
+        Raises:
+            KafkaError: the broker did not answer in time.
+        """
+        known = TopicPartition(*place)
+        if self._at.get(place) != start:
+            self._held[place] = deque()
+            self._consumer.assign([TopicPartition(*one) for one in self._held])
+            self._consumer.seek(known, start)
+        held, found = self._held[place], []
+        heard = time.monotonic()
+        while True:
+            while held and held[0].offset < to:
+                found.append(held.popleft())
+            if held or (self._consumer.position(known, timeout_ms=10_000) or 0) >= to:
+                break
+            self._consumer.pause(*(p for p in self._consumer.assignment() if p != known))
+            self._consumer.resume(known)
+            if records := self._consumer.poll(POLL_MS, max_records=POLL_RECORDS).get(known):
+                held.extend(records)
+                heard = time.monotonic()
+            elif time.monotonic() - heard > SILENCE_S:
+                log.warning("%s[%d]: nothing more to read before offset %d", *place, to)
+                break
+        self._at[place] = to
+        return found
+
+    def close(self) -> None:
+        """Close the reader."""
+        self._consumer.close(autocommit=False, timeout_ms=1_000)
+
+
+class Elsewhere:
+    """Takes a look at partitions that other workers read, one after the other, on a thread."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        self._config = config
+        self._looking: Pending[list[Record]] | None = None
+        self._turn = 0
+        self._at = -LOOK_S
+
+    def take(self, others: Sequence[int]) -> list[Record]:
+        """What was found since the last call; begins to look again where it is time.
+
+        Args:
+            others: numbers of the partitions, at least one.
+        """
+        found: list[Record] = []
+        if self._looking is not None and self._looking.done(0.0):
+            looked, self._looking = self._looking, None
+            try:
+                found = looked.wait(0.0)
+            except (KafkaError, OSError, ValueError, KeyError) as error:
+                log.debug("a look at other partitions failed and is tried again: %r", error)
+        now = time.monotonic()
+        if self._looking is None and now - self._at >= LOOK_S:
+            self._at, self._turn = now, self._turn + 1
+            place = TopicPartition(self._config.input_topic, others[self._turn % len(others)])
+            thread = AbandonableThread("plinth-elsewhere")
+            self._looking = thread.start(partial(_latest, self._config, place))
+            thread.close()
+        return found
+
+
+def _latest(config: StreamConfig, place: TopicPartition) -> list[Record]:
+    """The last committed records of a partition, a few at most, or what came of them in time."""
+    with contextlib.closing(reader(config)) as consumer:
+        consumer.assign([place])
+        (end,) = consumer.end_offsets([place], timeout_ms=10_000).values()
+        (first,) = consumer.beginning_offsets([place], timeout_ms=10_000).values()
+        consumer.seek(place, max(first, end - LOOK_RECORDS))
+        records: list[Record] = []
+        until = time.monotonic() + LOOK_SECONDS
+        while (consumer.position(place, timeout_ms=1_000) or 0) < end and time.monotonic() < until:
+            for part in consumer.poll(POLL_MS).values():
+                records.extend(part)
+    return records
+
+
+def reader(config: StreamConfig) -> Any:
+    """A consumer outside of any group."""
+    return connect(
+        KafkaConsumer,
+        **config.client(),
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        metrics_enabled=False,
+        allow_auto_create_topics=False,
+    )
+
+
 class Standby:
     """Keeps the state of a worker close behind it, from its snapshot and the log.
 
@@ -216,7 +320,7 @@ class Standby:
     def _follow(self) -> None:
         if self._replay is not None and (chunk := self._replay.take()) is not None:
             self._processor.observe(chunk)
-            self._checkpoint.advance(chunk.ends)
+            self._checkpoint.observed(chunk)
         elif not self._behind and time.monotonic() - self._asked > FOLLOW_S:
             self._asked = time.monotonic()
             self._look_further()
@@ -233,6 +337,8 @@ class Standby:
         if self._replay is None or not self._replay.fits(spans):
             self.close()
             self._replay = Replay(self._config, spans)
+            for place, first in self._replay.lost():
+                checkpoint.missed(place, first)
         else:
             self._replay.further({p: to for p, (_, to) in spans.items()})
 

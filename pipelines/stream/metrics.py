@@ -68,9 +68,21 @@ OPEN_TRANSACTION = Gauge(
     ("topic", "partition"),
     registry=REGISTRY,
 )
+APART = Counter(
+    "plinth_kafka_apart_records_total",
+    "Records in another partition than what they must meet by the settings. Any is an alarm.",
+    ("topic",),
+    registry=REGISTRY,
+)
+STATE_SINCE = Gauge(
+    "plinth_kafka_state_since_timestamp_seconds",
+    "Time before which records are missing in this worker's state; 0: it has all.",
+    ("topic",),
+    registry=REGISTRY,
+)
 GROWN = Gauge(
     "plinth_kafka_partitions_grown_timestamp_seconds",
-    "When the input was last seen to have more partitions than before; 0: never.",
+    "When keys were last seen to move: more partitions, or records apart that must meet; 0: never.",
     ("topic",),
     registry=REGISTRY,
 )

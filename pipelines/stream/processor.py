@@ -27,8 +27,16 @@ from plinth.engine import (
 from plinth.engine.flow import Tensors, row_count
 from plinth.pipelines.formats.mapping import DeclaredMapping
 from plinth.pipelines.formats.registry import RegistryAway
-from plinth.pipelines.stream.chunks import Chunk, Message, Outputs, Partition, Poisoned, Record
-from plinth.pipelines.stream.metrics import CHUNK_SECONDS, REFUSED
+from plinth.pipelines.stream.chunks import (
+    Chunk,
+    Layout,
+    Message,
+    Outputs,
+    Partition,
+    Poisoned,
+    Record,
+)
+from plinth.pipelines.stream.metrics import APART, CHUNK_SECONDS, REFUSED
 from plinth.verticals.contract import Vertical
 
 log = logging.getLogger(__name__)
@@ -38,11 +46,56 @@ _ENDS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 MAX_FAILURES = 50
 """Records in a row on which the vertical may fail before the stream stops."""
+MAX_PLACES = 100_000
+"""Names of one kind whose partition is remembered."""
+OLD_LAYOUT_MS = 600_000
+"""How long producers may send by a number of partitions that has changed: twice the default of
+their metadata.max.age.ms."""
 LOOK_S = 0.5
 """How long the engine may work on a call before the run loop looks after the group again."""
 
 Steps = Generator[float, None, Any]
 """Yields seconds to wait whenever the engine is not ready; returns the result."""
+
+
+@dataclass(slots=True)
+class KeyPlaces:
+    """In which partition each of the names was met that records must share to lie together.
+
+    Names are kept as hashes, at most :data:`MAX_PLACES` of each kind; then it begins anew.
+
+    Args:
+        since: record timestamp, milliseconds, from which on records count; -1: all do.
+    """
+
+    since: int = -1
+    _width: int = field(default=0, init=False)
+    _kinds: list[dict[int, int]] = field(default_factory=list, init=False)
+
+    def follow(self, width: int, grown: int) -> None:
+        """Forget what was met before partitions were added: keys may have moved since.
+
+        Producers go on by what they knew for :data:`OLD_LAYOUT_MS` at most.
+        """
+        since = grown + OLD_LAYOUT_MS if grown else -1
+        if (width, since) != (self._width, self.since):
+            self._width, self.since = width, since
+            self._kinds.clear()
+
+    def apart(self, record: Record, names: Sequence[str | None]) -> bool:
+        """Whether one of the names was met in another partition."""
+        if record.timestamp < self.since:
+            return False
+        while len(self._kinds) < len(names):
+            self._kinds.append({})
+        found = False
+        for kind, name in zip(self._kinds, names, strict=False):
+            if name is None:
+                continue
+            if len(kind) >= MAX_PLACES:
+                kind.clear()
+            found |= kind.setdefault(hash(name), record.partition) != record.partition
+        return found
 
 
 @dataclass(slots=True)
@@ -57,6 +110,7 @@ class Processor:
         sla: the promise asked of the engine; work that would miss it is late, never refused or
             degraded.
         mapping: from messages to the vertical's records; ``None``: they are its records.
+        places: watches that records which must lie together do; ``None``: nobody looks.
     """
 
     vertical: Vertical[Any, Any]
@@ -65,6 +119,9 @@ class Processor:
     stateful: bool = False
     sla: Sla = field(default_factory=Sla)
     mapping: DeclaredMapping | None = None
+    places: KeyPlaces | None = None
+    _moved: int = field(default=0, init=False)
+    _mine: tuple[int, int] = field(default=(1, 1), init=False)
     _isolate: dict[Partition, int] = field(default_factory=dict, init=False)
     _failures: int = field(default=0, init=False)
 
@@ -86,6 +143,8 @@ class Processor:
         messages: list[Message] = []
         yield from self._ask_for_schemas(chunk)
         readable = self._parse(chunk.records, messages)
+        self._watch(readable)
+        self._tell_moved(chunk)
         alone = self._alone(chunk)
         groups = [[pair] for pair in readable] if alone else [readable] if readable else []
         for group in groups:
@@ -100,8 +159,44 @@ class Processor:
             RegistryAway: schemas of its messages cannot be had.
         """
         readable = self._parse(chunk.records, [])
+        self._watch(readable)
         if readable:
             self.vertical.observe([request for _, request in readable])
+
+    @property
+    def watches(self) -> bool:
+        """Records must lie together, by what the vertical says, and it is watched that they do."""
+        return self.places is not None
+
+    def look(self, records: Sequence[Record]) -> None:
+        """See whether records of partitions that others read lie where they must; no more."""
+        self._watch(self._parse(records, []))
+
+    def _watch(self, readable: Sequence[tuple[Record, Any]]) -> None:
+        """Note when a record lies in another partition than one that it must meet."""
+        places, together = self.places, self.vertical.together
+        if places is None or self._mine[1] < 2:
+            return
+        found = [record for record, one in readable if places.apart(record, together(one))]
+        if not found:
+            return
+        self._moved = int(time.time() * 1e3)
+        topic = found[0].topic
+        APART.labels(topic).inc(len(found))
+        log.error(
+            "%s lies in another partition than an earlier record of the same card, terminal or "
+            "whatever else must meet: the input is not keyed as the settings of %s declare, unless "
+            "it was just given more partitions; where several workers share it, answers say so "
+            "until the longest window has passed",
+            _place(found[0]), self.vertical.name,
+        )  # fmt: skip
+        places.follow(self._mine[1], self._moved)
+
+    def _tell_moved(self, chunk: Chunk) -> None:
+        """Answer and commit this chunk as one of an input whose keys move."""
+        if self._moved > chunk.layout.grown:
+            chunk.layout = chunk.layout.joined(Layout(self._mine[1], self._moved))
+            self.see_partitions(*self._mine, self._moved)
 
     def _alone(self, chunk: Chunk) -> bool:
         """Whether a record of the chunk made the vertical fail before."""
@@ -116,10 +211,17 @@ class Processor:
         Args:
             mine: partitions of this worker.
             total: partitions of the input.
-            grown: milliseconds since 1970 when it was last seen to have grown; 0: never.
+            grown: milliseconds since 1970 when keys were last seen to move; 0: never.
         """
+        self._mine = mine, total
+        if self.places is not None:
+            self.places.follow(total, grown)
         self.vertical.see_partitions(mine, total)
         self.vertical.see_growth(grown / 1e3 if grown and mine < total else None)
+
+    def see_start(self, at: int) -> None:
+        """Tell the vertical that its state lacks what came before; milliseconds, 0: nothing."""
+        self.vertical.see_start(at / 1e3 if at else None)
 
     # -- parse -----------------------------------------------------------------------------
     def _ask_for_schemas(self, chunk: Chunk) -> Steps:

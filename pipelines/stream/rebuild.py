@@ -7,12 +7,12 @@ and which were answered with it. The state is a function of these, so it can be 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
-from kafka import KafkaConsumer
 from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 from torch import Tensor
@@ -20,15 +20,15 @@ from torch import Tensor
 from plinth.engine import ConfigError, Engine, Sla
 from plinth.engine.flow import Tensors
 from plinth.pipelines.formats.mapping import load_mapping
-from plinth.pipelines.stream.chunks import Chunk, Partition, Record, StreamError
-from plinth.pipelines.stream.kafka_clients import connect, prepare, quiet_client, unreachable
-from plinth.pipelines.stream.kafka_replay import Replay
+from plinth.pipelines.stream.chunks import Chunk, Message, Partition, Record, StreamError
+from plinth.pipelines.stream.kafka_clients import prepare, quiet_client, unreachable
+from plinth.pipelines.stream.kafka_replay import Log, Replay, reader
 from plinth.pipelines.stream.kafka_sink import POSITION
 from plinth.pipelines.stream.processor import Processor
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.verticals.contract import Vertical
 
-Spans = Mapping[Partition, tuple[int, int]]
+Spans = dict[Partition, tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,13 @@ class Position:
     """What a chunk of records was answered with.
 
     Args:
-        share: partitions that its worker read, those the input had, and when it had grown
-            (milliseconds since 1970; 0: never).
+        share: partitions that its worker read, those the input had, when keys had moved, and
+            before which time the state lacked records (milliseconds since 1970; 0: neither).
         before: the records in the state, [from, to) by partition.
         chunk: the records answered together, [from, to) by partition, in their order.
     """
 
-    share: tuple[int, int, int]
+    share: tuple[int, int, int, int]
     before: Spans
     chunk: Spans
 
@@ -54,7 +54,7 @@ class Position:
             ValueError: it is not one.
         """
         share, *parts = header.split(" ")
-        mine, total, *grown = map(int, share.split("/"))
+        mine, total, grown, start = map(int, [*share.split("/"), "0", "0"][:4])
         before, chunk = {}, {}
         for part in parts:
             number, _, span = part.partition(":")
@@ -63,7 +63,7 @@ class Position:
             before[place] = since, at
             if end:
                 chunk[place] = at, end[0]
-        return cls((mine, total, grown[0] if grown else 0), before, chunk)
+        return cls((mine, total, grown, start), before, chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,13 @@ class Rebuilt:
         answered: as it stands in the log.
         value: the answer now; ``None`` for a dead letter.
         rows: what the model was asked for this record alone, as lists; its features.
+        why: sentences on what makes the answer another one; empty where it is the same.
     """
 
     answered: Answered
     value: bytes | None
     rows: Any = None
+    why: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -111,6 +113,7 @@ class Rebuilt:
             "answered": None if given.value is None else orjson.loads(given.value),
             "rebuilt": None if self.value is None else orjson.loads(self.value),
             "features": self.rows,
+            "why": list(self.why),
         }
 
 
@@ -167,9 +170,9 @@ def rebuild(
             f"{POSITION} can be rebuilt",
         )
     state = _State(config, vertical, engine, sla or vertical.sla, empty)
-    every = sorted(chunks.values(), key=lambda group: _size(group[0].position.before))
-    for group in every:
-        yield from state.again(group, features=features)
+    with contextlib.closing(state):
+        for group in sorted(chunks.values(), key=lambda group: _course(group[0].position)):
+            yield from state.again(group, features=features)
 
 
 class _State:
@@ -196,19 +199,26 @@ class _State:
             mapping,
         )
         self._empty = empty
+        self._log = Log(config)
         self._spans: dict[Partition, tuple[int, int]] = {}
+
+    def close(self) -> None:
+        """Close the reader."""
+        self._log.close()
 
     def again(self, group: list[Answered], *, features: bool) -> Iterator[Rebuilt]:
         """Every wanted decision of one chunk."""
         position = group[0].position
+        *share, start = position.share
+        self._processor.see_partitions(*share)
+        self._processor.see_start(start)
         self._go_to(position.before)
-        records = _ordered(self._read(position.chunk), position.chunk)
+        records = [r for p, (at, to) in position.chunk.items() for r in self._log.take(p, at, to)]
         chunk = Chunk(
             records,
             {p: at for p, (at, _) in position.chunk.items()},
             {p: to for p, (_, to) in position.chunk.items()},
         )
-        self._processor.see_partitions(*position.share)
         before = (self._vertical.snapshot() or b"") if features else b""
         steps = self._processor.process(chunk)
         try:
@@ -221,10 +231,24 @@ class _State:
             message = made[one.place.partition, one.offset]
             value = None if message.error else message.value
             rows = self._features(before, records, one) if features and value else None
-            yield Rebuilt(one, value, rows)
+            yield Rebuilt(one, value, rows, self._why(one, message))
         if features:
             self._vertical.restore(after)
         self._spans |= {p: (self._spans[p][0], to) for p, (_, to) in position.chunk.items()}
+
+    def _why(self, given: Answered, made: Message) -> tuple[str, ...]:
+        if made.error is not None:
+            return () if given.value is None else (f"it is refused now: {made.error.reason}",)
+        if given.value is None:
+            return ("it was refused then, and is a dead letter",)
+        if given.value == made.value:
+            return ()
+        why = self._vertical.why_other(given.value, made.value)
+        grown = given.position.share[2]
+        if grown:
+            at = datetime.fromtimestamp(grown / 1e3, UTC).isoformat(timespec="seconds")
+            why.append(f"keys of the input had moved at {at}: labels of moved payments may differ")
+        return tuple(why)
 
     def _features(self, before: bytes, records: list[Record], one: Answered) -> Any:
         """Rows of the first call for this record alone, behind those before it."""
@@ -251,9 +275,6 @@ class _State:
         for chunk in self._chunks(ahead):
             self._processor.observe(chunk)
         self._spans = dict(spans)
-
-    def _read(self, spans: Spans) -> list[Record]:
-        return [record for chunk in self._chunks(spans) for record in chunk.records]
 
     def _chunks(self, spans: Spans) -> Iterator[Chunk]:
         spans = {p: span for p, span in spans.items() if span[0] < span[1]}
@@ -287,14 +308,10 @@ class _Asked:
         return self._engine.submit(call, sla)
 
 
-def _ordered(records: list[Record], chunk: Spans) -> list[Record]:
-    """In the order in which the worker had them: partition by partition."""
-    places = {p.partition: place for place, p in enumerate(chunk)}
-    return sorted(records, key=lambda record: (places[record.partition], record.offset))
-
-
-def _size(spans: Spans) -> int:
-    return sum(to - start for start, to in spans.values())
+def _course(position: Position) -> tuple[list[tuple[Partition, int]], int]:
+    """Orders positions so that those of one worker's state follow one another."""
+    begins = {p: since for p, (since, _) in (position.chunk | position.before).items()}
+    return sorted(begins.items()), sum(to - since for since, to in position.before.values())
 
 
 def _answers(config: StreamConfig, wanted: Callable[[bytes | None], bool]) -> Iterator[Answered]:
@@ -338,7 +355,7 @@ def committed_records(config: StreamConfig, topic: str) -> Iterator[Any]:
 def _read_topic(config: StreamConfig, topic: str, count: int | None = None) -> Iterator[Any]:
     with quiet_client() as heard:
         try:
-            consumer = _reader(config)
+            consumer = reader(config)
         except (KafkaError, OSError, ValueError) as error:
             raise unreachable(config, error, heard) from None
     with contextlib.closing(consumer):
@@ -347,18 +364,6 @@ def _read_topic(config: StreamConfig, topic: str, count: int | None = None) -> I
             raise ConfigError(f"there is no topic {topic} on {config.bootstrap_servers}")
         most = None if count is None else -(-count // len(places))
         yield from _to_the_end(consumer, config, places, most)
-
-
-def _reader(config: StreamConfig) -> Any:
-    return connect(
-        KafkaConsumer,
-        **config.client(),
-        enable_auto_commit=False,
-        auto_offset_reset="earliest",
-        isolation_level="read_committed",
-        metrics_enabled=False,
-        allow_auto_create_topics=False,
-    )
 
 
 def _to_the_end(

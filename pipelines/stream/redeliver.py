@@ -85,7 +85,18 @@ class _Redelivery:
     def observe(self, chunk: Chunk) -> None:
         """There is no state."""
 
+    @property
+    def watches(self) -> bool:
+        """There is no state."""
+        return False
+
+    def look(self, records: Sequence[Record]) -> None:
+        """There is no state."""
+
     def see_partitions(self, mine: int, total: int, grown: int) -> None:
+        """There is no state."""
+
+    def see_start(self, at: int) -> None:
         """There is no state."""
 
     def _wanted(self, record: Record) -> bool:

@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from plinth.pipelines.stream.chunks import (
     Committed,
     Outputs,
     Poisoned,
+    Record,
     Rewind,
     StreamError,
 )
@@ -39,8 +40,8 @@ from plinth.pipelines.stream.kafka_clients import (
 from plinth.pipelines.stream.kafka_consumer import GroupConsumer
 from plinth.pipelines.stream.kafka_replay import NotNeeded, Standby
 from plinth.pipelines.stream.kafka_sink import AtLeastOnceSink, ExactlyOnceSink, KafkaSink
-from plinth.pipelines.stream.metrics import DEAD_LETTERS, RECORDS, RECOVERIES
-from plinth.pipelines.stream.processor import Processor
+from plinth.pipelines.stream.metrics import DEAD_LETTERS, RECORDS, RECOVERIES, STATE_SINCE
+from plinth.pipelines.stream.processor import KeyPlaces, Processor
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.verticals.contract import Vertical
 
@@ -133,8 +134,18 @@ class ChunkProcessor(Protocol):
     def observe(self, chunk: Chunk) -> None:
         """Take a replayed chunk into the state, without answers."""
 
+    @property
+    def watches(self) -> bool:
+        """It wants to be told of records of other workers' partitions by :meth:`look`."""
+
+    def look(self, records: Sequence[Record]) -> None:
+        """Told of records of other workers' partitions: they may show that keys lie apart."""
+
     def see_partitions(self, mine: int, total: int, grown: int) -> None:
-        """Told whenever this worker's share of the input changes, and when that last grew."""
+        """Told whenever this worker's share of the input changes, and when keys last moved."""
+
+    def see_start(self, at: int) -> None:
+        """Told before which time the state lacks records (milliseconds; 0: it has all)."""
 
 
 def run(
@@ -172,13 +183,16 @@ def run(
             {"vertical": vertical.name, "topic": config.input_topic, "group": config.group},
             config.replay_max_records,
         )
+        places = KeyPlaces() if vertical.together(vertical.example()) else None
+        promise = sla or vertical.sla
         return checkpoint, Processor(
             vertical,
             engine,
             config.max_record_bytes,
             checkpoint.stateful,
-            sla or vertical.sla,
+            promise,
             mapping,
+            places,
         )
 
     trail = None
@@ -344,7 +358,7 @@ class Worker:
     def _observe(self, chunk: Chunk) -> None:
         self._at("process")
         self.processor.observe(chunk)
-        self.checkpoint.advance(chunk.ends)
+        self.checkpoint.observed(chunk)
         count = len(chunk.records)
         self.summary.replayed += count
         RECORDS.labels(self.config.input_topic, "replayed").inc(count)
@@ -357,6 +371,7 @@ class Worker:
             self._began = time.perf_counter(), time.process_time()
         if self.checkpoint.stateful:
             self.consumer.ask_layout()
+            self.processor.see_start(self.checkpoint.start)
         steps = self.processor.process(chunk)
         while True:
             try:
@@ -365,6 +380,9 @@ class Worker:
                 outputs: Outputs = end.value
                 break
             self._wait_for_engine(seconds)
+        if chunk.layout.grown > self.checkpoint.layout.grown:
+            self.consumer.learn(chunk.layout)
+            self.checkpoint.layout = self.consumer.layout
         if self.config.positions:
             outputs.position = self.checkpoint.position(chunk, self.consumer.partitions)
         if self.trail is not None:
@@ -469,6 +487,8 @@ class Worker:
         else:
             self._moved = now  # a matter of outage_timeout_s
             self._check_patience(now)
+        if self.processor.watches:
+            self.processor.look(self.consumer.elsewhere())
         if now - self._saved >= self.config.snapshot_interval_s:
             self._settle()
             self._snapshot()
@@ -633,6 +653,7 @@ class Worker:
     # -- telling ---------------------------------------------------------------------------
     def _report(self) -> None:
         lag = self.consumer.lag()
+        STATE_SINCE.labels(self.config.input_topic).set(self.checkpoint.start / 1e3)
         if self.on_progress is None:
             return
         summary = self.summary

@@ -1,4 +1,4 @@
-"""A worker process for crash tests: ``stream_worker.py '<StreamConfig as JSON>'``.
+"""A worker process for crash tests: ``stream_worker.py '<StreamConfig as JSON>' [finance]``.
 
 Prints one JSON line of progress per commit, and the summary at the end. SIGTERM stops it.
 """
@@ -10,17 +10,19 @@ import signal
 import sys
 import threading
 from dataclasses import asdict
+from typing import Any
 
 from tally import TallyVertical, started_engine
 
 import plinth.pipelines.stream.worker as stream
+from plinth.verticals.finance import FraudScoring
 
 
 def main() -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     stream.PROGRESS_S = 0.0
-    vertical = TallyVertical()
+    vertical: Any = FraudScoring() if sys.argv[2:] == ["finance"] else TallyVertical()
     config = stream.StreamConfig.model_validate_json(sys.argv[1])
 
     def tell(progress: stream.StreamProgress) -> None:

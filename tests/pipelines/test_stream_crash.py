@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stream_chaos
+from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
 from kafka_fixtures import KafkaNode, eventually
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
 from plinth.engine.metrics import REGISTRY
 from plinth.pipelines.stream.audit import check_trail
+from plinth.pipelines.stream.kafka_clients import prepare
 from plinth.pipelines.stream.worker import (
     StreamConfig,
     StreamError,
@@ -37,9 +40,9 @@ ROOT = WORKER.parents[2]
 class Worker:
     """The stream in a process of its own."""
 
-    def __init__(self, config: StreamConfig) -> None:
+    def __init__(self, config: StreamConfig, *vertical: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(WORKER), config.model_dump_json()],
+            [sys.executable, str(WORKER), config.model_dump_json(), *vertical],
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -76,8 +79,8 @@ class Worker:
 def worker() -> Iterator[Callable[[StreamConfig], Worker]]:
     started: list[Worker] = []
 
-    def start(config: StreamConfig) -> Worker:
-        started.append(Worker(config))
+    def start(config: StreamConfig, *vertical: str) -> Worker:
+        started.append(Worker(config, *vertical))
         return started[-1]
 
     yield start
@@ -142,6 +145,30 @@ def test_exactly_once_however_often_and_whenever_the_worker_is_killed(
     assert (checked.records, checked.faults) == (8_000, [])
     assert 0 < last["records"] < 8_000
     assert last["replayed"] < 4_000  # the snapshot spared the rest
+
+
+def test_a_killed_worker_of_fraud_scoring_loses_nothing_in_a_flood_of_alerts(
+    kafka_node: KafkaNode, worker: Callable[..., Worker], tmp_path: Path
+) -> None:
+    config = kafka_node.config(
+        instance_id="w1", state_dir=tmp_path, snapshot_interval_s=0.2, max_records=64
+    )
+    prepare(config)
+    options = {"bootstrap_servers": kafka_node.servers, "compression_type": "zstd"}
+    with contextlib.closing(KafkaProducer(**options)) as producer:
+        for n in range(3_000):
+            key, value = stream_chaos.payment(n, alert=True)
+            producer.send(config.input_topic, value, key)
+        producer.flush(60)
+    one = worker(config, "finance")
+    one.until(random.randrange(1, 1_500))
+    one.kill_within(0.3)
+    last = worker(config, "finance").summary()
+    decisions = kafka_node.answers(config)
+    assert sorted(d["transaction_id"] for d in decisions) == sorted(f"x{n}" for n in range(3_000))
+    assert {d["reason_codes"][0]["code"] for d in decisions} == {"R01"}
+    assert {d["features_partial"] for d in decisions} == {False}
+    assert 0 < last["records"] < 3_000
 
 
 def test_at_least_once_when_the_worker_is_killed(

@@ -30,7 +30,7 @@ from plinth.pipelines.stream.chunks import (
     Rewind,
     StreamError,
 )
-from plinth.pipelines.stream.processor import MAX_FAILURES, Processor
+from plinth.pipelines.stream.processor import MAX_FAILURES, KeyPlaces, Processor
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.pipelines.stream.worker import StreamSummary, Worker
 
@@ -415,6 +415,68 @@ def test_replay_is_bounded_and_says_what_retention_took(
     kept.advance({P: 500})
     assert kept.plan({P: 1_000}, {P: 700}) == {P: (700, 1_000)}
     assert "500 to 700 are not retained" in caplog.text
+
+
+def test_a_state_says_since_when_it_has_all(tmp_path: Path) -> None:
+    path = tmp_path / "state.snapshot"
+    kept = check(TallyVertical(), path, replay_max_records=100)
+    kept.plan({P: 50}, {P: 0})
+    assert kept.start == 0
+    kept.plan({P: 1_000}, {P: 0})
+    assert kept.start > 1.7e12  # nothing is known of the log's beginning: now
+    late = [Line(n, b"{}", timestamp=5_000 + n) for n in range(900, 1_000)]
+    kept.observed(Chunk(late[:50], {P: 900}, {P: 950}, None, True))
+    kept.observed(Chunk(late[50:], {P: 950}, {P: 1_000}, None, True))
+    assert kept.start == 5_900
+    assert kept.position(Chunk([], {P: 1_000}, {P: 1_001}), 1).startswith("1/0/0/5900 0:900-")
+    kept.save()
+    again = check(TallyVertical(), path)
+    assert again.start == 5_900
+    again.plan({P: 2_000}, {P: 1_500})  # a hole, whenever it was
+    assert again.start > 1.7e12
+
+
+def test_records_apart_that_must_meet_are_found_out() -> None:
+    class Together(TallyVertical):
+        moved: float | None = None
+
+        def together(self, request: Any) -> tuple[str | None, ...]:
+            return request.card, None
+
+        def see_growth(self, at: float | None) -> None:
+            self.moved = at
+
+    def answered(processor: Processor, *records: Line, known: int = 0) -> Layout:
+        chunk = Chunk(list(records), {}, {}, layout=Layout(2, known))
+        process(processor, chunk)
+        return chunk.layout
+
+    vertical = Together()
+    processor = Processor(vertical, ENGINE, places=KeyPlaces())
+    processor.see_partitions(1, 2, 0)
+    a, b = (json.dumps({"id": 1, "card": card, "amount": 1}).encode() for card in "ab")
+    first, second = Line(0, a, timestamp=9), Line(1, a, timestamp=9)
+    apart, other = Line(0, a, "in", 1, 9), Line(1, b, "in", 1, 9)
+    assert answered(processor, first, second, other) == Layout(2)
+    assert vertical.moved is None
+    found = answered(processor, apart)
+    assert found.grown > 1.7e12
+    assert vertical.moved == found.grown / 1e3
+    assert answered(processor, first, apart, known=found.grown) == found  # said already
+
+    by_looking = Processor(Together(), ENGINE, places=KeyPlaces())
+    by_looking.see_partitions(1, 2, 0)
+    by_looking.look([apart])
+    assert answered(by_looking, first).grown > 1.7e12
+
+    grown = Processor(Together(), ENGINE, places=KeyPlaces())
+    grown.see_partitions(1, 2, 8)  # partitions were added: keys may move for a while
+    assert answered(grown, first, apart) == Layout(2)
+    alone = Together()
+    reads_all = Processor(alone, ENGINE, places=KeyPlaces())
+    reads_all.see_partitions(2, 2, 0)
+    assert answered(reads_all, first, apart).grown > 1.7e12  # for those who come later
+    assert alone.moved is None
 
 
 def test_a_state_folder_belongs_to_one_worker(tmp_path: Path) -> None:

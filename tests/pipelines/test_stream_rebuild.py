@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,11 +15,11 @@ import pytest
 from kafka_fixtures import KafkaNode
 from tally import started_engine
 
-from plinth.engine import ConfigError, Flow
+from plinth.engine import ConfigError, Engine, Flow
 from plinth.pipelines.stream.rebuild import Rebuilt, has_value, rebuild
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.pipelines.stream.worker import run
-from plinth.verticals.finance import FraudScoring
+from plinth.verticals.finance import FraudScoring, FraudSettings
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
 DAY_S = 86_400
@@ -103,6 +104,27 @@ def test_thousands_of_decisions_over_restarts_are_made_again_bit_for_bit(
         one = again(config, name)[-1]
         assert one.equal
         assert one.rows == [seen[name]]
+
+
+def test_why_a_decision_is_another_now_is_said(kafka_node: KafkaNode) -> None:
+    config = kafka_node.config(partitions=2, max_events=100)
+    kafka_node.fill(config, payments(100, seed=3))
+    stream(config, Watched())
+
+    def why(engine: Engine, **settings: Any) -> Counter[str]:
+        vertical = FraudScoring(FraudSettings(**settings))
+        found = list(rebuild(vertical, engine, config, has_value("*"), features=False))
+        assert len(found) == 100
+        assert all(one.equal != bool(one.why) for one in found)
+        return Counter(reason.partition(":")[0] for one in found for reason in one.why)
+
+    with started_engine(FraudScoring()) as engine:
+        assert why(engine) == {}
+        assert why(engine, hard_amount=100.0)["other rules"] > 80
+        strict = {"review_threshold": 0.0, "decline_threshold": 0.0}
+        assert why(engine, **strict).keys() == {"other thresholds"}
+        assert why(engine, rates={"EUR": 1.5})["other features"] > 80
+        assert why(engine, rates={"USD": 1.0}).keys() == {"it is refused now"}
 
 
 def test_what_cannot_be_made_again_is_said(kafka_node: KafkaNode) -> None:

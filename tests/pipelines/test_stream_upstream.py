@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from kafka_fixtures import KafkaNode, eventually
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
 from plinth.engine.metrics import REGISTRY
+from plinth.pipelines.stream.chunks import Layout
 from plinth.pipelines.stream.kafka_clients import prepare
+from plinth.pipelines.stream.rebuild import has_value, rebuild
 from plinth.pipelines.stream.worker import (
     StreamConfig,
     StreamError,
@@ -49,11 +52,12 @@ def send(config: StreamConfig, records: Pairs, **options: Any) -> None:
 
 
 def payments(count: int, **changes: Any) -> list[tuple[bytes, bytes]]:
-    """Payments of so many cards, one minute apart."""
+    """Payments of so many cards, each at a terminal of its own."""
     base = json.loads(FraudScoring().example().model_dump_json())
     made = []
     for n in range(count):
         own = {"transaction_id": f"x{n}", "card": f"tok_{n}", "customer_id": f"c{n}"}
+        own["terminal_id"] = f"t{n}"
         made.append((own["card"].encode(), json.dumps(base | own | changes).encode()))
     return made
 
@@ -179,12 +183,12 @@ def add_partitions(config: StreamConfig, count: int) -> None:
         )
 
 
-def rounds(first: int, last: int) -> list[tuple[bytes, bytes]]:
+def rounds(first: int, last: int, **changes: Any) -> list[tuple[bytes, bytes]]:
     """Payments of thirty cards, each once in every round."""
     return [
         (key, value.replace(b'"x', f'"r{number}x'.encode()))
         for number in range(first, last)
-        for key, value in payments(30)
+        for key, value in payments(30, **changes)
     ]
 
 
@@ -224,6 +228,49 @@ def test_a_card_whose_past_another_worker_has_is_flagged_once_partitions_were_ad
     assert "has grown from 2 to 5 partitions" in caplog.text
     grown = "plinth_kafka_partitions_grown_timestamp_seconds"
     assert (REGISTRY.get_sample_value(grown, {"topic": config.input_topic}) or 0) > 1e9
+
+
+def test_a_declaration_that_is_false_is_found_out_where_each_worker_reads_one_partition(
+    kafka_node: KafkaNode, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plinth.pipelines.stream.worker.PROGRESS_S", 0.0)
+    monkeypatch.setattr("plinth.pipelines.stream.kafka_replay.LOOK_S", 0.1)
+    config = kafka_node.config(partitions=2, max_records=32, idle_exit_s=None)
+    prepare(config)
+    members = two_members(config, sharing=2)
+    send(config, rounds(0, 1, terminal_id="t1"))  # thirty cards
+    answered(members, 30)
+    both = "not keyed as the settings of finance declare"
+    eventually(lambda: caplog.text.count(both) == 2, 60, "both workers found it out")
+    send(config, rounds(1, 3, terminal_id="t1"))
+    answered(members, 90)
+    for one in members:
+        one.end()
+    decisions = {d["transaction_id"]: d for d in kafka_node.answers(config)}
+    assert all(d["features_partial"] for name, d in decisions.items() if name[1] != "0")
+    with contextlib.closing(KafkaAdminClient(bootstrap_servers=kafka_node.servers)) as admin:
+        noted = admin.list_group_offsets(config.group)[config.group].values()
+    assert all(Layout.read(told.metadata).grown for told in noted)
+
+
+def test_a_state_that_retention_cut_short_is_said_on_every_decision(
+    kafka_node: KafkaNode, tmp_path: Path
+) -> None:
+    config = kafka_node.config(partitions=1, max_events=50, state_dir=tmp_path)
+    kafka_node.fill(config, payments(100))
+    stream(config, FraudScoring())
+    options = {"bootstrap_servers": kafka_node.servers}
+    with contextlib.closing(KafkaAdminClient(**options)) as admin:
+        admin.delete_records({TopicPartition(config.input_topic, 0): 30})
+    (tmp_path / "state.snapshot").unlink()
+    stream(config.model_copy(update={"max_events": 25}), FraudScoring())
+    stream(config.model_copy(update={"max_events": 25}), FraudScoring())  # from the snapshot
+    decisions = kafka_node.answers(config)
+    assert [d["features_partial"] for d in decisions] == [False] * 50 + [True] * 50
+    vertical = FraudScoring()
+    with started_engine(vertical) as engine:
+        [again] = rebuild(vertical, engine, config, has_value("x80"))
+    assert again.equal
 
 
 def test_an_open_transaction_upstream_is_said_and_waited_for(

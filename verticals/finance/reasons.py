@@ -1,8 +1,9 @@
-"""What a high score is put down to: groups of features, masked together."""
+"""What a high score is put down to: groups of features, masked together; what a change is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from plinth.verticals.finance.schema import Reason
 
 MASKED = -1.0
 """A feature with this value is "not told" to the model."""
+LAST_BITS = 1e-6
+"""Scores closer than this differ by arithmetic alone."""
 MIN_EFFECT = 0.3
 """Log-odds below which a group is no reason."""
 
@@ -95,3 +98,45 @@ def main_reasons(effects: Sequence[float]) -> list[Reason]:
     """The reasons for a score, the strongest first."""
     order = sorted(range(len(GROUPS)), key=lambda group: -effects[group])
     return [GROUPS[group][0] for group in order if effects[group] >= MIN_EFFECT]
+
+
+def why_other(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Why two decisions on one payment differ, made at two times from the same records.
+
+    Args:
+        before, now: the fields of the decisions.
+    """
+
+    def other(*names: str) -> bool:
+        return any(before.get(name) != now.get(name) for name in names)
+
+    def both(*names: str) -> str:
+        then, again = (" ".join(str(one.get(name)) for name in names) for one in (before, now))
+        return f"{then} then, {again} now"
+
+    why = []
+    if other("model", "model_version"):
+        why.append(f"another model: {both('model', 'model_version')}")
+    elif other("score"):
+        scores = before.get("score"), now.get("score")
+        if None not in scores and abs(scores[0] - scores[1]) <= LAST_BITS:  # type: ignore[operator]
+            why.append("the score differs in its last bits: another machine, backend or precision")
+        elif before.get("duplicate") or now.get("duplicate"):
+            why.append(
+                "a payment that came twice has the features of its first time, which may have "
+                "come in another order from another partition"
+            )
+        else:
+            why.append(
+                "other features: other settings of them (rates, lateness_days, max_cards, ...), "
+                "another version of Plinth, or a label that came in another order"
+            )
+    if other("rules_version"):
+        why.append(f"other rules: {both('rules_version')}")
+    flags = "features_late", "features_partial", "duplicate", "conflict"
+    why += [f"{name}: {both(name)}" for name in flags if other(name)]
+    if not why and other("decision", "reason_codes"):
+        why.append("other thresholds: the same score, model and rules")
+    if other("extra"):
+        why.append("unknown_fields is set otherwise")
+    return why or ["the same fields, written otherwise"]

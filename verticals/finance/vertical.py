@@ -41,13 +41,14 @@ from plinth.verticals.finance.features.online import (
     Labelled,
     Limits,
 )
-from plinth.verticals.finance.features.timeline import DAY
+from plinth.verticals.finance.features.timeline import DAY, NEVER
 from plinth.verticals.finance.metrics import PARTIAL_DECISIONS, RULE_HITS, TableMetrics
 from plinth.verticals.finance.reasons import (
     NO_TIME,
     contributions,
     main_reasons,
     masked_rows,
+    why_other,
 )
 from plinth.verticals.finance.rules import Action, Payments, RuleBook, Verdict, limits
 from plinth.verticals.finance.schema import (
@@ -212,7 +213,7 @@ class FraudScoring(Vertical[Record, Decision]):
             )
         )
         self._shared = False
-        self._moved_until: int | None = None
+        self._moved = self._started = NEVER
         self._known_past = inf, datetime.min.replace(tzinfo=UTC)
         me = weakref.ref(self)
         self._tables = TableMetrics(lambda: found.state if (found := me()) else None)
@@ -345,15 +346,27 @@ class FraudScoring(Vertical[Record, Decision]):
             found["model_digest"] = by.digest
         return found
 
+    def why_other(self, before: bytes, now: bytes) -> list[str]:
+        return why_other(orjson.loads(before), orjson.loads(now))
+
     def key(self, request: Record) -> str | None:
         return request.card
 
     def see_partitions(self, mine: int, total: int) -> None:
         self._shared = mine < total and not self._given.colocated
 
+    def together(self, request: Transaction | Label) -> Sequence[str | None]:
+        if not self._given.colocated:
+            return ()
+        if is_label(request):
+            return request.card, None, request.terminal_id, None
+        return request.card, request.customer_id, request.terminal_id, request.device_id
+
     def see_growth(self, at: float | None) -> None:
-        reach = RISK_REACH + self.state.limits.lateness_ms
-        self._moved_until = None if at is None else round(at * 1e3) + reach
+        self._moved = NEVER if at is None else round(at * 1e3)
+
+    def see_start(self, at: float | None) -> None:
+        self._started = NEVER if at is None else round(at * 1e3)
 
     def observe(self, requests: Sequence[Record]) -> None:
         """Take records in without scoring them; what :meth:`infer` refuses is left out."""
@@ -400,7 +413,7 @@ class FraudScoring(Vertical[Record, Decision]):
             label.card,
         )
         try:
-            found = self.state.label(made)
+            found = self.state.label(made, max(self._moved, self._started))
         except InputError as error:
             return error
         return _noted(label, partial=not found)
@@ -445,7 +458,7 @@ class FraudScoring(Vertical[Record, Decision]):
         rows = zip(asked, verdicts, batch.flags.tolist(), scores, answered, strict=True)
         for place, (request, verdict, flag, score, by) in enumerate(rows):
             extra = request.model_extra
-            apart = self._shared or self._may_have_moved(request)
+            apart = self._shared or self._may_lack(request)
             special: dict[str, Any] = (
                 {
                     "features_late": bool(flag & LATE),
@@ -474,10 +487,11 @@ class FraudScoring(Vertical[Record, Decision]):
             PARTIAL_DECISIONS.inc(partial)
         return decisions
 
-    def _may_have_moved(self, request: Transaction) -> bool:
-        """Whether a window reaches below the time when keys moved to other partitions."""
-        until = self._moved_until
-        return until is not None and milliseconds(request.event_time) <= until
+    def _may_lack(self, request: Transaction) -> bool:
+        """Whether a window reaches below what this state has seen, or the time when keys moved."""
+        unseen = max(self._moved, self._started)
+        reach = RISK_REACH + self.state.limits.lateness_ms
+        return unseen > NEVER and milliseconds(request.event_time) <= unseen + reach
 
     def _verdicts(
         self, asked: Sequence[Transaction], batch: Batch, scores: Sequence[float]

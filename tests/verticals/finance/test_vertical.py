@@ -307,6 +307,46 @@ def test_windows_that_reach_below_the_growth_of_the_log_are_said() -> None:
     assert [partial(one) for one in grown] == [False, True, True, False]
 
 
+def test_windows_that_reach_below_what_the_state_has_seen_are_said() -> None:
+    vertical = FraudScoring()
+    vertical.see_start(NOW)
+
+    def partial(number: int, at: int) -> bool:
+        return bool(score(vertical, payment(number, at))[0].features_partial)
+
+    assert partial(1, NOON)
+    assert partial(2, NOON + 44 * DAY)  # windows and lateness
+    assert not partial(3, NOON + 44 * DAY + 1)
+    vertical.see_start(None)
+    assert not partial(4, NOON + 44 * DAY)
+
+
+@pytest.mark.parametrize("told", [FraudScoring.see_growth, FraudScoring.see_start])
+def test_a_label_whose_payment_another_state_had_is_believed(told: Any) -> None:
+    vertical = FraudScoring()
+    assert score(vertical, label(1, card="tok_1"))[0].reason == "unknown_payment"
+    told(vertical, NOW)
+    [noted] = score(vertical, label(1, card="tok_1"))
+    assert (noted.decision, noted.features_partial) == ("noted", True)
+    assert score(vertical, label(2, NOON + 1, card="tok_1"))[0].reason == "unknown_payment"
+    [later] = score(vertical, payment(3, NOON + 8 * DAY))
+    assert later.features_partial  # the payment itself is not among those the share is of
+    [other] = score(vertical, payment(4, NOON + 50 * DAY, terminal_id="t2"))
+    assert not other.features_partial
+
+
+def test_what_must_lie_in_one_partition_is_told_where_it_was_declared() -> None:
+    raws = payment(1, device_id="d1"), payment(2), label(1), label(1, card="tok_1")
+    vertical = FraudScoring(FraudSettings(colocated=True))
+    assert [vertical.together(vertical.parse(raw)) for raw in raws] == [
+        ("tok_1", "c1", "t1", "d1"),
+        ("tok_1", "c1", "t1", None),
+        (None, None, "t1", None),
+        ("tok_1", None, "t1", None),
+    ]
+    assert not FraudScoring().together(vertical.parse(raws[0]))
+
+
 def test_what_had_to_be_forgotten_is_counted_and_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

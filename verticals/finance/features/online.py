@@ -25,6 +25,7 @@ from plinth.verticals.finance.features.timeline import (
     HOUR,
     LABEL_DELAY,
     MINUTE,
+    NEVER,
     ROW,
     Card,
     Device,
@@ -214,12 +215,18 @@ class FeatureState:
         values = np.frombuffer(b"".join(rows), dtype=np.float32).reshape(-1, FEATURE_COUNT)
         return Batch(values, np.frombuffer(flags, dtype=np.uint8))
 
-    def label(self, label: Labelled) -> bool:
+    def label(self, label: Labelled, elsewhere: int = NEVER) -> bool:
         """Enter what became known of a transaction that was taken in.
 
+        Args:
+            label: what became known.
+            elsewhere: milliseconds; up to this event time another state may have had the
+                transaction.
+
         Returns:
-            False where the transaction is too old to be found, or its card was forgotten: then
-            the label is believed, and windows that reach down to it are partial from now on.
+            False where the transaction is too old to be found, its card was forgotten, or another
+            state may have had it: then the label is believed, and windows that reach down to it
+            are partial from now on.
 
         Raises:
             InputError: there was no such transaction, or the label may mean several.
@@ -236,7 +243,7 @@ class FeatureState:
                 reason="ambiguous_label",
                 hint="send the payment's card with the label",
             )
-        if not sure and not forgotten and label.time > floor:
+        if not sure and not forgotten and label.time > max(floor, elsewhere):
             raise InputError(
                 "no payment has this transaction_id, terminal_id and event_time",
                 field="transaction_id",
@@ -246,7 +253,8 @@ class FeatureState:
         place = self.terminals.touch(label.terminal)
         if not sure:
             place.blind = max(place.blind, label.time)
-        for card in sure or forgotten[:1]:
+        told = [label.card] if label.card is not None and label.time > floor else []
+        for card in sure or forgotten[:1] or told:
             before = place.entries()
             place.mark(f"{card} {label.transaction}", label.time, label.known, label.fraud)
             self.terminals.entries += place.entries() - before
