@@ -355,9 +355,11 @@ class FraudScoring(Vertical[Record, Decision]):
     def see_partitions(self, mine: int, total: int) -> None:
         self._shared = mine < total and not self._given.colocated
 
-    def together(self, request: Transaction | Label) -> Sequence[str | None]:
+    def together(self, request: Record) -> Sequence[str | None]:
         if not self._given.colocated:
             return ()
+        if is_follow_up(request):
+            return request.card, None, None, None
         if is_label(request):
             return request.card, None, request.terminal_id, None
         return request.card, request.customer_id, request.terminal_id, request.device_id
