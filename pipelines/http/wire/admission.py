@@ -3,9 +3,10 @@
 An edge-triggered epoll set names the connections that have bytes for 0.3 µs each without reading
 them. So the server knows how long each has waited, and reads no more than it can serve:
 
-- **Order.** First come, first served, while the oldest has waited for less than an eighth of the
-  promise. Beyond it the newest is read first: what is served can still be in time. (Facebook's
-  adaptive LIFO: Maurer, "Fail at Scale", ACM Queue 13(8), 2015.)
+- **Order.** First come, first served, while the oldest has waited for less than half of the
+  promise: a queue that a pause left behind is worked off in time. Beyond it the newest is read
+  first: what is served can still be in time. (Facebook's adaptive LIFO: Maurer, "Fail at Scale",
+  ACM Queue 13(8), 2015.)
 - **Bound.** No more than :attr:`Limit.room` requests are begun. The bound falls by a tenth in
   every round of 50 ms in which more than a twentieth of the answers were refused by the engine or
   took two thirds of the promise, and grows by a tenth when it was reached and they did not.
@@ -22,10 +23,8 @@ from typing import Protocol
 
 TURN = 64
 """Requests begun in one turn of the event loop."""
-FRESH = 1 / 8
-"""Share of the promise that the oldest may have waited while they are served in order."""
 STALE = 1 / 2
-"""Share of the promise after which a connection is read although it is not its turn."""
+"""Share of the promise after which the newest are served first, and the oldest are refused."""
 BLOCKED = 0.05
 """Seconds after which a connection is read although nothing can be begun, to be told so."""
 PER_BEGUN = 3 / 4
@@ -125,7 +124,6 @@ class ReadyQueue:
     """
 
     def __init__(self, promise: float | None) -> None:
-        self._fresh = (promise or 8e9) * FRESH
         self._stale = (promise or 2e9) * STALE
         self._waiting: deque[Waiting] = deque()
         self._credit = 0.0
@@ -143,7 +141,7 @@ class ReadyQueue:
         """Whose turn it is."""
         waiting = self._waiting
         while waiting:
-            newest_first = now - waiting[0].arrived > self._fresh
+            newest_first = now - waiting[0].arrived > self._stale
             found = waiting.pop() if newest_first else waiting.popleft()
             found.queued = False
             if found.wants_read:

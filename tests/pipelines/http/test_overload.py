@@ -44,14 +44,14 @@ def waiting(queue: ReadyQueue, *times: float) -> list[Socket]:
 def test_who_waits_a_short_time_is_served_in_order() -> None:
     queue = ReadyQueue(PROMISE)
     first, second = waiting(queue, 1.0, 1.01)
-    assert [queue.next(1.015), queue.next(1.015)] == [first, second]
+    assert [queue.next(1.07), queue.next(1.07)] == [first, second]
 
 
 def test_the_newest_is_served_first_when_the_oldest_has_waited_long() -> None:
     queue = ReadyQueue(PROMISE)
     old, middle, new = waiting(queue, 1.0, 1.01, 1.02)
-    assert [queue.next(1.03), queue.next(1.03)] == [new, middle]
-    assert queue.next(1.03) is old
+    assert [queue.next(1.08), queue.next(1.08)] == [new, middle]
+    assert queue.next(1.08) is old
 
 
 def test_without_a_promise_the_order_is_that_of_arrival() -> None:
