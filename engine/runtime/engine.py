@@ -618,6 +618,7 @@ class Engine:
                 for part in batch.parts
             ]
             launched = loaded.launch(staging, rows)
+            loaded.see(rows)
         except BaseException as error:  # noqa: BLE001 - as in _execute
             self._failed_there(batch, loaded, error, staging)
             return

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from plinth.engine.backends import registry
 from plinth.engine.backends.base import Executable, cpu_threads
 from plinth.engine.backends.blocks import Blocks
 from plinth.engine.backends.choice import prepare
@@ -37,6 +38,7 @@ from plinth.engine.tiling import WindowGrid
 Range = tuple[int, int] | Literal["auto"]
 Precision = PrecisionPolicy | str | Mapping[str, Any]
 """A policy, the name of a preset, a table, or ``"variant:NAME"`` of a stored model."""
+_BY_RULE = ("onnxruntime", "eager")  # the first that supports a model in blocks is its "auto"
 VARIANT = "variant:"
 _MOST = 128
 _MEASURED_ROWS = 16
@@ -299,25 +301,19 @@ def load_model(
     low, high = (1, _MOST) if batch_range == "auto" else batch_range
     if not 1 <= low <= high:
         raise ConfigError(f"batch_range is {batch_range}, expected 1 <= smallest <= largest")
-    block = model.spec.block
     with cpu_threads(threads):
         probe = min(_MEASURED_ROWS, high)
-        executable = _variant(model, device, precision, backend, threads)
-        if executable is None:
-            tried, planned = (probe, high) if block is None else (block, block)
-            executable = prepare(
-                model, device, precision, backend, threads, rows=tried, most=planned
-            )
+        executable = _made(model, device, precision, backend, threads, (probe, high))
         module = executable.module if isinstance(executable, TorchExecutable) else None
-        if block is not None:
-            executable = Blocks(executable, block)
+        if model.spec.block is not None:
+            executable = Blocks(executable, model.spec.block)
         if executable.report.get("untried"):  # a batch of several rows was never seen to be right
             room = Room(max(0, budget_of(device, budget) - executable.weights))
             return LoadedModel(model, sla, executable, 1, room)
         if model.spec.free:
             room = Room(max(0, budget_of(device, budget) - executable.weights))
             padding = None
-            if high > 1 and block is None and not _is_exact(precision):
+            if high > 1 and model.spec.block is None and not _is_exact(precision):
                 padding = find_padding(model, executable)
             return LoadedModel(model, sla, executable, high, room, padding=padding)
         plan = _plan(executable, model, probe, budget)
@@ -336,6 +332,41 @@ def load_model(
     if module is not None:  # in bf16, say: the float32 weights can go
         loaded.model = replace(model, module=module)
     return loaded
+
+
+def _made(
+    model: Model,
+    device: Device,
+    precision: Precision,
+    backend: str,
+    threads: int | None,
+    sizes: tuple[int, int],
+) -> Executable:
+    """A stored variant, or the model prepared for ``sizes``: rows to compare, and at most."""
+    found = _variant(model, device, precision, backend, threads)
+    if found is not None:
+        return found
+    if (block := model.spec.block) is not None:
+        sizes = block, block
+        precision, backend = _one_way(model, device, precision, backend)
+    tried, most = sizes
+    return prepare(model, device, precision, backend, threads, rows=tried, most=most)
+
+
+def _one_way(
+    model: Model, device: Device, precision: Precision, backend: str
+) -> tuple[Precision, str]:
+    """What ``"auto"`` means where bits matter: by rule, for two processes may measure otherwise."""
+    policy = resolve(precision)
+    if policy.exact:
+        return precision, backend
+    if policy.auto:
+        precision, policy = "fp32", resolve("fp32")
+    if backend == "auto":
+        runs = [each for each in registry.automatic()[0] if each.name in _BY_RULE]
+        runs = [each for each in runs if each.supports(model, device, policy) is None]
+        backend = min((each.name for each in runs), key=_BY_RULE.index, default="eager")
+    return precision, backend
 
 
 def _is_exact(precision: Precision) -> bool:

@@ -119,6 +119,17 @@ def test_what_does_not_fit_is_run_in_halves_and_nothing_is_lost():
             engine.run(call("small", rows))
 
 
+@pytest.mark.cpu
+def test_the_automatic_way_of_a_model_of_blocks_is_the_same_in_every_process():
+    plain = model("by-rule", nn.Linear(4, 4))
+    blocks = Model(plain.spec.model_copy(update={"block": 8}), plain.module)
+    engine = Engine(backend="auto", precision="auto")
+    engine.add(blocks)
+    status = engine.status()["models"]["by-rule"]
+    assert (status["backend"], status["precision"]) == ("onnxruntime", "fp32")
+    assert status["reason"] == "as asked for"
+
+
 class Counted(nn.Module):
     """Twice the rows; keeps how many came each time."""
 
