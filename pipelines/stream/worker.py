@@ -399,7 +399,7 @@ class Worker:
         self._check_patience(now)
         self._check_stall(
             now,
-            "the engine has not finished this chunk's work, or the schema registry does not answer",
+            "the engine has refused or not finished this work, or the schema registry is away",
         )
         self._pause.wait(seconds)
         self.consumer.keep_alive()

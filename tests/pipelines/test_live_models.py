@@ -69,7 +69,7 @@ class Stored(Tiny):
 
 
 def variant_of(store: ModelStore, name: str, speed: float, **policy: str) -> None:
-    """Write a variant that eager torch realises from the reference."""
+    """Write a variant that ONNX Runtime realises from the reference."""
     variants = store.variants("net")
     evidence = Evidence(
         speed=speed,
@@ -88,7 +88,7 @@ def variant_of(store: ModelStore, name: str, speed: float, **policy: str) -> Non
         machine="this",
     )
     precision = PrecisionPolicy(**policy).as_dict()
-    facts = {"backend": "eager", "precision": precision, "reference": variants.reference}
+    facts = {"backend": "onnxruntime", "precision": precision, "reference": variants.reference}
     variants.add(Variant(name=name, evidence=evidence, **facts), {})
 
 
@@ -97,8 +97,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelStore:
     monkeypatch.setenv("PLINTH_CACHE", str(tmp_path / "cache"))
     made = ModelStore(tmp_path / "store")
     made.add(Model.from_torch(Net().eval(), example=torch.randn(16, 1), name="net"))
-    variant_of(made, "half", 2.0, matmul="bf16", last="bf16")
-    variant_of(made, "quarter", 4.0, matmul="fp16", last="fp16")
+    variant_of(made, "half", 2.0, matmul="int8", last="int8")
+    variant_of(made, "quarter", 4.0, matmul="int4", last="int4")
     return made
 
 
@@ -201,11 +201,11 @@ def test_what_would_be_late_is_answered_by_a_faster_variant_and_says_so(store: M
     degrading = Sla(deadline_ms=60_000, on_overload="degrade")
     with Engine(device="cpu", backend="auto", precision="auto") as engine:
         engine.add(store.load("net"), sla=degrading)
-        assert engine.status()["models"]["net"]["degraded"] == "eager/quarter"
-        assert engine.run(ask()).precision == {"net": "eager/half"}
+        assert engine.status()["models"]["net"]["degraded"] == "onnxruntime/quarter"
+        assert engine.run(ask()).precision == {"net": "onnxruntime/half"}
         engine._batcher.latency.seed(engine._models.get("net").key, 1, 1e4)
         answer = engine.run(ask())
-        assert answer.precision == {"net": "eager/quarter"}
+        assert answer.precision == {"net": "onnxruntime/quarter"}
         assert answer.degraded == {"net": "quarter"}
         store.variants("net").set_default("quarter")
         assert engine.renew() == ["net"]

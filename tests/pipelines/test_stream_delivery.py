@@ -307,10 +307,10 @@ def test_dead_letters_go_back_once_and_not_for_ever(kafka_node: KafkaNode) -> No
     config = kafka_node.config(partitions=1)
     kafka_node.fill(config, [(b"a", b"{bad"), (b"c0", b'{"id": 0, "card": "c0", "amount": -1}')])
     assert stream(config).dead_letters == {"malformed_json": 1, "negative": 1}
-    assert redeliver(config, reasons=["negative"]).records == 1
-    assert redeliver(config, reasons=["negative"]).records == 0
+    assert redeliver(config, reasons=["negative"]).scored == 1
+    assert redeliver(config, reasons=["negative"]).scored == 0
     assert stream(config).dead_letters == {"negative": 1}
     again = kafka_node.read(config.input_topic)[-1]
     assert (again.key, json.loads(again.value)["amount"]) == (b"c0", -1)
     assert [name for name, _ in again.headers] == ["plinth_attempt"]
-    assert redeliver(config, max_attempts=2).records == 0  # it failed twice by now
+    assert redeliver(config, max_attempts=2).scored == 0  # it failed twice by now

@@ -84,6 +84,7 @@ class MemoryLog:
     commits_offsets: bool = True
     writing: Outputs | None = None
     kept_alive: int = 0
+    notes: dict[Partition, str] = field(default_factory=dict)
 
     # -- as a consumer -----------------------------------------------------------------------
     def poll(self) -> Chunk | None:

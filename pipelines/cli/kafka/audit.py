@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from plinth.engine.errors import ConfigError
 from plinth.pipelines.console import FAILED, say, show_json, show_table
 
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Find every record that was removed, changed, moved or repeated; exit code 1 then."""
+    from plinth.engine import ConfigError
     from plinth.pipelines.stream.audit import check_trail, key_of
 
     config = None if files and key_env else _stream(config_file, needed=not files)
@@ -80,6 +80,8 @@ def export(
     config_file: ConfigOption = None,
 ) -> None:
     """Write the audit topic to a file, each chain in its order."""
+    from plinth.engine import ConfigError
+
     count = 0
     try:
         with out.open("xb") as file:
@@ -92,6 +94,7 @@ def export(
 
 
 def _stream(config_file: Path | None, *, needed: bool) -> StreamConfig | None:
+    from plinth.engine import ConfigError
     from plinth.pipelines.config.settings import load
 
     config = load(config_file).stream
@@ -122,6 +125,7 @@ def _lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
 
 
 def _heads(path: Path | None) -> dict[str, Link]:
+    from plinth.engine import ConfigError
     from plinth.pipelines.stream.audit import Link
 
     if path is None or not path.exists():
@@ -136,6 +140,8 @@ def _heads(path: Path | None) -> dict[str, Link]:
 
 
 def _note(path: Path, ends: dict[str, Link]) -> None:
+    from plinth.engine import ConfigError
+
     told = {name: {"number": end.number, "hash": end.digest} for name, end in ends.items()}
     partial = path.with_name(f".{path.name}.partial")
     try:

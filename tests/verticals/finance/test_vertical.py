@@ -494,7 +494,7 @@ def test_the_bits_of_a_score_do_not_depend_on_who_shares_the_batch(backend: str,
 
     dice = random.Random(0)
     rows = torch.rand(600, 21, generator=torch.Generator().manual_seed(0)) ** 3 * 3_000
-    with Engine(backend=backend, threads=1) as engine:
+    with Engine(backend="auto", threads=1) as engine:
         engine.add(ModelStore(STORE).load(name))
         whole = engine.run(scores(rows)).value
         for _ in range(40):
