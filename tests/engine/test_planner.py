@@ -331,6 +331,7 @@ def test_a_row_that_takes_for_ever_holds_no_start_up(monkeypatch, backend):
         assert answer.value.flatten().tolist() == [0.0, 8.0, 16.0]
 
 
+@pytest.mark.cpu  # an accelerator runs it once more, to see what stays in flight
 def test_a_row_of_seconds_is_run_three_times_at_most(monkeypatch):
     """Twice when it is tried, once for its memory: 8 s and 4 s, whatever a row costs."""
     for name in ("SLOW_SECONDS", "TRIAL_SECONDS"):
