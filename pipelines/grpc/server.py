@@ -41,6 +41,8 @@ log = logging.getLogger("plinth.grpc")
 
 STREAMED = 16
 """Requests of one stream that are in work together; the next is not read before one is answered."""
+WATCHES = 16
+"""Clients that watch the server's health together; it asks for no key."""
 _SLACK = 64 << 10  # bytes of a message beside its tensors
 _ASIDE = 1 << 20  # bytes from which tensors are read on another thread
 _IDLE_MS = 300_000
@@ -125,6 +127,8 @@ class GrpcDoor:
         self._seconds = seconds
         self._credentials = _credentials(config)
         self._server: Any = None
+        self._watching = 0
+        self._stopping = False
 
     # -- life --------------------------------------------------------------------------------
     async def start(self) -> None:
@@ -136,6 +140,7 @@ class GrpcDoor:
         most = self._models.config.max_body_bytes
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=self._config.max_streams,
+            interceptors=(_KeyFirst(self._allows),),
             options=(
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", most + _SLACK),
@@ -163,6 +168,7 @@ class GrpcDoor:
 
     async def stop(self, seconds: float) -> None:
         """Take no new calls, and give those in work so long."""
+        self._stopping = True
         if self._server is not None:
             await self._server.stop(seconds)
 
@@ -198,8 +204,6 @@ class GrpcDoor:
             begun = time.perf_counter()
             code = grpc.StatusCode.CANCELLED
             try:
-                if name not in _OPEN:
-                    self._check_key(context)
                 told: bytes = (await answer(raw, context)).SerializeToString()
                 code = grpc.StatusCode.OK
             except FAULTS as error:
@@ -211,19 +215,16 @@ class GrpcDoor:
 
         return grpc.unary_unary_rpc_method_handler(handle)
 
-    def _check_key(self, context: Context) -> None:
-        if self._key is None:
-            return
+    def _allows(self, method: str, metadata: Any) -> bool:
+        """Whether a call of a method is open, or carries the key."""
+        service, _, name = method.lstrip("/").partition("/")
+        if self._key is None or name in _OPEN or service == f"{HEALTH}.Health":
+            return True
         fields = {
-            name.encode(): value if isinstance(value, bytes) else value.encode()
-            for name, value in context.invocation_metadata() or ()
+            key.encode(): value if isinstance(value, bytes) else value.encode()
+            for key, value in metadata or ()
         }
-        if not has_key(fields, self._key):
-            raise InputError(
-                "this server needs an API key",
-                hint="send it as metadata, 'authorization: Bearer <key>' or 'x-api-key: <key>'",
-                reason="unauthorised",
-            )
+        return has_key(fields, self._key)
 
     # -- what there is ---------------------------------------------------------------------------
     async def _live(self, raw: bytes, context: Context) -> Any:
@@ -294,19 +295,18 @@ class GrpcDoor:
             raise Refused(self._reasons["warm_up"], retry_after=1.0)
         begun = time.perf_counter()
         with self._models.budget.reserve(len(raw)):
-            asked = _read("ModelInferRequest", raw)
+            large = len(raw) > _ASIDE
+            name = "ModelInferRequest"
+            asked = await asyncio.to_thread(_read, name, raw) if large else _read(name, raw)
             spec = self._models.spec(asked.model_name, asked.model_version)
+            self._models.check_counts(spec, len(asked.inputs), len(asked.outputs))
             for output in asked.outputs:
                 check_parameters(_parameters(output.parameters))
             wanted = self._models.wanted(spec, [output.name for output in asked.outputs])
             promise = self._models.promise(spec.name, _parameters(asked.parameters))
             promise = within(promise, remaining)
             most = self._models.config.max_body_bytes
-            rows = (
-                await asyncio.to_thread(_rows, asked, most)
-                if len(raw) > _ASIDE
-                else _rows(asked, most)
-            )
+            rows = await asyncio.to_thread(_rows, asked, most) if large else _rows(asked, most)
             decoded = time.perf_counter()
             try:
                 async with asyncio.timeout(self._seconds):
@@ -334,10 +334,6 @@ class GrpcDoor:
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> Any:
         """Answers in the order of the requests, some of which are in work together."""
-        try:
-            self._check_key(context)
-        except InputError as error:
-            await context.abort(code_of(error), str(error))
         waiting: deque[asyncio.Task[Any]] = deque()
         arriving: asyncio.Task[bytes | None] | None = None
         incoming: AsyncIterator[bytes] | None = aiter(requests)
@@ -394,12 +390,52 @@ class GrpcDoor:
         return bytes(message("HealthCheckResponse", HEALTH)(status=status).SerializeToString())
 
     async def _watch_health(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
-        told = b""
-        while True:
-            if (now := self._health()) != told:
-                told = now
-                yield now
-            await asyncio.sleep(1.0)
+        if self._watching >= WATCHES:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many watch this server")
+        self._watching += 1
+        try:
+            told = b""
+            while True:
+                if (now := self._health()) != told:
+                    told = now
+                    yield now
+                if self._stopping:
+                    return
+                await asyncio.sleep(1.0)
+        finally:
+            self._watching -= 1
+
+
+class _KeyFirst(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses a call without the key before its message is read.
+
+    Args:
+        allows: whether a method may be called with this metadata.
+    """
+
+    def __init__(self, allows: Callable[[str, Any], bool]) -> None:
+        self._allows = allows
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
+    ) -> Any:
+        """See grpc.aio: what handles a call."""
+        details = handler_call_details
+        if self._allows(details.method, details.invocation_metadata):
+            return await continuation(details)
+        # Messages of a stream are read when they are asked for: here, never.
+        return grpc.stream_stream_rpc_method_handler(_refuse)
+
+
+async def _refuse(requests: AsyncIterator[bytes], context: Context) -> None:
+    error = InputError(
+        "this server needs an API key",
+        hint="send it as metadata, 'authorization: Bearer <key>' or 'x-api-key: <key>'",
+        reason="unauthorised",
+    )
+    _REQUESTS.labels("any", code_of(error).name).inc()
+    trailing = (("plinth-reason", error.reason),)
+    await context.abort(code_of(error), str(error), trailing)
 
 
 async def _next(requests: AsyncIterator[bytes]) -> bytes | None:

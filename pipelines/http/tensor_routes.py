@@ -350,6 +350,7 @@ class TensorRoutes:
             read_at = time.perf_counter()
             length = headers.get(HEADER_LENGTH.encode())
             asked = read(body, length, self._max_json, most)
+            self._service.check_counts(spec, len(asked.inputs), len(asked.outputs))
             names = self._service.wanted(spec, [*asked.outputs])
             promise = self._service.promise(spec.name, asked.parameters)
             rows = await asyncio.to_thread(asked.rows) if len(body) > _ASIDE else asked.rows()

@@ -209,8 +209,26 @@ class ModelService:
             own = dataclasses.replace(own, weight=own.weight / rank)
         return dataclasses.replace(own, deadline_ms=timeout / 1e3) if timeout else own
 
+    def check_counts(self, spec: ModelSpec, inputs: int, outputs: int) -> None:
+        """Refuse a request that names more than the model has, before it is looked through.
+
+        Raises:
+            InputError: says what there is.
+        """
+        for field, given, there in (
+            ("inputs", inputs, spec.inputs),
+            ("outputs", outputs, spec.outputs),
+        ):
+            if given > len(there):
+                raise InputError(
+                    f"the request names {given:,} {field}, model {spec.name} has {len(there)}",
+                    field=field,
+                    hint=f"they are {', '.join(tensor.name for tensor in there)}",
+                    reason="too_many_tensors",
+                )
+
     def wanted(self, spec: ModelSpec, outputs: Sequence[str]) -> list[str]:
-        """Names of the outputs to send, all where none are named.
+        """Names of the outputs to send, each once; all where none are named.
 
         Raises:
             InputError: the model has no such output.
@@ -224,7 +242,7 @@ class ModelService:
                     hint=f"it gives {', '.join(known)}",
                     reason="unknown_output",
                 )
-        return list(outputs) or known
+        return list(dict.fromkeys(outputs)) or known
 
     async def infer(
         self, spec: ModelSpec, rows: Mapping[str, Tensor], sla: Sla

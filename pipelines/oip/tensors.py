@@ -141,6 +141,9 @@ def from_json(header: TensorHeader, data: object) -> Tensor:
             hint='send "data": [...], or binary data with "binary_data_size"',
             reason="bad_data",
         )
+    text = orjson.dumps(data)
+    if any(mark in text for mark in (b'"', b"{", b"null")):  # NumPy would make room for the longest
+        raise _unlike(header)
     try:
         array = np.array(data)
     except ValueError:
@@ -152,19 +155,15 @@ def from_json(header: TensorHeader, data: object) -> Tensor:
             field=header.name,
             reason="wrong_size",
         )
-    return _converted(header, array, data)
+    return _converted(header, array, has_booleans=b"true" in text or b"false" in text)
 
 
-def _converted(header: TensorHeader, array: np.ndarray[Any, Any], data: list[Any]) -> Tensor:
+def _converted(header: TensorHeader, array: np.ndarray[Any, Any], *, has_booleans: bool) -> Tensor:
     dtype = header.dtype
     kinds = "b" if dtype is torch.bool else "iuf" if dtype.is_floating_point else "iu"
-    mixed = kinds != "b" and _has_booleans(data)
-    if array.dtype.kind not in kinds or mixed:
-        raise InputError(
-            f"input {header.name}: data has values that are not {NAMES[dtype]}",
-            field=header.name,
-            reason="bad_data",
-        )
+    # NumPy takes true for 1 beside numbers.
+    if array.dtype.kind not in kinds or (kinds != "b" and has_booleans):
+        raise _unlike(header)
     if kinds == "iu":
         info = torch.iinfo(dtype)
         fits = int(array.min()) >= info.min and int(array.max()) <= info.max
@@ -181,10 +180,12 @@ def _converted(header: TensorHeader, array: np.ndarray[Any, Any], data: list[Any
     return torch.from_numpy(array.astype(_numpy(dtype))).to(dtype).reshape(header.shape)
 
 
-def _has_booleans(data: list[Any]) -> bool:
-    """NumPy takes true for 1 beside numbers."""
-    text = orjson.dumps(data)
-    return b"true" in text or b"false" in text
+def _unlike(header: TensorHeader) -> InputError:
+    return InputError(
+        f"input {header.name}: data has values that are not {NAMES[header.dtype]}",
+        field=header.name,
+        reason="bad_data",
+    )
 
 
 def _ragged(header: TensorHeader) -> InputError:

@@ -204,7 +204,7 @@ def test_typed_contents_of_every_kind(server: Running) -> None:
         ({"rows": ("FP32", [0, 1], b"")}, "1 or more"),
         (
             {"a": ("FP32", [1, 1], b"\0\0\0\0"), "b": ("FP32", [1, 1], {"fp32_contents": [1]})},
-            "2 inputs and 1 raw contents",
+            "names 2 inputs, model twice has 1",
         ),
     ],
 )
@@ -315,6 +315,9 @@ def test_a_key_is_asked_for_by_all_but_health(monkeypatch: pytest.MonkeyPatch) -
             assert check(b"") == b"\x08\x01"  # status: SERVING
             with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
                 check(b"\x0a\x01x")  # service: "x"
+            watches = [channel.unary_stream("/grpc.health.v1.Health/Watch")(b"") for _ in range(17)]
+            with pytest.raises(grpc.RpcError, match="too many watch"):
+                [next(watch) for watch in watches]
 
 
 def test_a_call_in_work_is_answered_while_the_server_drains(gate: Gate) -> None:
@@ -334,7 +337,7 @@ def test_a_call_in_work_is_answered_while_the_server_drains(gate: Gate) -> None:
             server.client.close()
             server.server.drain()
             assert next(watch) == b"\x08\x02"  # status: NOT_SERVING
-            watch.cancel()
+            assert list(watch) == []
         gate.open()
         result, error = answers.get(timeout=60)
         assert error is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -72,6 +73,17 @@ def test_whatever_json_says_is_read_whole_or_refused(
         tensor = from_json(header, data)
         assert list(tensor.shape) == shape
         assert not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def test_texts_are_refused_before_room_is_made_for_the_longest() -> None:
+    header = header_of("x", "FP32", [1, 1], 1 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="not FP32"):
+            from_json(header, ["x" * 9_000, *[""] * 9_000])  # 324 MB as an array of texts
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @given(JSON, JSON, JSON)
