@@ -201,10 +201,9 @@ class SchemaRegistry:
             self._parsed(other, named)
 
     def _parsed(self, found: dict[str, Any], named: dict[str, Any]) -> Any:
-        declared = orjson.loads(found["schema"])
-        if _has_empty_items(declared):
-            raise ValueError("an array of nothing may have any length in a few bytes")
-        return self._avro.parse_schema(declared, named_schemas=named)
+        schema = self._avro.parse_schema(orjson.loads(found["schema"]), named_schemas=named)
+        _least(schema, named, {})
+        return schema
 
     def _get(self, path: str) -> dict[str, Any] | None:
         """One answer; ``None`` for not found.
@@ -261,23 +260,43 @@ def _id(raw: bytes) -> int:
     return int.from_bytes(raw[1:HEAD], "big")
 
 
-def _has_empty_items(schema: Any) -> bool:
-    """Whether an array in it has items of no bytes, of which five bytes can say 2^34."""
-    rest = [schema]
-    while rest:
-        one = rest.pop()
-        if isinstance(one, list):
-            rest.extend(one)
-        elif isinstance(one, dict):
-            if one.get("type") == "array" and _is_empty(one.get("items")):
-                return True
-            rest.extend(value for value in one.values() if isinstance(value, dict | list))
-    return False
+def _least(schema: Any, named: dict[str, Any], known: dict[str, int | None]) -> int:
+    """The fewest bytes that a value of a parsed schema takes.
 
+    Args:
+        schema: parsed; types that were named before stand as their full names.
+        named: schemas by full name.
+        known: what is known of named types; ``None`` while one is being looked at.
 
-def _is_empty(schema: Any) -> bool:
-    if not isinstance(schema, dict):
-        return bool(schema == "null")
-    if schema.get("type") == "record":
-        return all(_is_empty(field.get("type")) for field in schema.get("fields") or ())
-    return schema.get("type") == "null" or (schema.get("type"), schema.get("size")) == ("fixed", 0)
+    Raises:
+        ValueError: a type contains itself, of which few bytes nest deeper than a reader's stack
+            holds; or an array's items take no bytes, of which five bytes can say 2^34.
+    """
+    if isinstance(schema, list):
+        for one in schema:
+            _least(one, named, known)
+        return 1
+    if isinstance(schema, str):
+        if schema not in named:
+            return 0 if schema == "null" else 1
+        schema = named[schema]
+    kind, name = schema.get("type"), schema.get("name")
+    if kind == "array":
+        if not _least(schema["items"], named, known):
+            raise ValueError("an array of nothing may have any length in a few bytes")
+        return 1
+    if kind == "map":
+        _least(schema["values"], named, known)
+        return 1
+    if kind == "fixed":
+        return int(schema["size"])
+    if kind not in ("record", "error"):
+        return 1 if kind == "enum" else _least(kind, named, known)
+    if name in known:
+        least = known[name]
+        if least is None:
+            raise ValueError("a type contains itself")
+        return least
+    known[name] = None
+    known[name] = least = sum(_least(one["type"], named, known) for one in schema["fields"])
+    return least

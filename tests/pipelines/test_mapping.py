@@ -517,14 +517,33 @@ def test_whatever_bytes_come_they_are_a_record_or_refused(
     assert "malformed_avro" in outcomes
 
 
+NOTHING = {"type": "record", "name": "Nothing", "fields": []}
+
+
 @pytest.mark.needs("fastavro")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"id": ["string", {"type": "array", "items": "null"}]},
+        {"id": "string", "a": NOTHING, "b": {"type": "array", "items": "Nothing"}},
+        {"a": {"type": "map", "values": {"type": "array", "items": NOTHING}}, "id": "string"},
+        {"id": "string", "next": ["null", "bomb"]},
+        {
+            "id": {
+                "type": "record",
+                "name": "n",
+                "fields": [{"name": "x", "type": ["null", "bomb"]}],
+            }
+        },
+    ],
+    ids=["nulls", "by name", "in a map", "itself", "itself through another"],
+)
 def test_a_schema_whose_values_may_be_endless_is_refused(
-    tmp_path: Path, registry: Registry, finance: FraudScoring
+    tmp_path: Path, registry: Registry, finance: FraudScoring, fields: dict[str, Any]
 ) -> None:
-    """An array of nulls takes no bytes: five bytes would say that there are 2^34 of them."""
-    endless = {"type": "array", "items": "null"}
-    fields = [{"name": "id", "type": ["string", endless]}]
-    schema = {"type": "record", "name": "bomb", "fields": fields}
+    """Five bytes say that there are 2^34 nothings, and 5,000 nest deeper than a stack holds."""
+    declared = [{"name": name, "type": kind} for name, kind in fields.items()]
+    schema = {"type": "record", "name": "bomb", "fields": declared}
     registry.paths["/schemas/ids/8"] = {"schema": json.dumps(schema)}
     mapping = mapping_of(tmp_path, AVRO.format(url=registry.url, more=""), finance)
     with pytest.raises(InputError) as refused:
