@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-MIN_DIGITS = 13
-"""Of a card number; the most are 19."""
+MIN_DIGITS, MAX_DIGITS = 13, 19
+"""Of a card number (ISO/IEC 7812-1)."""
 _DIGITS = re.compile(r"(?:[-._/: ]?[0-9]){13,19}")
 
 

@@ -22,18 +22,25 @@ import orjson
 from plinth import __version__
 from plinth.engine import ConfigError
 from plinth.pipelines.stream.chunks import Message, Outputs, Partition
-from plinth.verticals.card_numbers import is_card_number
+from plinth.verticals.card_numbers import MAX_DIGITS, MIN_DIGITS, is_card_number
 
 VERSION = 1
 ZERO = "0" * 64
 MIN_KEY = 16
 _TAIL = re.compile(rb',"hash":"([0-9a-f]{64})"}')
 _TAIL_BYTES = len(',"hash":""}') + 64
-_LONG = re.compile(rb"(?<![0-9.])(?:[0-9][ -]?){12,18}[0-9](?![0-9.])")
+_TEXT_OR_CARD = re.compile(
+    rb'"(?:[^"\\]|\\.)*"|(?<![0-9.eE+-])[2-6][0-9]{13,18}(?![0-9.eE])', re.DOTALL
+)
+"""A text, or a number that may be a card's; times in microseconds begin with 1."""
+_RUN = re.compile(rb"[0-9]+(?:[-._/: ]{1,2}[0-9]+)*")
+_GROUP = re.compile(rb"[0-9]+")
+_SHORTEST_GROUP = 3
+"""Digits of a group of a card number; those of dates and hours are shorter."""
 DIGEST = 32
 """So many digits in hexadecimal are no card number."""
+_HEX_BEFORE = re.compile(rb"[0-9a-f]*\Z")
 _HEX = re.compile(rb"[0-9a-f]*")
-_ESCAPED = re.compile(rb"\\.")
 
 
 class Link(NamedTuple):
@@ -136,23 +143,49 @@ def _place(message: Message) -> tuple[int, int]:
 
 
 def _cleaned(body: bytes) -> bytes:
-    """The record without anything in its texts that looks like a card number."""
+    """The record without anything in it that looks like a card number."""
 
-    def stars(found: re.Match[bytes]) -> bytes:
-        number = found[0].replace(b" ", b"").replace(b"-", b"").decode()
-        if not is_card_number(number) or _in_digest(body, found.start(), found.end()):
-            return found[0]
-        in_text = _ESCAPED.sub(b"", body[: found.start()]).count(b'"') % 2
-        return b"*" * len(found[0]) if in_text else found[0]
+    def clean(found: re.Match[bytes]) -> bytes:
+        part = found[0]
+        if part[:1] == b'"':
+            return _RUN.sub(lambda run: _starred(part, run), part)
+        return b'"' + b"*" * len(part) + b'"' if is_card_number(part.decode()) else part
 
-    return _LONG.sub(stars, body)
+    return _TEXT_OR_CARD.sub(clean, body)
+
+
+def _starred(text: bytes, run: re.Match[bytes]) -> bytes:
+    """A run of digits in groups, with stars for the groups that are a card number."""
+    if run.end() - run.start() < MIN_DIGITS or _in_digest(text, run.start(), run.end()):
+        return run[0]
+    groups = [group.span() for group in _GROUP.finditer(run[0])]
+    told, at = bytearray(run[0]), 0
+    while at < len(groups):
+        end = _card_from(run[0], groups, at)
+        if end > at:
+            first, last = groups[at][0], groups[end - 1][1]
+            told[first:last] = b"*" * (last - first)
+        at = max(end, at + 1)
+    return bytes(told)
+
+
+def _card_from(run: bytes, groups: list[tuple[int, int]], at: int) -> int:
+    """Behind which group a card number ends that begins with group ``at``; ``at``: none does."""
+    digits = b""
+    for number, (first, last) in enumerate(groups[at:], at + 1):
+        digits += run[first:last]
+        if last - first < _SHORTEST_GROUP or len(digits) > MAX_DIGITS:
+            return at
+        if len(digits) >= MIN_DIGITS and is_card_number(digits.decode()):
+            return number
+    return at
 
 
 def _in_digest(body: bytes, first: int, end: int) -> bool:
     """Whether digits are part of a digest in hexadecimal."""
-    before = _HEX.match(body[:first][::-1])
-    behind = _HEX.match(body, end)
-    around = (before.end() if before else 0) + (behind.end() - end if behind else 0)
+    before = _HEX_BEFORE.search(body[max(0, first - DIGEST) : first])
+    behind = _HEX.match(body, end, end + DIGEST)
+    around = (len(before[0]) if before else 0) + (len(behind[0]) if behind else 0)
     return end - first + around >= DIGEST
 
 

@@ -170,7 +170,10 @@ class Processor:
 
     def look(self, records: Sequence[Record]) -> None:
         """See whether records of partitions that others read lie where they must; no more."""
-        self._watch(self._parse(records, []))
+        try:
+            self._watch(self._parse(records, []))
+        except RegistryAway as away:  # these are for others to answer
+            log.debug("records of other workers were not looked at: %s", away)
 
     def _watch(self, readable: Sequence[tuple[Record, Any]]) -> None:
         """Note when a record lies in another partition than one that it must meet."""
@@ -352,6 +355,7 @@ class Processor:
         try:
             value = self.vertical.encode(result)
             key = self.vertical.key(request)
+            evidence = self.vertical.evidence(request, result) if self.vertical.audited else None
         except InputError as error:
             return Message(record, error=error)
         except _ENDS:
@@ -365,7 +369,7 @@ class Processor:
             record,
             record.key if key is None else key.encode(),
             value,
-            evidence=self.vertical.evidence(request, result) if self.vertical.audited else None,
+            evidence=evidence,
         )
 
 

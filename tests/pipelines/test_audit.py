@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,7 +120,12 @@ def test_a_trail_goes_on_behind_what_was_committed() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", [CARD, f"order {CARD}", "4111-1111-1111-1111", f"m1:{CARD}", f'say "{CARD}", he said']
+    "text",
+    [
+        *(CARD, f"order {CARD}", "4111-1111-1111-1111", f"m1:{CARD}", f'say "{CARD}", he said'),
+        *(f"card {CARD}.", f"x.{CARD}", "4111.1111.1111.1111", "4111/1111/1111/1111"),
+        *("4111 1111 1111 1111 123", "12 4111 1111 1111 1111", "4111  1111  1111  1111"),
+    ],
 )
 def test_what_looks_like_a_card_number_is_not_kept(text: str) -> None:
     maker, chunk = AuditTrail("tests", None), outputs(0, 2, note=text)
@@ -130,10 +136,26 @@ def test_what_looks_like_a_card_number_is_not_kept(text: str) -> None:
 
 
 def test_numbers_times_and_ids_that_are_no_card_numbers_stay() -> None:
-    told = {"at": 4111111111111111, "score": 0.4111111111111111, "id": "4111111111111112"}
+    told = {"at": 1764126000123456, "score": 0.4111111111111111, "id": "4111111111111112"}
+    told["when"] = "2026-11-26 03:14:15.926535"
     maker, chunk = AuditTrail("tests", None), outputs(0, 2, **told)
     maker.add(chunk)
     assert json.loads(chunk.audit[0][1])["answer"] == {"decision": "approve"} | told
+
+
+def test_a_card_number_as_a_number_is_not_kept() -> None:
+    maker, chunk = AuditTrail("tests", None), outputs(0, 2, pan=int(CARD))
+    maker.add(chunk)
+    assert json.loads(chunk.audit[0][1])["answer"]["pan"] == "*" * 16
+
+
+def test_a_text_of_many_card_numbers_is_read_once() -> None:
+    """Each hit once cost a look at all that stood before it: 43 s for a megabyte."""
+    maker, chunk = AuditTrail("tests", None), outputs(0, 2, note=f"{CARD}," * 20_000)
+    begun = time.process_time()
+    maker.add(chunk)
+    assert time.process_time() - begun < 5
+    assert CARD not in chunk.audit[0][1].decode()
 
 
 @given(st.text("0123456789abcdef", min_size=48, max_size=48))
