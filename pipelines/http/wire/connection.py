@@ -14,7 +14,7 @@ from plinth.pipelines.http.wire.head import (
     ParsedHead,
     check_beginning,
     empty_lines,
-    parse_head,
+    known_head,
     plain_post,
 )
 
@@ -309,7 +309,7 @@ class Connection:
             self._partial = data
             return b""
         now = self.host.clock()
-        exchange = Exchange(self, parse_head(data[: cut + 2]), self.arrived, now)
+        exchange = Exchange(self, known_head(data[: cut + 2]), self.arrived, now)
         self._exchange = exchange
         self._since = now
         self.expires = now + self.host.request_seconds
