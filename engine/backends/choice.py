@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -91,11 +92,12 @@ def prepare(
         given = model.example if example is None else example
         hurried = kind in backends and (wanted.plain or wanted.auto)
         within = Bounded(CHECK_SECONDS if hurried else None)
+        turns = Turns(reference)
         try:
-            trial = within.run(lambda: _trial(model, reference, rows, given, threads), "one row")
+            trial = within.run(lambda: _trial(model, turns, rows, given, threads), "one row")
         except ModelError as error:
             if within.late:
-                return _untried(model, reference)
+                return _untried(model, turns.given_up())
             if given is not None or not model.spec.free or kind not in backends or not wanted.plain:
                 raise
             reference.report |= {"reason": f"not tried: {error}", "refused": {}}
@@ -105,6 +107,54 @@ def prepare(
         executable = _planned(asked, absent)
     _warn(executable, trial)
     return executable
+
+
+class Turns:
+    """An executable whose trial may have to be given up while it runs.
+
+    Args:
+        inner: what is tried.
+        lock: taken for each forward.
+    """
+
+    def __init__(self, inner: Executable, lock: threading.Lock | None = None) -> None:
+        self.inner = inner
+        self.backend = inner.backend
+        self.precision = inner.precision
+        self.device = inner.device
+        self.weights = inner.weights
+        self.report = inner.report
+        self._lock = lock or threading.Lock()
+        self._over = False
+
+    def given_up(self) -> Turns:
+        """The same for others: no forward is begun here any more, the one under way is awaited."""
+        self._over = True
+        return Turns(self.inner, self._lock)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`Executable`."""
+        with self._lock:
+            self._check()
+            return self.inner.run(inputs)
+
+    def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`Executable`."""
+        with self._lock:
+            self._check()
+            return self.inner.probe(inputs)
+
+    def _check(self) -> None:
+        if self._over:
+            raise ModelError("nobody waits for this trial any more")
+
+    def release(self) -> bool:
+        """See :class:`Executable`."""
+        return self.inner.release()
+
+    def is_native(self, rows: int) -> bool:
+        """See :class:`Executable`."""
+        return self.inner.is_native(rows)
 
 
 def _untried(model: Model, reference: Executable) -> Executable:

@@ -637,12 +637,12 @@ class Engine:
     ) -> None:
         """Wait for a batch that was launched, and hand out its answers."""
         try:
-            output, seconds = launched.wait()
-        except BaseException as error:  # noqa: BLE001 - as in _execute
-            self._failed_there(batch, loaded, error, staging)
-            return
-        now = self._clock()
-        try:
+            try:
+                output, seconds = launched.wait()
+            except BaseException as error:  # noqa: BLE001 - as in _execute
+                self._failed_there(batch, loaded, error, staging)
+                return
+            now = self._clock()
             self._finish(batch, loaded, output, now - seconds, now, halvings)
         except BaseException as error:  # noqa: BLE001 - the engine's own books: ends the lane
             self._break(error)

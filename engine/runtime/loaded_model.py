@@ -101,6 +101,8 @@ class LoadedModel:
         runs = self.executable
         self.key = f"{self.spec.name}@{self.spec.version}#{self.model.digest()[:12]}"
         self.key += f"/{runs.device}/{runs.backend}/{runs.precision}"
+        if self.spec.block is not None:
+            self.key += f"/{self.spec.block} rows"
 
     @property
     def spec(self) -> ModelSpec:
@@ -428,7 +430,9 @@ def _range(
     if high is not None:
         most = min(high, plan.max_rows)
         if (slow := executable.report.get("row_seconds", 0.0)) > _SAMPLE_SECONDS:
-            return most, {1: slow}
+            again = _seconds(executable, model.rows(1))  # the first may have been slow for once
+            if again > _SAMPLE_SECONDS:
+                return most, {1: min(slow, again)}
         return most, _costs(executable, model, most)
     found = ranges.remembered(model, executable)
     if found is None or found.most > plan.max_rows:

@@ -139,7 +139,7 @@ def found(model: Model, executable: Executable, seconds: float = SECONDS) -> Pad
             reason = f"padding changes answers by {worst:.3g}, allowed is {allowed:g}"
             lengths.clear()
             break
-        padding = replace(padding, outputs=tried[0][1])
+        padding = replace(padding, outputs={**padding.outputs, **tried[0][1]})
         lengths.append(longer)
         taken = time.perf_counter() - begun
     if not lengths:
@@ -153,6 +153,8 @@ def _tried(padding: Padding, model: Model, executable: Executable) -> tuple[int,
     if executable.device.kind == "cpu":
         return LENGTHS
     own = padding.length(model.rows(1))
+    if own < _SHORTEST:
+        return ()
     return (*(length for length in LENGTHS if length < own), own)
 
 

@@ -11,9 +11,19 @@ from torch import Tensor, nn
 
 from plinth.engine import Call, Engine, Model, ModelSpec, TensorSpec
 from plinth.engine.models.families import find
+from plinth.engine.runtime import loaded_model
+from plinth.engine.scheduler.batcher import Batcher
+from plinth.engine.scheduler.cost_model import LatencyModel
 
 pytestmark = pytest.mark.cpu  # other lengths are tried on a device, and its models are the CPU's
 WIDTH, PLACES = 16, 64
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """A slow minute must not end the search for lengths."""
+    found = loaded_model.find_padding
+    monkeypatch.setattr(loaded_model, "find_padding", lambda *given: found(*given, seconds=60.0))
 
 
 class Reader(nn.Module):
@@ -94,7 +104,7 @@ class Door(nn.Module):
 
 def engine_of(subject: Model, **how: Any) -> Engine:
     """An engine with the model, and a door before the device."""
-    engine = Engine()
+    engine = Engine(Batcher(LatencyModel(), idle_slice=60.0))  # no hiccup splits a batch
     door, one = Door(), (TensorSpec(name="x", shape=(1,)),)
     engine.add(Model(ModelSpec(name="door", inputs=one, outputs=one), door), backend="eager")
     engine.add(subject, **how)
@@ -202,3 +212,14 @@ def test_families_of_texts_share_batches(family):
     engine = Engine()
     engine.add(find(family).model(size, name="reader"))
     assert padding_of(engine)["up_to"] >= 48
+
+
+def test_a_last_range_of_one_length_hides_no_dimension_of_an_output(monkeypatch):
+    """On an accelerator the ranges end at the example's length, which may be a range of its own."""
+    from plinth.engine.runtime import padding
+
+    monkeypatch.setattr(padding, "_tried", lambda *_: (8, 9))
+    engine = engine_of(model())
+    assert padding_of(engine)["up_to"] == 9
+    texts = [text(3), text(7)]
+    assert_as_alone(texts, answers(engine, texts), REFERENCE)
