@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import orjson
@@ -24,6 +24,10 @@ HEAD = 5
 """Bytes before the value: zero, then the id of the schema, most significant byte first."""
 MAX_REFERENCES = 100
 """Other schemas that one schema may need, theirs included."""
+MAX_DEPTH = 100
+"""Types within types, by which the library's reader calls itself."""
+MAX_VALUES = 100_000
+"""Values in one message, each array and map counted with one item."""
 NOT_FOUND = 404
 
 log = logging.getLogger("plinth.formats")
@@ -201,8 +205,13 @@ class SchemaRegistry:
             self._parsed(other, named)
 
     def _parsed(self, found: dict[str, Any], named: dict[str, Any]) -> Any:
-        schema = self._avro.parse_schema(orjson.loads(found["schema"]), named_schemas=named)
-        _least(schema, named, {})
+        declared = orjson.loads(found["schema"])
+        if isinstance(declared, dict) and any(key.startswith("__") for key in declared):
+            raise ValueError("a key of the library's own")
+        schema = self._avro.parse_schema(declared, named_schemas=named)
+        shape = _shape(schema, named, {})
+        if shape.depth > MAX_DEPTH or shape.values > MAX_VALUES:
+            raise ValueError("the schema is too deep or too large")
         return schema
 
     def _get(self, path: str) -> dict[str, Any] | None:
@@ -260,43 +269,56 @@ def _id(raw: bytes) -> int:
     return int.from_bytes(raw[1:HEAD], "big")
 
 
-def _least(schema: Any, named: dict[str, Any], known: dict[str, int | None]) -> int:
-    """The fewest bytes that a value of a parsed schema takes.
+class _Shape(NamedTuple):
+    """Whether a value takes no bytes, how deep its type is, and how many values are in it."""
 
-    Args:
-        schema: parsed; types that were named before stand as their full names.
-        named: schemas by full name.
-        known: what is known of named types; ``None`` while one is being looked at.
+    empty: bool
+    depth: int = 1
+    values: int = 1
+
+
+def _shape(schema: Any, named: dict[str, Any], known: dict[str, _Shape | None]) -> _Shape:
+    """Of a parsed schema, whose names are whole; each named type is looked at once.
 
     Raises:
-        ValueError: a type contains itself, of which few bytes nest deeper than a reader's stack
-            holds; or an array's items take no bytes, of which five bytes can say 2^34.
+        ValueError: a type contains itself, or an array has items of no bytes, of which five bytes
+            can say 2^34.
     """
-    if isinstance(schema, list):
-        for one in schema:
-            _least(one, named, known)
-        return 1
-    if isinstance(schema, str):
-        if schema not in named:
-            return 0 if schema == "null" else 1
-        schema = named[schema]
-    kind, name = schema.get("type"), schema.get("name")
-    if kind == "array":
-        if not _least(schema["items"], named, known):
-            raise ValueError("an array of nothing may have any length in a few bytes")
-        return 1
-    if kind == "map":
-        _least(schema["values"], named, known)
-        return 1
+    if isinstance(schema, str) and schema not in named:
+        return _Shape(empty=schema == "null")
+    name = schema if isinstance(schema, str) else _name(schema)
+    if name is None:
+        return _outline(schema, named, known)
+    if name not in known:
+        known[name] = None
+        known[name] = _outline(named.get(name, schema), named, known)
+    found = known[name]
+    if found is None:
+        raise ValueError("a schema that contains itself is not read")
+    return found
+
+
+def _name(schema: Any) -> str | None:
+    return schema.get("name") if isinstance(schema, dict) else None
+
+
+def _outline(schema: Any, named: dict[str, Any], known: dict[str, _Shape | None]) -> _Shape:
+    kind = "union" if isinstance(schema, list) else schema["type"]
     if kind == "fixed":
-        return int(schema["size"])
-    if kind not in ("record", "error"):
-        return 1 if kind == "enum" else _least(kind, named, known)
-    if name in known:
-        least = known[name]
-        if least is None:
-            raise ValueError("a type contains itself")
-        return least
-    known[name] = None
-    known[name] = least = sum(_least(one["type"], named, known) for one in schema["fields"])
-    return least
+        return _Shape(empty=schema["size"] == 0)
+    if kind in ("record", "error"):
+        parts = [field["type"] for field in schema["fields"]]
+    elif kind in ("array", "map"):
+        parts = [schema["items" if kind == "array" else "values"]]
+    elif kind in ("union", "enum"):
+        parts = schema if kind == "union" else []
+    else:
+        return _shape(kind, named, known)
+    shapes = [_shape(part, named, known) for part in parts]
+    if kind == "array" and shapes[0].empty:
+        raise ValueError("an array of nothing may have any length in a few bytes")
+    return _Shape(
+        empty=kind in ("record", "error") and all(one.empty for one in shapes),
+        depth=1 + max((one.depth for one in shapes), default=0),
+        values=1 + sum(one.values for one in shapes),
+    )

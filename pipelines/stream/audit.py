@@ -172,7 +172,7 @@ def _starred(text: bytes, run: re.Match[bytes]) -> bytes:
 def _card_from(run: bytes, groups: list[tuple[int, int]], at: int) -> int:
     """Behind which group a card number ends that begins with group ``at``; ``at``: none does."""
     digits = b""
-    for number, (first, last) in enumerate(groups[at:], at + 1):
+    for number, (first, last) in enumerate(groups[at : at + MAX_DIGITS], at + 1):
         digits += run[first:last]
         if last - first < _SHORTEST_GROUP or len(digits) > MAX_DIGITS:
             return at

@@ -180,7 +180,13 @@ class Processor:
         places, together = self.places, self.vertical.together
         if places is None or self._mine[1] < 2:
             return
-        found = [record for record, one in readable if places.apart(record, together(one))]
+        try:
+            found = [record for record, one in readable if places.apart(record, together(one))]
+        except _ENDS:
+            raise
+        except BaseException:
+            log.exception("%s.together raised; these records are not watched", self.vertical.name)
+            return
         if not found:
             return
         self._moved = int(time.time() * 1e3)

@@ -158,6 +158,18 @@ def test_a_text_of_many_card_numbers_is_read_once() -> None:
     assert CARD not in chunk.audit[0][1].decode()
 
 
+@pytest.mark.clock
+@pytest.mark.parametrize("text", [f"{CARD},", CARD, "411 ", '"', "\\", "0123456789abcdef-"])
+def test_the_time_to_clean_grows_with_the_length_alone(text: str) -> None:
+    def seconds(size: int) -> float:
+        maker, chunk = AuditTrail("tests", None), outputs(0, 2, note=text * (size // len(text)))
+        started = time.process_time()
+        maker.add(chunk)
+        return time.process_time() - started
+
+    assert seconds(640_000) < 100 * seconds(40_000)
+
+
 @given(st.text("0123456789abcdef", min_size=48, max_size=48))
 def test_digests_stay_as_they_are(middle: str) -> None:
     digest = f"a{CARD}{middle[:47]}"

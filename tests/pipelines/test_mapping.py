@@ -12,16 +12,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tally import TallyVertical, started_engine
 
 from plinth.engine import ConfigError, InputError
 from plinth.pipelines.cli.main import main
 from plinth.pipelines.formats.mapping import DeclaredMapping, load_mapping
 from plinth.pipelines.formats.registry import RegistryAway
+from plinth.pipelines.stream.processor import KeyPlaces, Processor
 from plinth.verticals.finance import FraudScoring
 
 OURS = """
@@ -549,3 +552,58 @@ def test_a_schema_whose_values_may_be_endless_is_refused(
     with pytest.raises(InputError) as refused:
         mapping.record(b"\0\0\0\0\x08\x02" + b"\x80\x80\x80\x80\x80\x01" + b"\0")
     assert refused.value.reason == "unknown_schema"
+
+
+def record_of(name: str, *types: Any) -> dict[str, Any]:
+    fields = [{"name": f"f{at}", "type": kind} for at, kind in enumerate(types)]
+    return {"type": "record", "name": name, "fields": fields}
+
+
+EMPTY = record_of("E")
+DOUBLED = [EMPTY, *(record_of(f"D{n}", *[f"D{n - 1}" if n else "E"] * 2) for n in range(40))]
+DEEP = [EMPTY, *(record_of(f"N{n}", f"N{n - 1}" if n else "string") for n in range(5_000))]
+
+
+@pytest.mark.needs("fastavro")
+@pytest.mark.parametrize(
+    "schema",
+    [
+        record_of("Node", ["null", "Node"]),
+        record_of("bank.Node", {"type": "map", "values": record_of("In", ["null", "Node"])}),
+        record_of("R", EMPTY, {"type": "array", "items": "E"}),
+        record_of("a.b.R", EMPTY, {"type": "array", "items": "a.b.E"}),
+        record_of("R", EMPTY, {"type": "array", "items": {"type": "array", "items": "E"}}),
+        record_of("R", {"type": "fixed", "name": "F", "size": 0}, {"type": "array", "items": "F"}),
+        record_of("R", record_of("Q", EMPTY, "E"), {"type": "array", "items": "Q"}),
+        record_of("R", {"type": "array", "items": "far.None"}),
+        DOUBLED,
+        DEEP,
+    ],
+)
+def test_a_schema_with_values_out_of_nothing_or_without_end_is_refused(
+    tmp_path: Path, registry: Registry, finance: FraudScoring, schema: Any
+) -> None:
+    """The library's reader calls itself for each type within a type, in C, without a limit."""
+    far = record_of("far.None", "null")
+    registry.paths["/subjects/far/versions/1"] = {"schema": json.dumps(far)}
+    registry.paths["/schemas/ids/8"] = {
+        "schema": json.dumps(schema),
+        "references": [{"name": "far.None", "subject": "far", "version": 1}],
+    }
+    mapping = mapping_of(tmp_path, AVRO.format(url=registry.url, more=""), finance)
+    with pytest.raises(InputError) as refused:
+        mapping.record(b"\0\0\0\0\x08" + b"\x02" * 5_000 + b"\0")
+    assert refused.value.reason == "unknown_schema"
+
+
+@pytest.mark.needs("fastavro")
+def test_looking_at_records_of_others_does_without_a_registry(
+    tmp_path: Path, registry: Registry, finance: FraudScoring
+) -> None:
+    registry.status = 503
+    mapping = mapping_of(tmp_path, AVRO.format(url=registry.url, more=""), finance)
+    with started_engine(TallyVertical()) as engine:
+        processor = Processor(finance, engine, mapping=mapping, places=KeyPlaces())
+        other: Any = SimpleNamespace(value=framed(), timestamp=9, topic="in", partition=1, offset=0)
+        processor.look([other])
+    assert registry.asked == ["/schemas/ids/7"]

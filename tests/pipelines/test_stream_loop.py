@@ -242,7 +242,7 @@ class Panic(BaseException):
     """As the Rust libraries of Python raise it when they meet a fault of their own."""
 
 
-@pytest.mark.parametrize("step", ["parse", "infer", "encode"])
+@pytest.mark.parametrize("step", ["parse", "infer", "encode", "evidence"])
 def test_a_record_on_which_a_library_panics_is_a_dead_letter(step: str) -> None:
     class Panicking(TallyVertical):
         def parse(self, raw: bytes) -> Any:
@@ -256,15 +256,20 @@ def test_a_record_on_which_a_library_panics_is_a_dead_letter(step: str) -> None:
         def encode(self, result: Any) -> bytes:
             return super().encode(met("encode", result))
 
+        def evidence(self, request: Any, result: Any) -> dict[str, Any]:
+            return {"id": met("evidence", request).id}
+
     def met(where: str, record: Any) -> Any:
         if where == step and record.id == 6:
             raise Panic
         return record
 
     log = MemoryLog(lines(20), size=5)
-    log.run(Panicking())
+    vertical = Panicking()
+    vertical.audited = True
+    log.run(vertical)
     errors = [(m.record.offset, m.error.reason) for m in log.written if m.error]
-    assert errors == [(6, f"{step}_failed")]
+    assert errors == [(6, f"{step.replace('evidence', 'encode')}_failed")]
     assert len(log.answers()) == 19
 
 
@@ -478,6 +483,19 @@ def test_records_apart_that_must_meet_are_found_out() -> None:
     reads_all.see_partitions(2, 2, 0)
     assert answered(reads_all, first, apart).grown > 1.7e12  # for those who come later
     assert alone.moved is None
+
+
+def test_a_vertical_that_cannot_say_what_lies_together_is_not_watched() -> None:
+    class Wrong(TallyVertical):
+        def together(self, request: Any) -> tuple[str | None, ...]:
+            raise Panic
+
+    processor = Processor(Wrong(), ENGINE, places=KeyPlaces())
+    processor.see_partitions(1, 2, 0)
+    record = Line(0, b'{"id":1,"card":"a","amount":1}')
+    (message,) = process(processor, Chunk([record], {P: 0}, {P: 1}))[0].messages
+    assert message.error is None
+    processor.look([record])
 
 
 def test_a_state_folder_belongs_to_one_worker(tmp_path: Path) -> None:
