@@ -62,6 +62,38 @@ class Executable(Protocol):
         ...
 
 
+class Wrapped:
+    """An :class:`Executable` around another one, which does all that is not done otherwise.
+
+    Args:
+        inner: the other one.
+    """
+
+    def __init__(self, inner: Executable) -> None:
+        self.inner = inner
+        self.backend = inner.backend
+        self.precision = inner.precision
+        self.device = inner.device
+        self.weights = inner.weights
+        self.report = inner.report
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`Executable`."""
+        return self.inner.run(inputs)
+
+    def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`Executable`."""
+        return self.inner.probe(inputs)
+
+    def release(self) -> bool:
+        """See :class:`Executable`."""
+        return self.inner.release()
+
+    def is_native(self, rows: int) -> bool:
+        """See :class:`Executable`."""
+        return self.inner.is_native(rows)
+
+
 @dataclass(frozen=True, slots=True)
 class Availability:
     """Whether a backend can be used in this process: its version, or the reason why not."""

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from plinth.engine.backends.base import Executable
+from plinth.engine.backends.base import Executable, Wrapped
 from plinth.engine.flow import cat_rows, row_count
 
 
-class Blocks:
+class Blocks(Wrapped):
     """An executable that gives another one just so many rows at a time.
 
     Args:
@@ -25,13 +25,8 @@ class Blocks:
     """
 
     def __init__(self, inner: Executable, rows: int) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.rows = rows
-        self.backend = inner.backend
-        self.precision = inner.precision
-        self.device = inner.device
-        self.weights = inner.weights
-        self.report = inner.report
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Executable`; inputs have at least one row."""
@@ -53,10 +48,6 @@ class Blocks:
     def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Executable`."""
         return self.run(inputs)
-
-    def release(self) -> bool:
-        """See :class:`Executable`."""
-        return self.inner.release()
 
     def is_native(self, rows: int) -> bool:
         """See :class:`Executable`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plinth.engine.backends import planner, registry
-from plinth.engine.backends.base import Backend, Executable, cpu_threads
+from plinth.engine.backends.base import Backend, Executable, Wrapped, cpu_threads
 from plinth.engine.backends.planner import Bounded, Planned, Stretch
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, ModelError, PlinthError
@@ -109,7 +109,7 @@ def prepare(
     return executable
 
 
-class Turns:
+class Turns(Wrapped):
     """An executable whose trial may have to be given up while it runs.
 
     Args:
@@ -118,12 +118,7 @@ class Turns:
     """
 
     def __init__(self, inner: Executable, lock: threading.Lock | None = None) -> None:
-        self.inner = inner
-        self.backend = inner.backend
-        self.precision = inner.precision
-        self.device = inner.device
-        self.weights = inner.weights
-        self.report = inner.report
+        super().__init__(inner)
         self._lock = lock or threading.Lock()
         self._over = False
 
@@ -147,14 +142,6 @@ class Turns:
     def _check(self) -> None:
         if self._over:
             raise ModelError("nobody waits for this trial any more")
-
-    def release(self) -> bool:
-        """See :class:`Executable`."""
-        return self.inner.release()
-
-    def is_native(self, rows: int) -> bool:
-        """See :class:`Executable`."""
-        return self.inner.is_native(rows)
 
 
 def _untried(model: Model, reference: Executable) -> Executable:

@@ -594,10 +594,7 @@ class Engine:
         loaded: LoadedModel = batch.parts[0].work.owner.ran(batch.key)
         halvings = loaded.halvings
         try:
-            rows = [
-                part.work.owner.take(part.work.first + part.first, part.rows)
-                for part in batch.parts
-            ]
+            rows = _rows_of(batch)
             output = loaded.run(loaded.joined(rows))
             loaded.see(rows)
         except BaseException as error:  # noqa: BLE001 - a model's failure is its batch's alone
@@ -613,10 +610,7 @@ class Engine:
         loaded: LoadedModel = batch.parts[0].work.owner.ran(batch.key)
         halvings = loaded.halvings
         try:
-            rows = [
-                part.work.owner.take(part.work.first + part.first, part.rows)
-                for part in batch.parts
-            ]
+            rows = _rows_of(batch)
             launched = loaded.launch(staging, rows)
             loaded.see(rows)
         except BaseException as error:  # noqa: BLE001 - as in _execute
@@ -809,6 +803,11 @@ def _refuse_lost(device: Device) -> None:
     """Raises DeviceError if a device failed in this process."""
     if (why := device.failure()) is not None:
         raise _lost(device, why)
+
+
+def _rows_of(batch: Batch) -> list[dict[str, Tensor]]:
+    """The rows of each part of a batch, as their callers gave them."""
+    return [part.work.owner.take(part.work.first + part.first, part.rows) for part in batch.parts]
 
 
 def _why_late(work: Work, batch: Batch, begun: float) -> str:

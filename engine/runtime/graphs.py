@@ -12,12 +12,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from plinth.engine.backends.base import Executable
+from plinth.engine.backends.base import Executable, Wrapped
 from plinth.engine.backends.choice import TOLERANCE, difference
 from plinth.engine.backends.planner import GAIN
 from plinth.engine.devices.device import Device
@@ -82,7 +81,7 @@ class _Kept:
     graph: Graph
 
 
-class Graphed:
+class Graphed(Wrapped):
     """An executable that replays graphs where they are faster; see ``backends.base.Executable``.
 
     One thread at a time may run it: its graphs read and write memory of their own.
@@ -95,12 +94,7 @@ class Graphed:
     """
 
     def __init__(self, executable: Executable) -> None:
-        self.inner = executable
-        self.backend = executable.backend
-        self.precision = executable.precision
-        self.device: Device = executable.device
-        self.weights = executable.weights
-        self.report: dict[str, Any] = executable.report
+        super().__init__(executable)
         self.bytes = 0
         self._kept: list[_Kept] = []
         self._ends: list[int] = []
@@ -193,10 +187,6 @@ class Graphed:
         if at < len(self._kept) and self._kept[at].first <= rows:
             return self._kept[at].graph.run(inputs)
         return self.inner.run(inputs)
-
-    def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the forward learns from example rows."""
-        return self.inner.probe(inputs)
 
     def release(self) -> bool:
         """Drop all graphs: their memory is wanted."""
