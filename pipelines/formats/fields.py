@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -21,12 +20,11 @@ from pydantic import (
     model_validator,
 )
 
-from plinth.engine import ConfigError, InputError
+from plinth.engine import InputError
+from plinth.pipelines.keys import hash_key
 
 MAX_DEPTH = 16
 """Steps of a path."""
-MIN_KEY = 16
-"""Characters of the key of a keyed hash."""
 _PART = re.compile(r"""[^.\s"']+|"[^"]+"|'[^']+'""")
 _NUMBER = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -297,13 +295,10 @@ class _Wrong(Exception):
 
 
 def _key(variable: str) -> bytes:
-    key = os.environ.get(variable, "")
-    if len(key) < MIN_KEY:
-        raise ConfigError(
-            f"the environment variable {variable} holds no key of {MIN_KEY} characters or more",
-            hint="keyed_hash_env names the variable that does; the same key gives the same tokens",
-        )
-    return key.encode()
+    return hash_key(
+        variable,
+        "keyed_hash_env names the variable that does; the same key gives the same tokens",
+    )
 
 
 def _hashed(text: str, key: bytes) -> str:

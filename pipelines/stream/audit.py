@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -20,13 +19,12 @@ from typing import Any, NamedTuple
 import orjson
 
 from plinth import __version__
-from plinth.engine import ConfigError
+from plinth.pipelines.keys import hash_key
 from plinth.pipelines.stream.chunks import Message, Outputs, Partition
 from plinth.verticals.card_numbers import MAX_DIGITS, MIN_DIGITS, is_card_number
 
 VERSION = 1
 ZERO = "0" * 64
-MIN_KEY = 16
 _TAIL = re.compile(rb',"hash":"([0-9a-f]{64})"}')
 _TAIL_BYTES = len(',"hash":""}') + 64
 _TEXT_OR_CARD = re.compile(
@@ -68,13 +66,7 @@ def key_of(variable: str | None) -> bytes | None:
     """
     if variable is None:
         return None
-    key = os.environ.get(variable, "")
-    if len(key) < MIN_KEY:
-        raise ConfigError(
-            f"the environment variable {variable} holds no key of {MIN_KEY} characters or more",
-            hint="stream.audit_key_env names the variable that does",
-        )
-    return key.encode()
+    return hash_key(variable, "stream.audit_key_env names the variable that does")
 
 
 def digest_of(body: bytes, key: bytes | None) -> str:
