@@ -6,11 +6,13 @@ test opens the gate: a folder with two named pipes, so that it works across proc
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -40,6 +42,14 @@ class Gate:
 
     def open(self) -> None:
         self.go.write_text("x")
+
+
+@contextlib.contextmanager
+def gated(folder: Path) -> Iterator[Gate]:
+    """A gate in this folder, where what is slow waits while the block lasts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(GATE, str(folder))
+        yield Gate(folder)
 
 
 def at_the_gate() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "pipelines"))
 
 from serving import Raw, Running, error, running, until
-from tiny_verticals import GATE, Gate, Tiny, model
+from tiny_verticals import Gate, Tiny, gated, model
 
 from plinth.engine import Call, DeviceError, Engine, Model, ModelSpec, Sla, TensorSpec
 from plinth.pipelines.served_model import served
@@ -45,10 +45,8 @@ SUMS = Sums().eval()
 
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("gate")
-        patch.setenv(GATE, str(folder))
-        yield Gate(folder)
+    with gated(tmp_path_factory.mktemp("gate")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

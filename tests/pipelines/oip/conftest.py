@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from serving import Running, running
-from tiny_verticals import GATE, Gate, Tiny
+from tiny_verticals import Gate, Tiny, gated
 
 from plinth.engine import Model, ModelSpec, ModelStore, Sla, TensorSpec
 from plinth.pipelines.served_model import served
@@ -71,10 +71,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
     """Where ``twice`` waits with numbers of 1000 or more."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("gate")
-        patch.setenv(GATE, str(folder))
-        yield Gate(folder)
+    with gated(tmp_path_factory.mktemp("gate")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
