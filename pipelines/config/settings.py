@@ -145,6 +145,12 @@ class GrpcConfig(Table):
     max_streams: int = Field(
         default=256, ge=1, description="calls in work before RESOURCE_EXHAUSTED"
     )
+    max_arriving: int = Field(
+        default=16,
+        ge=1,
+        description="open streams, and messages that take longer than 0.1 s to arrive; each may "
+        "hold `max_body_bytes`",
+    )
     certificate: Path | None = Field(
         default=None, description="PEM file of the certificate and its chain; none: no TLS"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -30,6 +31,7 @@ from plinth.engine import (
 from plinth.engine.metrics import REGISTRY
 from plinth.pipelines.config.settings import GrpcConfig
 from plinth.pipelines.grpc import messages
+from plinth.pipelines.grpc.arrivals import Arrivals
 from plinth.pipelines.grpc.messages import HEALTH, INFERENCE, message
 from plinth.pipelines.identity import has_key
 from plinth.pipelines.oip.service import ModelService, check_parameters, less, within
@@ -42,9 +44,10 @@ log = logging.getLogger("plinth.grpc")
 STREAMED = 16
 """Requests of one stream that are in work together; the next is not read before one is answered."""
 WATCHES = 16
-"""Clients that watch the server's health together; it asks for no key."""
+"""Clients that watch the server's health together, or ask for it; it asks for no key."""
 _SLACK = 64 << 10  # bytes of a message beside its tensors
 _ASIDE = 1 << 20  # bytes from which tensors are read on another thread
+_ASK_SECONDS = 1.0  # for the message of a call that asks for no key
 _IDLE_MS = 300_000
 _PING_MS = 60_000
 
@@ -129,6 +132,8 @@ class GrpcDoor:
         self._server: Any = None
         self._watching = 0
         self._stopping = False
+        self._arrivals = Arrivals(config.max_arriving, seconds)
+        self._unknown = Arrivals(0, seconds, grace=_ASK_SECONDS, calls=WATCHES)
 
     # -- life --------------------------------------------------------------------------------
     async def start(self) -> None:
@@ -189,8 +194,8 @@ class GrpcDoor:
         methods = {name: self._unary(name, f) for name, f in unary.items()}
         methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._stream)
         health = {
-            "Check": grpc.unary_unary_rpc_method_handler(self._check_health),
-            "Watch": grpc.unary_stream_rpc_method_handler(self._watch_health),
+            "Check": grpc.stream_stream_rpc_method_handler(self._check_health),
+            "Watch": grpc.stream_stream_rpc_method_handler(self._watch_health),
         }
         return [
             grpc.method_handlers_generic_handler(f"{INFERENCE}.GRPCInferenceService", methods),
@@ -198,22 +203,27 @@ class GrpcDoor:
         ]
 
     def _unary(self, name: str, answer: Callable[[bytes, Context], Awaitable[Any]]) -> Any:
-        """A handler that turns errors into codes, and counts."""
+        """A handler that turns errors into codes, and counts.
 
-        async def handle(raw: bytes, context: Context) -> bytes:
+        To gRPC it is one of a stream: of that alone a message is read when it is asked for.
+        """
+
+        async def handle(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
             begun = time.perf_counter()
-            code = grpc.StatusCode.CANCELLED
+            code, told = grpc.StatusCode.CANCELLED, None
             try:
-                told: bytes = (await answer(raw, context)).SerializeToString()
+                raw = b"" if name in _OPEN else await self._arrivals.only(requests)
+                told = bytes((await answer(raw, context)).SerializeToString())
                 code = grpc.StatusCode.OK
             except FAULTS as error:
-                code, told = _fail(context, explained(error)), b""
+                code = _fail(context, explained(error))
             finally:
                 _REQUESTS.labels(name, code.name).inc()
                 _SECONDS.labels(name).observe(time.perf_counter() - begun)
-            return told
+            if told is not None:
+                yield told
 
-        return grpc.unary_unary_rpc_method_handler(handle)
+        return grpc.stream_stream_rpc_method_handler(handle)
 
     def _allows(self, method: str, metadata: Any) -> bool:
         """Whether a call of a method is open, or carries the key."""
@@ -333,7 +343,19 @@ class GrpcDoor:
         return answer, told
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Context) -> Any:
-        """Answers in the order of the requests, some of which are in work together."""
+        """Answers in the order of the requests, some of which are in work together.
+
+        A stream's next message may always be on its way, so each holds a place of arrivals.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._arrivals.place())
+            except QueueFull as error:
+                await context.abort(code_of(error), str(error))
+            async for told in self._answers(requests, context):
+                yield told
+
+    async def _answers(self, requests: AsyncIterator[bytes], context: Context) -> Any:
         waiting: deque[asyncio.Task[Any]] = deque()
         arriving: asyncio.Task[bytes | None] | None = None
         incoming: AsyncIterator[bytes] | None = aiter(requests)
@@ -376,20 +398,23 @@ class GrpcDoor:
         return bytes(told.SerializeToString())
 
     # -- gRPC's own health protocol ----------------------------------------------------------------
-    async def _check_health(self, raw: bytes, context: Context) -> bytes:
+    async def _check_health(
+        self, requests: AsyncIterator[bytes], context: Context
+    ) -> AsyncIterator[bytes]:
         try:
+            raw = await self._unknown.only(requests)
             asked = _read("HealthCheckRequest", raw, HEALTH).service
-        except InputError as error:
+        except PlinthError as error:
             await context.abort(code_of(error), str(error))
         if asked not in ("", f"{INFERENCE}.GRPCInferenceService"):
             await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service here")
-        return self._health()
+        yield self._health()
 
     def _health(self) -> bytes:
         status = messages.NOT_SERVING if self._reasons else messages.SERVING
         return bytes(message("HealthCheckResponse", HEALTH)(status=status).SerializeToString())
 
-    async def _watch_health(self, raw: bytes, context: Context) -> AsyncIterator[bytes]:
+    async def _watch_health(self, requests: Any, context: Context) -> AsyncIterator[bytes]:
         if self._watching >= WATCHES:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many watch this server")
         self._watching += 1

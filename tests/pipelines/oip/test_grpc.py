@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from half_sent import HalfSent
 from serving import Running, running, until
 from tensor_inputs import mixed_inputs, tensor
 from tiny_verticals import Gate, Tiny
@@ -318,6 +319,52 @@ def test_a_key_is_asked_for_by_all_but_health(monkeypatch: pytest.MonkeyPatch) -
             watches = [channel.unary_stream("/grpc.health.v1.Health/Watch")(b"") for _ in range(17)]
             with pytest.raises(grpc.RpcError, match="too many watch"):
                 [next(watch) for watch in watches]
+
+
+def test_messages_that_do_not_become_whole_hold_few_places() -> None:
+    """256 calls may be open, and each could hold a message of 64 MiB that never ends."""
+    import tritonclient.grpc as kind
+
+    infer = "/inference.GRPCInferenceService/ModelInfer"
+    serve = {"grpc": {"port": 0, "max_arriving": 2}, "request_timeout_seconds": 600.0}
+    with running({"tiny": Tiny()}, serve=serve) as server:
+        client = kind.InferenceServerClient(server.server.grpc_address)
+        with HalfSent(server.server.grpc_address) as slow:
+            begun = [slow.begin(infer, 1 << 20) for _ in range(8)]
+            refused = {slow.ended() for _ in range(6)}
+            assert len(refused) == 6
+            assert refused < set(begun)
+            # Whole messages need no place, streams do.
+            assert client.infer("twice", rows(1)).as_numpy("twice").tolist() == [[2.0]]
+            errors: queue.Queue[Any] = queue.Queue()
+            client.start_stream(lambda result, error: errors.put(error))
+            assert "all 2 places" in str(errors.get(timeout=60))
+            client.stop_stream()
+
+        def streams() -> bool:
+            told: queue.Queue[Any] = queue.Queue()
+            client.start_stream(lambda result, error: told.put(result))
+            client.async_stream_infer("twice", rows(2))
+            found = told.get(timeout=60)
+            client.stop_stream()
+            return found is not None
+
+        until(streams)  # the connection is gone, and its places are free
+        client.close()
+
+
+def test_without_a_key_no_message_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OIP_KEY", "s3cret")
+    serve = {"api_key_env": "OIP_KEY", "grpc": {"port": 0}, "request_timeout_seconds": 600.0}
+    service, health = "/inference.GRPCInferenceService", "/grpc.health.v1.Health"
+    with (
+        running({"tiny": Tiny()}, serve=serve) as server,
+        HalfSent(server.server.grpc_address) as slow,
+    ):
+        methods = ("ModelInfer", "ModelStreamInfer", "RepositoryModelLoad", "ServerMetadata")
+        for method in (*methods, "ServerLive", "ServerReady"):
+            assert slow.begin(f"{service}/{method}", 1 << 20, x_api_key="no") == slow.ended()
+        assert slow.begin(f"{health}/Check", 1 << 20) == slow.ended()
 
 
 def test_a_call_in_work_is_answered_while_the_server_drains(gate: Gate) -> None:

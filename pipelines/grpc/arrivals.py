@@ -1,0 +1,104 @@
+"""Messages on their way: gRPC holds what has come of each, so that few may take long.
+
+gRPC says nothing of a message before it is whole, neither how long it is nor how much has come. So
+time bounds what is held: a message that is not whole after a moment holds one of few places until
+it is, and is refused without one. What is held is at most the places times the largest message,
+and what the network brings in that moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+
+from plinth.engine import InputError, QueueFull
+
+GRACE = 0.1
+"""Seconds in which a message needs no place."""
+
+
+class Arrivals:
+    """The places of messages that are not whole yet.
+
+    Args:
+        places: messages that may take longer than ``grace``.
+        seconds: longest time a message may take.
+        grace: seconds in which a message needs no place.
+        calls: messages that may be on their way together, with a place or without; ``None``: any
+            number.
+    """
+
+    def __init__(
+        self, places: int, seconds: float, *, grace: float = GRACE, calls: int | None = None
+    ) -> None:
+        self._places = places
+        self._free = places
+        self._seconds = seconds
+        self._grace = grace
+        self._calls = calls
+        self._coming = 0
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold a place.
+
+        Raises:
+            QueueFull: none is free.
+        """
+        if self._free < 1:
+            raise self._full()
+        self._free -= 1
+        try:
+            yield
+        finally:
+            self._free += 1
+
+    def _full(self) -> QueueFull:
+        return QueueFull(
+            f"all {self._places} places for streams and for messages that take longer than "
+            f"{self._grace:g} s are taken",
+            retry_after=1.0,
+        )
+
+    async def only(self, requests: AsyncIterator[bytes]) -> bytes:
+        """The message of a call that has one.
+
+        Raises:
+            QueueFull: it takes long, and no place is free for it.
+            InputError: it did not come, or not in time.
+        """
+        if self._calls is not None and self._coming >= self._calls:
+            raise QueueFull(f"{self._calls} such calls are arriving", retry_after=1.0)
+        loop = asyncio.get_running_loop()
+        held = contextlib.ExitStack()
+        refusal: QueueFull | None = None
+
+        def take_place() -> None:
+            nonlocal refusal
+            try:
+                held.enter_context(self.place())
+                bound.reschedule(loop.time() + self._seconds)
+            except QueueFull as error:
+                refusal = error
+                bound.reschedule(loop.time())
+
+        bound = asyncio.timeout(None)
+        timer = loop.call_later(self._grace, take_place)
+        self._coming += 1
+        try:
+            async with bound:
+                message = await anext(aiter(requests), None)
+        except TimeoutError:
+            raise refusal or InputError(
+                f"the message was not whole within {self._seconds:g} s",
+                hint="send it faster, or raise serve.request_timeout_seconds",
+                reason="timeout",
+            ) from None
+        finally:
+            self._coming -= 1
+            timer.cancel()
+            held.close()
+        if message is None:
+            raise InputError("no message came", hint="send one", reason="malformed_request")
+        return message
