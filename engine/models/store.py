@@ -198,8 +198,15 @@ class ModelStore:
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
 
-    def save(self, spec: ModelSpec, module: nn.Module) -> Path:
+    def save(
+        self, spec: ModelSpec, module: nn.Module, *, facts: Mapping[str, Any] | None = None
+    ) -> Path:
         """Write a new version; whole or not at all. Returns its folder.
+
+        Args:
+            spec: its contract.
+            module: its network, of a registered architecture.
+            facts: JSON-ready, to keep with it; see :meth:`facts`.
 
         Raises:
             ModelError: the version exists already.
@@ -208,7 +215,8 @@ class ModelStore:
         origin = None if factory is None else f"{factory.__module__}.{factory.__qualname__}"
 
         def fill(folder: Path) -> dict[str, Any]:
-            return {"shared": weights.write(module, folder / _WEIGHTS), "factory": origin}
+            shared = weights.write(module, folder / _WEIGHTS)
+            return {"shared": shared, "factory": origin, "facts": dict(facts or {})}
 
         return self._write(spec, _WEIGHTS, fill)
 
@@ -247,6 +255,10 @@ class ModelStore:
     def report(self, name: str, version: str | None = None) -> dict[str, Any]:
         """How far a converted model is from its source, on which rows; empty for others."""
         return dict(self._manifest(name, self._choose(name, version))[1].get("report") or {})
+
+    def facts(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """What else was kept with a version when it was saved; empty for most."""
+        return dict(self._manifest(name, self._choose(name, version))[1].get("facts") or {})
 
     def import_onnx(
         self,

@@ -29,6 +29,7 @@ from plinth.engine import (
     Sla,
 )
 from plinth.verticals.contract import Settings, Vertical
+from plinth.verticals.finance.drift import DriftWatch, Reference
 from plinth.verticals.finance.features import persistence
 from plinth.verticals.finance.features.online import (
     FEATURES,
@@ -110,6 +111,10 @@ class FraudSettings(Settings):
             ``refuse`` the record.
         card_numbers_in_ids: ``refuse`` records whose transaction, customer, terminal or device id
             has the length and the check digit of a card number, or ``allow`` them.
+        drift_alarm: population stability index, against the payments of the model's training,
+            above which a feature or the score is shifted.
+        missing_labels_alarm: share of the labels expected from training that are missing, above
+            which labels are not coming.
         colocated: records that share a card, terminal, customer or device always lie in one
             partition. Unless the input is keyed so, every decision of a stream that several
             workers share has ``features_partial``.
@@ -135,6 +140,8 @@ class FraudSettings(Settings):
     max_events: Annotated[int, Field(ge=8, le=10_000_000_000)] = 10_000_000
     unknown_fields: UnknownFields = "ignore"
     card_numbers_in_ids: CardNumbers = "refuse"
+    drift_alarm: Annotated[float, Field(gt=0)] = 0.25
+    missing_labels_alarm: Probability = 0.7
     colocated: bool = False
     live_tables: ClassVar[tuple[str, ...]] = ("rules",)
 
@@ -230,6 +237,11 @@ class FraudScoring(Vertical[Record, Decision]):
         main = store.load(MODEL, self._given.model_version)
         models = [main, store.load(main.spec.cheaper)] if main.spec.cheaper else [main]
         self.variants = [self._variant(model, place) for place, model in enumerate(models)]
+        name, version = main.spec.name, main.spec.version
+        found = Reference.read(store.facts(name, version), f"{name} {version}")
+        given = self._given
+        alarms = given.drift_alarm, given.missing_labels_alarm
+        self.drift = None if found is None else DriftWatch(found, *alarms)
         return models
 
     def _variant(self, model: Model, place: int) -> Variant:
@@ -301,6 +313,9 @@ class FraudScoring(Vertical[Record, Decision]):
             for request, result in zip(requests, results, strict=True)
             if result is None and isinstance(request, Transaction)
         ]
+        if self.drift is not None:
+            ends = milliseconds(asked[0].event_time), milliseconds(asked[-1].event_time)
+            self.drift.take(ends, batch, output.detach().float().numpy(), self.state, self._started)
         decisions = iter(self._decisions(asked, batch, scores, answered, reasons))
         return [next(decisions) if result is None else result for result in results]
 
@@ -418,6 +433,8 @@ class FraudScoring(Vertical[Record, Decision]):
             found = self.state.label(made, max(self._moved, self._started))
         except InputError as error:
             return error
+        if self.drift is not None and label.fraud:
+            self.drift.label()
         return _noted(label, partial=not found)
 
     def _event(self, request: Transaction) -> Event | InputError:

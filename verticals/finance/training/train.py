@@ -28,6 +28,7 @@ from rich.table import Table as Sheet
 from torch.nn import functional
 
 from plinth.engine import ConfigError, ModelSpec, ModelStore, PlinthError, TensorSpec
+from plinth.verticals.finance.drift import FACT, Reference
 from plinth.verticals.finance.features.online import MODEL_FEATURES
 from plinth.verticals.finance.model import BLOCK, FraudScorer, fraud_lite, fraud_mlp
 from plinth.verticals.finance.training.history import WEEK, Data, Rows, recorded, simulated
@@ -197,8 +198,8 @@ def folds(
 
 def final(
     recipe: Recipe, data: Data, plan: Plan, seed: int, advance: Callable[[int], None]
-) -> tuple[FraudScorer, Quality]:
-    """The model to store, with its thresholds, and its quality on a week of its own.
+) -> tuple[FraudScorer, Quality, Reference]:
+    """The model to store, with its thresholds, its quality on a week of its own, its reference.
 
     ``amount_alone_*`` is the baseline on the same week: the amount as the score.
     """
@@ -218,7 +219,10 @@ def final(
     alerts = card_days(data, test)[scores >= review]
     refused = scores >= decline
     amount = measure(data.table["amount"][test], data, test, plan.alert_budget)
-    return model, {
+    recent = data.between(first + days + WEEK, 2 * WEEK)
+    known = data.table["fraud"][recent]
+    reference = Reference.of(data.rows[recent], score(model, data, recent), known)
+    quality = {
         **measure(scores, data, test, plan.alert_budget),
         **{f"amount_alone_{name}": value for name, value in amount.items()},
         "calibration_error": calibration_error(scores, fraud),
@@ -229,6 +233,7 @@ def final(
         "decline_recall": float(refused[fraud].mean()),
         "review_recall": float((scores[fraud] >= review).mean()),
     }
+    return model, quality, reference
 
 
 def specification(recipe: Recipe, version: str, source: str, metrics: Quality) -> ModelSpec:
@@ -283,9 +288,11 @@ def run(
             total = plan.epochs * FOLDS + max(plan.epochs * 2 // 3, 1)
             bar = progress.add_task(recipe.name, total=total)
             metrics = folds(recipe, data, plan, seed, partial(progress.advance, bar))
-            model, quality = final(recipe, data, plan, seed, partial(progress.advance, bar))
+            model, quality, reference = final(
+                recipe, data, plan, seed, partial(progress.advance, bar)
+            )
             spec = specification(recipe, version, source, metrics | quality)
-            ModelStore(out).save(spec, model)
+            ModelStore(out).save(spec, model, facts={FACT: reference.model_dump()})
             specs.append(spec)
     return specs
 
