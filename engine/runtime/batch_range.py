@@ -30,6 +30,8 @@ _HOPE = 0.9  # of the best throughput; what is below it after a few rounds is no
 _SAMPLE = 0.02  # seconds, at least, of one size in a round, the same for all: so are delays
 _LONGEST = 0.1  # seconds; larger batches are run once a round
 _ROUNDS = 21
+_LOOKS = 3  # runs of a row that tell whether a model waits or was only delayed
+_OWN = 0.1  # of its time, at least, that a model computes which does not mostly wait
 _FORMAT = "2"  # of what is remembered
 
 
@@ -99,7 +101,7 @@ def find(
         budget: seconds to spend, about, after each size has been run once, which takes about
             10 s at most.
     """
-    clock = _clock(executable)
+    clock = _clock(executable, make_rows(1))
     sizes, inputs = _climb(executable, make_rows, min(fits, LARGEST), clock)
     until = time.perf_counter() + budget
     hopeful = sizes
@@ -147,13 +149,23 @@ def _climb(
     return sizes, inputs
 
 
-def _clock(executable: Executable) -> Clock:
+def _clock(executable: Executable, row: Mapping[str, Tensor]) -> Clock:
     """Seconds by which sizes are compared: this thread's own, where it does all the work.
 
-    They leave out what other processes take of a core.
+    They leave out what other processes take of a core, and what a model waits for: one that
+    mostly waits, for another process say, goes by the wall.
     """
-    alone = executable.device.kind == "cpu" and executable.report.get("threads") == 1
-    return time.thread_time if alone else time.perf_counter
+    if executable.device.kind != "cpu" or executable.report.get("threads") != 1:
+        return time.perf_counter
+    for _ in range(_LOOKS):
+        begun, spent = time.perf_counter(), time.thread_time()
+        executable.run(row)
+        seconds, own = time.perf_counter() - begun, time.thread_time() - spent
+        if own >= _OWN * seconds:
+            return time.thread_time
+        if seconds >= _LONG:
+            break
+    return time.perf_counter
 
 
 def remembered(model: Model, executable: Executable) -> BatchRange | None:

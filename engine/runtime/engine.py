@@ -785,7 +785,8 @@ def _staging(device: Device, depth: int | None) -> Staging | None:
     """
     most = 1 if device.kind == "cpu" else 16
     if depth is not None and not 1 <= depth <= most:
-        raise ConfigError(f"pipeline_depth is {depth}, expected 1 to {most} on {device}")
+        expected = "1" if most == 1 else f"1 to {most}"
+        raise ConfigError(f"pipeline_depth is {depth}, expected {expected} on {device}")
     if device.kind == "cpu":
         return None
     device.keep_float32()

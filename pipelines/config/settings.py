@@ -84,6 +84,17 @@ class EngineConfig(Table):
     latency_file: Path | None = Field(
         default=None, description="where learned costs are kept; none: forgotten at exit"
     )
+    pipeline_depth: int | None = Field(
+        default=None,
+        ge=1,
+        le=16,
+        description="batches an accelerator is given before the first is done; none: 1, as on CPUs",
+    )
+    graphs: bool | None = Field(
+        default=None,
+        description="replay captured forwards on an accelerator where that is faster; none: with "
+        "backend `auto`",
+    )
 
 
 class UploadConfig(Table):

@@ -302,13 +302,20 @@ class Costly(nn.Module):
 @pytest.mark.cpu
 @pytest.mark.parametrize("rows", [(1, 16), (1, 128), "auto"])
 @pytest.mark.parametrize("seconds", [0.001, 0.01, 0.1, 0.3, 1.0, 5.0])
-def test_adding_a_model_ends_in_half_a_minute_whatever_a_row_costs(rows, seconds, monkeypatch):
+@pytest.mark.parametrize("share", [1.0, 0.0], ids=["computes", "waits"])
+def test_adding_a_model_ends_in_half_a_minute_whatever_a_row_costs(
+    rows, seconds, share, monkeypatch
+):
+    """Time of its own, or of somebody else whom it waits for."""
     clock = SimpleNamespace(now=0.0)
     for module in (choice, batch_range):
-        fake = SimpleNamespace(perf_counter=lambda: clock.now, thread_time=lambda: clock.now)
+        fake = SimpleNamespace(
+            perf_counter=lambda: clock.now, thread_time=lambda: share * clock.now
+        )
         monkeypatch.setattr(module, "time", fake)
     monkeypatch.setattr(loaded_model, "perf_counter", lambda: clock.now)
-    Engine(device="cpu").add(
-        model(Costly(clock, seconds), (1,), (1,)), backend="eager", batch_range=rows
-    )
+    engine = Engine(device="cpu", threads=1)
+    engine.add(model(Costly(clock, seconds), (1,), (1,)), backend="eager", batch_range=rows)
     assert clock.now <= 30
+    if rows == "auto":  # of a cost by the row alone, more rows bring nothing
+        assert engine.status()["models"]["net"]["largest_batch"] == 1

@@ -62,6 +62,14 @@ def bringing(name: str, factor: float) -> Vertical:
     return Brings()
 
 
+def test_settings_of_accelerators_reach_the_engine_which_says_what_its_device_has():
+    one = Config(engine={"device": "cpu", "pipeline_depth": 1, "graphs": True})
+    assert str(build_engine(one, {}).device) == "cpu"
+    two = Config(engine={"device": "cpu", "pipeline_depth": 2})
+    with pytest.raises(ConfigError, match="pipeline_depth is 2, expected 1 on cpu"):
+        build_engine(two, {})
+
+
 def test_two_models_of_one_name_are_refused_with_both_verticals():
     both = {"a": bringing("a", 2.0), "b": bringing("b", 10.0)}
     with pytest.raises(ConfigError, match="a and b bring different models named risk") as caught:

@@ -118,6 +118,8 @@ def test_a_whole_file(write: Write) -> None:
         ("[serve]\nhost = 'x'\nport = 99999", 3, "serve.port: Input should be less than"),
         ("[serve]\nmax_body_bytes = '3 apples'", 2, "expected bytes, such as"),
         ("[batch]\nworkers = 0", 2, "batch.workers: Input should be greater than"),
+        ("[engine]\npipeline_depth = 17", 2, "engine.pipeline_depth: Input should be less than"),
+        ("[engine]\ngraphs = 'always'", 2, "engine.graphs: Input should be a valid boolean"),
     ],
 )
 def test_a_mistake_is_named_with_its_line(write: Write, text: str, line: int, said: str) -> None:
