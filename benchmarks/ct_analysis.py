@@ -27,7 +27,17 @@ from head import parser_of, print_json
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-STAGES = ("import", "discover", "load", "rules", "resample", "network", "nodules", "outputs")
+STAGES = (
+    "import",
+    "discover",
+    "load",
+    "rules",
+    "resample",
+    "network",
+    "nodules",
+    "measure",
+    "outputs",
+)
 EXTENT = (348.0, 348.0, 208.0)
 
 

@@ -400,10 +400,18 @@ def _source(item: Item, folder: Path) -> str:
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, float | bool]]:
-    """The numbers of a result by dotted name; lists and texts are left out."""
+    """The numbers of a result by dotted name.
+
+    Of a list, those of entries that have a ``key`` and a ``value``; the rest of it, and texts, are
+    left out.
+    """
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _numbers(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for one in value:
+            if isinstance(one, dict) and isinstance(one.get("key"), str):
+                yield from _numbers(one.get("value"), f"{name}.{one['key']}")
     elif isinstance(value, bool | int | float) and math.isfinite(value):
         yield name, value
 

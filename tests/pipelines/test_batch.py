@@ -354,6 +354,7 @@ def test_files_that_are_no_item_stand_in_the_cohort_with_their_reason(
     rows = list(csv.DictReader(io.StringIO((out / "cohort.csv").read_text())))
     assert (out / "cohort.csv").stat().st_mode & 0o777 == 0o600
     states = Counter(row["state"] for row in rows)
+    assert [row["found.number"] for row in rows if row["state"] == "done"] == ["1.0", "4.0"]
     told = json.loads((out / "summary.json").read_text())
     assert states == {"done": 2, "failed": 3, "skipped": 1}
     assert told["done"] + told["failed"] + told["skipped"] == told["found"] == 6

@@ -126,6 +126,7 @@ class Tiny(Vertical[Number, Doubled]):
 class Page(BaseModel):
     id: str
     twice: float
+    found: list[dict[str, Any]]
 
 
 class Shelf(Vertical[Any, Page]):
@@ -161,7 +162,10 @@ class Shelf(Vertical[Any, Page]):
     def infer(self, requests: Sequence[tuple[str, float]]) -> Flow[list[Page | InputError]]:
         twice = yield Call("page", torch.tensor([[value] for _, value in requests]))
         values = twice[:, 0].tolist()
-        return [Page(id=name, twice=v) for (name, _), v in zip(requests, values, strict=True)]
+        return [
+            Page(id=name, twice=v, found=[{"key": "number", "value": number}, {"title": "none"}])
+            for (name, number), v in zip(requests, values, strict=True)
+        ]
 
     def write(self, result: Page, folder: Path) -> list[Path]:
         (folder / "twice.txt").write_text(f"{result.twice}\n")

@@ -14,7 +14,14 @@ from pydantic import Field, field_validator
 
 from plinth.engine import Call, Flow, InputError, Model, ModelStore, Sla, Tiling
 from plinth.verticals.contract import Item, LeftOut, Settings, Vertical, WithArtefacts
-from plinth.verticals.medical.ct.analysis import MIN_SLICES, Analysis, analyse
+from plinth.verticals.medical.ct.analysis import (
+    LUNG_LEFT,
+    LUNG_RIGHT,
+    MIN_SLICES,
+    NODULE,
+    Analysis,
+    analyse,
+)
 from plinth.verticals.medical.ct.findings import Finding
 from plinth.verticals.medical.ct.segment import BONE_HU, COARSE_MM, LUNG_HU, TISSUE_HU
 from plinth.verticals.medical.dicom.choose import LISTED
@@ -46,6 +53,7 @@ from plinth.verticals.medical.output.report import (
     pseudonym,
 )
 from plinth.verticals.medical.phantom.chest import Phantom
+from plinth.verticals.medical.volumes.measured import measured
 from plinth.verticals.medical.volumes.volume import SeriesFacts, Verdict, Volume
 
 STORE = Path(__file__).parent / "store"
@@ -292,7 +300,10 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
         )
         warnings = [issue.message for issue in volume.verdict.issues] + found.warnings
         report = self._report_of(volume, found.findings, found.plan, warnings)
-        return WithArtefacts(report.model_copy(update={"network": self._network}), found)
+        return WithArtefacts(
+            report.model_copy(update={"network": self._network, "structures": found.structures}),
+            found,
+        )
 
     def _study(self, volume: Volume) -> Flow[CtResult]:
         clock = _StageClock()
@@ -312,6 +323,13 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
         elif self.settings.nodules:
             analysis.warnings.append("no lungs were found, so nodules were not looked for")
         report = self._report(volume, analysis, nodules, plan)
+        titles = {LUNG_RIGHT: ("lung_right", "Right lung"), LUNG_LEFT: ("lung_left", "Left lung")}
+        for one in nodules or []:
+            name = f"Nodule candidate {one.number}"
+            titles[NODULE + one.number - 1] = f"nodule_{one.number}", name
+        sizes = measured(volume, analysis.labels, titles)
+        clock.mark("measure")
+        report = report.model_copy(update={"structures": sizes})
         return WithArtefacts(report, CtArtefacts(volume, analysis, clock.seconds))
 
     def _nodules(

@@ -145,6 +145,13 @@ def test_what_is_written_agrees_with_itself_and_lies_on_the_source(study, tmp_pa
     image = sitk.ReadImage(str(tmp_path / "segmentation.nii.gz"))
     np.testing.assert_allclose(image.GetOrigin(), volume.affine[:3, 3], atol=1e-3)
     np.testing.assert_allclose(image.GetSpacing(), volume.spacing, rtol=1e-4)
+    content = highdicom.sr.srread(tmp_path / "measurements.dcm").content
+    groups = {g.tracking_identifier: g for g in content.get_volumetric_roi_measurement_groups()}
+    assert set(groups) == {one["title"] for one in report["structures"].values()} != set()
+    for one in report["structures"].values():
+        read = {m.name.value: m.value for m in groups[one["title"]].get_measurements()}
+        assert read["RNU0"] == one["mesh_volume_ml"] == float(rows[one["title"]]["mesh_volume_ml"])
+        assert read["Q4LE"] == one["values"]["mean"] == float(rows[one["title"]]["mean"])
     doubt = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "uncertainty.nii.gz")))
     assert doubt.shape == labels.shape
     assert doubt.max() > 0

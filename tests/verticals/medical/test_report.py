@@ -129,7 +129,9 @@ def test_what_was_written_is_told(written: Path, report: dict[str, Any]) -> None
         *("axial.png", "coronal.png", "sagittal.png"),
         *(f"nodule-{n}.png" for n in range(1, min(6, len(report["nodules"])) + 1)),
     }
-    assert set(report["seconds"]) == {"rules", "resample", "network", "nodules", "outputs"}
+    assert set(report["seconds"]) == {
+        *("rules", "resample", "network", "nodules", "measure", "outputs")
+    }
     assert report["peak_memory_mb"] > 50
 
 

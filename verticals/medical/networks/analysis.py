@@ -19,6 +19,7 @@ from plinth.verticals.medical.ct.findings import Finding, finding
 from plinth.verticals.medical.networks.load import Network, with_window
 from plinth.verticals.medical.networks.prepare import Prepared, prepare
 from plinth.verticals.medical.networks.recipe import Orient, Recipe, Triple
+from plinth.verticals.medical.volumes.measured import Measured, measured
 from plinth.verticals.medical.volumes.volume import Volume
 
 Labels = npt.NDArray[np.uint8]
@@ -36,6 +37,7 @@ class Segmentation:
         uncertainty: (z, y, x) uint8 there, where it was asked for; see
             :class:`plinth.engine.Tiling`.
         findings: volume of each label.
+        structures: size and values of each label that was found, by key.
         plan: how it was done.
         warnings: what limits it, one sentence each.
         seconds: wall time by stage.
@@ -46,6 +48,7 @@ class Segmentation:
     labels: Labels
     uncertainty: Labels | None = None
     findings: list[Finding] = field(default_factory=list)
+    structures: dict[str, Measured] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -160,6 +163,8 @@ def segment(
     counts = np.bincount(labels.ravel(), minlength=256)
     done = Segmentation(volume, network, labels, doubt)
     done.findings = _findings(counts, volume, recipe)
+    titles = {value: (f"label_{value}", name) for value, name in sorted(recipe.labels.items())}
+    done.structures = measured(volume, labels, titles)
     done.plan = _plan(prepared, network, tiling)
     done.warnings = _warnings(volume, counts, network)
     seconds["measure"] = time.perf_counter() - begun

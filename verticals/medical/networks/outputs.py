@@ -18,13 +18,21 @@ from plinth.engine import InputError
 from plinth.verticals.medical.networks.analysis import Segmentation
 from plinth.verticals.medical.output.derived import made_by
 from plinth.verticals.medical.output.dicom_seg import SegType, label_counts, save_seg
+from plinth.verticals.medical.output.dicom_sr import write_measurements
 from plinth.verticals.medical.output.nifti import write_nifti
-from plinth.verticals.medical.output.outputs import Wanted, for_archives, peak_memory_mb, tried
+from plinth.verticals.medical.output.outputs import (
+    MEASUREMENTS,
+    SEGMENTATION,
+    Wanted,
+    for_archives,
+    peak_memory_mb,
+    tried,
+)
 from plinth.verticals.medical.output.page import segmentation_page
 from plinth.verticals.medical.output.report import CtReport
 from plinth.verticals.medical.output.rtstruct import Structure
+from plinth.verticals.medical.volumes.measured import Measured, ValueStatistics
 from plinth.verticals.medical.volumes.orientation import Orientation
-from plinth.verticals.medical.volumes.shape import shape_of
 
 SIDE = 512
 
@@ -48,10 +56,16 @@ def write_segmentation_outputs(
         write_nifti(found.uncertainty, found.volume, files[-1])
     files.append(folder / "volumes.csv")
     files[-1].write_text(_table(report, found), encoding="utf-8")
+    seg, sr = folder / SEGMENTATION, folder / MEASUREMENTS
     if wanted.segmentation:
-        seg = folder / "segmentation.dcm"
         outputs[seg.name] = tried(lambda: write_seg(found, seg, wanted.segmentation_type))
-        files += [seg] if seg.exists() else []
+    if wanted.measurements:
+        beside = seg if seg.exists() else None
+        source = found.network.recipe.source
+        outputs[sr.name] = tried(
+            lambda: write_measurements(report, found.volume, source, beside, sr)
+        )
+    files += [path for path in (seg, sr) if path.exists()]
     drawn = _pictures(found) if wanted.page or wanted.pictures or wanted.captures else {}
     if wanted.pictures:
         for name, data in drawn.items():
@@ -127,20 +141,16 @@ def write_seg(found: Segmentation, path: Path, kind: SegType) -> None:
 def _table(report: CtReport, found: Segmentation) -> str:
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
-    rows.writerow(
-        ["study", "series", "label", "name", "voxels", "volume_ml", "diameter_mm", "mean"]
-    )
-    boxes = ndimage.find_objects(found.labels, max_label=max(found.network.recipe.labels))
+    sizes = [name for name in Measured.model_fields if name not in ("title", "unit", "values")]
+    statistics = list(ValueStatistics.model_fields)
+    rows.writerow(["study", "series", "label", "name", *sizes, "unit", *statistics])
     for value, name in sorted(found.network.recipe.labels.items()):
-        sizes: tuple[object, ...] = (0, "0.000", "", "")
-        box = boxes[value - 1]
-        if box is not None:
-            inside = found.labels[box] == value
-            shape = shape_of(inside, found.volume.spacing)
-            mean = float(found.volume.voxels[box][inside].mean(dtype=np.float64))
-            volume, diameter = f"{shape.volume_mm3 / 1000:.3f}", f"{shape.diameter_mm:.2f}"
-            sizes = (shape.voxels, volume, diameter, f"{mean:.6g}")
-        rows.writerow([report.study, report.series, value, name, *sizes])
+        one = found.structures.get(f"label_{value}")
+        cells: list[object] = [0, 0.0, *[""] * (len(sizes) + len(statistics) - 1)]
+        if one is not None:
+            cells = [getattr(one, size) for size in sizes]
+            cells += [one.unit, *(getattr(one.values, key) for key in statistics)]
+        rows.writerow([report.study, report.series, value, name, *cells])
     return out.getvalue()
 
 

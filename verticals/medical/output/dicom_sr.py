@@ -9,34 +9,76 @@ import pydicom
 from pydicom import Dataset
 
 from plinth import __version__
-from plinth.verticals.medical.ct.findings import Finding
 from plinth.verticals.medical.output.derived import (
     clean_header,
     derived,
     made_by,
     source_headers,
 )
-from plinth.verticals.medical.output.report import RESEARCH_USE, RULES, CtReport, CtResult
+from plinth.verticals.medical.output.report import RESEARCH_USE, CtReport
+from plinth.verticals.medical.volumes.measured import Measured
+from plinth.verticals.medical.volumes.volume import Volume
 
 SCHEME = "99PLINTH"
-UNITS = {"mL": "milliliter", "HU": "Hounsfield unit", "%": "percent"}
-UCUM = {"mL": "mL", "HU": "[hnsf'U]", "%": "%"}
-PARTS = ("lung_right", "lung_left", "lungs", "airway", "body", "bone", "tissue")
-"""What is measured, by the first part of a finding's key."""
+UCUM = {
+    "mL": ("mL", "milliliter"),
+    "mm": ("mm", "millimeter"),
+    "cm²": ("cm2", "square centimeter"),
+    "HU": ("[hnsf'U]", "Hounsfield unit"),
+    "%": ("%", "percent"),
+    "bit": ("bit", "bit"),
+    "SUVbw": ("g/ml{SUVbw}", "Standardized Uptake Value body weight"),
+    "BQML": ("Bq/ml", "Becquerels/milliliter"),
+    "": ("1", "no units"),
+}
+"""Code and meaning of a unit, by how the report calls it; all others are arbitrary units."""
 
-TITLES = {"lung_right": "Right lung", "lung_left": "Left lung"}
-"""Segments of the SEG that a part of the report is about."""
+SIZES = {
+    "volume_ml": ("mL", "YEKZ", "Volume from Voxel Summation"),
+    "mesh_volume_ml": ("mL", "RNU0", "Volume of Mesh"),
+    "surface_cm2": ("cm²", "C0JK", "Surface Area of Mesh"),
+    "sphericity": ("", "QCFX", "Sphericity"),
+    "diameter_mm": ("mm", "L0JK", "Maximum 3D Diameter of a Mesh"),
+    "diameter_slice_mm": ("mm", "", "Maximum diameter in one slice"),
+    "diameter_column_mm": ("mm", "", "Maximum diameter at one row index"),
+    "diameter_row_mm": ("mm", "", "Maximum diameter at one column index"),
+}
+"""Unit, IBSI code and meaning of what a structure's size is told as; without a code, our own."""
+
+STATISTICS = {
+    "mean": ("Q4LE", "Mean intensity"),
+    "standard_deviation": ("", "Standard deviation of intensity"),
+    "minimum": ("1GSF", "Minimum intensity"),
+    "percentile_10": ("QG58", "10th intensity percentile"),
+    "median": ("Y12H", "Median intensity"),
+    "percentile_90": ("8DWT", "90th intensity percentile"),
+    "maximum": ("84IY", "Maximum intensity"),
+    "interquartile_range": ("SALO", "Intensity interquartile range"),
+    "mean_absolute_deviation": ("", "Mean absolute deviation of intensity"),
+    "skewness": ("KE2A", "Intensity skewness"),
+    "kurtosis": ("", "Kurtosis, 3 for a normal distribution"),
+    "entropy": ("TLU2", "Intensity histogram entropy"),
+    "uniformity": ("BJ5W", "Intensity histogram uniformity"),
+}
+"""IBSI code and meaning of a statistic of a structure's values."""
+
+OWN_UNIT = {"skewness": "", "kurtosis": "", "entropy": "bit", "uniformity": ""}
+"""Units of the statistics that are not in the unit of the values."""
 
 
-def write_measurements(result: CtResult, segmentation: Path | None, path: Path) -> None:
+def write_measurements(
+    report: CtReport, volume: Volume, model: str, segmentation: Path | None, path: Path
+) -> None:
     """Write every measured number as a measurement of a Comprehensive 3D SR.
 
-    Each lung refers to its segment; what has none is a group of measurements of the source images.
-    Values that were withheld are left out. The file carries the patient's identity, as the
+    Each structure refers to its segment; what has none is a group of measurements of the source
+    images. Values that were withheld are left out. The file carries the patient's identity, as the
     archive needs it.
 
     Args:
-        result: the report, and the volume whose images it is of.
+        report: the numbers.
+        volume: whose images they are of.
+        model: the rules or the network that made them.
         segmentation: the SEG of the same result, or ``None`` where none was written.
         path: the file.
 
@@ -45,55 +87,102 @@ def write_measurements(result: CtResult, segmentation: Path | None, path: Path) 
     """
     import highdicom  # heavy: only when a report is written
 
-    sources = source_headers(result.artefacts.volume)
+    sources = source_headers(volume)
     seg = pydicom.dcmread(segmentation, stop_before_pixels=True) if segmentation else None
     evidence = [*sources, clean_header(seg)] if seg is not None else sources
     with derived("DICOM SR"):
         document = highdicom.sr.Comprehensive3DSR(
             evidence=evidence,
-            content=_content(result.response, sources, seg),
+            content=_content(report, volume, model, sources, seg),
             is_complete=True,
             is_final=False,
-            **made_by(RULES, 901, "CT measurements, research use only"),
+            **made_by(model, 901, "Measurements, research use only"),
         )
     document.save_as(path)
 
 
-def _content(report: CtReport, sources: list[Dataset], seg: Dataset | None) -> Any:
+def _content(
+    report: CtReport, volume: Volume, model: str, sources: list[Dataset], seg: Dataset | None
+) -> Any:
     from highdicom import sr
     from pydicom.sr.codedict import codes
 
     device = sr.ObserverContext(
         observer_type=codes.DCM.Device,
         observer_identifying_attributes=sr.DeviceObserverIdentifyingAttributes(
-            uid=_uid(), name=f"{RULES} {__version__}", manufacturer_name="Plinth"
+            uid=_uid(), name=f"{model} {__version__}", manufacturer_name="Plinth"
         ),
     )
-    groups = [_group(part, report, sources, seg) for part in PARTS]
+    procedures = {
+        "CT": codes.LN.CTUnspecifiedBodyRegion,
+        "MR": codes.LN.MRIUnspecifiedBodyRegion,
+        "PT": codes.LN.PETUnspecifiedBodyRegion,
+    }
+    modality = volume.series.modality
     return sr.MeasurementReport(
         observation_context=sr.ObservationContext(observer_device_context=device),
-        procedure_reported=codes.LN.CTUnspecifiedBodyRegion,
-        imaging_measurements=[group for group in groups if group is not None],
+        procedure_reported=procedures.get(modality) or _concept(modality, f"{modality} images"),
+        imaging_measurements=[
+            _group(part, title, numbers, report, model, sources, seg)
+            for part, title, numbers in _parts(report)
+        ],
     )
 
 
-def _group(part: str, report: CtReport, sources: list[Dataset], seg: Dataset | None) -> Any:
-    """The measurements of one structure, or ``None`` where nothing of it was measured."""
+def _parts(report: CtReport) -> list[tuple[str, str, list[Any]]]:
+    """Key, title and measurements of each structure that something was measured of."""
+    titles = {key: one.title for key, one in report.structures.items()}
+    parts: dict[str, list[Any]] = {}
+    for one in report.findings:
+        if one.value is None:
+            continue
+        key, _, kind = one.key.rpartition("_")
+        what = one.title.rpartition(", ")[2]
+        titles.setdefault(key, one.title.partition(",")[0].removesuffix(" volume"))
+        parts.setdefault(key, []).append(_measurement(kind, what, one.value, one.unit))
+    for key, structure in report.structures.items():
+        parts.setdefault(key, []).extend(_of_structure(structure))
+    return [(key, titles[key], numbers) for key, numbers in parts.items()]
+
+
+def _of_structure(structure: Measured) -> list[Any]:
+    numbers = [
+        _measurement(key.partition("_mm")[0], meaning, getattr(structure, key), unit, code)
+        for key, (unit, code, meaning) in SIZES.items()
+    ]
+    numbers += [
+        _measurement(
+            key,
+            meaning,
+            getattr(structure.values, key),
+            OWN_UNIT.get(key, structure.unit),
+            code,
+        )
+        for key, (code, meaning) in STATISTICS.items()
+    ]
+    return numbers
+
+
+def _group(
+    part: str,
+    title: str,
+    numbers: list[Any],
+    report: CtReport,
+    model: str,
+    sources: list[Dataset],
+    seg: Dataset | None,
+) -> Any:
     from highdicom import sr
 
-    found = [f for f in report.findings if _part(f) == part and f.value is not None]
-    if not found:
-        return None
-    title = found[0].title.partition(",")[0].removesuffix(" volume")
     common: dict[str, Any] = {
         "tracking_identifier": sr.TrackingIdentifier(uid=_uid(), identifier=title),
         "finding_type": _concept(part, title),
-        "measurements": [_measurement(one) for one in found],
+        "measurements": numbers,
         "algorithm_id": sr.AlgorithmIdentification(
-            name=RULES, version=__version__, parameters=_parameters(report)
+            name=model, version=__version__, parameters=[RESEARCH_USE, *report.warnings]
         ),
     }
-    number = _segment_number(seg, TITLES.get(part))
+    number = _segment_number(seg, title)
     if seg is None or number is None:
         first = sr.SourceImageForMeasurementGroup.from_source_image(sources[0])
         return sr.MeasurementsAndQualitativeEvaluations(**common, source_images=[first])
@@ -108,32 +197,27 @@ def _group(part: str, report: CtReport, sources: list[Dataset], seg: Dataset | N
     )
 
 
-def _measurement(finding: Finding) -> Any:
+def _measurement(kind: str, meaning: str, value: float, unit: str, ibsi: str = "") -> Any:
     from highdicom import sr
     from highdicom.sr import CodedConcept
     from pydicom.sr.codedict import codes
 
-    known = {"volume": codes.SCT.Volume, "density": codes.DCM.MeanAttenuationCoefficient}
-    kind = finding.key.rpartition("_")[2]
-    assert finding.value is not None
+    known = {"density": codes.DCM.MeanAttenuationCoefficient}
+    if not ibsi:
+        known["volume"] = codes.SCT.Volume
+    name = CodedConcept(ibsi, "IBSI", meaning) if ibsi else None
+    code, spelled = UCUM.get(unit, ("[arb'U]", "arbitrary unit"))
     return sr.Measurement(
-        name=known.get(kind) or _concept(kind, finding.title.rpartition(", ")[2]),
-        value=finding.value,
-        unit=CodedConcept(UCUM[finding.unit], "UCUM", UNITS[finding.unit]),
+        name=name or known.get(kind) or _concept(kind, meaning),
+        value=value,
+        unit=CodedConcept(code, "UCUM", spelled),
     )
 
 
-def _parameters(report: CtReport) -> list[str]:
-    return [RESEARCH_USE, *report.warnings]
-
-
-def _part(finding: Finding) -> str:
-    return finding.key.rpartition("_")[0]
-
-
-def _segment_number(seg: Dataset | None, label: str | None) -> int | None:
+def _segment_number(seg: Dataset | None, label: str) -> int | None:
     segments = seg.SegmentSequence if seg is not None else []
-    return next((int(one.SegmentNumber) for one in segments if one.SegmentLabel == label), None)
+    found = (int(one.SegmentNumber) for one in segments if one.SegmentLabel == label[:64])
+    return next(found, None)
 
 
 def _concept(value: str, meaning: str) -> Any:

@@ -93,7 +93,9 @@ def write_outputs(result: CtResult, folder: Path, wanted: Wanted) -> list[Path]:
         )
     if wanted.measurements:
         beside = seg if seg.exists() else None
-        outputs[MEASUREMENTS] = tried(lambda: write_measurements(result, beside, sr))
+        outputs[MEASUREMENTS] = tried(
+            lambda: write_measurements(report, artefacts.volume, RULES, beside, sr)
+        )
     files += [path for path in (seg, sr) if path.exists()]
     labels = artefacts.analysis.labels
     if wanted.nifti:

@@ -13,6 +13,7 @@ from plinth.verticals.contract import WithArtefacts
 from plinth.verticals.medical.ct.analysis import Analysis
 from plinth.verticals.medical.ct.findings import Finding
 from plinth.verticals.medical.nodules.candidates import Nodule
+from plinth.verticals.medical.volumes.measured import Measured
 from plinth.verticals.medical.volumes.volume import Volume
 
 RULES = "Plinth CT rules"
@@ -77,6 +78,7 @@ class CtReport(BaseModel):
         warnings: what limits the numbers.
         seconds: time by stage; written with the outputs, empty in the engine's answer.
         peak_memory_mb: largest resident memory of the process so far, where it is known.
+        structures: size and values of each segment by the definitions of pyradiomics, by key.
         outputs: by output, ``"written"`` or why not; filled in when they are written.
     """
 
@@ -96,6 +98,7 @@ class CtReport(BaseModel):
     warnings: list[str]
     seconds: dict[str, float] = Field(default_factory=dict)
     peak_memory_mb: float | None = None
+    structures: dict[str, Measured] = Field(default_factory=dict)
     outputs: dict[str, str] = Field(default_factory=dict)
 
     def finding(self, key: str) -> Finding:
