@@ -19,6 +19,7 @@ from plinth.pipelines.cli.convert import EPILOG as CONVERT_EPILOG
 from plinth.pipelines.cli.convert import convert
 from plinth.pipelines.cli.doctor import EPILOG as DOCTOR_EPILOG
 from plinth.pipelines.cli.doctor import doctor
+from plinth.pipelines.cli.doors.keys import keys
 from plinth.pipelines.cli.init import EPILOG as INIT_EPILOG
 from plinth.pipelines.cli.init import init
 from plinth.pipelines.cli.kafka.audit import audit
@@ -60,6 +61,7 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.add_typer(audit, name="audit")
+app.add_typer(keys, name="keys")
 app.command(epilog=BENCHMARK_EPILOG)(benchmark)
 app.command(epilog=OPTIMIZE_EPILOG)(optimize)
 app.command(epilog=BACKENDS_EPILOG)(backends)
@@ -171,6 +173,9 @@ def serve(
     ] = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let others ask without a key.")
+    ] = False,
 ) -> None:
     """Serve verticals over HTTP until Ctrl-C or SIGTERM, then drain. API docs are at /docs."""
     config = _load(
@@ -178,6 +183,7 @@ def serve(
         **{
             "serve.host": host,
             "serve.port": port,
+            "serve.insecure": insecure or None,
             "engine.device": device,
             "engine.precision": precision,
         },
@@ -186,9 +192,9 @@ def serve(
     from plinth.pipelines.http import server as door
     from plinth.pipelines.snapshots import kept_states
 
+    config.check_access()
     bound = door.bind(config.serve.host, config.serve.port)
     verticals = load_verticals(config, names or [])
-    _warn_if_open(config)
     with (
         kept_states(config.serve.state_dir, verticals),
         running(config, verticals, follow=True) as engine,
@@ -199,21 +205,10 @@ def serve(
             lambda: say(
                 f"serving {', '.join(verticals)} on {url} (API docs: {url}/docs)"
                 + (f", gRPC on {server.grpc_address}" if server.grpc_address else "")
+                + (f", metrics on {server.admin_url}" if server.admin_url else "")
             )
         )
     say("drained, good bye")
-
-
-def _warn_if_open(config: Config) -> None:
-    if config.serve.api_key_env is None and config.serve.host not in (
-        "127.0.0.1",
-        "::1",
-        "localhost",
-    ):
-        say(
-            f"warning: {config.serve.host} can be reached by others and asks for no key; "
-            "set serve.api_key_env"
-        )
 
 
 @app.command(epilog="Example: plinth stream finance --input-topic tx --output-topic scores")

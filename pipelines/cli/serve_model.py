@@ -73,6 +73,9 @@ def serve_model(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what is served as JSON on stdout.")
     ] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let others ask without a key.")
+    ] = False,
 ) -> None:
     """Serve one model over HTTP with a deadline: records by input or feature name, API docs."""
     from plinth.engine import Sla
@@ -84,7 +87,9 @@ def serve_model(
 
     sla = Sla(deadline_ms=milliseconds(deadline), on_overload=on_overload)  # type: ignore[arg-type]
     options = Options(example=example, outputs=output, code=code, arguments=table(arguments))
-    config = load(config_file, overrides={"serve.host": host, "serve.port": port})
+    asked = {"serve.host": host, "serve.port": port, "serve.insecure": insecure or None}
+    config = load(config_file, overrides=asked)
+    config.check_access()
     named = feature_names(features) if features else ()
     bound = door.bind(config.serve.host, config.serve.port)
     with model_at(path, name, options) as (model, facts):

@@ -7,6 +7,7 @@ variable ``PLINTH_<TABLE>__<KEY>``. Order of precedence: command line, environme
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import tomllib
@@ -147,7 +148,40 @@ class OipConfig(Table):
     )
 
 
-class GrpcConfig(Table):
+class TlsConfig(Table):
+    """Files of TLS, which are read again when they change."""
+
+    certificate: Path | None = Field(
+        default=None, description="PEM file of the certificate and its chain; none: no TLS"
+    )
+    key: Path | None = Field(default=None, description="PEM file of the certificate's key")
+    client_ca: Path | None = Field(
+        default=None, description="PEM file of who signs the certificates that clients must show"
+    )
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> TlsConfig:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together")
+        if self.client_ca is not None and self.certificate is None:
+            raise ValueError("client_ca needs a certificate and a key")
+        return self
+
+
+class AdminConfig(Table):
+    """``[serve.admin]``: metrics, status, loading and unloading, on an address of their own."""
+
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65_535,
+        description="port to listen on, which has these routes in the place of `serve.port`; "
+        "none: both are one; 0: a free one",
+    )
+
+
+class GrpcConfig(TlsConfig):
     """``[serve.grpc]``: the same over gRPC."""
 
     port: int | None = Field(
@@ -162,21 +196,6 @@ class GrpcConfig(Table):
         description="open streams, and messages that take longer than 0.1 s to arrive; each may "
         "hold `max_body_bytes`",
     )
-    certificate: Path | None = Field(
-        default=None, description="PEM file of the certificate and its chain; none: no TLS"
-    )
-    key: Path | None = Field(default=None, description="PEM file of the certificate's key")
-    client_ca: Path | None = Field(
-        default=None, description="PEM file of who signs the certificates that clients must show"
-    )
-
-    @model_validator(mode="after")
-    def _tls_is_whole(self) -> GrpcConfig:
-        if (self.certificate is None) != (self.key is None):
-            raise ValueError("certificate and key go together")
-        if self.client_ca is not None and self.certificate is None:
-            raise ValueError("client_ca needs a certificate and a key")
-        return self
 
 
 class ServeConfig(Table):
@@ -203,11 +222,32 @@ class ServeConfig(Table):
         default=20.0, ge=0, description="on SIGTERM: time for accepted work"
     )
     api_key_env: str | None = Field(
-        default=None, description="environment variable that holds the API key"
+        default=None, description="environment variable that holds an API key which may do all"
+    )
+    keys: Path | None = Field(
+        default=None,
+        description="file of API keys, made by `plinth keys`; read again when it changes",
+    )
+    insecure: bool = Field(
+        default=False, description="whether others may ask without a key at an address they reach"
+    )
+    request_log: Path | None = Field(
+        default=None, description="file of who asked what, when, with what end; none: no log"
+    )
+    request_log_bytes: Bytes = Field(
+        default=64 << 20, ge=4096, description="size at which a new file is begun"
+    )
+    request_log_files: int = Field(
+        default=8, ge=1, le=1000, description="files kept, the current one included"
     )
     allowed_hosts: tuple[str, ...] = Field(
         default=(),
-        description="names with a dot that a server on loopback goes by; `*`: any",
+        description="names with a dot that the server goes by; none: on loopback none, else any; "
+        "`*`: any",
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(),
+        description="sites whose pages may ask from a browser, such as `https://desk.example`",
     )
     state_dir: Path | None = Field(
         default=None,
@@ -216,6 +256,8 @@ class ServeConfig(Table):
     upload: UploadConfig = Field(default_factory=UploadConfig)
     oip: OipConfig = Field(default_factory=OipConfig)
     grpc: GrpcConfig = Field(default_factory=GrpcConfig)
+    tls: TlsConfig = Field(default_factory=TlsConfig)
+    admin: AdminConfig = Field(default_factory=AdminConfig)
 
 
 class BatchConfig(Table):
@@ -298,6 +340,36 @@ class Config(Table):
         """The table of one vertical; an empty one when the file has none."""
         return self.verticals.get(name, VerticalConfig())
 
+    def beside(self, path: Path) -> Path:
+        """A path of the file, which starts from the file's folder."""
+        folder = Path() if self.origin.file is None else self.origin.file.parent
+        return folder / path.expanduser()
+
+    def files_of(self, tls: TlsConfig) -> tuple[Path, ...]:
+        """Certificate, key and, if there is one, client CA; empty without TLS."""
+        files = (tls.certificate, tls.key, tls.client_ca)
+        return tuple(self.beside(path) for path in files if path is not None)
+
+    def check_access(self) -> None:
+        """See that a server which others reach knows who asks, or was told not to care.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        serve = self.serve
+        if serve.api_key_env or serve.keys or serve.insecure:
+            return
+        doors = [(serve.host, serve.tls)]
+        doors += [(serve.host, serve.grpc)] if serve.grpc.port is not None else []
+        doors += [(serve.admin.host, serve.tls)] if serve.admin.port is not None else []
+        for host, tls in doors:
+            if not is_loopback(host) and tls.client_ca is None:
+                raise ConfigError(
+                    f"others can reach {host}, and no key is asked for",
+                    hint="set serve.keys (plinth keys add makes one), serve.api_key_env, a "
+                    "client_ca for each door, or say --insecure",
+                )
+
     def api_key(self, env: Mapping[str, str] | None = None) -> str | None:
         """The HTTP API key, read from the variable that ``serve.api_key_env`` names.
 
@@ -315,6 +387,16 @@ class Config(Table):
                 hint=f"export {name}=..., or remove api_key_env",
             )
         return key
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def find(path: Path | None, env: Mapping[str, str]) -> Path | None:

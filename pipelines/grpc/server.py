@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextvars import ContextVar
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -33,7 +37,9 @@ from plinth.pipelines.config.settings import GrpcConfig
 from plinth.pipelines.grpc import messages
 from plinth.pipelines.grpc.arrivals import Arrivals
 from plinth.pipelines.grpc.messages import HEALTH, INFERENCE, message
-from plinth.pipelines.identity import has_key
+from plinth.pipelines.identity.callers import EVERYTHING, Caller, Identity, Need, Role
+from plinth.pipelines.identity.request_log import RequestLog
+from plinth.pipelines.live_tables import mark_of
 from plinth.pipelines.oip.service import ModelService, check_parameters, less, within
 from plinth.pipelines.oip.tensors import NAMES, TensorHeader, from_bytes, from_json, header_of
 from plinth.pipelines.oip.tensors import to_bytes as raw_of
@@ -52,6 +58,13 @@ _IDLE_MS = 300_000
 _PING_MS = 60_000
 
 _OPEN = ("ServerLive", "ServerReady")
+_ROLES: dict[str, Role] = {
+    "ModelInfer": "score",
+    "ModelStreamInfer": "score",
+    "RepositoryModelLoad": "admin",
+    "RepositoryModelUnload": "admin",
+}
+"""The least role for a method; the others only tell."""
 _CODES: dict[type[PlinthError], grpc.StatusCode] = {
     InputError: grpc.StatusCode.INVALID_ARGUMENT,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -67,6 +80,7 @@ _REASONS = {
     "model_in_use": grpc.StatusCode.FAILED_PRECONDITION,
     "cannot_load": grpc.StatusCode.FAILED_PRECONDITION,
     "unauthorised": grpc.StatusCode.UNAUTHENTICATED,
+    "rate_limited": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "timeout": grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _CONTENTS = {
@@ -99,8 +113,10 @@ class GrpcDoor:
     Args:
         service: the models.
         config: ``[serve.grpc]``.
+        tls: files of the certificate, the key and the client CA; empty: no TLS.
         host: to listen on.
-        key: the API key, or ``None``.
+        identity: who has a key; false: nobody needs one.
+        requests: the log of requests, if there is one.
         reasons: why the server is not ready; a live view.
         seconds: longest wait for an answer.
 
@@ -116,8 +132,10 @@ class GrpcDoor:
         service: ModelService,
         config: GrpcConfig,
         *,
+        tls: tuple[Path, ...],
         host: str,
-        key: str | None,
+        identity: Identity,
+        requests: RequestLog | None,
         reasons: Mapping[str, str],
         seconds: float,
     ) -> None:
@@ -125,10 +143,11 @@ class GrpcDoor:
         self._models = service
         self._config = config
         self._host = f"[{host}]" if ":" in host else host
-        self._key = None if key is None else key.encode()
+        self._identity = identity if identity else None
+        self._log = requests
         self._reasons = reasons
         self._seconds = seconds
-        self._credentials = _credentials(config)
+        self._tls = _TlsFiles(tls) if tls else None
         self._server: Any = None
         self._watching = 0
         self._stopping = False
@@ -145,7 +164,7 @@ class GrpcDoor:
         most = self._models.config.max_body_bytes
         self._server = grpc.aio.server(
             maximum_concurrent_rpcs=self._config.max_streams,
-            interceptors=(_KeyFirst(self._allows),),
+            interceptors=(_AccessFirst(self._admit),),
             options=(
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", most + _SLACK),
@@ -159,8 +178,8 @@ class GrpcDoor:
         try:
             port = (
                 self._server.add_insecure_port(wanted)
-                if self._credentials is None
-                else self._server.add_secure_port(wanted, self._credentials)
+                if self._tls is None
+                else self._server.add_secure_port(wanted, self._tls.credentials())
             )
         except RuntimeError:
             raise ConfigError(
@@ -218,23 +237,38 @@ class GrpcDoor:
             except FAULTS as error:
                 code = _fail(context, explained(error))
             finally:
-                _REQUESTS.labels(name, code.name).inc()
-                _SECONDS.labels(name).observe(time.perf_counter() - begun)
+                self._note(name, code, time.perf_counter() - begun, _CALL.get().models)
             if told is not None:
                 yield told
 
         return grpc.stream_stream_rpc_method_handler(handle)
 
-    def _allows(self, method: str, metadata: Any) -> bool:
-        """Whether a call of a method is open, or carries the key."""
+    def _admit(self, method: str, metadata: Any) -> None:
+        """See whether a call may be made; its task then knows who makes it.
+
+        Raises:
+            AccessDenied: no key, or one that may not do this.
+            RateLimited: not so often.
+        """
         service, _, name = method.lstrip("/").partition("/")
-        if self._key is None or name in _OPEN or service == f"{HEALTH}.Health":
-            return True
+        call = _Call()
+        _CALL.set(call)
+        if self._identity is None or name in _OPEN or service == f"{HEALTH}.Health":
+            return
         fields = {
             key.encode(): value if isinstance(value, bytes) else value.encode()
             for key, value in metadata or ()
         }
-        return has_key(fields, self._key)
+        call.caller = self._identity.caller(fields)
+        call.caller.admit(Need(_ROLES.get(name, "read")))
+
+    def _note(self, method: str, code: grpc.StatusCode, seconds: float, models: str = "") -> None:
+        _REQUESTS.labels(method, code.name).inc()
+        _SECONDS.labels(method).observe(seconds)
+        if self._log is not None:
+            caller = _CALL.get().caller
+            who = "" if caller is None else caller.name
+            self._log.note(who, f"gRPC {method}", code.name, seconds, models)
 
     # -- what there is ---------------------------------------------------------------------------
     async def _live(self, raw: bytes, context: Context) -> Any:
@@ -245,6 +279,7 @@ class GrpcDoor:
 
     async def _model_ready(self, raw: bytes, context: Context) -> Any:
         asked = _read("ModelReadyRequest", raw)
+        _check_reach(asked.name)
         try:
             fine = self._models.is_ready(asked.name, asked.version)
         except InputError:  # asked of a model that is not there, the protocol answers no
@@ -256,10 +291,12 @@ class GrpcDoor:
 
     async def _metadata(self, raw: bytes, context: Context) -> Any:
         asked = _read("ModelMetadataRequest", raw)
+        _check_reach(asked.name)
         return message("ModelMetadataResponse")(**self._models.metadata(asked.name, asked.version))
 
     async def _model_config(self, raw: bytes, context: Context) -> Any:
         asked = _read("ModelConfigRequest", raw)
+        _check_reach(asked.name)
         told = self._models.model_config(asked.name, asked.version)
         for tensor in (*told["input"], *told["output"]):
             tensor["data_type"] = messages.DATA_TYPES[tensor["data_type"].removeprefix("TYPE_")]
@@ -267,16 +304,19 @@ class GrpcDoor:
 
     async def _statistics(self, raw: bytes, context: Context) -> Any:
         asked = _read("ModelStatisticsRequest", raw)
+        _check_reach(asked.name)
         told = self._models.statistics(asked.name, asked.version)
         return message("ModelStatisticsResponse")(**told)
 
     async def _index(self, raw: bytes, context: Context) -> Any:
         asked = _read("RepositoryIndexRequest", raw)
+        _check_reach("")
         found = self._models.index(ready_only=asked.ready)
         return message("RepositoryIndexResponse")(models=found)
 
     async def _load(self, raw: bytes, context: Context) -> Any:
         asked = _read("RepositoryModelLoadRequest", raw)
+        _check_reach(asked.model_name)
         if asked.parameters:
             raise InputError(
                 "a model is loaded as it is in the store, without parameters",
@@ -288,6 +328,7 @@ class GrpcDoor:
 
     async def _unload(self, raw: bytes, context: Context) -> Any:
         asked = _read("RepositoryModelUnloadRequest", raw)
+        _check_reach(asked.model_name)
         await self._models.unload(asked.model_name)
         return message("RepositoryModelUnloadResponse")()
 
@@ -295,6 +336,7 @@ class GrpcDoor:
     async def _infer(self, raw: bytes, context: Context) -> Any:
         answer, told = await self._answer(raw, context.time_remaining())
         context.set_trailing_metadata(_about(answer))
+        _CALL.get().models = _pairs(answer.models)
         return told
 
     async def _answer(
@@ -308,6 +350,7 @@ class GrpcDoor:
             large = len(raw) > _ASIDE
             name = "ModelInferRequest"
             asked = await asyncio.to_thread(_read, name, raw) if large else _read(name, raw)
+            _check_reach(asked.model_name)
             spec = self._models.spec(asked.model_name, asked.model_version)
             self._models.check_counts(spec, len(asked.inputs), len(asked.outputs))
             for output in asked.outputs:
@@ -359,6 +402,7 @@ class GrpcDoor:
         waiting: deque[asyncio.Task[Any]] = deque()
         arriving: asyncio.Task[bytes | None] | None = None
         incoming: AsyncIterator[bytes] | None = aiter(requests)
+        counted = False
         try:
             while True:
                 if arriving is None and incoming is not None and len(waiting) < STREAMED:
@@ -372,9 +416,9 @@ class GrpcDoor:
                     if raw is None:
                         incoming = None
                     else:
-                        waiting.append(
-                            asyncio.ensure_future(self._streamed(raw, context.time_remaining()))
-                        )
+                        answering = self._streamed(raw, context.time_remaining(), counted)
+                        waiting.append(asyncio.ensure_future(answering))
+                        counted = True
                 while waiting and waiting[0].done():
                     yield waiting.popleft().result()
         finally:
@@ -382,19 +426,23 @@ class GrpcDoor:
                 if task is not None:
                     task.cancel()
 
-    async def _streamed(self, raw: bytes, remaining: float | None) -> bytes:
+    async def _streamed(self, raw: bytes, remaining: float | None, count: bool) -> bytes:
+        """The answer to a request of a stream; the first was counted with the call."""
         told = message("ModelStreamInferResponse")()
         begun, code = time.perf_counter(), grpc.StatusCode.CANCELLED
+        models, caller = "", _CALL.get().caller
         try:
-            _, answer = await self._answer(raw, remaining)
+            if count and caller is not None:
+                caller.admit(Need("score"))
+            found, answer = await self._answer(raw, remaining)
+            models = _pairs(found.models)
             told.infer_response.CopyFrom(answer)
             code = grpc.StatusCode.OK
         except FAULTS as error:
             known = explained(error)
             code, told.error_message = code_of(known), str(known)
         finally:
-            _REQUESTS.labels("ModelStreamInfer", code.name).inc()
-            _SECONDS.labels("ModelStreamInfer").observe(time.perf_counter() - begun)
+            self._note("ModelStreamInfer", code, time.perf_counter() - begun, models)
         return bytes(told.SerializeToString())
 
     # -- gRPC's own health protocol ----------------------------------------------------------------
@@ -431,36 +479,50 @@ class GrpcDoor:
             self._watching -= 1
 
 
-class _KeyFirst(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Refuses a call without the key before its message is read.
+class _Call:
+    """What is known of the call that a task answers."""
+
+    caller: Caller | None = None
+    models = ""
+
+
+_CALL: ContextVar[_Call] = ContextVar("call")
+
+
+def _check_reach(model: str) -> None:
+    """Raises AccessDenied where the caller does not reach a model; "": all of them."""
+    caller = _CALL.get().caller
+    if caller is not None:
+        caller.check(Need("read", model or EVERYTHING))
+
+
+class _AccessFirst(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses a call that may not be made before its message is read.
 
     Args:
-        allows: whether a method may be called with this metadata.
+        admit: raises PlinthError where a method may not be called with this metadata.
     """
 
-    def __init__(self, allows: Callable[[str, Any], bool]) -> None:
-        self._allows = allows
+    def __init__(self, admit: Callable[[str, Any], None]) -> None:
+        self._admit = admit
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
     ) -> Any:
         """See grpc.aio: what handles a call."""
         details = handler_call_details
-        if self._allows(details.method, details.invocation_metadata):
-            return await continuation(details)
-        # Messages of a stream are read when they are asked for: here, never.
-        return grpc.stream_stream_rpc_method_handler(_refuse)
+        try:
+            self._admit(details.method, details.invocation_metadata)
+        except PlinthError as error:
+            # Messages of a stream are read when they are asked for: here, never.
+            return grpc.stream_stream_rpc_method_handler(partial(_refuse, error))
+        return await continuation(details)
 
 
-async def _refuse(requests: AsyncIterator[bytes], context: Context) -> None:
-    error = InputError(
-        "this server needs an API key",
-        hint="send it as metadata, 'authorization: Bearer <key>' or 'x-api-key: <key>'",
-        reason="unauthorised",
-    )
-    _REQUESTS.labels("any", code_of(error).name).inc()
-    trailing = (("plinth-reason", error.reason),)
-    await context.abort(code_of(error), str(error), trailing)
+async def _refuse(error: PlinthError, requests: AsyncIterator[bytes], context: Context) -> None:
+    code = code_of(error)
+    _REQUESTS.labels("any", code.name).inc()
+    await context.abort(code, str(error), tuple(_trailing(error)))
 
 
 async def _next(requests: AsyncIterator[bytes]) -> bytes | None:
@@ -469,14 +531,18 @@ async def _next(requests: AsyncIterator[bytes]) -> bytes | None:
 
 def _fail(context: Context, error: PlinthError) -> grpc.StatusCode:
     """Let a call end with the code and sentence of an error; what it returns is not sent."""
-    trailing = [("plinth-reason", error.reason)]
-    if (wait := getattr(error, "retry_after", None)) is not None:
-        trailing.append(("retry-after-ms", str(round(wait * 1e3))))
-    context.set_trailing_metadata(trailing)
+    context.set_trailing_metadata(_trailing(error))
     code = code_of(error)
     context.set_code(code)
     context.set_details(str(error))
     return code
+
+
+def _trailing(error: PlinthError) -> list[tuple[str, str]]:
+    told = [("plinth-reason", error.reason)]
+    if (wait := getattr(error, "retry_after", None)) is not None:
+        told.append(("retry-after-ms", str(math.ceil(wait * 1e3))))
+    return told
 
 
 def code_of(error: PlinthError) -> grpc.StatusCode:
@@ -491,14 +557,16 @@ def _about(answer: Answer[Any]) -> list[tuple[str, str]]:
     """Where the time went and which models ran, as the headers of the HTTP door tell it."""
     told = [
         ("x-plinth-timing", orjson.dumps(answer.timing.as_dict()).decode()),
-        ("x-plinth-models", ", ".join(f"{k}={v}" for k, v in answer.models.items())),
-        ("x-plinth-precision", ", ".join(f"{k}={v}" for k, v in answer.precision.items())),
+        ("x-plinth-models", _pairs(answer.models)),
+        ("x-plinth-precision", _pairs(answer.precision)),
     ]
     if answer.degraded:
-        told.append(
-            ("x-plinth-degraded", ", ".join(f"{k}={v}" for k, v in answer.degraded.items()))
-        )
+        told.append(("x-plinth-degraded", _pairs(answer.degraded)))
     return [*told, ("x-plinth-late", "true")] if answer.late else told
+
+
+def _pairs(words: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in words.items())
 
 
 def _read(name: str, raw: bytes, package: str = INFERENCE) -> Any:
@@ -559,14 +627,44 @@ def _typed(header: TensorHeader, datatype: str, given: Any) -> Tensor:
     return from_json(header, list(values))
 
 
-def _credentials(config: GrpcConfig) -> Any:
-    """TLS by the files of the config; with a client CA, clients must show a certificate too."""
-    if config.certificate is None or config.key is None:
-        return None
-    ca = config.client_ca
-    try:
-        pair = (config.key.read_bytes(), config.certificate.read_bytes())
-        root = None if ca is None else ca.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"serve.grpc: cannot read {error.filename}: {error.strerror}") from None
-    return grpc.ssl_server_credentials([pair], root, require_client_auth=ca is not None)
+class _TlsFiles:
+    """The certificate of the config; gRPC asks for it at each handshake.
+
+    Args:
+        files: certificate and key; and who signs the certificates that clients must show.
+
+    Raises:
+        ConfigError: one cannot be read.
+    """
+
+    def __init__(self, files: tuple[Path, ...]) -> None:
+        self._files = files
+        self._marks = [mark_of(path) for path in self._files]
+        self._known = self._read()
+
+    def _read(self) -> Any:
+        try:
+            certificate, key, *ca = [path.read_bytes() for path in self._files]
+        except OSError as error:
+            raise ConfigError(
+                f"serve.grpc: cannot read {error.filename}: {error.strerror}"
+            ) from None
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], *ca)
+
+    def credentials(self) -> Any:
+        """What a port is opened with."""
+        return grpc.dynamic_ssl_server_credentials(
+            self._known, self._changed, require_client_authentication=len(self._files) > 2
+        )
+
+    def _changed(self) -> Any:
+        """The files as they are now, ``None`` while they have not changed."""
+        marks = [mark_of(path) for path in self._files]
+        if marks == self._marks:
+            return None
+        self._marks = marks
+        try:
+            return self._read()
+        except ConfigError as error:
+            log.error("the certificate in force stays: %s", error)
+            return None

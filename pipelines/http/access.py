@@ -5,21 +5,33 @@ All of it is decided from the head, before anything of a body is kept.
 - **Host.** A page of a foreign site can make its own name point at 127.0.0.1 and then read what a
   local server answers (DNS rebinding). So a server bound to loopback answers to IP addresses, to
   ``localhost``, to names without a dot, which nobody can register, and to ``serve.allowed_hosts``.
-- **Key.** See :mod:`plinth.pipelines.identity`.
+  At any other address it answers to all names, unless ``serve.allowed_hosts`` says which.
+- **Key.** See :mod:`plinth.pipelines.identity.callers`; :func:`need_of` says what each path needs.
 - **Origin.** A page of a foreign site can send a request without reading the answer. Browsers say
-  so in ``Sec-Fetch-Site`` and ``Origin``; what changes or computes anything is refused then.
+  so in ``Sec-Fetch-Site`` and ``Origin``; what changes or computes anything is refused then, unless
+  the site stands in ``serve.cors_origins``.
 """
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Collection
+from functools import lru_cache
+from typing import Literal
 
 from plinth.engine import PlinthError, Refused
+from plinth.pipelines.config.settings import is_loopback
 from plinth.pipelines.http.errors import HttpError
 from plinth.pipelines.http.health import Health
-from plinth.pipelines.http.wire.head import Fields, ParsedHead
-from plinth.pipelines.identity import has_key
+from plinth.pipelines.http.wire.connection import Exchange
+from plinth.pipelines.http.wire.head import Fields
+from plinth.pipelines.identity.callers import (
+    EVERYTHING,
+    AccessDenied,
+    Identity,
+    Need,
+    RateLimited,
+)
 
 OPEN_PATHS = (b"/health/live", b"/health/ready", b"/v2/health/live", b"/v2/health/ready")
 """Paths that ask for no key and answer to every host: they tell nothing of the inside."""
@@ -39,6 +51,14 @@ CROSS_SITE = HttpError(
     reason="cross_site",
     hint="send it from a program, or from a page of this server",
 )
+ELSEWHERE = HttpError(
+    "this is served at another address of the server",
+    reason="not_found",
+    hint="metrics, status, loading and unloading are at serve.admin, all else at serve.port",
+)
+Part = Literal["all", "work", "admin"]
+"""Which paths an address has: all, or without or with those of ``serve.admin`` alone."""
+_ABOUT_ALL = (b"/metrics", b"/v1/status", b"/v2/models/stats", b"/v2/repository/index")
 _WORK = (b"/v1/", b"/v2/models/")  # not while the server warms up
 _SAFE = (b"GET", b"HEAD", b"OPTIONS")
 _KNOWN = 64  # hosts remembered as ours
@@ -49,23 +69,35 @@ class Access:
     """Turns requests away by their heads.
 
     Args:
-        key: the API key, or ``None``.
+        identity: who has a key; false: nobody needs one.
         host: the address the server is bound to.
         allowed_hosts: more names it goes by; ``*`` stands for all.
+        origins: of other sites whose pages may ask.
         health: a server that warms up takes no work.
+        part: which paths there are at this address.
     """
 
     def __init__(
-        self, key: str | None, host: str, allowed_hosts: Collection[str], health: Health
+        self,
+        identity: Identity,
+        host: str,
+        allowed_hosts: Collection[str],
+        origins: Collection[str],
+        health: Health,
+        part: Part = "all",
     ) -> None:
-        self._key = None if key is None else key.encode()
+        self._hidden = None if part == "all" else part == "work"
+        self._identity = identity if identity else None
         names = {name.lower().encode() for name in (*allowed_hosts, host)}
-        self._names = None if b"*" in names or not _is_loopback(host) else names
+        checked = is_loopback(host) or bool(allowed_hosts)
+        self._names = names if checked and b"*" not in names else None
+        self._origins = frozenset(origin.lower().encode() for origin in origins)
         self._health = health
         self._known: set[bytes] = set()
 
-    def refusal(self, head: ParsedHead) -> PlinthError | None:
-        """Why a request is turned away, or ``None``."""
+    def refusal(self, exchange: Exchange) -> PlinthError | None:
+        """Why a request is turned away, or ``None``; the exchange then knows who sent it."""
+        head = exchange.head
         if head.path in OPEN_PATHS:
             return None
         fields = head.fields
@@ -75,13 +107,54 @@ class Access:
                 return FOREIGN_HOST
             if len(self._known) < _KNOWN:
                 self._known.add(host)
-        if head.method not in _SAFE and _is_cross_site(fields):
+        if head.method not in _SAFE and _is_cross_site(fields) and not self.is_cors(fields):
             return CROSS_SITE
-        if self._key is not None and not has_key(fields, self._key):
-            return UNAUTHORISED
+        if self._identity is not None:
+            if head.method == b"OPTIONS" and self.is_cors(fields):
+                return None  # a browser asks whether it may ask, and sends no key
+            try:
+                caller = self._identity.caller(fields)
+                exchange.who = caller.name
+                caller.admit(need_of(head.method, head.decoded_path))
+            except AccessDenied as error:
+                return UNAUTHORISED if error.reason == UNAUTHORISED.reason else error
+            except RateLimited as error:
+                return error
+        if self._hidden is not None and is_administrative(head.decoded_path) == self._hidden:
+            return ELSEWHERE
         if "warm_up" in self._health.reasons and head.decoded_path.startswith(_WORK):
             return Refused(self._health.reasons["warm_up"], retry_after=1.0)
         return None
+
+    def is_cors(self, fields: Fields) -> bool:
+        """Whether a page of another site asks that may."""
+        return bool(self._origins) and fields.get(b"origin", b"").lower() in self._origins
+
+
+def is_administrative(path: bytes) -> bool:
+    """Whether a decoded path is at ``serve.admin``, where there is such an address."""
+    return path in _ABOUT_ALL[:2] or path.startswith(b"/v2/repository/models/")
+
+
+@lru_cache(maxsize=1024)
+def need_of(method: bytes, path: bytes) -> Need:
+    """What a request needs.
+
+    Args:
+        method: in upper case.
+        path: decoded.
+    """
+    safe = method in _SAFE
+    parts = [part.decode("utf-8", "replace") for part in path.split(b"/")[1:6]]
+    if parts[0] == "v1" and len(parts) > 2:  # results of a job are not for who only looks
+        return Need("score", parts[1])
+    if parts[:2] == ["v2", "models"] and len(parts) > 2 and path != b"/v2/models/stats":
+        return Need("read" if safe else "score", parts[2])
+    if parts[:3] == ["v2", "repository", "models"] and len(parts) > 3:
+        return Need("admin", parts[3])
+    if path in _ABOUT_ALL:
+        return Need("read", EVERYTHING)
+    return Need("read" if safe else "admin")
 
 
 def _is_ours(host: bytes, names: Collection[bytes]) -> bool:
@@ -111,12 +184,3 @@ def _is_address(name: bytes) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

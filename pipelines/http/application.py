@@ -17,6 +17,7 @@ from plinth.pipelines.http.wire.admission import Limit
 from plinth.pipelines.http.wire.asgi import Asgi, AsgiExchange
 from plinth.pipelines.http.wire.connection import Exchange
 from plinth.pipelines.http.wire.head import BadRequest
+from plinth.pipelines.identity.request_log import RequestLog
 from plinth.pipelines.records import FAULTS, explained
 
 FULL = HttpError(
@@ -42,6 +43,7 @@ class HttpApplication:
         limit: of requests in work.
         max_body: bytes of a request to ``app``.
         health: of the server.
+        requests: the log of requests, if there is one.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class HttpApplication:
         limit: Limit,
         max_body: int,
         health: Health,
+        requests: RequestLog | None = None,
     ) -> None:
+        self._log = requests
         self.health = health
         self.limit = limit
         self._app = app
@@ -68,12 +72,12 @@ class HttpApplication:
         if exchange.surplus and head.path not in OPEN_PATHS:
             self._refuse(exchange, FULL)
             return
-        refusal = self._access.refusal(head)
+        refusal = self._access.refusal(exchange)
         if refusal is not None:
             self._refuse(exchange, refusal)
             return
         route = None
-        if head.method == b"POST":
+        if head.method == b"POST" and not self._access.is_cors(head.fields):
             route = self._routes.get(head.path) or self._routes.get(head.decoded_path)
         if route is not None:
             route.begin(exchange)
@@ -134,9 +138,16 @@ class HttpApplication:
                 status, whole = error_bytes(told, flat=is_flat(exchange.head.path))
                 exchange.respond(whole)
         route = getattr(scope.get("route"), "path", "other")
-        HTTP.note(route, status, time.perf_counter() - exchange.arrived)
+        self._note(route, status, exchange, asgi.models)
+
+    def _note(self, route: str, status: int, exchange: Exchange, models: str = "") -> None:
+        seconds = time.perf_counter() - exchange.arrived
+        HTTP.note(route, status, seconds)
+        if self._log is not None and exchange.head.path not in OPEN_PATHS:
+            what = f"{exchange.head.method.decode()} {route}"
+            self._log.note(exchange.who, what, status, seconds, models)
 
     def _refuse(self, exchange: Exchange, error: PlinthError) -> None:
         status, whole = error_bytes(error, flat=is_flat(exchange.head.path))
         exchange.refuse(whole)
-        HTTP.note("other", status, time.perf_counter() - exchange.arrived)
+        self._note("other", status, exchange)

@@ -54,6 +54,7 @@ REASON_STATUS = {
     "tensor_too_large": 413,
     "too_many_items": 413,
     "unsupported_media_type": 415,
+    "rate_limited": 429,
     "too_many_jobs": 429,
     "head_too_large": 431,
     "too_many_connections": 503,

@@ -37,6 +37,7 @@ from plinth.pipelines.http.wire import answer as wire_answer
 from plinth.pipelines.http.wire.admission import FLOOR, Limit
 from plinth.pipelines.http.wire.connection import Exchange
 from plinth.pipelines.http.wire.head import Fields
+from plinth.pipelines.identity.request_log import RequestLog
 from plinth.pipelines.records import FAULTS, Part, RecordService, Reply, explained, late_at_door
 
 DEADLINE_HEADER = "x-slo-deadline-ms"
@@ -85,11 +86,18 @@ class RecordRoute:
         config: bounds.
         limit: of requests in work.
         health: tells what is cut off by the end of draining.
+        requests: the log of requests, if there is one.
     """
 
     def __init__(
-        self, service: RecordService, config: ServeConfig, limit: Limit, health: Health
+        self,
+        service: RecordService,
+        config: ServeConfig,
+        limit: Limit,
+        health: Health,
+        requests: RequestLog | None = None,
     ) -> None:
+        self._log = requests
         self.service = service
         self.path = f"/v1/{service.vertical.name}/{service.vertical.action}"
         self._max_body = config.max_body_bytes
@@ -240,7 +248,8 @@ class RecordRoute:
         slow = timing.device > _SLOW * promise
         self._limit.floor = max(FLOOR, 2 * timing.batch_rows) if slow else FLOOR
         timing.co_batched = timing.device - (timing.device - timing.co_batched) / len(waiting)
-        common = wire_answer.head(200, (_TYPE, *about_models(answer)))
+        about = about_models(answer)
+        common, models = wire_answer.head(200, (_TYPE, *about)), about[0][1]
         for (exchange, _, parsed), result in zip(waiting, answer.value, strict=True):
             encoding = time.perf_counter()
             content = encode(result)
@@ -253,7 +262,7 @@ class RecordRoute:
             late = answer.late or late_at_door(answer, sla, timing.total)
             told = timing_json(timing)
             whole = _OK % (common, _LATE if late else b"", told, len(content), content)
-            self._finish(exchange, 200, whole, now - exchange.began > _LONG * promise)
+            self._finish(exchange, 200, whole, now - exchange.began > _LONG * promise, models)
         self._seconds += 0.1 * (time.perf_counter() - waiting[0][0].began - self._seconds)
 
     # -- requests that run alone -----------------------------------------------------------------
@@ -274,7 +283,7 @@ class RecordRoute:
             status, fields, content = answer_of(explained(error))
         length = (b"content-length", b"%d" % len(content))
         whole = wire_answer.whole(status, [*fields, length], content)
-        self._finish(exchange, status, whole)
+        self._finish(exchange, status, whole, models=dict(fields).get(b"x-plinth-models", b""))
 
     async def respond(
         self, body: bytes, sla: Sla, arrived: float
@@ -329,7 +338,7 @@ class RecordRoute:
     def _refuse(self, exchange: Exchange, status: int, whole: bytes) -> None:
         """Answer what was never begun."""
         exchange.refuse(whole)
-        HTTP.note(self.path, status, time.perf_counter() - exchange.arrived)
+        self._note(exchange, status, time.perf_counter() - exchange.arrived, b"")
 
     def _fail(self, exchanges: Iterable[Exchange], error: PlinthError) -> None:
         status, whole = error_bytes(error)
@@ -338,7 +347,12 @@ class RecordRoute:
             self._finish(exchange, status, whole, refused)
 
     def _finish(
-        self, exchange: Exchange, status: int, whole: bytes, congested: bool = False
+        self,
+        exchange: Exchange,
+        status: int,
+        whole: bytes,
+        congested: bool = False,
+        models: bytes = b"",
     ) -> None:
         """Send an answer. ``congested``: the engine had no time for it, or it took long."""
         if exchange.connection is None:
@@ -346,7 +360,13 @@ class RecordRoute:
         exchange.respond(whole)
         now = time.perf_counter()
         self._limit.end(now, congested)
-        HTTP.note(self.path, status, now - exchange.arrived)
+        self._note(exchange, status, now - exchange.arrived, models)
+
+    def _note(self, exchange: Exchange, status: int, seconds: float, models: bytes) -> None:
+        HTTP.note(self.path, status, seconds)
+        if self._log is not None:
+            what, ran = f"POST {self.path}", models.decode("latin-1")
+            self._log.note(exchange.who, what, status, seconds, ran)
 
 
 def _less(sla: Sla, waited: float) -> Sla:

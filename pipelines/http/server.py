@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import logging
 import signal
@@ -16,13 +17,15 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -31,7 +34,7 @@ from plinth.pipelines.assembly import is_folder_vertical, sla_of, store_path
 from plinth.pipelines.config.settings import Config, ServeConfig
 from plinth.pipelines.folders.jobs import Jobs
 from plinth.pipelines.http import openapi as http_openapi
-from plinth.pipelines.http.access import Access
+from plinth.pipelines.http.access import Access, Part
 from plinth.pipelines.http.app import add_common_routes, add_error_handlers
 from plinth.pipelines.http.application import HttpApplication
 from plinth.pipelines.http.body import headers_of, whole
@@ -42,6 +45,10 @@ from plinth.pipelines.http.tensor_routes import TensorRoutes
 from plinth.pipelines.http.upload_routes import UploadDoor
 from plinth.pipelines.http.wire.admission import Limit
 from plinth.pipelines.http.wire.server import Bounds, SocketServer
+from plinth.pipelines.http.wire.tls import TlsFiles, tls_files
+from plinth.pipelines.identity.callers import Identity
+from plinth.pipelines.identity.known import identity_of
+from plinth.pipelines.identity.request_log import RequestLog
 from plinth.pipelines.interpreter import set_for_serving
 from plinth.pipelines.live_tables import LiveTables
 from plinth.pipelines.oip.service import ModelService, load_at_start
@@ -52,11 +59,15 @@ if TYPE_CHECKING:
     from plinth.pipelines.grpc.server import GrpcDoor
 
 log = logging.getLogger("plinth.serve")
+ADMIN_REQUESTS = 16
+"""Requests in work at ``serve.admin``."""
+ADMIN_CONNECTIONS = 64
+"""Open connections at ``serve.admin``."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ENGINE_LOOK = 0.25
 """Seconds between two looks at whether the engine is well."""
 LOOK = 1.0
-"""Seconds between two looks at whether the verticals' files of settings have changed."""
+"""Seconds between two looks at whether files of settings, keys or certificates have changed."""
 
 
 def create_app(
@@ -70,33 +81,16 @@ def create_app(
         config: ``config.serve`` and the verticals' promises.
 
     Raises:
-        ConfigError: the API key's variable is not set, or a promise makes no sense.
+        ConfigError: keys, a certificate or a promise is wrong, or a variable is not set.
     """
     health, serve = Health(), config.serve
     slas = {name: sla_of(vertical, config) for name, vertical in verticals.items()}
-    pool = ThreadPoolExecutor(8, thread_name_prefix="plinth-http")
     folders = {name: v for name, v in verticals.items() if is_folder_vertical(v)}
-    live = LiveTables(config, verticals)
-    jobs = Jobs(folders, engine, slas, serve.upload) if folders else None
-
-    @contextlib.asynccontextmanager
-    async def lifespan() -> AsyncIterator[None]:
-        with contextlib.ExitStack() as stack:
-            if tensors is not None:
-                await tensors.start()
-            tasks = [asyncio.create_task(warm_up(verticals, engine, health, stack))]
-            tasks.append(asyncio.create_task(_look_after(live)))
-            if jobs is not None:
-                tasks.append(asyncio.create_task(_purge(jobs)))
-            yield
-            for task in tasks:
-                task.cancel()
-            if tensors is not None:
-                await tensors.stop(health.seconds_left)
-            if jobs is not None:
-                await asyncio.to_thread(jobs.close, health.seconds_left)
-            pool.shutdown(wait=False, cancel_futures=True)
-
+    identity, tls = identity_of(config), tls_files(config.files_of(serve.tls))
+    life = _Life(verticals, engine, health)
+    life.watched += [LiveTables(config, verticals), identity, *([] if tls is None else [tls])]
+    life.jobs = jobs = Jobs(folders, engine, slas, serve.upload) if folders else None
+    life.requests = requests = _request_log(config)
     app = FastAPI(
         title="Plinth",
         version="1",
@@ -114,35 +108,112 @@ def create_app(
                 slas[name],
                 max_items=serve.max_items,
                 seconds=serve.request_timeout_seconds,
-                pool=pool,
+                pool=life.pool,
             )
-            route = RecordRoute(service, serve, limit, health)
+            route = RecordRoute(service, serve, limit, health, requests)
             routes[route.path] = route
             _record_route(app, route, serve)
         elif jobs is not None and name in folders:
             _upload_routes(app, UploadDoor(vertical, jobs, serve))
-    store = ModelStore(store_path(config))
-    models = ModelService(engine, store, serve.oip) if serve.oip.enabled else None
-    if models is not None:
+    if serve.oip.enabled:
+        store = ModelStore(store_path(config))
+        models = ModelService(engine, store, serve.oip)
         seconds = serve.request_timeout_seconds
         TensorRoutes(models, health, serve.max_body_bytes, seconds).add_to(app)
         load_at_start(engine, store, serve.oip.models)
+        life.tensors = _grpc_door(models, config, health, identity, requests)
     add_common_routes(app, engine, health, verticals)
     add_error_handlers(app)
-    key = config.api_key()
-    tensors = None if models is None else _grpc_door(models, config, key, health)
-    http_openapi.publish(app, verticals.values(), locked=key is not None)
-    access = Access(key, serve.host, serve.allowed_hosts, health)
+    http_openapi.publish(app, verticals.values(), locked=bool(identity))
+    if serve.cors_origins:
+        _allow_origins(app, serve.cors_origins)
     uploads = serve.upload.max_bytes if folders else 0
     most = max(serve.max_body_bytes, uploads, serve.oip.max_body_bytes)
-    application = HttpApplication(app, routes, access, limit, most, health)
+
+    def application(
+        host: str, records: Mapping[str, RecordRoute], limit: Limit, part: Part
+    ) -> HttpApplication:
+        names, origins = serve.allowed_hosts, serve.cors_origins
+        access = Access(identity, host, names, origins, health, part)
+        return HttpApplication(app, records, access, limit, most, health, requests)
+
+    admin = None
+    if serve.admin.port is not None:
+        admin = application(serve.admin.host, {}, Limit(ADMIN_REQUESTS), "admin")
+    http = application(serve.host, routes, limit, "all" if admin is None else "work")
     promises = [slas[route.service.vertical.name].deadline_ms for route in routes.values()]
     tightest = min((ms / 1e3 for ms in promises if ms is not None), default=None)
-    return Application(application, lifespan, tightest, lambda: engine.failure, tensors)
+    failure = lambda: engine.failure  # noqa: E731 - asked again and again
+    return Application(http, life.run, tightest, failure, life.tensors, admin, tls)
+
+
+class _Life:
+    """What lives as long as the server.
+
+    Args:
+        verticals: by name.
+        engine: has their models.
+        health: of the server.
+    """
+
+    def __init__(
+        self, verticals: Mapping[str, Vertical[Any, Any]], engine: Engine, health: Health
+    ) -> None:
+        self.pool = ThreadPoolExecutor(8, thread_name_prefix="plinth-http")
+        self.watched: list[_Watched] = []
+        self.jobs: Jobs | None = None
+        self.tensors: GrpcDoor | None = None
+        self.requests: RequestLog | None = None
+        self._warming = partial(warm_up, verticals, engine, health)
+        self._health = health
+
+    @contextlib.asynccontextmanager
+    async def run(self) -> AsyncIterator[None]:
+        """Entered before the first request and left after the last."""
+        with contextlib.ExitStack() as stack:
+            if self.tensors is not None:
+                await self.tensors.start()
+            tasks = [asyncio.create_task(self._warming(stack))]
+            tasks.append(asyncio.create_task(_look_after(self.watched)))
+            if self.jobs is not None:
+                tasks.append(asyncio.create_task(_purge(self.jobs)))
+            yield
+            for task in tasks:
+                task.cancel()
+            if self.tensors is not None:
+                await self.tensors.stop(self._health.seconds_left)
+            if self.jobs is not None:
+                await asyncio.to_thread(self.jobs.close, self._health.seconds_left)
+            if self.requests is not None:
+                await asyncio.to_thread(self.requests.close)
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _request_log(config: Config) -> RequestLog | None:
+    serve = config.serve
+    if serve.request_log is None:
+        return None
+    path = config.beside(serve.request_log)
+    return RequestLog(path, serve.request_log_bytes, serve.request_log_files)
+
+
+def _allow_origins(app: FastAPI, origins: Collection[str]) -> None:
+    """Tell browsers that pages of other sites may read answers (CORS)."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(origins),
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=["authorization", "content-type", "x-api-key", "x-slo-deadline-ms"],
+        expose_headers=["x-plinth-timing", "x-plinth-models", "x-plinth-late", "retry-after"],
+    )
 
 
 def _grpc_door(
-    service: ModelService, config: Config, key: str | None, health: Health
+    service: ModelService,
+    config: Config,
+    health: Health,
+    identity: Identity,
+    requests: RequestLog | None,
 ) -> GrpcDoor | None:
     """The gRPC server of the config, which is imported if there is to be one."""
     serve = config.serve
@@ -153,8 +224,10 @@ def _grpc_door(
     return GrpcDoor(
         service,
         serve.grpc,
+        tls=config.files_of(serve.grpc),
         host=serve.host,
-        key=key,
+        identity=identity,
+        requests=requests,
         reasons=health.reasons,
         seconds=serve.request_timeout_seconds,
     )
@@ -170,6 +243,8 @@ class Application:
         promise: seconds; the tightest promise of a record route, if any.
         failure: why the engine ended, None while it is well.
         grpc: the gRPC server, if there is one.
+        admin: answers requests at ``serve.admin``, if there is such an address.
+        tls: of ``http`` and ``admin``, if they have it.
     """
 
     http: HttpApplication
@@ -177,6 +252,8 @@ class Application:
     promise: float | None
     failure: Callable[[], str | None]
     grpc: GrpcDoor | None = None
+    admin: HttpApplication | None = None
+    tls: TlsFiles | None = None
 
 
 async def warm_up(
@@ -217,10 +294,16 @@ def _warm_one(vertical: Vertical[Any, Any], engine: Engine) -> None:
             vertical.restore(state)
 
 
-async def _look_after(live: LiveTables) -> None:
+class _Watched(Protocol):
+    def look(self) -> None:
+        """Take over what has changed."""
+
+
+async def _look_after(watched: Collection[_Watched]) -> None:
     while True:
         await asyncio.sleep(LOOK)
-        live.look()
+        for one in watched:
+            one.look()
 
 
 async def _purge(jobs: Jobs) -> None:
@@ -311,11 +394,13 @@ class Server:
         app: from :func:`create_app`.
         config: ``config.serve``.
         bound: from :func:`bind`.
+
+    Raises:
+        ConfigError: the address of ``serve.admin`` cannot be had.
     """
 
     def __init__(self, app: Application, config: Config, bound: socket.socket) -> None:
-        host, port = bound.getsockname()[:2]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.url = _url(bound, app.tls)
         self._settings = config.serve
         self._app = app
         self._health = app.http.health
@@ -328,7 +413,13 @@ class Server:
             keep_alive_seconds=config.serve.keep_alive_seconds,
             promise=app.promise,
         )
-        self._sockets = SocketServer(bound, app.http, app.http.limit, bounds)
+        self._sockets = [SocketServer(bound, app.http, app.http.limit, bounds, app.tls)]
+        self.admin_url = ""
+        if app.admin is not None:
+            aside = bind(config.serve.admin.host, config.serve.admin.port or 0)
+            self.admin_url = _url(aside, app.tls)
+            bounds = dataclasses.replace(bounds, connections=ADMIN_CONNECTIONS, promise=None)
+            self._sockets.append(SocketServer(aside, app.admin, app.admin.limit, bounds, app.tls))
 
     @property
     def grpc_address(self) -> str:
@@ -366,20 +457,23 @@ class Server:
         self._ending, self._forced = asyncio.Event(), asyncio.Event()
         with self._signals():
             async with self._app.lifespan():
-                self._sockets.start()
+                for sockets in self._sockets:
+                    sockets.start()
                 if serving is not None:
                     serving()
                 watching = asyncio.ensure_future(self._watch())
                 await self._ending.wait()
                 watching.cancel()
-                draining = asyncio.ensure_future(self._sockets.drain(self._settings.drain_seconds))
+                seconds = self._settings.drain_seconds
+                draining = asyncio.gather(*(one.drain(seconds) for one in self._sockets))
                 forced = asyncio.ensure_future(self._forced.wait())
                 await asyncio.wait((draining, forced), return_when=asyncio.FIRST_COMPLETED)
                 forced.cancel()
                 if not draining.done():
                     self._health.drain_until = time.monotonic()
                     draining.cancel()
-                    self._sockets.stop()
+                    for sockets in self._sockets:
+                        sockets.stop()
 
     def drain(self) -> None:
         """Begin to end, from any thread; called again, end now."""
@@ -413,6 +507,12 @@ class Server:
         finally:
             for number in SIGNALS:
                 loop.remove_signal_handler(number)
+
+
+def _url(bound: socket.socket, tls: TlsFiles | None) -> str:
+    host, port = bound.getsockname()[:2]
+    scheme = "http" if tls is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def bind(host: str, port: int) -> socket.socket:

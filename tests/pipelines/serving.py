@@ -21,10 +21,10 @@ from plinth.verticals import Vertical
 class Running:
     """A server that answers at ``url``; ``client`` is an httpx client for it."""
 
-    def __init__(self, server: Server, engine: Engine) -> None:
+    def __init__(self, server: Server, engine: Engine, client: Mapping[str, Any]) -> None:
         self.server = server
         self.engine = engine
-        self.client = httpx.Client(base_url=server.url, timeout=60)
+        self.client = httpx.Client(base_url=server.url, timeout=60, **client)
         self.thread = threading.Thread(target=server.run)
         self.thread.start()
 
@@ -46,14 +46,16 @@ def running(verticals: Mapping[str, Vertical[Any, Any]], /, **tables: Any) -> It
 
     Args:
         verticals: by name.
-        tables: such as ``serve={"max_items": 4}``.
+        tables: such as ``serve={"max_items": 4}``; ``client``: options of the httpx client.
     """
+    options = tables.pop("client", {})
     serve = {"port": 0, "drain_seconds": 10.0} | tables.pop("serve", {})
     engine = {"backend": "eager", "precision": "fp32"} | tables.pop("engine", {})
     config = Config.model_validate({"engine": engine, "serve": serve, **tables})
     bound = bind(config.serve.host, config.serve.port)
     with build_engine(config, verticals) as engine:
-        running = Running(Server(create_app(verticals, engine, config), config, bound), engine)
+        server = Server(create_app(verticals, engine, config), config, bound)
+        running = Running(server, engine, options)
         try:
             running.await_ready()
             yield running

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -215,12 +216,13 @@ def test_a_port_in_use_exits_with_2(plinth: Plinth) -> None:
     assert "--port" in err
 
 
-def test_sigterm_drains_and_exits_with_0_and_an_open_door_is_warned_of(plinth: Plinth) -> None:
+def test_sigterm_drains_and_exits_with_0_and_an_open_door_must_be_asked_for(plinth: Plinth) -> None:
     gate = Gate(plinth.folder)
     env = {GATE: str(plinth.folder), "PLINTH_SERVE__ANNOUNCE_SECONDS": "0.3"}
-    process = plinth.start("serve", "tiny", "--host", "0.0.0.0", "--port", "0", **env)  # noqa: S104
-    url, said = _await_url(process)
-    assert any("asks for no key" in line for line in said)
+    address = ("serve", "tiny", "--host", "0.0.0.0", "--port", "0")  # noqa: S104
+    assert "no key is asked for" in plinth(*address, code=2)[1]
+    process = plinth.start(*address, "--insecure", **env)
+    url, _ = _await_url(process)
     url = url.replace("0.0.0.0", "127.0.0.1")  # noqa: S104
     with ThreadPoolExecutor() as pool, httpx.Client(base_url=url, timeout=30) as client:
         held = pool.submit(client.post, "/v1/tiny/double", json={"id": "a", "value": 1000})
@@ -336,3 +338,31 @@ def test_a_stream_can_serve_its_metrics() -> None:
     for wrong in ("9100", "host:", "host:many"):
         with pytest.raises(ConfigError, match="is not host:port"), metrics_at(wrong):
             pass
+
+
+def test_keys_are_made_listed_and_revoked(plinth: Plinth) -> None:
+    file = ("--file", str(plinth.folder / "keys.toml"))
+    reach = ("--only", "tiny", "--only", "twice")
+    made = ("--role", "read", *reach, "--per-second", "5", "--days", "1")
+    key, said = plinth("keys", "add", "alice", *made, *file)
+    assert key.startswith("plinth_")
+    assert key.strip() not in said
+    assert key.strip() not in (plinth.folder / "keys.toml").read_text()
+    assert "has a key of that name" in plinth("keys", "add", "alice", *file, code=2)[1]
+    assert "a name has" in plinth("keys", "add", "a b", *file, code=2)[1]
+    assert "role" in plinth("keys", "add", "bob", "--role", "boss", *file, code=2)[1]
+    listed = json.loads(plinth("keys", "list", "--json", *file)[0])
+    assert listed["alice"]["only"] == ["tiny", "twice"]
+    times = [datetime.datetime.fromisoformat(listed["alice"][name]) for name in ("made", "expires")]
+    assert times[1] - times[0] == datetime.timedelta(days=1)
+    assert "sha256" not in listed["alice"]
+    assert "alice" in plinth("keys", "list", *file)[0]
+    plinth("keys", "revoke", "alice", *file)
+    assert "has no key of that name" in plinth("keys", "revoke", "alice", *file, code=2)[1]
+    assert json.loads(plinth("keys", "list", "--json", *file)[0]) == {}
+    (plinth.folder / "plinth.toml").write_text("[serve]\nkeys = 'own.toml'\n")
+    config = ("--config", str(plinth.folder / "plinth.toml"))
+    plinth("keys", "add", "carol", *config)
+    assert "carol" in (plinth.folder / "own.toml").read_text()
+    (plinth.folder / "plinth.toml").write_text("")
+    assert "no file of keys is named" in plinth("keys", "list", *config, code=2)[1]

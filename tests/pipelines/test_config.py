@@ -15,6 +15,7 @@ from tiny_verticals import Tiny, install
 from plinth.engine import ConfigError, Sla
 from plinth.pipelines.assembly import sla_of
 from plinth.pipelines.config.settings import (
+    AdminConfig,
     BatchConfig,
     EngineConfig,
     GrpcConfig,
@@ -22,6 +23,7 @@ from plinth.pipelines.config.settings import (
     OipConfig,
     ServeConfig,
     SlaConfig,
+    TlsConfig,
     UploadConfig,
     VerticalConfig,
     load,
@@ -230,6 +232,8 @@ TABLES = {
     "serve.upload": UploadConfig,
     "serve.oip": OipConfig,
     "serve.grpc": GrpcConfig,
+    "serve.tls": TlsConfig,
+    "serve.admin": AdminConfig,
     "batch": BatchConfig,
     "models": ModelsConfig,
     "verticals.<name>": VerticalConfig,

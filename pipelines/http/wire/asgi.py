@@ -26,6 +26,9 @@ class AsgiExchange:
     Args:
         exchange: whose body nobody has read.
         limit: bytes of the body.
+
+    Attributes:
+        models: that ran for the answer, with their versions.
     """
 
     def __init__(self, exchange: Exchange, limit: int) -> None:
@@ -39,6 +42,7 @@ class AsgiExchange:
         self._changed = asyncio.Event()
         self._head: bytes | None = None
         self._status = 0
+        self.models = ""
         self._chunked = self._ended = False
         exchange.gone = self._left
 
@@ -66,7 +70,7 @@ class AsgiExchange:
             "asgi": {"version": "3.0", "spec_version": "2.4"},
             "http_version": f"1.{head.minor}",
             "method": head.method.decode("ascii"),
-            "scheme": "http",
+            "scheme": "http" if connection is None or connection.plain else "https",
             "path": unquote(head.path.decode("ascii")),
             "raw_path": head.path,
             "query_string": head.query,
@@ -132,6 +136,7 @@ class AsgiExchange:
     def _start(self, message: Message) -> None:
         self._status = message["status"]
         fields = [(bytes(n).lower(), bytes(v)) for n, v in message.get("headers", ())]
+        self.models = dict(fields).get(b"x-plinth-models", b"").decode("latin-1")
         exchange, connection = self._exchange, self._exchange.connection
         sized = self._status in _BODILESS or any(name == b"content-length" for name, _ in fields)
         self._chunked = not sized and exchange.head.minor == 1

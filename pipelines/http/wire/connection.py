@@ -17,6 +17,7 @@ from plinth.pipelines.http.wire.head import (
     known_head,
     plain_post,
 )
+from plinth.pipelines.http.wire.tls import TlsSocket
 
 READ = 64 << 10
 """Bytes read at once, and the most that is kept of what follows a request."""
@@ -86,7 +87,7 @@ class Exchange:
 
     __slots__ = (
         *("arrived", "began", "closing", "complete", "connection", "discarding", "ended"),
-        *("gone", "head", "sla", "started", "surplus"),
+        *("gone", "head", "sla", "started", "surplus", "who"),
     )
 
     def __init__(
@@ -101,6 +102,7 @@ class Exchange:
         self.gone: Callable[[], None] | None = None
         self.surplus = connection.surplus
         self.sla: Any = None
+        self.who = ""
 
     def collect(self, limit: int, then: Callable[[Exchange, bytes], None]) -> None:
         """Read the whole body, at most ``limit`` bytes, then call ``then``."""
@@ -167,7 +169,7 @@ class Connection:
         *("drained", "_parted"),
     )
 
-    def __init__(self, plug: socket.socket, host: Host, surplus: bool = False) -> None:
+    def __init__(self, plug: socket.socket | TlsSocket, host: Host, surplus: bool = False) -> None:
         self.plug = plug
         self.fd = plug.fileno()
         self.host = host
@@ -193,6 +195,11 @@ class Connection:
     def idle(self) -> bool:
         """Whether it waits for a request of which nothing has come."""
         return self.state == HEAD and not self._buffer and not self._partial
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is without TLS."""
+        return isinstance(self.plug, socket.socket)
 
     @property
     def unsent(self) -> int:

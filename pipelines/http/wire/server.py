@@ -15,6 +15,7 @@ from typing import Protocol
 from plinth.pipelines.http.wire.admission import TURN, WHILE_BLOCKED, Limit, ReadyQueue
 from plinth.pipelines.http.wire.connection import CLOSED, HEAD, LINGERING, Connection, Exchange
 from plinth.pipelines.http.wire.head import BadRequest
+from plinth.pipelines.http.wire.tls import TlsFiles
 
 log = logging.getLogger("plinth.serve")
 
@@ -81,13 +82,20 @@ class SocketServer:
         application: answers.
         limit: how many requests may be in work.
         bounds: on clients.
+        tls: the certificate, if connections have one.
     """
 
     clock = staticmethod(time.perf_counter)
 
     def __init__(
-        self, listener: socket.socket, application: Application, limit: Limit, bounds: Bounds
+        self,
+        listener: socket.socket,
+        application: Application,
+        limit: Limit,
+        bounds: Bounds,
+        tls: TlsFiles | None = None,
     ) -> None:
+        self._tls = tls
         self.request_seconds = bounds.request_seconds
         self.keep_alive_seconds = bounds.keep_alive_seconds
         self.draining = False
@@ -273,7 +281,8 @@ class SocketServer:
         with contextlib.suppress(OSError):  # the client has left already
             plug.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         surplus = len(self._connections) >= self._most
-        connection = Connection(plug, self, surplus)
+        wrapped = plug if self._tls is None else self._tls.wrap(plug)
+        connection = Connection(wrapped, self, surplus)
         self._connections[connection.fd] = connection
         self._epoll.register(connection.fd, _WATCHED)
         if surplus:

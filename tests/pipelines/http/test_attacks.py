@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from plinth.engine import Refused
 from plinth.pipelines.http.access import Access
 from plinth.pipelines.http.health import Health
 from plinth.pipelines.http.wire.head import parse_head
+from plinth.pipelines.identity.callers import Identity
 
 ROUTE = "/v1/tiny/double"
 GOOD = {"id": "a", "value": 2.5}
@@ -342,7 +344,8 @@ def test_no_spelling_of_an_open_path_opens_another(locked: Running) -> None:
 @pytest.mark.parametrize("path", ["/v1/tiny/double", "/%76%31/tiny/double", "/v1%2ftiny/double"])
 def test_no_spelling_of_a_path_gets_past_the_warm_up(path: str) -> None:
     head = parse_head(f"POST {path} HTTP/1.1\r\nhost: localhost\r\n".encode())
-    refusal = Access(None, "127.0.0.1", (), Health()).refusal(head)
+    asked = SimpleNamespace(head=head, who="")
+    refusal = Access(Identity([]), "127.0.0.1", (), (), Health()).refusal(asked)
     assert isinstance(refusal, Refused)
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from certificates import signed
 from half_sent import HalfSent
 from serving import Running, running, until
 from tensor_inputs import mixed_inputs, tensor
 from tiny_verticals import Gate, Tiny
 
 from plinth.engine import ConfigError, ModelStore
-from plinth.pipelines.config.settings import GrpcConfig, OipConfig
+from plinth.pipelines.config.settings import Config, OipConfig
+from plinth.pipelines.identity.callers import Identity
 from plinth.pipelines.oip.service import ModelService
 
 pytestmark = pytest.mark.needs("tritonclient", "grpc", "rapidjson")
@@ -397,37 +398,28 @@ def test_a_port_in_use_and_files_that_are_not_there_are_named(server: Running) -
 
     def door(**table: Any) -> GrpcDoor:
         service = ModelService(server.engine, ModelStore(Path("none")), OipConfig())
-        config = GrpcConfig.model_validate(table)
-        return GrpcDoor(service, config, host="127.0.0.1", key=None, reasons={}, seconds=1.0)
+        config = Config.model_validate({"serve": {"grpc": table}})
+        return GrpcDoor(
+            service,
+            config.serve.grpc,
+            tls=config.files_of(config.serve.grpc),
+            host="127.0.0.1",
+            identity=Identity([]),
+            requests=None,
+            reasons={},
+            seconds=1.0,
+        )
 
     port = int(server.server.grpc_address.rpartition(":")[2])
     with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
         asyncio.run(door(port=port).start())
-    with pytest.raises(ConfigError, match=r"cannot read no\.key"):
+    with pytest.raises(ConfigError, match=r"cannot read no\.pem"):
         door(port=0, certificate="no.pem", key="no.key")
     with pytest.raises(ValueError, match="certificate and key go together"):
         door(port=0, certificate="no.pem")
 
 
 # -- TLS -------------------------------------------------------------------------------------------
-def signed(folder: Path, name: str) -> tuple[Path, Path]:
-    """Certificate and key of ``name``, signed by the folder's own authority."""
-
-    def openssl(*words: str) -> None:
-        subprocess.run(["openssl", *words], cwd=folder, check=True, capture_output=True)
-
-    new = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    if not (folder / "ca.pem").exists():
-        openssl(*new, "-x509", "-subj", "/CN=ca", "-keyout", "ca.key", "-out", "ca.pem")
-    openssl(*new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
-    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
-    openssl(
-        *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key"),
-        *("-CAcreateserial", "-extfile", "names", "-out", f"{name}.pem"),
-    )
-    return folder / f"{name}.pem", folder / f"{name}.key"
-
-
 def test_tls_on_both_sides(tmp_path: Path) -> None:
     import tritonclient.grpc as kind
 
