@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from plinth.engine.models.binding import Binding
 from plinth.engine.models.program import ProgramModule
 from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PrecisionPolicy
+from plinth.engine.precision.programs import with_layers
 from plinth.engine.precision.registry import missing
 from plinth.engine.precision.transforms import (
     apply,
@@ -24,6 +24,7 @@ from plinth.engine.precision.transforms import (
     last_layers,
     report,
     sharing_copy,
+    whole_copy,
 )
 
 _log = logging.getLogger(__name__)
@@ -157,16 +158,6 @@ def stored_bytes(module: nn.Module) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def no_layers(model: Model, policy: PrecisionPolicy) -> str | None:
-    """Why torch cannot lower a stored program, or ``None``: its precisions go by layers."""
-    if policy.plain or policy.auto or not isinstance(model.module, ProgramModule):
-        return None
-    return (
-        "a stored program has operations, not layers: register the code that builds the module, "
-        "or take a precision of backend onnxruntime or openvino"
-    )
-
-
 class Eager:
     """Runs the module as torch does, layer by layer, in the precision of each layer."""
 
@@ -181,7 +172,7 @@ class Eager:
         """Torch modules in the precisions that torch has for their classes."""
         if model.onnx:
             return "the model is an ONNX file, not a torch module"
-        return missing("torch", policy) or no_layers(model, policy)
+        return missing("torch", policy)
 
     def compile(
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None
@@ -207,11 +198,13 @@ def realised(
         compiled: makes of the placed module what is called in its place.
     """
     module = in_eval_mode(model)
+    if isinstance(module, ProgramModule) and not policy.plain:
+        module = with_layers(sharing_copy(module))
     last = None if policy.plain else _run_last(model, module)
     placed = apply(module, policy, last)
     precision = "fp32" if placed is module else policy.name
     if device.kind != "cpu" and any(True for _ in _tensors(placed)):
-        placed = copy.deepcopy(placed).to(device.torch)  # to() would move the model's own
+        placed = whole_copy(placed).to(device.torch)  # to() would move the model's own
     executable = TorchExecutable(
         backend, model, placed, device, precision, compiled(placed) if compiled else None
     )

@@ -7,7 +7,7 @@ import shutil
 import torch
 
 from plinth.engine.backends.base import Availability
-from plinth.engine.backends.eager import TorchExecutable, no_layers, realised
+from plinth.engine.backends.eager import TorchExecutable, realised
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
 from plinth.engine.models.store import Model
@@ -32,7 +32,7 @@ class Inductor:
             return "the model is an ONNX file, not a torch module"
         if device.kind == "cpu" and (reason := compiler()[1]):
             return reason
-        return missing("torch", policy) or no_layers(model, policy)
+        return missing("torch", policy)
 
     def compile(
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None

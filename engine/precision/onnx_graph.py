@@ -595,9 +595,15 @@ def _of_transposed(facts: Mapping[str, Any]) -> int:
     return 2 * int(np.prod(given[0])) * int(np.prod(given[1][1:]))
 
 
-def _of_recurrent(facts: Mapping[str, Any]) -> int:
-    given = _shapes(facts, "input")
-    return 2 * int(np.prod(given[0][:2])) * int(np.prod(given[1]) + np.prod(given[2]))
+def _of_recurrent(gates: int) -> Callable[[Mapping[str, Any]], int]:
+    """From the rows and what comes out: weights that were packed before have no shape there."""
+
+    def count(facts: Mapping[str, Any]) -> int:
+        steps, rows, features = _shapes(facts, "input")[0]
+        *_, directions, _, hidden = _shapes(facts, "output")[0]
+        return 2 * steps * rows * directions * gates * hidden * (features + hidden)
+
+    return count
 
 
 _WORK: dict[str, Callable[[Mapping[str, Any]], int]] = {
@@ -609,7 +615,9 @@ _WORK: dict[str, Callable[[Mapping[str, Any]], int]] = {
     **dict.fromkeys(("Conv", "FusedConv", "NhwcFusedConv"), _of_conv(1)),
     "QLinearConv": _of_conv(3),
     "ConvTranspose": _of_transposed,
-    **dict.fromkeys(("LSTM", "GRU", "RNN"), _of_recurrent),
+    "LSTM": _of_recurrent(4),
+    "GRU": _of_recurrent(3),
+    "RNN": _of_recurrent(1),
 }
 
 

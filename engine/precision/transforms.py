@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,7 +74,19 @@ _FUNCTIONS: dict[str, tuple[str, ...]] = {
     ),
     "shape": (
         *("view", "reshape", "permute", "transpose", "swapaxes", "t", "flatten", "unflatten"),
-        *("squeeze", "unsqueeze", "expand", "expand_as", "repeat", "repeat_interleave", "chunk"),
+        *(
+            "slice",
+            "alias",
+            "sym_size",
+            "sym_numel",
+            "squeeze",
+            "unsqueeze",
+            "expand",
+            "expand_as",
+            "repeat",
+            "repeat_interleave",
+            "chunk",
+        ),
         *("split", "unbind", "narrow", "select", "__getitem__", "index_select", "gather", "flip"),
         *("contiguous", "clone", "detach", "to", "float", "half", "bfloat16", "type", "type_as"),
         *("size", "dim", "numel", "stride", "__get__", "__len__", "is_floating_point", "roll"),
@@ -156,7 +170,18 @@ def sharing_copy(module: nn.Module) -> nn.Module:
         TypeError: a part of it cannot be copied.
     """
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, shared)
+    return whole_copy(module, shared)
+
+
+def whole_copy(module: nn.Module, shared: dict[int, Tensor] | None = None) -> nn.Module:
+    """A deep copy of a module, but for tensors to share by their ``id``.
+
+    Raises:
+        TypeError: a part of it cannot be copied.
+    """
+    with warnings.catch_warnings():  # torch's own, of how it copies an exported program
+        warnings.filterwarnings("ignore", "`isinstance", FutureWarning)
+        return copy.deepcopy(module, shared)
 
 
 def apply(
@@ -283,8 +308,8 @@ class _Glue(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in self._shape or _writes(name, args, kwargs):
+        name = getattr(func, "__name__", "").partition(".")[0]  # aten's have overloads: add.Tensor
+        if name in self._shape or _writes(func, name, args, kwargs):
             return func(*args, **kwargs)
         found = [t for t in _flat([*args, *kwargs.values()]) if t.is_floating_point()]
         if not any(t.dtype in _LOW for t in found) or _is_of_a_layer(found):
@@ -294,8 +319,10 @@ class _Glue(TorchFunctionMode):
         return func(*_cast(args, torch.float32), **_cast(kwargs, torch.float32))
 
 
-def _writes(name: str, args: Any, kwargs: Any) -> bool:
+def _writes(func: Any, name: str, args: Any, kwargs: Any) -> bool:
     """Whether a function writes to a tensor that it is given, which must not be a copy then."""
+    if isinstance(func, OpOverload):
+        return bool(func._schema.is_mutable)
     inplace = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
     asked = kwargs.get("inplace") or kwargs.get("out") is not None
     return inplace or bool(asked) or any(arg is True for arg in args)
@@ -333,22 +360,25 @@ def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
 def _traced_pairs(module: nn.Module) -> list[tuple[str, str]]:
     """(convolution, what reads its output) where only one layer does, and both run once.
 
-    Read from a symbolic trace, which fails on control flow that depends on values.
+    Read from the graphs of exported programs, else from a symbolic trace, which fails on control
+    flow that depends on values.
     """
+    parts = module.named_modules()
+    graphs = [(f"{path}.", part.graph) for path, part in parts if isinstance(part, fx.GraphModule)]
     try:
-        graph = fx.Tracer().trace(module)
+        graphs = graphs or [("", fx.Tracer().trace(module))]
     except Exception:  # noqa: BLE001 - whatever code that cannot be traced raises
         return []
-    calls = [node for node in graph.nodes if node.op == "call_module"]
+    calls = [(at, node) for at, graph in graphs for node in graph.nodes if node.op == "call_module"]
     count: dict[str, int] = {}
-    for node in calls:
-        count[str(node.target)] = count.get(str(node.target), 0) + 1
+    for at, node in calls:
+        count[f"{at}{node.target}"] = count.get(f"{at}{node.target}", 0) + 1
     return [
-        (str(before.target), str(node.target))
-        for node in calls
+        (f"{at}{before.target}", f"{at}{node.target}")
+        for at, node in calls
         for before in node.args[:1]
         if isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1
-        if count[str(before.target)] == 1 == count[str(node.target)]
+        if count[f"{at}{before.target}"] == 1 == count[f"{at}{node.target}"]
     ]
 
 

@@ -107,8 +107,28 @@ def test_a_stored_program_runs_low_and_says_its_share(scorer, tmp_path, precisio
     ran = prepare(model, CPU, precision, "onnxruntime")
     assert ran.precision == precision
     assert ran.report["flops"][precision.removesuffix("_static")] > 0.85
-    with pytest.raises(ConfigError, match="has operations, not layers"):
-        prepare(model, CPU, "bf16", "eager")
+
+
+class Steps(nn.Module):
+    """Products beside a recurrent layer, whose weights ONNX Runtime packs before it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.gru, self.head = nn.Linear(8, 32), nn.GRU(32, 16), nn.Linear(16, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.gru(self.body(x).transpose(0, 1))[0][-1])
+
+
+def test_products_beside_a_recurrent_layer_run_in_int8_and_its_share_is_counted():
+    torch.manual_seed(0)
+    model = Model.from_torch(Steps().eval(), example=torch.randn(8, 5, 8), name="steps")
+    report = prepare(model, CPU, "int8", "onnxruntime").report
+    products, recurrent = 8 * 32, 3 * 16 * (32 + 16)
+    whole = 5 * (products + recurrent) + 16 * 2
+    assert report["flops"] == pytest.approx(
+        {"int8": 5 * products / whole, "fp32": 1 - 5 * products / whole}
+    )
 
 
 @settings(max_examples=25)

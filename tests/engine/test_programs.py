@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from plinth.engine import Model, ModelError, ModelStore
+from plinth.engine.backends import prepare
+from plinth.engine.devices.device import pick
 from plinth.engine.models import program
+from plinth.engine.precision.policy import resolve
+from plinth.engine.precision.programs import with_layers
+from plinth.engine.precision.transforms import apply, report, sharing_copy
 
 pytestmark = pytest.mark.cpu
 
@@ -169,3 +174,82 @@ def test_a_stored_program_that_was_changed_is_refused(tmp_path):
     (folder / "program.pt2").write_bytes(data)
     with pytest.raises(ModelError, match="not what was saved"):
         store.load("linear")
+
+
+# -- precision ---------------------------------------------------------------------------------
+class Mixed(nn.Module):
+    """Convolutions with norms, in place too, attention of the library, and tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(30, 16)
+        self.down = nn.Sequential(
+            *(nn.Conv1d(16, 16, 3, padding=1, groups=2, bias=False), nn.BatchNorm1d(16)),
+            nn.ReLU(inplace=True),
+        )
+        self.up = nn.ConvTranspose1d(16, 16, 3, padding=1)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.twice, self.head = nn.Linear(16, 16), nn.Linear(16, 30, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, x):
+        x = self.up(self.down(self.words(x).transpose(1, 2))).transpose(1, 2)
+        return self.head(self.twice(torch.relu(self.twice(self.encoder(x)))).mean(1))
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A model, and the same as a program of a store."""
+    torch.manual_seed(0)
+    model = Model.from_torch(Mixed().eval(), example=torch.randint(0, 30, (8, 6)), name="mixed")
+    store = ModelStore(tmp_path_factory.mktemp("store"))
+    store.add(model)
+    return model, store.load("mixed")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_layers_of_a_stored_program_compute_in_what_a_policy_says(stored, precision):
+    model, loaded = stored
+    low, full = (prepare(loaded, pick("cpu"), each, "eager") for each in (precision, "fp32"))
+    layers = {name.removeprefix("program.module."): p for name, p in low.report["layers"].items()}
+    assert layers == {
+        **dict.fromkeys(("down.0", "up", "twice", "encoder.self_attn.in_proj"), precision),
+        **dict.fromkeys(("encoder.self_attn.out_proj", "encoder.linear1"), precision),
+        "encoder.linear2": precision,
+        "down.1": "folded",
+        "head": precision,
+        "head_linear": "fp32",  # the table, and what shares its weights
+    }
+    same = prepare(model, pick("cpu"), precision, "eager")
+    assert low.report["flops"] == pytest.approx(same.report["flops"])
+    assert low.report["flops"][precision] > 0.9
+    rows = model.rows(5)
+    (name, want), got = next(iter(full.run(rows).items())), low.run(rows)
+    assert got[name].dtype == torch.float32
+    assert torch.allclose(got[name], want, atol=0.05 * float(want.abs().max()))
+    assert torch.equal(prepare(loaded, pick("cpu"), "fp32", "eager").run(rows)[name], want)
+
+
+def test_a_policy_names_the_layers_of_a_program_as_its_report_does(stored):
+    layer = "program.module.twice"
+    policy = {"preset": "bf16", "embedding": "int8", "layers": {layer: "fp32"}}
+    found = prepare(stored[1], pick("cpu"), policy, "eager").report["layers"]
+    assert (found[layer], found["program.module.head"]) == ("fp32", "int8")
+
+
+def test_operations_of_a_program_of_anybodys_that_are_no_layers_stay_fp32(tmp_path):
+    """Such as products of decomposed programs."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)).eval()
+    rows = torch.randn(3, 1, 6, 6)
+    path = tmp_path / "net.pt2"
+    torch.export.save(torch.export.export(net, (rows,)).run_decompositions(), path)
+    module = program.in_one_mode(program.read(path).module(check_guards=False))
+    layered = with_layers(sharing_copy(module))
+    policy = resolve({"conv": "bf16", "last": "bf16"})
+    assert [(r.kind, r.precision) for r in report(layered, policy)] == [("Conv2d", "bf16")]
+    want = net(rows).detach()
+    assert torch.allclose(layered(rows), want, atol=1e-6)
+    low = apply(layered, policy)(rows).detach()
+    assert low.dtype == torch.float32
+    assert 0 < float((low - want).abs().max()) < 0.05
