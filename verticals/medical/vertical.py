@@ -43,6 +43,7 @@ from plinth.verticals.medical.nodules.candidates import (
     recheck,
 )
 from plinth.verticals.medical.nodules.network import STRIDE
+from plinth.verticals.medical.output.derived import absent_uids
 from plinth.verticals.medical.output.outputs import write_outputs
 from plinth.verticals.medical.output.report import (
     SYNTHETIC,
@@ -392,10 +393,16 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
         self, volume: Volume, findings: list[Finding], plan: dict[str, Any], warnings: list[str]
     ) -> CtReport:
         facts, keep = volume.series, self.settings.keep_uids
+        study = facts.study_instance_uid or facts.id
+        series = facts.series_instance_uid or facts.id
+        absent = absent_uids(facts)
+        if absent:
+            told = f"the images have no {absent}: DICOM objects made of them carry stand-ins"
+            warnings = [*warnings, told]
         z, y, x = volume.shape
         return CtReport(
-            study=facts.study_instance_uid if keep else pseudonym(facts.study_instance_uid),
-            series=facts.series_instance_uid if keep else pseudonym(facts.series_instance_uid),
+            study=study if keep else pseudonym(study),
+            series=series if keep else pseudonym(series),
             source=facts.public(),
             geometry=volume.verdict.as_dict(),
             grid={"voxels": [x, y, z], "spacing_mm": [round(v, 4) for v in volume.spacing]},

@@ -181,7 +181,7 @@ def _no_frame(image: pydicom.Dataset, _: int) -> None:
     del image.FrameOfReferenceUID
 
 
-def test_without_a_frame_of_reference_it_is_left_out_and_said(
+def test_without_a_frame_of_reference_a_stand_in_is_made_and_said(
     tmp_path: Path, edit: Callable[..., None]
 ) -> None:
     folder = scanned(tmp_path)
@@ -189,10 +189,14 @@ def test_without_a_frame_of_reference_it_is_left_out_and_said(
     result = analysed(folder)
     out = tmp_path / "out"
     out.mkdir()
-    files = CtAnalysis(CtSettings(nodules=False, pictures=False, page=False)).write(result, out)
-    assert [path.name for path in files] == ["measurements.dcm", "report.json"]
+    CtAnalysis(CtSettings(pictures=False, page=False, contours=True)).write(result, out)
     told = CtReport.model_validate_json((out / "report.json").read_text())
-    assert told.outputs["segmentation.dcm"].startswith("not written: the source's headers")
+    assert set(told.outputs.values()) == {"written"}
+    assert any("no Frame of Reference UID" in warning for warning in told.warnings)
+    seg, structures = (pydicom.dcmread(out / f"{n}.dcm") for n in ("segmentation", "structures"))
+    assert seg.FrameOfReferenceUID == structures.FrameOfReferenceUID
+    write_segmentation(result, out / "again.dcm")
+    assert pydicom.dcmread(out / "again.dcm").FrameOfReferenceUID == seg.FrameOfReferenceUID
 
 
 # -- other forms of the same labels ------------------------------------------------------------
@@ -258,14 +262,3 @@ def test_the_validator_finds_no_error(all_forms: tuple[CtResult, Path], name: st
         check=False,
     )
     assert "Error" not in said.stderr + said.stdout, said.stderr
-
-
-def test_forms_that_cannot_be_written_are_said(tmp_path: Path, edit: Callable[..., None]) -> None:
-    folder = scanned(tmp_path)
-    edit(folder, _no_frame)
-    out = tmp_path / "out"
-    out.mkdir()
-    CtAnalysis(CtSettings(pictures=False, page=False, contours=True)).write(analysed(folder), out)
-    told = CtReport.model_validate_json((out / "report.json").read_text())
-    assert "no Frame of Reference UID" in told.outputs["structures.dcm"]
-    assert not (out / "structures.dcm").exists()

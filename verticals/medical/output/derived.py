@@ -8,18 +8,28 @@ from contextlib import contextmanager
 from typing import Any
 
 from pydicom import Dataset
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    MRImageStorage,
+    PositronEmissionTomographyImageStorage,
+    generate_uid,
+)
 
 from plinth import __version__
 from plinth.engine import InputError
-from plinth.verticals.medical.volumes.volume import Volume
+from plinth.verticals.medical.volumes.volume import SeriesFacts, Volume
 
 TYPE_2 = (
     *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
     *("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
+    "PositionReferenceIndicator",
 )
+SHARED_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
+"""Identifiers that all images of a series share, and that objects made of them need."""
 COPIED = (
     *(*TYPE_2, "StudyInstanceUID", "SpecificCharacterSet", "PatientAge", "PatientIdentityRemoved"),
-    *("DeidentificationMethod", "FrameOfReferenceUID", "PositionReferenceIndicator"),
+    *("DeidentificationMethod", "FrameOfReferenceUID"),
 )
 """What an object made by hand takes over from its first image."""
 VALID = {
@@ -31,19 +41,72 @@ VALID = {
 }
 
 
+STORAGE = {
+    "CT": CTImageStorage,
+    "MR": MRImageStorage,
+    "PT": PositronEmissionTomographyImageStorage,
+}
+"""SOP class of an image that does not say its own, by modality."""
+
+
 def source_headers(volume: Volume) -> list[Dataset]:
     """The headers of a volume's images, in slice order: all fit to refer to, the first to copy.
+
+    Where anonymisers left an identifier empty stands one made of the series' id: the same in all
+    objects made of the series, in every run, and of no other series.
 
     Args:
         volume: read from DICOM.
 
     Raises:
-        InputError: it was not.
+        InputError: it was not, or does not say what kind of images they are.
     """
-    headers = volume.series.headers()
+    facts = volume.series
+    headers = facts.headers()
     if not headers:
         raise InputError("the volume was not read from DICOM images", reason="no_source")
+    for number, header in enumerate(headers):
+        for keyword in SHARED_UIDS:
+            if not header.get(keyword):
+                setattr(header, keyword, generate_uid(entropy_srcs=[facts.id, keyword]))
+        if not header.get("SOPInstanceUID"):
+            header.SOPInstanceUID = generate_uid(entropy_srcs=[facts.id, str(number)])
+        if not header.get("SOPClassUID"):
+            header.SOPClassUID = _storage(facts.modality)
     return [clean_header(headers[0]), *headers[1:]]
+
+
+def absent_uids(facts: SeriesFacts) -> str:
+    """Which identifiers the images of a series lack, in words; empty where none is."""
+    uids = {
+        "Study Instance UID": facts.study_instance_uid,
+        "Series Instance UID": facts.series_instance_uid,
+        "SOP Instance UID": all(facts.sop_instance_uids),
+        "Frame of Reference UID": facts.frame_of_reference_uid,
+    }
+    return ", ".join(name for name, value in uids.items() if facts.sources and not value)
+
+
+def _storage(modality: str) -> UID:
+    if modality not in STORAGE:
+        raise InputError(
+            f"the images are of modality {modality or 'unknown'} and without SOP Class UID",
+            reason="source_header",
+        )
+    return STORAGE[modality]
+
+
+def slice_headers(volume: Volume, headers: list[Dataset]) -> list[Dataset] | None:
+    """The header of the image behind each slice, or ``None`` when slices were interpolated.
+
+    Args:
+        volume: read from DICOM.
+        headers: its :func:`source_headers`.
+    """
+    if volume.slice_uids is None:
+        return None
+    files = dict(zip(dict.fromkeys(volume.series.sources), headers, strict=True))
+    return [files[source] for source in volume.series.sources]
 
 
 def clean_header(header: Dataset) -> Dataset:

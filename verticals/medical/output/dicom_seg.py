@@ -83,7 +83,7 @@ def save_seg(
                 labels,
                 highdicom_affine(volume),
                 "PATIENT",
-                frame_of_reference_uid=volume.series.frame_of_reference_uid,
+                frame_of_reference_uid=sources[0].FrameOfReferenceUID,
             ),
             segmentation_type=kind.upper(),
             transfer_syntax_uid=ExplicitVRLittleEndian if kind == "binary" else JPEGLSLossless,

@@ -9,6 +9,7 @@ import pydicom
 from pydicom import Dataset
 
 from plinth import __version__
+from plinth.engine import InputError
 from plinth.verticals.medical.output.derived import (
     clean_header,
     derived,
@@ -83,10 +84,13 @@ def write_measurements(
         path: the file.
 
     Raises:
-        InputError: there are no source images, or their headers do not allow a report.
+        InputError: nothing was measured, there are no source images, or their headers do not allow
+            a report.
     """
     import highdicom  # heavy: only when a report is written
 
+    if not report.structures and all(one.value is None for one in report.findings):
+        raise InputError("nothing was measured", reason="empty")
     sources = source_headers(volume)
     seg = pydicom.dcmread(segmentation, stop_before_pixels=True) if segmentation else None
     evidence = [*sources, clean_header(seg)] if seg is not None else sources

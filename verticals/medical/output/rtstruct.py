@@ -19,10 +19,16 @@ import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as DicomSequence
-from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage
+from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage
 
 from plinth.engine import InputError
-from plinth.verticals.medical.output.derived import COPIED, derived, made_by, source_headers
+from plinth.verticals.medical.output.derived import (
+    COPIED,
+    derived,
+    made_by,
+    slice_headers,
+    source_headers,
+)
 from plinth.verticals.medical.output.report import RESEARCH_USE
 from plinth.verticals.medical.volumes.volume import Volume
 
@@ -58,21 +64,13 @@ def write_rtstruct(
         path: the file.
 
     Raises:
-        InputError: nothing to write, no source images, or no frame of reference.
+        InputError: nothing to write, or no source images.
     """
     sources = source_headers(volume)
-    if not volume.series.frame_of_reference_uid:
-        raise InputError(
-            "the source's headers do not allow an RT Structure Set (no Frame of Reference UID)",
-            reason="source_header",
-            hint="check the frame of reference attribute of the images",
-        )
     with derived("RT Structure Set"):
         document = _head(sources[0], model)
-        document.ReferencedFrameOfReferenceSequence = DicomSequence(
-            [_frame_of_reference(volume, sources)]
-        )
-        _add_structures(document, volume, labels, structures)
+        document.ReferencedFrameOfReferenceSequence = DicomSequence([_frame_of_reference(sources)])
+        _add_structures(document, volume, labels, structures, slice_headers(volume, sources))
     if not document.StructureSetROISequence:
         raise InputError("none of the structures was found", reason="empty")
     document.save_as(path, enforce_file_format=True)
@@ -126,7 +124,8 @@ def _head(source: Dataset, model: str) -> Dataset:
     now = datetime.now()
     made = Dataset()
     made.file_meta = FileMetaDataset()
-    made.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    # A contour may be longer than the 64 KiB that the length of an explicit DS can say.
+    made.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     made.file_meta.MediaStorageSOPClassUID = made.SOPClassUID = RTStructureSetStorage
     made.file_meta.MediaStorageSOPInstanceUID = made.SOPInstanceUID = about["sop_instance_uid"]
     for keyword in COPIED:
@@ -146,7 +145,7 @@ def _head(source: Dataset, model: str) -> Dataset:
     return made
 
 
-def _frame_of_reference(volume: Volume, sources: list[Dataset]) -> Dataset:
+def _frame_of_reference(sources: list[Dataset]) -> Dataset:
     series = _item(
         SeriesInstanceUID=sources[0].SeriesInstanceUID,
         ContourImageSequence=DicomSequence([_reference(one) for one in sources]),
@@ -157,19 +156,23 @@ def _frame_of_reference(volume: Volume, sources: list[Dataset]) -> Dataset:
         RTReferencedSeriesSequence=DicomSequence([series]),
     )
     return _item(
-        FrameOfReferenceUID=volume.series.frame_of_reference_uid,
+        FrameOfReferenceUID=sources[0].FrameOfReferenceUID,
         RTReferencedStudySequence=DicomSequence([study]),
     )
 
 
 def _add_structures(
-    document: Dataset, volume: Volume, labels: Labels, structures: Sequence[Structure]
+    document: Dataset,
+    volume: Volume,
+    labels: Labels,
+    structures: Sequence[Structure],
+    images: list[Dataset] | None,
 ) -> None:
-    images = {str(one.ReferencedSOPInstanceUID): one for one in _images(document)}
+    (frame,) = document.ReferencedFrameOfReferenceSequence
     for structure in structures:
         planes = [k for k, plane in enumerate(labels) if (plane == structure.label).any()]
         drawn = [
-            _contour(volume, points, k, images)
+            _contour(volume, points, k, images[k] if images else None)
             for k in planes
             for points in contours(labels[k] == structure.label)
         ]
@@ -180,7 +183,7 @@ def _add_structures(
         document.StructureSetROISequence.append(
             _item(
                 ROINumber=number,
-                ReferencedFrameOfReferenceUID=volume.series.frame_of_reference_uid,
+                ReferencedFrameOfReferenceUID=frame.FrameOfReferenceUID,
                 ROIName=structure.name[:64],
                 ROIGenerationAlgorithm="AUTOMATIC",
             )
@@ -202,25 +205,16 @@ def _add_structures(
         )
 
 
-def _contour(volume: Volume, points: Points, k: int, images: dict[str, Dataset]) -> Dataset:
+def _contour(volume: Volume, points: Points, k: int, image: Dataset | None) -> Dataset:
     index = np.column_stack([points, np.full(len(points), k)])
     item = _item(
         ContourGeometricType="CLOSED_PLANAR",
         NumberOfContourPoints=len(points),
         ContourData=[f"{value:.4f}" for value in volume.index_to_lps(index).ravel()],
     )
-    uids = volume.slice_uids
-    if uids is not None and uids[k] in images:
-        reference = images[uids[k]]
-        item.ContourImageSequence = DicomSequence([reference])
+    if image is not None:
+        item.ContourImageSequence = DicomSequence([_reference(image)])
     return item
-
-
-def _images(document: Dataset) -> Sequence[Dataset]:
-    (frame,) = document.ReferencedFrameOfReferenceSequence
-    series = frame.RTReferencedStudySequence[0].RTReferencedSeriesSequence[0]
-    images: Sequence[Dataset] = series.ContourImageSequence
-    return images
 
 
 def _reference(image: Dataset) -> Dataset:
