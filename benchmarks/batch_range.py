@@ -35,7 +35,7 @@ from plinth.engine import ConfigError, LatencyModel, Model, ModelSpec, ModelStor
 from plinth.engine.backends.base import Executable
 from plinth.engine.devices.device import Device, pick
 from plinth.engine.runtime.loaded_model import LoadedModel, load_model
-from plinth.verticals.finance.vertical import STORE as FINANCE
+from plinth.verticals.finance.settings import STORE as FINANCE
 from plinth.verticals.medical.vertical import STORE as MEDICAL
 
 BACKENDS = ("eager", "onnxruntime")

@@ -44,7 +44,7 @@ from rich.table import Table
 
 from plinth.engine import Call, DeadlineRefused, Engine, Flow, ModelStore, Sla, Tiling
 from plinth.engine.metrics import REGISTRY
-from plinth.verticals.finance.vertical import STORE as FINANCE
+from plinth.verticals.finance.settings import STORE as FINANCE
 from plinth.verticals.medical.vertical import STORE as MEDICAL
 
 PROMISE = 0.002  # seconds

@@ -111,14 +111,24 @@ def build_engine(config: Config, verticals: Mapping[str, Vertical[Any, Any]]) ->
     engine = Engine(**config.engine.model_dump())
     brought: dict[str, tuple[str, Model, object]] = {}
     for vertical in verticals.values():
-        rows = config.vertical(vertical.name).batch_range or vertical.batch_range
-        options: dict[str, Any] = {} if rows is None else {"batch_range": rows}
+        rows = _batch_range(vertical, config)
         for model in models_of(vertical, config):
             name = model.spec.name
             by, first, range_ = brought.setdefault(name, (vertical.name, model, rows))
             _check_shared(name, (by, first, range_), (vertical.name, model, rows))
-            engine.add(model, sla=sla_of(vertical, config), **options)
+            _add(engine, config, vertical, model)
     return engine
+
+
+def _batch_range(vertical: Vertical[Any, Any], config: Config) -> Any:
+    return config.vertical(vertical.name).batch_range or vertical.batch_range
+
+
+def _add(engine: Engine, config: Config, vertical: Vertical[Any, Any], model: Model) -> None:
+    """Add a model of a vertical, with the settings of its table."""
+    rows = _batch_range(vertical, config)
+    options: dict[str, Any] = {} if rows is None else {"batch_range": rows}
+    engine.add(model, sla=sla_of(vertical, config), **options)
 
 
 @contextlib.contextmanager
@@ -137,7 +147,11 @@ def running(
             stack.callback(vertical.close)
         engine = stack.enter_context(build_engine(config, verticals))
         if follow:
-            stack.enter_context(following(engine))
+
+            def add(vertical: Vertical[Any, Any], model: Model) -> None:
+                _add(engine, config, vertical, model)
+
+            stack.enter_context(following(engine, list(verticals.values()), add))
         yield engine
 
 

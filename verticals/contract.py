@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from plinth.engine import ConfigError, Flow, InputError, Model, Sla
+from plinth.engine import ConfigError, Flow, InputError, Model, Sla, Timing
 
 Response = TypeVar("Response", bound=BaseModel)
 Artefacts = TypeVar("Artefacts")
@@ -168,6 +168,36 @@ class Vertical(ABC, Generic[Req, Res]):
     @abstractmethod
     def example(self) -> Req:
         """A valid request: used for warm-up, the API docs and the conformance kit."""
+
+    # -- models that change while it serves --------------------------------------------------
+    def next_models(self) -> Sequence[Model]:
+        """Models that the flows are to call next and the engine does not have yet.
+
+        A door that follows the store asks about once a second, on a thread of its own beside the
+        flows. It adds them to the engine, which replaces models of their names, then calls
+        :meth:`models_loaded`; where they cannot be added nothing is called. So give a model the
+        name of one that no flow asks any more, and ask it by that name only afterwards.
+
+        Raises:
+            PlinthError: they cannot be read; it is logged, and what serves goes on.
+        """
+        return ()
+
+    def models_loaded(self) -> None:
+        """The engine has the models that :meth:`next_models` gave last."""
+        return
+
+    def background(self) -> Flow[None] | None:
+        """Work that nobody waits for; ``None``: there is none now.
+
+        A door that follows the store asks several times a second, on the thread of
+        :meth:`next_models`, and runs it without a deadline: when the device has time for it.
+        """
+        return None
+
+    def background_done(self, timing: Timing) -> None:
+        """The flow of :meth:`background` has ended, and this is where its time went."""
+        return
 
     # -- what it does ----------------------------------------------------------------------
     @abstractmethod

@@ -7,13 +7,12 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from math import inf
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import orjson
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel
 from torch import Tensor
 
 import plinth.verticals.finance.model  # noqa: F401  (registers the architectures)
@@ -23,13 +22,12 @@ from plinth.engine import (
     Flow,
     InputError,
     Model,
-    ModelError,
-    ModelStore,
     Refused,
     Sla,
+    Timing,
 )
 from plinth.verticals.contract import Settings, Vertical
-from plinth.verticals.finance.drift import DriftWatch, Reference
+from plinth.verticals.finance.drift import DriftWatch
 from plinth.verticals.finance.features import persistence
 from plinth.verticals.finance.features.online import (
     FEATURES,
@@ -51,29 +49,27 @@ from plinth.verticals.finance.reasons import (
     masked_rows,
     why_other,
 )
-from plinth.verticals.finance.rules import Action, Payments, RuleBook, Verdict, limits
+from plinth.verticals.finance.rules import Payments, Verdict
 from plinth.verticals.finance.schema import (
     LATEST,
-    CardNumbers,
     Decision,
     FollowUp,
     Label,
     Reason,
     Record,
     Transaction,
-    UnknownFields,
     is_follow_up,
     is_label,
     milliseconds,
     read,
 )
+from plinth.verticals.finance.settings import FraudSettings
 from plinth.verticals.finance.tally import FraudTally
+from plinth.verticals.finance.versions import Serving, Variant, Versions
 
-MODEL = "fraud"
 MAX_REASONS = 4
 MAX_EXPLAINED = 64
 """Alerts explained in one call: about a thousand rows, whatever the number of alerts."""
-STORE = Path(__file__).parent / "store"
 LATE, PARTIAL, DUPLICATE, CONFLICT = (
     flag.value for flag in (Flag.LATE, Flag.PARTIAL, Flag.DUPLICATE, Flag.CONFLICT)
 )
@@ -82,97 +78,6 @@ _TOLD = (
     *("fraud", "label_time"),
 )
 """What of a record an audit keeps."""
-Probability = Annotated[float, Field(ge=0, le=1)]
-Entities = Annotated[int, Field(ge=8, le=100_000_000)]
-
-
-class FraudSettings(Settings):
-    """The table ``[verticals.finance]``.
-
-    Args:
-        store: folder of the model store; default: the one that comes with Plinth.
-        model_version: default: the newest.
-        review_threshold: score from which people look; default: each model's own.
-        decline_threshold: score from which the payment is declined; default: each model's own.
-        rates: currencies taken, and what one unit is worth in base currency.
-        rules: a table as :class:`RuleBook`, or a TOML file with it, which is read again when it
-            changes; it takes the place of the three limits below.
-        hard_amount: base currency; above it the payment is declined. Absent: no such rule.
-        max_card_count_5m: payments with a card in 5 minutes; above it, review.
-        max_device_cards_24h: cards on a device in 24 hours; above it, review.
-        max_ahead_seconds: an event this far ahead of the time its door received it (the record
-            timestamp in Kafka, the clock over HTTP) is refused; one such event would push the
-            whole history of its card out. Absent: any time is taken.
-        lateness_days: events up to this late still have complete windows.
-        max_cards, max_terminals, max_customers, max_devices: how many are remembered.
-        max_events: events remembered over all cards together (about 300 bytes each), likewise
-            over all terminals, customers and devices.
-        unknown_fields: of records: ``ignore`` them, ``keep`` them in the decision's ``extra``, or
-            ``refuse`` the record.
-        card_numbers_in_ids: ``refuse`` records whose transaction, customer, terminal or device id
-            has the length and the check digit of a card number, or ``allow`` them.
-        drift_alarm: population stability index, against the payments of the model's training,
-            above which a feature or the score is shifted.
-        missing_labels_alarm: share of the labels expected from training that are missing, above
-            which labels are not coming.
-        colocated: records that share a card, terminal, customer or device always lie in one
-            partition. Unless the input is keyed so, every decision of a stream that several
-            workers share has ``features_partial``.
-    """
-
-    store: Path | None = None
-    model_version: str | None = None
-    review_threshold: Probability | None = None
-    decline_threshold: Probability | None = None
-    rates: dict[
-        Annotated[str, Field(pattern=r"^[A-Z]{3}$")], Annotated[float, Field(ge=1e-6, le=100)]
-    ] = Field(default_factory=lambda: {"EUR": 1.0}, min_length=1)
-    rules: RuleBook | None = None
-    hard_amount: Annotated[float, Field(gt=0)] | None = 5000.0
-    max_card_count_5m: Annotated[int, Field(ge=1)] | None = 10
-    max_device_cards_24h: Annotated[int, Field(ge=1)] | None = 5
-    max_ahead_seconds: Annotated[float, Field(ge=0)] | None = 300.0
-    lateness_days: Annotated[float, Field(ge=0, le=90)] = 7.0
-    max_cards: Entities = 200_000
-    max_terminals: Entities = 200_000
-    max_customers: Entities = 200_000
-    max_devices: Entities = 200_000
-    max_events: Annotated[int, Field(ge=8, le=10_000_000_000)] = 10_000_000
-    unknown_fields: UnknownFields = "ignore"
-    card_numbers_in_ids: CardNumbers = "refuse"
-    drift_alarm: Annotated[float, Field(gt=0)] = 0.25
-    missing_labels_alarm: Probability = 0.7
-    colocated: bool = False
-    live_tables: ClassVar[tuple[str, ...]] = ("rules",)
-
-    @model_validator(mode="after")
-    def _one_set_of_rules(self) -> FraudSettings:
-        both = self.model_fields_set & {"hard_amount", "max_card_count_5m", "max_device_cards_24h"}
-        if self.rules is not None and both:
-            raise ValueError(f"rules takes the place of {min(both)}: write it as a rule, or leave")
-        return self
-
-    def rule_book(self) -> RuleBook:
-        """The rules in force: those given, or the built-in ones with their limits."""
-        if self.rules is not None:
-            return self.rules
-        return limits(self.hard_amount, self.max_card_count_5m, self.max_device_cards_24h)
-
-
-class Variant(NamedTuple):
-    """A model that may answer, and from which scores on its answers matter."""
-
-    model: str
-    version: str
-    review: float
-    decline: float
-    digest: str
-
-    def stricter(self, action: Action, score: float) -> Action:
-        """What the rules ask for, or the score, whichever is stricter."""
-        if action == "decline" or score >= self.decline:
-            return "decline"
-        return "review" if action == "review" or score >= self.review else "approve"
 
 
 class FraudScoring(Vertical[Record, Decision]):
@@ -224,46 +129,38 @@ class FraudScoring(Vertical[Record, Decision]):
         self._known_past = inf, datetime.min.replace(tzinfo=UTC)
         me = weakref.ref(self)
         self._tables = TableMetrics(lambda: found.state if (found := me()) else None)
-        self.models()
+        self.versions = Versions(given, clock)
 
     def models(self) -> Sequence[Model]:
-        """Load ``fraud`` and its cheaper variant, and take over their thresholds.
+        """Load the champion and its cheaper variant, and take over their thresholds.
 
         Raises:
             ModelError: not in the store, damaged, or not of this kind.
             ConfigError: the thresholds contradict each other.
         """
-        store = ModelStore(self._given.store or STORE)
-        main = store.load(MODEL, self._given.model_version)
-        models = [main, store.load(main.spec.cheaper)] if main.spec.cheaper else [main]
-        self.variants = [self._variant(model, place) for place, model in enumerate(models)]
-        name, version = main.spec.name, main.spec.version
-        found = Reference.read(store.facts(name, version), f"{name} {version}")
-        given = self._given
-        alarms = given.drift_alarm, given.missing_labels_alarm
-        self.drift = None if found is None else DriftWatch(found, *alarms)
-        return models
+        return self.versions.load()
 
-    def _variant(self, model: Model, place: int) -> Variant:
-        spec, given = model.spec, self._given
-        with torch.inference_mode():
-            answer = model.module(torch.zeros(1, len(MODEL_FEATURES)))
-        if answer.shape != (1, 2) or answer[0, 1] != place:
-            raise ModelError(
-                f"{spec.name} {spec.version} gave {tuple(answer.shape)} for one row of "
-                f"{len(MODEL_FEATURES)} features, expected probability and variant {place}",
-                hint="train it with python -m plinth.verticals.finance.training.train",
-            )
-        review, decline = given.review_threshold, given.decline_threshold
-        review = spec.metrics.get("review_threshold", 0.5) if review is None else review
-        decline = spec.metrics.get("decline_threshold", 0.9) if decline is None else decline
-        if decline < review:
-            raise ConfigError(
-                f"decline_threshold {decline:g} is below review_threshold {review:g} "
-                f"for {spec.name}",
-                hint="set both",
-            )
-        return Variant(spec.name, spec.version, review, decline, model.digest())
+    @property
+    def variants(self) -> Sequence[Variant]:
+        """The model that answers now, and its cheaper variant."""
+        return self.versions.serving.variants
+
+    @property
+    def drift(self) -> DriftWatch | None:
+        """What the model's payments are held against."""
+        return self.versions.serving.drift
+
+    def next_models(self) -> Sequence[Model]:
+        return self.versions.next_models()
+
+    def models_loaded(self) -> None:
+        self.versions.loaded()
+
+    def background(self) -> Flow[None] | None:
+        return self.versions.background()
+
+    def background_done(self, timing: Timing) -> None:
+        self.versions.background_done(timing)
 
     def tally(self) -> FraudTally:
         return FraudTally(self._given.rates)
@@ -272,6 +169,7 @@ class FraudScoring(Vertical[Record, Decision]):
         if not isinstance(settings, FraudSettings):
             raise ConfigError(f"finance takes FraudSettings, not {type(settings).__name__}")
         self.rules = settings.rule_book().compiled()
+        self.versions.take_over(settings)
 
     def example(self) -> Transaction:
         return Transaction(
@@ -285,15 +183,25 @@ class FraudScoring(Vertical[Record, Decision]):
         )
 
     def infer(self, requests: Sequence[Record]) -> Flow[list[Decision | InputError]]:
+        serving = self.versions.serving
+        serving.flows += 1
+        try:
+            return (yield from self._judged(requests, serving))
+        finally:
+            serving.flows -= 1
+
+    def _judged(
+        self, requests: Sequence[Record], serving: Serving
+    ) -> Flow[list[Decision | InputError]]:
         results: list[Decision | InputError | None] = []
         batch = self.state.update(self._taken_in(requests, results))
         self._tables.count_evictions(self.state)
         if not len(batch.rows):
             return [result for result in results if result is not None]
         rows = torch.from_numpy(batch.rows[:, : len(MODEL_FEATURES)].copy())
-        output: Tensor = yield Call(MODEL, rows)
+        output: Tensor = yield Call(serving.name, rows)
         scores = output[:, 0].float().tolist()
-        answered = [self.variants[place] for place in output[:, 1].int().tolist()]
+        answered = [serving.variants[place] for place in output[:, 1].int().tolist()]
 
         reasons: dict[int, list[Reason]] = {}
         pairs = enumerate(zip(scores, answered, strict=True))
@@ -301,7 +209,7 @@ class FraudScoring(Vertical[Record, Decision]):
         for first in range(0, len(alerts), MAX_EXPLAINED):
             part = alerts[first : first + MAX_EXPLAINED]
             try:
-                masked: Tensor = yield Call(MODEL, masked_rows(rows[part]))
+                masked: Tensor = yield Call(serving.name, masked_rows(rows[part]))
             except Refused:
                 reasons |= {place: [NO_TIME] for place in part}
             else:
@@ -313,9 +221,13 @@ class FraudScoring(Vertical[Record, Decision]):
             for request, result in zip(requests, results, strict=True)
             if result is None and isinstance(request, Transaction)
         ]
-        if self.drift is not None:
+        if self.versions.shadow is not None:
+            self.versions.shadow.offer(asked, batch, scores)
+        if serving.drift is not None:
             ends = milliseconds(asked[0].event_time), milliseconds(asked[-1].event_time)
-            self.drift.take(ends, batch, output.detach().float().numpy(), self.state, self._started)
+            serving.drift.take(
+                ends, batch, output.detach().float().numpy(), self.state, self._started
+            )
         decisions = iter(self._decisions(asked, batch, scores, answered, reasons))
         return [next(decisions) if result is None else result for result in results]
 
@@ -435,6 +347,8 @@ class FraudScoring(Vertical[Record, Decision]):
             return error
         if self.drift is not None and label.fraud:
             self.drift.label()
+        if self.versions.shadow is not None:
+            self.versions.shadow.note(label)
         return _noted(label, partial=not found)
 
     def _event(self, request: Transaction) -> Event | InputError:

@@ -23,6 +23,7 @@ from plinth.verticals.finance.drift import FACT, NAMES, DriftWatch, Reference, s
 from plinth.verticals.finance.features.online import FEATURES, Batch, FeatureState
 from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
 from plinth.verticals.finance.schema import Record
+from plinth.verticals.finance.settings import STORE
 from plinth.verticals.finance.training.simulator import (
     Population,
     Table,
@@ -30,7 +31,6 @@ from plinth.verticals.finance.training.simulator import (
     simulate,
     transactions_json,
 )
-from plinth.verticals.finance.vertical import STORE
 from plinth.verticals.testing.flows import drive
 
 PEOPLE = Population(customers=600, terminals=1200, days=50, radius=14)

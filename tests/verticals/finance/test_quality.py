@@ -15,6 +15,7 @@ from plinth.verticals.finance import FraudScoring
 from plinth.verticals.finance.features.online import MODEL_FEATURES
 from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
 from plinth.verticals.finance.schema import Decision
+from plinth.verticals.finance.settings import STORE
 from plinth.verticals.finance.training.quality import (
     auc,
     average_precision,
@@ -28,7 +29,6 @@ from plinth.verticals.finance.training.simulator import (
     simulate,
     transactions_json,
 )
-from plinth.verticals.finance.vertical import STORE
 
 CASES = st.lists(
     st.tuples(st.sampled_from((0.0, 0.1, 0.5, 0.5, 0.9)), st.booleans()), min_size=2, max_size=30

@@ -16,7 +16,7 @@ from plinth.verticals.finance.reasons import (
     main_reasons,
     masked_rows,
 )
-from plinth.verticals.finance.vertical import STORE
+from plinth.verticals.finance.settings import STORE
 
 LITE = ModelStore(STORE).load("fraud-lite").module
 

@@ -30,7 +30,7 @@ from plinth.engine import (
 from plinth.engine.metrics import REGISTRY
 from plinth.verticals.finance import FraudScoring, FraudSettings
 from plinth.verticals.finance.schema import Decision, Label
-from plinth.verticals.finance.vertical import STORE
+from plinth.verticals.finance.settings import STORE
 from plinth.verticals.testing import check_vertical, checks
 from plinth.verticals.testing.flows import drive, run_with_models
 

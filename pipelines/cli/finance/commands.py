@@ -1,0 +1,133 @@
+"""``plinth finance``: compare, promote and roll back versions of the fraud model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from plinth.pipelines.console import FAILED, say, show_json, show_table
+
+if TYPE_CHECKING:
+    from plinth.verticals.finance.champion import Champion
+    from plinth.verticals.finance.settings import FraudSettings
+
+finance = typer.Typer(
+    help="Versions of the fraud model: which one answers, and which comes next.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="TOML file; default ./plinth.toml if there.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
+
+
+@finance.command(epilog="Example: plinth finance compare --json")
+def compare(config_file: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """The challenger beside the champion, as the process that serves them last wrote it down.
+
+    Exit code 1: the written rule does not hold, or there is none.
+    """
+    champion = _champion(_settings(config_file))
+    found = _report(champion)
+    last = champion.decisions()[-10:]
+    if as_json:
+        show_json({**found, "decisions": last})
+    else:
+        show_table(
+            f"{found['challenger']} beside {found['champion']}",
+            ("measure", "value"),
+            [(name, f"{value:,.6g}") for name, value in found["figures"].items()],
+        )
+        for line in found["unmet"]:
+            say(f"not yet: {line}")
+        if last:
+            rows = [(one.get("time"), one["from"], one["to"], one["by"]) for one in last]
+            show_table("Decisions", ("time", "from", "to", "by"), rows)
+    if found["unmet"] or found["rule"] is None:
+        raise typer.Exit(FAILED)
+
+
+@finance.command(epilog="Example: plinth finance promote 2.0.0")
+def promote(
+    version: Annotated[str, typer.Argument(help="Of the model fraud in the store.")],
+    config_file: ConfigOption = None,
+) -> None:
+    """Let a version answer; processes that follow the store take it up within seconds."""
+    champion = _champion(_settings(config_file))
+    now = champion.version() or _newest(champion)
+    why = _why(champion, version)
+    champion.promote(version, by="hand", champion=now, why=why)
+    say(f"fraud: {now} -> {version}")
+
+
+@finance.command(epilog="Example: plinth finance rollback")
+def rollback(config_file: ConfigOption = None) -> None:
+    """Let the version answer again that did before; the other one is no challenger any more."""
+    before, now = _champion(_settings(config_file)).roll_back()
+    say(f"fraud: {before} -> {now}")
+
+
+def _settings(config_file: Path | None) -> FraudSettings:
+    from plinth.engine import ConfigError
+    from plinth.pipelines.config.settings import load
+    from plinth.pipelines.live_tables import settings_of
+    from plinth.verticals.finance.settings import FraudSettings
+
+    settings, _ = settings_of(load(config_file), "finance", FraudSettings)
+    assert isinstance(settings, FraudSettings)
+    if settings.model_version is not None:
+        raise ConfigError(
+            f"verticals.finance.model_version pins the champion to {settings.model_version}",
+            hint="take it out of the config, so that the store says which version answers",
+        )
+    return settings
+
+
+def _champion(settings: FraudSettings) -> Champion:
+    from plinth.verticals.finance.champion import Champion
+    from plinth.verticals.finance.settings import STORE
+
+    return Champion(settings.store or STORE)
+
+
+def _newest(champion: Champion) -> str:
+    from plinth.engine import ModelStore
+    from plinth.verticals.finance.champion import NAME
+
+    return ModelStore(champion.store).verify(NAME).version
+
+
+def _report(champion: Champion) -> dict[str, Any]:
+    from plinth.engine import ConfigError
+    from plinth.verticals.finance.champion import NAME
+    from plinth.verticals.finance.versions import REPORT
+
+    path = champion.store / NAME / REPORT
+    try:
+        found: dict[str, Any] = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"there is no {path}: no challenger has scored anything yet",
+            hint='set challenger = "newest" in [verticals.finance]; plinth serve or plinth stream '
+            "writes it about every ten seconds",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    return found
+
+
+def _why(champion: Champion, version: str) -> Mapping[str, Any] | None:
+    """What was known of a version when it was promoted by hand."""
+    from plinth.engine import ConfigError
+
+    try:
+        found = _report(champion)
+    except ConfigError:
+        return None
+    return {"figures": found["figures"]} if found.get("challenger") == version else None

@@ -1,0 +1,23 @@
+"""Model stores with several versions, for the tests of what changes while it serves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from plinth.engine import ModelStore
+from plinth.verticals.finance.settings import STORE
+
+
+def add_version(folder: Path, version: str, *, noise: float = 0.0, shift: float = 0.0) -> None:
+    """The model that comes with Plinth under another version, made worse by noise or shifted."""
+    for name in ("fraud", "fraud-lite"):
+        model = ModelStore(STORE).load(name)
+        dice = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for weight in model.module.body.parameters():  # type: ignore[union-attr]
+                weight += noise * torch.randn(weight.shape, generator=dice)
+            model.module.calibration.shift += shift  # type: ignore[union-attr,operator]
+        spec = model.spec.model_copy(update={"version": version})
+        ModelStore(folder).save(spec, model.module, facts=ModelStore(STORE).facts(name))

@@ -1,0 +1,345 @@
+"""A challenger scores in shadow, is promoted by a written rule, and can be taken back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from stores import add_version
+from torch import Tensor
+
+from plinth.engine import Call, ConfigError, Flow, ModelError, Timing
+from plinth.engine.metrics import REGISTRY
+from plinth.verticals.finance import FraudScoring, FraudSettings
+from plinth.verticals.finance.challenger import MAX_WAITING, Pair, Promotion, Shadow, compare
+from plinth.verticals.finance.champion import Champion
+from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
+from plinth.verticals.finance.schema import Decision, Record
+from plinth.verticals.finance.training.simulator import (
+    Population,
+    labels_json,
+    simulate,
+    transactions_json,
+)
+from plinth.verticals.testing.flows import drive
+
+PEOPLE = Population(customers=150, terminals=100, days=30, radius=30, bad_terminals=1.0)
+EASY = {"min_labelled": 500, "min_frauds": 20, "min_ap_gain": 0.02}
+
+
+@dataclass
+class Process:
+    """A vertical and the models that an engine has for it, both by hand."""
+
+    vertical: FraudScoring
+    models: dict[str, torch.nn.Module] = field(default_factory=dict)
+    now: float = 0.0
+
+    @classmethod
+    def of(cls, store: Path, **settings: Any) -> Process:
+        made = cls.__new__(cls)
+        given = FraudSettings.model_validate(
+            {"store": store, "max_ahead_seconds": None, **settings}
+        )
+        vertical = FraudScoring(given, clock=lambda: made.now)
+        made.__init__(vertical, {m.spec.name: m.module for m in vertical.models()})  # type: ignore[misc]
+        return made
+
+    def answer(self, call: Call) -> Tensor:
+        with torch.inference_mode():
+            found: Tensor = self.models[call.model](call.rows)
+        return found
+
+    def score(self, records: Sequence[Record]) -> list[Decision]:
+        return [
+            one
+            for start in range(0, len(records), 256)
+            for one in drive(self.vertical.infer(records[start : start + 256]), self.answer)
+            if isinstance(one, Decision)
+        ]
+
+    def follow(self) -> bool:
+        """One look at the store, an engine that loads what is asked for, and the shadow's work."""
+        self.now += 60
+        models = self.vertical.next_models()
+        self.models |= {model.spec.name: model.module for model in models}
+        if models:
+            self.vertical.models_loaded()
+        while (flow := self.vertical.background()) is not None:
+            drive(flow, self.answer)
+            self.vertical.background_done(Timing(device=1e-3))
+        return bool(models)
+
+    def settle(self) -> None:
+        while self.follow():
+            pass
+
+    @property
+    def version(self) -> str:
+        return self.vertical.versions.serving.version
+
+
+@pytest.fixture(scope="module")
+def records() -> list[bytes]:
+    """Payments, and what became known of each fraud seven days after it."""
+    table = simulate(PEOPLE, seed=5)
+    frauds = table[table["fraud"]]
+    known = zip((frauds["time"] + LABEL_DELAY).tolist(), labels_json(frauds), strict=True)
+    return [
+        raw
+        for _, raw in sorted(
+            [*zip(table["time"].tolist(), transactions_json(table), strict=True), *known]
+        )
+    ]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A poor champion, and the model that comes with Plinth as a newer version."""
+    add_version(tmp_path, "1.0.0", noise=0.15)
+    add_version(tmp_path, "2.0.0")
+    Champion(tmp_path).promote("1.0.0", by="training", champion=None)
+    return tmp_path
+
+
+def read(process: Process, records: Sequence[bytes]) -> list[Record]:
+    return [process.vertical.parse(raw) for raw in records]
+
+
+def test_the_better_version_is_promoted_by_the_rule_and_the_reason_is_written_down(
+    store: Path, records: list[bytes]
+) -> None:
+    process = Process.of(store, challenger="newest", promotion=EASY)
+    assert process.version == "1.0.0", "the champion of the store, not the newest"
+    process.settle()
+    decisions = process.score(read(process, records))
+    assert {one.model_version for one in decisions if one.score is not None} == {"1.0.0"}
+    process.follow()
+    process.follow()
+    (first, last) = Champion(store).decisions()
+    assert first["by"] == "training"
+    assert (last["from"], last["to"], last["by"]) == ("1.0.0", "2.0.0", "rule")
+    assert last["why"]["rule"]["min_ap_gain"] == 0.02
+    figures = last["why"]["figures"]
+    assert figures["ap_gain"] == figures["challenger_ap"] - figures["champion_ap"] > 0.02
+    assert figures["frauds"] >= 20
+    process.settle()
+    assert process.version == "2.0.0"
+    assert process.vertical.versions.serving.name == "fraud", "under its usual name again"
+    (after,) = process.score(read(process, records[:1]))
+    assert after.model_version == "2.0.0"
+
+    assert Champion(store).roll_back() == ("2.0.0", "1.0.0")
+    process.settle()
+    assert process.version == "1.0.0"
+    assert process.vertical.versions.shadow is None, "what was rolled back is no challenger"
+    assert Process.of(store, challenger="newest").version == "1.0.0", "a restart keeps to it"
+
+
+NEVER = {
+    "labelled": {"min_labelled": 10**6},
+    "frauds": {"min_frauds": 10**5},
+    "ap_gain": {"min_ap_gain": 0.9},
+    "challenger_alert_share": {"max_alert_share": 1e-9},
+    "cost_us": {"max_cost_us": 1e-9},
+}
+"""By the figure that it is about, what no challenger fulfils."""
+
+
+def test_each_condition_of_the_rule_alone_keeps_the_champion(
+    store: Path, records: list[bytes]
+) -> None:
+    rule = {**EASY, **{name: bound for one in NEVER.values() for name, bound in one.items()}}
+    process = Process.of(store, challenger="2.0.0", promotion=rule)
+    process.settle()
+    process.score(read(process, records))
+    process.follow()
+    process.settle()
+    assert process.version == "1.0.0"
+    report = json.loads((store / "fraud" / "challenger.json").read_bytes())
+    assert [line.partition(":")[0] for line in report["unmet"]] == list(NEVER)
+    assert (report["champion"], report["challenger"]) == ("1.0.0", "2.0.0")
+    assert Promotion.model_validate(EASY).unmet(report["figures"]) == []
+    for name, bound in NEVER.items():
+        (line,) = Promotion.model_validate({**EASY, **bound}).unmet(report["figures"])
+        assert line.startswith(f"{name}: ")
+
+
+def test_a_flow_keeps_to_the_version_it_began_with(store: Path, records: list[bytes]) -> None:
+    process = Process.of(store)
+    request = read(process, records[:1])
+
+    def begin() -> tuple[Flow[Any], Call]:
+        flow = process.vertical.infer(request)
+        return flow, next(flow)
+
+    def end(flow: Flow[Any], call: Call) -> Decision:
+        while True:
+            try:
+                call = flow.send(process.answer(call))
+            except StopIteration as stop:
+                return stop.value[0]  # type: ignore[no-any-return]
+
+    early, asked_early = begin()
+    Champion(store).promote("2.0.0", by="hand", champion="1.0.0")
+    assert process.follow(), "the new version is loaded under the second name"
+    assert not process.follow(), "it answers now; the first name is still in use"
+    late, asked_late = begin()
+    assert (asked_early.model, asked_late.model) == ("fraud", "fraud-challenger")
+    assert not process.follow()
+    assert end(early, asked_early).model_version == "1.0.0"
+    assert process.follow(), "the first name is free"
+    last, asked_last = begin()
+    assert asked_last.model == "fraud"
+    assert end(late, asked_late).model_version == end(last, asked_last).model_version == "2.0.0"
+    assert end(*begin()).score == pytest.approx(Process.of(store).score(request)[0].score)
+
+
+def test_a_version_that_cannot_be_loaded_leaves_what_serves(
+    store: Path, records: list[bytes]
+) -> None:
+    process = Process.of(store, challenger="newest")
+    weights = store / "fraud" / "2.0.0" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="not what was saved"):
+        process.follow()
+    assert process.score(read(process, records[:1]))[0].model_version == "1.0.0"
+    with pytest.raises(ModelError, match="not what was saved"):
+        Champion(store).promote("2.0.0", by="hand", champion="1.0.0")
+    assert Champion(store).version() == "1.0.0"
+
+
+def test_what_was_never_changed_cannot_be_rolled_back(store: Path) -> None:
+    with pytest.raises(ConfigError, match="no version answered before"):
+        Champion(store).roll_back()
+    (store / "fraud" / "champion.json").write_text("{")
+    with pytest.raises(ModelError, match=r"champion\.json"):
+        FraudScoring(FraudSettings(store=store))
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValidationError, match="promotion needs a challenger"):
+        FraudSettings(promotion=Promotion())
+    with pytest.raises(ValidationError, match="model_version pins"):
+        FraudSettings(promotion=Promotion(), challenger="newest", model_version="1.0.0")
+
+
+def test_labels_are_joined_to_their_payments_and_silence_for_a_week_means_genuine(
+    records: list[bytes],
+) -> None:
+    vertical = FraudScoring(FraudSettings(max_ahead_seconds=None))
+    table = simulate(PEOPLE, seed=5)
+    payments = [vertical.parse(raw) for raw in transactions_json(table)]
+    shadow = Shadow("x", (0.5, 0.5), 100_000, 1.0)
+    dice = np.random.default_rng(2)
+    old, new = dice.random((2, len(table))).astype(np.float32)
+    for start in range(0, len(table), 500):
+        span = slice(start, start + 500)
+        batch = vertical.state.update(
+            event
+            for event in map(vertical._event, payments[span])
+            if not isinstance(event, Exception)  # type: ignore[arg-type]
+        )
+        shadow.offer(payments[span], batch, old[span].tolist())  # type: ignore[arg-type]
+        while (flow := shadow.flow()) is not None:
+            answer = torch.from_numpy(new[span])[:, None]
+            drive(flow, lambda call, answer=answer: answer)  # type: ignore[misc]
+    for raw in labels_json(table):
+        shadow.note(vertical.parse(raw))  # type: ignore[arg-type]
+    assert shadow.flow() is None
+    known = table["time"] <= table["time"][-1] - 7 * DAY
+    fraud = np.where(table["fraud"], 1, np.where(known, 0, -1)).astype(np.int8)
+    expected = compare(Pair(old, new, (0.5, 0.5)), fraud)
+    found = shadow.figures(7.0)
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert found["frauds"] == table["fraud"].sum()
+    assert found["days"] == pytest.approx((table["time"][-1] - table["time"][0]) / DAY)
+
+
+SCORES = st.lists(
+    st.tuples(st.floats(0, 1, width=32), st.floats(0, 1, width=32), st.sampled_from((-1, 0, 1))),
+    min_size=1,
+    max_size=40,
+)
+
+
+@given(SCORES, st.floats(0, 1))
+def test_versions_are_compared_at_the_same_number_of_alerts(
+    rows: list[tuple[float, float, int]], review: float
+) -> None:
+    old, new = (np.array([row[at] for row in rows], np.float32) for at in (0, 1))
+    fraud = np.array([row[2] for row in rows], np.int8)
+    same = compare(Pair(old, old, (review, review)), fraud)
+    assert same["psi"] == 0
+    assert same.get("ap_gain", 0.0) == 0.0
+    assert same.get("champion_recall") == same.get("challenger_recall")
+    found = compare(Pair(old, new, (review, review)), fraud)
+    assert found["psi"] >= 0
+    alerts = {place for place, score in enumerate(old) if score >= review}
+    ranked = sorted(range(len(new)), key=lambda place: -new[place])[: len(alerts)]
+    if alerts:
+        assert found["alerts_in_common"] == pytest.approx(len(alerts & set(ranked)) / len(alerts))
+    if "challenger_recall" in found:
+        hits = sum(fraud[place] == 1 for place in ranked)
+        assert found["challenger_recall"] == pytest.approx(hits / (fraud == 1).sum())
+
+
+def left_out() -> float:
+    name, labels = "plinth_finance_challenger_payments_total", {"outcome": "left_out"}
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+@pytest.fixture
+def batches(records: list[bytes]) -> tuple[list[Any], Any]:
+    vertical = FraudScoring(FraudSettings(max_ahead_seconds=None))
+    payments: list[Any] = [vertical.parse(raw) for raw in records[:1000]]
+    return payments, vertical.state.update(map(vertical._event, payments))  # type: ignore[arg-type]
+
+
+def test_what_waits_is_bounded_and_what_is_left_out_is_counted(
+    batches: tuple[list[Any], Any],
+) -> None:
+    payments, batch = batches
+    shadow, before = Shadow("x", (0.5, 0.5), 1_000, 1.0), left_out()
+    for _ in range(20):
+        shadow.offer(payments, batch, [0.1] * 1000)
+    assert left_out() - before == 20_000 - MAX_WAITING // 1000 * 1000
+    while (flow := shadow.flow()) is not None:
+        drive(flow, lambda call: torch.zeros(len(call.rows), 2))  # type: ignore[arg-type]
+    assert shadow.figures(7.0)["payments"] == 1_000, "the newest are remembered"
+    before = left_out()
+    shadow.offer(payments, batch, [0.1] * 1000)
+    assert left_out() == before, "there is room again"
+
+
+def test_a_share_of_the_cards_is_scored_and_of_those_every_payment(
+    batches: tuple[list[Any], Any],
+) -> None:
+    payments, batch = batches
+    shadow = Shadow("x", (0.5, 0.5), 10_000, 0.25)
+    shadow.offer(payments, batch, [0.1] * 1000)
+    flow = shadow.flow()
+    assert flow is not None
+    call = next(flow)
+    taken = {
+        payment.card for payment in payments if payment.card in _cards_of(call, payments, batch)
+    }
+    assert 0.05 < len(taken) / len({payment.card for payment in payments}) < 0.5
+    assert len(call.rows) == sum(payment.card in taken for payment in payments)  # type: ignore[arg-type]
+
+
+def _cards_of(call: Call, payments: list[Any], batch: Any) -> set[str]:
+    """Cards of the rows that were asked for."""
+    asked = {row.tobytes() for row in call.rows.numpy()}  # type: ignore[union-attr]
+    columns = call.rows.shape[1]  # type: ignore[union-attr]
+    rows = np.ascontiguousarray(batch.rows[:, :columns])
+    return {one.card for one, row in zip(payments, rows, strict=True) if row.tobytes() in asked}

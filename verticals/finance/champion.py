@@ -1,0 +1,155 @@
+"""Which version of the model answers: a file in the store, and how it came to be.
+
+``<store>/fraud/champion.json`` names the version, ``<store>/fraud/decisions.jsonl`` has a line for
+each change: when, from what, to what, on whose word, by which figures. Servers that follow the
+store take a change up within a second or two, each between two batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from plinth.engine import ConfigError, ModelError, ModelStore
+
+NAME = "fraud"
+MAX_BYTES = 4 << 20
+"""Read of the file of decisions: the newest ten thousand or so."""
+By = Literal["rule", "hand", "rollback", "training"]
+
+
+class Champion:
+    """The version that answers, in one store.
+
+    Args:
+        store: folder of the model store.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self.store = store
+        self._file = store / NAME / "champion.json"
+        self._decisions = store / NAME / "decisions.jsonl"
+
+    def version(self) -> str | None:
+        """The version that answers; ``None``: nobody chose one, which means the newest.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
+        try:
+            found = json.loads(self._file.read_bytes()[:MAX_BYTES])
+            return str(found["version"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"{self._file} cannot be read: {error}",
+                hint="plinth finance promote VERSION writes it anew",
+            ) from None
+
+    def newest_challenger(self, champion: str) -> str | None:
+        """The newest version behind the champion that was not rolled back."""
+        known = ModelStore(self.store).versions(NAME)
+        later = known[known.index(champion) + 1 :] if champion in known else known
+        back = {line["from"] for line in self.decisions() if line["by"] == "rollback"}
+        return next((version for version in reversed(later) if version not in back), None)
+
+    def promote(
+        self, version: str, *, by: By, champion: str | None, why: Mapping[str, Any] | None = None
+    ) -> None:
+        """Let a version answer from now on, and write down why.
+
+        Args:
+            version: what is to answer.
+            by: a rule, a person, a rollback, or a training that keeps what answers.
+            champion: what answers now.
+            why: rule and figures it was decided by.
+
+        Raises:
+            ModelError: there is no such version, or it is damaged.
+            ConfigError: the store cannot be written.
+        """
+        ModelStore(self.store).verify(NAME, version)
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "from": champion,
+            "to": version,
+            "by": by,
+            **({"why": dict(why)} if why else {}),
+        }
+        with writing(self._file):
+            replace_file(self._file, json.dumps({"version": version}).encode() + b"\n")
+            with self._decisions.open("ab") as lines:
+                lines.write(json.dumps(line).encode() + b"\n")
+                lines.flush()
+                os.fsync(lines.fileno())
+
+    def roll_back(self) -> tuple[str, str]:
+        """Let the version answer again that did before; returns what did, and what does now.
+
+        Raises:
+            ConfigError: there was none before.
+        """
+        now = self.version()
+        changes = [line for line in self.decisions() if line["to"] != line["from"]]
+        last = next((line for line in reversed(changes) if line["to"] == now), None)
+        if now is None or last is None or last["from"] is None:
+            raise ConfigError(
+                f"no version answered before {now or 'the newest'}",
+                hint="plinth finance promote VERSION names one",
+            )
+        self.promote(last["from"], by="rollback", champion=now)
+        return now, last["from"]
+
+    def decisions(self) -> list[dict[str, Any]]:
+        """What was decided, oldest first; of a very long file its end."""
+        try:
+            with self._decisions.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - MAX_BYTES))
+                lines = file.read(MAX_BYTES).splitlines()[1 if size > MAX_BYTES else 0 :]
+        except FileNotFoundError:
+            return []
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # half a line, of a process that was killed
+                found.append(json.loads(line))
+        return [one for one in found if isinstance(one, dict) and {"from", "to", "by"} <= set(one)]
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file that cannot be written.
+
+    Raises:
+        ConfigError: instead of OSError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}",
+            hint="set verticals.finance.store to a folder of your own, with the models in it",
+        ) from None
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that is never seen in part."""
+    handle, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(part).chmod(0o644)
+        Path(part).replace(path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise

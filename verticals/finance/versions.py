@@ -1,0 +1,265 @@
+"""Which versions of the model a process has: the champion that answers, a challenger beside it.
+
+The engine knows them by two names: ``fraud`` and ``fraud-challenger``, each with its cheaper
+variant. A flow keeps to the version it began with, so no decision is made by two. When another
+version becomes the champion, it is (or is first made) ready under the second name; flows that begin
+from then on ask it there, and once those that began before have ended it takes over the first
+name. Nothing is unloaded that a flow may still ask.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import NamedTuple
+
+import orjson
+import torch
+
+from plinth.engine import ConfigError, Flow, Model, ModelError, ModelStore, PlinthError, Timing
+from plinth.verticals.finance.challenger import Promotion, Shadow
+from plinth.verticals.finance.champion import NAME, Champion, replace_file
+from plinth.verticals.finance.drift import DriftWatch, Reference
+from plinth.verticals.finance.features.online import MODEL_FEATURES
+from plinth.verticals.finance.rules import Action
+from plinth.verticals.finance.settings import STORE, FraudSettings
+
+log = logging.getLogger(__name__)
+
+SECOND = f"{NAME}-challenger"
+CONSIDER_S = 10.0
+"""Seconds between two looks at what the challenger has shown."""
+AGAIN_S = 60.0
+"""Seconds until a model is tried again that could not be loaded."""
+REPORT = "challenger.json"
+
+
+class Variant(NamedTuple):
+    """A model that may answer, and from which scores on its answers matter."""
+
+    model: str
+    version: str
+    review: float
+    decline: float
+    digest: str
+
+    def stricter(self, action: Action, score: float) -> Action:
+        """What the rules ask for, or the score, whichever is stricter."""
+        if action == "decline" or score >= self.decline:
+            return "decline"
+        return "review" if action == "review" or score >= self.review else "approve"
+
+
+@dataclass(slots=True, eq=False)
+class Serving:
+    """One version, ready to answer.
+
+    Args:
+        name: of its model in the engine.
+        variants: the model and its cheaper variant.
+        drift: what its payments are held against, if the store says.
+        flows: that began with it and have not ended.
+    """
+
+    name: str
+    variants: tuple[Variant, ...]
+    drift: DriftWatch | None
+    flows: int = 0
+
+    @property
+    def version(self) -> str:
+        """Of the model."""
+        return self.variants[0].version
+
+
+class Versions:
+    """The champion and the challenger of a process.
+
+    A flow reads ``serving`` and ``shadow`` when it begins; all else is called by whoever follows
+    the store, on one thread.
+
+    Args:
+        settings: of the vertical.
+        clock: seconds.
+    """
+
+    def __init__(self, settings: FraudSettings, clock: Callable[[], float]) -> None:
+        self._given = settings
+        self._clock = clock
+        self._rule = settings.promotion
+        self.champion = Champion(settings.store or STORE)
+        self.shadow: Shadow | None = None
+        self._considered = -inf
+        self._told: tuple[str, ...] = ()
+        self.load()
+
+    def load(self) -> list[Model]:
+        """The champion and its cheaper variant, under the first name; what it was before is gone.
+
+        Raises:
+            ModelError: not in the store, damaged, or not of this kind.
+            ConfigError: the thresholds contradict each other.
+        """
+        version = self._given.model_version or self.champion.version()
+        self.serving, models = self._read(version, NAME)
+        self._ready = {NAME: self.serving}
+        self._asked: tuple[str, str] | None = None
+        self._again = -inf
+        self._coming: Serving | None = None
+        return models
+
+    def _read(self, version: str | None, name: str) -> tuple[Serving, list[Model]]:
+        store = ModelStore(self.champion.store)
+        main = store.load(NAME, version)
+        models = [main]
+        if main.spec.cheaper:
+            same = main.spec.version in store.versions(main.spec.cheaper)
+            models.append(store.load(main.spec.cheaper, main.spec.version if same else None))
+        variants = tuple(self._variant(model, place) for place, model in enumerate(models))
+        version = main.spec.version
+        found = Reference.read(store.facts(NAME, version), f"{NAME} {version}")
+        alarms = self._given.drift_alarm, self._given.missing_labels_alarm
+        drift = None if found is None else DriftWatch(found, *alarms)
+        return Serving(name, variants, drift), _renamed(models, name)
+
+    def _variant(self, model: Model, place: int) -> Variant:
+        spec, given = model.spec, self._given
+        with torch.inference_mode():
+            answer = model.module(torch.zeros(1, len(MODEL_FEATURES)))
+        if answer.shape != (1, 2) or answer[0, 1] != place:
+            raise ModelError(
+                f"{spec.name} {spec.version} gave {tuple(answer.shape)} for one row of "
+                f"{len(MODEL_FEATURES)} features, expected probability and variant {place}",
+                hint="train it with python -m plinth.verticals.finance.training.train",
+            )
+        review, decline = given.review_threshold, given.decline_threshold
+        review = spec.metrics.get("review_threshold", 0.5) if review is None else review
+        decline = spec.metrics.get("decline_threshold", 0.9) if decline is None else decline
+        if decline < review:
+            raise ConfigError(
+                f"decline_threshold {decline:g} is below review_threshold {review:g} "
+                f"for {spec.name}",
+                hint="set both",
+            )
+        return Variant(spec.name, spec.version, review, decline, model.digest())
+
+    # -- following the store ---------------------------------------------------------------
+    def take_over(self, settings: FraudSettings) -> None:
+        """The rule of promotion in new settings."""
+        self._rule = settings.promotion
+
+    def next_models(self) -> list[Model]:
+        """Models that the engine is to load now; :meth:`loaded` is called once it has.
+
+        Raises:
+            PlinthError: what is asked for cannot be read; it is asked for again in a minute, or
+                when something else is.
+        """
+        self._consider()
+        wanted = self._wanted()
+        now = self._clock()
+        if wanted is None or (wanted == self._asked and now < self._again):
+            return []
+        name, version = wanted
+        if name in self._ready and self._ready[name].flows:
+            return []
+        self._asked, self._again = wanted, now + AGAIN_S
+        self._ready.pop(name, None)
+        if name == SECOND:
+            self.shadow = None
+        self._coming, models = self._read(version, name)
+        return models
+
+    def loaded(self) -> None:
+        """The engine has the models of :meth:`next_models`: use them."""
+        coming, self._coming, self._asked = self._coming, None, None
+        if coming is None:
+            return
+        self._ready[coming.name] = coming
+        if coming.name == NAME:
+            self.serving = coming
+        elif coming.version != self._champion():
+            now, given = self.serving.variants[0], self._given
+            review = now.review, coming.variants[0].review
+            memory = given.challenger_payments, given.challenger_share
+            self.shadow = Shadow(coming.name, review, *memory)
+            log.info("%s %s scores beside %s, in shadow", NAME, coming.version, now.version)
+
+    def _champion(self) -> str:
+        return self._given.model_version or self.champion.version() or self.serving.version
+
+    def _wanted(self) -> tuple[str, str] | None:
+        """Name and version of the next model to load."""
+        champion, second = self._champion(), self._ready.get(SECOND)
+        if self.serving.name != NAME:
+            return NAME, self.serving.version
+        if champion != self.serving.version:
+            if second is None or second.version != champion:
+                return SECOND, champion
+            log.info("%s %s answers from now on, after %s", NAME, champion, self.serving.version)
+            self.serving, self.shadow = second, None
+            return NAME, champion
+        version = self._given.challenger
+        if version == "newest":
+            version = self.champion.newest_challenger(champion)
+        if version in (None, champion):
+            self.shadow = None
+            return None
+        if self.shadow is not None and second is not None and second.version == version:
+            return None
+        return SECOND, str(version)
+
+    # -- the challenger --------------------------------------------------------------------
+    def background(self) -> Flow[None] | None:
+        """Score in shadow what waits for it."""
+        return None if self.shadow is None else self.shadow.flow()
+
+    def background_done(self, timing: Timing) -> None:
+        """Note what that took."""
+        if self.shadow is not None:
+            self.shadow.cost(timing.device)
+
+    def _consider(self) -> None:
+        """Hold the challenger against the rule; promote it when all of it holds."""
+        now, shadow, second = self._clock(), self.shadow, self._ready.get(SECOND)
+        if shadow is None or second is None or now - self._considered < CONSIDER_S:
+            return
+        self._considered = now
+        rule = self._rule or Promotion()
+        figures = shadow.figures(rule.label_days)
+        unmet = rule.unmet(figures)
+        champion = self.serving.version
+        report = {
+            "champion": champion,
+            "challenger": second.version,
+            "process": os.getpid(),
+            "time": now,
+            "figures": figures,
+            "rule": rule.model_dump() if self._rule else None,
+            "unmet": unmet,
+        }
+        try:
+            path = self.champion.store / NAME / REPORT
+            replace_file(path, orjson.dumps(report, option=orjson.OPT_INDENT_2))
+            if self._rule is not None and not unmet and self._champion() == champion:
+                why = {"rule": report["rule"], "figures": figures}
+                self.champion.promote(second.version, by="rule", champion=champion, why=why)
+        except (OSError, PlinthError) as error:
+            if self._told != (told := (type(error).__name__, str(error))):
+                log.error("what the challenger has shown cannot be written: %s", error)
+            self._told = told
+
+
+def _renamed(models: Sequence[Model], name: str) -> list[Model]:
+    """Models as the engine is to know them: a name, and the name of its cheaper variant."""
+    if name == NAME:
+        return list(models)
+    names = [name, f"{name}-lite"][: len(models)]
+    cheaper = [*names[1:], None]
+    return [
+        replace(model, spec=model.spec.model_copy(update={"name": own, "cheaper": other}))
+        for model, own, other in zip(models, names, cheaper, strict=True)
+    ]
