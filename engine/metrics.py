@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
 
 from plinth.engine.devices.device import Device
 
@@ -31,6 +32,51 @@ _SLA_MISSES = (
     "and postponed were answered late; door was in time at the device but not at the door.",
     ("model", "cause"),
 )
+
+
+def buckets_with(buckets: Sequence[float], promise: float | None) -> tuple[float, ...]:
+    """Buckets of which one ends exactly at a promise, so that shares in time add up over replicas.
+
+    Args:
+        buckets: upper bounds in seconds, in order.
+        promise: seconds; ``None``: there is none.
+    """
+    return tuple(sorted({*buckets, *(() if promise is None else (promise,))}))
+
+
+def upper_bound(seconds: float) -> str:
+    """The label ``le`` of a bucket, as Prometheus has it."""
+    return str(floatToGoString(seconds))  # type: ignore[no-untyped-call]
+
+
+class _ByModel(Collector):
+    """A histogram of each model with buckets of its own, shown as one family.
+
+    Args:
+        name: of the family.
+        documentation: of the family.
+    """
+
+    def __init__(self, name: str, documentation: str) -> None:
+        self._about = (name, documentation)
+        self._models: dict[str, tuple[tuple[float, ...], Histogram, Histogram]] = {}
+
+    def of(self, model: str, promise: float | None = None) -> Histogram:
+        """The histogram of a model; another promise begins it anew."""
+        buckets = buckets_with(_SECONDS, promise)
+        found = self._models.get(model)
+        if found is None or (promise is not None and found[0] != buckets):
+            whole = Histogram(*self._about, ("model",), buckets=buckets, registry=None)
+            found = self._models[model] = (buckets, whole, whole.labels(model))
+        return found[2]
+
+    def collect(self) -> Iterator[Metric]:
+        """See Collector."""
+        shown = Metric(*self._about, "histogram")
+        for _, whole, _ in list(self._models.values()):
+            for family in whole.collect():
+                shown.samples += family.samples
+        yield shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +133,17 @@ class EngineMetrics:
             "Time the device worked; its rate is the utilisation.",
             ("device",),
         ).labels(str(device))
+        self._call_seconds = _ByModel(
+            "plinth_call_seconds",
+            "Time from a call's arrival to its answer; one bucket ends at the model's promise.",
+        )
+        self._queue_seconds = _ByModel(
+            "plinth_queue_seconds",
+            "The part of a call's time in which none of its rows was on the device.",
+        )
+        registry.register(self._call_seconds)
+        registry.register(self._queue_seconds)
         self._families = (
-            histogram(
-                "plinth_call_seconds",
-                "Time from a call's arrival to its answer.",
-                ("model",),
-                buckets=_SECONDS,
-            ),
-            histogram(
-                "plinth_queue_seconds",
-                "The part of a call's time in which none of its rows was on the device.",
-                ("model",),
-                buckets=_SECONDS,
-            ),
             histogram(
                 "plinth_batch_rows",
                 "Rows of the batches that ran.",
@@ -135,9 +179,17 @@ class EngineMetrics:
         """The histograms of a model."""
         found = self._models.get(name)
         if found is None:
-            found = ModelMetrics(*(family.labels(name) for family in self._families))
-            self._models[name] = found
+            seconds = (self._call_seconds.of(name), self._queue_seconds.of(name))
+            rest = (family.labels(name) for family in self._families)
+            found = self._models[name] = ModelMetrics(*seconds, *rest)
         return found
+
+    def promise(self, name: str, seconds: float | None) -> None:
+        """Let a bucket of a model's histograms end at its promise."""
+        self._call_seconds.of(name, seconds)
+        self._queue_seconds.of(name, seconds)
+        self._models.pop(name, None)
+        self.of_model(name)
 
 
 def _ask(waiting: weakref.WeakMethod[Callable[[str], int]], kind: str) -> float:

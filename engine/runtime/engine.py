@@ -177,6 +177,8 @@ class Engine:
         loaded = self._models.load(model, promise, batch_range, backend, precision)
         with self._wake:
             self._batcher.register_sla(promise)
+            due = promise.deadline_ms
+            self.metrics.promise(model.spec.name, None if due is None else due / 1e3)
             before = self._models.put(loaded)
             for key in () if before is None else before.keys:
                 if key not in loaded.keys:

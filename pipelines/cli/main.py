@@ -20,6 +20,7 @@ from plinth.pipelines.cli.convert import convert
 from plinth.pipelines.cli.doctor import EPILOG as DOCTOR_EPILOG
 from plinth.pipelines.cli.doctor import doctor
 from plinth.pipelines.cli.doors.keys import keys
+from plinth.pipelines.cli.doors.metrics import metrics
 from plinth.pipelines.cli.finance.commands import finance
 from plinth.pipelines.cli.init import EPILOG as INIT_EPILOG
 from plinth.pipelines.cli.init import init
@@ -64,6 +65,7 @@ app.add_typer(models, name="models")
 app.add_typer(audit, name="audit")
 app.add_typer(keys, name="keys")
 app.add_typer(finance, name="finance")
+app.add_typer(metrics, name="metrics")
 app.command(epilog=BENCHMARK_EPILOG)(benchmark)
 app.command(epilog=OPTIMIZE_EPILOG)(optimize)
 app.command(epilog=BACKENDS_EPILOG)(backends)

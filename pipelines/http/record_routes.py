@@ -105,6 +105,8 @@ class RecordRoute:
         self._health = health
         self._groups: dict[float | None, Group] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        due = service.sla.deadline_ms
+        HTTP.promise(self.path, None if due is None else due / 1e3)
         self._seconds = 0.0
         self._refused: tuple[int, float] | None = None
         self._refusal = self._busy_bytes = b""

@@ -366,3 +366,12 @@ def test_keys_are_made_listed_and_revoked(plinth: Plinth) -> None:
     assert "carol" in (plinth.folder / "own.toml").read_text()
     (plinth.folder / "plinth.toml").write_text("")
     assert "no file of keys is named" in plinth("keys", "list", *config, code=2)[1]
+
+
+def test_rules_and_the_dashboard_are_written_as_json(plinth: Plinth) -> None:
+    found = json.loads(plinth("metrics", "rules", "tiny", "--job", "scores")[0])
+    assert [group["name"] for group in found["groups"]] == [
+        *("plinth-promises", "plinth-burn-rates", "plinth-faults"),
+    ]
+    assert 'up{job="scores"} == 0' in json.dumps(found).replace("\\", "")
+    assert json.loads(plinth("metrics", "dashboard")[0])["title"] == "Plinth"

@@ -169,7 +169,8 @@ def test_health_metrics_and_index(tiny: Running) -> None:
     tiny.post(ROUTE, json=GOOD)
     metrics = tiny.client.get("/metrics").text
     assert f'plinth_http_requests_total{{route="{ROUTE}",status="200"}}' in metrics
-    assert f'plinth_http_request_seconds_bucket{{le="0.01",route="{ROUTE}"}}' in metrics
+    bucket = f'plinth_http_request_seconds_bucket{{le="0.01",outcome="answered",route="{ROUTE}"}}'
+    assert bucket in metrics
     assert tiny.client.get("/").json()["verticals"] == {"tiny": "Doubles numbers."}
     page = tiny.client.get("/", headers={"accept": "text/html"})
     assert "Doubles numbers." in page.text

@@ -1,0 +1,1 @@
+"""What watches over servers: rules and alerts of promises, and a dashboard."""
