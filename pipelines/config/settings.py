@@ -181,6 +181,51 @@ class AdminConfig(Table):
     )
 
 
+class OidcConfig(Table):
+    """``[serve.oidc]``: bearer tokens of an OpenID Connect issuer."""
+
+    issuer: str | None = Field(
+        default=None, description="the issuer's address, as its tokens have it; none: no tokens"
+    )
+    audience: str | None = Field(
+        default=None, description="whom a token must be meant for; needed with an issuer"
+    )
+    keys_url: str | None = Field(
+        default=None, description="where its keys are; none: as its discovery document says"
+    )
+    algorithms: tuple[Literal["RS256", "PS256", "ES256", "ES384", "EdDSA"], ...] = Field(
+        default=("RS256", "ES256"), min_length=1, description="how tokens may be signed"
+    )
+    leeway_seconds: float = Field(
+        default=30.0, ge=0, le=600, description="how far clocks may be apart"
+    )
+    refresh_seconds: float = Field(
+        default=300.0, ge=10, description="age at which its keys are fetched again"
+    )
+    role_claim: str = Field(
+        default="scope", description="claim with roles: a text or a list; dots lead into others"
+    )
+    roles: dict[str, Literal["read", "score", "admin"]] = Field(
+        default={"plinth.read": "read", "plinth.score": "score", "plinth.admin": "admin"},
+        description="role by a value of that claim; a token without one may nothing",
+    )
+    only_claim: str | None = Field(
+        default=None, description="claim with the verticals and models it reaches; none: all"
+    )
+    per_second: float | None = Field(
+        default=None, gt=0, description="requests of a subject each second; none: any number"
+    )
+    burst: int | None = Field(
+        default=None, ge=1, description="requests of a subject at once; none: those of one second"
+    )
+
+    @model_validator(mode="after")
+    def _audience_is_named(self) -> OidcConfig:
+        if self.issuer is not None and not self.audience:
+            raise ValueError("an issuer needs an audience: tokens for others must not do here")
+        return self
+
+
 class GrpcConfig(TlsConfig):
     """``[serve.grpc]``: the same over gRPC."""
 
@@ -257,6 +302,7 @@ class ServeConfig(Table):
     oip: OipConfig = Field(default_factory=OipConfig)
     grpc: GrpcConfig = Field(default_factory=GrpcConfig)
     tls: TlsConfig = Field(default_factory=TlsConfig)
+    oidc: OidcConfig = Field(default_factory=OidcConfig)
     admin: AdminConfig = Field(default_factory=AdminConfig)
 
 
@@ -357,7 +403,7 @@ class Config(Table):
             ConfigError: it does not.
         """
         serve = self.serve
-        if serve.api_key_env or serve.keys or serve.insecure:
+        if serve.api_key_env or serve.keys or serve.oidc.issuer or serve.insecure:
             return
         doors = [(serve.host, serve.tls)]
         doors += [(serve.host, serve.grpc)] if serve.grpc.port is not None else []

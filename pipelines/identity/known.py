@@ -18,4 +18,10 @@ def identity_of(config: Config) -> Identity:
         keys.append(OneKey(key))
     if config.serve.keys is not None:
         keys.append(FileKeys(config.beside(config.serve.keys)))
-    return Identity(keys)
+    if config.serve.oidc.issuer is None:
+        return Identity(keys)
+    from plinth.pipelines.identity.tokens import IssuerTokens
+
+    tokens = IssuerTokens(config.serve.oidc)
+    tokens.look()
+    return Identity(keys, tokens)

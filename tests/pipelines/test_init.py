@@ -50,7 +50,7 @@ def test_what_it_gives_as_a_default_is_the_default(tmp_path: Path) -> None:
 def test_no_table_and_no_key_is_left_out() -> None:
     text = commented_config()
     tables = set(re.findall(r"(?m)^(?:# )?\[([\w.]+)\]$", text))
-    inner = {f"serve.{name}" for name in ("upload", "oip", "grpc", "tls", "admin")}
+    inner = {f"serve.{name}" for name in ("upload", "oip", "grpc", "tls", "oidc", "admin")}
     wanted = {"engine", "serve", "stream", "batch", "models"} | inner
     assert wanted == set(Config.model_fields) - {"verticals"} | inner
     for listing in registry.describe():
