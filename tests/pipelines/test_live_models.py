@@ -111,7 +111,7 @@ def served(store: ModelStore) -> Iterator[Running]:
     bound = bind(config.serve.host, config.serve.port)
     with running(config, {"tiny": vertical}, follow=True) as engine:
         server = Running(
-            Server(create_app({"tiny": vertical}, engine, config), config, bound), engine
+            Server(create_app({"tiny": vertical}, engine, config), config, bound), engine, {}
         )
         try:
             server.await_ready()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,6 +72,42 @@ def rollback(config_file: ConfigOption = None) -> None:
     """Let the version answer again that did before; the other one is no challenger any more."""
     before, now = _champion(_settings(config_file)).roll_back()
     say(f"fraud: {before} -> {now}")
+
+
+@finance.command(epilog="Example: plinth finance retrain history/ --every 1h")
+def retrain(
+    history: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE|FOLDER...",
+            help="Transactions and labels, JSON lines or .gz, in any order; of a folder all.",
+        ),
+    ],
+    every: Annotated[
+        str | None, typer.Option(help="Again and again: 30m, 1h, 1d. Without: once.")
+    ] = None,
+    days: Annotated[int, typer.Option(min=7, help="Of the window.")] = 21,
+    label_days: Annotated[int, typer.Option(min=0, help="That labels take.")] = 7,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the window.")] = 8,
+    alert_budget: Annotated[int, typer.Option(min=1, help="Cards per day to look at.")] = 100,
+    decline_cost: Annotated[float, typer.Option(help="Base currency, of a mistake.")] = 50.0,
+    seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    config_file: ConfigOption = None,
+) -> None:
+    """Train the next version on the newest days whose labels are due; what answers stays.
+
+    The version goes into the store, where challenger = "newest" finds it.
+    """
+    from plinth.pipelines.cli.finance.retraining import seconds_of, train_on, train_once
+    from plinth.verticals.finance.training.retrain import Plan
+
+    seconds = None if every is None else seconds_of(every)
+    plan = Plan(days, label_days, epochs, alert_budget, decline_cost, seed)
+    settings = _settings(config_file)
+    if seconds is None:
+        train_once(settings, history, plan)
+    else:
+        train_on(settings, history, plan, seconds, threading.Event())
 
 
 def _settings(config_file: Path | None) -> FraudSettings:

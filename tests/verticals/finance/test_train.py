@@ -140,3 +140,12 @@ def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
     calm = Population(customers=20, terminals=20, days=81, bad_terminals=0, bad_cards=0)
     with pytest.raises(ConfigError, match="no fraud labels"):
         TINY.check(simulated(calm, 1, ignore))
+
+
+def test_longer_histories_are_used_up_to_their_newest_days() -> None:
+    data = simulated(Population(customers=5, terminals=5, days=100, radius=60), 1, ignore)
+    plan = TINY.ending(data)
+    assert plan.days == 100 - 1 - 7
+    assert plan.days - plan.first_day == TINY.days - TINY.first_day
+    short = simulated(Population(customers=5, terminals=5, days=75, radius=60), 1, ignore)
+    assert TINY.ending(short) == TINY, "never before the windows are full"

@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,12 @@ class Plan:
     def days(self) -> int:
         """How many days of payments are needed."""
         return self.first_day + max(self.final_days + 3 * WEEK, (FOLDS + 2) * WEEK)
+
+    def ending(self, data: Data) -> Plan:
+        """The same up to the newest days whose labels are due; the last day may be cut off."""
+        return replace(
+            self, first_day=max(self.first_day, data.days - 1 - WEEK - self.days + self.first_day)
+        )
 
     def check(self, data: Data) -> None:
         """See that there is enough to train and to measure on.
@@ -255,7 +261,15 @@ def specification(recipe: Recipe, version: str, source: str, metrics: Quality) -
 
 
 def run(
-    plan: Plan, read: Read, out: Path, *, seed: int, version: str, source: str, console: Console
+    plan: Plan,
+    read: Read,
+    out: Path,
+    *,
+    seed: int,
+    version: str,
+    source: str,
+    console: Console,
+    newest: bool = False,
 ) -> list[ModelSpec]:
     """Train and store all models; returns their specs.
 
@@ -267,6 +281,7 @@ def run(
         version: of the models to write.
         source: where they come from, for the manifest.
         console: shows progress.
+        newest: use the newest days instead of the first ones that the plan allows.
 
     Raises:
         ConfigError: the version is in the store already, or the payments do not suffice.
@@ -283,6 +298,7 @@ def run(
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bar = progress.add_task("features", total=None)
         data = read(partial(progress.advance, bar))
+        plan = plan.ending(data) if newest else plan
         plan.check(data)
         for recipe in RECIPES:
             total = plan.epochs * FOLDS + max(plan.epochs * 2 // 3, 1)
@@ -339,7 +355,10 @@ def main(arguments: list[str] | None = None) -> int:
         help="a currency in the records and what one unit is worth; default EUR=1",
     )
     parser.add_argument(
-        "--first-day", type=int, help="of training; default: 37 of records, 115 of simulated days"
+        "--first-day",
+        type=int,
+        help="of training; default: the latest that leaves the newest day with known labels to the "
+        "test; 115 of simulated days",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "store")
@@ -370,6 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
             version=given.version,
             source=f"{COMMAND} --seed {given.seed}; {kind} payments",
             console=console,
+            newest=bool(given.records) and given.first_day is None,
         )
     except PlinthError as error:
         print(error, file=sys.stderr)

@@ -1,0 +1,184 @@
+"""The next version is trained up to the newest usable day, and replaces nothing."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from stores import add_version
+
+from plinth.engine import ConfigError, ModelStore
+from plinth.pipelines.cli.finance.retraining import files_of, seconds_of, train_on, train_once
+from plinth.pipelines.cli.main import main
+from plinth.verticals.finance import FraudScoring, FraudSettings
+from plinth.verticals.finance.champion import Champion
+from plinth.verticals.finance.training.history import Data, simulated
+from plinth.verticals.finance.training.retrain import WINDOW, Plan, retrain, window_of
+from plinth.verticals.finance.training.simulator import (
+    Population,
+    Table,
+    labels_json,
+    simulate,
+    transactions_json,
+)
+
+PEOPLE = Population(customers=120, terminals=60, days=76, radius=50, bad_terminals=0.5)
+QUICK = Plan(days=14, label_days=7, epochs=1, alert_budget=20)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return simulated(PEOPLE, 3, lambda done: None)
+
+
+@pytest.fixture(scope="module")
+def table() -> Table:
+    return simulate(PEOPLE, seed=3)
+
+
+def write(folder: Path, table: Table) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "payments.jsonl").write_bytes(b"\n".join(transactions_json(table)))
+    (folder / "labels.jsonl").write_bytes(b"\n".join(labels_json(table)))
+    return folder
+
+
+def weights(store: Path, version: str) -> bytes:
+    return (store / "fraud" / version / "weights.safetensors").read_bytes()
+
+
+def train(data: Data, store: Path, version: str) -> None:
+    retrain(data, QUICK, store, version=version, source="a test", advance=lambda done: None)
+
+
+def test_the_window_ends_at_the_newest_usable_day_and_what_lies_outside_changes_nothing(
+    data: Data, tmp_path: Path
+) -> None:
+    last = QUICK.last(data)
+    assert last == PEOPLE.days - 1 - 1 - 7
+    train(data, tmp_path, "1")
+
+    def with_amounts_of(day: int) -> Data:
+        rows = data.rows.copy()
+        rows[data.day == day, 0] *= 2
+        return Data(data.table, rows, data.day)
+
+    train(with_amounts_of(last), tmp_path, "2")
+    assert weights(tmp_path, "2") != weights(tmp_path, "1"), "the newest usable day counts"
+    for version, day in (("3", last + 1), ("4", last - QUICK.days)):
+        train(with_amounts_of(day), tmp_path, version)
+        assert weights(tmp_path, version) == weights(tmp_path, "1")
+
+
+def test_a_stored_version_is_a_challenger_and_never_the_champion(
+    data: Data, tmp_path: Path
+) -> None:
+    add_version(tmp_path, "1.0.0")
+    train(data, tmp_path, "20261126.050000")
+    assert Champion(tmp_path).version() == "1.0.0"
+    vertical = FraudScoring(FraudSettings(store=tmp_path, challenger="newest"))
+    assert vertical.versions.serving.version == "1.0.0"
+    loaded = vertical.next_models()
+    assert [model.spec.version for model in loaded] == ["20261126.050000"] * 2
+    spec = ModelStore(tmp_path).verify("fraud", "20261126.050000")
+    assert 0 < spec.metrics["ap"] <= 1
+    assert 0 < spec.metrics["review_threshold"] <= spec.metrics["decline_threshold"]
+    assert ModelStore(tmp_path).facts("fraud")[WINDOW] == window_of(data, QUICK)
+    assert vertical.drift is not None
+
+
+def test_the_command_trains_from_files_and_not_twice_on_the_same(
+    table: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "models"
+    add_version(store, "1.0.0")
+    history = write(tmp_path / "history", table)
+    settings = FraudSettings(store=store)
+    made = train_once(settings, [history], QUICK)
+    assert made is not None
+    assert ModelStore(store).versions("fraud") == ["1.0.0", made]
+    assert train_once(settings, [history], QUICK) is None, "nothing is new"
+    assert "no other payments or labels" in capsys.readouterr().err
+    assert Champion(store).version() == "1.0.0"
+
+
+def test_a_training_that_fails_leaves_the_store_as_it_was(
+    table: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "models"
+    add_version(store, "1.0.0")
+    (tmp_path / "plinth.toml").write_text(f'[verticals.finance]\nstore = "{store}"\n')
+    history = write(tmp_path / "history", table[table["time"] < PEOPLE.start_ms + 30 * 86_400_000])
+    before = sorted(path for path in store.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        main(["finance", "retrain", str(history), "--config", str(tmp_path / "plinth.toml")])
+    assert ended.value.code == 2
+    assert "30 days of payments" in capsys.readouterr().err
+    (history / "payments.jsonl").write_bytes(b"{\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["finance", "retrain", str(history), "--config", str(tmp_path / "plinth.toml")])
+    assert ended.value.code == 1
+    assert "payments.jsonl:1" in capsys.readouterr().err
+    assert sorted(path for path in store.rglob("*")) == before
+
+
+def test_a_time_that_fails_is_logged_and_the_next_one_trains(
+    table: Table, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, stop = tmp_path / "models", threading.Event()
+    add_version(store, "1.0.0")
+    (tmp_path / "history").mkdir()
+    told = (FraudSettings(store=store), [tmp_path / "history"], QUICK, 1.0, stop)
+    thread = threading.Thread(target=train_on, args=told)
+    thread.start()
+    try:
+        with caplog.at_level(logging.ERROR):
+            while "what answers stays" not in caplog.text:
+                thread.join(0.02)
+                assert thread.is_alive()
+        write(tmp_path / "history", table)
+        while len(ModelStore(store).versions("fraud")) < 2:
+            thread.join(0.02)
+            assert thread.is_alive()
+    finally:
+        stop.set()
+        thread.join(60)
+    assert not thread.is_alive()
+    assert Champion(store).version() == "1.0.0"
+
+
+def test_a_history_without_fraud_labels_is_refused(data: Data, tmp_path: Path) -> None:
+    genuine = data.table.copy()
+    genuine["fraud"] = False
+    with pytest.raises(ConfigError, match="fraud labels"):
+        train(Data(genuine, data.rows, data.day), tmp_path, "1")
+    assert not (tmp_path / "fraud").exists()
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90.0), ("30m", 1800.0), ("1h", 3600.0)])
+def test_times_are_read(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "1", "-1h", "0s", "1w", "nanh", "infd"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--every"):
+        seconds_of(text)
+
+
+def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no \*\.jsonl"):
+        files_of([tmp_path])
+    assert files_of([tmp_path / "a.jsonl"]) == [tmp_path / "a.jsonl"]

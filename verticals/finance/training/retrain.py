@@ -1,0 +1,197 @@
+"""The next version of the models, from the newest payments whose labels are due.
+
+The window ends at the newest usable day: the last but one of the history (the last may be cut off)
+less the days that labels take. A fifth of the cards is held out of it, for calibration, thresholds
+and the reference of drift. What the versions are worth is measured by the same procedure two weeks
+earlier: trained up to then, a week in which labels are not known, a week of test that ends at the
+newest usable day.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from plinth.engine import ConfigError, ModelSpec, ModelStore
+from plinth.verticals.finance.champion import NAME, Champion
+from plinth.verticals.finance.drift import FACT, Reference
+from plinth.verticals.finance.model import FraudScorer
+from plinth.verticals.finance.training.history import WEEK, Data, Rows
+from plinth.verticals.finance.training.quality import (
+    decline_threshold,
+    measure,
+    review_threshold,
+)
+from plinth.verticals.finance.training.train import (
+    FIRST_RECORDED,
+    RECIPES,
+    Quality,
+    Recipe,
+    fit,
+    score,
+    specification,
+)
+
+WINDOW = "window"
+"""Under this name the store keeps of what a version was trained."""
+HELD_OUT = 5
+"""One card in so many is held out of training."""
+SHIFT = 2 * WEEK
+"""Days by which the measured window ends earlier: a week without labels, a week of test."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to train the next version.
+
+    Args:
+        days: of the window.
+        label_days: after so many a payment without a label is genuine.
+        epochs: passes over the window.
+        alert_budget: cards per day that people can look at; sets the review threshold.
+        decline_cost: base currency lost by refusing a genuine payment.
+        seed: of weights, order and dropout.
+    """
+
+    days: int = 3 * WEEK
+    label_days: int = WEEK
+    epochs: int = 8
+    alert_budget: int = 100
+    decline_cost: float = 50.0
+    seed: int = 0
+
+    def last(self, data: Data) -> int:
+        """The newest usable day.
+
+        Raises:
+            ConfigError: the history is too short.
+        """
+        last = data.days - 2 - self.label_days
+        first = last - SHIFT - self.days + 1
+        if first < FIRST_RECORDED:
+            raise ConfigError(
+                f"there are {data.days} days of payments, "
+                f"{data.days + FIRST_RECORDED - first} are needed",
+                hint=f"{FIRST_RECORDED} fill the windows of the features; bring more",
+            )
+        return last
+
+
+class Trained(NamedTuple):
+    """A calibrated model, its thresholds, and the rows that were held out."""
+
+    model: FraudScorer
+    review: float
+    decline: float
+    held: Rows
+
+
+def window_of(data: Data, plan: Plan) -> dict[str, Any]:
+    """What a version trained now would be trained on; equal for equal payments and labels."""
+    last = plan.last(data)
+    rows = data.between(last - plan.days + 1, plan.days)
+    times = data.table["time"][rows]
+    return {
+        "from": int(times[0]),
+        "to": int(times[-1]),
+        "payments": len(rows),
+        "frauds": int(data.table["fraud"][rows].sum()),
+        "amount": round(float(data.table["amount"][rows].sum()), 2),
+        "plan": {name: getattr(plan, name) for name in plan.__dataclass_fields__},
+    }
+
+
+def retrain(
+    data: Data,
+    plan: Plan,
+    store: Path,
+    *,
+    version: str,
+    source: str,
+    advance: Callable[[int], None],
+) -> list[ModelSpec]:
+    """Train, measure and store a version of each model; what answers stays what it is.
+
+    Args:
+        data: the history.
+        plan: how to train.
+        store: folder of the model store.
+        version: to write.
+        source: where it comes from, for the manifest.
+        advance: told after each epoch.
+
+    Raises:
+        ConfigError: the history is too short, or the window or the test week has no fraud.
+        ModelError: the version is there already.
+    """
+    last, window = plan.last(data), window_of(data, plan)
+    made = []
+    for recipe in RECIPES:
+        quality = _measured(recipe, data, plan, last - SHIFT, advance)
+        trained = _train(recipe, data, plan, last, advance)
+        found = score(trained.model, data, trained.held)
+        fraud = data.table["fraud"][trained.held]
+        reference = Reference.of(data.rows[trained.held], found, fraud)
+        thresholds = {"review_threshold": trained.review, "decline_threshold": trained.decline}
+        spec = specification(recipe, version, source, quality | thresholds)
+        made.append((spec, trained.model, {FACT: reference.model_dump(), WINDOW: window}))
+    _keep(store)
+    for spec, model, facts in reversed(made):  # the cheaper variant first: it is asked for by name
+        ModelStore(store).save(spec, model, facts=facts)
+    return [spec for spec, _, _ in made]
+
+
+def _keep(store: Path) -> None:
+    """Where nobody chose what answers it is the newest: let it stay, whatever is stored next."""
+    champion, known = Champion(store), ModelStore(store).versions(NAME)
+    if known and champion.version() is None:
+        champion.promote(known[-1], by="training", champion=None)
+
+
+def _train(
+    recipe: Recipe, data: Data, plan: Plan, last: int, advance: Callable[[int], None]
+) -> Trained:
+    """A model of the window that ends at a day."""
+    rows = data.between(last - plan.days + 1, plan.days)
+    out = data.table["customer"][rows] % HELD_OUT == 0
+    chosen, held = rows[~out], rows[out]
+    for part in (chosen, held):
+        if not data.table["fraud"][part].any():
+            raise ConfigError(
+                f"the {plan.days} days up to day {last} of the history have too few fraud labels",
+                hint="bring the labels, or a longer window: --days",
+            )
+    model = fit(recipe, data, chosen, epochs=plan.epochs, seed=plan.seed, advance=advance)
+    with torch.inference_mode():
+        logits = model.logits(torch.from_numpy(data.rows[held]))
+    model.calibration.fit(logits, torch.from_numpy(data.table["fraud"][held]))
+    scores = score(model, data, held)
+    review = review_threshold(scores, data, held, max(1, round(plan.alert_budget / HELD_OUT)))
+    decline = decline_threshold(scores, data, held, plan.decline_cost)
+    return Trained(model, review, max(review, decline), held)
+
+
+def _measured(
+    recipe: Recipe, data: Data, plan: Plan, last: int, advance: Callable[[int], None]
+) -> Quality:
+    """What the procedure gives two weeks later when it is done with what was known then."""
+    model, review, decline, _ = _train(recipe, data, plan, last, advance)
+    test = data.test(last + WEEK + 1, known_from=last - plan.days + 1)
+    fraud = data.table["fraud"][test]
+    if not fraud.any():
+        raise ConfigError(
+            f"the week from day {last + WEEK + 1} of the history on has no fraud labels",
+            hint="do labels come? see plinth_finance_missing_label_share",
+        )
+    scores = score(model, data, test)
+    return {
+        **measure(scores, data, test, plan.alert_budget),
+        "alert_share": float(np.mean(scores >= review)),
+        "review_recall": float(np.mean(scores[fraud] >= review)),
+        "decline_recall": float(np.mean(scores[fraud] >= decline)),
+    }
