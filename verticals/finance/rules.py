@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -178,13 +179,13 @@ class Rules:
     conditions: tuple[Condition, ...]
     version: str
 
-    def apply(self, payments: Payments) -> tuple[list[Verdict], dict[str, int]]:
-        """What the rules ask for of each payment, and how often each rule held.
+    def apply(self, payments: Payments) -> tuple[defaultdict[int, Verdict], dict[str, int]]:
+        """What the rules ask for, by the payment's place, and how often each rule held.
 
         A transaction id that came before with another amount or terminal is at least reviewed
         (R04), whatever the rules are.
         """
-        verdicts = [Verdict() for _ in range(len(payments))]
+        verdicts: defaultdict[int, Verdict] = defaultdict(Verdict)
         hits: dict[str, int] = {}
         self._ask("decline", payments, verdicts, hits)
         _add(verdicts, np.flatnonzero(payments.column("conflict")).tolist(), REUSED_ID, "review")
@@ -192,19 +193,26 @@ class Rules:
         return verdicts, hits
 
     def _ask(
-        self, action: Action, payments: Payments, verdicts: list[Verdict], hits: dict[str, int]
+        self,
+        action: Action,
+        payments: Payments,
+        verdicts: defaultdict[int, Verdict],
+        hits: dict[str, int],
     ) -> None:
         for rule, holds in zip(self.rules, self.conditions, strict=True):
             if rule.action != action:
                 continue
             held = np.flatnonzero(holds(payments)).tolist()
-            if held:
-                hits[rule.code] = len(held)
+            if not held:
+                continue
+            hits[rule.code] = len(held)
             if not rule.shadow:
                 _add(verdicts, held, Reason(code=rule.code, text=rule.text), action)
 
 
-def _add(verdicts: list[Verdict], places: Sequence[int], reason: Reason, action: Action) -> None:
+def _add(
+    verdicts: defaultdict[int, Verdict], places: Sequence[int], reason: Reason, action: Action
+) -> None:
     for place in places:
         verdict = verdicts[place]
         verdict.reasons.append(reason)

@@ -52,6 +52,7 @@ from plinth.verticals.finance.reasons import (
 from plinth.verticals.finance.rules import Payments, Verdict
 from plinth.verticals.finance.schema import (
     LATEST,
+    AuditedDecision,
     Decision,
     FollowUp,
     Label,
@@ -60,6 +61,7 @@ from plinth.verticals.finance.schema import (
     Transaction,
     is_follow_up,
     is_label,
+    is_payment,
     milliseconds,
     read,
 )
@@ -68,6 +70,7 @@ from plinth.verticals.finance.tally import FraudTally
 from plinth.verticals.finance.versions import Serving, Variant, Versions
 
 MAX_REASONS = 4
+_NO_RULE = Verdict()
 MAX_EXPLAINED = 64
 """Alerts explained in one call: about a thousand rows, whatever the number of alerts."""
 LATE, PARTIAL, DUPLICATE, CONFLICT = (
@@ -219,7 +222,7 @@ class FraudScoring(Vertical[Record, Decision]):
         asked = [
             request
             for request, result in zip(requests, results, strict=True)
-            if result is None and isinstance(request, Transaction)
+            if result is None and is_payment(request)
         ]
         if self.versions.shadow is not None:
             self.versions.shadow.offer(asked, batch, scores)
@@ -266,7 +269,7 @@ class FraudScoring(Vertical[Record, Decision]):
         told = vars(request)
         record = {name: told[name] for name in _TOLD if told.get(name) is not None}
         found: dict[str, Any] = {"record": record}
-        if result._row is not None:
+        if isinstance(result, AuditedDecision):
             row, by = result._row
             found["features"] = dict(zip(FEATURES, row.tolist(), strict=True))
             found["thresholds"] = {"review": by.review, "decline": by.decline}
@@ -319,18 +322,17 @@ class FraudScoring(Vertical[Record, Decision]):
             results: gets one entry for each: the answer, or ``None`` where the model gives it.
         """
         for request in requests:
-            if is_label(request):
+            if is_payment(request):
+                event = self._event(request)
+                if isinstance(event, InputError):
+                    results.append(event)
+                else:
+                    results.append(None)
+                    yield event
+            elif is_label(request):
                 results.append(self._note(request))
-                continue
-            if is_follow_up(request):
-                results.append(_noted(request))
-                continue
-            event = self._event(request)
-            if isinstance(event, InputError):
-                results.append(event)
             else:
-                results.append(None)
-                yield event
+                results.append(_noted(request))
 
     def _note(self, label: Label) -> Decision | InputError:
         made = Labelled(
@@ -387,11 +389,16 @@ class FraudScoring(Vertical[Record, Decision]):
         reasons: dict[int, list[Reason]],
     ) -> list[Decision]:
         decisions: list[Decision] = []
+        make = AuditedDecision if self.audited else Decision
         verdicts = self._verdicts(asked, batch, scores)
-        rows = zip(asked, verdicts, batch.flags.tolist(), scores, answered, strict=True)
-        for place, (request, verdict, flag, score, by) in enumerate(rows):
+        lacking_until = self._lacking_until()
+        rows = zip(asked, batch.flags.tolist(), scores, answered, strict=True)
+        for place, (request, flag, score, by) in enumerate(rows):
+            verdict = verdicts.get(place, _NO_RULE)
             extra = request.model_extra
-            apart = self._shared or self._may_lack(request)
+            apart = self._shared or (
+                lacking_until > NEVER and milliseconds(request.event_time) <= lacking_until
+            )
             special: dict[str, Any] = (
                 {
                     "features_late": bool(flag & LATE),
@@ -403,7 +410,7 @@ class FraudScoring(Vertical[Record, Decision]):
                 if flag or apart or extra
                 else {}
             )
-            decision = Decision(
+            decision = make(
                 transaction_id=request.transaction_id,
                 score=score,
                 decision=by.stricter(verdict.action, score),
@@ -413,22 +420,21 @@ class FraudScoring(Vertical[Record, Decision]):
                 rules_version=self.rules.version,
                 **special,
             )
-            if self.audited:
+            if isinstance(decision, AuditedDecision):
                 decision._row = batch.rows[place], by
             decisions.append(decision)
         if partial := sum(decision.features_partial for decision in decisions):
             PARTIAL_DECISIONS.inc(partial)
         return decisions
 
-    def _may_lack(self, request: Transaction) -> bool:
-        """Whether a window reaches below what this state has seen, or the time when keys moved."""
+    def _lacking_until(self) -> int:
+        """Up to this event time windows reach below what this state has seen, or a move of keys."""
         unseen = max(self._moved, self._started)
-        reach = RISK_REACH + self.state.limits.lateness_ms
-        return unseen > NEVER and milliseconds(request.event_time) <= unseen + reach
+        return unseen + RISK_REACH + self.state.limits.lateness_ms if unseen > NEVER else NEVER
 
     def _verdicts(
         self, asked: Sequence[Transaction], batch: Batch, scores: Sequence[float]
-    ) -> list[Verdict]:
+    ) -> dict[int, Verdict]:
         rates = self._given.rates
         payments = Payments(
             asked,

@@ -142,7 +142,7 @@ def test_a_rule_in_shadow_is_counted_and_asks_for_nothing() -> None:
         }
     ).compiled()
     verdicts, hits = rules.apply(payments({"amount": 11.0}, {"amount": 9.0}))
-    assert [verdict.action for verdict in verdicts] == ["approve", "approve"]
+    assert not verdicts
     assert hits == {"S1": 1}
 
 

@@ -99,6 +99,26 @@ def test_a_wrong_value_is_refused_and_its_field_named(field: str, value: Any) ->
     assert error.hint
 
 
+@pytest.mark.parametrize(
+    ("time", "taken"),
+    [
+        ("1999-12-31T23:30:00-01:00", True),
+        ("2000-01-01T00:30:00+01:00", False),
+        ("2099-12-31T23:59:59.999999Z", True),
+        ("2100-01-01T00:30:00+01:00", True),
+        ("2099-12-31T23:30:00-01:00", False),
+    ],
+)
+def test_times_lie_between_2000_and_2099_in_utc(time: str, taken: bool) -> None:
+    raw = payment(event_time=time)
+    if taken:
+        assert read(raw).event_time == datetime.fromisoformat(time)
+    else:
+        error = refusal(raw)
+        assert (error.field, error.reason) == ("event_time", "implausible_time")
+        assert "2000 to 2099" in error.message
+
+
 @pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_amounts_are_finite(word: str) -> None:
     raw = payment(amount=4242.0).replace(b"4242.0", word.encode())

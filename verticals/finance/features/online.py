@@ -194,7 +194,10 @@ class FeatureState:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits if limits is not None else Limits()
-        entries = self.limits.max_events
+        entries, lateness = self.limits.max_events, self.limits.lateness_ms
+        self._card_keep, self._terminal_keep, self._day_keep = (
+            reach + lateness for reach in (CARD_REACH, RISK_REACH, DAY)
+        )
         self.cards = Entities(Card, self.limits.max_cards, entries)
         self.terminals = Entities(Terminal, self.limits.max_terminals, entries)
         self.customers = Entities(Timeline, self.limits.max_customers, entries)
@@ -293,9 +296,8 @@ class FeatureState:
             if card.times[card.index(transaction)] > card.floor:
                 return _repeated(card, transaction, units, terminal_id)
             self.cards.sink(card)
-        limits = self.limits
-        lateness = limits.lateness_ms
-        partial = self.cards.reach(card, time, CARD_REACH + lateness, CARD_REACH)
+        limits, day_keep = self.limits, self._day_keep
+        partial = self.cards.reach(card, time, self._card_keep, CARD_REACH)
         if time <= card.floor:
             return self._answer_only(
                 transaction, time, amount, card_id, customer_id, terminal_id, device_id
@@ -304,22 +306,22 @@ class FeatureState:
         late = end < len(card.times)
 
         terminal = self.terminals.touch(terminal_id)
-        width = RISK_REACH if terminal.labelled else DAY
-        partial |= self.terminals.reach(terminal, time, RISK_REACH + lateness, width)
+        width = RISK_REACH if terminal.marks or terminal.blind > NEVER else DAY
+        partial |= self.terminals.reach(terminal, time, self._terminal_keep, width)
         partial |= terminal.blind > time - RISK_REACH
-        terminal_count = terminal.count(time, DAY, terminal.place(time, card_id))
+        terminal_count = terminal.enter_with(time, DAY, card_id)
         risks = terminal.shares(time) if terminal.marks else (0.0, 0.0, 0.0)
 
         customer = self.customers.touch(customer_id)
-        partial |= self.customers.reach(customer, time, DAY + lateness, DAY)
-        customer_count = customer.count(time, DAY, customer.add(time))
+        partial |= self.customers.reach(customer, time, day_keep, DAY)
+        customer_count = customer.enter(time, DAY)
 
         device_cards = 0
         if device_id is not None:
             device = self.devices.touch(device_id)
-            partial |= self.devices.reach(device, time, DAY + lateness, DAY)
-            device_cards = device.distinct(time, DAY, device.place(time, card_id))
-            self.devices.grown(device, DAY + lateness, limits.device_events)
+            partial |= self.devices.reach(device, time, day_keep, DAY)
+            device_cards = device.enter_with(time, DAY, card_id)
+            self.devices.grown(device, day_keep, limits.device_events)
 
         row = ROW.pack(
             *_card_features(card, time, units, end),
@@ -330,9 +332,9 @@ class FeatureState:
         )
         flags = (_LATE if late else 0) | (_PARTIAL if partial else 0)
         card.keep_row(end, row, flags)
-        self.cards.grown(card, CARD_REACH + lateness, limits.card_events)
-        self.terminals.grown(terminal, RISK_REACH + lateness, limits.terminal_events)
-        self.customers.grown(customer, DAY + lateness, limits.customer_events)
+        self.cards.grown(card, self._card_keep, limits.card_events)
+        self.terminals.grown(terminal, self._terminal_keep, limits.terminal_events)
+        self.customers.grown(customer, day_keep, limits.customer_events)
         return row, flags
 
     def _answer_only(self, *event: Any) -> tuple[bytes, int]:
@@ -371,9 +373,9 @@ def _card_features(card: Card, time: int, units: int, end: int) -> tuple[float, 
     five = bisect_right(times, time - 5 * MINUTE, hour, end)
     total = sums[end]
     month = total - sums[start30]
-    recency = COLD_RECENCY
-    if end > 1:
-        recency = min((time - times[end - 2]) / 1000, COLD_RECENCY)
+    recency = (time - times[end - 2]) / 1000 if end > 1 else COLD_RECENCY
+    if recency > COLD_RECENCY:
+        recency = COLD_RECENCY
     return (
         units / UNITS,
         (time // DAY + 3) % 7 >= 5,

@@ -73,8 +73,9 @@ class Timeline:
         times.insert(place, time)
         return place + 1
 
-    def count(self, time: int, width: int, end: int) -> int:
-        """Events in (time - width, time], where ``end`` entries lie at or before ``time``."""
+    def enter(self, time: int, width: int) -> int:
+        """Place an event; returns the events in (time - width, time], itself included."""
+        end = self.add(time)
         return end - bisect_right(self.times, time - width, 0, end)
 
     def entries(self) -> int:
@@ -187,8 +188,13 @@ class CardTimeline(Timeline):
 
     def place(self, time: int, card: str) -> int:
         """Enter an event; returns the number of entries up to and including it."""
+        times, cards = self.times, self.cards
+        if not times or time >= times[-1]:
+            times.append(time)
+            cards.append(card)
+            return len(times)
         end = self.add(time)
-        self.cards.insert(end - 1, card)
+        cards.insert(end - 1, card)
         return end
 
     def forget(self, drop: int) -> None:
@@ -212,6 +218,11 @@ class Terminal(CardTimeline):
         self.blind = floor
         self.marks: dict[str, tuple[int, int, int]] = {}
         self._table: npt.NDArray[np.int64] | None = None
+
+    def enter_with(self, time: int, width: int, card: str) -> int:
+        """Place an event; returns the events in (time - width, time], itself included."""
+        end = self.place(time, card)
+        return end - bisect_right(self.times, time - width, 0, end)
 
     def cards_at(self, time: int) -> list[str]:
         """Cards of the events at exactly this time."""
@@ -277,11 +288,6 @@ class Terminal(CardTimeline):
         known = happened[(since <= time) & (time < until) & (happened <= edge)]
         return [int(np.count_nonzero(known > edge - days * DAY)) for days in (1, 7, 30)]
 
-    @property
-    def labelled(self) -> bool:
-        """A label of a transaction here was entered, or may have been."""
-        return bool(self.marks) or self.blind > NEVER
-
     def sink(self) -> None:
         super().sink()
         self._forget_marks(self.floor)
@@ -303,8 +309,9 @@ class Device(CardTimeline):
 
     __slots__ = ()
 
-    def distinct(self, time: int, width: int, end: int) -> int:
-        """Distinct cards in (time - width, time]."""
+    def enter_with(self, time: int, width: int, card: str) -> int:
+        """Place an event; returns the distinct cards in (time - width, time]."""
+        end = self.place(time, card)
         return len(set(self.cards[bisect_right(self.times, time - width, 0, end) : end]))
 
 
@@ -354,9 +361,11 @@ class Entities(Generic[E]):
             True where the window reaches below the floor; then nothing lies there any more.
         """
         times, floor = entity.times, entity.floor
-        newest = times[-1] if times and times[-1] > time else time
-        if newest - keep > floor:
-            entity.floor = floor = newest - keep
+        oldest = time - keep
+        if times and (newest := times[-1]) > time:
+            oldest = newest - keep
+        if oldest > floor:
+            entity.floor = floor = oldest
         if floor <= time - width:
             return False
         self.sink(entity)
