@@ -67,7 +67,7 @@ class Worker:
         self.process = subprocess.Popen(
             ["taskset", "-c", "1", sys.executable, "-m", "plinth", "stream", "finance",
              "--json"],
-            env={**os.environ, **SINGLE, **settings, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **SINGLE, **settings, "PYTHONPATH": str(ROOT / "src")},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -76,6 +76,22 @@ class Producer(KafkaProducer):  # type: ignore[misc]
         """Brokers it is connected to; one that is missing later was lost, or long idle."""
         return frozenset(self._sender._client._manager._conns.copy())
 
+    def append(
+        self, place: TopicPartition, value: bytes, key: bytes | None, headers: list[Any]
+    ) -> Any:
+        """As :meth:`send` to a partition, in half of its time where its batch has room for more.
+
+        The batch is of the transaction that is open now: :meth:`send`, which began it, made the
+        partition part of that, and every batch of an earlier one was waited for.
+        """
+        accumulator = self._accumulator
+        with accumulator._tp_lock(place):
+            batches = accumulator._batches[place]
+            future = batches[-1].try_append(None, key, value, headers) if batches else None
+        if future is None:
+            future = self.send(place.topic, value, key, headers, place.partition)
+        return future
+
     def send_offsets_to_transaction(self, offsets: Any, group_metadata: Any) -> None:
         """Make offsets part of the transaction."""
         self._settle(self._transaction_manager.send_offsets_to_transaction(offsets, group_metadata))

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from kafka.errors import KafkaError
+from kafka.structs import TopicPartition
 
 from plinth import __version__
 from plinth.pipelines.stream.chunks import (
@@ -202,21 +203,24 @@ class KafkaSink(ABC):
 
     def _send_all(self, producer: Any, outputs: Outputs) -> list[Any]:
         """Queue every message; its futures, to be handed to :meth:`_all_written`."""
-        send, topic = producer.send, self.config.output_topic
+        append, topic = producer.append, self.config.output_topic
         width = outputs.chunk.layout.width
-        alike, position = _alike(producer, topic, width), outputs.position
+        alike, position = _alike(producer, topic, width), outputs.position.encode()
+        places = {p.partition: TopicPartition(topic, p.partition) for p in outputs.chunk.ends}
         futures = []
         for message in outputs.messages:
             record, head = message.record, list(message.headers)
             if position:
-                told = f"{record.partition}@{record.offset};{position}"
-                head.append((POSITION, told.encode()))
+                told = b"%d@%d;%b" % (record.partition, record.offset, position)
+                head.append((POSITION, told))
             if message.error is not None:
                 futures.append(self._send_dead(producer, message, head, width))
             else:
-                key = message.key
-                place = record.partition if alike and key == record.key else None
-                futures.append(send(topic, message.value, key, head, place))
+                key, value = message.key, message.value
+                if alike and key == record.key:
+                    futures.append(append(places[record.partition], value, key, head))
+                else:
+                    futures.append(producer.send(topic, value, key, head))
         if outputs.audit:
             futures += self._send_audit(producer, outputs.audit)
         return futures

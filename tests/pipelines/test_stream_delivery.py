@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -10,11 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from kafka.errors import IllegalStateError
+from kafka.structs import TopicPartition
 from kafka_fixtures import KafkaNode
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
 from plinth.engine import ConfigError, Engine, QueueFull
-from plinth.pipelines.stream.kafka_clients import prepare
+from plinth.pipelines.stream.kafka_clients import Producer, connect, prepare
 from plinth.pipelines.stream.redeliver import redeliver
 from plinth.pipelines.stream.worker import (
     StreamConfig,
@@ -57,6 +60,51 @@ def test_every_record_is_answered_once_in_the_order_of_its_card(
     expect_each_once(answers, 2_000)
     assert all(r.key.decode() == a["card"] for r, a in zip(records, answers, strict=True))
     assert summary.transactions >= 2_000 / config.max_records
+
+
+@real_kafka
+def test_what_is_appended_keeps_its_order_over_batches_and_transactions(
+    kafka_node: KafkaNode,
+) -> None:
+    config = kafka_node.config(partitions=2)
+    prepare(config)
+    places = [TopicPartition(config.output_topic, number) for number in (0, 1)]
+    options = {**config.client(), "transactional_id": config.group, "batch_size": 4_096}
+    with contextlib.closing(connect(Producer, **options)) as producer:
+        producer.init_transactions()
+        for first in (0, 300):
+            producer.begin_transaction()
+            futures = [
+                producer.append(
+                    places[number % 2], b"%d " % number + b"x" * (number % 90) ** 2, b"k", []
+                )
+                for number in range(first, first + 300)
+            ]
+            for future in futures:
+                future.get(30)
+            producer.commit_transaction()
+    found: list[list[int]] = [[], []]
+    for record in kafka_node.read(config.output_topic):
+        found[record.partition].append(int(record.value.split()[0]))
+    assert found == [list(range(start, 600, 2)) for start in (0, 1)]
+
+
+@real_kafka
+def test_an_append_outside_a_transaction_is_refused(kafka_node: KafkaNode) -> None:
+    config = kafka_node.config(partitions=1)
+    prepare(config)
+    place = TopicPartition(config.output_topic, 0)
+    options = {**config.client(), "transactional_id": config.group}
+    with contextlib.closing(connect(Producer, **options)) as producer:
+        producer.init_transactions()
+        with pytest.raises(IllegalStateError):
+            producer.append(place, b"value", b"key", [])
+        producer.begin_transaction()
+        producer.append(place, b"value", b"key", []).get(30)
+        producer.commit_transaction()
+        with pytest.raises(IllegalStateError):
+            producer.append(place, b"value", b"key", [])
+    assert len(kafka_node.read(config.output_topic)) == 1
 
 
 @real_kafka
