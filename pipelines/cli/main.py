@@ -19,6 +19,8 @@ from plinth.pipelines.cli.convert import EPILOG as CONVERT_EPILOG
 from plinth.pipelines.cli.convert import convert
 from plinth.pipelines.cli.doctor import EPILOG as DOCTOR_EPILOG
 from plinth.pipelines.cli.doctor import doctor
+from plinth.pipelines.cli.doors.deidentify import EPILOG as DEIDENTIFY_EPILOG
+from plinth.pipelines.cli.doors.deidentify import deidentify
 from plinth.pipelines.cli.doors.keys import keys
 from plinth.pipelines.cli.doors.metrics import metrics
 from plinth.pipelines.cli.finance.commands import finance
@@ -70,6 +72,7 @@ app.command(epilog=BENCHMARK_EPILOG)(benchmark)
 app.command(epilog=OPTIMIZE_EPILOG)(optimize)
 app.command(epilog=BACKENDS_EPILOG)(backends)
 app.command(epilog=CONVERT_EPILOG)(convert)
+app.command(epilog=DEIDENTIFY_EPILOG)(deidentify)
 app.command(epilog=DOCTOR_EPILOG)(doctor)
 app.command(epilog=INIT_EPILOG)(init)
 app.command("new-vertical", epilog=NEW_VERTICAL_EPILOG)(new_vertical)

@@ -1,0 +1,252 @@
+"""De-identification, and canaries: names, dates and numbers planted in every attribute there is."""
+
+from __future__ import annotations
+
+import csv
+import os
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom import DataElement, Dataset
+from pydicom.datadict import DicomDictionary
+from pydicom.sequence import Sequence
+from pydicom.tag import Tag
+
+from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.privacy.deidentify import Deidentifier
+from plinth.verticals.medical.privacy.folder import Row, deidentify
+from plinth.verticals.medical.privacy.kept import NUMBERS
+
+KEY = "a secret of the tests, 32 characters"
+NAME, NUMBER, DATE = "Zanzibar", 48151623, "19230704"
+VALUES: dict[str, Any] = {
+    **dict.fromkeys(("LO", "SH", "ST", "LT", "UT", "UC", "UR"), f"{NAME}-{NUMBER}"),
+    "AE": NAME,
+    "CS": f"{NAME.upper()}_{NUMBER}"[:16],
+    "PN": f"{NAME}^{NUMBER}",
+    "DA": DATE,
+    "DT": f"{DATE}101112",
+    "UI": f"1.2.{NUMBER}.{DATE}",
+    "IS": NUMBER,
+    "DS": NUMBER,
+    "UL": NUMBER,
+    "SL": NUMBER,
+    "FD": float(NUMBER),
+    "FL": float(NUMBER),
+    **dict.fromkeys(("OB", "UN"), f"{NAME}{NUMBER}{DATE}".encode()),
+}
+CANARIES = (
+    *(NAME.lower().encode(), str(NUMBER).encode(), DATE.encode()),
+    *(struct.pack(f"<{code}", NUMBER) for code in "Ifd"),
+)
+NEEDED = {
+    *("SOPClassUID", "Modality", "PhotometricInterpretation", "PixelData", "BurnedInAnnotation"),
+    *("FloatPixelData", "DoubleFloatPixelData", "PixelPresentation", "NumberOfFrames", "ImageType"),
+    *(
+        "RescaleType",
+        "PatientID",
+        "SOPInstanceUID",
+        "SpecificCharacterSet",
+        "DataSetTrailingPadding",
+    ),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "SeriesDescription"),
+    *("ModalityLUTSequence", "ConvolutionKernel", "AcquisitionNumber", "KVP", "Units"),
+}
+"""Without these, or with others, a file is another image or none."""
+
+
+def planted(image: Dataset, k: int) -> None:
+    """Canaries in every attribute of the dictionary, in items, private attributes and overlays."""
+    for number, (vr, _, _, retired, keyword) in DicomDictionary.items():
+        tag = Tag(number)
+        if not keyword or keyword in NEEDED | NUMBERS or tag.group in (0x0000, 0x0002, 0x0004):
+            continue
+        if vr in VALUES:
+            image[tag] = DataElement(tag, vr, VALUES[vr])
+        elif vr == "SQ" and not retired:
+            image[tag] = DataElement(tag, "SQ", Sequence([nested()]))
+    image.PatientID, image.PatientSex = f"{NAME}-{NUMBER}", "F"
+    image.SeriesInstanceUID = f"1.2.{NUMBER}.1"
+    image.SOPInstanceUID = f"1.2.{NUMBER}.2.{k}"
+    image.SeriesDescription = f"for {NAME}"
+    block = image.private_block(0x0029, f"{NAME} PRIVATE", create=True)
+    block.add_new(1, "LO", f"{NAME}-{NUMBER}")
+    block.add_new(2, "SQ", [nested()])
+    image.add_new(0x60003000, "OB", VALUES["OB"])
+    image.add_new(0x60001500, "LO", VALUES["LO"])
+
+
+def nested() -> Dataset:
+    item = Dataset()
+    item.PatientName, item.PatientBirthDate = VALUES["PN"], DATE
+    item.ReferencedSOPInstanceUID = VALUES["UI"]
+    item.ContentSequence = [Dataset()]
+    item.ContentSequence[0].TextValue = VALUES["UT"]
+    item.private_block(0x0029, f"{NAME} PRIVATE", create=True).add_new(1, "LO", VALUES["LO"])
+    return item
+
+
+def found_in(data: bytes) -> list[bytes]:
+    return [canary for canary in CANARIES if canary in data or canary in data.lower()]
+
+
+def all_files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def plinth(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "plinth.pipelines.cli.main", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(command, capture_output=True, env=environment, check=False)
+
+
+@pytest.fixture
+def canaries(write: Callable[..., Path], edit: Callable[..., None]) -> Path:
+    """A series of canaries, with more in the preamble of its files."""
+    folder = write(shape=(72, 64, 8), spacing=(5.0, 5.0, 9.0))
+    with pytest.warns():
+        edit(folder, planted)
+    for path in folder.glob("*.dcm"):
+        data = path.read_bytes()
+        path.write_bytes(f"{NAME}{NUMBER}".encode().ljust(128, b"\0") + data[128:])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_no_canary_is_found_in_copies_results_or_what_is_printed(
+    canaries: Path, tmp_path: Path
+) -> None:
+    assert len(found_in(next(canaries.glob("*.dcm")).read_bytes())) == len(CANARIES)
+    copies, results = tmp_path / "copies", tmp_path / "results"
+    (canaries / f"{NAME}.txt").write_text(f"Dear Ms {NAME}")
+    whose = tmp_path / "whose.csv"
+    told = plinth(
+        *("deidentify", canaries, "--out", copies, "--map", whose), PLINTH_DEIDENTIFY_KEY=KEY
+    )
+    assert told.returncode == 0, told.stderr
+    assert whose.stat().st_mode & 0o777 == 0o600
+    with whose.open() as file:
+        places = {row["output"]: Path(row["source"]) for row in csv.DictReader(file)}
+    assert all(place.is_file() for place in places.values())
+    images = list(copies.rglob("*.dcm"))
+    assert len(images) == len(list(canaries.glob("*.dcm")))
+    before, after = load_volume(canaries), load_volume(next(copies.glob("P*")))
+    assert np.array_equal(before.voxels, after.voxels)
+    assert np.array_equal(before.affine, after.affine)
+    for path in all_files(copies):
+        data = path.read_bytes()
+        if path.suffix == ".dcm":
+            image = pydicom.dcmread(path)
+            data = data.replace(image.PixelData, b"")
+        assert not found_in(data), path
+        assert not found_in(str(path.relative_to(copies)).encode())
+    assert not found_in(told.stdout + told.stderr)
+    (canaries / f"{NAME}.txt").unlink()  # cohort.csv leads to files by their names, for its owner
+    analysed = plinth("batch", "medical", canaries, "--out", results)
+    assert analysed.returncode == 0, analysed.stderr
+    assert not found_in(analysed.stdout + analysed.stderr)
+    public = [path for path in all_files(results) if path.suffix not in (".dcm", ".png")]
+    assert {path.name for path in public} >= {"report.html", "report.json", "cohort.csv"}
+    for path in [*public, *results.rglob("*.png")]:
+        texts = CANARIES[:3] if path.suffix == ".png" else CANARIES
+        assert not [canary for canary in texts if canary in path.read_bytes().lower()], path
+
+
+def copied(
+    folder: Path, out: Path, key: str = KEY, characteristics: bool = False
+) -> tuple[list[pydicom.Dataset], list[Row]]:
+    """The copies of a folder, and what became of each of its files that is DICOM."""
+    cleaner = Deidentifier(key.encode(), characteristics=characteristics)
+    rows = [row for row in deidentify(folder, out, cleaner) if row.state != "skipped"]
+    return [pydicom.dcmread(path) for path in sorted(out.rglob("*.dcm"))], rows
+
+
+def _visit(date: str) -> Callable[[Dataset, int], None]:
+    def visit(image: Dataset, k: int) -> None:
+        image.PatientID, image.PatientWeight = "4711", 70
+        image.StudyDate, image.AcquisitionDateTime = date, f"{date}235959.5+0100"
+        image.FrameOfReferenceUID = "1.2.3.4"
+
+    return visit
+
+
+def test_a_key_maps_a_cohort_alike_and_another_key_otherwise(
+    write: Callable[..., Path], edit: Callable[..., None], tmp_path: Path
+) -> None:
+    edit(write("cohort/first"), _visit("20200110"))
+    edit(write("cohort/later", series=2), _visit("20200310"))
+    cohort = tmp_path / "cohort"
+    ones, _ = copied(cohort, tmp_path / "a")
+    dates = sorted({one.StudyDate for one in ones})
+    days = [int(np.datetime64(f"{d[:4]}-{d[4:6]}-{d[6:]}", "D").astype(int)) for d in dates]
+    assert days[1] - days[0] == 60, "intervals stay"
+    assert not {"20200110", "20200310"} & set(dates)
+    assert {one.AcquisitionDateTime for one in ones} == {f"{d}235959.5+0100" for d in dates}
+    assert len({one.PatientID for one in ones}) == 1
+    assert len({one.FrameOfReferenceUID for one in ones}) == 1
+    assert {one.PatientIdentityRemoved for one in ones} == {"YES"}
+    assert all("PS3.15" in "".join(one.DeidentificationMethod) for one in ones)
+    assert all("PatientWeight" not in one for one in ones)
+    assert all(one.file_meta.MediaStorageSOPInstanceUID == one.SOPInstanceUID for one in ones)
+    again, _ = copied(cohort, tmp_path / "b", characteristics=True)
+    assert [one.SOPInstanceUID for one in again] == [one.SOPInstanceUID for one in ones]
+    assert {one.PatientWeight for one in again} == {70}
+    others, _ = copied(cohort, tmp_path / "c", "another secret of the tests")
+    for keyword in ("PatientID", "SOPInstanceUID", "StudyDate"):
+        assert not {one[keyword].value for one in others} & {one[keyword].value for one in ones}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda image, k: setattr(image, "BurnedInAnnotation", "YES"), "burned_in"),
+        (
+            lambda image, k: setattr(image, "SOPClassUID", "1.2.840.10008.5.1.4.1.1.7"),
+            "not_an_image",
+        ),
+        (lambda image, k: setattr(image, "ImageType", ["DERIVED", "SCREEN SAVE"]), "screen"),
+        (
+            lambda image, k: setattr(image, "ImageType", ["DERIVED", "PRIMARY", "DOSE_INFO"]),
+            "screen",
+        ),
+    ],
+)
+def test_what_may_show_a_name_in_its_pixels_is_refused(
+    write: Callable[..., Path], edit: Callable[..., None], tmp_path: Path, change: Any, reason: str
+) -> None:
+    folder = write()
+    edit(next(folder.glob("*.dcm")), change)
+    images, rows = copied(folder, tmp_path / "out")
+    assert len(images) == len(list(folder.glob("*.dcm"))) - 1
+    (row,) = (row for row in rows if row.state != "written")
+    assert (row.state, row.reason, row.output) == ("refused", reason, "")
+
+
+def test_archives_damaged_files_and_emptied_identifiers(
+    write: Callable[..., Path], edit: Callable[..., None], tmp_path: Path
+) -> None:
+    def emptied(image: Dataset, k: int) -> None:
+        image.StudyInstanceUID = image.SeriesInstanceUID = image.PatientID = ""
+
+    folder = write("in/series")
+    edit(folder, emptied)
+    first, second, *rest = sorted(folder.glob("*.dcm"))
+    first.write_bytes(first.read_bytes()[:300])
+    with zipfile.ZipFile(tmp_path / "in" / "more.zip", "w") as archive:
+        archive.write(second, "image.dcm")
+    second.unlink()
+    images, rows = copied(tmp_path / "in", tmp_path / "out")
+    assert len(images) == len(rest) + 1
+    assert len({one.SeriesInstanceUID for one in images}) == 2
+    assert all(one.StudyInstanceUID.startswith("2.25.") for one in images)
+    assert sorted(row.state for row in rows) == ["failed", *["written"] * len(images)]
+    assert not any(row.message and str(tmp_path) in row.message for row in rows)

@@ -1,0 +1,1 @@
+"""Copies of images without what says whose they are."""
