@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import typer
 
 from plinth.pipelines.console import FAILED, say, show_json, show_table
-from plinth.pipelines.folders.storage import replace_file, storing
 
 EPILOG = "Example: plinth deidentify ./studies --out ./copies --map ./whose.csv"
 KEY = "PLINTH_DEIDENTIFY_KEY"
@@ -41,6 +40,7 @@ def deidentify(
     pseudonymous, never anonymous: voxels can show a face.
     """
     from plinth.pipelines.folders.batch import check_folders
+    from plinth.pipelines.folders.storage import replace_file, storing
     from plinth.pipelines.keys import hash_key
     from plinth.verticals.medical.privacy.deidentify import Deidentifier
     from plinth.verticals.medical.privacy.folder import deidentify as copied
