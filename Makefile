@@ -47,8 +47,9 @@ fuzz: extras           ## new examples for every property, 500 requests for each
 	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/pytest -m "hypothesis and not clock" -n $(JOBS) --timeout 3000
 	PLINTH_FUZZ_CASES=500 $(BIN)/pytest tests/pipelines/uploads/test_openapi.py
 
-bench-compute: extras  ## backends and precisions on five models; into docs/benchmarks.md (half an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compute.py --compilers --write
+bench-compute: extras  ## models and families on all backends, into docs/benchmarks.md (25 minutes; goes on if stopped)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/compute.py --minutes 16 --results build/compute.json --write
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py --minutes 6 --results build/families.json --write
 
 coverage: setup        ## lines the quick tests of engine and verticals run; fails below the floor
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine tests/verticals -m "not slow and not clock" -n $(JOBS) --cov --cov-report=term

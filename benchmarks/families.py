@@ -1,23 +1,28 @@
 """Model families on every backend, CPU time against eager torch on the same rows.
 
-    python benchmarks/families.py [--rows 1 8] [--rounds 9] [--families bert resnet] [--json]
+    python benchmarks/families.py [--rounds 9] [--families bert resnet] [--write] [--json]
 
 Configs are small, so that the table takes minutes. One thread; backends take turns in each round;
-a figure is the median of eager's CPU time over that backend's in the same round. Beside it stands
-the largest difference from eager, relative to the largest output.
+a figure is the median of eager's CPU time over that backend's in the same round, at 1 / 8 rows.
+Beside it stands the largest difference from eager, relative to the largest output.
+``--results FILE`` keeps the lines: the same command goes on where its ``--minutes`` ended.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import time
+from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
+from compute import facts, write
 from head import parser_of, print_json
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from plinth.engine.backends import prepare
@@ -29,6 +34,7 @@ from plinth.engine.models.signature import apart
 from plinth.engine.models.store import Model
 
 BACKENDS = ("eager", "onnxruntime", "openvino")
+ROWS = (1, 8)
 FREE = 64
 _TEXT = {"vocabulary": 8000, "width": 256, "depth": 4, "heads": 4}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -65,7 +71,7 @@ def spent(executable: Executable, rows: Mapping[str, Tensor]) -> float:
     return took / runs
 
 
-def measured(family: Family, counts: list[int], rounds: int) -> list[dict[str, Any]]:
+def measured(family: Family, rounds: int) -> list[dict[str, Any]]:
     """A line for each backend and number of rows."""
     model = family.model(CONFIGS[family.name])
     size = sum(tensor.numel() for tensor in model.module.parameters())
@@ -78,7 +84,7 @@ def measured(family: Family, counts: list[int], rounds: int) -> list[dict[str, A
         except PlinthError as error:
             facts = {"family": family.name, "parameters": size, "backend": backend}
             lines.append(facts | {"reason": error.message})
-    for count in counts:
+    for count in ROWS:
         rows = rows_of(model, count)
         want = model.run(rows)
         off = {
@@ -101,38 +107,60 @@ def measured(family: Family, counts: list[int], rounds: int) -> list[dict[str, A
     return lines
 
 
-def main() -> None:
-    """Measure and print the table."""
-    parser = parser_of(__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--families", nargs="+", default=[family.name for family in families()])
-    options = parser.parse_args()
-    lines: list[dict[str, Any]] = []
-    with cpu_threads(1):
-        for family in families():
-            if family.name in options.families:
-                lines += measured(family, options.rows, options.rounds)
-    if options.json:
-        print_json(lines)
-        return
-    table = Table(title="CPU time of eager over that of the backend; difference from eager")
-    heads = ("family", "parameters", "rows", "eager ms", *BACKENDS[1:])
-    for head in heads:
-        table.add_column(head)
+def table(lines: list[dict[str, Any]]) -> str:
+    """The table in Markdown."""
+    heads = "| family | parameters | eager, ms | ONNX Runtime | OpenVINO | difference |"
+    out = [heads, "|" + "---|" * 6]
     for family in dict.fromkeys(line["family"] for line in lines):
-        for count in options.rows:
-            own = {
-                x["backend"]: x for x in lines if x["family"] == family and x.get("rows") == count
-            }
-            eager = own["eager"]
-            cells = [
-                f"{own[b]['ratio']:.2f} ({own[b]['difference']:.0e})" if b in own else "-"
-                for b in BACKENDS[1:]
-            ]
-            name = f"{eager['parameters'] / 1e6:.2f} M"
-            table.add_row(family, name, str(count), f"{eager['cpu_ms']:.2f}", *cells)
-    Console(width=130).print(table)
+        own = [line for line in lines if line["family"] == family]
+        ran = {name: [e for e in own if e["backend"] == name and "rows" in e] for name in BACKENDS}
+        cells = [" / ".join(f"{e['cpu_ms']:.3g}" for e in ran["eager"])]
+        for name in BACKENDS[1:]:
+            refused = next((e["reason"] for e in own if e["backend"] == name and "reason" in e), "")
+            cells.append(" / ".join(f"{e['ratio']:.2f}" for e in ran[name]) or refused)
+        off = max(e["difference"] for runs in ran.values() for e in runs)
+        size = own[0]["parameters"] / 1e6
+        out.append(f"| {family} | {size:.2f} M | {' | '.join(cells)} | {off:.0e} |")
+    return "\n".join(out)
+
+
+def run(given: Namespace) -> list[dict[str, Any]]:
+    """Family by family; after each what there is is kept, so that a stop loses nothing."""
+    until, load = time.monotonic() + 60 * given.minutes, psutil.getloadavg()[0]
+    lines: list[dict[str, Any]] = []
+    if given.results and given.results.is_file():
+        lines = json.loads(given.results.read_text())
+    have = {line["family"] for line in lines}
+    for family in families():
+        if family.name not in given.families or family.name in have:
+            continue
+        if time.monotonic() > until:
+            print(f"no time was left for {family.name}", file=sys.stderr)
+            continue
+        lines += measured(family, given.rounds)
+        if given.results:
+            given.results.parent.mkdir(parents=True, exist_ok=True)
+            given.results.write_text(json.dumps(lines))
+        if given.write:
+            write(f"{facts(load)}\n\n{table(lines)}", "families")
+    return lines
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--families", nargs="+", default=[family.name for family in families()])
+    parser.add_argument("--minutes", type=float, default=6.0, help="no family begins later")
+    parser.add_argument("--results", type=Path, help="JSON of lines that this run adds its own to")
+    parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
+    given = parser.parse_args()
+    with cpu_threads(1):
+        lines = run(given)
+    if given.json:
+        print_json(lines)
+    else:
+        print(table(lines))
 
 
 if __name__ == "__main__":
