@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import logging
 import sys
@@ -25,8 +26,38 @@ out = Console(soft_wrap=False)
 err = Console(stderr=True)
 
 
+_JSON_LINES = logging.getLogger("plinth.console")
+
+
+def _logs_json() -> bool:
+    handlers = logging.getLogger().handlers
+    return any(isinstance(handler.formatter, JsonLines) for handler in handlers)
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, logger, event, and the frames of an exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of an event."""
+        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        told = {
+            "time": when.isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+        }
+        if record.exc_text:
+            told["exception"] = record.exc_text
+        if hint := getattr(record, "hint", None):
+            told["hint"] = hint
+        return json.dumps(told, ensure_ascii=False)
+
+
 def show_error(message: str, hint: str | None = None) -> None:
-    """One panel on stderr (plain lines when stderr is not a terminal)."""
+    """One panel on stderr (plain lines when stderr is not a terminal, JSON where that is asked)."""
+    if _logs_json():
+        _JSON_LINES.error(message, extra={"hint": hint})
+        return
     if err.is_terminal:
         body = escape(message) + (f"\n[dim]{escape(hint)}[/]" if hint else "")
         err.print(Panel(body, title="error", title_align="left", border_style="red"))
@@ -53,6 +84,9 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
 
 def say(text: str) -> None:
     """A line for people, on stderr, so that stdout stays for results."""
+    if _logs_json():
+        _JSON_LINES.info(text)
+        return
     err.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -114,10 +148,18 @@ def show_warning(
     logging.getLogger("plinth.warnings").warning("%s at %s: %s", category.__name__, where, HIDDEN)
 
 
-def start_logging(debug: bool) -> None:
-    """Log to stderr; our own words from INFO, others' from WARNING and without their text."""
-    if err.is_terminal:
-        handler: logging.Handler = RichHandler(console=err, show_path=debug, markup=False)
+def start_logging(debug: bool, as_json: bool = False) -> None:
+    """Log to stderr; our own words from INFO, others' from WARNING and without their text.
+
+    Args:
+        debug: from DEBUG.
+        as_json: one JSON object a line, messages for people included.
+    """
+    if as_json:
+        handler: logging.Handler = logging.StreamHandler()
+        handler.setFormatter(JsonLines())
+    elif err.is_terminal:
+        handler = RichHandler(console=err, show_path=debug, markup=False)
         handler.setFormatter(logging.Formatter("%(message)s", datefmt="[%X]"))
     else:
         handler = logging.StreamHandler()

@@ -109,9 +109,15 @@ def common(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show it and end."),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+    log_json: Annotated[
+        bool,
+        typer.Option(
+            "--log-json", envvar="PLINTH_LOG_JSON", help="Log one JSON object a line, on stderr."
+        ),
+    ] = False,
 ) -> None:
     """Options of every command."""
-    start_logging(debug)
+    start_logging(debug, log_json)
 
 
 @app.command("list", epilog="Example: plinth list --json | jq '.[].name'")

@@ -60,6 +60,7 @@ Part = Literal["all", "work", "admin"]
 """Which paths an address has: all, or without or with those of ``serve.admin`` alone."""
 _ABOUT_ALL = (b"/metrics", b"/v1/status", b"/v2/models/stats", b"/v2/repository/index")
 _WORK = (b"/v1/", b"/v2/models/")  # not while the server warms up
+_SHORT = 128  # bytes of a path whose need is remembered
 _SAFE = (b"GET", b"HEAD", b"OPTIONS")
 _KNOWN = 64  # hosts remembered as ours
 _SAME_SITE = (b"same-origin", b"none")
@@ -115,7 +116,9 @@ class Access:
             try:
                 caller = self._identity.caller(fields)
                 exchange.who = caller.name
-                caller.admit(need_of(head.method, head.decoded_path))
+                path = head.decoded_path
+                need = _known_need if len(path) <= _SHORT else need_of
+                caller.admit(need(head.method, path))
             except AccessDenied as error:
                 return UNAUTHORISED if error.reason == UNAUTHORISED.reason else error
             except RateLimited as error:
@@ -137,6 +140,10 @@ def is_administrative(path: bytes) -> bool:
 
 
 @lru_cache(maxsize=1024)
+def _known_need(method: bytes, path: bytes) -> Need:
+    return need_of(method, path)
+
+
 def need_of(method: bytes, path: bytes) -> Need:
     """What a request needs.
 

@@ -33,7 +33,7 @@ def media_type(headers: Headers, allowed: tuple[str, ...]) -> str:
     given = given.partition(";")[0].strip().lower()
     if given not in allowed:
         raise HttpError(
-            f"content-type {given[:80]!r} is not understood here" if given else "no content-type",
+            "this content-type is not understood here" if given else "no content-type",
             reason="unsupported_media_type",
             hint=f"send {' or '.join(allowed)}",
             headers={"accept-post": ", ".join(allowed)},

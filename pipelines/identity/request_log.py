@@ -94,7 +94,7 @@ class RequestLog:
         self._file.close()
 
     def _write(self) -> None:
-        lines = [self._lines[n] for n in range(len(self._lines))]
+        lines = [self._lines.popleft() for _ in range(len(self._lines))]
         missing, self._missing = self._missing, 0
         if not lines and not missing:
             return
@@ -108,13 +108,12 @@ class RequestLog:
             self._file.flush()
         except OSError as error:
             self._missing += missing
+            self._lines.extendleft(reversed(lines))
             if not self._failed:
                 log.error("the log of requests cannot be written: %s", error.strerror)
             self._failed = True
             return
         self._failed = False
-        for _ in lines:
-            self._lines.popleft()
 
     def _rotate(self) -> None:
         self._file.close()
