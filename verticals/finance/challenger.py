@@ -18,7 +18,7 @@ from prometheus_client import Counter, Gauge
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from plinth.engine import Call, Flow, PlinthError
+from plinth.engine import Call, Flow, ModelError, PlinthError
 from plinth.engine.metrics import REGISTRY
 from plinth.engine.optimize.measures import average_precision
 from plinth.verticals.finance.drift import QUANTILES, share_of, stability_index
@@ -82,13 +82,13 @@ class Promotion(BaseModel):
             if figures[name] < least:
                 found.append(f"{name}: {figures[name]:,.0f}, at least {least:,} are needed")
         gain = figures.get("ap_gain")
-        if gain is None or gain < self.min_ap_gain:
+        if gain is None or not gain > self.min_ap_gain:
             told = "unknown" if gain is None else f"{gain:+.4f}"
-            found.append(f"ap_gain: {told}, at least {self.min_ap_gain:+g} is needed")
+            found.append(f"ap_gain: {told}, more than {self.min_ap_gain:+g} is needed")
         bounds = (("challenger_alert_share", self.max_alert_share), ("cost_us", self.max_cost_us))
         for name, most in bounds:
             value = figures.get(name)
-            if most is not None and (value is None or value > most):
+            if most is not None and (value is None or not value <= most):
                 told = "unknown" if value is None else f"{value:g}"
                 found.append(f"{name}: {told}, at most {most:g} is allowed")
         return found
@@ -182,11 +182,11 @@ class _Ring:
 
 
 class _Offer(NamedTuple):
-    """Payments as the champion scored them: (n, 22) features, (n,) scores."""
+    """Payments as the champion scored them: (n, 22) features, (n, 2) score and variant."""
 
     asked: Sequence[Transaction]
     batch: Batch
-    scores: Sequence[float]
+    output: npt.NDArray[np.float32]
 
 
 class Shadow:
@@ -214,14 +214,23 @@ class Shadow:
         self._costs: deque[float] = deque(maxlen=COSTS)
         self._asked = 0
 
-    def offer(self, asked: Sequence[Transaction], batch: Batch, scores: Sequence[float]) -> None:
-        """Leave payments to be scored: an entry of a queue, whatever their number."""
+    def offer(
+        self, asked: Sequence[Transaction], batch: Batch, output: npt.NDArray[np.float32]
+    ) -> None:
+        """Leave payments to be scored: an entry of a queue, whatever their number.
+
+        Args:
+            asked: the payments.
+            batch: their features.
+            output: (n, 2): the champion's score, and 0 where no cheaper variant gave it; what
+                that gave is not compared.
+        """
         count = len(asked)
         if self._waiting - self._taken + count > MAX_WAITING:
             SCORED.labels("left_out").inc(count)
             return
         self._waiting += count
-        self._offers.append(_Offer(asked, batch, scores))
+        self._offers.append(_Offer(asked, batch, output))
 
     def note(self, label: Label) -> None:
         """Take in what became known of a payment."""
@@ -242,6 +251,9 @@ class Shadow:
             SCORED.labels("left_out").inc(len(payments))
             raise
         payments["challenger"] = output[:, 0].float().numpy()
+        if not np.isfinite(payments["challenger"]).all():
+            SCORED.labels("left_out").inc(len(payments))
+            raise ModelError(f"{self._model} gave scores that are no numbers")
         self._payments.put(payments)
         self._asked = len(payments)
         SCORED.labels("scored").inc(len(payments))
@@ -251,9 +263,9 @@ class Shadow:
         rows: list[Scores] = []
         told: list[tuple[int, int, float, float]] = []
         while self._offers and len(told) < MAX_ROWS:
-            asked, batch, scores = self._offers.popleft()
+            asked, batch, output = self._offers.popleft()
             self._taken += len(asked)
-            counted = (batch.flags & _NOT_COUNTED) == 0
+            counted = ((batch.flags & _NOT_COUNTED) == 0) & (output[:, 1] == 0)
             chosen = [
                 place
                 for place, one in enumerate(asked)
@@ -263,7 +275,7 @@ class Shadow:
             for place in chosen:
                 one = asked[place]
                 time = milliseconds(one.event_time)
-                told.append((_key(one, time), time, scores[place], 0.0))
+                told.append((_key(one, time), time, float(output[place, 0]), 0.0))
         return np.concatenate(rows), np.array(told, _PAYMENT)
 
     def _take_labels(self) -> None:
@@ -284,7 +296,9 @@ class Shadow:
         Args:
             label_days: a payment this old without a label is genuine.
         """
-        payments = self._payments.rows()
+        payments = self._payments.rows()[::-1]
+        # one that came again, after a rewind say, counts once
+        payments = payments[np.unique(payments["key"], return_index=True)[1]]
         if not len(payments):
             return {"payments": 0.0, "labelled": 0.0, "frauds": 0.0}
         newest = int(payments["time"].max())

@@ -57,8 +57,17 @@ class Champion:
         """The newest version behind the champion that was not rolled back."""
         known = ModelStore(self.store).versions(NAME)
         later = known[known.index(champion) + 1 :] if champion in known else known
-        back = {line["from"] for line in self.decisions() if line["by"] == "rollback"}
+        back = self.rolled_back()
         return next((version for version in reversed(later) if version not in back), None)
+
+    def rolled_back(self) -> set[str]:
+        """Versions whose last decision was a rollback away from them."""
+        back: set[str] = set()
+        for line in self.decisions():
+            if line["by"] == "rollback":
+                back.add(line["from"])
+            back.discard(line["to"])
+        return back
 
     def promote(
         self, version: str, *, by: By, champion: str | None, why: Mapping[str, Any] | None = None
@@ -84,11 +93,14 @@ class Champion:
             **({"why": dict(why)} if why else {}),
         }
         with writing(self._file):
-            replace_file(self._file, json.dumps({"version": version}).encode() + b"\n")
-            with self._decisions.open("ab") as lines:
-                lines.write(json.dumps(line).encode() + b"\n")
+            with self._decisions.open("a+b") as lines:
+                end = lines.seek(0, os.SEEK_END)
+                lines.seek(max(0, end - 1))
+                half = lines.read(1) not in (b"", b"\n")  # of a process that was killed
+                lines.write(b"\n" * half + json.dumps(line).encode() + b"\n")
                 lines.flush()
                 os.fsync(lines.fileno())
+            replace_file(self._file, json.dumps({"version": version}).encode() + b"\n")
 
     def roll_back(self) -> tuple[str, str]:
         """Let the version answer again that did before; returns what did, and what does now.
@@ -98,7 +110,8 @@ class Champion:
         """
         now = self.version()
         changes = [line for line in self.decisions() if line["to"] != line["from"]]
-        last = next((line for line in reversed(changes) if line["to"] == now), None)
+        chosen = [line for line in changes if line["to"] == now and line["by"] != "rollback"]
+        last = chosen[-1] if chosen else None
         if now is None or last is None or last["from"] is None:
             raise ConfigError(
                 f"no version answered before {now or 'the newest'}",

@@ -205,7 +205,7 @@ class Versions:
         version = self._given.challenger
         if version == "newest":
             version = self.champion.newest_challenger(champion)
-        if version in (None, champion):
+        if version in (None, champion) or version in self.champion.rolled_back():
             self.shadow = None
             return None
         if self.shadow is not None and second is not None and second.version == version:
@@ -244,7 +244,8 @@ class Versions:
         try:
             path = self.champion.store / NAME / REPORT
             replace_file(path, orjson.dumps(report, option=orjson.OPT_INDENT_2))
-            if self._rule is not None and not unmet and self._champion() == champion:
+            fit = self._rule is not None and not unmet and self._champion() == champion
+            if fit and second.version not in self.champion.rolled_back():
                 why = {"rule": report["rule"], "figures": figures}
                 self.champion.promote(second.version, by="rule", champion=champion, why=why)
         except (OSError, PlinthError) as error:

@@ -224,13 +224,12 @@ class FraudScoring(Vertical[Record, Decision]):
             for request, result in zip(requests, results, strict=True)
             if result is None and is_payment(request)
         ]
+        told = output.detach().float().numpy()
         if self.versions.shadow is not None:
-            self.versions.shadow.offer(asked, batch, scores)
+            self.versions.shadow.offer(asked, batch, told)
         if serving.drift is not None:
             ends = milliseconds(asked[0].event_time), milliseconds(asked[-1].event_time)
-            serving.drift.take(
-                ends, batch, output.detach().float().numpy(), self.state, self._started
-            )
+            serving.drift.take(ends, batch, told, self.state, self._started)
         decisions = iter(self._decisions(asked, batch, scores, answered, reasons))
         return [next(decisions) if result is None else result for result in results]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,45 @@ def test_a_version_that_cannot_be_loaded_leaves_what_serves(
     assert Champion(store).version() == "1.0.0"
 
 
+def test_no_figure_that_is_no_number_and_no_equal_is_promoted() -> None:
+    rule = Promotion(max_alert_share=0.5)
+    good = {"labelled": 1e5, "frauds": 100.0, "ap_gain": 0.01, "challenger_alert_share": 0.1}
+    assert rule.unmet(good) == []
+    for name, value in (("ap_gain", nan), ("ap_gain", 0.0), ("challenger_alert_share", nan)):
+        assert len(rule.unmet(good | {name: value})) == 1
+
+
+def test_rolling_back_twice_goes_back_twice_and_half_a_line_hides_no_other(store: Path) -> None:
+    champion = Champion(store)
+    add_version(store, "3.0.0")
+    for version, before in (("1.0.0", None), ("2.0.0", "1.0.0"), ("3.0.0", "2.0.0")):
+        champion.promote(version, by="hand", champion=before)
+    with (store / "fraud" / "decisions.jsonl").open("a") as file:
+        file.write('{"time": "20')  # a process was killed here
+    assert champion.roll_back() == ("3.0.0", "2.0.0")
+    assert champion.rolled_back() == {"3.0.0"}
+    assert champion.roll_back() == ("2.0.0", "1.0.0")
+    assert champion.rolled_back() == {"2.0.0", "3.0.0"}
+    with pytest.raises(ConfigError, match="no version answered before"):
+        champion.roll_back()
+    champion.promote("3.0.0", by="hand", champion="1.0.0")
+    assert champion.rolled_back() == {"2.0.0"}
+
+
+def test_what_a_cheaper_variant_scored_and_what_came_again_is_not_compared_twice(
+    batches: tuple[list[Any], Any],
+) -> None:
+    payments, batch = batches
+    shadow = Shadow("x", (0.5, 0.5), 10_000, 1.0)
+    output = np.tile(np.array([[0.1, 0.0]], np.float32), (1000, 1))
+    output[:400, 1] = 1.0
+    for _ in range(3):
+        shadow.offer(payments, batch, output)
+    while (flow := shadow.flow()) is not None:
+        drive(flow, lambda call: torch.zeros(len(call.rows), 2))  # type: ignore[arg-type]
+    assert shadow.figures(7.0)["payments"] == 600
+
+
 def test_what_was_never_changed_cannot_be_rolled_back(store: Path) -> None:
     with pytest.raises(ConfigError, match="no version answered before"):
         Champion(store).roll_back()
@@ -249,7 +289,7 @@ def test_labels_are_joined_to_their_payments_and_silence_for_a_week_means_genuin
             for event in map(vertical._event, payments[span])
             if not isinstance(event, Exception)  # type: ignore[arg-type]
         )
-        shadow.offer(payments[span], batch, old[span].tolist())  # type: ignore[arg-type]
+        shadow.offer(payments[span], batch, np.stack([old[span], np.zeros_like(old[span])], 1))  # type: ignore[arg-type]
         while (flow := shadow.flow()) is not None:
             answer = torch.from_numpy(new[span])[:, None]
             drive(flow, lambda call, answer=answer: answer)  # type: ignore[misc]
@@ -311,13 +351,13 @@ def test_what_waits_is_bounded_and_what_is_left_out_is_counted(
     payments, batch = batches
     shadow, before = Shadow("x", (0.5, 0.5), 1_000, 1.0), left_out()
     for _ in range(20):
-        shadow.offer(payments, batch, [0.1] * 1000)
+        shadow.offer(payments, batch, np.tile(np.array([[0.1, 0.0]], np.float32), (1000, 1)))
     assert left_out() - before == 20_000 - MAX_WAITING // 1000 * 1000
     while (flow := shadow.flow()) is not None:
         drive(flow, lambda call: torch.zeros(len(call.rows), 2))  # type: ignore[arg-type]
     assert shadow.figures(7.0)["payments"] == 1_000, "the newest are remembered"
     before = left_out()
-    shadow.offer(payments, batch, [0.1] * 1000)
+    shadow.offer(payments, batch, np.tile(np.array([[0.1, 0.0]], np.float32), (1000, 1)))
     assert left_out() == before, "there is room again"
 
 
@@ -326,7 +366,7 @@ def test_a_share_of_the_cards_is_scored_and_of_those_every_payment(
 ) -> None:
     payments, batch = batches
     shadow = Shadow("x", (0.5, 0.5), 10_000, 0.25)
-    shadow.offer(payments, batch, [0.1] * 1000)
+    shadow.offer(payments, batch, np.tile(np.array([[0.1, 0.0]], np.float32), (1000, 1)))
     flow = shadow.flow()
     assert flow is not None
     call = next(flow)
