@@ -32,7 +32,7 @@ RELOADS = Counter(
 )
 
 log = logging.getLogger("plinth.settings")
-Mark = tuple[int, int, int] | None
+Mark = tuple[int, int, int, int] | None
 
 
 def settings_of(
@@ -66,7 +66,7 @@ def mark_of(path: Path) -> Mark:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
 
 
 def _read(path: Path, kind: type[Settings], field: str) -> Mapping[str, Any]:

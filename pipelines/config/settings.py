@@ -213,7 +213,10 @@ class OidcConfig(Table):
         default=None, description="claim with the verticals and models it reaches; none: all"
     )
     per_second: float | None = Field(
-        default=None, gt=0, description="requests of a subject each second; none: any number"
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="requests of a subject each second; none: any number",
     )
     burst: int | None = Field(
         default=None, ge=1, description="requests of a subject at once; none: those of one second"

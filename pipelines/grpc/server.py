@@ -259,6 +259,7 @@ class GrpcDoor:
             key.encode(): value if isinstance(value, bytes) else value.encode()
             for key, value in metadata or ()
         }
+        call.fields = fields
         call.caller = self._identity.caller(fields)
         call.caller.admit(Need(_ROLES.get(name, "read")))
 
@@ -430,10 +431,11 @@ class GrpcDoor:
         """The answer to a request of a stream; the first was counted with the call."""
         told = message("ModelStreamInferResponse")()
         begun, code = time.perf_counter(), grpc.StatusCode.CANCELLED
-        models, caller = "", _CALL.get().caller
+        models, call = "", _CALL.get()
         try:
-            if count and caller is not None:
-                caller.admit(Need("score"))
+            if count and self._identity is not None and call.fields is not None:
+                call.caller = self._identity.caller(call.fields)  # it may be revoked by now
+                call.caller.admit(Need("score"))
             found, answer = await self._answer(raw, remaining)
             models = _pairs(found.models)
             told.infer_response.CopyFrom(answer)
@@ -483,6 +485,7 @@ class _Call:
     """What is known of the call that a task answers."""
 
     caller: Caller | None = None
+    fields: Mapping[bytes, bytes] | None = None
     models = ""
 
 

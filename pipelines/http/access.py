@@ -15,6 +15,7 @@ All of it is decided from the head, before anything of a body is kept.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Collection
 from functools import lru_cache
 from typing import Literal
@@ -51,6 +52,7 @@ CROSS_SITE = HttpError(
     reason="cross_site",
     hint="send it from a program, or from a page of this server",
 )
+NO_SUCH_PATH = HttpError("there is nothing at a path with control characters", reason="not_found")
 ELSEWHERE = HttpError(
     "this is served at another address of the server",
     reason="not_found",
@@ -61,7 +63,9 @@ Part = Literal["all", "work", "admin"]
 _ABOUT_ALL = (b"/metrics", b"/v1/status", b"/v2/models/stats", b"/v2/repository/index")
 _WORK = (b"/v1/", b"/v2/models/")  # not while the server warms up
 _SHORT = 128  # bytes of a path whose need is remembered
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 _SAFE = (b"GET", b"HEAD", b"OPTIONS")
+_ASKS = b"access-control-request-method"
 _KNOWN = 64  # hosts remembered as ours
 _SAME_SITE = (b"same-origin", b"none")
 
@@ -101,6 +105,8 @@ class Access:
         head = exchange.head
         if head.path in OPEN_PATHS:
             return None
+        if _CONTROL.search(head.decoded_path):  # a route's pattern may end before a last newline
+            return NO_SUCH_PATH
         fields = head.fields
         host = fields.get(b"host", b"")
         if self._names is not None and host not in self._known:
@@ -111,22 +117,30 @@ class Access:
         if head.method not in _SAFE and _is_cross_site(fields) and not self.is_cors(fields):
             return CROSS_SITE
         if self._identity is not None:
-            if head.method == b"OPTIONS" and self.is_cors(fields):
+            if head.method == b"OPTIONS" and _ASKS in fields and self.is_cors(fields):
                 return None  # a browser asks whether it may ask, and sends no key
-            try:
-                caller = self._identity.caller(fields)
-                exchange.who = caller.name
-                path = head.decoded_path
-                need = _known_need if len(path) <= _SHORT else need_of
-                caller.admit(need(head.method, path))
-            except AccessDenied as error:
-                return UNAUTHORISED if error.reason == UNAUTHORISED.reason else error
-            except RateLimited as error:
-                return error
+            if (refused := self._admit(self._identity, exchange)) is not None:
+                return refused
         if self._hidden is not None and is_administrative(head.decoded_path) == self._hidden:
             return ELSEWHERE
         if "warm_up" in self._health.reasons and head.decoded_path.startswith(_WORK):
             return Refused(self._health.reasons["warm_up"], retry_after=1.0)
+        return None
+
+    @staticmethod
+    def _admit(identity: Identity, exchange: Exchange) -> PlinthError | None:
+        """Why the caller may not ask for this, or ``None``."""
+        head = exchange.head
+        try:
+            caller = identity.caller(head.fields)
+            exchange.who = caller.name
+            path = head.decoded_path
+            need = _known_need if len(path) <= _SHORT else need_of
+            caller.admit(need(head.method, path))
+        except AccessDenied as error:
+            return UNAUTHORISED if error.reason == UNAUTHORISED.reason else error
+        except RateLimited as error:
+            return error
         return None
 
     def is_cors(self, fields: Fields) -> bool:

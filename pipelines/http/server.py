@@ -303,7 +303,10 @@ async def _look_after(watched: Collection[_Watched]) -> None:
     while True:
         await asyncio.sleep(LOOK)
         for one in watched:
-            one.look()
+            try:
+                one.look()
+            except Exception:  # the others go on, and this one with its next change
+                log.exception("what changed could not be taken over")
 
 
 async def _purge(jobs: Jobs) -> None:

@@ -56,7 +56,10 @@ class KeyTable(Table):
     role: Role = Field(default="score", description="`read`, `score` or `admin`")
     only: tuple[str, ...] = Field(default=(), description="verticals and models; none: all")
     per_second: float | None = Field(
-        default=None, gt=0, description="requests each second, on average; none: any number"
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="requests each second, on average; none: any number",
     )
     burst: int | None = Field(
         default=None, ge=1, description="requests at once; none: those of one second"
@@ -258,9 +261,12 @@ def _write(path: Path, keys: dict[str, KeyTable]) -> None:
             file.write("\n".join(lines) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        read(Path(temporary))
         if path.exists():
-            Path(temporary).chmod(path.stat().st_mode & 0o777)
+            before = path.stat()
+            os.chown(temporary, before.st_uid, before.st_gid)  # of the server, for whose file
+            Path(temporary).chmod(before.st_mode & 0o777)
         Path(temporary).replace(path)
-    except OSError:
+    except (OSError, ConfigError):
         Path(temporary).unlink(missing_ok=True)
         raise

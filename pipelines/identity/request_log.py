@@ -102,6 +102,8 @@ class RequestLog:
         if missing:
             told.append(orjson.dumps({"time": _when(time.time()), "missing": missing}) + b"\n")
         try:
+            if self._file.closed:  # a rotation failed
+                self._file = self._path.open("ab")
             if self._file.tell() >= self._max_bytes:
                 self._rotate()
             self._file.write(b"".join(told))

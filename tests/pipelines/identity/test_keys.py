@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import tomllib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from plinth.pipelines.identity.callers import (
     RateLimited,
 )
 from plinth.pipelines.identity.key_file import FileKeys, add, revoke
+from plinth.pipelines.live_tables import mark_of
 
 RECORD = {"id": "a", "value": 2}
 DOUBLE, INFER = "/v1/tiny/double", "/v2/models/twice/infer"
@@ -191,6 +194,35 @@ def test_each_request_of_a_stream_counts(tmp_path: Path) -> None:
         client.close()
 
 
+def test_a_key_that_was_revoked_ends_its_stream(tmp_path: Path) -> None:
+    import tritonclient.grpc as kind
+
+    path = tmp_path / "keys.toml"
+    key, other = add(path, "gone", {}), add(path, "other", {})
+    told: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    rows = kind.InferInput("rows", [1, 1], "FP32")
+    rows.set_data_from_numpy(np.full((1, 1), 3.0, "f4"))
+    with running({"tiny": Tiny()}, serve={"keys": path, "grpc": {"port": 0}}) as server:
+        client = kind.InferenceServerClient(server.server.grpc_address)
+        client.start_stream(lambda result, error: told.put((result, error)), headers=bearer(key))
+        client.async_stream_infer("twice", [rows])
+        assert told.get(timeout=60)[1] is None
+        revoke(path, "gone")
+        status = partial(server.post, DOUBLE, json=RECORD, headers=bearer(key))
+        until(lambda: status().status_code == 401)
+        client.async_stream_infer("twice", [rows])
+        assert "key" in str(told.get(timeout=60)[1])
+        assert server.post(DOUBLE, json=RECORD, headers=bearer(other)).status_code == 200
+        client.close()
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/v1/status", "/v2/repository/index"])
+def test_a_newline_at_its_end_makes_no_other_path(known: Known, path: str) -> None:
+    for end in ("%0A", "%0a", "%0D%0A", "%00"):
+        for method in ("GET", "POST"):
+            assert known.ask("clerk", method, path + end).status_code == 404
+
+
 # -- limits ---------------------------------------------------------------------------------------
 def test_beyond_the_rate_a_key_gets_429_and_others_go_on(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
@@ -249,6 +281,38 @@ def test_keys_come_and_go_while_the_server_runs(tmp_path: Path) -> None:
         assert status(new) == 200  # what is wrong changes nothing
         other = add_beside(path, whole)
         until(lambda: status(other) == 200)
+
+
+def test_a_rate_without_end_is_refused_and_the_next_change_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    old = add(path, "old", {})
+    with pytest.raises(ConfigError):
+        add(path, "endless", {"per_second": float("inf")})
+    assert "endless" not in path.read_text(), "what cannot be read is not written"
+    with running({"tiny": Tiny()}, serve={"keys": path}) as server:
+
+        def status(key: str) -> int:
+            return server.post(DOUBLE, json=RECORD, headers=bearer(key)).status_code
+
+        whole = path.read_text()
+        path.write_text(whole.replace("[keys", "x = 1\n[keys", 1) + "per_second = inf\n")
+        assert status(old) == 200
+        path.write_text(whole)
+        revoke(path, "old")
+        until(lambda: status(old) == 401)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_who_changes_the_keys_of_a_server_leaves_it_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    add(path, "one", {})
+    os.chown(path, 65534, 65534)
+    before = mark_of(path)
+    add(path, "two", {})
+    assert (path.stat().st_uid, path.stat().st_gid) == (65534, 65534)
+    changed = mark_of(path)
+    os.chown(path, 0, 0)
+    assert len({before, changed, mark_of(path)}) == 3, "other rights are a change too"
 
 
 def add_beside(path: Path, whole: str) -> str:
