@@ -56,7 +56,11 @@ def test_a_zip_becomes_a_finished_job_with_files(shelf: Running) -> None:
     assert response.status_code == 200
     job = response.json()
     assert job["state"] == "done"
-    assert job["items"][0]["result"] == {"id": "a", "twice": 4.0}
+    assert job["items"][0]["result"] == {
+        "id": "a",
+        "twice": 4.0,
+        "found": [{"key": "number", "value": 2.0}, {"title": "none"}],
+    }
     assert job["items"][0]["models"] == {"page": "3"}
     assert job["items"][0]["timing"]["device_ms"] > 0
     assert shelf.client.get(job["items"][0]["files"]["twice.txt"]).text == "4.0\n"
@@ -295,10 +299,10 @@ def test_unfinished_jobs_are_never_pushed_out(engine: Engine, tmp_path: Path) ->
 
 
 def test_old_results_make_room_on_the_disk_for_new_ones(engine: Engine, tmp_path: Path) -> None:
-    limits = UploadConfig(max_job_bytes=70, folder=tmp_path)
+    limits = UploadConfig(max_job_bytes=160, folder=tmp_path)
     jobs = Jobs({"shelf": Shelf()}, engine, {"shelf": Sla()}, limits)
     first = finished(jobs, a="1")
-    assert 35 < first.bytes <= 70
+    assert 80 < first.bytes <= 160
     second = finished(jobs, a="1")
     assert jobs.get("shelf", first.id) is None
     assert not first.folder.exists()
