@@ -54,7 +54,8 @@ def listening(port: int) -> bool:
 
 
 HOLD = """
-import json, os, sys, threading
+import json, os, signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 from plinth.pipelines.cli.embedded_broker import EmbeddedBroker
 with EmbeddedBroker() as broker:
     print(json.dumps(broker.port), flush=True)
