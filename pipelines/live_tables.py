@@ -69,6 +69,27 @@ def mark_of(path: Path) -> Mark:
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
 
 
+class Marks:
+    """Tells whether files have changed since it was last asked.
+
+    Args:
+        paths: the files; make this before they are read, so that no change is missed.
+    """
+
+    def __init__(self, *paths: Path) -> None:
+        self._paths = paths
+        self._seen = self._now()
+
+    def _now(self) -> list[Mark]:
+        return [mark_of(path) for path in self._paths]
+
+    def changed(self) -> bool:
+        """Whether one has; each change is told once."""
+        now, before = self._now(), self._seen
+        self._seen = now
+        return now != before
+
+
 def _read(path: Path, kind: type[Settings], field: str) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from plinth.engine.errors import ModelError, nearest
+from plinth.engine.files import replace_file
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _LIMIT = 4 << 20  # bytes of variant.json
@@ -236,12 +236,8 @@ class Variants:
         if name is not None:
             self.get(name)
         self.folder.mkdir(exist_ok=True)
-        handle, new = tempfile.mkstemp(prefix=".default-", dir=self.folder)
-        with os.fdopen(handle, "w") as file:
-            json.dump({"default": name, "before": before}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(new).replace(self.folder / "default.json")
+        told = json.dumps({"default": name, "before": before}).encode()
+        replace_file(self.folder / "default.json", told, mode=0o600)
         return before
 
     def _read(self, path: Path) -> Variant:

@@ -34,6 +34,7 @@ from plinth.engine import (
     PlinthError,
     Sla,
 )
+from plinth.engine.files import replace_file
 from plinth.pipelines.folders.items import (
     Finished,
     Steps,
@@ -44,7 +45,7 @@ from plinth.pipelines.folders.items import (
     versions,
 )
 from plinth.pipelines.folders.journal import Entry, Journal
-from plinth.pipelines.folders.storage import StorageError, replace_file, storing, sweep
+from plinth.pipelines.folders.storage import StorageError, storing, sweep
 from plinth.verticals import Item, LeftOut, Vertical
 
 AGAIN = "make room or change the permissions, then run it again: it goes on"

@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from plinth.engine import PlinthError
@@ -81,24 +81,3 @@ def sweep(parent: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
-
-
-def replace_file(path: Path, data: bytes | Iterable[bytes], mode: int = 0o644) -> None:
-    """Write a file so that readers see the old content or the new one, never a part.
-
-    Args:
-        path: the file.
-        data: its content, whole or in pieces.
-        mode: who may read it.
-    """
-    handle, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.writelines([data] if isinstance(data, bytes) else data)
-            out.flush()
-            os.fsync(out.fileno())
-        Path(name).chmod(mode)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -39,7 +39,7 @@ from plinth.pipelines.grpc.arrivals import Arrivals
 from plinth.pipelines.grpc.messages import HEALTH, INFERENCE, message
 from plinth.pipelines.identity.callers import EVERYTHING, Caller, Identity, Need, Role
 from plinth.pipelines.identity.request_log import RequestLog
-from plinth.pipelines.live_tables import mark_of
+from plinth.pipelines.live_tables import Marks
 from plinth.pipelines.oip.service import ModelService, check_parameters, less, within
 from plinth.pipelines.oip.tensors import NAMES, TensorHeader, from_bytes, from_json, header_of
 from plinth.pipelines.oip.tensors import to_bytes as raw_of
@@ -642,7 +642,7 @@ class _TlsFiles:
 
     def __init__(self, files: tuple[Path, ...]) -> None:
         self._files = files
-        self._marks = [mark_of(path) for path in self._files]
+        self._marks = Marks(*files)
         self._known = self._read()
 
     def _read(self) -> Any:
@@ -662,10 +662,8 @@ class _TlsFiles:
 
     def _changed(self) -> Any:
         """The files as they are now, ``None`` while they have not changed."""
-        marks = [mark_of(path) for path in self._files]
-        if marks == self._marks:
+        if not self._marks.changed():
             return None
-        self._marks = marks
         try:
             return self._read()
         except ConfigError as error:

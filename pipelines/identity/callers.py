@@ -74,6 +74,18 @@ class Bucket:
         self._left = float(burst)
         self._at = clock()
 
+    @classmethod
+    def of(cls, per_second: float | None, burst: int | None) -> Bucket | None:
+        """For a rate that is told; without a burst, of one second's requests.
+
+        Args:
+            per_second: ``None``: any number, for which no bucket is needed.
+            burst: requests at once.
+        """
+        if per_second is None:
+            return None
+        return cls(per_second, burst or max(1, round(per_second)))
+
     def take(self) -> None:
         """Take a request.
 

@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import secrets
-import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +23,12 @@ from prometheus_client import Counter
 from pydantic import Field, field_validator
 
 from plinth.engine import ConfigError
+from plinth.engine.files import replace_file
 from plinth.engine.metrics import REGISTRY
 from plinth.pipelines.config.settings import Table
 from plinth.pipelines.config.source import Origin, places, validated
 from plinth.pipelines.identity.callers import Bucket, Caller, Role, digest_of
-from plinth.pipelines.live_tables import Mark, mark_of
+from plinth.pipelines.live_tables import Marks
 
 log = logging.getLogger("plinth.keys")
 
@@ -85,9 +85,7 @@ class KeyTable(Table):
 
     def caller(self, name: str) -> Caller:
         """Whom the key stands for."""
-        bucket = None
-        if self.per_second is not None:
-            bucket = Bucket(self.per_second, self.burst or max(1, round(self.per_second)))
+        bucket = Bucket.of(self.per_second, self.burst)
         expires = None if self.expires is None else self.expires.timestamp()
         return Caller(name, self.role, self.only, bucket, expires)
 
@@ -120,15 +118,20 @@ def read(path: Path) -> KeyFile:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
-        text = raw.decode()
-        if len(raw) > MAX_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_BYTES >> 20} MiB")
-        data = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(
             f"cannot read the keys in {path}: {error.strerror}",
             hint=f"make one with plinth keys add NAME --file {path}",
         ) from None
+    return _parsed(path, raw)
+
+
+def _parsed(path: Path, raw: bytes) -> KeyFile:
+    if len(raw) > MAX_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_BYTES >> 20} MiB")
+    try:
+        text = raw.decode()
+        data = tomllib.loads(text)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         told = error if isinstance(error, tomllib.TOMLDecodeError) else "it is not UTF-8"
         raise ConfigError(f"{path}: {told}", hint="see https://toml.io for the syntax") from None
@@ -147,7 +150,7 @@ class FileKeys:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._mark: Mark = mark_of(path)
+        self._marks = Marks(path)
         self._callers: dict[bytes, tuple[bytes, Caller]] = {}
         self._take(read(path))
 
@@ -158,10 +161,8 @@ class FileKeys:
 
     def look(self) -> None:
         """Read the file again if it changed; where it is wrong, what was in force stays."""
-        mark = mark_of(self._path)
-        if mark == self._mark:
+        if not self._marks.changed():
             return
-        self._mark = mark
         try:
             found = read(self._path)
         except ConfigError as error:
@@ -255,18 +256,10 @@ def _write(path: Path, keys: dict[str, KeyTable]) -> None:
             told = value.isoformat() if isinstance(value, datetime.datetime) else json.dumps(value)
             if value != ():
                 lines.append(f"{key} = {told}")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        read(Path(temporary))
-        if path.exists():
-            before = path.stat()
-            os.chown(temporary, before.st_uid, before.st_gid)  # of the server, for whose file
-            Path(temporary).chmod(before.st_mode & 0o777)
-        Path(temporary).replace(path)
-    except (OSError, ConfigError):
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    raw = ("\n".join(lines) + "\n").encode()
+    _parsed(path, raw)  # what could not be read is not written
+    if path.exists():  # and stays that of the server, whoever changes it
+        before = path.stat()
+        replace_file(path, raw, before.st_mode & 0o777, (before.st_uid, before.st_gid))
+    else:
+        replace_file(path, raw, 0o600)

@@ -179,11 +179,11 @@ class IssuerTokens:
         return Caller(name, max(roles, key=ROLES.index), only, self._bucket(name), expires)
 
     def _bucket(self, name: str) -> Bucket | None:
-        rate = self._config.per_second
-        if rate is None:
-            return None
         if name not in self._buckets:
-            self._buckets[name] = Bucket(rate, self._config.burst or max(1, round(rate)))
+            made = Bucket.of(self._config.per_second, self._config.burst)
+            if made is None:
+                return None
+            self._buckets[name] = made
             while len(self._buckets) > KNOWN:
                 self._buckets.popitem(last=False)
         self._buckets.move_to_end(name)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from plinth.engine import ConfigError, ModelError, ModelStore
+from plinth.engine.files import replace_file
 
 NAME = "fraud"
 MAX_BYTES = 4 << 20
@@ -151,18 +151,3 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {error.strerror}",
             hint="set verticals.finance.store to a folder of your own, with the models in it",
         ) from None
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that is never seen in part."""
-    handle, part = tempfile.mkstemp(prefix=".part-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(part).chmod(0o644)
-        Path(part).replace(path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise

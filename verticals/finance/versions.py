@@ -20,8 +20,9 @@ import orjson
 import torch
 
 from plinth.engine import ConfigError, Flow, Model, ModelError, ModelStore, PlinthError, Timing
+from plinth.engine.files import replace_file
 from plinth.verticals.finance.challenger import Promotion, Shadow
-from plinth.verticals.finance.champion import NAME, Champion, replace_file
+from plinth.verticals.finance.champion import NAME, Champion
 from plinth.verticals.finance.drift import DriftWatch, Reference
 from plinth.verticals.finance.features.online import MODEL_FEATURES
 from plinth.verticals.finance.rules import Action
@@ -205,7 +206,9 @@ class Versions:
         version = self._given.challenger
         if version == "newest":
             version = self.champion.newest_challenger(champion)
-        if version in (None, champion) or version in self.champion.rolled_back():
+        elif version in self.champion.rolled_back():
+            version = None
+        if version in (None, champion):
             self.shadow = None
             return None
         if self.shadow is not None and second is not None and second.version == version:

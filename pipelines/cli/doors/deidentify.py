@@ -39,8 +39,9 @@ def deidentify(
     UIDs are replaced and dates moved alike wherever the same key is used. The copies are
     pseudonymous, never anonymous: voxels can show a face.
     """
+    from plinth.engine.files import replace_file
     from plinth.pipelines.folders.batch import check_folders
-    from plinth.pipelines.folders.storage import replace_file, storing
+    from plinth.pipelines.folders.storage import storing
     from plinth.pipelines.keys import hash_key
     from plinth.verticals.medical.privacy.deidentify import Deidentifier
     from plinth.verticals.medical.privacy.folder import deidentify as copied

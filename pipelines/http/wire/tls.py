@@ -11,7 +11,7 @@ import ssl
 from pathlib import Path
 
 from plinth.engine import ConfigError
-from plinth.pipelines.live_tables import Mark, mark_of
+from plinth.pipelines.live_tables import Marks
 
 log = logging.getLogger("plinth.tls")
 
@@ -109,7 +109,7 @@ class TlsFiles:
 
     def __init__(self, files: tuple[Path, ...]) -> None:
         self._files = files
-        self._marks: tuple[Mark, ...] = tuple(mark_of(path) for path in self._files)
+        self._marks = Marks(*files)
         self._context = self._read()
 
     def _read(self) -> ssl.SSLContext:
@@ -136,10 +136,8 @@ class TlsFiles:
 
     def look(self) -> None:
         """Read files again that changed; where they are wrong, what was in force stays."""
-        marks = tuple(mark_of(path) for path in self._files)
-        if marks == self._marks:
+        if not self._marks.changed():
             return
-        self._marks = marks
         try:
             self._context = self._read()
         except ConfigError as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -175,45 +176,50 @@ def test_grpc_knows_the_same_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("tritonclient", "grpc", "rapidjson")
-def test_each_request_of_a_stream_counts(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def streaming(
+    server: Running, key: str
+) -> Iterator[tuple[Callable[[], None], queue.Queue[tuple[Any, Any]]]]:
+    """A stream of gRPC: sends a request, and has (answer, error) of each in a queue."""
     import tritonclient.grpc as kind
 
-    path = tmp_path / "keys.toml"
-    key = add(path, "slow", {"per_second": 1e-6, "burst": 2})
     told: queue.Queue[tuple[Any, Any]] = queue.Queue()
     rows = kind.InferInput("rows", [1, 1], "FP32")
     rows.set_data_from_numpy(np.full((1, 1), 3.0, "f4"))
-    with running({"tiny": Tiny()}, serve={"keys": path, "grpc": {"port": 0}}) as server:
-        client = kind.InferenceServerClient(server.server.grpc_address)
+    with contextlib.closing(kind.InferenceServerClient(server.server.grpc_address)) as client:
         client.start_stream(lambda result, error: told.put((result, error)), headers=bearer(key))
+        yield partial(client.async_stream_infer, "twice", [rows]), told
+
+
+def test_each_request_of_a_stream_counts(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    key = add(path, "slow", {"per_second": 1e-6, "burst": 2})
+    with (
+        running({"tiny": Tiny()}, serve={"keys": path, "grpc": {"port": 0}}) as server,
+        streaming(server, key) as (ask, told),
+    ):
         for _ in range(3):
-            client.async_stream_infer("twice", [rows])
+            ask()
         answers = [told.get(timeout=60) for _ in range(3)]
         assert [error is None for _, error in answers] == [True, True, False]
         assert "times a second" in str(answers[2][1])
-        client.close()
 
 
 def test_a_key_that_was_revoked_ends_its_stream(tmp_path: Path) -> None:
-    import tritonclient.grpc as kind
-
     path = tmp_path / "keys.toml"
     key, other = add(path, "gone", {}), add(path, "other", {})
-    told: queue.Queue[tuple[Any, Any]] = queue.Queue()
-    rows = kind.InferInput("rows", [1, 1], "FP32")
-    rows.set_data_from_numpy(np.full((1, 1), 3.0, "f4"))
-    with running({"tiny": Tiny()}, serve={"keys": path, "grpc": {"port": 0}}) as server:
-        client = kind.InferenceServerClient(server.server.grpc_address)
-        client.start_stream(lambda result, error: told.put((result, error)), headers=bearer(key))
-        client.async_stream_infer("twice", [rows])
+    with (
+        running({"tiny": Tiny()}, serve={"keys": path, "grpc": {"port": 0}}) as server,
+        streaming(server, key) as (ask, told),
+    ):
+        ask()
         assert told.get(timeout=60)[1] is None
         revoke(path, "gone")
         status = partial(server.post, DOUBLE, json=RECORD, headers=bearer(key))
         until(lambda: status().status_code == 401)
-        client.async_stream_infer("twice", [rows])
+        ask()
         assert "key" in str(told.get(timeout=60)[1])
         assert server.post(DOUBLE, json=RECORD, headers=bearer(other)).status_code == 200
-        client.close()
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/v1/status", "/v2/repository/index"])

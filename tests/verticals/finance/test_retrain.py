@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from stores import add_version
 
 from plinth.engine import ConfigError, ModelStore
@@ -26,16 +24,10 @@ from plinth.verticals.finance.training.simulator import (
     transactions_json,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PEOPLE = Population(customers=120, terminals=60, days=76, radius=50, bad_terminals=0.5)
 QUICK = Plan(days=14, label_days=7, epochs=1, alert_budget=20)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from payments import DAY, HOUR, NOON, label, payment
 from rich.console import Console
 
@@ -24,20 +22,14 @@ from plinth.verticals.finance.training.simulator import (
 )
 from plinth.verticals.finance.training.train import Plan, main, run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PEOPLE = Population(customers=150, terminals=60, days=80, radius=50, bad_terminals=0.3)
 TINY = Plan(first_day=38, final_days=7, epochs=2, alert_budget=5)
 
 
 def ignore(done: int) -> None:
     assert done > 0
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

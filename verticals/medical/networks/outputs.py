@@ -6,6 +6,7 @@ import colorsys
 import csv
 import io
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from plinth.verticals.medical.output.outputs import (
 from plinth.verticals.medical.output.page import segmentation_page
 from plinth.verticals.medical.output.report import CtReport
 from plinth.verticals.medical.output.rtstruct import Structure
-from plinth.verticals.medical.volumes.measured import Measured, ValueStatistics
+from plinth.verticals.medical.volumes.measured import Measured
 from plinth.verticals.medical.volumes.orientation import Orientation
+from plinth.verticals.medical.volumes.shape import ValueStatistics
 
 SIDE = 512
 
@@ -142,7 +144,7 @@ def _table(report: CtReport, found: Segmentation) -> str:
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
     sizes = [name for name in Measured.model_fields if name not in ("title", "unit", "values")]
-    statistics = list(ValueStatistics.model_fields)
+    statistics = [field.name for field in fields(ValueStatistics)]
     rows.writerow(["study", "series", "label", "name", *sizes, "unit", *statistics])
     for value, name in sorted(found.network.recipe.labels.items()):
         one = found.structures.get(f"label_{value}")

@@ -10,32 +10,11 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 from scipy import ndimage
 
-from plinth.verticals.medical.volumes.shape import shape_of, values_of
+from plinth.verticals.medical.volumes.shape import ValueStatistics, shape_of, values_of
 from plinth.verticals.medical.volumes.volume import Volume
 
 DIGITS = 7
 """Significant digits of what is told."""
-
-
-class ValueStatistics(BaseModel):
-    """First-order statistics of a structure's voxels; see
-    :class:`plinth.verticals.medical.volumes.shape.Values`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    mean: float
-    standard_deviation: float
-    minimum: float
-    percentile_10: float
-    median: float
-    percentile_90: float
-    maximum: float
-    interquartile_range: float
-    mean_absolute_deviation: float
-    skewness: float
-    kurtosis: float
-    entropy: float
-    uniformity: float
 
 
 class Measured(BaseModel):

@@ -16,6 +16,8 @@ from functools import cache
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import cdist
 
@@ -103,8 +105,8 @@ class Shape:
     diameter_row_mm: float
 
 
-@dataclass(frozen=True)
-class Values:
+@pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class ValueStatistics:
     """First-order statistics of the values in a region, in their unit (pyradiomics firstorder).
 
     Args:
@@ -163,7 +165,7 @@ def shape_of(mask: Mask, spacing: tuple[float, float, float]) -> Shape:
     )
 
 
-def values_of(values: npt.NDArray[np.generic]) -> Values:
+def values_of(values: npt.NDArray[np.generic]) -> ValueStatistics:
     """Statistics of the values of a region's voxels.
 
     Args:
@@ -178,7 +180,7 @@ def values_of(values: npt.NDArray[np.generic]) -> Values:
         _percentile(found, counts, share) for share in (0.10, 0.25, 0.50, 0.75, 0.90)
     )
     shares = _bins(found, counts) / total
-    return Values(
+    return ValueStatistics(
         mean=mean,
         standard_deviation=math.sqrt(spread),
         minimum=float(found[0]),
