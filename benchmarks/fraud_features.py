@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from plinth.engine import Call
 from plinth.verticals.finance import FraudScoring
 from plinth.verticals.finance.training.simulator import Population, simulate, transactions_json
 
@@ -74,6 +75,7 @@ def score(vertical: FraudScoring, models: dict[str, torch.nn.Module], raws: Sequ
     lap("features")
     results: Any = None
     while results is None:
+        assert isinstance(call, Call)
         left = wall()
         with torch.inference_mode():
             output = models[call.model](call.rows)

@@ -3,6 +3,7 @@
 from plinth.engine.errors import (
     Cancelled,
     Closed,
+    ComputeError,
     ConfigError,
     DeadlineRefused,
     DeviceError,
@@ -13,7 +14,7 @@ from plinth.engine.errors import (
     QueueFull,
     Refused,
 )
-from plinth.engine.flow import Answer, Call, Flow, Sla, Timing
+from plinth.engine.flow import Answer, Call, Compute, Flow, Sla, Timing
 from plinth.engine.models.store import (
     Model,
     ModelSpec,
@@ -35,6 +36,8 @@ __all__ = [
     "Call",
     "Cancelled",
     "Closed",
+    "Compute",
+    "ComputeError",
     "ConfigError",
     "DeadlineRefused",
     "DeviceError",

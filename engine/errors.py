@@ -9,6 +9,7 @@
     ├── DeviceError              a device or backend is absent or failed
     │   ├── OutOfMemory          work does not fit; says which bytes
     │   └── EngineFailed         the engine's device thread ended; nothing is answered any more
+    ├── ComputeError             a heavy step of a flow was lost with its worker process
     └── Refused                  the engine will not do this work
         ├── DeadlineRefused      it cannot finish before its deadline
         ├── QueueFull            the queue is at its bound
@@ -47,6 +48,16 @@ class PlinthError(Exception):
     def as_dict(self) -> dict[str, Any]:
         """The error as JSON-ready data: ``reason``, ``message``, ``hint``."""
         return {"reason": self.reason, "message": self.message, "hint": self.hint}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Whole between processes, whatever arguments its class takes."""
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[PlinthError], args: tuple[Any, ...], facts: dict[str, Any]) -> PlinthError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(facts)
+    return error
 
 
 class InputError(PlinthError):
@@ -114,6 +125,20 @@ class EngineFailed(DeviceError):
     """The device thread of the engine ended; start the engine again, or the process."""
 
     reason = "engine_failed"
+
+
+class ComputeError(PlinthError):
+    """A heavy step of a flow was lost: its worker process crashed, or ran out of time.
+
+    Args:
+        message: which step, and what became of its process.
+        reason: ``"worker_died"``, ``"time_limit"`` or ``"compute"``.
+        hint: what to do about it.
+    """
+
+    def __init__(self, message: str, *, reason: str = "compute", hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
 
 
 class Refused(PlinthError):

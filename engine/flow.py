@@ -1,12 +1,14 @@
-"""The words in which a vertical speaks to the engine: Flow, Call, Sla, Answer.
+"""The words in which a vertical speaks to the engine: Flow, Call, Compute, Sla, Answer.
 
 A vertical describes inference as a generator without I/O that yields :class:`Call` and is
-sent tensors. It never sees a device, a batch size, a thread or a socket.
+sent tensors, or :class:`Compute` and is sent what a function gave. It never sees a device, a batch
+size, a thread, a process or a socket.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+import sys
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -76,8 +78,66 @@ class Call:
     tiling: Tiling | None = None
 
 
-Flow = Generator[Call, Any, T]
-"""A generator that yields Calls, is sent tensors and returns T."""
+@dataclass(frozen=True, init=False, slots=True)
+class Compute:
+    """A heavy step of a flow (much NumPy or SciPy) that would hold the interpreter's lock.
+
+    An engine with worker processes runs it in one of them, otherwise the thread that drives the
+    flow does. The flow is sent what the function returns; what it raises is raised in the flow.
+
+    Args:
+        function: of a module, so that another process finds it by its name. It keeps nothing
+            outside of its arguments and changes none of them: what it made is what it returns.
+        arguments: whatever can be pickled. Arrays and tensors in them, and in what is returned,
+            go through shared memory with dtype, shape, order and bits.
+        seconds: in which it has to be done in a worker process; ``None``: the engine's limit.
+
+    Raises:
+        ConfigError: no function of a module, or an impossible limit.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    seconds: float | None
+
+    def __init__(
+        self, function: Callable[..., Any], *arguments: Any, seconds: float | None = None
+    ) -> None:
+        if not _is_of_module(function):
+            raise ConfigError(
+                f"Compute was given {_name_of(function)}, expected a function of a module",
+                hint="another process imports it by name: no lambda, closure, method or partial",
+            )
+        if seconds is not None and not 0 < seconds < 86_400:
+            raise ConfigError(f"Compute.seconds is {seconds}, expected 0 < seconds < 1 day")
+        object.__setattr__(self, "function", function)
+        object.__setattr__(self, "arguments", arguments)
+        object.__setattr__(self, "seconds", seconds)
+
+    @property
+    def name(self) -> str:
+        """Module and name of the function."""
+        return _name_of(self.function)
+
+    def run(self) -> Any:
+        """Call the function here."""
+        return self.function(*self.arguments)
+
+
+def _name_of(function: object) -> str:
+    module = getattr(function, "__module__", None)
+    name = getattr(function, "__qualname__", None) or repr(type(function).__qualname__)
+    return f"{module}.{name}" if module else str(name)
+
+
+def _is_of_module(function: object) -> bool:
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    found = getattr(module, getattr(function, "__qualname__", None) or "", None)
+    return callable(function) and found is function
+
+
+Flow = Generator[Call | Compute, Any, T]
+"""A generator that yields Calls and Computes, is sent their results and returns T."""
 
 
 @dataclass(slots=True)

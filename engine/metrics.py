@@ -128,6 +128,14 @@ class EngineMetrics:
             "Batches that did not fit into memory and were run in halves.",
             ("model",),
         )
+        self.steps = counter(
+            "plinth_compute_steps_total",
+            "Heavy steps in worker processes by outcome: done, raised, or why it was lost.",
+            ("step", "outcome"),
+        )
+        self.step_seconds = counter(
+            "plinth_compute_seconds_total", "Time of steps in worker processes.", ("step",)
+        )
         self.busy_seconds = counter(
             "plinth_device_busy_seconds_total",
             "Time the device worked; its rate is the utilisation.",
@@ -174,6 +182,11 @@ class EngineMetrics:
         if found is None:
             found = self._outcomes[name, outcome] = self.calls.labels(name, outcome)
         found.inc()
+
+    def count_step(self, name: str, outcome: str, seconds: float) -> None:
+        """Count a step that a worker process had; see ``plinth_compute_steps_total``."""
+        self.steps.labels(name, outcome).inc()
+        self.step_seconds.labels(name).inc(seconds)
 
     def of_model(self, name: str) -> ModelMetrics:
         """The histograms of a model."""

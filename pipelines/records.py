@@ -24,6 +24,8 @@ import orjson
 
 from plinth.engine import (
     Answer,
+    Compute,
+    ComputeError,
     ConfigError,
     DeadlineRefused,
     DeviceError,
@@ -220,12 +222,18 @@ class RecordService:
 
         driver: FlowDriver[list[Any]] = await aside(FlowDriver, flow, time.monotonic)
         while (call := driver.call) is not None:
+            give: Callable[[Any], None] = driver.send
             try:
-                result = await asyncio.wrap_future(self._engine.submit(call, sla))
-            except PlinthError as error:
+                if isinstance(call, Compute):
+                    give = driver.computed
+                    future = await aside(self._engine.compute, call, driver.left(sla))
+                else:
+                    future = self._engine.submit(call, sla)
+                result = await asyncio.wrap_future(future)
+            except Exception as error:  # noqa: BLE001 - the flow's own to handle
                 await aside(driver.throw, error)
             else:
-                await aside(driver.send, result)
+                await aside(give, result)
         return driver.answer()
 
     # -- whole requests ------------------------------------------------------------------------
@@ -310,7 +318,7 @@ def explained(error: BaseException) -> PlinthError:
     The text of an unexpected exception may hold what another client sent: neither client nor log
     see it. The log gets the exception's type and the frames.
     """
-    if isinstance(error, InputError | Refused | EngineFailed | InternalError):
+    if isinstance(error, InputError | Refused | EngineFailed | InternalError | ComputeError):
         return error
     cause = error.__cause__ or error
     frames = "".join(traceback.format_tb(cause.__traceback__))

@@ -206,8 +206,9 @@ class Vertical(ABC, Generic[Req, Res]):
 
         A result is the response, or :class:`WithArtefacts` where ``write`` needs more.
 
-        A generator: yield :class:`plinth.engine.Call`, be sent tensors. No I/O. A bad request never
-        takes its neighbours along.
+        A generator: yield :class:`plinth.engine.Call`, be sent tensors; yield
+        :class:`plinth.engine.Compute` for a step of seconds. No I/O. A bad request never takes its
+        neighbours along.
         """
 
     # -- record doors: HTTP and Kafka --------------------------------------------------------
@@ -310,6 +311,20 @@ class Vertical(ABC, Generic[Req, Res]):
         path = folder / "report.json"
         path.write_bytes(self.encode(result))
         return [path]
+
+    def loading(self, item: Item) -> Flow[Req]:
+        """:meth:`load` as a flow, which the doors drive.
+
+        Override it where reading takes long, and yield it as a :class:`plinth.engine.Compute`: it
+        then holds up nobody who shares the process.
+        """
+        yield from ()
+        return self.load(item)
+
+    def writing(self, result: Res, folder: Path) -> Flow[list[Path]]:
+        """:meth:`write` as a flow, which the doors drive; see :meth:`loading`."""
+        yield from ()
+        return self.write(result, folder)
 
     def tally(self) -> Tally:
         """What ``plinth backtest`` compares two settings by; by default counts."""

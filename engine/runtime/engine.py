@@ -33,7 +33,8 @@ from plinth.engine.errors import (
     OutOfMemory,
     PlinthError,
 )
-from plinth.engine.flow import Answer, Call, Flow, Sla
+from plinth.engine.flow import Answer, Call, Compute, Flow, Sla
+from plinth.engine.lanes.compute_pool import ComputePool
 from plinth.engine.lanes.local import LocalLane
 from plinth.engine.metrics import EngineMetrics
 from plinth.engine.models.spec import ModelSpec
@@ -88,6 +89,9 @@ class Engine:
             host prepares one while the device runs another; ``None``: 1. The CPU has 1.
         graphs: capture forwards and replay them on an accelerator where that is faster, which does
             not run a model's Python again; ``None``: of models with backend ``"auto"``.
+        compute_workers: processes for the heavy steps of flows (:class:`Compute`), which start with
+            the first of them; 0: the thread that drives a flow runs its steps.
+        compute_seconds: in which a step in a process has to be done, unless it says other.
 
     Attributes:
         device: what it runs on.
@@ -111,6 +115,8 @@ class Engine:
         latency_file: Path | None = None,
         pipeline_depth: int | None = None,
         graphs: bool | None = None,
+        compute_workers: int = 0,
+        compute_seconds: float = 900.0,
     ) -> None:
         self.device = pick(device)
         self._staging = _staging(self.device, pipeline_depth)
@@ -137,6 +143,11 @@ class Engine:
         self._busy = 0.0
         self._started = clock()
         self.metrics = EngineMetrics(self.device, self._waiting)
+        self._steps = (
+            ComputePool(compute_workers, compute_seconds, self.metrics.count_step)
+            if compute_workers
+            else None
+        )
 
     # -- models ------------------------------------------------------------------------------
     def add(
@@ -251,6 +262,8 @@ class Engine:
                 "the device thread cannot wait for its own end", hint="start it from another"
             )
         self._lane.join()
+        if self._steps is not None:
+            self._steps.open()
         with self._wake:
             if not self._lane.alive:
                 if self._staging is not None:
@@ -280,6 +293,8 @@ class Engine:
                 outcomes = self._fail(waiting, Closed("the engine was closed"))
             self._wake.notify_all()
         self._settle(outcomes)
+        if self._steps is not None:
+            self._steps.close(drain, wait=not self._lane.is_current)
         if self._lane.is_current:
             return
         self._lane.join()
@@ -341,6 +356,9 @@ class Engine:
             )
         driver = FlowDriver(flow, self._clock)
         while (call := driver.call) is not None:
+            if isinstance(call, Compute):
+                self._compute(driver, call, sla)
+                continue
             try:
                 future: Future[Result] = Future()
                 request, alone = self._admit(call, sla, ThreadWaiter(future), direct="any")
@@ -350,6 +368,45 @@ class Engine:
             except PlinthError as error:
                 driver.throw(error)
         return driver.answer()
+
+    def compute(self, step: Compute, within: float | None = None) -> Future[Any]:
+        """Run a heavy step: in a worker process, or here and now where the engine has none.
+
+        Cancelling the future ends the step.
+
+        Args:
+            step: what is to run.
+            within: seconds until the promise of its flow ends, which a worker process keeps.
+
+        Returns:
+            What the function returns; the future also carries what it raised.
+
+        Raises:
+            QueueFull: too many steps wait.
+            Closed: the engine was closed.
+            ConfigError: no process can import the function.
+        """
+        if self._steps is not None:
+            return self._steps.submit(step, within)
+        future: Future[Any] = Future()
+        try:
+            future.set_result(step.run())
+        except Exception as error:  # noqa: BLE001 - the flow's own, raised where it waits
+            future.set_exception(error)
+        return future
+
+    def _compute(self, driver: FlowDriver[T], step: Compute, sla: Sla | None) -> None:
+        """Run a flow's step, and wait for it in the calling thread."""
+        future: Future[Any] | None = None
+        try:
+            future = self.compute(step, driver.left(sla))
+            value = future.result()
+        except BaseException as error:  # noqa: BLE001 - it is raised again where the flow is
+            if future is not None:
+                future.cancel()
+            driver.throw(error)
+        else:
+            driver.computed(value)
 
     def _wait(self, future: Future[Result]) -> Result:
         """The future's result; looks now and then whether there is anybody left to give it."""
@@ -367,6 +424,9 @@ class Engine:
         if mailbox is None:
             mailbox = self._mailboxes[loop] = Mailbox(loop)
         while (call := driver.call) is not None:
+            if isinstance(call, Compute):
+                await self._compute_async(driver, call, sla)
+                continue
             try:
                 future: asyncio.Future[Result] = loop.create_future()
                 waiter = LoopWaiter(mailbox, future)
@@ -382,6 +442,15 @@ class Engine:
             except PlinthError as error:
                 driver.throw(error)
         return driver.answer()
+
+    async def _compute_async(self, driver: FlowDriver[T], step: Compute, sla: Sla | None) -> None:
+        """Run a flow's step; cancelling the task ends it."""
+        try:
+            value = await asyncio.wrap_future(self.compute(step, driver.left(sla)))
+        except Exception as error:  # noqa: BLE001 - the flow's own
+            driver.throw(error)
+        else:
+            driver.computed(value)
 
     def submit(self, call: Call, sla: Sla | None = None) -> Future[Result]:
         """Queue one call; the future also carries refusals. Cancelling it frees its place."""

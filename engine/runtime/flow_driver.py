@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from plinth.engine.errors import PlinthError
-from plinth.engine.flow import Answer, Call, Flow, Tensors, Timing
+from plinth.engine.flow import Answer, Call, Compute, Flow, Sla, Tensors, Timing
 from plinth.engine.models.store import Model
 
 T = TypeVar("T")
@@ -41,12 +40,13 @@ class FlowDriver(Generic[T]):
         self._precision: dict[str, str] = {}
         self._late = False
         self._value: list[T] = []
-        self.call: Call | None = None
+        self.call: Call | Compute | None = None
         self._step(lambda: next(flow))
 
     def send(self, result: Result) -> None:
         """Give the flow the result of its call."""
-        asked, ran = self.call.model if self.call else "", result.ran.spec
+        asked = self.call.model if isinstance(self.call, Call) else ""
+        ran = result.ran.spec
         self._models[ran.name] = ran.version
         self._precision[ran.name] = result.precision
         if ran.name != asked or result.variant:
@@ -57,7 +57,17 @@ class FlowDriver(Generic[T]):
         self._timing.batch_rows = max(self._timing.batch_rows, result.timing.batch_rows)
         self._step(lambda: self._flow.send(result.value))
 
-    def throw(self, error: PlinthError) -> None:
+    def computed(self, value: object) -> None:
+        """Give the flow what the function of its step returned."""
+        self._step(lambda: self._flow.send(value))
+
+    def left(self, sla: Sla | None) -> float | None:
+        """Seconds until the promise of the flow ends; ``None``: it has none that is kept so."""
+        if sla is None or sla.deadline_ms is None or sla.on_overload == "late":
+            return None
+        return max(self._begun + sla.deadline_ms / 1e3 - self._clock(), 0.0)
+
+    def throw(self, error: BaseException) -> None:
         """Tell the flow that its call failed; raises what the flow does not handle."""
         self._step(lambda: self._flow.throw(error))
 
@@ -67,7 +77,7 @@ class FlowDriver(Generic[T]):
         told = (self._models, self._degraded, self._late, self._precision)
         return Answer(self._value[0], self._timing, *told)
 
-    def _step(self, advance: Callable[[], Call]) -> None:
+    def _step(self, advance: Callable[[], Call | Compute]) -> None:
         try:
             self.call = advance()
         except StopIteration as stop:

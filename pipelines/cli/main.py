@@ -311,6 +311,9 @@ def batch(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
     config_file: ConfigOption = None,
     workers: Annotated[int | None, typer.Option(help="Items inferred at the same time.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Processes for their heavy steps; 0: threads of this one.")
+    ] = None,
     resume: Annotated[
         bool | None,
         typer.Option("--resume/--no-resume", help="Skip what is done.", show_default="resume"),
@@ -342,6 +345,7 @@ def batch(
             "batch.output": out,
             "batch.vertical": vertical,
             "batch.workers": workers,
+            "batch.processes": processes,
             "batch.resume": resume,
             "batch.retry_failed": retry_failed,
             f"verticals.{vertical}.network.model": model,

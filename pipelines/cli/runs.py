@@ -235,9 +235,11 @@ def run_batch(config: Config, as_json: bool) -> int:
     check_folders(settings.input, settings.output)
     name = settings.vertical or only_folder_vertical()
     vertical = load_vertical(config, name)
+    apart = config.engine.model_copy(update={"compute_workers": settings.processes})
     with contextlib.ExitStack() as stack:
         stack.enter_context(choose_store(config.models.store))
-        engine = stack.enter_context(running(config, {name: vertical}, follow=True))
+        running_config = config.model_copy(update={"engine": apart})
+        engine = stack.enter_context(running(running_config, {name: vertical}, follow=True))
         view = stack.enter_context(BatchView())
         job = Batch(
             vertical,
@@ -246,6 +248,7 @@ def run_batch(config: Config, as_json: bool) -> int:
             settings.output,
             sla=replace(sla_of(vertical, config), deadline_ms=None),
             workers=settings.workers,
+            processes=settings.processes,
             resume=settings.resume,
             retry_failed=settings.retry_failed,
             on_progress=view.show,

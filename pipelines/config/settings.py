@@ -96,6 +96,16 @@ class EngineConfig(Table):
         description="replay captured forwards on an accelerator where that is faster; none: with "
         "backend `auto`",
     )
+    compute_workers: int = Field(
+        default=1,
+        ge=0,
+        le=256,
+        description="processes for heavy steps of flows ([processes](processes.md)), which start "
+        "with the first of them; 0: threads of this process",
+    )
+    compute_seconds: float = Field(
+        default=900.0, gt=0, lt=86_400, description="longest time of one such step"
+    )
 
 
 class UploadConfig(Table):
@@ -318,6 +328,13 @@ class BatchConfig(Table):
         default=None, description="who reads the folder; none: the only one that can"
     )
     workers: int = Field(default=1, ge=1, le=64, description="items inferred at the same time")
+    processes: int = Field(
+        default=0,
+        ge=0,
+        le=256,
+        description="items whose heavy steps run in processes of their own at the same time, in "
+        "the place of `engine.compute_workers`; 0: in threads",
+    )
     resume: bool = Field(
         default=True, description="skip what the journal in the output has as done"
     )

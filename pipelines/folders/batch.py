@@ -155,6 +155,8 @@ class Batch:
         out: where outputs go; not inside ``folder``.
         sla: the promise per item; background by default.
         workers: items with the engine at the same time; one more is in work.
+        processes: worker processes that the engine has for their heavy steps; one item more than
+            these is in work.
         resume: skip what the journal has as done by the same models on the same files.
         retry_failed: run items again that failed before.
         on_progress: told what happens.
@@ -172,6 +174,7 @@ class Batch:
         *,
         sla: Sla | None = None,
         workers: int = 1,
+        processes: int = 0,
         resume: bool = True,
         retry_failed: bool = False,
         on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -183,6 +186,7 @@ class Batch:
         self.out = out
         self.sla = sla or Sla()
         self.workers = workers
+        self.in_work = max(workers, processes) + 1
         self.resume = resume
         self.retry_failed = retry_failed
         self.models = versions(vertical)
@@ -233,8 +237,8 @@ class Batch:
         return self.summary
 
     def _work_all(self, todo: Iterator[Item], journal: Journal) -> None:
-        with ThreadPoolExecutor(self.workers + 1, thread_name_prefix="plinth-batch") as pool:
-            workers = [pool.submit(self._work, todo, journal) for _ in range(self.workers + 1)]
+        with ThreadPoolExecutor(self.in_work, thread_name_prefix="plinth-batch") as pool:
+            workers = [pool.submit(self._work, todo, journal) for _ in range(self.in_work)]
         for worker in workers:
             worker.result()
         if not self.summary.states and self._broken is None and not self._stop.is_set():

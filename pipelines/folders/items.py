@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from plinth.engine import Answer, Engine, Flow, InputError, PlinthError, Sla
+from plinth.engine import Answer, Call, Engine, Flow, InputError, PlinthError, Sla
 from plinth.pipelines.folders.storage import storing, write_whole
 from plinth.pipelines.records import FAULTS
 from plinth.verticals import Item, LeftOut, Settings, Vertical
@@ -218,7 +218,7 @@ def analyse(
     started = time.perf_counter()
     try:
         steps.begin("load")
-        request = vertical.load(item)
+        request = engine.run(vertical.loading(item), sla).value
         steps.begin("infer")
         answer = engine.run(calls_within(steps.device, vertical.infer([request])), sla)
         result = answer.value[0]
@@ -227,7 +227,9 @@ def analyse(
         steps.begin("write")
         encoded = vertical.encode(result)
         with storing():
-            files = write_whole(folder, lambda into: vertical.write(result, into))
+            files = write_whole(
+                folder, lambda into: engine.run(vertical.writing(result, into), sla).value
+            )
     except PlinthError:
         raise
     except OSError as error:
@@ -244,19 +246,19 @@ def analyse(
 def calls_within(slot: AbstractContextManager[Any], flow: Flow[T]) -> Flow[T]:
     """The same flow; ``slot`` is held from each of its calls to that call's answer.
 
-    The flow's own steps (rules, measurements on the host) run without the slot, so that another
-    item's calls keep the device busy meanwhile.
+    The flow's own steps (rules, measurements on the host), those it yields among them, run without
+    the slot, so that another item's calls keep the device busy meanwhile.
     """
     try:
-        call = next(flow)
+        asked = next(flow)
         while True:
             try:
-                with slot:
-                    answer = yield call
-            except PlinthError as error:
-                call = flow.throw(error)
+                with slot if isinstance(asked, Call) else nullcontext():
+                    answer = yield asked
+            except Exception as error:  # noqa: BLE001 - the flow's own to handle
+                asked = flow.throw(error)
             else:
-                call = flow.send(answer)
+                asked = flow.send(answer)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
     finally:

@@ -19,7 +19,16 @@ from typing import Any, Literal
 
 import orjson
 
-from plinth.engine import Closed, ConfigError, Engine, InputError, PlinthError, Refused, Sla
+from plinth.engine import (
+    Closed,
+    ComputeError,
+    ConfigError,
+    Engine,
+    InputError,
+    PlinthError,
+    Refused,
+    Sla,
+)
 from plinth.pipelines.config.settings import UploadConfig
 from plinth.pipelines.folders.items import (
     STEPS,
@@ -36,7 +45,7 @@ from plinth.pipelines.records import explained
 from plinth.verticals import Item, LeftOut, Vertical
 
 JobState = Literal["receiving", "queued", "running", "done", "failed"]
-OWN = (InputError, Refused, StorageError, SoftwareFault)
+OWN = (InputError, Refused, StorageError, SoftwareFault, ComputeError)
 """Errors whose text is about the job alone; a model's may be about others that ran beside it."""
 MAX_SOURCES = 100
 """File names of one item that its listing tells."""

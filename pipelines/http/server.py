@@ -288,7 +288,7 @@ def _warm_one(vertical: Vertical[Any, Any], engine: Engine) -> None:
         result = engine.run(vertical.infer([vertical.example()])).value[0]
         if is_folder_vertical(vertical) and not isinstance(result, InputError):
             with tempfile.TemporaryDirectory(prefix="plinth-warm-up-") as folder:
-                vertical.write(result, Path(folder))
+                engine.run(vertical.writing(result, Path(folder)))
     finally:
         if state is not None:
             vertical.restore(state)

@@ -15,6 +15,7 @@ from torch import Tensor
 from plinth.engine import (
     Call,
     Closed,
+    Compute,
     Engine,
     Flow,
     InputError,
@@ -322,26 +323,28 @@ class Processor:
             while True:
                 try:
                     value = yield from self._answer(call)
-                except PlinthError as error:
+                except Exception as error:  # noqa: BLE001 - the flow's own to handle
                     call = flow.throw(error)
                 else:
                     call = flow.send(value)
         except StopIteration as end:
             return end.value
 
-    def _answer(self, call: Call) -> Steps:
+    def _answer(self, call: Call | Compute) -> Steps:
         """What the engine answers to a call; one too large for its queue goes in parts.
 
         Work that is refused is offered again later: the vertical's own steps, which may have
         changed its state, do not run a second time.
         """
+        if isinstance(call, Compute):
+            return (yield from _result(self.engine.compute(call)))
         waiting: list[Tensors] = [call.rows]
         done: list[Tensors] = []
         while waiting:
             rows = waiting[0]
             try:
                 part = replace(call, rows=rows)
-                done.append((yield from _result(self.engine.submit(part, self.sla))))
+                done.append((yield from _result(self.engine.submit(part, self.sla))).value)
             except Closed:
                 raise
             except Refused as refused:
@@ -382,7 +385,7 @@ class Processor:
 def _result(future: Future[Any]) -> Steps:
     while True:
         try:
-            return future.result(LOOK_S).value
+            return future.result(LOOK_S)
         except TimeoutError:
             if future.done():
                 raise

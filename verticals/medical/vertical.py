@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,36 +11,19 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from plinth.engine import Call, Flow, InputError, Model, ModelStore, Sla, Tiling
+from plinth.engine import Call, Compute, Flow, InputError, Model, ModelStore, Sla, Tiling
 from plinth.verticals.contract import Item, LeftOut, Settings, Vertical, WithArtefacts
-from plinth.verticals.medical.ct.analysis import (
-    LUNG_LEFT,
-    LUNG_RIGHT,
-    MIN_SLICES,
-    NODULE,
-    Analysis,
-    analyse,
-)
+from plinth.verticals.medical.ct.analysis import MIN_SLICES, Analysis
 from plinth.verticals.medical.ct.findings import Finding
 from plinth.verticals.medical.ct.segment import BONE_HU, COARSE_MM, LUNG_HU, TISSUE_HU
 from plinth.verticals.medical.dicom.choose import LISTED
 from plinth.verticals.medical.dicom.discover import SETTLED, Series, survey
-from plinth.verticals.medical.dicom.loader import load_volume
 from plinth.verticals.medical.dicom.walk import Ignored
 from plinth.verticals.medical.networks.analysis import Segmentation, segment, window_of
 from plinth.verticals.medical.networks.load import Network as UserNetwork
 from plinth.verticals.medical.networks.load import load_network
 from plinth.verticals.medical.networks.outputs import write_segmentation_outputs
-from plinth.verticals.medical.nodules.candidates import (
-    NetworkInput,
-    Nodule,
-    Thresholds,
-    confidences,
-    find_candidates,
-    measure,
-    prepare_input,
-    recheck,
-)
+from plinth.verticals.medical.nodules.candidates import NetworkInput, Nodule, Thresholds
 from plinth.verticals.medical.nodules.network import STRIDE
 from plinth.verticals.medical.output.derived import absent_uids
 from plinth.verticals.medical.output.outputs import write_outputs
@@ -54,7 +36,14 @@ from plinth.verticals.medical.output.report import (
     pseudonym,
 )
 from plinth.verticals.medical.phantom.chest import Phantom
-from plinth.verticals.medical.volumes.measured import measured
+from plinth.verticals.medical.steps import (
+    NoduleFindings,
+    StageClock,
+    find_by_rules,
+    load,
+    look_closer,
+    measure_nodules,
+)
 from plinth.verticals.medical.volumes.volume import SeriesFacts, Verdict, Volume
 
 STORE = Path(__file__).parent / "store"
@@ -263,20 +252,30 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
             self._found.pop(next(iter(self._found)), None)
 
     def load(self, item: Item) -> StudyRequest:
-        series = self._found.pop(item.id, None)
-        settings = self.settings
-        if series is not None:
-            volume = load_volume(series, settings.strict, gaps=settings.gaps)
-        else:
-            folder = Path(os.path.commonpath(item.paths))
-            volume = load_volume(folder, settings.strict, series=item.id, gaps=settings.gaps)
-        return StudyRequest(volume)
+        return StudyRequest(self._loaded(item).run())
+
+    def loading(self, item: Item) -> Flow[StudyRequest]:
+        return StudyRequest((yield self._loaded(item)))
+
+    def _loaded(self, item: Item) -> Compute:
+        where: Series | Path | None = self._found.pop(item.id, None)
+        if where is None:
+            where = Path(os.path.commonpath(item.paths))
+        return Compute(load, where, item.id, self.settings.strict, self.settings.gaps)
 
     def write(self, result: CtResult | SegmentationResult, folder: Path) -> list[Path]:
+        files: list[Path] = self._written(result, folder).run()
+        return files
+
+    def writing(self, result: CtResult | SegmentationResult, folder: Path) -> Flow[list[Path]]:
+        files: list[Path] = yield self._written(result, folder)
+        return files
+
+    def _written(self, result: CtResult | SegmentationResult, folder: Path) -> Compute:
         if isinstance(result.artefacts, Segmentation):
-            found = result.artefacts
-            return write_segmentation_outputs(result.response, found, folder, self.settings)
-        return write_outputs(result, folder, self.settings)
+            given = (result.response, result.artefacts, folder, self.settings)
+            return Compute(write_segmentation_outputs, *given)
+        return Compute(write_outputs, result, folder, self.settings)
 
     # -- inference ---------------------------------------------------------------------------
     def infer(
@@ -307,43 +306,32 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
         )
 
     def _study(self, volume: Volume) -> Flow[CtResult]:
-        clock = _StageClock()
-        analysis = analyse(volume, self.settings.max_slice_spacing_mm)
-        clock.mark("rules")
-        nodules: list[Nodule] | None = None
-        plan = self._plan(analysis)
-        network_input = (
-            prepare_input(volume, analysis, self.settings.working_spacing_mm)
-            if self.settings.nodules
-            else None
-        )
-        if network_input is not None:
-            clock.mark("resample")
-            plan["network_grid_zyx"] = list(network_input.grid.size)
-            nodules = yield from self._nodules(volume, analysis, network_input, clock)
-        elif self.settings.nodules:
+        settings, clock = self.settings, StageClock()
+        spacing = settings.working_spacing_mm if settings.nodules else None
+        rules = yield Compute(find_by_rules, volume, settings.max_slice_spacing_mm, spacing)
+        clock.seconds |= rules.seconds
+        analysis: Analysis = rules.analysis
+        sizes, nodules, plan = rules.sizes, None, self._plan(analysis)
+        if rules.network_input is not None:
+            plan["network_grid_zyx"] = list(rules.network_input.grid.size)
+            found = yield from self._nodules(volume, analysis, rules.network_input, clock)
+            analysis.labels, nodules, sizes = found.labels, found.nodules, found.sizes
+        elif settings.nodules:
             analysis.warnings.append("no lungs were found, so nodules were not looked for")
         report = self._report(volume, analysis, nodules, plan)
-        titles = {LUNG_RIGHT: ("lung_right", "Right lung"), LUNG_LEFT: ("lung_left", "Left lung")}
-        for one in nodules or []:
-            name = f"Nodule candidate {one.number}"
-            titles[NODULE + one.number - 1] = f"nodule_{one.number}", name
-        sizes = measured(volume, analysis.labels, titles)
-        clock.mark("measure")
         report = report.model_copy(update={"structures": sizes})
         return WithArtefacts(report, CtArtefacts(volume, analysis, clock.seconds))
 
     def _nodules(
-        self, volume: Volume, analysis: Analysis, network_input: NetworkInput, clock: _StageClock
-    ) -> Flow[list[Nodule]]:
+        self, volume: Volume, analysis: Analysis, seen: NetworkInput, clock: StageClock
+    ) -> Flow[NoduleFindings]:
         """Windows over the lungs, then one more window around each candidate."""
         settings = self.settings
         tiling = Tiling(settings.window, settings.overlap, reduce="argmax")
-        found = find_candidates((yield Call(MODEL, network_input.rows, tiling=tiling)))
-        probabilities: list[float] = []
-        if found.boxes:
-            logits = yield Call(MODEL, recheck(network_input, found, settings.window))
-            probabilities = confidences(logits, found)
+        clock.skip()
+        answer = yield Call(MODEL, seen.rows, tiling=tiling)
+        found, rows = yield Compute(look_closer, answer, seen, settings.window)
+        logits = None if rows is None else (yield Call(MODEL, rows))
         if found.dropped:
             analysis.warnings.append(
                 f"{found.dropped} smaller nodule candidates beyond the largest "
@@ -351,9 +339,10 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
             )
         clock.mark("network")
         thresholds = Thresholds(settings.min_nodule_mm, settings.min_confidence)
-        nodules = measure(volume, analysis, network_input, found, probabilities, thresholds)
-        clock.mark("nodules")
-        return nodules
+        given = (volume, analysis, seen, found, logits, thresholds)
+        told: NoduleFindings = yield Compute(measure_nodules, *given)
+        clock.seconds |= told.seconds
+        return told
 
     def _plan(self, analysis: Analysis) -> dict[str, Any]:
         plan: dict[str, Any] = {
@@ -412,19 +401,6 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
             plan=plan,
             warnings=warnings,
         )
-
-
-class _StageClock:
-    """Wall seconds by stage; the network's include waiting for the device."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def mark(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = round(now - self._last, 3)
-        self._last = now
 
 
 def phantom_volume(phantom: Phantom) -> Volume:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from plinth.engine import Call, Flow, Model, PlinthError
+from plinth.engine import Call, Compute, Flow, Model, PlinthError
 from plinth.engine.flow import Tensors, as_mapping, row_count
 from plinth.engine.tiling import WindowGrid, WindowMerger
 from plinth.verticals.contract import Vertical
@@ -61,7 +61,7 @@ def drive(
     answer: Callable[[Call], Any],
     around_steps: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> T:
-    """Run a flow to its end, each Call answered by a function.
+    """Run a flow to its end, each Call answered by a function, each Compute run here.
 
     Args:
         flow: a generator of Calls.
@@ -76,13 +76,23 @@ def drive(
             f"infer() returned {type(flow).__name__}, not a generator: "
             "write `result = yield Call(model, rows)` in its body"
         )
+    advance: Callable[[Any], Any] = flow.send
     sent: Any = None
     try:
         while True:
             with around_steps():
-                call = flow.send(sent)
+                call = advance(sent)
+                advance = flow.send
+                if isinstance(call, Compute):
+                    try:
+                        sent = call.run()
+                    except Exception as error:  # noqa: BLE001 - the flow's own to handle
+                        advance, sent = flow.throw, error
+                    continue
             if not isinstance(call, Call):
-                raise AssertionError(f"the flow yielded {type(call).__name__}: yield engine.Call")
+                raise AssertionError(
+                    f"the flow yielded {type(call).__name__}: yield engine.Call or engine.Compute"
+                )
             sent = answer(call)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from plinth.engine import Call, InputError, Tiling
+from plinth.engine import Call, Compute, Flow, InputError, Tiling
 from plinth.verticals.medical.ct.findings import Finding, finding
 from plinth.verticals.medical.networks.load import Network, with_window
 from plinth.verticals.medical.networks.prepare import Prepared, prepare
@@ -32,25 +31,25 @@ class Segmentation:
 
     Args:
         volume: the volume, modality units.
-        network: which network.
+        recipe: of the network.
         labels: (z, y, x) uint8 on the native grid.
         uncertainty: (z, y, x) uint8 there, where it was asked for; see
             :class:`plinth.engine.Tiling`.
         findings: volume of each label.
         structures: size and values of each label that was found, by key.
-        plan: how it was done.
         warnings: what limits it, one sentence each.
+        plan: how it was done.
         seconds: wall time by stage.
     """
 
     volume: Volume
-    network: Network
+    recipe: Recipe
     labels: Labels
     uncertainty: Labels | None = None
     findings: list[Finding] = field(default_factory=list)
     structures: dict[str, Measured] = field(default_factory=dict)
-    plan: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    plan: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -133,7 +132,7 @@ def _floats_per_voxel(network: Network) -> int:
 
 def segment(
     volume: Volume, network: Network, *, uncertainty: bool = False, overlap: float | None = None
-) -> Generator[Call, Any, Segmentation]:
+) -> Flow[Segmentation]:
     """A flow: prepare, run, bring back, measure.
 
     Args:
@@ -145,9 +144,10 @@ def segment(
     Raises:
         InputError: see :func:`check_modality` and :func:`prepare`.
     """
-    recipe, begun = network.recipe, time.perf_counter()
+    recipe = network.recipe
     check_modality(volume, recipe)
-    prepared = prepare(volume, recipe)
+    begun = time.perf_counter()
+    prepared: Prepared = yield Compute(prepare, volume, recipe)
     tiling = tiling_of(prepared, recipe, uncertainty, overlap)
     seconds = {"prepare": time.perf_counter() - begun}
     begun = time.perf_counter()
@@ -155,21 +155,32 @@ def segment(
     seconds["network"] = time.perf_counter() - begun
     begun = time.perf_counter()
     prepared.rows = torch.empty(0)
+    found = yield Compute(_bring_back, volume, recipe, prepared, got, tiling)
+    done = Segmentation(volume, recipe, *found)
+    done.plan = _plan(prepared, network, tiling)
+    seconds["measure"] = time.perf_counter() - begun
+    done.seconds = {stage: round(spent, 3) for stage, spent in seconds.items()}
+    return done
+
+
+def _bring_back(
+    volume: Volume,
+    recipe: Recipe,
+    prepared: Prepared,
+    got: Tensor | dict[str, Tensor],
+    tiling: Tiling,
+) -> tuple[Labels, Labels | None, list[Finding], dict[str, Measured], list[str]]:
+    """The network's answer on the native grid, and what it measures; see :class:`Segmentation`."""
     labels, doubt = _native(prepared, got, tiling)
     for k in volume.filled:
         labels[k] = 0
     for label in recipe.largest:
         _keep_largest(labels, label)
     counts = np.bincount(labels.ravel(), minlength=256)
-    done = Segmentation(volume, network, labels, doubt)
-    done.findings = _findings(counts, volume, recipe)
     titles = {value: (f"label_{value}", name) for value, name in sorted(recipe.labels.items())}
-    done.structures = measured(volume, labels, titles)
-    done.plan = _plan(prepared, network, tiling)
-    done.warnings = _warnings(volume, counts, network)
-    seconds["measure"] = time.perf_counter() - begun
-    done.seconds = {stage: round(spent, 3) for stage, spent in seconds.items()}
-    return done
+    sizes = measured(volume, labels, titles)
+    findings, warnings = _findings(counts, volume, recipe), _warnings(volume, counts, recipe)
+    return labels, doubt, findings, sizes, warnings
 
 
 def tiling_of(
@@ -248,8 +259,7 @@ def _plan(prepared: Prepared, network: Network, tiling: Tiling) -> dict[str, Any
     }
 
 
-def _warnings(volume: Volume, counts: npt.NDArray[np.int64], network: Network) -> list[str]:
-    recipe = network.recipe
+def _warnings(volume: Volume, counts: npt.NDArray[np.int64], recipe: Recipe) -> list[str]:
     warnings = [
         f"{recipe.name} is a network of the user's own: what it is worth on these images is not "
         "known here"

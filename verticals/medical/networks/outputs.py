@@ -63,7 +63,7 @@ def write_segmentation_outputs(
         outputs[seg.name] = tried(lambda: write_seg(found, seg, wanted.segmentation_type))
     if wanted.measurements:
         beside = seg if seg.exists() else None
-        source = found.network.recipe.source
+        source = found.recipe.source
         outputs[sr.name] = tried(
             lambda: write_measurements(report, found.volume, source, beside, sr)
         )
@@ -74,13 +74,13 @@ def write_segmentation_outputs(
             files.append(folder / f"{name}.png")
             files[-1].write_bytes(data)
         outputs["pictures"] = "written"
-    named = [Structure(value, name) for value, name in found.network.recipe.labels.items()]
+    named = [Structure(value, name) for value, name in found.recipe.labels.items()]
     files += for_archives(
         found.volume,
         found.labels,
         named,
         drawn,
-        found.network.recipe.source,
+        found.recipe.source,
         folder,
         wanted,
         outputs,
@@ -96,7 +96,7 @@ def write_segmentation_outputs(
     if wanted.page:
         files.append(folder / "report.html")
         colours = _colours(found)
-        legend = [(name, colours[value]) for value, name in found.network.recipe.labels.items()]
+        legend = [(name, colours[value]) for value, name in found.recipe.labels.items()]
         files[-1].write_text(segmentation_page(final, drawn, legend), encoding="utf-8")
     files.append(folder / "report.json")
     files[-1].write_text(final.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -113,7 +113,7 @@ def write_seg(found: Segmentation, path: Path, kind: SegType) -> None:
     import highdicom  # heavy: only when a SEG is written
     from pydicom.sr.codedict import codes
 
-    recipe, volume = found.network.recipe, found.volume
+    recipe, volume = found.recipe, found.volume
     counts = label_counts(found.labels)
     present = [value for value in sorted(recipe.labels) if counts[value]]
     if not present:
@@ -146,7 +146,7 @@ def _table(report: CtReport, found: Segmentation) -> str:
     sizes = [name for name in Measured.model_fields if name not in ("title", "unit", "values")]
     statistics = [field.name for field in fields(ValueStatistics)]
     rows.writerow(["study", "series", "label", "name", *sizes, "unit", *statistics])
-    for value, name in sorted(found.network.recipe.labels.items()):
+    for value, name in sorted(found.recipe.labels.items()):
         one = found.structures.get(f"label_{value}")
         cells: list[object] = [0, 0.0, *[""] * (len(sizes) + len(statistics) - 1)]
         if one is not None:
@@ -159,7 +159,7 @@ def _table(report: CtReport, found: Segmentation) -> str:
 def _colours(found: Segmentation) -> dict[int, tuple[int, int, int]]:
     """A colour for each label, far apart for neighbouring numbers."""
     colours = {}
-    for value in found.network.recipe.labels:
+    for value in found.recipe.labels:
         red, green, blue = colorsys.hsv_to_rgb((value * 0.61803) % 1, 0.75, 1.0)
         colours[value] = (round(255 * red), round(255 * green), round(255 * blue))
     return colours

@@ -1,0 +1,127 @@
+"""Every door drives heavy steps in worker processes, and outlives them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from apart import Apart, ApartFiles, HeavyApart
+from serving import Running, running
+
+from plinth.engine import Engine
+from plinth.pipelines.folders.batch import Batch
+from plinth.pipelines.stream.chunks import Chunk, Partition
+from plinth.pipelines.stream.processor import Processor
+from plinth.verticals.testing import check_vertical, feed
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine(compute_workers=1) as started:
+        yield started
+
+
+@pytest.fixture(scope="module", params=[Apart, HeavyApart], ids=["light", "heavy"])
+def server(request: pytest.FixtureRequest) -> Iterator[Running]:
+    verticals = {"apart": request.param(), "files": ApartFiles()}
+    with running(verticals, engine={"compute_workers": 1}) as started:
+        yield started
+
+
+def told(body: dict[str, Any]) -> tuple[float, int]:
+    """The doubled number, and the process that did it."""
+    return body["twice"], int(body["id"].split()[-1])
+
+
+# -- records over HTTP -------------------------------------------------------------------------
+def test_a_record_is_computed_in_another_process(server: Running) -> None:
+    answer = server.post("/v1/apart/double", json={"id": "a", "value": 4.0})
+    twice, by = told(answer.json())
+    assert twice == 8
+    assert by != os.getpid()
+
+
+def test_a_crash_costs_its_record_and_never_the_server(server: Running) -> None:
+    values = [1.0, 911.0, 13.0, 666.0, 2.0]
+    answer = server.post("/v1/apart/double", json=[{"id": "a", "value": v} for v in values])
+    one, crash, unlucky, fault, two = answer.json()["results"]
+    assert (told(one["result"])[0], told(two["result"])[0]) == (2, 4)
+    assert crash["error"]["reason"] == "worker_died"
+    assert "SIGSEGV" in crash["error"]["message"]
+    assert unlucky["error"]["reason"] == "unlucky"
+    assert fault["error"]["reason"] == "internal"
+    assert "4111" not in answer.text
+    assert told(server.post("/v1/apart/double", json={"id": "a", "value": 4.0}).json())[0] == 8
+
+
+def test_metrics_count_steps_by_their_outcome(server: Running) -> None:
+    server.post("/v1/apart/double", json={"id": "a", "value": 13.0})
+    text = server.client.get("/metrics").text
+    assert 'plinth_compute_steps_total{outcome="raised",step="apart_steps.double"}' in text
+    assert 'plinth_compute_seconds_total{step="apart_steps.double"}' in text
+
+
+# -- folders -----------------------------------------------------------------------------------
+def numbers(folder: Path, **values: float) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, value in values.items():
+        (folder / f"{name}.txt").write_text(str(value))
+    return folder
+
+
+def test_an_upload_whose_step_crashes_fails_by_name(server: Running) -> None:
+    parts = [("files", (f"{v}.txt", v.encode())) for v in ("4", "911")]
+    job = server.post("/v1/files/double", files=parts, params={"wait": True})
+    items = {item["id"]: item for item in job.json()["items"]}
+    assert items["4"]["state"] == "done"
+    assert items["911"]["error"]["reason"] == "worker_died"
+    assert items["911"]["error"]["step"] == "analysing"
+
+
+def test_a_batch_goes_on_after_a_crash(engine: Engine, tmp_path: Path) -> None:
+    folder = numbers(tmp_path / "in", a=1, b=911, c=13, d=666, e=5)
+    out = tmp_path / "out"
+    summary = Batch(Apart(), engine, folder, out, processes=1).run()
+    failed = {entry.id: (entry.error or {})["reason"] for entry in summary.failed}
+    assert failed == {"b": "worker_died", "c": "unlucky", "d": "internal"}
+    assert summary.count("done") == 2
+    assert (out / "e" / "twice.txt").read_text() == "10.0"
+    assert int((out / "e" / "writer.txt").read_text()) != os.getpid()
+    again = Batch(Apart(), engine, folder, out, processes=1).run()
+    assert again.count("skipped") == 2
+
+
+def test_reading_that_fails_is_told_of_reading(engine: Engine, tmp_path: Path) -> None:
+    (numbers(tmp_path / "in", a=1) / "b.txt").write_text("not a number")
+    summary = Batch(Apart(), engine, tmp_path / "in", tmp_path / "out").run()
+    assert summary.states == {"a": "done", "b": "failed"}
+    assert (summary.failed[0].error or {})["step"] == "reading the files"
+
+
+# -- streams, and without an engine ------------------------------------------------------------
+def test_a_stream_drives_steps_too(engine: Engine) -> None:
+    values = (1.0, 13.0, 3.0)
+    raws = [json.dumps({"id": str(n), "value": v}).encode() for n, v in enumerate(values)]
+    line = {"topic": "in", "partition": 0, "timestamp": 0, "key": None, "headers": ()}
+    records = [SimpleNamespace(offset=n, value=raw, **line) for n, raw in enumerate(raws)]
+    place = Partition("in", 0)
+    steps = Processor(Apart(), engine).process(Chunk([*records], {place: 0}, {place: 3}))
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        messages = end.value.messages
+    good = [told(json.loads(one.value))[0] for one in messages if one.error is None]
+    assert good == [2, 6]
+    assert [one.error.reason for one in messages if one.error is not None] == ["unlucky"]
+
+
+def test_the_kit_runs_steps_in_place(tmp_path: Path) -> None:
+    check_vertical(Apart(), folder=numbers(tmp_path / "in", a=1, b=2)).raise_if_failed()
+    (found,) = feed(Apart().infer([Apart().example()]))
+    assert (found.twice, found.id) == (3, f"a {os.getpid()}")
