@@ -117,7 +117,7 @@ def test_a_whole_file(write: Write) -> None:
         ("[serve.upload]\nmax_file = 1", 2, "unknown key serve.upload.max_file; did you mean"),
         ("[stream]\ninput_topic='a'\noutput_topic='b'\ngruop='c'", 4, "did you mean 'group'?"),
         ("[verticals.tiny.sla]\ndeadline = 5", 2, "did you mean 'deadline_ms'?"),
-        ("[engine]\nzzz = 1", 2, "use one of backend, device"),
+        ("[engine]\nzzz = 1", 2, "use one of backend, compute_seconds"),
         ("[serve]\nhost = 'x'\nport = 99999", 3, "serve.port: Input should be less than"),
         ("[serve]\nmax_body_bytes = '3 apples'", 2, "expected bytes, such as"),
         ("[batch]\nworkers = 0", 2, "batch.workers: Input should be greater than"),
