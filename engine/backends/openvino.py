@@ -31,8 +31,8 @@ from plinth.engine.precision.policy import CLASSES, PrecisionPolicy
 from plinth.engine.precision.registry import missing, register
 
 INT32 = np.iinfo(np.int32)
-_LOOKUPS = ("Gather", "GatherElements")
-_REFUSED = ("GatherND", "ScatterNDUpdate", "ScatterElementsUpdate", "EmbeddingBagOffsetsSum")
+_LOOKUPS = ("Gather", "GatherElements", "GatherND")
+_REFUSED = ("ScatterNDUpdate", "ScatterElementsUpdate", "EmbeddingBagOffsetsSum")
 _WIDE = ("Multiply", "Power", "ShiftLeft")
 
 
@@ -279,26 +279,40 @@ def _check_lookups(graph: Any) -> bool:
 
     found: list[Any] = []
     for node in graph.get_ordered_ops():
-        kind = node.get_type_name()
-        if kind not in _LOOKUPS or _is_constant(node.input_value(1).get_node()):
+        if node.get_type_name() not in _LOOKUPS or _is_constant(node.input_value(1).get_node()):
             continue
         index = ops.convert(node.input_value(1), "i32")
-        sizes = ops.shape_of(node.input_value(0), "i32")
-        axis = node.input_value(2) if kind == "Gather" else ops.constant(node.get_axis())
-        zero = ops.constant(np.int32(0))
-        one = ops.constant(np.array([1], np.int32))
-        size = ops.reshape(
-            ops.gather(sizes, ops.convert(axis, "i32"), zero), one, special_zero=False
-        )
+        size = _sizes(node)
         wrong = ops.logical_or(ops.greater_equal(index, size), ops.less(index, ops.negative(size)))
         flat = ops.reshape(wrong, ops.constant(np.array([-1], np.int32)), special_zero=False)
-        found.append(ops.reduce_logical_or(flat, zero, keep_dims=True))
+        found.append(ops.reduce_logical_or(flat, ops.constant(np.int32(0)), keep_dims=True))
     if not found:
         return False
     whole = ops.reduce_logical_or(ops.concat(found, 0), ops.constant(np.int32(0)), keep_dims=True)
     whole.output(0).get_tensor().set_names({CHECK})
     graph.add_outputs([whole.output(0)])
     return True
+
+
+def _sizes(node: Any) -> Any:
+    """How long the axes are that a look-up's indices run along: one, or as many as an index has."""
+    from openvino import opset13 as ops
+
+    shape = ops.shape_of(node.input_value(0), "i32")
+    first, count = 0, 1
+    if node.get_type_name() == "GatherND":
+        width = node.input_value(1).get_partial_shape()[-1]
+        if width.is_dynamic:
+            raise ModelError("OpenVINO does not check indices of GatherND of unknown width")
+        first, count = node.get_batch_dims(), width.get_length()
+    elif node.get_type_name() == "GatherElements":
+        first = node.get_axis()
+    else:
+        axis = ops.convert(node.input_value(2), "i32")
+        size = ops.gather(shape, axis, ops.constant(np.int32(0)))
+        return ops.reshape(size, ops.constant(np.array([1], np.int32)), special_zero=False)
+    axes = ops.constant(np.arange(first, first + count, dtype=np.int32))
+    return ops.gather(shape, axes, ops.constant(np.int32(0)))
 
 
 def _refuse_silent_differences(graph: Any, spec: ModelSpec) -> None:

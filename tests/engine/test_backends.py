@@ -159,6 +159,33 @@ def test_a_text_longer_than_the_table_of_places_is_an_error_with_openvino():
         executable.run({"ids": torch.ones(2, 7).long()})
 
 
+class Cells(nn.Module):
+    """Looks cells of each row up by row and column: GatherND in ONNX."""
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        rows = torch.arange(x.shape[0])[:, None]
+        return x[rows, places[:, :, 0], places[:, :, 1]]
+
+
+@pytest.mark.needs("openvino")
+def test_a_cell_beyond_its_row_is_an_error_with_openvino_and_one_from_the_end_is_not():
+    inputs = (
+        TensorSpec(name="x", shape=(3, 4)),
+        TensorSpec(name="places", shape=(2, 2), dtype="int64"),
+    )
+    outputs = (TensorSpec(name="y", shape=(2,)),)
+    model = Model(ModelSpec(name="cells", inputs=inputs, outputs=outputs), Cells().eval())
+    executable = prepare(model, CPU, "fp32", "openvino")
+    x = torch.arange(24.0).reshape(2, 3, 4)
+    for places in ([[[0, 1], [2, 3]]] * 2, [[[-1, -4], [-3, 0]], [[0, 0], [1, -1]]]):
+        given = {"x": x, "places": torch.tensor(places)}
+        torch.testing.assert_close(executable.run(given)["y"], model.module(**given))
+    for wrong in ([3, 0], [0, 4], [-4, 0], [0, -5]):
+        places = torch.tensor([[[0, 0], [0, 0]], [[0, 0], wrong]])
+        with pytest.raises(ModelError, match="an index is out of range"):
+            executable.run({"x": x, "places": places})
+
+
 class Wide(nn.Module):
     """What needs more digits than OpenVINO holds."""
 
