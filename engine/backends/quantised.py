@@ -113,9 +113,10 @@ def openvino_file(model: Model, policy: PrecisionPolicy, graph: Any) -> tuple[Pa
 
 def _by_nncf(graph: Any, rows: Mapping[str, Tensor], kept: list[str]) -> Any:
     """Post-training quantisation, symmetric weights per channel; ``kept`` nodes stay float."""
-    logging.getLogger("nncf").setLevel(logging.ERROR)
     import nncf
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
 
     count = len(next(iter(rows.values())))
     arrays = {name: tensor.numpy(force=True) for name, tensor in rows.items()}
@@ -128,6 +129,7 @@ def _by_nncf(graph: Any, rows: Mapping[str, Tensor], kept: list[str]) -> Any:
             nncf.Dataset(single),
             subset_size=count,
             ignored_scope=nncf.IgnoredScope(patterns=patterns, validate=False),
+            model_type=nncf.ModelType.TRANSFORMER if _attends(graph) else None,
             # Where sums of two products overflow, weights get half their range everywhere.
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 overflow_fix=nncf.OverflowFix.ENABLE if saturates() else nncf.OverflowFix.DISABLE,
@@ -135,6 +137,13 @@ def _by_nncf(graph: Any, rows: Mapping[str, Tensor], kept: list[str]) -> Any:
                 activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
             ),
         )
+
+
+def _attends(graph: Any) -> bool:
+    """Whether a graph has attention, whose masks and sums NNCF leaves in float if it is told so."""
+    return any(
+        op.get_type_name() in ("Softmax", "ScaledDotProductAttention") for op in graph.get_ops()
+    )
 
 
 def calibration_rows(model: Model) -> dict[str, Tensor] | None:

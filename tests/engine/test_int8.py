@@ -263,3 +263,42 @@ def test_convolutions_run_in_int8_with_ranges_from_the_example_rows(backend):
     got, want = ran.run(rows)["y"], model.run(rows)["y"]
     assert 0 < difference(got, want) < 0.1
     assert float((got.argmax(1) == want.argmax(1)).double().mean()) > 0.95
+
+
+class Masked(nn.Module):
+    """Attention that a padding mask keeps from places, as encoders of texts have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 64)
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.words(ids)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        lowest = torch.finfo(torch.float32).min
+        scores = q @ k.transpose(1, 2) / 8 + (1.0 - mask[:, None].float()) * lowest
+        x = x + self.out(scores.softmax(-1) @ v)
+        return self.head((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+
+@pytest.mark.needs("openvino", "nncf")
+def test_a_padding_mask_gives_no_scale_of_openvinos_int8():
+    torch.manual_seed(0)
+    spec = ModelSpec(
+        name="masked",
+        inputs=tuple(
+            TensorSpec(name=name, shape=(12,), dtype="int64", bounds=bounds)
+            for name, bounds in (("ids", (0, 49)), ("mask", (0, 1)))
+        ),
+        outputs=(TensorSpec(name="y", shape=(4,)),),
+    )
+    lengths = torch.arange(16) % 11 + 2
+    rows = {
+        "ids": torch.randint(0, 50, (16, 12)),
+        "mask": (torch.arange(12) < lengths[:, None]).long(),
+    }
+    model = Model(spec, Masked().eval(), example=rows)
+    ran = prepare(model, CPU, "int8_static", "openvino")
+    assert difference(ran.run(rows)["y"], model.run(rows)["y"]) < 0.1
