@@ -54,6 +54,7 @@ WAYS: tuple[Way, ...] = (
     *(("openvino", "bf16"), ("inductor", "fp32"), ("aotinductor", "fp32")),
 )
 COMPILERS = ("inductor", "aotinductor")
+IDLE = 0.2  # cores that others may keep busy where wall times are taken
 LARGE = ("BERT-base, 128 tokens", "ResNet-50")  # NNCF takes minutes for the first
 
 
@@ -234,6 +235,11 @@ def built(name: str) -> Model:
 
 
 # -- measuring ---------------------------------------------------------------------------------
+def others() -> float:
+    """Cores that everything but this process keeps busy, over a second in which it sleeps."""
+    return psutil.cpu_percent(1.0) / 100 * cores()
+
+
 @dataclass
 class Line:
     """One line of the table; seconds of CPU on one thread, of the wall on two.
@@ -287,8 +293,8 @@ def measure(step: Step, seconds: float, limit: float) -> list[Line]:
     for (_, way), line in lines.items():
         line.reason = late.get(way, "")
     tried = [way for way in step.ways if way not in late]
-    idle = psutil.getloadavg()[0] < cores() / 2 and step.ways[-1][0] not in COMPILERS
-    for threads, kind in ((1, "cpu"), (2, "wall"))[: 2 if idle else 1]:
+    walls = step.ways[-1][0] not in COMPILERS and others() < IDLE
+    for threads, kind in ((1, "cpu"), (2, "wall"))[: 2 if walls else 1]:
         with cpu_threads(threads):
             ready = {way: compiled(model, way, threads, lines) for way in tried}
             for rows in counts:
@@ -398,15 +404,15 @@ def ratio(line: Line) -> float:
 
 
 def facts(load: float) -> str:
-    """Machine, flags, versions, date and load before the run, as a sentence."""
+    """Machine, flags, versions, date, and cores that others kept busy before the run."""
     device = pick("cpu")
     named = ("torch", "onnxruntime", "openvino", "nncf")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in named)
-    busy = "" if load < cores() / 2 else ", **other load on the machine**"
+    busy = "" if load < IDLE else ", **other load on the machine**"
     return (
         f"{device.name}, {cores()} cores; {torch.backends.cpu.get_cpu_capability()}, native: "
-        f"{', '.join(device.dtypes)}; {versions}; {datetime.now(UTC):%d %B %Y}; load average "
-        f"{load:.1f} before{busy}."
+        f"{', '.join(device.dtypes)}; {versions}; {datetime.now(UTC):%d %B %Y}; others "
+        f"kept {load:.1f} cores busy before{busy}."
     )
 
 
@@ -463,7 +469,7 @@ def in_order(lines: list[Line]) -> list[Line]:
 
 def run(given: Namespace, steps: list[Step]) -> list[Line]:
     """Measure step by step; after each what there is is kept, so that a stop loses nothing."""
-    until, load = time.monotonic() + 60 * given.minutes, psutil.getloadavg()[0]
+    until, load = time.monotonic() + 60 * given.minutes, others()
     lines = kept(given.results)
     have = set() if given.again else {(line.model, line.rows, line.way) for line in lines}
     left = [step for step in steps if not have.issuperset(step.lines)]

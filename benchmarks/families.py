@@ -19,9 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 import torch
-from compute import facts, write
+from compute import facts, others, write
 from head import parser_of, print_json
 from torch import Tensor
 
@@ -126,7 +125,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 def run(given: Namespace) -> list[dict[str, Any]]:
     """Family by family; after each what there is is kept, so that a stop loses nothing."""
-    until, load = time.monotonic() + 60 * given.minutes, psutil.getloadavg()[0]
+    until, load = time.monotonic() + 60 * given.minutes, others()
     lines: list[dict[str, Any]] = []
     if given.results and given.results.is_file():
         lines = json.loads(given.results.read_text())
