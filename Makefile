@@ -3,7 +3,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 EXTRAS := $(VENV)/.extras
-JOBS   ?= 2
+JOBS   ?= 3
 
 .PHONY: help setup extras demo lint fix test fuzz bench-compute coverage wheel-test clean
 
@@ -39,8 +39,8 @@ fix: setup             ## format, and mend what can be mended without thought
 
 test: export PLINTH_REQUIRE_EXTRAS = 1
 test: extras lint      ## everything: style, types, tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not clock" -n $(JOBS) --dist loadfile --no-loadscope-reorder
-	PLINTH_TEST_DEVICE=fake OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine -m "not cpu and not clock and not slow" -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not clock" -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	PLINTH_TEST_DEVICE=fake OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine -m "not cpu and not clock and not slow" -n $(JOBS) --dist loadgroup
 	$(BIN)/pytest -m clock
 
 fuzz: extras           ## new examples for every property, 500 requests for each route (an hour)
