@@ -7,21 +7,25 @@ to sign (``alg: none`` and HMAC with a public key are refused by the list).
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
+import socket
+import ssl
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 from joserfc import jwt
 from joserfc.errors import JoseError
-from joserfc.jwk import KeySet
+from joserfc.jwk import JWKRegistry, KeySet
 
 from plinth.pipelines.config.settings import OidcConfig, is_loopback
 from plinth.pipelines.identity.callers import ROLES, Bucket, Caller, Role, digest_of
@@ -38,7 +42,7 @@ KNOWN = 1024
 """Tokens whose signature is remembered, and subjects whose rate is."""
 AGAIN = 5.0
 """Seconds between two tries to fetch keys, at least."""
-_SECONDS = 10.0  # of one fetch
+_SECONDS = 10.0  # of one fetch, from its connection to its last byte
 _WRONG = (JoseError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
@@ -51,7 +55,69 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         """Whoever answers for the issuer does so itself."""
 
 
-_opener = urllib.request.build_opener(_NoRedirects)
+class _Ended(threading.local):
+    """Cuts the connection of this thread's fetch when its time is over.
+
+    A timeout of a socket counts anew with each byte, so an answer that drips would never end.
+    """
+
+    def __init__(self) -> None:
+        self._sockets: list[socket.socket] = []
+        self.over = False
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Cut what is connected in here after so long."""
+        self._sockets, self.over = [], False
+        mine = self._sockets
+
+        def cut() -> None:
+            for one in mine:
+                with contextlib.suppress(OSError):  # it has ended by itself
+                    socket.socket.shutdown(one, socket.SHUT_RDWR)
+
+        timer = threading.Timer(seconds, cut)
+        timer.daemon = True
+        begun = time.monotonic()
+        timer.start()
+        try:
+            yield
+        finally:
+            self.over = time.monotonic() - begun >= seconds
+            timer.cancel()
+
+    def watch(self, connected: socket.socket) -> None:
+        """Cut this one, too."""
+        self._sockets.append(connected)
+
+
+_ended = _Ended()
+
+
+class _Http(http.client.HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        _ended.watch(self.sock)
+
+
+class _Https(http.client.HTTPSConnection):
+    def connect(self) -> None:
+        super().connect()  # OpenSSL bounds a handshake as a whole
+        _ended.watch(self.sock)
+
+
+class _HttpHandler(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> Any:
+        return self.do_open(_Http, req)
+
+
+class _HttpsHandler(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> Any:
+        context = ssl.create_default_context()
+        return self.do_open(_Https, req, context=context)
+
+
+_opener = urllib.request.build_opener(_NoRedirects, _HttpHandler, _HttpsHandler)
 
 
 def fetched(url: str) -> dict[str, Any]:
@@ -65,17 +131,63 @@ def fetched(url: str) -> dict[str, Any]:
     if not safe:
         raise NotFetched(f"{url} is no https address")
     try:
-        with _opener.open(url, timeout=_SECONDS) as answer:
+        with _ended.within(_SECONDS), _opener.open(url, timeout=_SECONDS) as answer:
             raw = answer.read(MAX_DOCUMENT + 1)
+        if _ended.over:
+            raise TimeoutError
         if len(raw) > MAX_DOCUMENT:
             raise NotFetched(f"{url} told more than {MAX_DOCUMENT >> 20} MiB")
         found = json.loads(raw)
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+        if _ended.over:
+            raise NotFetched(f"{url} was not whole within {_SECONDS:g} s") from None
         reason = error.reason if isinstance(error, urllib.error.URLError) else type(error).__name__
         raise NotFetched(f"{url}: {reason}") from None
     if not isinstance(found, dict):
         raise NotFetched(f"{url} told no JSON object")
     return found
+
+
+def _imported(keys: list[Any]) -> tuple[KeySet, list[str]]:
+    """The public keys that can be used, and why each of the others cannot.
+
+    Issuers publish keys of kinds that are not known here beside those that are (RFC 7517,
+    section 5): one of them takes no other along.
+
+    Raises:
+        NotFetched: none can be used.
+    """
+    found, wrong = [], []
+    for number, key in enumerate(keys, 1):
+        try:
+            if not isinstance(key, dict) or key.get("kty") == "oct":
+                raise TypeError
+            one = JWKRegistry.import_key(key)
+            one.ensure_kid()
+        except _WRONG as error:
+            wrong.append(f"key {number} of {len(keys)} ({_kind(key)}): {type(error).__name__}")
+        else:
+            found.append(one)
+    if not found:
+        raise NotFetched(f"none of the issuer's {len(keys)} keys can be used: {'; '.join(wrong)}")
+    return KeySet(found), wrong
+
+
+def _kind(key: object) -> str:
+    """What a key says it is, as far as a log may tell."""
+    if not isinstance(key, dict):
+        return "no object"
+    told = (f"{name} {str(key[name])[:64]!r}" for name in ("kty", "crv", "kid") if name in key)
+    return ", ".join(told) or "without kty"
+
+
+@dataclass(frozen=True, slots=True)
+class _Issued:
+    """Keys, and the tokens that they have signed; replaced as one, so that no token outlives
+    them."""
+
+    keys: KeySet
+    callers: OrderedDict[bytes, Caller] = field(default_factory=OrderedDict)
 
 
 class IssuerTokens:
@@ -89,7 +201,7 @@ class IssuerTokens:
     def __init__(self, config: OidcConfig, clock: Callable[[], float] = time.time) -> None:
         self._config = config
         self._clock = clock
-        self._keys: KeySet | None = None
+        self._issued: _Issued | None = None
         issuer, audience = config.issuer or "", config.audience or ""
         self._claims = jwt.JWTClaimsRegistry(
             now=lambda: int(clock()),
@@ -100,7 +212,6 @@ class IssuerTokens:
             sub={"essential": True},
         )
         self._told: object = None
-        self._callers: OrderedDict[bytes, Caller] = OrderedDict()
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
         self._next = self._tried = 0.0
         self._unknown = False
@@ -110,7 +221,7 @@ class IssuerTokens:
     def look(self) -> None:
         """Fetch the issuer's keys where that is due, in another thread."""
         now = time.monotonic()
-        due = self._keys is None or self._unknown or now >= self._next
+        due = self._issued is None or self._unknown or now >= self._next
         busy = self._fetching is not None and self._fetching.is_alive()
         if due and not busy and (now - self._tried >= AGAIN or not self._tried):
             self._tried, self._unknown = now, False
@@ -125,11 +236,12 @@ class IssuerTokens:
             if not isinstance(keys, list) or len(keys) > MAX_KEYS:
                 raise NotFetched(f"the issuer told no list of at most {MAX_KEYS} keys")
             if keys != self._told:
-                public = [key for key in keys if isinstance(key, dict) and key.get("kty") != "oct"]
-                self._keys = KeySet.import_key_set({"keys": public})
+                usable, wrong = _imported(keys)
+                for one in wrong:
+                    log.warning("left out of the keys of %s: %s", self._config.issuer, one)
+                self._issued = _Issued(usable)
                 self._told = keys
-                self._callers.clear()
-                log.info("took over %d keys of %s", len(public), self._config.issuer)
+                log.info("took over %d keys of %s", len(usable.keys), self._config.issuer)
         except (NotFetched, *_WRONG) as error:
             told_so = str(error) if isinstance(error, NotFetched) else type(error).__name__
             log.error("the keys of the issuer in force stay: %s", told_so)
@@ -146,23 +258,24 @@ class IssuerTokens:
     # -- tokens ----------------------------------------------------------------------------------
     def of(self, token: bytes) -> Caller | None:
         """Who carries a token; ``None`` where it is not valid, or its key is not known yet."""
-        if len(token) > MAX_TOKEN or self._keys is None:
+        issued = self._issued  # another thread may replace it meanwhile
+        if len(token) > MAX_TOKEN or issued is None:
             return None
         digest = digest_of(token)
-        known = self._callers.get(digest)
+        known = issued.callers.get(digest)
         if known is not None:
-            self._callers.move_to_end(digest)
+            issued.callers.move_to_end(digest)
             return known
         try:
-            found = jwt.decode(token, self._keys, algorithms=list(self._config.algorithms))
+            found = jwt.decode(token, issued.keys, algorithms=list(self._config.algorithms))
             self._claims.validate(found.claims)
             caller = self._caller(found.claims)
         except _WRONG as error:
             self._unknown = self._unknown or getattr(error, "error", "") == "invalid_key_id"
             return None
-        self._callers[digest] = caller
-        while len(self._callers) > KNOWN:
-            self._callers.popitem(last=False)
+        issued.callers[digest] = caller
+        while len(issued.callers) > KNOWN:
+            issued.callers.popitem(last=False)
         return caller
 
     def _caller(self, claims: Mapping[str, Any]) -> Caller:

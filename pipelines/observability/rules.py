@@ -28,14 +28,14 @@ class Promise:
 
     Args:
         name: of the promise in rules and alerts.
-        seconds: from arrival to answer.
+        seconds: from arrival to answer; ``None``: each caller has their own.
         objective: share that is to be in time, between 0 and 1.
         kept: selector of the counter of what was answered in time.
         asked: selector of the counter of all that the promise covers.
     """
 
     name: str
-    seconds: float
+    seconds: float | None
     objective: float
     kept: str
     asked: str
@@ -64,6 +64,20 @@ def of_model(model: str, seconds: float, objective: float) -> Promise:
         objective,
         f'plinth_call_seconds_bucket{{model="{model}",le="{le}"}}',
         f'plinth_calls_total{{model="{model}",outcome!="cancelled"}}',
+    )
+
+
+def of_shared_model(model: str, objective: float) -> Promise:
+    """The promises of a model that several verticals share, each with its own: a call is kept by
+    the promise it was made under. Calls without one count as kept.
+
+    Args:
+        model: its name.
+        objective: the highest of their shares, so that none is missed unseen.
+    """
+    calls = f'plinth_calls_total{{model="{model}",outcome'
+    return Promise(
+        f"model:{model}", None, objective, f'{calls}="answered"}}', f'{calls}!="cancelled"}}'
     )
 
 
@@ -102,6 +116,7 @@ def rules(promises: Iterable[Promise], job: str = "plinth") -> dict[str, Any]:
 
 def _burns(promise: Promise) -> Iterable[dict[str, Any]]:
     budget = 1.0 - promise.objective
+    within = "their promises" if promise.seconds is None else f"{promise.seconds * 1e3:g} ms"
     for severity, factor, long, short, wait in _BURNS:
         if (bound := factor * budget) >= 1.0:
             continue  # no share can be missed so fast
@@ -116,7 +131,7 @@ def _burns(promise: Promise) -> Iterable[dict[str, Any]]:
             "labels": {"severity": severity, "slo": promise.name, "window": long},
             "annotations": {
                 "summary": f"{promise.name}: {{{{ $value | humanizePercentage }}}} not within "
-                f"{promise.seconds * 1e3:g} ms over {long}",
+                f"{within} over {long}",
                 "description": f"{promise.objective:.4%} are promised; at {factor:g} times the "
                 "budget. plinth_sla_misses_total says why, plinth_queue_rows what waits.",
             },

@@ -53,21 +53,23 @@ def promises_of(config: Config, names: list[str]) -> list[Promise]:
         ConfigError: a vertical is not installed, or its settings are wrong.
     """
     from plinth.pipelines.assembly import load_verticals, models_of, sla_of
-    from plinth.pipelines.observability.rules import of_model, of_route
+    from plinth.pipelines.observability.rules import of_model, of_route, of_shared_model
 
-    found: dict[str, Promise] = {}
+    found: list[Promise] = []
+    models: dict[str, set[tuple[float | None, float]]] = {}
     for name, vertical in load_verticals(config, names).items():
         sla = sla_of(vertical, config)
-        if sla.deadline_ms is None:
-            continue
-        seconds = sla.deadline_ms / 1e3
-        told = [
-            of_model(model.spec.name, seconds, sla.quantile)
-            for model in models_of(vertical, config)
-        ]
-        if vertical.request is not None:
+        seconds = None if sla.deadline_ms is None else sla.deadline_ms / 1e3
+        if seconds is not None and vertical.request is not None:
             route = f"/v1/{name}/{vertical.action}"
-            told.insert(0, of_route(name, route, seconds, sla.quantile))
-        for promise in told:
-            found.setdefault(promise.name, promise)
-    return list(found.values())
+            found.append(of_route(name, route, seconds, sla.quantile))
+        for model in models_of(vertical, config):
+            models.setdefault(model.spec.name, set()).add((seconds, sla.quantile))
+    for shared, promises in models.items():
+        kept = [objective for seconds, objective in promises if seconds is not None]
+        [(seconds, objective), *others] = promises
+        if others and kept:
+            found.append(of_shared_model(shared, max(kept)))
+        elif seconds is not None:
+            found.append(of_model(shared, seconds, objective))
+    return found

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -32,10 +33,14 @@ class Issuer:
         self.curve = ECKey.generate_key("P-256", {"kid": "e1"}, private=True)
         self.told: Any = {"keys": [key.as_dict(private=False) for key in (self.rsa, self.curve)]}
         self.asked = 0
+        self.instead: Callable[[Any], None] | None = None
         issuer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if issuer.instead is not None:
+                    issuer.instead(self)
+                    return
                 body, status = issuer.answer(self.path)
                 self.send_response(status)
                 if status == 302:
@@ -255,6 +260,87 @@ def test_keys_that_are_none_change_nothing(issuer: Issuer, told: bytes) -> None:
         assert ask(known, token).name == "oidc:alice"
     finally:
         issuer.told = whole
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "of a curve that is not known": {"kty": "EC", "crv": "P-999", "x": "AA", "y": "AA"},
+    "of a kind that is not known": {"kty": "AKP", "alg": "ML-DSA-44", "pub": "AA"},
+    "without its parts": {"kty": "RSA", "kid": "odd"},
+    "with parts that are no numbers": {"kty": "RSA", "n": "!", "e": 7},
+    "with a point beside its curve": {"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA"},
+    "whose use is no text": {"kty": "RSA", "n": "AA", "e": "AQAB", "use": ["sig"]},
+    "without a kind": {"kid": "odd"},
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_an_odd_key_is_left_out_and_takes_no_other_along(
+    issuer: Issuer, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = issuer.told
+    issuer.told = {"keys": [ODD[what], *whole["keys"]]}
+    try:
+        known = identity(issuer)
+    finally:
+        issuer.told = whole
+    assert ask(known, issuer.token()).name == "oidc:alice"
+    assert ask(known, issuer.token(issuer.curve, "ES256")).name == "oidc:alice"
+    assert "left out of the keys" in caplog.text
+    assert "key 1 of 3" in caplog.text
+
+
+def test_no_token_outlives_the_keys_that_signed_it(
+    issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The issuer withdraws a key in the moment in which a token of it is being checked."""
+    from plinth.pipelines.identity import tokens as module
+
+    known, token, whole = identity(issuer), issuer.token(), issuer.told
+    decode, new = module.jwt.decode, Issuer_key("r2")
+
+    def withdrawn(*words: Any, **options: Any) -> Any:
+        found = decode(*words, **options)
+        issuer.told = {"keys": [new.as_dict(private=False)]}
+        known._tokens.fetch()  # type: ignore[union-attr]
+        return found
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(module.jwt, "decode", withdrawn)
+            ask(known, token)
+        with pytest.raises(AccessDenied):
+            ask(known, token)
+        assert ask(known, issuer.token(new)).name == "oidc:alice"
+    finally:
+        issuer.told = whole
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_an_issuer_that_drips_is_cut(
+    part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A byte each moment never lets the timeout of a socket pass."""
+    from plinth.pipelines.identity import tokens
+
+    monkeypatch.setattr(tokens, "_SECONDS", 0.5)
+    issuer, over = Issuer(), threading.Event()
+
+    def drip(handler: Any) -> None:
+        handler.wfile.write(b"HTTP/1.0 200 OK\r\n")
+        handler.wfile.write(b"x-slow: " if part == "head" else b"content-length: 99999\r\n\r\n")
+        with contextlib.suppress(OSError):
+            while not over.wait(0.05):
+                handler.wfile.write(b" ")
+
+    issuer.instead = drip
+    try:
+        known = identity(issuer)
+    finally:
+        over.set()
+        issuer.end()
+    assert "was not whole within 0.5 s" in caplog.text
+    with pytest.raises(AccessDenied):
+        ask(known, issuer.token())
 
 
 @pytest.mark.parametrize(

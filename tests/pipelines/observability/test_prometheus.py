@@ -15,11 +15,12 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import generate_latest
 from serving import Running, running, until
 from tiny_verticals import Tiny
 
 from plinth.pipelines.cli.doors.metrics import promises_of
-from plinth.pipelines.config.settings import load
+from plinth.pipelines.config.settings import Config, load
 from plinth.pipelines.http.metrics import RequestMetrics
 from plinth.pipelines.observability.dashboard import dashboard
 from plinth.pipelines.observability.rules import Promise, of_model, of_route, rules
@@ -167,6 +168,38 @@ def test_rules_follow_the_promises_of_the_config(tmp_path: Path) -> None:
     assert 'route="/v1/finance/score",outcome="answered",le="0.08"' in found[0].kept
     (tmp_path / "rules.yml").write_text(json.dumps(rules(found, job="scores")))
     promtool("check", "rules", "rules.yml", folder=tmp_path)
+
+
+def test_a_model_that_verticals_share_is_watched_by_the_promise_of_each_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One promises a minute and the other 2 s: neither bucket says what both have promised."""
+    verticals = {"tiny": Tiny(), "slow": Tiny()}
+    verticals["slow"].name = "slow"
+    monkeypatch.setattr("plinth.pipelines.assembly.load_verticals", lambda config, names: verticals)
+    config = Config.model_validate(
+        {"verticals": {"slow": {"sla": {"deadline_ms": 2000, "quantile": 0.9}}}}
+    )
+    routes = [each for each in promises_of(config, []) if not each.name.startswith("model:")]
+    assert [(each.name, each.seconds) for each in routes] == [("tiny", 60.0), ("slow", 2.0)]
+    [shared] = [each for each in promises_of(config, []) if each.name == "model:twice"]
+    assert shared.objective == Tiny.sla.quantile
+    with running(verticals, verticals={"slow": {"sla": {"deadline_ms": 2000}}}) as server:
+
+        def counted() -> tuple[float, float]:
+            found = generate_latest(server.engine.metrics.registry).decode()
+            values = dict(line.rsplit(" ", 1) for line in found.splitlines() if "{" in line)
+            calls = {name: float(value) for name, value in values.items() if "calls_total" in name}
+            kept = sum(value for name, value in calls.items() if 'outcome="answered"' in name)
+            return kept, sum(calls.values())
+
+        before = counted()
+        server.post(ROUTE, json={"id": "a", "value": 1})
+        server.post(ROUTE.replace("tiny", "slow"), json={"id": "a", "value": 1})
+        refused = {"x-slo-deadline-ms": "0.001"}
+        server.post(ROUTE, json={"id": "a", "value": 1}, headers=refused)
+        assert [now - then for now, then in zip(counted(), before, strict=True)] == [2, 3]
+    assert shared.kept == 'plinth_calls_total{model="twice",outcome="answered"}'
 
 
 # -- a real Prometheus ----------------------------------------------------------------------------
