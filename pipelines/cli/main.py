@@ -189,6 +189,7 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Let others ask without a key.")
     ] = False,
+    web: Annotated[bool, typer.Option("--web", help="Pages for people, under /ui.")] = False,
 ) -> None:
     """Serve verticals over HTTP until Ctrl-C or SIGTERM, then drain. API docs are at /docs."""
     config = _load(
@@ -197,6 +198,7 @@ def serve(
             "serve.host": host,
             "serve.port": port,
             "serve.insecure": insecure or None,
+            "serve.web": web or None,
             "engine.device": device,
             "engine.precision": precision,
         },
@@ -217,6 +219,7 @@ def serve(
         server.run(
             lambda: say(
                 f"serving {', '.join(verticals)} on {url} (API docs: {url}/docs)"
+                + (f", pages on {server.pages_url}" if server.pages_url else "")
                 + (f", gRPC on {server.grpc_address}" if server.grpc_address else "")
                 + (f", metrics on {server.admin_url}" if server.admin_url else "")
             )

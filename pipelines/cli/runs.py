@@ -33,6 +33,7 @@ from plinth.pipelines.folders.batch import Batch, Summary, check_folders
 from plinth.pipelines.folders.batch import Progress as Step
 from plinth.pipelines.interpreter import set_for_serving
 from plinth.pipelines.live_tables import LiveTables
+from plinth.pipelines.observability.tracing import tracing_while
 from plinth.verticals import registry
 
 
@@ -131,6 +132,7 @@ def run_stream(config: Config, name: str, metrics: str | None, as_json: bool) ->
     with (
         Signals(stop.set).handled(),
         metrics_at(metrics) as url,
+        tracing_while(os.environ) as tracing,
         running(config, {name: vertical}, follow=True) as engine,
         set_for_serving(),
     ):
@@ -138,7 +140,13 @@ def run_stream(config: Config, name: str, metrics: str | None, as_json: bool) ->
         if url is not None:
             say(f"metrics: {url}")
         summary = stream.run(
-            vertical, engine, config.stream, stop, on_progress, sla=sla_of(vertical, config)
+            vertical,
+            engine,
+            config.stream,
+            stop,
+            on_progress,
+            sla=sla_of(vertical, config),
+            tracing=tracing,
         )
     if as_json:
         show_json(summary.as_dict())

@@ -251,8 +251,8 @@ class GrpcConfig(TlsConfig):
     max_arriving: int = Field(
         default=16,
         ge=1,
-        description="open streams, and messages that take longer than 0.1 s to arrive; each may "
-        "hold `max_body_bytes`",
+        description="open streams, and messages that take longer than 0.1 s to arrive, shared by "
+        "keys; each may hold `max_body_bytes`",
     )
 
 
@@ -311,6 +311,7 @@ class ServeConfig(Table):
         default=None,
         description="folder that keeps the verticals' state from one run to the next; none: lost",
     )
+    web: bool = Field(default=False, description="pages for people, under `/ui`")
     upload: UploadConfig = Field(default_factory=UploadConfig)
     oip: OipConfig = Field(default_factory=OipConfig)
     grpc: GrpcConfig = Field(default_factory=GrpcConfig)

@@ -290,6 +290,16 @@ class Jobs:
         known = job is not None and job.vertical == vertical and not self._expired(job)
         return job if known else None
 
+    def all(self, vertical: str) -> list[Job]:
+        """The jobs of a vertical that are kept, the newest first."""
+        with self._changed:
+            found = [job for job in self._jobs.values() if job.vertical == vertical]
+        return sorted(
+            (job for job in found if not self._expired(job)),
+            key=lambda job: job.created,
+            reverse=True,
+        )
+
     def _expired(self, job: Job) -> bool:
         oldest = self.clock() - self.limits.keep_seconds
         return job.finished is not None and job.finished <= oldest

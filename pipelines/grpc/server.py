@@ -35,11 +35,13 @@ from plinth.engine import (
 from plinth.engine.metrics import REGISTRY
 from plinth.pipelines.config.settings import GrpcConfig
 from plinth.pipelines.grpc import messages
-from plinth.pipelines.grpc.arrivals import Arrivals
+from plinth.pipelines.grpc.arrivals import Arrivals, Places
 from plinth.pipelines.grpc.messages import HEALTH, INFERENCE, message
 from plinth.pipelines.identity.callers import EVERYTHING, Caller, Identity, Need, Role
 from plinth.pipelines.identity.request_log import RequestLog
 from plinth.pipelines.live_tables import Marks
+from plinth.pipelines.observability.tracing import HEADER as TRACE
+from plinth.pipelines.observability.tracing import Tracing
 from plinth.pipelines.oip.service import ModelService, check_parameters, less, within
 from plinth.pipelines.oip.tensors import NAMES, TensorHeader, from_bytes, from_json, header_of
 from plinth.pipelines.oip.tensors import to_bytes as raw_of
@@ -51,6 +53,9 @@ STREAMED = 16
 """Requests of one stream that are in work together; the next is not read before one is answered."""
 WATCHES = 16
 """Clients that watch the server's health together, or ask for it; it asks for no key."""
+OPEN_CALLS = 4 * WATCHES
+"""Places of calls that ask for no key, and of those on their way to a refusal; beside
+``max_streams``, so that neither takes the other's."""
 _SLACK = 64 << 10  # bytes of a message beside its tensors
 _ASIDE = 1 << 20  # bytes from which tensors are read on another thread
 _ASK_SECONDS = 1.0  # for the message of a call that asks for no key
@@ -58,6 +63,8 @@ _IDLE_MS = 300_000
 _PING_MS = 60_000
 
 _OPEN = ("ServerLive", "ServerReady")
+_ADMINISTRATIVE = ("RepositoryModelLoad", "RepositoryModelUnload")
+"""Not here where the server has ``serve.admin``."""
 _ROLES: dict[str, Role] = {
     "ModelInfer": "score",
     "ModelStreamInfer": "score",
@@ -74,6 +81,8 @@ _CODES: dict[type[PlinthError], grpc.StatusCode] = {
     Refused: grpc.StatusCode.UNAVAILABLE,
     InternalError: grpc.StatusCode.INTERNAL,
 }
+_FAULTS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN)
+"""Those that are the server's doing, as OpenTelemetry's conventions have it."""
 _REASONS = {
     "model_not_found": grpc.StatusCode.NOT_FOUND,
     "forbidden": grpc.StatusCode.PERMISSION_DENIED,
@@ -81,6 +90,7 @@ _REASONS = {
     "cannot_load": grpc.StatusCode.FAILED_PRECONDITION,
     "unauthorised": grpc.StatusCode.UNAUTHENTICATED,
     "rate_limited": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "served_elsewhere": grpc.StatusCode.UNIMPLEMENTED,
     "timeout": grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _CONTENTS = {
@@ -119,6 +129,8 @@ class GrpcDoor:
         requests: the log of requests, if there is one.
         reasons: why the server is not ready; a live view.
         seconds: longest wait for an answer.
+        administrative: whether models are loaded and unloaded here.
+        tracing: told of each call, if there is any.
 
     Attributes:
         address: where it listens, once started.
@@ -138,19 +150,24 @@ class GrpcDoor:
         requests: RequestLog | None,
         reasons: Mapping[str, str],
         seconds: float,
+        administrative: bool = True,
+        tracing: Tracing | None = None,
     ) -> None:
         self.address = ""
         self._models = service
         self._config = config
         self._host = f"[{host}]" if ":" in host else host
         self._identity = identity if identity else None
-        self._log = requests
+        self._log, self._tracing = requests, tracing
         self._reasons = reasons
         self._seconds = seconds
         self._tls = _TlsFiles(tls) if tls else None
         self._server: Any = None
-        self._watching = 0
+        self._hidden = () if administrative else _ADMINISTRATIVE
+        self._calls = Places(config.max_streams, "calls in work (serve.grpc.max_streams)")
+        self._watches = Places(WATCHES, "whoever watches this server")
         self._stopping = False
+        self._methods: tuple[str, ...] = ()
         self._arrivals = Arrivals(config.max_arriving, seconds)
         self._unknown = Arrivals(0, seconds, grace=_ASK_SECONDS, calls=WATCHES)
 
@@ -163,8 +180,8 @@ class GrpcDoor:
         """
         most = self._models.config.max_body_bytes
         self._server = grpc.aio.server(
-            maximum_concurrent_rpcs=self._config.max_streams,
-            interceptors=(_AccessFirst(self._admit),),
+            maximum_concurrent_rpcs=self._config.max_streams + OPEN_CALLS,
+            interceptors=(_AccessFirst(self._admit, self._note_refusal),),
             options=(
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", most + _SLACK),
@@ -211,6 +228,7 @@ class GrpcDoor:
             "ModelInfer": self._infer,
         }
         methods = {name: self._unary(name, f) for name, f in unary.items()}
+        self._methods = (*methods, "ModelStreamInfer")
         methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._stream)
         health = {
             "Check": grpc.stream_stream_rpc_method_handler(self._check_health),
@@ -231,13 +249,17 @@ class GrpcDoor:
             begun = time.perf_counter()
             code, told = grpc.StatusCode.CANCELLED, None
             try:
-                raw = b"" if name in _OPEN else await self._arrivals.only(requests)
-                told = bytes((await answer(raw, context)).SerializeToString())
+                if name in _OPEN:
+                    told = bytes((await answer(b"", context)).SerializeToString())
+                else:
+                    with self._calls.hold():
+                        raw = await self._arrivals.only(requests, _who())
+                        told = bytes((await answer(raw, context)).SerializeToString())
                 code = grpc.StatusCode.OK
             except FAULTS as error:
                 code = _fail(context, explained(error))
             finally:
-                self._note(name, code, time.perf_counter() - begun, _CALL.get().models)
+                self._note(name, code, begun, _CALL.get())
             if told is not None:
                 yield told
 
@@ -251,10 +273,22 @@ class GrpcDoor:
             RateLimited: not so often.
         """
         service, _, name = method.lstrip("/").partition("/")
-        call = _Call()
+        call = _Call(next((v for k, v in metadata or () if k == TRACE), None))
         _CALL.set(call)
-        if self._identity is None or name in _OPEN or service == f"{HEALTH}.Health":
+        if service == f"{HEALTH}.Health":
             return
+        if self._identity is not None and name not in _OPEN:
+            self._know(call, name, metadata)
+        if name in self._hidden:
+            raise InputError(
+                f"{name} is not served by gRPC here",
+                hint="load and unload models over REST at serve.admin",
+                reason="served_elsewhere",
+            )
+
+    def _know(self, call: _Call, name: str, metadata: Any) -> None:
+        """See who makes a call, and whether they may."""
+        assert self._identity is not None
         fields = {
             key.encode(): value if isinstance(value, bytes) else value.encode()
             for key, value in metadata or ()
@@ -263,13 +297,34 @@ class GrpcDoor:
         call.caller = self._identity.caller(fields)
         call.caller.admit(Need(_ROLES.get(name, "read")))
 
-    def _note(self, method: str, code: grpc.StatusCode, seconds: float, models: str = "") -> None:
+    def _note_refusal(self, method: str, code: grpc.StatusCode) -> None:
+        """Count and log a call that was refused before its message was read."""
+        name = method.rpartition("/")[2]
+        known = name if name in self._methods else "other"
+        self._note(known, code, time.perf_counter(), _CALL.get())
+
+    def _note(self, method: str, code: grpc.StatusCode, begun: float, call: _Call) -> None:
+        seconds = time.perf_counter() - begun
         _REQUESTS.labels(method, code.name).inc()
         _SECONDS.labels(method).observe(seconds)
+        if method in _OPEN:
+            return
+        models = "" if call.answer is None else _pairs(call.answer.models)
         if self._log is not None:
-            caller = _CALL.get().caller
-            who = "" if caller is None else caller.name
-            self._log.note(who, f"gRPC {method}", code.name, seconds, models)
+            self._log.note(_who() or "", f"gRPC {method}", code.name, seconds, models)
+        if self._tracing is not None:
+            about: dict[str, str | int] = {"rpc.system": "grpc", "rpc.method": method}
+            about |= {"rpc.grpc.status_code": code.value[0]}
+            about |= {"plinth.models": models} if models else {}
+            self._tracing.span(
+                f"{INFERENCE}.GRPCInferenceService/{method}",
+                call.trace,
+                begun,
+                kind="server",
+                about=about,
+                timing=None if call.answer is None else call.answer.timing.as_dict(),
+                failed=code in _FAULTS,
+            )
 
     # -- what there is ---------------------------------------------------------------------------
     async def _live(self, raw: bytes, context: Context) -> Any:
@@ -337,7 +392,7 @@ class GrpcDoor:
     async def _infer(self, raw: bytes, context: Context) -> Any:
         answer, told = await self._answer(raw, context.time_remaining())
         context.set_trailing_metadata(_about(answer))
-        _CALL.get().models = _pairs(answer.models)
+        _CALL.get().answer = answer
         return told
 
     async def _answer(
@@ -393,9 +448,11 @@ class GrpcDoor:
         """
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._arrivals.place())
+                stack.enter_context(self._calls.hold())
+                stack.enter_context(self._arrivals.places.hold(_who()))
             except QueueFull as error:
-                await context.abort(code_of(error), str(error))
+                self._note("ModelStreamInfer", code_of(error), time.perf_counter(), _CALL.get())
+                await context.abort(code_of(error), str(error), tuple(_trailing(error)))
             async for told in self._answers(requests, context):
                 yield told
 
@@ -431,20 +488,20 @@ class GrpcDoor:
         """The answer to a request of a stream; the first was counted with the call."""
         told = message("ModelStreamInferResponse")()
         begun, code = time.perf_counter(), grpc.StatusCode.CANCELLED
-        models, call = "", _CALL.get()
+        call = _CALL.get()
+        own = _Call(call.trace)
         try:
             if count and self._identity is not None and call.fields is not None:
                 call.caller = self._identity.caller(call.fields)  # it may be revoked by now
                 call.caller.admit(Need("score"))
-            found, answer = await self._answer(raw, remaining)
-            models = _pairs(found.models)
+            own.answer, answer = await self._answer(raw, remaining)
             told.infer_response.CopyFrom(answer)
             code = grpc.StatusCode.OK
         except FAULTS as error:
             known = explained(error)
             code, told.error_message = code_of(known), str(known)
         finally:
-            self._note("ModelStreamInfer", code, time.perf_counter() - begun, models)
+            self._note("ModelStreamInfer", code, begun, own)
         return bytes(told.SerializeToString())
 
     # -- gRPC's own health protocol ----------------------------------------------------------------
@@ -465,10 +522,11 @@ class GrpcDoor:
         return bytes(message("HealthCheckResponse", HEALTH)(status=status).SerializeToString())
 
     async def _watch_health(self, requests: Any, context: Context) -> AsyncIterator[bytes]:
-        if self._watching >= WATCHES:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many watch this server")
-        self._watching += 1
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._watches.hold())
+            except QueueFull as error:
+                await context.abort(code_of(error), str(error))
             told = b""
             while True:
                 if (now := self._health()) != told:
@@ -477,19 +535,30 @@ class GrpcDoor:
                 if self._stopping:
                     return
                 await asyncio.sleep(1.0)
-        finally:
-            self._watching -= 1
 
 
 class _Call:
-    """What is known of the call that a task answers."""
+    """What is known of the call that a task answers.
+
+    Args:
+        trace: the client's ``traceparent``, if it sent one.
+    """
 
     caller: Caller | None = None
     fields: Mapping[bytes, bytes] | None = None
-    models = ""
+    answer: Answer[dict[str, Tensor]] | None = None
+
+    def __init__(self, trace: bytes | str | None) -> None:
+        self.trace = trace
 
 
 _CALL: ContextVar[_Call] = ContextVar("call")
+
+
+def _who() -> str | None:
+    """The name of who makes this call, ``None`` where nobody needs a key."""
+    caller = _CALL.get().caller
+    return None if caller is None else caller.name
 
 
 def _check_reach(model: str) -> None:
@@ -504,10 +573,16 @@ class _AccessFirst(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     Args:
         admit: raises PlinthError where a method may not be called with this metadata.
+        note: told of each call that is refused, or whose method is not known.
     """
 
-    def __init__(self, admit: Callable[[str, Any], None]) -> None:
+    def __init__(
+        self,
+        admit: Callable[[str, Any], None],
+        note: Callable[[str, grpc.StatusCode], None],
+    ) -> None:
         self._admit = admit
+        self._note = note
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
@@ -517,15 +592,17 @@ class _AccessFirst(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         try:
             self._admit(details.method, details.invocation_metadata)
         except PlinthError as error:
+            self._note(details.method, code_of(error))
             # Messages of a stream are read when they are asked for: here, never.
             return grpc.stream_stream_rpc_method_handler(partial(_refuse, error))
-        return await continuation(details)
+        handler = await continuation(details)
+        if handler is None:
+            self._note(details.method, grpc.StatusCode.UNIMPLEMENTED)
+        return handler
 
 
 async def _refuse(error: PlinthError, requests: AsyncIterator[bytes], context: Context) -> None:
-    code = code_of(error)
-    _REQUESTS.labels("any", code.name).inc()
-    await context.abort(code, str(error), tuple(_trailing(error)))
+    await context.abort(code_of(error), str(error), tuple(_trailing(error)))
 
 
 async def _next(requests: AsyncIterator[bytes]) -> bytes | None:

@@ -56,8 +56,11 @@ NO_SUCH_PATH = HttpError("there is nothing at a path with control characters", r
 ELSEWHERE = HttpError(
     "this is served at another address of the server",
     reason="not_found",
-    hint="metrics, status, loading and unloading are at serve.admin, all else at serve.port",
+    hint="metrics, status, the engine's page, loading and unloading are at serve.admin, all else "
+    "at serve.port",
 )
+PAGE_FILES = b"/ui/static/"
+"""Scripts and styles of pages, which every address has."""
 Part = Literal["all", "work", "admin"]
 """Which paths an address has: all, or without or with those of ``serve.admin`` alone."""
 _ABOUT_ALL = (b"/metrics", b"/v1/status", b"/v2/models/stats", b"/v2/repository/index")
@@ -121,11 +124,17 @@ class Access:
                 return None  # a browser asks whether it may ask, and sends no key
             if (refused := self._admit(self._identity, exchange)) is not None:
                 return refused
-        if self._hidden is not None and is_administrative(head.decoded_path) == self._hidden:
+        if self._is_elsewhere(head.decoded_path):
             return ELSEWHERE
         if "warm_up" in self._health.reasons and head.decoded_path.startswith(_WORK):
             return Refused(self._health.reasons["warm_up"], retry_after=1.0)
         return None
+
+    def _is_elsewhere(self, path: bytes) -> bool:
+        """Whether a path is at the other address of a server that has two."""
+        if self._hidden is None or path.startswith(PAGE_FILES):
+            return False
+        return is_administrative(path) == self._hidden
 
     @staticmethod
     def _admit(identity: Identity, exchange: Exchange) -> PlinthError | None:
@@ -133,7 +142,7 @@ class Access:
         head = exchange.head
         try:
             caller = identity.caller(head.fields)
-            exchange.who = caller.name
+            exchange.who, exchange.caller = caller.name, caller
             path = head.decoded_path
             need = _known_need if len(path) <= _SHORT else need_of
             caller.admit(need(head.method, path))
@@ -150,7 +159,8 @@ class Access:
 
 def is_administrative(path: bytes) -> bool:
     """Whether a decoded path is at ``serve.admin``, where there is such an address."""
-    return path in _ABOUT_ALL[:2] or path.startswith(b"/v2/repository/models/")
+    beginnings = (b"/v2/repository/models/", b"/ui/engine")
+    return path in _ABOUT_ALL[:2] or path.startswith(beginnings)
 
 
 @lru_cache(maxsize=1024)
@@ -171,10 +181,21 @@ def need_of(method: bytes, path: bytes) -> Need:
         return Need("score", parts[1])
     if parts[:2] == ["v2", "models"] and len(parts) > 2 and path != b"/v2/models/stats":
         return Need("read" if safe else "score", parts[2])
+    if parts[0] == "ui":
+        return _need_of_page(parts, safe)
     if parts[:3] == ["v2", "repository", "models"] and len(parts) > 3:
         return Need("admin", parts[3])
     if path in _ABOUT_ALL:
         return Need("read", EVERYTHING)
+    return Need("read" if safe else "admin")
+
+
+def _need_of_page(parts: list[str], safe: bool) -> Need:
+    area, name = (*parts[1:], "", "")[:2]
+    if area == "engine":
+        return Need("read" if safe else "admin", EVERYTHING)
+    if area in ("verticals", "studies") and name:  # studies have results
+        return Need("read" if area == "verticals" and safe else "score", name)
     return Need("read" if safe else "admin")
 
 

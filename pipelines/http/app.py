@@ -26,7 +26,7 @@ def routes(app: FastAPI) -> Iterator[str]:
     for route in app.routes:
         path, methods = getattr(route, "path", ""), getattr(route, "methods", None) or ()
         for method in sorted(set(methods) - {"HEAD"}):
-            if not path.startswith("/docs/"):
+            if not path.startswith(("/docs/", "/ui/")):
                 yield f"{method} {path}"
 
 
@@ -81,6 +81,7 @@ def _page(verticals: Mapping[str, Vertical[Any, Any]], listed: list[str]) -> str
         "<!doctype html><html lang=en><meta charset=utf-8><title>Plinth</title>"
         "<style>body{font:16px system-ui;max-width:42rem;margin:3rem auto;padding:0 1rem}</style>"
         f"<h1>Plinth</h1><dl>{rows}</dl><h2>Routes</h2><ul>{lines}</ul>"
+        f"{'<p><a href=/ui>Pages</a></p>' if any(r.endswith(' /ui') for r in listed) else ''}"
         '<p><a href="/docs">API docs</a> · <a href="/health/ready">ready?</a> · '
         '<a href="/metrics">metrics</a></p></html>'
     )

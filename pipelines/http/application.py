@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import orjson
+
 from plinth.engine import PlinthError
 from plinth.pipelines.http.access import OPEN_PATHS, Access
 from plinth.pipelines.http.errors import HttpError, error_bytes, is_flat
@@ -18,6 +20,7 @@ from plinth.pipelines.http.wire.asgi import Asgi, AsgiExchange
 from plinth.pipelines.http.wire.connection import Exchange
 from plinth.pipelines.http.wire.head import BadRequest
 from plinth.pipelines.identity.request_log import RequestLog
+from plinth.pipelines.observability.tracing import Tracing
 from plinth.pipelines.records import FAULTS, explained
 
 FULL = HttpError(
@@ -44,6 +47,7 @@ class HttpApplication:
         max_body: bytes of a request to ``app``.
         health: of the server.
         requests: the log of requests, if there is one.
+        tracing: told of each request, if there is any.
     """
 
     def __init__(
@@ -55,8 +59,10 @@ class HttpApplication:
         max_body: int,
         health: Health,
         requests: RequestLog | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._log = requests
+        self._tracing = tracing
         self.health = health
         self.limit = limit
         self._app = app
@@ -138,14 +144,23 @@ class HttpApplication:
                 status, whole = error_bytes(told, flat=is_flat(exchange.head.path))
                 exchange.respond(whole)
         route = getattr(scope.get("route"), "path", "other")
-        self._note(route, status, exchange, asgi.models)
+        self._note(route, status, exchange, asgi.models, asgi.timing)
 
-    def _note(self, route: str, status: int, exchange: Exchange, models: str = "") -> None:
-        seconds = time.perf_counter() - exchange.arrived
+    def _note(
+        self, route: str, status: int, exchange: Exchange, models: str = "", timing: bytes = b""
+    ) -> None:
+        head, seconds = exchange.head, time.perf_counter() - exchange.arrived
         HTTP.note(route, status, seconds)
-        if self._log is not None and exchange.head.path not in OPEN_PATHS:
-            what = f"{exchange.head.method.decode()} {route}"
+        if head.path in OPEN_PATHS:
+            return
+        if self._log is not None:
+            what = f"{head.method.decode()} {route}"
             self._log.note(exchange.who, what, status, seconds, models)
+        if self._tracing is not None:
+            took = orjson.loads(timing) if timing else None
+            self._tracing.http(
+                head.method, route, head.fields, exchange.arrived, status, took, models
+            )
 
     def _refuse(self, exchange: Exchange, error: PlinthError) -> None:
         status, whole = error_bytes(error, flat=is_flat(exchange.head.path))

@@ -38,9 +38,11 @@ from plinth.pipelines.http.wire.admission import FLOOR, Limit
 from plinth.pipelines.http.wire.connection import Exchange
 from plinth.pipelines.http.wire.head import Fields
 from plinth.pipelines.identity.request_log import RequestLog
+from plinth.pipelines.observability.tracing import Tracing
 from plinth.pipelines.records import FAULTS, Part, RecordService, Reply, explained, late_at_door
 
 DEADLINE_HEADER = "x-slo-deadline-ms"
+TIMING_FIELD = b"x-plinth-timing"
 BUSY = QueueFull("too many requests are in work", retry_after=1.0)
 DRAINED = Closed("the server has shut down before this was finished", retry_after=5.0)
 
@@ -87,6 +89,7 @@ class RecordRoute:
         limit: of requests in work.
         health: tells what is cut off by the end of draining.
         requests: the log of requests, if there is one.
+        tracing: told of each request, if there is any.
     """
 
     def __init__(
@@ -96,8 +99,10 @@ class RecordRoute:
         limit: Limit,
         health: Health,
         requests: RequestLog | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._log = requests
+        self._tracing = tracing
         self.service = service
         self.path = f"/v1/{service.vertical.name}/{service.vertical.action}"
         self._max_body = config.max_body_bytes
@@ -264,7 +269,8 @@ class RecordRoute:
             late = answer.late or late_at_door(answer, sla, timing.total)
             told = timing_json(timing)
             whole = _OK % (common, _LATE if late else b"", told, len(content), content)
-            self._finish(exchange, 200, whole, now - exchange.began > _LONG * promise, models)
+            long = now - exchange.began > _LONG * promise
+            self._finish(exchange, 200, whole, long, models, told)
         self._seconds += 0.1 * (time.perf_counter() - waiting[0][0].began - self._seconds)
 
     # -- requests that run alone -----------------------------------------------------------------
@@ -285,7 +291,9 @@ class RecordRoute:
             status, fields, content = answer_of(explained(error))
         length = (b"content-length", b"%d" % len(content))
         whole = wire_answer.whole(status, [*fields, length], content)
-        self._finish(exchange, status, whole, models=dict(fields).get(b"x-plinth-models", b""))
+        about = dict(fields)
+        models = about.get(b"x-plinth-models", b"")
+        self._finish(exchange, status, whole, False, models, about.get(TIMING_FIELD, b""))
 
     async def respond(
         self, body: bytes, sla: Sla, arrived: float
@@ -340,7 +348,7 @@ class RecordRoute:
     def _refuse(self, exchange: Exchange, status: int, whole: bytes) -> None:
         """Answer what was never begun."""
         exchange.refuse(whole)
-        self._note(exchange, status, time.perf_counter() - exchange.arrived, b"")
+        self._note(exchange, status, time.perf_counter() - exchange.arrived)
 
     def _fail(self, exchanges: Iterable[Exchange], error: PlinthError) -> None:
         status, whole = error_bytes(error)
@@ -355,6 +363,7 @@ class RecordRoute:
         whole: bytes,
         congested: bool = False,
         models: bytes = b"",
+        timing: bytes = b"",
     ) -> None:
         """Send an answer. ``congested``: the engine had no time for it, or it took long."""
         if exchange.connection is None:
@@ -362,13 +371,24 @@ class RecordRoute:
         exchange.respond(whole)
         now = time.perf_counter()
         self._limit.end(now, congested)
-        self._note(exchange, status, now - exchange.arrived, models)
+        self._note(exchange, status, now - exchange.arrived, models, timing)
 
-    def _note(self, exchange: Exchange, status: int, seconds: float, models: bytes) -> None:
+    def _note(
+        self,
+        exchange: Exchange,
+        status: int,
+        seconds: float,
+        models: bytes = b"",
+        timing: bytes = b"",
+    ) -> None:
         HTTP.note(self.path, status, seconds)
         if self._log is not None:
             what, ran = f"POST {self.path}", models.decode("latin-1")
             self._log.note(exchange.who, what, status, seconds, ran)
+        if self._tracing is not None:
+            head, took = exchange.head, orjson.loads(timing) if timing else None
+            ran = models.decode("latin-1")
+            self._tracing.http(b"POST", self.path, head.fields, exchange.arrived, status, took, ran)
 
 
 def _less(sla: Sla, waited: float) -> Sla:
@@ -403,7 +423,7 @@ def answer_fields(answer: Answer[Any] | None) -> list[tuple[bytes, bytes]]:
     """What is told of every answer: its type, where its time went, and which models ran."""
     if answer is None:
         return [_TYPE]
-    fields = [_TYPE, (b"x-plinth-timing", timing_json(answer.timing)), *about_models(answer)]
+    fields = [_TYPE, (TIMING_FIELD, timing_json(answer.timing)), *about_models(answer)]
     if answer.late:
         fields.append((b"x-plinth-late", b"true"))
     return fields

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import errno
 import logging
+import os
 import signal
 import socket
 import tempfile
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -51,6 +52,7 @@ from plinth.pipelines.identity.known import identity_of
 from plinth.pipelines.identity.request_log import RequestLog
 from plinth.pipelines.interpreter import set_for_serving
 from plinth.pipelines.live_tables import LiveTables
+from plinth.pipelines.observability.tracing import Tracing, tracing_from
 from plinth.pipelines.oip.service import ModelService, load_at_start
 from plinth.pipelines.records import RecordService
 from plinth.verticals import Vertical
@@ -91,6 +93,7 @@ def create_app(
     life.watched += [LiveTables(config, verticals), identity, *([] if tls is None else [tls])]
     life.jobs = jobs = Jobs(folders, engine, slas, serve.upload) if folders else None
     life.requests = requests = _request_log(config)
+    life.tracing = tracing = tracing_from(os.environ)
     app = FastAPI(
         title="Plinth",
         version="1",
@@ -110,7 +113,7 @@ def create_app(
                 seconds=serve.request_timeout_seconds,
                 pool=life.pool,
             )
-            route = RecordRoute(service, serve, limit, health, requests)
+            route = RecordRoute(service, serve, limit, health, requests, tracing)
             routes[route.path] = route
             _record_route(app, route, serve)
         elif jobs is not None and name in folders:
@@ -121,7 +124,11 @@ def create_app(
         seconds = serve.request_timeout_seconds
         TensorRoutes(models, health, serve.max_body_bytes, seconds).add_to(app)
         load_at_start(engine, store, serve.oip.models)
-        life.tensors = _grpc_door(models, config, health, identity, requests)
+        life.models = models
+        life.tensors = _grpc_door(models, config, health, identity, (requests, tracing))
+    on_drain: list[Callable[[], None]] = []
+    if serve.web:
+        _add_pages(app, engine, verticals, life, on_drain)
     add_common_routes(app, engine, health, verticals)
     add_error_handlers(app)
     http_openapi.publish(app, verticals.values(), locked=bool(identity))
@@ -135,7 +142,7 @@ def create_app(
     ) -> HttpApplication:
         names, origins = serve.allowed_hosts, serve.cors_origins
         access = Access(identity, host, names, origins, health, part)
-        return HttpApplication(app, records, access, limit, most, health, requests)
+        return HttpApplication(app, records, access, limit, most, health, requests, tracing)
 
     admin = None
     if serve.admin.port is not None:
@@ -144,7 +151,7 @@ def create_app(
     promises = [slas[route.service.vertical.name].deadline_ms for route in routes.values()]
     tightest = min((ms / 1e3 for ms in promises if ms is not None), default=None)
     failure = lambda: engine.failure  # noqa: E731 - asked again and again
-    return Application(http, life.run, tightest, failure, life.tensors, admin, tls)
+    return Application(http, life.run, tightest, failure, life.tensors, admin, tls, on_drain)
 
 
 class _Life:
@@ -164,8 +171,10 @@ class _Life:
         self.jobs: Jobs | None = None
         self.tensors: GrpcDoor | None = None
         self.requests: RequestLog | None = None
+        self.models: ModelService | None = None
+        self.tracing: Tracing | None = None
         self._warming = partial(warm_up, verticals, engine, health)
-        self._health = health
+        self.health = health
 
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
@@ -181,12 +190,42 @@ class _Life:
             for task in tasks:
                 task.cancel()
             if self.tensors is not None:
-                await self.tensors.stop(self._health.seconds_left)
+                await self.tensors.stop(self.health.seconds_left)
             if self.jobs is not None:
-                await asyncio.to_thread(self.jobs.close, self._health.seconds_left)
+                await asyncio.to_thread(self.jobs.close, self.health.seconds_left)
             if self.requests is not None:
                 await asyncio.to_thread(self.requests.close)
+            if self.tracing is not None:
+                await asyncio.to_thread(self.tracing.close)
             self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _add_pages(
+    app: FastAPI,
+    engine: Engine,
+    verticals: Mapping[str, Vertical[Any, Any]],
+    life: _Life,
+    on_drain: list[Callable[[], None]],
+) -> None:
+    """Pages for people, which are imported if there are to be any.
+
+    Raises:
+        ConfigError: the extra is not installed.
+    """
+    try:
+        from plinth.pipelines.web.pages import Pages, Site
+    except ModuleNotFoundError as error:
+        if error.name != "jinja2":
+            raise
+        raise ConfigError(
+            "pages need the extra [web]", hint="pip install 'plinth-engine[web]'"
+        ) from None
+
+    def drain() -> None:
+        for begin in on_drain:
+            begin()
+
+    Pages(Site(engine, verticals, life.health, life.jobs, life.models, drain)).add_to(app)
 
 
 def _request_log(config: Config) -> RequestLog | None:
@@ -213,7 +252,7 @@ def _grpc_door(
     config: Config,
     health: Health,
     identity: Identity,
-    requests: RequestLog | None,
+    told: tuple[RequestLog | None, Tracing | None],
 ) -> GrpcDoor | None:
     """The gRPC server of the config, which is imported if there is to be one."""
     serve = config.serve
@@ -227,9 +266,11 @@ def _grpc_door(
         tls=config.files_of(serve.grpc),
         host=serve.host,
         identity=identity,
-        requests=requests,
+        requests=told[0],
+        tracing=told[1],
         reasons=health.reasons,
         seconds=serve.request_timeout_seconds,
+        administrative=serve.admin.port is None,
     )
 
 
@@ -245,6 +286,7 @@ class Application:
         grpc: the gRPC server, if there is one.
         admin: answers requests at ``serve.admin``, if there is such an address.
         tls: of ``http`` and ``admin``, if they have it.
+        on_drain: the server puts in what a page calls to have it end.
     """
 
     http: HttpApplication
@@ -254,6 +296,7 @@ class Application:
     grpc: GrpcDoor | None = None
     admin: HttpApplication | None = None
     tls: TlsFiles | None = None
+    on_drain: list[Callable[[], None]] = field(default_factory=list)
 
 
 async def warm_up(
@@ -416,6 +459,7 @@ class Server:
             keep_alive_seconds=config.serve.keep_alive_seconds,
             promise=app.promise,
         )
+        app.on_drain.append(self._drain_once)
         self._sockets = [SocketServer(bound, app.http, app.http.limit, bounds, app.tls)]
         self.admin_url = ""
         if app.admin is not None:
@@ -423,6 +467,11 @@ class Server:
             self.admin_url = _url(aside, app.tls)
             bounds = dataclasses.replace(bounds, connections=ADMIN_CONNECTIONS, promise=None)
             self._sockets.append(SocketServer(aside, app.admin, app.admin.limit, bounds, app.tls))
+
+    @property
+    def pages_url(self) -> str:
+        """Where the pages are, "" where there are none."""
+        return f"{self.url}/ui" if self._settings.web else ""
 
     @property
     def grpc_address(self) -> str:
@@ -483,6 +532,11 @@ class Server:
         with contextlib.suppress(RuntimeError):  # the loop has ended: nothing is left to drain
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain_once(self) -> None:
+        """Begin to end; asked again, nothing more: who presses a button twice is not in a hurry."""
+        if self._health.drain_until is None:
+            self.drain()
 
     def _drain(self) -> None:
         assert self._loop is not None

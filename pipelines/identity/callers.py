@@ -116,6 +116,15 @@ class Caller:
 
     __slots__ = ("_only", "_rank", "bucket", "expires", "name")
 
+    @property
+    def role(self) -> Role:
+        """What they may do."""
+        return ROLES[self._rank]
+
+    def reaches(self, subject: str) -> bool:
+        """Whether they reach a vertical or model; :data:`EVERYTHING`: all of them."""
+        return not self._only or subject in self._only
+
     def __init__(
         self,
         name: str,
@@ -142,7 +151,7 @@ class Caller:
                 hint="ask for a key with that role",
                 reason="forbidden",
             )
-        if self._only and need.subject is not None and need.subject not in self._only:
+        if need.subject is not None and not self.reaches(need.subject):
             raise AccessDenied(
                 f"the key of {self.name} reaches {', '.join(sorted(self._only))} only",
                 hint="ask for a key that reaches this",

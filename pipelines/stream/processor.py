@@ -24,10 +24,13 @@ from plinth.engine import (
     QueueFull,
     Refused,
     Sla,
+    Timing,
 )
 from plinth.engine.flow import Tensors, row_count
 from plinth.pipelines.formats.mapping import DeclaredMapping
 from plinth.pipelines.formats.registry import RegistryAway
+from plinth.pipelines.observability.tracing import HEADER as TRACE
+from plinth.pipelines.observability.tracing import Tracing
 from plinth.pipelines.stream.chunks import (
     Chunk,
     Layout,
@@ -112,6 +115,7 @@ class Processor:
             degraded.
         mapping: from messages to the vertical's records; ``None``: they are its records.
         places: watches that records which must lie together do; ``None``: nobody looks.
+        tracing: told of each record, if there is any.
     """
 
     vertical: Vertical[Any, Any]
@@ -121,6 +125,8 @@ class Processor:
     sla: Sla = field(default_factory=Sla)
     mapping: DeclaredMapping | None = None
     places: KeyPlaces | None = None
+    tracing: Tracing | None = None
+    _timing: Timing = field(default_factory=Timing, init=False)
     _moved: int = field(default=0, init=False)
     _mine: tuple[int, int] = field(default=(1, 1), init=False)
     _isolate: dict[Partition, int] = field(default_factory=dict, init=False)
@@ -144,14 +150,40 @@ class Processor:
         messages: list[Message] = []
         yield from self._ask_for_schemas(chunk)
         readable = self._parse(chunk.records, messages)
+        self._timing.decode = time.perf_counter() - started
         self._watch(readable)
         self._tell_moved(chunk)
         alone = self._alone(chunk)
         groups = [[pair] for pair in readable] if alone else [readable] if readable else []
         for group in groups:
             yield from self._infer(chunk, group, messages, alone=alone)
+        if self.tracing is not None:
+            messages = [self._traced(self.tracing, started, one) for one in messages]
+        self._timing = Timing()
         CHUNK_SECONDS.observe(time.perf_counter() - started)
         return Outputs(chunk, messages)
+
+    def _traced(self, tracing: Tracing, begun: float, message: Message) -> Message:
+        """Tell of a record, whose answer carries the context on."""
+        record, error = message.record, message.error
+        about: dict[str, str | int] = {
+            "messaging.system": "kafka",
+            "messaging.destination.name": record.topic,
+            "messaging.destination.partition.id": str(record.partition),
+        }
+        about |= {} if error is None else {"error.type": error.reason}
+        told = tracing.span(
+            f"process {record.topic}",
+            next((value for name, value in record.headers if name == TRACE), None),
+            begun,
+            kind="consumer",
+            about=about,
+            timing=self._timing.as_dict(),
+            failed=error is not None and error.reason.endswith("_failed"),
+        )
+        if error is not None:  # a dead letter is the record as it came
+            return message
+        return replace(message, headers=(*message.headers, (TRACE, told.encode())))
 
     def observe(self, chunk: Chunk) -> None:
         """Take a replayed chunk into the vertical's state, without answers.
@@ -295,8 +327,10 @@ class Processor:
             failure = _failure("infer", error)
         else:
             self._failures = 0
+            encoding = time.perf_counter()
             for (record, request), result in zip(group, results, strict=True):
                 messages.append(self._encode(record, request, result))
+            self._timing.encode += time.perf_counter() - encoding
             return
         if alone:
             messages.append(self._failed_alone(group[0][0], failure))
@@ -344,7 +378,11 @@ class Processor:
             rows = waiting[0]
             try:
                 part = replace(call, rows=rows)
-                done.append((yield from _result(self.engine.submit(part, self.sla))).value)
+                result = yield from _result(self.engine.submit(part, self.sla))
+                self._timing.queue += result.timing.queue
+                self._timing.device += result.timing.device
+                self._timing.batch_rows = max(self._timing.batch_rows, result.timing.batch_rows)
+                done.append(result.value)
             except Closed:
                 raise
             except Refused as refused:

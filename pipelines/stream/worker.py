@@ -19,6 +19,7 @@ from kafka.errors import KafkaError
 
 from plinth.engine import Engine, Sla
 from plinth.pipelines.formats.mapping import load_mapping
+from plinth.pipelines.observability.tracing import Tracing
 from plinth.pipelines.snapshots import claim
 from plinth.pipelines.stream.audit import AuditTrail, key_of
 from plinth.pipelines.stream.checkpoint import Checkpoint
@@ -156,6 +157,7 @@ def run(
     on_progress: Callable[[StreamProgress], None] | None = None,
     *,
     sla: Sla | None = None,
+    tracing: Tracing | None = None,
 ) -> StreamSummary:
     """Stream until ``stop`` is set, or until ``idle_exit_s`` or ``max_events`` says so.
 
@@ -167,6 +169,7 @@ def run(
         on_progress: called about once a second, on the worker's thread.
         sla: the promise asked of the engine; by default the vertical's own. What would be
             rejected or degraded is late instead: a stream waits rather than scores worse.
+        tracing: told of each record, if there is any.
 
     Raises:
         ConfigError: no broker, missing topics or an unusable state folder; nothing has started.
@@ -193,6 +196,7 @@ def run(
             promise,
             mapping,
             places,
+            tracing,
         )
 
     trail = None

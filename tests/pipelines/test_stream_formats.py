@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kafka import KafkaProducer
 from kafka_fixtures import PASSWORD, USER, KafkaNode
-from tally import TallyVertical, started_engine
+from tally import TallyVertical, spends, started_engine
 
 from plinth.engine import ConfigError
+from plinth.pipelines.observability.tracing import Tracing
+from plinth.pipelines.stream.kafka_clients import prepare
 from plinth.pipelines.stream.rebuild import newest
 from plinth.pipelines.stream.worker import StreamConfig, StreamSummary, run
 
@@ -65,6 +68,51 @@ def test_own_messages_are_mapped_skipped_or_dead_letters_as_they_came(
         value for _, value in odd[1:]
     ]
     assert [record.value for record in newest(config, 2)] == [v for _, v in messages(200)[198:]]
+
+
+@pytest.mark.needs("opentelemetry.sdk")
+def test_a_records_trace_goes_on_in_its_answer(kafka_node: KafkaNode) -> None:
+    """W3C context in a record's header, a span for it, and the span's context with the answer."""
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    trace, before = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    config = kafka_node.config(partitions=1, max_events=3)
+    prepare(config)
+    records = [*spends(2), (b"k", b'{"id": 7, "card": "4012888888881881", "amount": -1}')]
+    producer = KafkaProducer(bootstrap_servers=kafka_node.servers)
+    for number, (key, value) in enumerate(records):
+        context = [("traceparent", f"00-{trace}-{before}-01".encode())] if number else []
+        producer.send(
+            config.input_topic, value, key, [*context, ("tracestate", b"x=4012888888881881")]
+        )
+    producer.flush(60)
+    producer.close()
+    spans, vertical = InMemorySpanExporter(), TallyVertical()
+    tracing = Tracing(SimpleSpanProcessor(spans))
+    with started_engine(vertical) as engine:
+        summary = run(vertical, engine, config, threading.Event(), tracing=tracing)
+    tracing.close()
+    assert (summary.scored, summary.dead_letters) == (2, {"negative": 1})
+    told = spans.get_finished_spans()
+    first, second, dead = [span for span in told if span.name == f"process {config.input_topic}"]
+    assert first.parent is None
+    for span in (second, dead):
+        assert (f"{span.context.trace_id:032x}", f"{span.parent.span_id:016x}") == (trace, before)
+    assert dead.attributes["error.type"] == "negative"
+    assert second.attributes["messaging.destination.name"] == config.input_topic
+    inside = {span.name for span in told if span.parent == second.context}
+    assert inside == {"decode", "queue", "device", "encode"}
+    carried = [
+        dict(record.headers)["traceparent"] for record in kafka_node.read(config.output_topic)
+    ]
+    assert carried == [
+        f"00-{span.context.trace_id:032x}-{span.context.span_id:016x}-{int(span.context.trace_flags):02x}".encode()
+        for span in (first, second)
+    ]
+    [letter] = kafka_node.read(config.dead_letters)
+    assert dict(letter.headers)["traceparent"] == f"00-{trace}-{before}-01".encode()
+    assert "4012888888881881" not in "".join(span.to_json() for span in told)
 
 
 @pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN", None])

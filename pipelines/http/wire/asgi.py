@@ -42,7 +42,7 @@ class AsgiExchange:
         self._changed = asyncio.Event()
         self._head: bytes | None = None
         self._status = 0
-        self.models = ""
+        self.models, self.timing = "", b""
         self._chunked = self._ended = False
         exchange.gone = self._left
 
@@ -78,7 +78,10 @@ class AsgiExchange:
             "headers": head.pairs,
             "server": here,
             "client": client,
-            "state": {"waited": self._exchange.began - self._exchange.arrived},
+            "state": {
+                "waited": self._exchange.began - self._exchange.arrived,
+                "caller": self._exchange.caller,
+            },
         }
 
     # -- the body ----------------------------------------------------------------------------
@@ -136,7 +139,9 @@ class AsgiExchange:
     def _start(self, message: Message) -> None:
         self._status = message["status"]
         fields = [(bytes(n).lower(), bytes(v)) for n, v in message.get("headers", ())]
-        self.models = dict(fields).get(b"x-plinth-models", b"").decode("latin-1")
+        about = dict(fields)
+        self.models = about.get(b"x-plinth-models", b"").decode("latin-1")
+        self.timing = about.get(b"x-plinth-timing", b"")
         exchange, connection = self._exchange, self._exchange.connection
         sized = self._status in _BODILESS or any(name == b"content-length" for name, _ in fields)
         self._chunked = not sized and exchange.head.minor == 1

@@ -87,7 +87,7 @@ class Exchange:
 
     __slots__ = (
         *("arrived", "began", "closing", "complete", "connection", "discarding", "ended"),
-        *("gone", "head", "sla", "started", "surplus", "who"),
+        *("gone", "head", "sla", "started", "surplus", "who", "caller"),
     )
 
     def __init__(
@@ -103,6 +103,7 @@ class Exchange:
         self.surplus = connection.surplus
         self.sla: Any = None
         self.who = ""
+        self.caller: Any = None
 
     def collect(self, limit: int, then: Callable[[Exchange, bytes], None]) -> None:
         """Read the whole body, at most ``limit`` bytes, then call ``then``."""

@@ -28,6 +28,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.needs("tritonclient", "grpc", "rapidjson")
 def test_who_asked_what_with_what_end_and_nothing_of_what_they_sent(tmp_path: Path) -> None:
+    import grpc
     import tritonclient.grpc as kind
 
     path, keys = tmp_path / "requests.jsonl", tmp_path / "keys.toml"
@@ -49,7 +50,18 @@ def test_who_asked_what_with_what_end_and_nothing_of_what_they_sent(tmp_path: Pa
         client.infer("twice", [rows], headers=alice, request_id=SECRET)
         with pytest.raises(kind.InferenceServerException):
             client.get_model_metadata(SECRET, headers=alice)
+        for refused in (
+            lambda: client.load_model(SECRET, headers=alice),
+            lambda: client.infer("twice", [rows], headers={"x-api-key": SECRET}),
+        ):
+            with pytest.raises(kind.InferenceServerException):
+                refused()
+        assert client.is_server_ready()  # probes are not in it
         client.close()
+        with grpc.insecure_channel(server.server.grpc_address) as channel:
+            call = channel.unary_unary(f"/inference.GRPCInferenceService/{SECRET}")
+            with pytest.raises(grpc.RpcError):
+                call(b"", metadata=tuple(alice.items()))
     found = lines(path)
     told = [(line["who"], line["what"], line["status"], "models" in line) for line in found]
     assert told == [
@@ -62,6 +74,9 @@ def test_who_asked_what_with_what_end_and_nothing_of_what_they_sent(tmp_path: Pa
         ("alice", "GET other", "403", False),
         ("alice", "gRPC ModelInfer", "OK", True),
         ("alice", "gRPC ModelMetadata", "PERMISSION_DENIED", False),
+        ("alice", "gRPC RepositoryModelLoad", "PERMISSION_DENIED", False),
+        ("", "gRPC ModelInfer", "UNAUTHENTICATED", False),
+        ("alice", "gRPC other", "UNIMPLEMENTED", False),
     ]
     assert found[0]["models"] == "twice=3"
     assert SECRET not in path.read_text()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from certificates import signed
@@ -19,6 +21,7 @@ from tiny_verticals import Gate, Tiny
 from plinth.engine import ConfigError, ModelStore
 from plinth.pipelines.config.settings import Config, OipConfig
 from plinth.pipelines.identity.callers import Identity
+from plinth.pipelines.identity.key_file import add
 from plinth.pipelines.oip.service import ModelService
 
 pytestmark = pytest.mark.needs("tritonclient", "grpc", "rapidjson")
@@ -318,7 +321,7 @@ def test_a_key_is_asked_for_by_all_but_health(monkeypatch: pytest.MonkeyPatch) -
             with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
                 check(b"\x0a\x01x")  # service: "x"
             watches = [channel.unary_stream("/grpc.health.v1.Health/Watch")(b"") for _ in range(17)]
-            with pytest.raises(grpc.RpcError, match="too many watch"):
+            with pytest.raises(grpc.RpcError, match="all 16 places"):
                 [next(watch) for watch in watches]
 
 
@@ -366,6 +369,74 @@ def test_without_a_key_no_message_is_waited_for(monkeypatch: pytest.MonkeyPatch)
         for method in (*methods, "ServerLive", "ServerReady"):
             assert slow.begin(f"{service}/{method}", 1 << 20, x_api_key="no") == slow.ended()
         assert slow.begin(f"{health}/Check", 1 << 20) == slow.ended()
+
+
+def test_health_and_work_take_no_place_from_each_other(gate: Gate) -> None:
+    import grpc
+    import tritonclient.grpc as kind
+
+    with running({"tiny": Tiny()}, serve={"grpc": {"port": 0, "max_streams": 2}}) as server:
+        client = kind.InferenceServerClient(server.server.grpc_address)
+        with grpc.insecure_channel(server.server.grpc_address) as channel:
+            watches = [channel.unary_stream("/grpc.health.v1.Health/Watch")(b"") for _ in range(16)]
+            assert [next(watch) for watch in watches] == [b"\x08\x01"] * 16
+            answers: queue.Queue[Any] = queue.Queue()
+            for value in (1000.0, 1.0):
+                client.async_infer("twice", rows(value), lambda result, error: answers.put(error))
+                gate.await_arrival() if value == 1000.0 else until(
+                    lambda: server.engine.status()["urgent_rows"] == 1
+                )
+            with pytest.raises(kind.InferenceServerException, match="all 2 places for calls"):
+                client.infer("twice", rows(3))
+            assert channel.unary_unary("/grpc.health.v1.Health/Check")(b"") == b"\x08\x01"
+            assert client.is_server_live()
+            gate.open()
+            assert [answers.get(timeout=60) for _ in range(2)] == [None, None]
+            until(lambda: client.infer("twice", rows(3)).as_numpy("twice").tolist() == [[6.0]])
+        client.close()
+
+
+def test_a_key_leaves_others_a_place_to_stream(tmp_path: Path) -> None:
+    import tritonclient.grpc as kind
+
+    keys = tmp_path / "keys.toml"
+    alice, bob = ({"x-api-key": add(keys, who, {"role": "score"})} for who in ("alice", "bob"))
+    serve = {"keys": keys, "grpc": {"port": 0, "max_arriving": 4}}
+    with running({"tiny": Tiny()}, serve=serve) as server, contextlib.ExitStack() as stack:
+
+        def streams(key: dict[str, str]) -> str:
+            """Open a stream, which stays open; what its first request gets."""
+            client = kind.InferenceServerClient(server.server.grpc_address)
+            stack.callback(client.close)
+            told: queue.Queue[Any] = queue.Queue()
+            client.start_stream(lambda result, error: told.put(error), headers=key)
+            with contextlib.suppress(kind.InferenceServerException):  # it was refused before
+                client.async_stream_infer("twice", rows(2))
+            return str(told.get(timeout=60) or "")
+
+        assert [streams(alice) for _ in range(2)] == ["", ""]
+        assert "this key holds 2 of 4 places" in streams(alice)
+        assert streams(bob) == ""
+        assert "this key holds 1 of 4 places" in streams(bob)
+
+
+def test_models_are_not_loaded_by_grpc_where_that_has_an_address_of_its_own(
+    store: ModelStore, tmp_path: Path
+) -> None:
+    import tritonclient.grpc as kind
+
+    serve = {"admin": {"port": 0}, "grpc": {"port": 0}, "oip": {"load_models": True}}
+    with running({"tiny": Tiny()}, serve=serve, models={"store": store.root}) as server:
+        client = kind.InferenceServerClient(server.server.grpc_address)
+        for call in (client.load_model, client.unload_model):
+            with pytest.raises(kind.InferenceServerException, match=r"serve\.admin") as refused:
+                call("line")
+            assert refused.value.status() == "StatusCode.UNIMPLEMENTED"
+        assert client.get_model_repository_index().models
+        url = f"{server.server.admin_url}/v2/repository/models/line/load"
+        assert httpx.post(url).status_code == 200
+        assert client.is_model_ready("line")
+        client.close()
 
 
 def test_a_call_in_work_is_answered_while_the_server_drains(gate: Gate) -> None:
