@@ -39,6 +39,7 @@ from plinth.engine.lanes.local import LocalLane
 from plinth.engine.metrics import EngineMetrics
 from plinth.engine.models.spec import ModelSpec
 from plinth.engine.models.store import Model
+from plinth.engine.models.variants import Variants
 from plinth.engine.runtime.flow_driver import Clock, FlowDriver, Result
 from plinth.engine.runtime.loaded_model import LoadedModel, Precision, Range
 from plinth.engine.runtime.model_table import Execution, ModelTable
@@ -341,6 +342,24 @@ class Engine:
                 "background_rows": self._batcher.background_rows,
                 "utilisation": self._busy / max(self._clock() - self._started, 1e-9),
             }
+
+    def costs(self) -> dict[str, dict[int, float]]:
+        """Seconds that a batch of so many rows takes, by model: what is planned with.
+
+        Of a model whose inputs have several shapes, the shape of which most is known.
+        """
+        learned = self._batcher.latency.learned
+        with self._wake:
+            known = {m.spec.name: [learned(key) for key in m.keys] for m in self._models.all()}
+        return {name: max(curves, key=len, default={}) for name, curves in known.items()}
+
+    def variants(self, name: str) -> Variants | None:
+        """The variants of a model that came from a store; ``None``: it did not.
+
+        Raises:
+            ModelError: there is no such model.
+        """
+        return self._models.get(name).model.variants
 
     # -- flows -------------------------------------------------------------------------------
     def run(self, flow: Flow[T], sla: Sla | None = None) -> Answer[T]:

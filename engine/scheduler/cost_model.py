@@ -172,6 +172,13 @@ class LatencyModel:
         curve = self._curves.get(key)
         return curve.base(rows) * curve.level() + curve.delay(quantile) if curve else 0.0
 
+    def learned(self, key: BatchKey) -> dict[int, float]:
+        """Seconds that a batch takes, by the numbers of rows at which that is known."""
+        curve = self._curves.get(key)
+        if curve is None:
+            return {}
+        return {rows: cost * curve.level() for rows, cost in sorted(curve.knots.items())}
+
     def rows_within(
         self, key: BatchKey, seconds: float, max_rows: int, quantile: float = 0.99
     ) -> int:

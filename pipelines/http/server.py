@@ -225,7 +225,7 @@ def _add_pages(
         for begin in on_drain:
             begin()
 
-    Pages(Site(engine, verticals, life.health, life.jobs, life.models, drain)).add_to(app)
+    Pages(Site(engine, verticals, life.health.reasons, life.jobs, life.models, drain)).add_to(app)
 
 
 def _request_log(config: Config) -> RequestLog | None:

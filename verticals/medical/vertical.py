@@ -96,6 +96,7 @@ class CtSettings(Settings):
         segmentation_type: ``"binary"``, or ``"labelmap"``: smaller, not yet read everywhere.
         contours: write ``structures.dcm``, an RT Structure Set with the same identity.
         nifti: write ``segmentation.nii.gz``; a network's own is always written.
+        volume: write ``volume.nii.gz``, the images as one file, which a page of studies shows.
         captures: write the pictures as DICOM too, marked not for diagnosis.
         measurements: write ``measurements.dcm``, a structured report with the same identity.
         keep_uids: put the source's UIDs into the report instead of pseudonyms.
@@ -121,6 +122,7 @@ class CtSettings(Settings):
     segmentation_type: Literal["binary", "labelmap"] = "binary"
     contours: bool = False
     nifti: bool = False
+    volume: bool = False
     captures: bool = False
     measurements: bool = True
     keep_uids: bool = False

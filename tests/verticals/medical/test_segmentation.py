@@ -205,7 +205,9 @@ def all_forms(tmp_path_factory: pytest.TempPathFactory) -> tuple[CtResult, Path]
     root = tmp_path_factory.mktemp("forms")
     result = analysed(scanned(root))
     (root / "out").mkdir()
-    wanted = CtSettings(segmentation_type="labelmap", contours=True, nifti=True, captures=True)
+    wanted = CtSettings(
+        segmentation_type="labelmap", contours=True, nifti=True, volume=True, captures=True
+    )
     files = CtAnalysis(wanted).write(result, root / "out")
     assert {path.name for path in files} >= {
         *("segmentation.dcm", "segmentation.nii.gz", "structures.dcm", "measurements.dcm"),
@@ -236,6 +238,9 @@ def test_nifti_holds_the_labels_at_their_places(all_forms: tuple[CtResult, Path]
     assert np.array_equal(np.asarray(image.dataobj).T, result.artefacts.analysis.labels)
     ras = np.diag([-1.0, -1, 1, 1]) @ result.artefacts.volume.affine
     assert np.allclose(image.affine, ras, atol=1e-3)
+    volume = nibabel.load(out / "volume.nii.gz")
+    assert np.array_equal(np.asarray(volume.dataobj).T, result.artefacts.volume.voxels)
+    assert np.array_equal(volume.affine, image.affine)
 
 
 def test_pictures_as_dicom_say_that_they_are_not_for_diagnosis(

@@ -11,11 +11,11 @@ import numpy.typing as npt
 from plinth.verticals.medical.volumes.volume import Volume
 
 
-def write_nifti(values: npt.NDArray[np.uint8], volume: Volume, path: Path) -> None:
+def write_nifti(values: npt.NDArray[Any], volume: Volume, path: Path) -> None:
     """Write values (z, y, x) on a volume's native grid as NIfTI-1, compressed.
 
     Args:
-        values: uint8.
+        values: uint8 for labels and shares, int16 or float32 for the volume's own.
         volume: whose affine says where they lie.
         path: ends with ``.nii.gz``.
     """

@@ -58,6 +58,10 @@ class Wanted(Protocol):
         """Write ``segmentation.nii.gz``."""
 
     @property
+    def volume(self) -> bool:
+        """Write ``volume.nii.gz``."""
+
+    @property
     def captures(self) -> bool:
         """Write the pictures as DICOM too."""
 
@@ -130,7 +134,7 @@ def for_archives(
     wanted: Wanted,
     outputs: dict[str, str],
 ) -> list[Path]:
-    """Write contours and pictures as DICOM where they are wanted; returns the files.
+    """Write the volume, and contours and pictures as DICOM, where wanted; returns the files.
 
     Args:
         volume: whose images they are of.
@@ -143,6 +147,10 @@ def for_archives(
         outputs: told, by name, what was written or why not.
     """
     files: list[Path] = []
+    if wanted.volume:
+        files.append(folder / "volume.nii.gz")
+        write_nifti(volume.voxels, volume, files[-1])
+        outputs[files[-1].name] = "written"
     structure_set = folder / STRUCTURES
     if wanted.contours:
         outputs[STRUCTURES] = tried(

@@ -1,0 +1,1 @@
+"""Pages for people: the engine, a form for each vertical, studies. No build step, no other site."""
