@@ -2,13 +2,16 @@
 
     python benchmarks/mixed_device.py [--rate 200] [--seconds 60] [--repeats 1] [--json]
 
-Two arms, each a server process of its own with the packaged models of finance and medical:
+Arms, each a server process of its own with the packaged models of finance and medical:
 
 - ``plinth``: ``plinth serve finance medical`` as it is.
+- ``threads``: the same with ``engine.compute_workers = 0``: the steps of the CT analysis run in
+  threads of the process that answers payments.
+- ``alone``: as ``plinth``, without CT studies.
 - ``plain``: the same server as a plain queue: first come, first served, no deadlines, and slices
   bounded by nothing but the largest batch.
 
-In both, ``--studies`` uploads of one CT series (a zip of sample_data/ct_phantom) are kept in work
+``--studies`` uploads of one CT series (a zip of sample_data/ct_phantom) are kept in work
 through the HTTP door, and payments (sample_data/transactions) come at a steady Poisson rate, open
 loop. Latency runs from when a payment was due to its whole answer. Device figures are differences
 of ``/metrics`` over the same seconds.
@@ -48,7 +51,7 @@ from rich.table import Table  # noqa: E402
 
 from plinth.pipelines.bench.load import Load  # noqa: E402
 
-ARMS = ("plinth", "plain")
+ARMS = ("plinth", "threads", "alone", "plain")
 UNBOUNDED = 3600.0  # seconds of a slice: no bound but the largest batch
 SERIES = re.compile(r"^(plinth_\w+(?:\{[^}]*\})?) (\S+)$", re.MULTILINE)
 ADDRESS = re.compile(r"serving .* on (http://\S+)")
@@ -56,6 +59,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 CONFIG = """
 [engine]
 threads = {threads}
+compute_workers = {workers_of_steps}
 [serve]
 port = 0
 [serve.upload]
@@ -112,9 +116,14 @@ def serving(arm: str, given: argparse.Namespace) -> Iterator[tuple[str, psutil.P
     with tempfile.TemporaryDirectory() as folder:
         file, log = Path(folder) / "plinth.toml", Path(folder) / "log"
         file.write_text(
-            CONFIG.format(threads=given.threads, workers=given.studies, overlap=given.overlap)
+            CONFIG.format(
+                threads=given.threads,
+                workers_of_steps=0 if arm == "threads" else given.processes,
+                workers=given.studies,
+                overlap=given.overlap,
+            )
         )
-        if arm == "plinth":
+        if arm != "plain":
             command = [sys.executable, "-m", "plinth", "serve", "--config", str(file)]
         else:
             command = [sys.executable, __file__, "--serve-plain", str(file)]
@@ -244,13 +253,13 @@ def measure(arm: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
 
     with (
         serving(arm, given) as (url, server),
-        Studies(url, given.studies, given.warm_up / (2 * given.studies)) as studies,
+        Studies(url, 0 if arm == "alone" else given.studies, given.warm_up / 4) as studies,
     ):
         load(url, given.warm_up, seed + 1000).run()
-        before, cpu, begun = metrics(url), sum(server.cpu_times()[:2]), time.perf_counter()
+        before, cpu, begun = metrics(url), cpu_seconds(server), time.perf_counter()
         result = load(url, given.seconds, seed).run()
         seconds = time.perf_counter() - begun
-        after, cpu = metrics(url), sum(server.cpu_times()[:2]) - cpu
+        after, cpu = metrics(url), cpu_seconds(server) - cpu
         done = sum(at > begun for at in studies.finished)
     if studies.failed:
         raise SystemExit(f"{arm}: a study failed: {studies.failed[0]}")
@@ -283,6 +292,11 @@ def measure(arm: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
         "sla_misses": {key: after[key] - before.get(key, 0.0) for key in misses(after)},
         "load": told,
     }
+
+
+def cpu_seconds(server: psutil.Process) -> float:
+    """CPU time of a server and of its worker processes."""
+    return sum(sum(each.cpu_times()[:2]) for each in (server, *server.children()))
 
 
 def misses(after: dict[str, float]) -> list[str]:
@@ -328,10 +342,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="measured, for each arm")
     parser.add_argument("--warm-up", type=float, default=20.0, help="seconds of load before")
     parser.add_argument("--studies", type=int, default=2, help="CT studies in work at a time")
+    parser.add_argument("--processes", type=int, default=1, help="engine.compute_workers")
     parser.add_argument("--overlap", type=float, default=0.5, help="of the CT windows")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one forward")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each arm, interleaved")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["plinth", "plain"])
     parser.add_argument("--sla-ms", type=float, default=150.0)
     parser.add_argument("--serve-plain", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()

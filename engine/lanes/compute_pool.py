@@ -164,13 +164,19 @@ class ComputePool:
         with self._changed:
             self._closed = True
             threads = list(self._threads)
-            tasks = [] if drain else [*self._waiting, *self._running]
             self._changed.notify_all()
-        for task in tasks:
-            self._left(task, Closed("the engine was closed"))
+        if not drain:
+            self.end_all(Closed("the engine was closed"))
         for thread in threads:
             if wait and thread is not threading.current_thread():
                 thread.join()
+
+    def end_all(self, why: PlinthError) -> None:
+        """Fail every step that waits or runs, and end the processes of the latter."""
+        with self._changed:
+            tasks = [*self._waiting, *self._running]
+        for task in tasks:
+            self._left(task, why)
 
     def _done(self, task: _Task, timer: threading.Timer | None) -> None:
         if timer is not None:

@@ -13,6 +13,7 @@ here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import logging
 import mmap
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -170,13 +172,13 @@ def _memory(size: int) -> int:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
     try:
+        os.ftruncate(descriptor, size)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
-        else:
-            os.ftruncate(descriptor, size)
-    except OSError:
-        os.close(descriptor)
-        raise
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            os.close(descriptor)
+            raise
     return descriptor
 
 
@@ -243,8 +245,7 @@ def main(descriptor: int, parent: int, level: int) -> None:
     with contextlib.suppress(OSError):
         os.dup2(2, 1)  # what a step prints is no answer of the command
     end_with(parent)
-    with contextlib.suppress(OSError):
-        os.nice(10)
+    yield_to_others()
     records = _Records()
     logging.getLogger().addHandler(records)
     logging.getLogger().setLevel(level)
@@ -318,6 +319,21 @@ def end_with(parent: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
+
+
+def yield_to_others() -> None:
+    """Let the parent go first where the machine is short of CPU, and last where of memory.
+
+    A crash leaves no core file either, which would hold what the step was given.
+    """
+    with contextlib.suppress(OSError):
+        os.nice(10)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")  # proc(5)
+    with contextlib.suppress(ImportError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 if __name__ == "__main__":

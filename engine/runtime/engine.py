@@ -414,6 +414,15 @@ class Engine:
             future.set_exception(error)
         return future
 
+    def end_steps(self, why: PlinthError) -> None:
+        """Fail the steps that wait for a worker process or run in one; new ones are taken.
+
+        Args:
+            why: what their flows are told.
+        """
+        if self._steps is not None:
+            self._steps.end_all(why)
+
     def _compute(self, driver: FlowDriver[T], step: Compute, sla: Sla | None) -> None:
         """Run a flow's step, and wait for it in the calling thread."""
         future: Future[Any] | None = None

@@ -336,6 +336,8 @@ class Jobs:
             open_jobs = [job for job in self._jobs.values() if job.finished is None]
         waiting = [job.ended for job in open_jobs if job.state != "receiving"]
         left = wait(waiting, timeout=seconds).not_done
+        if left:  # what they wait for would keep the process
+            self._engine.end_steps(Closed("the server is shutting down", retry_after=5.0))
         with self._changed:
             self._changed.notify_all()
         self.receivers.shutdown(wait=False, cancel_futures=True)

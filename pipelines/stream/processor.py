@@ -371,7 +371,11 @@ class Processor:
         changed its state, do not run a second time.
         """
         if isinstance(call, Compute):
-            return (yield from _result(self.engine.compute(call)))
+            future = self.engine.compute(call)
+            try:
+                return (yield from _result(future))
+            finally:
+                future.cancel()  # the stream ends, and nobody waits for it
         waiting: list[Tensors] = [call.rows]
         done: list[Tensors] = []
         while waiting:

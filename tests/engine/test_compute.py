@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -300,8 +301,9 @@ def test_a_function_of_the_program_itself_is_refused(shared: Engine, monkeypatch
 def test_a_lost_worker_costs_its_own_step(
     shared: Engine, function: Callable[[], None], reason: str, words: str
 ) -> None:
+    limit = 0.5 if reason == "time_limit" else None
     before, error, after = run(
-        shared, Compute(steps.pid), Compute(function, seconds=0.5), Compute(steps.pid)
+        shared, Compute(steps.pid), Compute(function, seconds=limit), Compute(steps.pid)
     )
     assert isinstance(error, ComputeError)
     assert (error.reason, words in error.message) == (reason, True)
@@ -369,15 +371,15 @@ def test_many_flows_at_once_and_each_has_its_own() -> None:
 
 def test_a_deadline_ends_what_runs_and_what_waits(tmp_path: Path) -> None:
     said = tmp_path / "pid"
-    with Engine(compute_workers=1) as engine, ThreadPoolExecutor(2) as callers:
-        run(engine, Compute(steps.pid))  # it has started, and knows the module
-        runs = callers.submit(run, engine, Compute(steps.hang, said), sla=Sla(deadline_ms=1500))
+    with Engine(compute_workers=1) as engine:
+        first = engine.compute(Compute(steps.hang, said))
         assert until(said.exists)
         (waits,) = run(engine, Compute(steps.pid), sla=Sla(deadline_ms=50))
-        (running,) = runs.result(60)
         assert isinstance(waits, DeadlineRefused)
-        assert isinstance(running, DeadlineRefused)
-        assert gone(int(said.read_text()))
+        assert not gone(int(said.read_text()))
+        assert first.cancel()
+        (runs,) = run(engine, Compute(steps.hang), sla=Sla(deadline_ms=500))
+        assert isinstance(runs, DeadlineRefused)
         assert isinstance(run(engine, Compute(steps.pid), sla=Sla(deadline_ms=60_000))[0], int)
 
 
@@ -415,6 +417,26 @@ def test_an_engine_that_closes_at_once_ends_its_steps(tmp_path: Path) -> None:
     assert isinstance(run(engine, Compute(steps.pid))[0], Closed)
     with engine:
         assert isinstance(run(engine, Compute(steps.pid))[0], int)
+
+
+def test_steps_can_be_ended_and_new_ones_are_taken(tmp_path: Path) -> None:
+    said = tmp_path / "pid"
+    with Engine(compute_workers=1) as engine:
+        runs, waits = (engine.compute(Compute(steps.hang, said)) for _ in range(2))
+        assert until(said.exists)
+        engine.end_steps(Closed("no time is left"))
+        assert isinstance(runs.exception(60), Closed)
+        assert isinstance(waits.exception(60), Closed)
+        assert gone(int(said.read_text()))
+        assert run(engine, Compute(steps.total, np.ones(2))) == [2.0]
+
+
+def test_a_worker_yields_to_its_parent(shared: Engine) -> None:
+    (pid,) = run(shared, Compute(steps.pid))
+    assert psutil.Process(pid).nice() == min(psutil.Process().nice() + 10, 19)
+    adjusted = Path(f"/proc/{pid}/oom_score_adj")
+    assert not adjusted.exists() or int(adjusted.read_text()) == 500
+    assert resource.prlimit(pid, resource.RLIMIT_CORE) == (0, 0)
 
 
 def test_an_engine_that_closes_finishes_what_it_took() -> None:
