@@ -220,6 +220,11 @@ class Scene:
     busy: float
 
 
+def busy(engine: Engine) -> float:
+    """Seconds that the lanes of an engine have run batches."""
+    return sum(thread.busy for thread in engine._lanes)
+
+
 def renamed(model: Model, name: str) -> Model:
     """The model under another name."""
     return Model(model.spec.model_copy(update={"name": name}), model.module, example=model.example)
@@ -275,7 +280,7 @@ def scene(device: Device, way: str, rate: float, seconds: float, **options: Any)
                     refused[0] += 1
 
         windows, begun = background.done, time.monotonic()
-        spent = engine._busy
+        spent = busy(engine)
         at = begun + (noise.expovariate(rate) if rate else seconds)
         sent = []
         while at < begun + seconds:
@@ -289,7 +294,7 @@ def scene(device: Device, way: str, rate: float, seconds: float, **options: Any)
         if not rate:
             time.sleep(seconds)
         elapsed = time.monotonic() - begun
-        spent, windows = engine._busy - spent, background.done - windows
+        spent, windows = busy(engine) - spent, background.done - windows
         for future in sent:
             future.exception(30)
         background.end()

@@ -93,7 +93,7 @@ class EngineMetrics:
     """The metrics of one engine, in a registry of its own.
 
     Args:
-        device: what the engine runs on.
+        device: the first that the engine runs on.
         waiting: rows that wait, by kind: urgent or background. Held weakly.
 
     Attributes:
@@ -123,6 +123,14 @@ class EngineMetrics:
             "Batches in which a model raised; they are run again in halves.",
             ("model",),
         )
+        self.rerun_batches = counter(
+            "plinth_rerun_batches_total",
+            "Batches that ran again because their lane died.",
+            ("model",),
+        )
+        self.lane_deaths = counter(
+            "plinth_lane_deaths_total", "Lanes that died, by device.", ("device",)
+        )
         self.halved = counter(
             "plinth_out_of_memory_total",
             "Batches that did not fit into memory and were run in halves.",
@@ -136,11 +144,13 @@ class EngineMetrics:
         self.step_seconds = counter(
             "plinth_compute_seconds_total", "Time of steps in worker processes.", ("step",)
         )
-        self.busy_seconds = counter(
+        self._busy_seconds = counter(
             "plinth_device_busy_seconds_total",
-            "Time the device worked; its rate is the utilisation.",
+            "Time the lanes of a device worked; its rate over their number is the utilisation.",
             ("device",),
-        ).labels(str(device))
+        )
+        self._busy: dict[str, Counter] = {}
+        self.busy(device)
         self._call_seconds = _ByModel(
             "plinth_call_seconds",
             "Time from a call's arrival to its answer; one bucket ends at the model's promise.",
@@ -173,8 +183,16 @@ class EngineMetrics:
         weak = weakref.WeakMethod(waiting)
         for kind in ("urgent", "background"):
             rows.labels(kind).set_function(partial(_ask, weak, kind))
-        _show_memory(device)
         _ENGINES.watch(self)
+
+    def busy(self, device: Device) -> Counter:
+        """The seconds that lanes of a device worked."""
+        name = str(device)
+        found = self._busy.get(name)
+        if found is None:
+            found = self._busy[name] = self._busy_seconds.labels(name)
+            _show_memory(device)
+        return found
 
     def count(self, name: str, outcome: str) -> None:
         """Count a call of a model; see ``plinth_calls_total``."""

@@ -62,6 +62,43 @@ class Executable(Protocol):
         ...
 
 
+class OneAtATime:
+    """An executable that lanes share because there is no second one: a forward waits for others.
+
+    Args:
+        inner: the one.
+        lock: of all that share it.
+    """
+
+    def __init__(self, inner: Executable, lock: threading.Lock) -> None:
+        self._inner = inner
+        self._lock = lock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`Executable`."""
+        with self._lock:
+            return self._inner.run(inputs)
+
+    def release(self) -> bool:
+        """See :class:`Executable`."""
+        with self._lock:
+            return self._inner.release()
+
+
+def another(executable: Executable) -> Executable | None:
+    """One more over the same weights, which another thread may run at the same time.
+
+    Returns:
+        ``None`` where its backend knows none: an executable without a method ``another``.
+    """
+    made = getattr(executable, "another", None)
+    found: Executable | None = None if made is None else made()
+    return found
+
+
 class Wrapped:
     """An :class:`Executable` around another one, which does all that is not done otherwise.
 

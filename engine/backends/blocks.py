@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from plinth.engine.backends.base import Executable, Wrapped
+from plinth.engine.backends.base import Executable, Wrapped, another
 from plinth.engine.flow import cat_rows, row_count
 
 
@@ -48,6 +48,11 @@ class Blocks(Wrapped):
     def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Executable`."""
         return self.run(inputs)
+
+    def another(self) -> Blocks | None:
+        """One more for another thread; see ``base.another``."""
+        inner = another(self.inner)
+        return None if inner is None else Blocks(inner, self.rows)
 
     def is_native(self, rows: int) -> bool:
         """See :class:`Executable`."""

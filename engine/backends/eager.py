@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -113,6 +114,23 @@ class TorchExecutable:
         self._copies_inputs = before != _versions(watched)
         self._copies_outputs = not kept.isdisjoint(_storages(output.values()))
         return output
+
+    def another(self) -> TorchExecutable | None:
+        """One more for another thread, see ``base.another``: a copy that shares all tensors.
+
+        A module may put what it computes into attributes of its own.
+        """
+        if self._compiled is not self.module:
+            return None
+        try:
+            shared = {id(tensor): tensor for tensor in _tensors(self.module)}
+            module = whole_copy(self.module, shared)
+        except (TypeError, RuntimeError, AttributeError) as error:
+            _log.warning("model %s has one lane at a time: %s", self._spec.name, error)
+            return None
+        other = copy.copy(self)
+        other.module = other._compiled = module
+        return other
 
     def release(self) -> bool:
         """Nothing is kept between runs."""

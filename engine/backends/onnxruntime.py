@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,12 @@ class OrtExecutable:
             ran = profile(self._path, inputs, self.report["threads"])
             self.report |= {"kernels": ran.kernels, "flops": ran.flops}
         return self.run(inputs)
+
+    def another(self) -> OrtExecutable:
+        """One more for another thread, see ``base.another``: the session, other buffers."""
+        other = copy.copy(self)
+        other._bound = {}
+        return other
 
     def is_native(self, rows: int) -> bool:
         """A graph is run by the library alone."""

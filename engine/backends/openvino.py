@@ -8,6 +8,7 @@ added to the graph.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
@@ -119,6 +120,12 @@ class OpenVinoExecutable:
         output = self.run(inputs)
         self.report["kernels"] = self.kernels()
         return output
+
+    def another(self) -> OpenVinoExecutable:
+        """One more for another thread, see ``base.another``: the graph, another request."""
+        other = copy.copy(self)
+        other._request = self._compiled.create_infer_request()
+        return other
 
     def is_native(self, rows: int) -> bool:
         """A graph is run by the library alone."""

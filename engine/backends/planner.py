@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from plinth.engine.backends.base import Backend, Executable
+from plinth.engine.backends.base import Backend, Executable, another
 from plinth.engine.cache import cache_folder
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
@@ -130,6 +130,20 @@ class Planned:
     def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every member learns from the rows; gives what the last one gave."""
         return [member.probe(inputs) for member in self.members][-1]
+
+    def another(self) -> Planned | None:
+        """One more for another thread; see ``base.another``."""
+        made = {id(member): another(member) for member in self.members}
+        parts = [
+            (first, other)
+            for first, part in zip(self._firsts, self._parts, strict=True)
+            if (other := made[id(part)]) is not None
+        ]
+        if len(parts) < len(self._parts):
+            return None
+        planned = Planned(parts)
+        planned.report = self.report
+        return planned
 
     def smallest(self) -> Executable:
         """The member with the fewest weights, for where not all of them fit into memory."""

@@ -1,123 +1,186 @@
-"""A device of this process, and the one thread that touches it.
+"""A lane on a device of this process.
 
-On an accelerator a second one waits for what the first has launched.
+On the CPU, and on an accelerator with one batch in flight, a batch runs in the thread that gives
+it. With more in flight a second thread waits for what the first has launched.
 """
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
-import traceback
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from weakref import WeakValueDictionary
 
-from plinth.engine.backends.base import check_cpu_threads, cpu_threads, thread_state
+from plinth.engine.backends.base import cpu_threads
 from plinth.engine.devices.device import Device
-
-_log = logging.getLogger("plinth.engine")
+from plinth.engine.devices.staging import Staging
+from plinth.engine.errors import ConfigError
+from plinth.engine.lanes.base import Held, Lane, LaneDied, Ran, Unit
 
 _COLLECT_SECONDS = 60.0
 """For which the end of a lane waits for what its device still runs, at most."""
 
 
-class LocalLane:
-    """Runs one step after the other on a thread of its own until a step says that it is over.
+class LocalLane(Lane):
+    """Runs batches on one device of this process.
 
     Args:
-        device: what the thread alone may touch.
-        step: waits for one batch and runs it; False ends the lane.
-        ended: told in the lane's thread when it ends: None, or the name of the error that ended it.
-            It is told of every end that Python can know of.
-        threads: CPU threads of its steps; ``None`` as torch has it.
+        device: which.
+        depth: batches in flight; ``None``: 1. The CPU has 1.
+        place: its place among the lanes of this device; each has its own memory to work in.
+        threads: CPU threads of a forward; ``None`` as torch has it.
+        clock: seconds, monotonic; accelerators have their own.
+
+    Raises:
+        ConfigError: an impossible depth.
     """
 
     def __init__(
         self,
         device: Device,
-        step: Callable[[], bool],
-        ended: Callable[[str | None], None],
+        depth: int | None = None,
+        place: int = 0,
         threads: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.device = device
-        self._step = step
-        self._ended = ended
+        super().__init__(device, _depth(device, depth))
+        self._clock = clock
+        self.place = place
+        self.inline = self.depth == 1
         self._threads = threads
-        self._thread: threading.Thread | None = None
+        self._models: WeakValueDictionary[str, Held] = WeakValueDictionary()
+        self._staging: Staging | None = None
+        if device.kind != "cpu":
+            device.keep_float32()
         self._later: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._collector: threading.Thread | None = None
-        self._joining = threading.Lock()
-        self._thread_state: object = None
 
     @property
-    def alive(self) -> bool:
-        """Whether its thread runs."""
-        return self._thread is not None and self._thread.is_alive()
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the caller is a thread of the lane's own."""
-        current = threading.current_thread()
-        return current is self._thread or current is self._collector
-
-    def runs_alike_here(self) -> bool:
-        """Whether the calling thread would compute just what the lane's own does."""
-        return self.device.kind == "cpu" and thread_state() == self._thread_state
+    def kind(self) -> str:
+        """See :class:`Lane`."""
+        return "local"
 
     def start(self) -> None:
-        """Start the thread; an earlier one has ended.
+        """See :class:`Lane`."""
+        if self.device.kind != "cpu":
+            why = self.device.failure()
+            if why is not None:
+                raise _lost(self.device, why)
+            self._staging = Staging(self.device, self.depth)
 
-        Raises:
-            ConfigError: a lane of this process runs with another number of threads.
+    def hold(self, model: Held) -> None:
+        """See :class:`Lane`."""
+        self._models[model.id] = model
+
+    def can_run(self, model: str) -> bool:
+        """See :class:`Lane`."""
+        return model in self._models
+
+    def submit(self, unit: Unit) -> Future[Ran]:
+        """See :class:`Lane`."""
+        future: Future[Ran] = Future()
+        if self.inline:
+            _settle(future, lambda: self.run(unit))
+            return future
+        try:
+            rest = self._launch(unit)
+        except BaseException as error:  # noqa: BLE001 - the future's, whatever it is
+            future.set_exception(error)
+        else:
+            self._collect(lambda: _settle(future, rest))
+        return future
+
+    def run(self, unit: Unit) -> Ran:
+        """See :class:`Lane`."""
+        if self.device.kind != "cpu":
+            return self._launch(unit)()
+        model = self._models[unit.model]
+        halvings, begun = model.halvings, self._clock()
+        outputs = model.run(model.joined(list(unit.parts)), self.place)
+        seconds = self._clock() - begun
+        return Ran(outputs, seconds, model.most, model.halvings - halvings, model.precision)
+
+    def _launch(self, unit: Unit) -> Callable[[], Ran]:
+        """Send a unit to an accelerator; what is given waits for it."""
+        if self._staging is None:
+            raise LaneDied(f"the lane of {self.device} was not started")
+        model, staging = self._models[unit.model], self._staging
+        halvings = model.halvings
+        with self._telling(staging):
+            launched = model.launch(staging, unit.parts, self.place)
+
+        def wait() -> Ran:
+            with self._telling(staging):
+                outputs, seconds = launched.wait()
+            return Ran(outputs, seconds, model.most, model.halvings - halvings, model.precision)
+
+        return wait
+
+    @contextmanager
+    def _telling(self, staging: Staging) -> Iterator[None]:
+        """Raise :class:`LaneDied` in the place of what is raised when the device failed.
+
+        Which unit it died of is not known then: one that was launched before may be told later.
         """
-        check_cpu_threads(self._threads)
-        self._thread = threading.Thread(target=self._run, name="plinth-device", daemon=True)
-        self._thread.start()
+        try:
+            yield
+        except BaseException as error:
+            why = self.device.failure()
+            if why is None:
+                raise
+            staging.abandon()
+            raise _lost(self.device, why) from error
 
-    def later(self, rest: Callable[[], None]) -> None:
-        """Do the rest of a step on the lane's second thread, behind the rests before.
-
-        Args:
-            rest: raises nothing.
-        """
+    def _collect(self, rest: Callable[[], None]) -> None:
+        """Do the rest of a unit on the second thread, behind the rests before."""
         if self._collector is None:
             self._collector = threading.Thread(
-                target=self._collect, name="plinth-collect", daemon=True
+                target=self._serve, name="plinth-collect", daemon=True
             )
             self._collector.start()
         self._later.put(rest)
 
-    def _collect(self) -> None:
+    def _serve(self) -> None:
         with cpu_threads(self._threads):
             while (rest := self._later.get()) is not None:
                 rest()
                 del rest  # it holds a batch, for as long as the next one takes to come
 
-    def _end_collector(self) -> None:
-        """Wait until all rests are done."""
+    def is_current(self) -> bool:
+        """See :class:`Lane`."""
+        return threading.current_thread() is self._collector
+
+    def close(self) -> None:
+        """See :class:`Lane`."""
         if self._collector is not None:
             self._later.put(None)
-            self._collector.join(_COLLECT_SECONDS)
+            if self._collector is not threading.current_thread():
+                self._collector.join(_COLLECT_SECONDS)
             self._collector = None
 
-    def join(self) -> None:
-        """Wait until the thread has ended; several callers may wait at once."""
-        thread = self._thread
-        if thread is not None and not self.is_current:
-            with self._joining:
-                thread.join()
 
-    def _run(self) -> None:
-        error: str | None = "it was stopped from outside"
-        try:
-            with cpu_threads(self._threads):
-                self._thread_state = thread_state()
-                while self._step():
-                    pass
-            error = None
-        except BaseException as raised:  # noqa: BLE001 - a thread that dies says so and why
-            error = type(raised).__name__
-            frames = "".join(traceback.format_tb(raised.__traceback__))
-            _log.critical("the device thread of %s ended: %s\n%s", self.device, error, frames)
-        finally:
-            self._end_collector()
-            self._ended(error)
+def _settle(future: Future[Ran], work: Callable[[], Ran]) -> None:
+    try:
+        found = work()
+    except BaseException as error:  # noqa: BLE001 - the future's, whatever it is
+        future.set_exception(error)
+    else:
+        future.set_result(found)
+
+
+def _depth(device: Device, depth: int | None) -> int:
+    most = 1 if device.kind == "cpu" else 16
+    if depth is not None and not 1 <= depth <= most:
+        expected = "1" if most == 1 else f"1 to {most}"
+        raise ConfigError(f"pipeline_depth is {depth}, expected {expected} on {device}")
+    return depth or 1
+
+
+def _lost(device: Device, why: str) -> LaneDied:
+    return LaneDied(
+        f"{device} does nothing any more in this process: {why}",
+        hint="start the process again; an index outside of a table does this: give integers bounds",
+    )

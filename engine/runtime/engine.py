@@ -1,8 +1,9 @@
-"""The engine: one lane that runs batches on a device, many callers that wait for it.
+"""The engine: lanes that run batches, many callers that wait for them.
 
-Callers drive their own flows; each :class:`Call` becomes work in the :class:`Batcher`, whose
-batches the lane's thread runs one after the other. On an accelerator it launches them, up to
-``pipeline_depth`` at once, and a second thread of the lane takes the outputs apart.
+Callers drive their own flows; each :class:`Call` becomes work in the :class:`Batcher`. Each lane
+has a thread that asks the batcher for a batch whenever the lane has room, and gives it the batch.
+On an accelerator up to ``pipeline_depth`` are in flight, and the lane's second thread takes the
+outputs apart.
 """
 
 from __future__ import annotations
@@ -12,35 +13,37 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from plinth.engine.devices.device import Device, pick
-from plinth.engine.devices.staging import Launched, Staging
+from plinth.engine.devices.device import pick
 from plinth.engine.errors import (
     Cancelled,
     Closed,
     ConfigError,
-    DeviceError,
     EngineFailed,
     ModelError,
     OutOfMemory,
     PlinthError,
+    nearest,
 )
 from plinth.engine.flow import Answer, Call, Compute, Flow, Sla
+from plinth.engine.lanes.base import Lane, LaneDied, Ran, Unit
 from plinth.engine.lanes.compute_pool import ComputePool
-from plinth.engine.lanes.local import LocalLane
+from plinth.engine.lanes.thread import LaneThread, StoppedFromOutside
 from plinth.engine.metrics import EngineMetrics
 from plinth.engine.models.spec import ModelSpec
 from plinth.engine.models.store import Model
 from plinth.engine.models.variants import Variants
 from plinth.engine.runtime.flow_driver import Clock, FlowDriver, Result
+from plinth.engine.runtime.lane_set import LaneSet
 from plinth.engine.runtime.loaded_model import LoadedModel, Precision, Range
 from plinth.engine.runtime.model_table import Execution, ModelTable
 from plinth.engine.runtime.request import (
@@ -67,24 +70,29 @@ DIRECT_SECONDS = 0.001
 caller: two changes of thread would take as long."""
 _LOOK = 1.0
 """Seconds after which a caller that still waits looks whether the device thread lives."""
+_LEFT = 0.005
+"""Seconds after which a lane looks again at work that it left to a faster one."""
 _log = logging.getLogger("plinth.engine")
 
 
 class Engine:
-    """Runs flows on one device under deadlines; use it as a context manager.
+    """Runs flows on its lanes under deadlines; use it as a context manager.
 
     Args:
         batcher: the policy; by default one with a latency model of its own.
         clock: seconds, monotonic.
         device: ``"auto"``, or a name; see :func:`plinth.engine.devices.device.pick`.
+        devices: a lane for each name, in the place of ``device``; a name may come twice. Weights
+            are loaded once for each device. Lanes of the CPU share its threads out.
+        lanes: further lanes, made elsewhere.
         precision: for models that name none: a preset, a policy, or its table; see
             :class:`plinth.engine.precision.policy.PrecisionPolicy`.
         backend: for models that name none: a name, ``"auto"`` for the fastest right one, or
             ``None`` for torch eager (ONNX Runtime for ONNX files).
         threads: CPU threads of one forward; ``None`` as torch has it.
         max_queue: rows of urgent work that may wait (without a batcher of your own).
-        memory_budget: bytes all models may take together; ``None``: a share of what is
-            available when the first is added.
+        memory_budget: bytes all models may take together on each device; ``None``: a share of
+            what is available when the first is added.
         latency_file: where learned costs are kept between runs; ``None`` forgets them.
         pipeline_depth: batches that an accelerator is given before the first is done, so that the
             host prepares one while the device runs another; ``None``: 1. The CPU has 1.
@@ -95,7 +103,7 @@ class Engine:
         compute_seconds: in which a step in a process has to be done, unless it says other.
 
     Attributes:
-        device: what it runs on.
+        device: what it runs on; the first, where there are several.
         metrics: this engine's own; ``plinth.engine.metrics.REGISTRY`` adds all engines up.
 
     Raises:
@@ -108,6 +116,8 @@ class Engine:
         clock: Clock = time.monotonic,
         *,
         device: str = "auto",
+        devices: Sequence[str] | None = None,
+        lanes: Sequence[Lane] = (),
         precision: Precision = "fp32",
         backend: str | None = None,
         threads: int | None = None,
@@ -119,29 +129,28 @@ class Engine:
         compute_workers: int = 0,
         compute_seconds: float = 900.0,
     ) -> None:
-        self.device = pick(device)
-        self._staging = _staging(self.device, pipeline_depth)
         self._batcher = (
             Batcher(LatencyModel(latency_file), max_queue=max_queue) if batcher is None else batcher
         )
-        self._batcher.latency.restore()
-        depth = self._batcher.pipeline_depth = 1 if self._staging is None else self._staging.depth
         self._clock = clock
-        self._models = ModelTable(
-            self.device,
-            self._batcher.latency,
-            Execution(precision, backend, threads, graphs, depth),
+        self._lock = threading.RLock()
+        self._lanes = LaneSet(
+            self._batcher,
+            Execution(precision, backend, threads, graphs, pipeline_depth),
             "auto" if memory_budget is None else memory_budget,
+            clock,
+            self._thread_of,
         )
+        if devices is None:
+            devices = () if lanes and device == "auto" else (device,)
+        self._lanes.open(devices, lanes)
+        self.device = self._lanes.device
         self._requests: set[Request] = set()
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
-        self._wake = threading.Condition()
         self._state: State = "new"
         self._failure: str | None = None
-        self._lane = LocalLane(self.device, self._step, self._ended, threads)
-        self._in_flight = 0  # batches on the device: of the lane, or of a caller
-        self._broken: BaseException | None = None  # what the lane has to end of
-        self._busy = 0.0
+        self._broken: BaseException | None = None  # what all lanes have to end of
+        self._numbers = count()
         self._started = clock()
         self.metrics = EngineMetrics(self.device, self._waiting)
         self._steps = (
@@ -149,6 +158,13 @@ class Engine:
             if compute_workers
             else None
         )
+
+    def _thread_of(self, lane: Lane, threads: int | None) -> LaneThread:
+        return LaneThread(lane, self._lock, self._step, self._ended, threads)
+
+    @property
+    def _models(self) -> ModelTable:
+        return self._lanes.models
 
     # -- models ------------------------------------------------------------------------------
     def add(
@@ -186,12 +202,17 @@ class Engine:
             raise self._not_running()
         promise = sla or Sla()
         model = model if example is None else replace(model, example=example)
-        loaded = self._models.load(model, promise, batch_range, backend, precision)
-        with self._wake:
+        with self._lanes.changing:
+            loaded = self._lanes.load(model, promise, batch_range, backend, precision)
+            self._put(loaded, promise)
+
+    def _put(self, loaded: LoadedModel, promise: Sla) -> None:
+        """Let a model answer to its name, and the batcher know of it."""
+        with self._lock:
             self._batcher.register_sla(promise)
             due = promise.deadline_ms
-            self.metrics.promise(model.spec.name, None if due is None else due / 1e3)
-            before = self._models.put(loaded)
+            self.metrics.promise(loaded.spec.name, None if due is None else due / 1e3)
+            before = self._lanes.put(loaded)
             for key in () if before is None else before.keys:
                 if key not in loaded.keys:
                     self._batcher.forget(key)
@@ -242,38 +263,89 @@ class Engine:
         Raises:
             ModelError: there is no such model.
         """
-        with self._wake:
-            for key in self._models.pop(name).keys:
+        with self._lock:
+            for key in self._lanes.pop(name).keys:
                 self._batcher.forget(key)
             self._register_models()
 
     # -- life --------------------------------------------------------------------------------
     def start(self) -> Engine:
-        """Start the device thread; again after :meth:`close`, and after it failed.
+        """Start the lanes; again after :meth:`close`, after it failed, and those that died.
 
         Raises:
             ConfigError: an engine of this process runs with another number of threads.
-            DeviceError: the device does nothing any more in this process.
+            DeviceError: no device does anything any more in this process.
         """
-        with self._wake:
-            if self._state == "running" and self._lane.alive:
+        with self._lock:
+            if self._state == "running" and self._lanes.alive:
+                self._lanes.start()
                 return self
-        if self._lane.is_current:
+        if self._lanes.is_current:
             raise ConfigError(
                 "the device thread cannot wait for its own end", hint="start it from another"
             )
-        self._lane.join()
+        self._lanes.join()
         if self._steps is not None:
             self._steps.open()
-        with self._wake:
-            if not self._lane.alive:
-                if self._staging is not None:
-                    _refuse_lost(self.device)
-                    self._staging = Staging(self.device, self._staging.depth)
-                self._in_flight, self._broken = 0, None
-                self._lane.start()
+        with self._lock:
+            if not self._lanes.alive:
+                self._broken = None
+                self._lanes.start()
                 self._state, self._failure = "running", None
         return self
+
+    def add_lane(self, lane: str | Lane) -> str:
+        """Let one more lane take batches: its name, as :meth:`status` has it.
+
+        What is loaded is loaded there first, while the other lanes go on.
+
+        Args:
+            lane: the name of a device of this process, or a lane that was made elsewhere.
+
+        Raises:
+            ConfigError, DeviceError: there is no such device, or it cannot be started.
+            ModelError, OutOfMemory: a model cannot be run there.
+            Closed: the engine was closed.
+        """
+        if self._state in ("closing", "closed"):
+            raise self._not_running()
+        with self._lanes.changing:
+            made = self._lanes.make(pick(lane)) if isinstance(lane, str) else lane
+            thread = self._lanes.prepare(made)
+            with self._lock:
+                if self._state == "running":
+                    thread.start()
+                self._lanes.join_in(thread)
+                self._register_models()
+                self._wake_one()
+        return thread.name
+
+    def drain_lane(self, name: str) -> None:
+        """Give a lane nothing any more, and wait until it has done what it was given.
+
+        Raises:
+            ConfigError: there is no such lane, or no other one is well.
+        """
+        if self._lanes.is_current:
+            raise ConfigError(
+                "a lane's thread cannot wait for the end of a lane", hint="drain it from another"
+            )
+        with self._lock:
+            found = next((each for each in self._lanes if each.name == name), None)
+            if found is None:
+                known = [each.name for each in self._lanes]
+                raise ConfigError(f"there is no lane {name}", hint=nearest(name, known))
+            if not any(not each.draining for each in self._lanes.others(found)):
+                raise ConfigError(
+                    f"{name} is the only lane that is well", hint="add another one before"
+                )
+            found.draining = True
+            self._batcher.drop_lane(found.number)
+            found.wake.notify_all()
+            self._wake_one()
+        found.join()
+        with self._lanes.changing, self._lock:
+            self._lanes.leave(found)
 
     def close(self, drain: bool = True) -> None:
         """Take no new work, stop the device thread, keep what was learned of costs.
@@ -286,21 +358,21 @@ class Engine:
             drain: finish what was accepted first; otherwise it fails with :class:`Closed`.
         """
         outcomes: Outcomes = []
-        with self._wake:
+        with self._lock:
             if self._state in ("new", "running"):
-                self._state = "closing" if self._lane.alive else "closed"
+                self._state = "closing" if self._lanes.alive else "closed"
             if not drain:
                 waiting = {work.owner for work in self._batcher.clear()}
                 outcomes = self._fail(waiting, Closed("the engine was closed"))
-            self._wake.notify_all()
+            self._lanes.wake_all()
         self._settle(outcomes)
         if self._steps is not None:
-            self._steps.close(drain, wait=not self._lane.is_current)
-        if self._lane.is_current:
+            self._steps.close(drain, wait=not self._lanes.is_current)
+        if self._lanes.is_current:
             return
-        self._lane.join()
-        with self._wake:
-            self._batcher.latency.save()
+        self._lanes.join()
+        with self._lock:
+            self._lanes.save_costs()
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -315,8 +387,8 @@ class Engine:
         ``"failed"``: its device thread ended. Everybody who waited was told with
         :class:`EngineFailed`; :meth:`start` starts it anew.
         """
-        if self._state in ("running", "closing") and not self._lane.alive:
-            self._ended("its device thread is gone")
+        if self._state in ("running", "closing") and not self._lanes.alive:
+            self._fail_all(StoppedFromOutside())
         return self._state
 
     @property
@@ -329,9 +401,10 @@ class Engine:
         return {each.spec.name: (each.spec, each.sla) for each in self._models.all()}
 
     def status(self) -> dict[str, Any]:
-        """Device, models, what waits, and the share of time the device was busy so far."""
+        """Device, lanes, models, what waits, and the share of time the lanes were busy so far."""
         state = self.state
-        with self._wake:
+        with self._lock:
+            lanes = self._lanes.status(self._clock() - self._started)
             return {
                 "running": state == "running",
                 "state": state,
@@ -340,7 +413,8 @@ class Engine:
                 "models": self._models.status(),
                 "urgent_rows": self._batcher.urgent_rows,
                 "background_rows": self._batcher.background_rows,
-                "utilisation": self._busy / max(self._clock() - self._started, 1e-9),
+                "utilisation": sum(lane["utilisation"] for lane in lanes) / len(lanes),
+                "lanes": lanes,
             }
 
     def costs(self) -> dict[str, dict[int, float]]:
@@ -349,7 +423,7 @@ class Engine:
         Of a model whose inputs have several shapes, the shape of which most is known.
         """
         learned = self._batcher.latency.learned
-        with self._wake:
+        with self._lock:
             known = {m.spec.name: [learned(key) for key in m.keys] for m in self._models.all()}
         return {name: max(curves, key=len, default={}) for name, curves in known.items()}
 
@@ -369,7 +443,7 @@ class Engine:
             Refused: a call was refused; the flow was told and did not handle it.
             ConfigError: the caller is the device thread, which would wait for itself.
         """
-        if self._lane.is_current:
+        if self._lanes.is_current:
             raise ConfigError(
                 "run() in the device thread would wait for itself", hint="use submit()"
             )
@@ -381,8 +455,8 @@ class Engine:
             try:
                 future: Future[Result] = Future()
                 request, alone = self._admit(call, sla, ThreadWaiter(future), direct="any")
-                if alone:
-                    self._run_alone(request)
+                if alone is not None:
+                    self._run_alone(request, alone)
                 driver.send(self._wait(future))
             except PlinthError as error:
                 driver.throw(error)
@@ -459,8 +533,9 @@ class Engine:
                 future: asyncio.Future[Result] = loop.create_future()
                 waiter = LoopWaiter(mailbox, future)
                 request, alone = self._admit(call, sla, waiter, direct="native")
-                if alone:  # unless more comes in this pass of the loop, and makes a batch with it
-                    loop.call_soon(self._run_alone, request)
+                if alone is not None:
+                    # Unless more comes in this pass of the loop, and makes a batch with it.
+                    loop.call_soon(self._run_alone, request, alone)
                 try:
                     result = await future
                 except asyncio.CancelledError:
@@ -489,7 +564,7 @@ class Engine:
 
     def _admit(
         self, call: Call, sla: Sla | None, waiter: Waiter, *, direct: Direct = "none"
-    ) -> tuple[Request, bool]:
+    ) -> tuple[Request, LaneThread | None]:
         """Queue a call.
 
         Args:
@@ -499,65 +574,76 @@ class Engine:
             direct: calls whose batch the caller could run with :meth:`_run_alone`.
 
         Returns:
-            The request, and whether its caller is to call it: the lane was not woken.
+            The request, and the lane on which its caller is to run it: no lane was woken.
         """
         loaded = self._models.get(call.model)
         request = request_of(loaded, call, waiter, self._models.cheaper(loaded))
         promise = sla or loaded.sla
         step = loaded.most if promise.deadline_ms is not None else request.total
-        alone = False
-        with self._wake:
+        alone: LaneThread | None = None
+        with self._lock:
             if self._state == "running":
-                alone = direct != "none" and self._is_small(request, direct)
+                if direct != "none":
+                    alone = self._lane_for_caller(request, direct)
                 outcomes = self._enqueue(request, promise, step)
-                alone = alone and not outcomes
-                if not alone:
-                    self._wake.notify()
+                if outcomes:
+                    alone = None
+                elif alone is None:
+                    self._wake_one()
             else:
                 outcomes = self._fail((request,), self._not_running())
         for _, outcome in outcomes:
             waiter.settle(outcome)
         return request, alone
 
-    def _is_small(self, request: Request, direct: Direct) -> bool:
-        """Whether its caller should run it: nothing else is there to do, and it is soon done."""
+    def _lane_for_caller(self, request: Request, direct: Direct) -> LaneThread | None:
+        """The lane on which its caller should run it: nothing else waits, and it is soon done."""
         loaded, rows = request.loaded, request.total
-        if self._in_flight or self._batcher or rows > loaded.most:
-            return False
-        if direct == "native" and not loaded.executable.is_native(rows):
-            return False
+        if self._batcher or rows > loaded.most:
+            return None
+        threads = self._lanes.threads
+        idle = next((each for each in threads if not each.in_flight and each.takes_more), None)
+        if idle is None or (direct == "native" and not loaded.executable.is_native(rows)):
+            return None
         expected = self._batcher.latency.predict(request.key, rows, 0.5)
-        return 0.0 < expected <= DIRECT_SECONDS and self._lane.runs_alike_here()
+        return idle if 0.0 < expected <= DIRECT_SECONDS and idle.runs_alike_here() else None
 
-    def _run_alone(self, request: Request) -> None:
-        """Run a call in its caller's thread, if still nothing else waits; else the lane does.
+    def _wake_one(self) -> None:
+        """Wake the lane that should take what waits, if one has room; with the lock held."""
+        thread = self._lanes.of(self._batcher.free_lane())
+        if thread is not None:
+            thread.wake.notify()
 
-        What breaks the engine's own books here ends the lane, as it would there.
+    def _run_alone(self, request: Request, thread: LaneThread) -> None:
+        """Run a call in its caller's thread, if still nothing else waits; else a lane does.
+
+        What breaks the engine's own books here ends the lanes, as it would there.
         """
-        with self._wake:
+        with self._lock:
             waiting = self._batcher.urgent_rows + self._batcher.background_rows
-            if self._in_flight or request.over or waiting > request.total:
-                return  # whoever came in between has woken the lane
-            batch, outcomes = self._next()
+            if thread.in_flight or request.over or waiting > request.total:
+                return  # whoever came in between has woken a lane
+            if not thread.takes_more:
+                self._wake_one()
+                return
+            batch, outcomes = self._next(thread)
         self._settle(outcomes)
         if batch is None:
             return
         try:
-            interrupt = self._execute(batch)
+            interrupt = self._execute(batch, thread)
         except BaseException as error:
-            with self._wake:
-                self._broken = error
-                self._wake.notify()
+            self._break(error)
             if isinstance(error, Exception):
-                return  # the lane's end tells everybody who waits
+                return  # the lanes' end tells everybody who waits
             raise
         if interrupt is not None:
             raise interrupt
 
-    def _next(self) -> tuple[Batch | None, Outcomes]:
-        """The batch to run now, which has the device then; with the lock held."""
-        batch, refused = self._batcher.next(self._clock())
-        self._in_flight += batch is not None
+    def _next(self, thread: LaneThread) -> tuple[Batch | None, Outcomes]:
+        """The batch to run now on a lane, which has it then; with the lock held."""
+        batch, refused = self._batcher.next(self._clock(), thread.number)
+        thread.in_flight += batch is not None
         outcomes: Outcomes = []
         for refusal in refused:
             outcomes += self._fail((refusal.work.owner,), refusal.error)
@@ -601,7 +687,7 @@ class Engine:
         return Closed("the engine was closed and takes no new work", hint="start() starts it again")
 
     def _cancel(self, request: Request) -> None:
-        with self._wake:
+        with self._lock:
             outcomes = self._fail((request,), Cancelled("the client went away"))
         self._settle(outcomes)
 
@@ -630,39 +716,61 @@ class Engine:
         if outcomes:
             self._post()
 
-    # -- the lane's thread -------------------------------------------------------------------
-    def _step(self) -> bool:
-        """Wait for a batch and run it; False when the engine is closed and nothing waits."""
-        with self._wake:
-            while self._broken is None and self._is_idle():
-                self._wake.wait()
-            if self._broken is not None:
-                raise self._broken
-            if not self._batcher:
+    # -- the lanes' threads ------------------------------------------------------------------
+    def _step(self, thread: LaneThread) -> bool:
+        """Wait for a batch and give it to a lane; False when the lane is to end."""
+        with self._lock:
+            while self._broken is None and thread.died is None and self._is_idle(thread):
+                thread.wake.wait()
+            if (error := self._broken or thread.died) is not None:
+                raise error
+            if thread.draining or not self._batcher:
                 return False
-            batch, outcomes = self._next()
-            if batch is None and not outcomes and self._in_flight:
-                self._wake.wait()  # what waits is not to be queued behind what runs
+            batch, outcomes = self._next(thread)
+            several = len(self._lanes.threads) > 1
+            if several and self._batcher:
+                self._wake_one()
+            if batch is None and not outcomes and (several or thread.in_flight):
+                # What waits is not to be queued behind what runs, or is left to another lane.
+                thread.wake.wait(None if thread.in_flight else _LEFT)
         self._settle(outcomes)
         if batch is None:
             return True
-        if self._staging is None:
-            self._execute(batch)
+        if thread.lane.inline:
+            self._execute(batch, thread)
         else:
-            self._launch(batch, self._staging)
+            self._submit(batch, thread)
         return True
 
-    def _is_idle(self) -> bool:
-        """Whether the lane has nothing to begin, or no room for it; with the lock held."""
-        if self._in_flight >= self._batcher.pipeline_depth:
+    def _is_idle(self, thread: LaneThread) -> bool:
+        """Whether a lane has nothing to begin, or no room for it; with the lock held."""
+        if thread.draining:
+            return thread.in_flight > 0
+        if not thread.has_room:
             return True
-        return not self._batcher and (self._state == "running" or self._in_flight > 0)
+        return not self._batcher and (self._state == "running" or self._lanes.in_flight > 0)
 
-    def _ended(self, error: str | None) -> None:
-        """The lane's thread ends: whoever still waits is told why."""
-        with self._wake:
-            self._failure = error
+    def _ended(self, thread: LaneThread, error: BaseException | None) -> None:
+        """The thread of a lane ends: whoever waits for nobody any more is told why."""
+        with self._lock:
+            thread.over = True
+            others = self._lanes.others(thread)
+            alone = error is not None and error is thread.died
+            if others and (error is None or alone):
+                self._lanes.wake_all()
+                return
+            if self._state != "failed":
+                if error is None and self._state == "running":
+                    error = StoppedFromOutside()  # drained, and the others died meanwhile
+                self._fail_all(error)
+
+    def _fail_all(self, error: BaseException | None) -> None:
+        """Nothing is answered any more: whoever still waits is told why."""
+        with self._lock:
+            self._broken = error
+            self._failure = None if error is None else type(error).__name__
             self._state = "closed" if error is None else "failed"
+            self._lanes.wake_all()
             requests, why = list(self._requests), self._not_running()
             self._requests.clear()
             for request in requests:
@@ -679,130 +787,114 @@ class Engine:
             mailbox.post()
 
     def _waiting(self, kind: str) -> int:
-        with self._wake:
+        with self._lock:
             batcher = self._batcher
             return batcher.urgent_rows if kind == "urgent" else batcher.background_rows
 
-    def _execute(self, batch: Batch) -> KeyboardInterrupt | None:
+    def _execute(self, batch: Batch, thread: LaneThread) -> KeyboardInterrupt | None:
         """Run a batch and hand out its answers; learning and counting come after them.
 
         Returns:
             What the user stopped the model with, in a thread that is not the lane's.
         """
-        begun = self._clock()
         loaded: LoadedModel = batch.parts[0].work.owner.ran(batch.key)
-        halvings = loaded.halvings
         try:
             rows = _rows_of(batch)
-            output = loaded.run(loaded.joined(rows))
+            ran = thread.lane.run(self._unit(loaded, rows, thread))
+            _check_rows(loaded, ran, batch)
             loaded.see(rows)
         except BaseException as error:  # noqa: BLE001 - a model's failure is its batch's alone
-            self._failed(batch, loaded, error)
-            if isinstance(error, KeyboardInterrupt) and not self._lane.is_current:
+            self._failed(batch, loaded, error, thread)
+            if isinstance(error, KeyboardInterrupt) and not thread.is_current:
                 return error
             return None
-        self._finish(batch, loaded, output, begun, self._clock(), halvings)
+        self._finish(batch, loaded, ran, thread)
         return None
 
-    def _launch(self, batch: Batch, staging: Staging) -> None:
-        """Send a batch to an accelerator; what comes back is handed out by another thread."""
+    def _unit(self, loaded: LoadedModel, rows: list[dict[str, Tensor]], thread: LaneThread) -> Unit:
+        return Unit(next(self._numbers), loaded.on(thread.lane.device).id, rows)
+
+    def _submit(self, batch: Batch, thread: LaneThread) -> None:
+        """Give a batch to a lane; what comes back is handed out by another thread."""
         loaded: LoadedModel = batch.parts[0].work.owner.ran(batch.key)
-        halvings = loaded.halvings
         try:
             rows = _rows_of(batch)
-            launched = loaded.launch(staging, rows)
+            future = thread.lane.submit(self._unit(loaded, rows, thread))
             loaded.see(rows)
         except BaseException as error:  # noqa: BLE001 - as in _execute
-            self._failed_there(batch, loaded, error, staging)
+            self._failed(batch, loaded, error, thread)
             return
-        if staging.depth == 1:
-            self._collect(batch, loaded, launched, halvings, staging)
-        else:
-            self._lane.later(lambda: self._collect(batch, loaded, launched, halvings, staging))
+        future.add_done_callback(lambda done: self._collect(batch, loaded, done, thread))
 
     def _collect(
-        self,
-        batch: Batch,
-        loaded: LoadedModel,
-        launched: Launched,
-        halvings: int,
-        staging: Staging,
+        self, batch: Batch, loaded: LoadedModel, done: Future[Ran], thread: LaneThread
     ) -> None:
-        """Wait for a batch that was launched, and hand out its answers."""
+        """Hand out the answers of a batch that a lane has done."""
         try:
             try:
-                output, seconds = launched.wait()
+                ran = done.result()
+                _check_rows(loaded, ran, batch)
             except BaseException as error:  # noqa: BLE001 - as in _execute
-                self._failed_there(batch, loaded, error, staging)
+                self._failed(batch, loaded, error, thread)
                 return
-            now = self._clock()
-            self._finish(batch, loaded, output, now - seconds, now, halvings)
-        except BaseException as error:  # noqa: BLE001 - the engine's own books: ends the lane
+            self._finish(batch, loaded, ran, thread)
+        except BaseException as error:  # noqa: BLE001 - the engine's own books: ends the lanes
             self._break(error)
 
-    def _failed_there(
-        self, batch: Batch, loaded: LoadedModel, error: BaseException, staging: Staging
-    ) -> None:
-        """A batch raised on an accelerator: see :meth:`_failed`; end the lane if the device died.
-
-        Which batch it died of is not known then: one that was launched before may be told later.
-        """
-        why = self.device.failure()
-        if why is None:
-            self._failed(batch, loaded, error)
-            return
-        staging.abandon()
-        self._break(_lost(self.device, why), error)
-
-    def _break(self, error: BaseException, cause: BaseException | None = None) -> None:
-        """Let the lane end of this."""
-        error.__cause__ = cause
-        with self._wake:
+    def _break(self, error: BaseException) -> None:
+        """Let all lanes end of this."""
+        with self._lock:
             self._broken = error
-            self._wake.notify()
+            self._lanes.wake_all()
 
-    def _finish(
-        self,
-        batch: Batch,
-        loaded: LoadedModel,
-        output: dict[str, Any],
-        begun: float,
-        now: float,
-        halvings: int,
-    ) -> None:
+    def _finish(self, batch: Batch, loaded: LoadedModel, ran: Ran, thread: LaneThread) -> None:
         """Hand out the answers of a batch; learning and counting come after them."""
-        outcomes = self._deliver(batch, loaded, output, begun, now)
-        self._settle(outcomes)
-        with self._wake:
-            if loaded.most < batch.rows:
-                self._batcher.shrink(batch.key, loaded.most)
-            self._busy += now - begun
-            self._batcher.finished(batch, now - begun, now)
-            self._give_back()
-        self.metrics.busy_seconds.inc(now - begun)
-        if loaded.halvings > halvings:
-            self.metrics.halved.labels(loaded.spec.name).inc(loaded.halvings - halvings)
+        now, seconds = self._clock(), ran.seconds
+        self._settle(self._deliver(batch, loaded, ran, now))
+        with self._lock:
+            if ran.largest < batch.rows:
+                self._batcher.shrink(batch.key, ran.largest)
+            thread.busy += seconds
+            self._batcher.finished(batch, seconds, now)
+            self._give_back(thread)
+        self.metrics.busy(thread.lane.device).inc(seconds)
+        if ran.halvings:
+            self.metrics.halved.labels(loaded.spec.name).inc(ran.halvings)
         meters = self.metrics.of_model(loaded.spec.name)
         meters.batch_rows.observe(batch.rows)
-        meters.batch_seconds.observe(now - begun)
+        meters.batch_seconds.observe(seconds)
 
-    def _give_back(self) -> None:
-        """The device is free; with the lock held."""
-        self._in_flight -= 1
-        if self._batcher or self._state != "running":
-            self._wake.notify()
+    def _give_back(self, thread: LaneThread) -> None:
+        """A lane has room again; with the lock held."""
+        thread.in_flight -= 1
+        if self._state != "running":
+            self._lanes.wake_all()
+        elif self._batcher or thread.draining or thread.died is not None:
+            thread.wake.notify()
 
-    def _failed(self, batch: Batch, loaded: LoadedModel, error: BaseException) -> None:
-        """A batch raised: search for the callers at fault, and tell those that were found."""
-        self.metrics.failed_batches.labels(loaded.spec.name).inc()
-        with self._wake:
-            works = self._batcher.failed(batch, self._clock())
-            self._give_back()
+    def _failed(
+        self, batch: Batch, loaded: LoadedModel, error: BaseException, thread: LaneThread
+    ) -> None:
+        """A batch raised: search for the callers at fault, and tell those that were found.
+
+        Where its lane died of it, or with it, it waits again for another one.
+        """
+        died = isinstance(error, LaneDied)
+        with self._lock:
+            if died:
+                works = self._lost(batch, error, thread)
+            else:
+                works = self._batcher.failed(batch, self._clock())
+            self._give_back(thread)
             requests = list(dict.fromkeys(work.owner for work in works))
             outcomes: Outcomes = []
             for request in requests:
                 alone = len(requests) == 1
                 outcomes += self._fail((request,), _model_error(loaded, batch, error, alone=alone))
+            if len(self._lanes.threads) > 1 and self._batcher:
+                self._wake_one()
+        counted = self.metrics.rerun_batches if died else self.metrics.failed_batches
+        counted.labels(loaded.spec.name).inc()
         if outcomes:
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{place.filename}:{place.lineno} in {place.name}"
@@ -810,14 +902,16 @@ class Engine:
             _log.warning("model %s failed on %d rows: %s at %s", name, batch.rows, kind, where)
         self._settle(outcomes)
 
-    def _deliver(
-        self,
-        batch: Batch,
-        loaded: LoadedModel,
-        output: dict[str, Any],
-        begun: float,
-        now: float,
-    ) -> Outcomes:
+    def _lost(self, batch: Batch, error: BaseException, thread: LaneThread) -> list[Work]:
+        """A lane died: it gets nothing any more, and its batch waits again; with the lock held."""
+        if thread.died is None:
+            thread.died = error
+            self._batcher.drop_lane(thread.number)
+            self.metrics.lane_deaths.labels(str(thread.lane.device)).inc()
+            _log.error("lane %s died: %s", thread.name, error)
+        return self._batcher.died(batch, self._clock())
+
+    def _deliver(self, batch: Batch, loaded: LoadedModel, ran: Ran, now: float) -> Outcomes:
         """Give every request its rows; what cannot be made of them fails that request alone."""
         outcomes: Outcomes = []
         first = 0
@@ -828,13 +922,14 @@ class Engine:
             if request.over:
                 continue
             try:
-                own = loaded.own(output, span, request.rows)
-                result = self._result(batch, part, own, begun, now)
+                own = loaded.own(ran.outputs, span, request.rows)
+                with request.lock:
+                    result = self._result(batch, part, own, ran, now)
             except BaseException as error:  # noqa: BLE001 - as in _execute
                 told = _model_error(loaded, batch, error, alone=True)
                 if isinstance(error, PlinthError):
                     told = error
-                with self._wake:
+                with self._lock:
                     outcomes += self._fail((request,), told)
                 continue
             if result is not None:
@@ -842,15 +937,15 @@ class Engine:
         return outcomes
 
     def _result(
-        self, batch: Batch, part: BatchSlice, own: dict[str, Any], begun: float, now: float
+        self, batch: Batch, part: BatchSlice, own: dict[str, Any], ran: Ran, now: float
     ) -> Result | None:
         """What becomes of a request with these rows; None while others are still to come."""
         request: Request = part.work.owner
-        seconds, timing, work = now - begun, request.timing, part.work
+        seconds, timing, work = ran.seconds, request.timing, part.work
         timing.device += seconds
         timing.co_batched += seconds * (1 - part.rows / batch.rows)
         timing.batch_rows = max(timing.batch_rows, batch.rows)
-        if not request.put(own, part.rows):
+        if not request.put(own, work.first + part.first, part.rows):
             return None
         timing.queue = max(0.0, now - work.arrival - timing.device)
         timing.total = now - work.arrival
@@ -858,11 +953,12 @@ class Engine:
         request.over = True
         self._requests.discard(request)
         request.works.clear()  # a cycle would be left to the garbage collector
-        ran, late = request.ran(work.key), now > work.deadline
-        variant = ran.executable.precision if ran is request.loaded.degraded else None
-        instead = variant or ran.spec.name
+        used, late = request.ran(work.key), now > work.deadline
+        variant = used.executable.precision if used is request.loaded.degraded else None
+        instead = variant or used.spec.name
+        begun = now - seconds
         self._count(request, instead, _why_late(work, batch, begun) if late else None)
-        return Result(value, timing, ran.model, late, ran.precision, variant)
+        return Result(value, timing, used.model, late, ran.precision, variant)
 
     def _count(self, request: Request, name: str, cause: str | None) -> None:
         asked = request.loaded.spec.name
@@ -876,38 +972,23 @@ class Engine:
             self.metrics.degraded.labels(asked, name).inc()
 
 
-def _staging(device: Device, depth: int | None) -> Staging | None:
-    """What carries batches to a device and back; ``None`` on the CPU, whose rows are there.
-
-    Raises:
-        ConfigError: an impossible depth.
-    """
-    most = 1 if device.kind == "cpu" else 16
-    if depth is not None and not 1 <= depth <= most:
-        expected = "1" if most == 1 else f"1 to {most}"
-        raise ConfigError(f"pipeline_depth is {depth}, expected {expected} on {device}")
-    if device.kind == "cpu":
-        return None
-    device.keep_float32()
-    return Staging(device, depth or 1)
-
-
-def _lost(device: Device, why: str) -> DeviceError:
-    return DeviceError(
-        f"{device} does nothing any more in this process: {why}",
-        hint="start the process again; an index outside of a table does this: give integers bounds",
-    )
-
-
-def _refuse_lost(device: Device) -> None:
-    """Raises DeviceError if a device failed in this process."""
-    if (why := device.failure()) is not None:
-        raise _lost(device, why)
-
-
 def _rows_of(batch: Batch) -> list[dict[str, Tensor]]:
     """The rows of each part of a batch, as their callers gave them."""
     return [part.work.owner.take(part.work.first + part.first, part.rows) for part in batch.parts]
+
+
+def _check_rows(loaded: LoadedModel, ran: Ran, batch: Batch) -> None:
+    """Refuse outputs of another number of rows than were given: they would be others' rows.
+
+    Raises:
+        ModelError: there are more or fewer.
+    """
+    for name, tensor in ran.outputs.items():
+        if tensor.shape[0] != batch.rows:
+            raise ModelError(
+                f"model {loaded.spec.name}: the lane gave {tensor.shape[0]} rows of {name} for "
+                f"{batch.rows}"
+            )
 
 
 def _why_late(work: Work, batch: Batch, begun: float) -> str:

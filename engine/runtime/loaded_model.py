@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count as numbers
 from statistics import median
 from time import perf_counter
 from typing import Any, Literal
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from plinth.engine.backends import registry
-from plinth.engine.backends.base import Executable, cpu_threads
+from plinth.engine.backends.base import Executable, OneAtATime, another, cpu_threads
 from plinth.engine.backends.blocks import Blocks
 from plinth.engine.backends.choice import prepare
 from plinth.engine.backends.eager import TorchExecutable
@@ -47,9 +49,10 @@ _COST_SECONDS = 5.0  # of measuring what batches cost, about
 _REPEAT_SECONDS = 0.1  # batches that take longer are run once
 _NO_MEMORY = ("can't allocate memory", "Failed to allocate memory", "_STATUS_ALLOC_FAILED")
 """What the host's allocator, ONNX Runtime, and NVIDIA's libraries say where torch does not."""
+_NUMBERS = numbers()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class LoadedModel:
     """One model on the device.
 
@@ -63,6 +66,8 @@ class LoadedModel:
         free: some size of its inputs is free, so that calls fall into shape buckets.
         padding: how rows of different lengths share batches; ``None`` where they do not.
         key: prefix of its batch keys.
+        id: the name that lanes know it by; no other has it.
+        elsewhere: the same on other devices, by their names.
         asked: what it was loaded from and how, so that the same is not loaded twice.
         how: the batch range, backend and precision it was asked for with.
         default: its default variant in the store when it was loaded.
@@ -83,6 +88,8 @@ class LoadedModel:
     padding: Padding | None = None
     free: bool = field(init=False)
     key: str = field(init=False)
+    id: str = field(init=False)
+    elsewhere: dict[str, LoadedModel] = field(init=False, default_factory=dict)
     halvings: int = field(init=False, default=0)
     asked: object = field(init=False, default=None)
     how: tuple[Range, str | None, Precision | None] = field(
@@ -94,6 +101,7 @@ class LoadedModel:
     recent: Recent | None = field(init=False, default=None)
     degraded: LoadedModel | None = field(init=False, default=None)
     fits: int = field(init=False)
+    _others: list[Executable] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.fits = self.most
@@ -103,6 +111,7 @@ class LoadedModel:
         self.key += f"/{runs.device}/{runs.backend}/{runs.precision}"
         if self.spec.block is not None:
             self.key += f"/{self.spec.block} rows"
+        self.id = f"{self.key}~{next(_NUMBERS)}"
 
     @property
     def spec(self) -> ModelSpec:
@@ -157,16 +166,41 @@ class LoadedModel:
             return found
         return self.padding.cut(found, self.padding.length(rows))
 
-    def run(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    def on(self, device: Device) -> LoadedModel:
+        """The same on another device; itself where it was not loaded there by itself."""
+        return self.elsewhere.get(str(device), self)
+
+    def share(self, lanes: int) -> None:
+        """Let so many lanes of its device run it at the same time.
+
+        Where its backend has no second one over the same weights, they take turns.
+        """
+        while len(self._others) < lanes - 1:
+            other = another(self.executable)
+            if other is None:
+                if not isinstance(self.executable, OneAtATime):
+                    self.executable = OneAtATime(self.executable, threading.Lock())
+                other = self.executable
+            self._others.append(other)
+
+    def _at(self, place: int) -> Executable:
+        return self.executable if place == 0 else self._others[place - 1]
+
+    def run(self, rows: dict[str, Tensor], place: int = 0) -> dict[str, Tensor]:
         """Run rows; what does not fit into memory is run in halves. Outputs lie on the host.
+
+        Args:
+            rows: (n, ...) by input name.
+            place: which lane of the device asks.
 
         Raises:
             OutOfMemory: not even one row fits.
             BaseException: whatever the model raises.
         """
+        executable = self._at(place)
         try:
-            outputs = self.executable.run(rows)
-            if self.executable.device.kind == "cpu":
+            outputs = executable.run(rows)
+            if executable.device.kind == "cpu":
                 return outputs
             return {name: tensor.cpu() for name, tensor in outputs.items()}
         except Exception as error:
@@ -175,18 +209,20 @@ class LoadedModel:
             count = len(next(iter(rows.values())))
             if count == 1:
                 raise self._too_large(error) from error
-        if self.executable.device.kind != "cpu":
-            self.executable.release()
-            self.executable.device.give_back_memory()
+        if executable.device.kind != "cpu":
+            executable.release()
+            executable.device.give_back_memory()
         self.halvings += 1
         self.fits = self.most = min(self.most, max(1, count // 2))
         halves = [
-            self.run({name: part[span] for name, part in rows.items()})
+            self.run({name: part[span] for name, part in rows.items()}, place)
             for span in (slice(0, count // 2), slice(count // 2, count))
         ]
         return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
 
-    def launch(self, staging: Staging, parts: Sequence[dict[str, Tensor]]) -> Launched:
+    def launch(
+        self, staging: Staging, parts: Sequence[dict[str, Tensor]], place: int = 0
+    ) -> Launched:
         """Send rows of several calls to an accelerator as one batch.
 
         What does not fit into memory waits until what is on its way has come back, and runs alone,
@@ -199,12 +235,12 @@ class LoadedModel:
         if self.padding is not None:
             parts = [self.joined(list(parts))]
         try:
-            return staging.launch(self.executable.run, parts)
+            return staging.launch(self._at(place).run, parts)
         except Exception as error:
             if isinstance(error, PlinthError) or not _is_out_of_memory(error):
                 raise
         staging.drain()
-        return staging.launch(self.run, [cat_rows(list(parts))])
+        return staging.launch(lambda rows: self.run(rows, place), [cat_rows(list(parts))])
 
     def check_windows(self, grid: WindowGrid) -> None:
         """Refuse a volume whose logits would never fit, as far as the contract tells.
@@ -271,6 +307,7 @@ def load_model(
     budget: int | str = "auto",
     graphs: bool | None = None,
     depth: int = 1,
+    lanes: int = 1,
 ) -> LoadedModel:
     """Compile a model, measure its memory and its cost, and seed the latency model.
 
@@ -292,7 +329,8 @@ def load_model(
         budget: bytes the model may take, or ``"auto"``.
         graphs: capture and replay forwards on an accelerator where that is faster; ``None``: with
             backend ``"auto"``. Not for models whose inputs have free sizes.
-        depth: batches on the device at once; each holds its rows and outputs there.
+        depth: batches on their way at once to and from each lane; each holds its rows and outputs.
+        lanes: lanes of the device that run it at the same time.
 
     Raises:
         ConfigError: an impossible range, backend or precision.
@@ -324,6 +362,7 @@ def load_model(
             plan = _plan(executable, model, probe, budget)
         if device.kind != "cpu":
             plan = _in_flight(plan, executable, model, depth)
+        plan = replace(plan, fixed=plan.fixed * lanes, per_row=plan.per_row * lanes)
         plan.check(low)
         if backend == "auto" if graphs is None else graphs:
             executable, plan = _graphed(executable, model, plan, high)

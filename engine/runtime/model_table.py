@@ -34,14 +34,16 @@ class Execution:
     """How models run unless they say otherwise; see :class:`plinth.engine.Engine`.
 
     Args:
-        depth: batches on the device at once.
+        depth: batches that a lane of the device is given at once; ``None``: as the device has it.
+        lanes: lanes of the device.
     """
 
     precision: Precision = "fp32"
     backend: str | None = None
     threads: int | None = None
     graphs: bool | None = None
-    depth: int = 1
+    depth: int | None = None
+    lanes: int = 1
 
 
 class ModelTable:
@@ -61,7 +63,7 @@ class ModelTable:
     def __init__(
         self, device: Device, latency: LatencyModel, execution: Execution, setting: int | str
     ) -> None:
-        self._device = device
+        self.device = device
         self._latency = latency
         self._execution = execution
         self._setting = setting
@@ -123,13 +125,13 @@ class ModelTable:
                 known.sla, known.default, known.refused = sla, default, None
                 return known
             if self._budget is None:
-                self._budget = budget(self._device, self._setting)
+                self._budget = budget(self.device, self._setting)
             held = sum(loaded.weights for loaded in self.all())
             self._check(model, held)
             loaded = load_model(
                 model,
                 sla,
-                self._device,
+                self.device,
                 self._latency,
                 precision=wanted,
                 backend=backend or usual,
@@ -137,7 +139,8 @@ class ModelTable:
                 batch_range=batch_range,
                 budget=self._budget - held,
                 graphs=execution.graphs,
-                depth=execution.depth,
+                depth=execution.depth or 1,
+                lanes=execution.lanes,
             )
             loaded.asked, loaded.how, loaded.default = asked, how, default
             loaded.follows = not chosen and (backend or usual) == "auto" and resolve(wanted).auto
@@ -152,21 +155,22 @@ class ModelTable:
 
     def _coarser(self, loaded: LoadedModel, model: Model, budget: int) -> LoadedModel | None:
         """A faster variant of a model, for work that would rather be coarse than late."""
-        name = degraded_variant(model, self._device, loaded.executable.report.get("variant"))
+        name = degraded_variant(model, self.device, loaded.executable.report.get("variant"))
         if name is None or loaded.spec.cheaper is not None:
             return None
         try:
             return load_model(
                 model,
                 loaded.sla,
-                self._device,
+                self.device,
                 self._latency,
                 precision=f"{VARIANT}{name}",
                 threads=self._execution.threads,
                 batch_range=(1, loaded.most),
                 budget=budget - loaded.executable.weights,
                 graphs=self._execution.graphs,
-                depth=self._execution.depth,
+                depth=self._execution.depth or 1,
+                lanes=self._execution.lanes,
             )
         except PlinthError as error:
             _log.warning("model %s: variant %s: %s", loaded.spec.name, name, error.message)

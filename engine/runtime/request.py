@@ -126,6 +126,7 @@ class Request:
 
     Attributes:
         over: answered or failed; what still comes of it is passed over.
+        lock: held by the lane that gives it rows; several may have some.
     """
 
     loaded: LoadedModel
@@ -141,6 +142,8 @@ class Request:
     over: bool = False
     timing: Timing = field(default_factory=Timing)
     works: list[Work] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    _early: dict[int, tuple[int, dict[str, Tensor]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.merger = (
@@ -163,13 +166,22 @@ class Request:
         name, volume = next(iter(self.rows.items()))
         return {name: self.grid.cut(volume, first, first + count)}
 
-    def put(self, output: dict[str, Tensor], count: int) -> bool:
-        """Take in the next rows of the output; whether all are there."""
-        self.done += count
-        if self.merger is not None:
-            self.merger.put(next(iter(output.values())))
-        else:
-            self.outputs.append(output)
+    def put(self, output: dict[str, Tensor], first: int, count: int) -> bool:
+        """Take in rows of the output, in any order; whether all are there.
+
+        Args:
+            output: the rows, by output name.
+            first: the number of the first of them, or of its window.
+            count: how many.
+        """
+        self._early[first] = (count, output)
+        while (found := self._early.pop(self.done, None)) is not None:
+            rows, piece = found
+            self.done += rows
+            if self.merger is not None:
+                self.merger.put(next(iter(piece.values())))
+            else:
+                self.outputs.append(piece)
         return self.done >= self.total
 
     def value(self) -> Tensors:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable
 from operator import attrgetter
 
 from plinth.engine.errors import ConfigError
-from plinth.engine.scheduler.cost_model import LatencyModel
+from plinth.engine.scheduler.lane_table import LaneState
 from plinth.engine.scheduler.work import Batch, BatchKey, BatchSlice, Work
 
+_BY_SERVICE = attrgetter("service")
 PROMISE_MEMORY = 5.0
 """Seconds for which a request's own promise bounds the slices, at least; at most twice that."""
 
@@ -17,7 +19,6 @@ class Background:
     """Work without a deadline: service by weight, one slice at a time, never starved.
 
     Args:
-        latency: the cost model.
         share: share of the device, 0 to 1, that it gets at least while it waits.
         slice_share: a slice may take this share of the tightest promise in use.
         idle_slice: seconds a slice may take while no promise is known.
@@ -26,12 +27,9 @@ class Background:
         ConfigError: an impossible share.
     """
 
-    def __init__(
-        self, latency: LatencyModel, share: float, slice_share: float, idle_slice: float
-    ) -> None:
+    def __init__(self, share: float, slice_share: float, idle_slice: float) -> None:
         if not 0 <= share < 1:
             raise ConfigError(f"background_share is {share}, expected 0 <= share < 1")
-        self.latency = latency
         self.share = share
         self.slice_share = slice_share
         self.idle_slice = idle_slice
@@ -51,8 +49,13 @@ class Background:
         return bool(self._works) and self._deficit > 0
 
     @property
+    def first_key(self) -> BatchKey | None:
+        """The batch key of the next slice."""
+        return self._works[0].key if self._works else None
+
+    @property
     def bound(self) -> float:
-        """Blocking bound: seconds that one slice may hold the device."""
+        """Blocking bound: seconds that one slice may hold a lane."""
         tightest = min(self._registered, self._noted, self._noted_before)
         return min(self.slice_share * tightest, self.idle_slice)
 
@@ -75,7 +78,7 @@ class Background:
     def add(self, work: Work) -> None:
         """Take work in, at the service of the least served: idle time is not saved up."""
         work.service = max(work.service, self._virtual_time)
-        self._works.append(work)
+        insort(self._works, work, key=_BY_SERVICE)
         self.rows += work.left
 
     def remove(self, work: Work) -> bool:
@@ -89,7 +92,7 @@ class Background:
     def put_back(self, part: BatchSlice) -> None:
         """Let rows wait again that were given to the device in vain."""
         work, waits = part.work, part.work.left > 0
-        work.taken -= part.rows
+        work.put_back(part.first, part.rows)
         if waits:
             self.rows += part.rows
         else:
@@ -105,45 +108,50 @@ class Background:
         return out
 
     def slice(
-        self, max_rows: Callable[[BatchKey], int], depth: int = 1, ahead: float = 0.0
+        self, lane: LaneState, max_rows: Callable[[BatchKey], int], ahead: float = 0.0
     ) -> Batch | None:
         """The next slice: the least served work first, filled up with work of the same key.
 
         Args:
+            lane: where it runs. The slices that it may be given at once share the bound.
             max_rows: the largest batch of a key, rows.
-            depth: slices that the device may be given at once; each has its part of the bound.
             ahead: seconds of those it was given and has not done. None is added to them beyond
                 the bound; one row alone may take longer, but not behind another slice.
         """
         if not self._works:
             return None
-        self._works.sort(key=attrgetter("service"))
         first = self._works[0]
         self._virtual_time, key, suspects = first.service, first.key, first.suspects
-        bound = self.bound
-        rows = max(1, self.latency.rows_within(key, bound / depth, max_rows(key), 0.5))
-        if not self.latency.predict(key, 1):
+        bound, costs = self.bound, lane.costs
+        rows = max(1, costs.rows_within(key, bound / lane.depth, max_rows(key), 0.5))
+        if not costs.predict(key, 1):
             rows = 1  # cost unknown: the smallest slice measures it
-        if ahead and ahead + self.latency.predict(key, rows, 0.5) > bound * (1 + 1e-9):
+        if ahead and ahead + costs.predict(key, rows, 0.5) > bound * (1 + 1e-9):
             return None
         parts: list[BatchSlice] = []
+        looked_at = 0
         for work in self._works:
             if not rows:
                 break
-            if work.key == key and work.suspects is suspects:
-                parts.append(BatchSlice(work, work.taken, min(rows, work.left)))
-                work.taken += parts[-1].rows
+            looked_at += 1
+            while rows and work.left and work.key == key and work.suspects is suspects:
+                parts.append(work.take(rows))
                 rows -= parts[-1].rows
-        return self._batch(key, tuple(parts))
+        return self._batch(lane, key, tuple(parts), looked_at)
 
-    def _batch(self, key: BatchKey, parts: tuple[BatchSlice, ...]) -> Batch:
+    def _batch(
+        self, lane: LaneState, key: BatchKey, parts: tuple[BatchSlice, ...], looked_at: int
+    ) -> Batch:
         total = sum(part.rows for part in parts)
-        predicted = self.latency.predict(key, total)
+        predicted = lane.costs.predict(key, total)
         for part in parts:
             part.work.service += predicted * part.rows / total / part.work.sla.weight
         self.rows -= total
-        self._works = [work for work in self._works if work.left]
-        return Batch(key, parts, total, predicted, urgent=False)
+        changed, self._works[:looked_at] = self._works[:looked_at], []
+        for work in changed:
+            if work.left:
+                insort(self._works, work, key=_BY_SERVICE)
+        return Batch(key, parts, total, predicted, urgent=False, lane=lane.number)
 
     def account(self, batch: Batch) -> None:
         """Keep the deficit, in seconds of the device, at most 1.

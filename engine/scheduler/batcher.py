@@ -3,7 +3,7 @@
 No clock and no thread live here: every method takes ``now`` (seconds on any one monotonic
 clock), so the policy that serves is the policy that the virtual-time simulator proves.
 
-The policy, when the device is free:
+The policy, when a lane is free:
 
 1. Urgent work waits in deadline queues: one batch key, promises less than twice one another.
    The queue with the earliest deadline goes first. Where that would make another queue miss,
@@ -18,12 +18,19 @@ The policy, when the device is free:
    delayed by the difference.
 4. Without urgent work, or while background work is in deficit of its minimum share, one slice
    of background work runs. Its predicted time stays below the blocking bound.
+
+With several lanes there is one queue for all. Each batch is planned with the costs of the lane
+that runs it; rows that another lane can still do in time are left to it, and nobody is refused
+before no lane can. A lane that would do the work later than a faster one that is soon free
+leaves it there, unless that one could not take all of it. A batch need not be kept short
+(rule 3) while another lane is free in time for the tighter queue.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from math import frexp
 from operator import attrgetter
 
@@ -32,6 +39,7 @@ from plinth.engine.flow import Sla
 from plinth.engine.scheduler.background import PROMISE_MEMORY, Background
 from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.scheduler.deadline_queue import DeadlineQueue, rows_of
+from plinth.engine.scheduler.lane_table import LaneState, LaneTable, Start
 from plinth.engine.scheduler.work import (
     Batch,
     BatchKey,
@@ -59,13 +67,40 @@ _MAX_CULPRITS = 8
 """Callers at fault that the search in one failed batch finds at least."""
 _MAX_FAILURES = 32
 """Batches of one key that fail in a row before none of them is searched any more."""
+_MAX_DEATHS = 3
+"""Lanes that may end while they run the same batch before it is searched for what ends them."""
+
+
+@dataclass(slots=True)
+class _Turn:
+    """A lane asks for a batch.
+
+    Args:
+        lane: which.
+        now: when it asks.
+        start: when the batch would begin there.
+        starts: when the first lane of each kind is free.
+        spare: lanes that can take what this one leaves, likewise.
+    """
+
+    lane: LaneState
+    now: float
+    start: float
+    starts: list[Start]
+    spare: list[Start]
+    others: list[Start] | None = field(default=None)
+
+    @property
+    def costs(self) -> LatencyModel:
+        """What batches cost on this lane."""
+        return self.lane.costs
 
 
 class Batcher:
     """Orders work, forms batches, refuses what cannot be in time.
 
     Args:
-        latency: the cost model; shared with the runtime, which lets it learn.
+        latency: the cost model of the first lane; shared with the runtime, which lets it learn.
         max_queue: rows of urgent work that may wait; above it :class:`QueueFull`. One
             deadline queue gets at most eight ninths of it, so that it cannot shut the others out
             (dynamic thresholds; Choudhury and Hahne, IEEE/ACM Trans. on Networking 6(2), 1998).
@@ -76,8 +111,7 @@ class Batcher:
         idle_slice: blocking bound in seconds while no promise is known.
 
     Attributes:
-        pipeline_depth: batches that the device is given before the first of them is done. The next
-            one is planned for the time when they are, and slices share the blocking bound.
+        lanes: where batches run; there is one from the start.
 
     Raises:
         ConfigError: an impossible share.
@@ -94,15 +128,13 @@ class Batcher:
     ) -> None:
         self.latency = latency
         self.max_queue = max_queue
-        self.pipeline_depth = 1
-        self._background = Background(latency, background_share, slice_share, idle_slice)
+        self.lanes = LaneTable()
+        self.lanes.add(latency)
+        self._background = Background(background_share, slice_share, idle_slice)
         self._settings_by_key: OrderedDict[BatchKey, KeySettings] = OrderedDict()
         self._queues: dict[QueueName, DeadlineQueue] = {}
         self._rows = 0
         self._virtual_time = 0.0
-        self._busy_until = 0.0
-        self._ahead = 0.0
-        self._running: list[Batch] = []
 
     # -- settings and state ------------------------------------------------------------------
     def register(
@@ -137,7 +169,8 @@ class Batcher:
                 self._settings_by_key[key].pinned = False
             else:
                 del self._settings_by_key[key]
-                self.latency.forget(key)
+                for costs in self.lanes.costs():
+                    costs.forget(key)
 
     def shrink(self, key: BatchKey, max_rows: int) -> None:
         """Bound the batches of a key from now on, because larger ones did not fit."""
@@ -148,6 +181,51 @@ class Batcher:
         """Make a promise known for good, so that slices leave it room before its first request."""
         if sla.deadline_ms is not None:
             self._background.register_sla(sla.deadline_ms / 1e3)
+
+    # -- lanes -------------------------------------------------------------------------------
+    @property
+    def pipeline_depth(self) -> int:
+        """Batches that the first lane is given before the first of them is done.
+
+        The next one is planned for the time when they are, and slices share the blocking bound.
+        """
+        lane = self.lanes.get(None)
+        return 1 if lane is None else lane.depth
+
+    @pipeline_depth.setter
+    def pipeline_depth(self, depth: int) -> None:
+        lane = self.lanes.get(None)
+        if lane is not None:
+            self.lanes.deepen(lane, depth)
+
+    def add_lane(self, costs: LatencyModel | None = None, depth: int = 1) -> int:
+        """Let one more lane take batches; its number.
+
+        Args:
+            costs: what batches cost there, one model for all lanes that are alike; ``None``: as
+                on the first lane.
+            depth: batches it is given before the first of them is done.
+
+        Raises:
+            ConfigError: the depth is not 1 or more.
+        """
+        return self.lanes.add(self.latency if costs is None else costs, depth).number
+
+    def drop_lane(self, number: int) -> list[Batch]:
+        """Give a lane nothing any more; returns what it runs and was not done with."""
+        lane = self.lanes.drop(number)
+        return [] if lane is None else list(lane.running)
+
+    def free_lane(self) -> int | None:
+        """The lane to ask :meth:`next` for: one that has room, the fastest of the idle ones."""
+        lane = self.lanes.with_room(None if self.lanes.kinds < 2 else self._first_key())
+        return None if lane is None else lane.number
+
+    def _first_key(self) -> BatchKey | None:
+        waiting = self._waiting()
+        if waiting:
+            return min(waiting, key=attrgetter("first_deadline")).key
+        return self._background.first_key
 
     @property
     def urgent_rows(self) -> int:
@@ -189,16 +267,16 @@ class Batcher:
         queue, free = self._queue(work), self.max_queue - self._rows
         if work.rows > free or queue.rows + work.rows > _MAX_ROWS_PER_FREE_ROW * free:
             return Refusal(work, self._full(work, now))
-        start = self._device_free(now)
-        alone = self.latency.predict(work.key, work.rows, 0.5)
+        starts = self.lanes.starts(now)
         promise = work.sla.deadline_ms / 1e3
-        if now + alone <= work.deadline:  # else nobody could keep it
+        end = self._finish(work.key, work.rows, starts)
+        if end <= work.deadline or self._can_be_kept(work, starts, now):
             queue.arrived(work.rows, promise, now)
-        if start + alone <= work.deadline:
+        if end <= work.deadline:
             self._add(queue, work)
             self._background.note_sla(promise)
             return None
-        return self._overdue(work, now, start)
+        return self._overdue(work, starts, now)
 
     def cancel(self, work: Work) -> None:
         """Forget work whose client went away; rows already on the device still finish."""
@@ -214,47 +292,69 @@ class Batcher:
         waiting = [work for queue in self._queues.values() for work in queue.works]
         self._queues.clear()
         self._rows = 0
-        self._running.clear()
+        for lane in self.lanes:
+            self.lanes.change(lane, [], lane.busy_until)
         return [*self._background.clear(), *waiting]
 
-    # -- the device is free ------------------------------------------------------------------
-    def next(self, now: float) -> tuple[Batch | None, list[Refusal]]:
-        """The batch to give to the device now, and the work refused to make it possible.
+    # -- a lane is free ----------------------------------------------------------------------
+    def next(self, now: float, lane: int | None = None) -> tuple[Batch | None, list[Refusal]]:
+        """The batch to give to a lane now, and the work refused to make it possible.
 
-        It runs when those that the device was given before are done. There is none while a slice
-        of background work would add to others more than the blocking bound.
+        It runs when those that the lane was given before are done. There is none while a slice
+        of background work would add to others more than the blocking bound, or where another lane
+        does better what waits.
+
+        Args:
+            now: seconds.
+            lane: one that has room; what it was given beyond its depth counts as done. ``None``:
+                the first one.
         """
         refused: list[Refusal] = []
         if self._background.rotate(now):
             self._drop_idle_queues(now)
-        while len(self._running) >= self.pipeline_depth:
-            self._running.pop(0)  # done: the device is free for one more
-        start = self._device_free(now) if self._running else now
-        self._ahead = start - now
+        here = self.lanes.get(lane)
+        if here is None:
+            return None, refused
+        if len(here.running) >= here.depth:
+            kept = here.running[len(here.running) - here.depth + 1 :]
+            self.lanes.change(here, kept, here.busy_until)
+        start = here.free_at(now)
+        turn = _Turn(here, now, start, self.lanes.starts(now), self.lanes.spare(here, now))
         for queue in self._waiting():
-            self._sweep(queue, start, refused)
-        batch = self._slice() if self._background.in_deficit else None
+            self._sweep(queue, turn, refused)
+        batch = self._slice(turn) if self._background.in_deficit else None
         if batch is None:
-            batch = self._urgent_batch(start, refused) or self._slice()
+            batch = self._urgent_batch(turn, refused) or self._slice(turn)
         if batch is not None:
-            self._busy_until = self._finish(batch.key, batch.rows, start)
-            self._running.append(batch)
+            end = start + here.costs.predict(batch.key, batch.rows, 0.5)
+            self.lanes.change(here, [*here.running, batch], end)
             self._background.account(batch)
         return batch, refused
 
     def finished(self, batch: Batch, seconds: float, now: float) -> None:
-        """Learn what a batch really took; the device is free from ``now`` on, or runs the next."""
-        self.latency.observe(batch.key, batch.rows, seconds)
-        self._done(batch, now)
+        """Learn what a batch really took; its lane is free from ``now`` on, or runs the next."""
+        lane = self.lanes.get(batch.lane)
+        if lane is not None:
+            lane.costs.observe(batch.key, batch.rows, seconds)
+            self.lanes.done(batch, now)
         self._settings(batch.key).failures = 0
 
-    def _done(self, batch: Batch, now: float) -> None:
-        if batch in self._running:
-            self._running.remove(batch)
-        self._busy_until = now + self._seconds_of(self._running) if self._running else now
+    def died(self, batch: Batch, now: float) -> list[Work]:
+        """Let a batch wait again whose lane ended before it was done, at the head of the queue.
 
-    def _seconds_of(self, batches: Iterable[Batch]) -> float:
-        return sum(self.latency.predict(each.key, each.rows, 0.5) for each in batches)
+        A batch that three lanes ended on is searched for what ends them, as :meth:`failed` does.
+
+        Returns:
+            The work to fail, as :meth:`failed` returns it.
+        """
+        for part in batch.parts:
+            part.work.deaths += 1
+        if max(part.work.deaths for part in batch.parts) >= _MAX_DEATHS:
+            return self.failed(batch, now)
+        for part in batch.parts:
+            if not part.work.gone:
+                self._put_back(part, batch.urgent, now)
+        return []
 
     def failed(self, batch: Batch, now: float) -> list[Work]:
         """Search a batch that failed for the callers at fault, by halves.
@@ -267,7 +367,7 @@ class Batcher:
         Returns:
             The work to fail: a caller that was alone, or, at a bound, all that is left.
         """
-        self._done(batch, now)
+        self.lanes.done(batch, now)
         for name in [n for n, queue in self._queues.items() if queue.suspects and not queue.works]:
             del self._queues[name]
         settings = self._settings(batch.key)
@@ -299,51 +399,83 @@ class Batcher:
         queue.arrived(0, work.deadline - work.arrival, now)
         self._add(queue, work)
 
-    def _slice(self) -> Batch | None:
-        ahead = 0.0
-        if self._running:
-            ahead = self._seconds_of(each for each in self._running if not each.urgent)
-        return self._background.slice(
-            lambda key: self._settings(key).max_rows, self.pipeline_depth, ahead
-        )
+    def _slice(self, turn: _Turn) -> Batch | None:
+        lane, ahead = turn.lane, 0.0
+        if lane.running:
+            ahead = lane.seconds(each for each in lane.running if not each.urgent)
+        return self._background.slice(lane, lambda key: self._settings(key).max_rows, ahead)
 
     # -- urgent ------------------------------------------------------------------------------
-    def _urgent_batch(self, now: float, refused: list[Refusal]) -> Batch | None:
+    def _urgent_batch(self, turn: _Turn, refused: list[Refusal]) -> Batch | None:
+        left: list[DeadlineQueue] = []
         while queues := self._waiting():
+            if left and not (queues := [queue for queue in queues if queue not in left]):
+                return None
             queues.sort(key=attrgetter("first_deadline"))
-            queue = self._choose(queues, now)
-            bound = self._bound(queue, now)
-            old, count = self._plan(queue, bound, now)
-            self._drop(queue, old, now, refused)
+            queue = self._choose(queues, turn)
+            if self._is_better_elsewhere(queue, turn):
+                left.append(queue)
+                continue
+            bound = self._bound(queue, turn)
+            old, count = self._plan(queue, bound, turn)
+            hopeless = self._hopeless(queue, old, turn)
+            self._drop(queue, hopeless, turn, refused)
             if count:
                 self._virtual_time = queue.service
-                return self._form(queue, count, bound, queues, now)
+                return self._form(queue, (old - hopeless, count), bound, queues, turn)
+            if old > hopeless:
+                left.append(queue)
         return None
 
-    def _choose(self, queues: list[DeadlineQueue], now: float) -> DeadlineQueue:
+    def _choose(self, queues: list[DeadlineQueue], turn: _Turn) -> DeadlineQueue:
         """The earliest deadline, unless a queue with less service would miss because of it."""
         earliest = queues[0]
         behind = [queue for queue in queues if queue.service < earliest.service]
         if behind:
-            end = now + self._seconds(earliest, now)
+            end = turn.start + self._seconds(earliest, turn)
             for queue in sorted(behind, key=attrgetter("service")):
-                if end + self._seconds(queue, now) > queue.first_deadline:
+                if end + self._seconds(queue, turn) > queue.first_deadline:
                     return queue
         return earliest
 
-    def _seconds(self, queue: DeadlineQueue, now: float) -> float:
-        """How long a batch of what waits in a queue may take."""
-        rows = min(queue.rows, self._bound(queue, now))
-        return self.latency.predict(queue.key, rows, queue.quantile)
+    def _is_better_elsewhere(self, queue: DeadlineQueue, turn: _Turn) -> bool:
+        """Whether lanes of another kind do all that waits, and comes meanwhile, sooner."""
+        if self.lanes.kinds < 2:
+            return False
+        key, most = queue.key, self._settings(queue.key).max_rows
+        here = turn.start + turn.costs.predict(key, min(queue.rows, most), queue.quantile)
+        for costs, start in turn.starts:
+            if costs is turn.costs or start > queue.first_deadline:
+                continue
+            rows = queue.rows + round(queue.rate(turn.now) * (start - turn.now))
+            room = costs.rows_within(key, queue.first_deadline - start, most, queue.quantile)
+            if rows <= room and start + costs.predict(key, rows, queue.quantile) < here:
+                return True
+        return False
 
-    def _bound(self, queue: DeadlineQueue, now: float) -> int:
+    def _hopeless(self, queue: DeadlineQueue, old: int, turn: _Turn) -> int:
+        """How many of the first works of a queue, too old for this lane, no other can do."""
+        if not turn.spare:
+            return old
+        for place, work in enumerate(queue.works[:old]):
+            if self._finish(queue.key, work.rows, turn.spare) <= work.deadline:
+                return place
+        return old
+
+    def _seconds(self, queue: DeadlineQueue, turn: _Turn) -> float:
+        """How long a batch of what waits in a queue may take."""
+        rows = min(queue.rows, self._bound(queue, turn))
+        return turn.costs.predict(queue.key, rows, queue.quantile)
+
+    def _bound(self, queue: DeadlineQueue, turn: _Turn) -> int:
         """Rows of a batch after which tighter queues can still be in time.
 
         For each of them, its oldest row (or one that arrives now) must be in time in a batch with
         all that arrives meanwhile: time allowed = (its deadline - now) - predicted(its rows) +
-        max(0, its service - this service).
+        max(0, its service - this service). One that another lane is free for in time does not
+        bound this one.
         """
-        key, quantile, latency = queue.key, queue.quantile, self.latency
+        key, quantile, costs, now = queue.key, queue.quantile, turn.costs, turn.start
         bound = max_rows = self._settings(key).max_rows
         tighter = [
             other
@@ -354,20 +486,38 @@ class Batcher:
         ]
         if not tighter:
             return max_rows
-        fastest = max_rows / max(latency.predict(key, max_rows, quantile), 1e-9)
+        fastest = max_rows / max(costs.predict(key, max_rows, quantile), 1e-9)
         for other in tighter:
-            allowed = other.first_deadline - now if other.works else other.promise - self._ahead
             rows = max(1, other.rows, round(other.rate(now) * other.promise))
-            allowed -= latency.predict(other.key, rows, other.quantile)
+            if self._is_covered(other, rows, turn):
+                continue
+            allowed = (
+                other.first_deadline - now
+                if other.works
+                else other.promise - (turn.start - turn.now)
+            )
+            allowed -= costs.predict(other.key, rows, other.quantile)
             allowed += max(0.0, other.service - queue.service)
-            short = latency.rows_within(key, allowed, bound, quantile)
-            least = _MIN_THROUGHPUT * fastest * latency.predict(key, short, quantile)
+            short = costs.rows_within(key, allowed, bound, quantile)
+            least = _MIN_THROUGHPUT * fastest * costs.predict(key, short, quantile)
             if short > 0 and short >= least:
                 bound = short
         return bound
 
-    def _plan(self, queue: DeadlineQueue, bound: int, now: float) -> tuple[int, int]:
-        """(works to fail, works to run) of one queue."""
+    def _is_covered(self, queue: DeadlineQueue, rows: int, turn: _Turn) -> bool:
+        """Whether another lane is free in time for so many rows of a queue."""
+        if len(self.lanes) < 2 or rows > self._settings(queue.key).max_rows:
+            return False
+        if turn.others is None:
+            turn.others = self.lanes.other_starts(turn.lane, turn.now)
+        due = queue.first_deadline if queue.works else turn.now + queue.promise
+        return any(
+            start + costs.predict(queue.key, rows, queue.quantile) <= due
+            for costs, start in turn.others
+        )
+
+    def _plan(self, queue: DeadlineQueue, bound: int, turn: _Turn) -> tuple[int, int]:
+        """(works that are too old for this lane, works to run behind them) of one queue."""
         alone = queue.works[0].rows  # urgent work is never divided, not even after shrink()
         bound, max_rows = max(bound, alone), max(self._settings(queue.key).max_rows, alone)
         # Last resort, the median: a likely answer is better than a certain refusal.
@@ -376,76 +526,82 @@ class Batcher:
             (max_rows, queue.quantile),
             (max_rows, 0.5),
         ):
-            best = queue.largest_batch(rows, self._end(queue.key, quantile, now))
+            best = queue.largest_batch(rows, self._end(queue.key, quantile, turn))
             if best[1]:
                 return best
         return 1, 0
 
     def _form(
-        self, queue: DeadlineQueue, count: int, bound: int, queues: list[DeadlineQueue], now: float
+        self,
+        queue: DeadlineQueue,
+        chosen: tuple[int, int],
+        bound: int,
+        queues: list[DeadlineQueue],
+        turn: _Turn,
     ) -> Batch:
-        """Take the first works of a queue, and rows of the same key that make none of them late."""
-        key, quantile, works = queue.key, queue.quantile, queue.take(0, count)
+        """Take works of a queue, and rows of the same key that make none of them late."""
+        key, quantile, works = queue.key, queue.quantile, queue.take(*chosen)
         first, rows, taken = works[0].deadline, rows_of(works), [(queue, works)]
         for other in queues:
             if other.key != key or other is queue or other.suspects is not queue.suspects:
                 continue
-            room = self.latency.rows_within(key, first - now, bound, quantile) - rows
+            room = turn.costs.rows_within(key, first - turn.start, bound, quantile) - rows
             if room < 1:
                 break
             quantile = max(quantile, other.quantile)
-            works = other.take(*other.largest_batch(room, self._end(key, quantile, now, rows)))
+            works = other.take(*other.largest_batch(room, self._end(key, quantile, turn, rows)))
             if works:
                 first, rows = min(first, works[0].deadline), rows + rows_of(works)
                 taken.append((other, works))
-        return self._batch_of(key, taken, rows, quantile)
+        return self._batch_of(key, taken, quantile, turn)
 
     def _batch_of(
         self,
         key: BatchKey,
         taken: list[tuple[DeadlineQueue, list[Work]]],
-        rows: int,
         quantile: float,
+        turn: _Turn,
     ) -> Batch:
         """Make a batch; each queue is charged for its rows."""
-        predicted, parts = self.latency.predict(key, rows, quantile), []
+        rows, parts = sum(rows_of(works) for _, works in taken), list[BatchSlice]()
+        predicted = turn.costs.predict(key, rows, quantile)
         for queue, works in taken:
             queue.service += predicted * rows_of(works) / rows
             for work in works:
                 work.taken = work.rows
                 parts.append(BatchSlice(work, 0, work.rows))
         self._rows -= rows
-        return Batch(key, tuple(parts), rows, predicted, urgent=True)
+        return Batch(key, tuple(parts), rows, predicted, urgent=True, lane=turn.lane.number)
 
-    def _sweep(self, queue: DeadlineQueue, now: float, refused: list[Refusal]) -> None:
-        """Fail work that could not be in time even if it ran alone now."""
+    def _sweep(self, queue: DeadlineQueue, turn: _Turn, refused: list[Refusal]) -> None:
+        """Fail work that could not be in time even if it ran alone now, on any lane."""
         hopeless = 0
         for work in queue.works:
-            if self._finish(queue.key, work.rows, now) <= work.deadline:
+            if self._finish(queue.key, work.rows, turn.starts) <= work.deadline:
                 break
             hopeless += 1
-        self._drop(queue, hopeless, now, refused)
+        self._drop(queue, hopeless, turn, refused)
 
-    def _drop(self, queue: DeadlineQueue, count: int, now: float, refused: list[Refusal]) -> None:
+    def _drop(self, queue: DeadlineQueue, count: int, turn: _Turn, refused: list[Refusal]) -> None:
         """Take the first ``count`` works out of a queue: refused, degraded or late by their Sla."""
         for work in queue.take(0, count) if count else ():
             self._rows -= work.rows
-            refusal = self._overdue(work, now, now)
+            refusal = self._overdue(work, turn.starts, turn.now)
             if refusal is not None:
                 refused.append(refusal)
 
-    def _overdue(self, work: Work, now: float, start: float) -> Refusal | None:
+    def _overdue(self, work: Work, starts: list[Start], now: float) -> Refusal | None:
         """Degrade, postpone or refuse work that misses its deadline, as its promise says."""
         cheaper = self._settings(work.key).cheaper
         if work.sla.on_overload == "degrade" and cheaper is not None:
-            if self._finish(cheaper, work.left, start) <= work.deadline:
+            if self._finish(cheaper, work.left, starts) <= work.deadline:
                 work.key = cheaper
                 self._add(self._queue(work), work)
                 return None
         elif work.sla.on_overload == "late":
             self._background.add(work)
             return None
-        return Refusal(work, self._miss(work, now, start))
+        return Refusal(work, self._miss(work, now, starts))
 
     # -- small parts -------------------------------------------------------------------------
     def _settings(self, key: BatchKey) -> KeySettings:
@@ -468,13 +624,14 @@ class Batcher:
         # A quarter at once: to find out what is in use takes a look at all that waits.
         for key in spare[: len(self._settings_by_key) - MAX_KEYS * 3 // 4]:
             del self._settings_by_key[key]
-        self.latency.keep(self._settings_by_key.keys())
+        for costs in self.lanes.costs():
+            costs.keep(self._settings_by_key.keys())
 
     def _keys_in_use(self) -> set[BatchKey]:
         """Keys of what waits and runs, and those it may be degraded to."""
         keys = {queue.key for queue in self._queues.values() if queue.works}
         keys |= self._background.keys()
-        keys.update(each.key for each in self._running)
+        keys.update(batch.key for lane in self.lanes for batch in lane.running)
         known = (self._settings_by_key.get(key) for key in keys)
         return keys | {each.cheaper for each in known if each and each.cheaper}
 
@@ -501,28 +658,27 @@ class Batcher:
         queue.add(work, self._virtual_time)
         self._rows += work.rows
 
-    def _device_free(self, now: float) -> float:
-        """When the device is likely to be free.
+    def _finish(self, key: BatchKey, rows: int, starts: list[Start]) -> float:
+        """When rows that run next on the best lane are done, by the median.
 
-        A batch that is over its prediction by t seconds is expected to take t more.
+        Work that misses it is hopeless.
         """
-        if not self._running:
-            return max(now, self._busy_until)
-        over = now - self._busy_until
-        if len(self._running) > 1:
-            over += self._seconds_of(self._running[1:])
-        return self._busy_until + 2 * max(0.0, over)
+        if len(starts) == 1:
+            costs, start = starts[0]
+            return start + costs.predict(key, rows, 0.5)
+        return min(start + costs.predict(key, rows, 0.5) for costs, start in starts)
 
-    def _finish(self, key: BatchKey, rows: int, start: float) -> float:
-        """When rows that run next are done, by the median; work that misses it is hopeless."""
-        return start + self.latency.predict(key, rows, 0.5)
+    def _can_be_kept(self, work: Work, starts: list[Start], now: float) -> bool:
+        """Whether work would be in time if nothing else ran."""
+        alone = [(costs, now) for costs, _ in starts]
+        return self._finish(work.key, work.rows, alone) <= work.deadline
 
     def _end(
-        self, key: BatchKey, quantile: float, now: float, ahead: int = 0
+        self, key: BatchKey, quantile: float, turn: _Turn, ahead: int = 0
     ) -> Callable[[int], float]:
-        """When a batch of ``ahead`` and so many more rows ends, if it starts now."""
-        predict = self.latency.predict
-        return lambda rows: now + predict(key, ahead + rows, quantile)
+        """When a batch of ``ahead`` and so many more rows ends on a lane."""
+        predict, start = turn.costs.predict, turn.start
+        return lambda rows: start + predict(key, ahead + rows, quantile)
 
     def _rows_of(self, key: BatchKey) -> int:
         return sum(queue.rows for queue in self._queues.values() if queue.key == key)
@@ -534,8 +690,8 @@ class Batcher:
             hint="send less, or try again",
         )
 
-    def _miss(self, work: Work, now: float, start: float) -> DeadlineRefused:
-        predicted = self._finish(work.key, work.left, start) - work.arrival
+    def _miss(self, work: Work, now: float, starts: list[Start]) -> DeadlineRefused:
+        predicted = self._finish(work.key, work.left, starts) - work.arrival
         allowed = work.deadline - work.arrival
         ahead = self._rows_of(work.key)
         return DeadlineRefused(
@@ -548,10 +704,11 @@ class Batcher:
         )
 
     def _drained(self, key: BatchKey, now: float) -> float:
-        """Seconds until the device is free and what waits now has run."""
+        """Seconds until a lane is free and what waits now has run."""
         max_rows, rows = self._settings(key).max_rows, self._rows_of(key)
-        batches = rows / max_rows
-        return self._device_free(now) - now + batches * self.latency.predict(key, max_rows)
+        batches = rows / max_rows / max(1, len(self.lanes))
+        free = min((start for _, start in self.lanes.starts(now)), default=now)
+        return free - now + batches * self.latency.predict(key, max_rows)
 
 
 def _queue_name(work: Work) -> QueueName:

@@ -24,6 +24,7 @@ _MEMORY = 256  # batches remembered for the quantiles
 _SHIFT = 6  # batches in a row on one side of the band mean that the cost has changed
 _BAND = 1.2
 _LEARN = 0.05  # how fast the curve's own shape follows
+_SPREAD = 41  # delays of each key that are kept in the file
 _REBUILD = 8  # batches after which the moved curve is tabulated anew
 
 
@@ -44,6 +45,13 @@ class _Sample:
         if not self.ordered:
             return 0.0
         return self.ordered[min(int(share * len(self.ordered)), len(self.ordered) - 1)]
+
+    def spread(self, count: int) -> list[float]:
+        """So many of the values, evenly from the smallest to the largest; all if they are fewer."""
+        last = len(self.ordered) - 1
+        if last < count:
+            return list(self.ordered)
+        return [self.ordered[round(at * last / (count - 1))] for at in range(count)]
 
     def keep(self, count: int) -> None:
         recent = list(self.values)[-count:] if count else []
@@ -150,7 +158,7 @@ class LatencyModel:
 
     def __init__(self, path: Path | None = None) -> None:
         self._curves: dict[BatchKey, _Curve] = {}
-        self._path = path
+        self.path = path
 
     def seed(self, key: BatchKey, rows: int, seconds: float) -> None:
         """Set the curve at ``rows`` from a warm-up measurement (seconds)."""
@@ -197,23 +205,30 @@ class LatencyModel:
         """Drop what is known of a key."""
         self._curves.pop(key, None)
 
+    def move(self, key: BatchKey, to: BatchKey) -> None:
+        """Let what is known of a key be known of another one, of which nothing was."""
+        curve = self._curves.pop(key, None)
+        if curve is not None:
+            self._curves.setdefault(to, curve)
+
     def keep(self, keys: Set[BatchKey]) -> None:
         """Drop what is known of all other keys."""
         for key in self._curves.keys() - keys:
             del self._curves[key]
 
     def save(self) -> None:
-        """Write the curves to ``path`` (JSON), atomically."""
-        if self._path is None:
+        """Write the curves to ``path`` (JSON), atomically; and the delays, for who plans ahead."""
+        if self.path is None:
             return
         data = {
             key: {str(rows): cost * curve.level() for rows, cost in curve.knots.items()}
             for key, curve in self._curves.items()
         }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        part = self._path.with_suffix(".part")
-        part.write_text(json.dumps({"format": 1, "seconds": data}))
-        part.replace(self._path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        delays = {key: curve.delays.spread(_SPREAD) for key, curve in self._curves.items()}
+        part.write_text(json.dumps({"format": 1, "seconds": data, "delays": delays}))
+        part.replace(self.path)
 
     def restore(self) -> int:
         """Read what :meth:`save` wrote; returns how many batch keys are known.
@@ -221,16 +236,16 @@ class LatencyModel:
         Raises:
             ConfigError: the file is not what :meth:`save` writes.
         """
-        if self._path is None or not self._path.exists():
+        if self.path is None or not self.path.exists():
             return 0
         try:
-            data = json.loads(self._path.read_text())["seconds"]
+            data = json.loads(self.path.read_text())["seconds"]
             for key, knots in data.items():
                 for rows, seconds in knots.items():
                     self.seed(str(key), int(rows), float(seconds))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"{self._path} is not a latency file: {error}",
+                f"{self.path} is not a latency file: {error}",
                 hint="delete it; it is measured again",
             ) from error
         return len(self._curves)

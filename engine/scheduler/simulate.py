@@ -6,8 +6,10 @@ drawn from a seeded generator, and every policy sees the same arrivals.
 
 from __future__ import annotations
 
+import heapq
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +45,10 @@ class Setting:
     def cost(self, rows: int, at: float = 0.0) -> float:
         """Seconds a batch of ``rows`` takes."""
         return self.fixed + self.per_row * rows
+
+    def faster(self, speed: float) -> Setting:
+        """The same on a device that is so many times as fast."""
+        return replace(self, fixed=self.fixed / speed, per_row=self.per_row / speed)
 
     @property
     def capacity(self) -> float:
@@ -95,19 +101,136 @@ class Trace:
 
     Args:
         finish: when each piece of work that was answered had its last row done.
-        ran: the batches, in order.
+        ran: the batches, in the order in which they began.
     """
 
     finish: dict[Work, float]
     ran: list[Ran]
 
     def outcome(self, works: Sequence[Work], duration: float) -> Outcome:
-        """Counts over some of the work; the device was busy with all of it."""
+        """Counts over some of the work; the lanes were busy with all of it."""
         done = [work for work in works if work in self.finish]
         late = sum(self.finish[work] > work.deadline + 1e-9 for work in done)
         busy = sum(ran.seconds for ran in self.ran)
         refused = len(works) - len(done)
         return Outcome(len(works), len(done) - late, late, refused, duration, busy)
+
+    def goodput(self, first: float, last: float) -> float:
+        """Answers in time per second, of those given between two times (seconds)."""
+        kept = sum(
+            first <= at < last and at <= work.deadline + 1e-9 for work, at in self.finish.items()
+        )
+        return kept / (last - first)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Something that happens to the lanes at a time (seconds), such as one that joins.
+
+    Args:
+        at: when.
+        make: does it; gives the lanes whose batches are lost with them.
+    """
+
+    at: float
+    make: Callable[[Batcher], Sequence[int]]
+
+
+class Replay:
+    """A batcher and its lanes in virtual time, event by event.
+
+    Args:
+        batcher: made anew, its batch keys and lanes registered.
+        costs: what batches really take, by batch key.
+        lane_costs: the same for lanes that are not like the others, by number.
+
+    Attributes:
+        lost: the ``id`` of batches whose lane died before they ended.
+    """
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        costs: Mapping[str, Cost],
+        lane_costs: Mapping[int, Mapping[str, Cost]] | None = None,
+    ) -> None:
+        self.batcher = batcher
+        self.trace = Trace({}, [])
+        self._costs = costs
+        self._lane_costs = lane_costs or {}
+        self._ends: list[tuple[float, int, Ran]] = []
+        self._left: dict[Work, int] = {}
+        self._dead: set[int] = set()
+        self.lost: set[int] = set()
+
+    @property
+    def next_end(self) -> float:
+        """When the next batch ends; infinity when none runs."""
+        return self._ends[0][0] if self._ends else float("inf")
+
+    def start(self, now: float) -> None:
+        """Give batches to all lanes that are free, as far as there are any."""
+        while self.batcher and (lane := self.batcher.free_lane()) is not None:
+            waiting = self.batcher.urgent_rows + self.batcher.background_rows
+            batch, _ = self.batcher.next(now, lane)
+            if batch is None:
+                if self.batcher.urgent_rows + self.batcher.background_rows == waiting:
+                    return  # what waits is left to a lane that is busy
+                continue
+            seconds = self._lane_costs.get(lane, self._costs)[batch.key](batch.rows, now)
+            ran = Ran(now, seconds, batch)
+            self.trace.ran.append(ran)
+            heapq.heappush(self._ends, (now + seconds, len(self.trace.ran), ran))
+
+    def end(self) -> float:
+        """Let the next batch end; returns when that is."""
+        now, _, ran = heapq.heappop(self._ends)
+        batch = ran.batch
+        if batch.lane in self._dead:
+            self.lost.add(id(ran))
+            return now
+        self.batcher.finished(batch, ran.seconds, now)
+        for part in batch.parts:
+            left = self._left.get(part.work, part.work.rows) - part.rows
+            if left:
+                self._left[part.work] = left
+            else:
+                self._left.pop(part.work, None)
+                self.trace.finish[part.work] = now
+        return now
+
+    def change(self, change: Change) -> None:
+        """Let something happen to the lanes: what was lost with one waits again."""
+        for lane in change.make(self.batcher):
+            self._dead.add(lane)
+            for batch in self.batcher.drop_lane(lane):
+                self.batcher.died(batch, change.at)
+
+    def through(
+        self,
+        works: Sequence[Work],
+        until: float = float("inf"),
+        changes: Sequence[Change] = (),
+    ) -> Trace:
+        """Run work through; see :func:`replay`."""
+        coming, changing = deque(works), deque(changes)
+        while True:
+            arrival = coming[0].arrival if coming else float("inf")
+            changed = changing[0].at if changing else float("inf")
+            now = min(arrival, changed, self.next_end)
+            if now == float("inf") or now >= until:
+                while self.next_end < float("inf"):
+                    self.end()
+                return self.trace
+            # What arrives while the lanes are busy is judged as it arrives, before they are free.
+            if now == changed:
+                self.change(changing.popleft())
+            elif now == arrival:
+                while coming and coming[0].arrival <= now:
+                    self.batcher.admit(coming[0], coming.popleft().arrival)
+            else:
+                self.end()
+            self.start(now)
 
 
 def replay(
@@ -115,41 +238,21 @@ def replay(
     works: Sequence[Work],
     costs: Mapping[str, Cost],
     until: float = float("inf"),
+    *,
+    lane_costs: Mapping[int, Mapping[str, Cost]] | None = None,
+    changes: Sequence[Change] = (),
 ) -> Trace:
-    """Run a batcher over work in virtual time.
+    """Run a batcher over work in virtual time, on all its lanes.
 
     Args:
-        batcher: made anew, its batch keys registered.
+        batcher: made anew, its batch keys and lanes registered.
         works: in order of arrival, made anew: the batcher marks what it has taken of them.
         costs: what batches really take, by batch key.
         until: seconds after which no batch starts; for background work without end.
+        lane_costs: the same for lanes that are not like the others, by number.
+        changes: lanes that join, leave and die, in order of time.
     """
-    now, index = 0.0, 0
-    trace = Trace({}, [])
-
-    def admit(up_to: float) -> None:
-        nonlocal index
-        while index < len(works) and works[index].arrival <= up_to:
-            batcher.admit(works[index], works[index].arrival)
-            index += 1
-
-    while (index < len(works) or batcher) and now < until:
-        if not batcher:
-            now = max(now, works[index].arrival)
-        admit(now)
-        batch, _ = batcher.next(now)
-        if batch is None:
-            continue
-        seconds = costs[batch.key](batch.rows, now)
-        trace.ran.append(Ran(now, seconds, batch))
-        # What arrives while the device is busy is judged when it arrives.
-        admit(now + seconds)
-        now += seconds
-        batcher.finished(batch, seconds, now)
-        for part in batch.parts:
-            if part.first + part.rows == part.work.rows:
-                trace.finish[part.work] = now
-    return trace
+    return Replay(batcher, costs, lane_costs).through(works, until, changes)
 
 
 def warmed(settings: Mapping[str, Setting]) -> Batcher:
@@ -161,6 +264,106 @@ def warmed(settings: Mapping[str, Setting]) -> Batcher:
         for rows in sorted({1, max(1, setting.max_rows // 4), setting.max_rows}):
             latency.seed(key, rows, setting.cost(rows))
     return batcher
+
+
+def warmed_lanes(setting: Setting, speeds: Sequence[float]) -> Replay:
+    """A batcher of one batch key over lanes so many times as fast as the setting says."""
+    made: dict[float, tuple[LatencyModel, Setting]] = {}
+    for speed in speeds:
+        if speed not in made:
+            scaled = setting.faster(speed)
+            made[speed] = (warmed({"a": scaled}).latency, scaled)
+    batcher = Batcher(made[speeds[0]][0], max_queue=4096 * len(speeds))
+    batcher.register("a", max_rows=setting.max_rows)
+    costs: dict[int, Mapping[str, Cost]] = {0: {"a": made[speeds[0]][1].cost}}
+    for speed in speeds[1:]:
+        latency, scaled = made[speed]
+        costs[batcher.add_lane(latency)] = {"a": scaled.cost}
+    return Replay(batcher, {"a": setting.cost}, costs)
+
+
+def pooled(
+    setting: Setting,
+    arrivals: Arrivals,
+    speeds: Sequence[float],
+    patient: Sequence[Work] = (),
+) -> Trace:
+    """Plinth's own Batcher over lanes: one queue for all.
+
+    Args:
+        setting: the scene.
+        arrivals: times of urgent rows, seconds.
+        speeds: of each lane, against the setting.
+        patient: background work, there from the start.
+    """
+    run = warmed_lanes(setting, speeds)
+    promise = Sla(deadline_ms=setting.deadline * 1e3)
+    run.batcher.register_sla(promise)
+    works = [Work("a", 1, float(at), promise) for at in arrivals]
+    until = setting.duration if patient else float("inf")
+    return run.through([*patient, *works], until)
+
+
+Choose = Callable[[NDArray[np.int64], np.random.Generator, int], int]
+"""The lane that a request goes to: rows of each lane, waiting or running, and its number."""
+
+
+def round_robin(rows: NDArray[np.int64], _: np.random.Generator, number: int) -> int:
+    """One lane after the other."""
+    return number % len(rows)
+
+
+def shortest_queue(rows: NDArray[np.int64], _: np.random.Generator, number: int) -> int:
+    """The lane with the fewest rows (Weber, J. Appl. Prob. 15(2), 1978)."""
+    return int(rows.argmin())
+
+
+def two_choices(rows: NDArray[np.int64], random: np.random.Generator, number: int) -> int:
+    """The shorter queue of two at random (Mitzenmacher, IEEE TPDS 12(10), 2001)."""
+    first, second = (int(each) for each in random.integers(0, len(rows), 2))
+    return first if rows[first] <= rows[second] else second
+
+
+def routed(
+    setting: Setting, arrivals: Arrivals, lanes: int, choose: Choose, seed: int = 0
+) -> list[Trace]:
+    """A queue per lane, each with the same batching and shedding; a request stays where it went.
+
+    Args:
+        setting: the scene.
+        arrivals: times, seconds.
+        lanes: how many, all alike.
+        choose: the lane of a request.
+        seed: of the choices.
+    """
+    promise = Sla(deadline_ms=setting.deadline * 1e3)
+    runs = [warmed_lanes(setting, [1.0]) for _ in range(lanes)]
+    rows, random = np.zeros(lanes, dtype=np.int64), np.random.default_rng(seed)
+    ends: list[tuple[float, int]] = []
+
+    def begin(lane: int, now: float) -> None:
+        run = runs[lane]
+        idle = run.next_end == float("inf")
+        run.start(now)
+        rows[lane] = run.batcher.urgent_rows
+        if run.next_end < float("inf"):
+            rows[lane] += run.trace.ran[-1].batch.rows
+            if idle:
+                heapq.heappush(ends, (run.next_end, lane))
+
+    def end_until(now: float) -> None:
+        while ends and ends[0][0] < now:
+            at, lane = heapq.heappop(ends)
+            runs[lane].end()
+            begin(lane, at)
+
+    for number, at in enumerate(arrivals):
+        end_until(float(at))
+        lane = choose(rows, random, number)
+        runs[lane].batcher.admit(Work("a", 1, float(at), promise), float(at))
+        begin(lane, float(at))
+    end_until(float("inf"))
+    return [run.trace for run in runs]
 
 
 def elastic(setting: Setting, arrivals: Arrivals) -> Outcome:
@@ -281,6 +484,20 @@ def full_speed(setting: Setting, rate: float) -> float:
     young = rate * (setting.deadline - setting.fixed) / (1 + rate * setting.per_row)
     rows = min(float(setting.max_rows), young)
     return rows / (setting.fixed + setting.per_row * rows)
+
+
+def fluid(setting: Setting, rate: float, speeds: Sequence[float]) -> float:
+    """The most answers in time per second of lanes of these speeds, in the long run.
+
+    Each lane is taken to have the youngest rows of all arrivals to itself, so no policy that
+    knows all arrivals can do better while they come evenly.
+
+    Args:
+        setting: the scene.
+        rate: rows offered per second.
+        speeds: of each lane, against the setting.
+    """
+    return min(rate, sum(full_speed(setting.faster(speed), rate) for speed in speeds))
 
 
 def steady(classes: Sequence[tuple[Setting, float]]) -> float:

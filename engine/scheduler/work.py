@@ -44,6 +44,8 @@ class Work:
 
     Attributes:
         taken: rows already given to the device.
+        again: (first, rows) of what was given to a lane in vain and waits once more.
+        deaths: lanes that ended while they ran it.
         service: seconds of the device received, divided by the weight (background work).
         suspects: whom it may share batches with, after a batch of it failed.
         gone: nobody waits for it any more.
@@ -57,6 +59,8 @@ class Work:
     first: int = 0
     deadline: float = field(init=False)
     taken: int = field(init=False, default=0)
+    again: tuple[tuple[int, int], ...] = field(init=False, default=())
+    deaths: int = field(init=False, default=0)
     service: float = field(init=False, default=0.0)
     suspects: Suspects | None = field(init=False, default=None)
     gone: bool = field(init=False, default=False)
@@ -67,8 +71,25 @@ class Work:
 
     @property
     def left(self) -> int:
-        """Rows not yet given to the device."""
-        return self.rows - self.taken
+        """Rows not yet given to the device, or given in vain."""
+        if not self.again:
+            return self.rows - self.taken
+        return self.rows - self.taken + sum(rows for _, rows in self.again)
+
+    def take(self, most: int) -> BatchSlice:
+        """The next rows, up to so many: those given in vain first."""
+        if self.again:
+            first, rows = self.again[0]
+            rest = ((first + most, rows - most),) if rows > most else ()
+            self.again = rest + self.again[1:]
+            return BatchSlice(self, first, min(rows, most))
+        first, rows = self.taken, min(most, self.rows - self.taken)
+        self.taken += rows
+        return BatchSlice(self, first, rows)
+
+    def put_back(self, first: int, rows: int) -> None:
+        """Rows of it were given to a lane in vain."""
+        self.again = tuple(sorted((*self.again, (first, rows))))
 
 
 class BatchSlice(NamedTuple):
@@ -81,13 +102,14 @@ class BatchSlice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What the device does next: slices of one batch key and their predicted seconds."""
+    """What a lane does next: slices of one batch key and their predicted seconds."""
 
     key: BatchKey
     parts: tuple[BatchSlice, ...]
     rows: int
     predicted: float
     urgent: bool
+    lane: int = 0
 
 
 @dataclass(frozen=True, slots=True)

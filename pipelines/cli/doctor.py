@@ -116,12 +116,12 @@ def _devices(config: Config) -> Iterator[Finding]:
             state: State = "fine" if memory.available >= _ROOM else "warning"
             advice = "" if state == "fine" else "free memory, or set engine.memory_budget"
             yield Finding(f"device {device}", state, told, advice)
+    key = "engine.device" if config.engine.devices is None else "engine.devices"
     try:
-        yield Finding(
-            "engine.device", "fine", f"{config.engine.device}: {pick(config.engine.device)}"
-        )
+        for name in config.engine.devices or (config.engine.device,):
+            yield Finding(key, "fine", f"{name}: {pick(name)}")
     except PlinthError as error:
-        yield Finding("engine.device", "wrong", error.message, error.hint or "")
+        yield Finding(key, "wrong", error.message, error.hint or "")
 
 
 def _limits(config: Config) -> Iterator[Finding]:

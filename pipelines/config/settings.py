@@ -63,6 +63,13 @@ class EngineConfig(Table):
     """``[engine]``: where and how models run."""
 
     device: str = Field(default="auto", description="`auto`, or a name such as `cpu`")
+    devices: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=64,
+        description='a lane for each name, such as `["cuda:0", "cuda:1"]`; a name may come '
+        "twice ([scaling](scaling.md)); none: one, on `device`",
+    )
     precision: str | dict[str, Any] = Field(
         default="auto",
         description="a preset, or a table of operation class to precision ([precision]"
@@ -106,6 +113,12 @@ class EngineConfig(Table):
     compute_seconds: float = Field(
         default=900.0, gt=0, lt=86_400, description="longest time of one such step"
     )
+
+    @model_validator(mode="after")
+    def _devices_are_named_once(self) -> EngineConfig:
+        if self.devices is not None and self.device != "auto":
+            raise ValueError(f"device is {self.device} and devices are given: keep one of them")
+        return self
 
 
 class UploadConfig(Table):

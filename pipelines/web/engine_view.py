@@ -46,6 +46,7 @@ def point(engine: Engine) -> dict[str, float]:
     calls = list(_samples(families, "plinth_calls", "_total"))
     kept = sum(one.value for one in calls if one.labels["outcome"] == "answered")
     busy = sum(one.value for one in _samples(families, "plinth_device_busy_seconds", "_total"))
+    busy /= len(status["lanes"])
     return {
         "calls": sum(one.value for one in calls),
         "kept": kept,

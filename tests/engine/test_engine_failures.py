@@ -222,10 +222,10 @@ class Dying(Batcher):
 
     armed = False
 
-    def next(self, now):
+    def next(self, now, lane=None):
         if self.armed:
             raise ZeroDivisionError("a fault of ours")
-        return super().next(now)
+        return super().next(now, lane)
 
 
 def dead_engine() -> tuple[Engine, list]:

@@ -198,7 +198,7 @@ def test_a_device_that_fails_is_said_to_everybody_and_is_not_started_again(monke
         assert isinstance(future.exception(WAIT), EngineFailed)
     with pytest.raises(DeviceError, match="does nothing any more in this process"):
         engine.start()
-    assert engine.failure == "DeviceError"
+    assert engine.failure == "LaneDied"
     monkeypatch.undo()
     with engine:  # had it only looked so
         assert torch.equal(

@@ -1,0 +1,147 @@
+"""The engine's own side of a lane: the thread that asks for its batches and gives it them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from plinth.engine.backends.base import check_cpu_threads, cpu_threads, thread_state
+from plinth.engine.lanes.base import Lane
+
+_log = logging.getLogger("plinth.engine")
+
+
+class StoppedFromOutside(Exception):
+    """A thread ended without a word."""
+
+
+class LaneThread:
+    """Runs one step after the other on a thread of its own until a step says that it is over.
+
+    Args:
+        lane: what the steps give batches to.
+        lock: the engine's.
+        step: waits for one batch and gives it to the lane; False ends the thread.
+        ended: told in the thread when it ends: None, or the error that ended it. It is told of
+            every end that Python can know of.
+        threads: CPU threads of its steps; ``None`` as torch has it.
+
+    Attributes:
+        number: the lane's in the batcher.
+        wake: notified when there may be something to do.
+        in_flight: batches that the lane has: from this thread, or from a caller.
+        busy: seconds for which it ran batches.
+        draining: it ends as soon as the lane has done what it was given.
+        died: why the lane does nothing any more.
+        over: the thread has ended, or is about to.
+    """
+
+    def __init__(
+        self,
+        lane: Lane,
+        lock: threading.RLock,
+        step: Callable[[LaneThread], bool],
+        ended: Callable[[LaneThread, BaseException | None], None],
+        threads: int | None = None,
+    ) -> None:
+        self.lane = lane
+        self.number = -1
+        self.wake = threading.Condition(lock)
+        self.in_flight = 0
+        self.busy = 0.0
+        self.draining = False
+        self.died: BaseException | None = None
+        self.over = True
+        self._step = step
+        self._ended = ended
+        self._threads = threads
+        self._thread: threading.Thread | None = None
+        self._joining = threading.Lock()
+        self._thread_state: object = None
+
+    @property
+    def name(self) -> str:
+        """What status pages call it: the device, and the number of the lane."""
+        return f"{self.lane.device}/{self.number}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is its thread, or one in which its lane is done with batches."""
+        return threading.current_thread() is self._thread or self.lane.is_current()
+
+    @property
+    def is_well(self) -> bool:
+        """Whether it takes batches, or ends those that it has."""
+        return not self.over and self.died is None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the lane may be given one more batch."""
+        return self.in_flight < self.lane.depth and self.died is None
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether it may be given one more batch, and is not to end."""
+        return self.has_room and not self.over and not self.draining
+
+    def runs_alike_here(self) -> bool:
+        """Whether the calling thread would compute just what the lane's own does."""
+        lane = self.lane
+        return lane.inline and lane.device.kind == "cpu" and thread_state() == self._thread_state
+
+    def status(self, elapsed: float) -> dict[str, Any]:
+        """For status pages; ``elapsed``: seconds since the engine was made."""
+        draining = "draining" if self.draining else "running"
+        return {
+            "name": self.name,
+            "kind": self.lane.kind,
+            "device": str(self.lane.device),
+            "state": draining if self.is_well else "dead" if self.died is not None else "stopped",
+            "in_flight": self.in_flight,
+            "utilisation": self.busy / max(elapsed, 1e-9),
+        }
+
+    def start(self) -> None:
+        """Start lane and thread; an earlier one has ended.
+
+        Raises:
+            ConfigError: an engine of this process runs with another number of threads.
+            DeviceError: the lane cannot be started.
+        """
+        check_cpu_threads(self._threads)
+        self.lane.start()
+        self.in_flight, self.died, self.over = 0, None, False
+        self._thread = threading.Thread(target=self._run, name="plinth-device", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until the thread has ended; several callers may wait at once."""
+        thread = self._thread
+        if thread is not None and not self.is_current:
+            with self._joining:
+                thread.join()
+
+    def _run(self) -> None:
+        error: BaseException | None = StoppedFromOutside()
+        try:
+            with cpu_threads(self._threads):
+                self._thread_state = thread_state()
+                while self._step(self):
+                    pass
+            error = None
+        except BaseException as raised:  # noqa: BLE001 - a thread that dies says so and why
+            error = raised
+            frames = "".join(traceback.format_tb(raised.__traceback__))
+            name = type(raised).__name__
+            _log.critical("the device thread of %s ended: %s\n%s", self.name, name, frames)
+        finally:
+            self.lane.close()
+            self._ended(self, error)

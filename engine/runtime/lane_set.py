@@ -1,0 +1,301 @@
+"""The lanes of one engine: the devices they run on, the models there, and what batches cost."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import torch
+
+from plinth.engine.devices.device import Device, pick
+from plinth.engine.errors import ConfigError, DeviceError
+from plinth.engine.flow import Sla
+from plinth.engine.lanes.base import Lane
+from plinth.engine.lanes.local import LocalLane
+from plinth.engine.lanes.thread import LaneThread
+from plinth.engine.models.store import Model
+from plinth.engine.runtime.flow_driver import Clock
+from plinth.engine.runtime.loaded_model import LoadedModel, Precision, Range
+from plinth.engine.runtime.model_table import Execution, ModelTable
+from plinth.engine.scheduler.batcher import Batcher
+from plinth.engine.scheduler.cost_model import LatencyModel
+
+MakeThread = Callable[[Lane, "int | None"], LaneThread]
+"""The thread of a lane: the lane, CPU threads of a forward."""
+
+
+class LaneSet:
+    """The lanes of an engine; weights are loaded once for each device, however many lanes it has.
+
+    Args:
+        batcher: is told of every lane.
+        execution: how models run unless they say otherwise.
+        budget: bytes of all models on each device, or ``"auto"``.
+        clock: the engine's.
+        make_thread: the thread of a lane.
+
+    Attributes:
+        models: those of the first device, which stand for all.
+        threads: one for each lane.
+        changing: held while lanes or models change, so that every lane has every model.
+    """
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        execution: Execution,
+        budget: int | str,
+        clock: Clock,
+        make_thread: MakeThread,
+    ) -> None:
+        self.threads: list[LaneThread] = []
+        self.changing = threading.RLock()
+        self._batcher = batcher
+        self._execution = execution
+        self._budget = budget
+        self._clock = clock
+        self._make_thread = make_thread
+        self._tables: dict[str, ModelTable] = {}
+        self._costs: dict[tuple[str, str], LatencyModel] = {}
+
+    def __iter__(self) -> Iterator[LaneThread]:
+        return iter(self.threads)
+
+    @property
+    def models(self) -> ModelTable:
+        """The models of the first device."""
+        return next(iter(self._tables.values()))
+
+    @property
+    def device(self) -> Device:
+        """The first device."""
+        return self.threads[0].lane.device
+
+    # -- made --------------------------------------------------------------------------------
+    def open(self, names: Sequence[str], lanes: Sequence[Lane]) -> None:
+        """Make a lane on a device for each name, and take in others that were made elsewhere.
+
+        Raises:
+            ConfigError, DeviceError: there is no such device, or none is named.
+        """
+        devices = [pick(name) for name in names] or [lane.device for lane in lanes[:1]]
+        if not devices:
+            raise ConfigError("an engine has no lane", hint="name a device, such as cpu")
+        many = Counter(map(str, devices))
+        own = self._execution.threads
+        if own is None and many["cpu"] > 1:
+            share = max(1, torch.get_num_threads() // many["cpu"])
+            self._execution = replace(self._execution, threads=share)
+        for device in devices:
+            self._table(device, many[str(device)])
+        for device in devices[: len(names)]:
+            self.join_in(self.prepare(self.make(device)))
+        for lane in lanes:
+            self.join_in(self.prepare(lane))
+
+    def make(self, device: Device) -> LocalLane:
+        """A lane on a device of this process.
+
+        Raises:
+            ConfigError: an impossible depth.
+        """
+        lanes = (each.lane for each in self.threads)
+        taken = {
+            each.place for each in lanes if isinstance(each, LocalLane) and each.device == device
+        }
+        place = next(number for number in count() if number not in taken)
+        execution = self._execution
+        return LocalLane(device, execution.depth, place, execution.threads, self._clock)
+
+    def prepare(self, lane: Lane) -> LaneThread:
+        """Load on a lane what is loaded on the others; it takes no batches before it joins.
+
+        Raises:
+            ModelError, OutOfMemory: a model cannot be run there.
+        """
+        for loaded in self.models.all():
+            for other in self._replicate(loaded, lane.device):
+                self._tables[str(lane.device)].put(other)
+            self._hold(lane, loaded)
+        return self._make_thread(lane, self._execution.threads)
+
+    def join_in(self, thread: LaneThread) -> None:
+        """Let a lane take batches; with the engine's lock held."""
+        self._number(thread)
+        self.threads.append(thread)
+
+    def leave(self, thread: LaneThread) -> None:
+        """Forget a lane whose thread has ended, and what is loaded for it alone."""
+        if thread in self.threads:
+            self.threads.remove(thread)
+        device = thread.lane.device
+        first = next(iter(self._tables))
+        if str(device) == first or any(each.lane.device == device for each in self.threads):
+            return
+        self._tables.pop(str(device), None)
+        for loaded in self.models.all():
+            for each in (loaded, loaded.degraded):
+                if each is not None:
+                    each.elsewhere.pop(str(device), None)
+
+    def _number(self, thread: LaneThread) -> None:
+        lane = thread.lane
+        if not self.threads and self._batcher.lanes.get(0) is not None:
+            thread.number = 0  # the batcher has one from the start
+            self._batcher.pipeline_depth = lane.depth
+            return
+        costs = lane.costs or self._costs_of(lane.device)
+        thread.number = self._batcher.add_lane(costs, lane.depth)
+
+    def _table(self, device: Device, lanes: int) -> ModelTable:
+        table = self._tables.get(str(device))
+        if table is None:
+            depth = self._execution.depth or 1 if device.kind != "cpu" else 1
+            execution = replace(self._execution, depth=depth, lanes=lanes)
+            costs = self._costs_of(device)
+            table = ModelTable(device, costs, execution, self._budget)
+            self._tables[str(device)] = table
+        return table
+
+    def _costs_of(self, device: Device) -> LatencyModel:
+        """What batches cost on devices of this kind and name."""
+        kind = (device.kind, device.name)
+        if kind not in self._costs:
+            first = self._batcher.latency
+            costs = first
+            if self._costs:
+                path = first.path
+                word = re.sub(r"\W+", "-", "-".join(kind)).strip("-").lower()
+                costs = LatencyModel(path and path.with_stem(f"{path.stem}-{word}"))
+            costs.restore()
+            self._costs[kind] = costs
+        return self._costs[kind]
+
+    # -- models ------------------------------------------------------------------------------
+    def load(
+        self,
+        model: Model,
+        sla: Sla,
+        batch_range: Range,
+        backend: str | None,
+        precision: Precision | None,
+    ) -> LoadedModel:
+        """Make a model ready on every device; see :meth:`ModelTable.load`."""
+        loaded = self.models.load(model, sla, batch_range, backend, precision)
+        for thread in self.threads:
+            self._replicate(loaded, thread.lane.device)
+            self._hold(thread.lane, loaded)
+        return loaded
+
+    def _replicate(self, loaded: LoadedModel, device: Device) -> list[LoadedModel]:
+        """Make a model of the first device ready on another one, in the same way; what was made."""
+        if loaded.on(device) is not loaded or device == self.models.device:
+            return []
+        table = self._table(device, 1)
+        other = table.load(loaded.model, loaded.sla, *loaded.how)
+        pairs = [(loaded, other)]
+        if loaded.degraded is not None:
+            pairs.append((loaded.degraded, other.degraded or other))
+        for first, there in pairs:
+            first.elsewhere[str(device)] = there
+            there.padding = first.padding
+            first.fits, first.most = min(first.fits, there.fits), min(first.most, there.most)
+            self._costs_of(device).move(there.key, first.key)
+        return [other]
+
+    def _hold(self, lane: Lane, loaded: LoadedModel) -> None:
+        lanes = sum(each.lane.device == lane.device for each in self.threads)
+        for first in (loaded, loaded.degraded):
+            if first is not None:
+                held = first.on(lane.device)
+                place = lane.place if isinstance(lane, LocalLane) else 0
+                held.share(max(lanes, place + 1))
+                lane.hold(held)
+
+    def put(self, loaded: LoadedModel) -> LoadedModel | None:
+        """Let a model answer to its name on every device; returns the one that did so far."""
+        before = self.models.put(loaded)
+        for name, other in loaded.elsewhere.items():
+            self._tables[name].put(other)
+        return before
+
+    def pop(self, name: str) -> LoadedModel:
+        """Let no model answer to a name; returns the one that did.
+
+        Raises:
+            ModelError: there is none.
+        """
+        loaded = self.models.pop(name)
+        for device in loaded.elsewhere:
+            self._tables[device].pop(name)
+        return loaded
+
+    def save_costs(self) -> None:
+        """Keep what was learned of costs."""
+        for costs in self._costs.values():
+            costs.save()
+
+    # -- life --------------------------------------------------------------------------------
+    @property
+    def alive(self) -> bool:
+        """Whether the thread of any lane runs."""
+        return any(thread.alive for thread in self.threads)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is a thread of a lane."""
+        return any(thread.is_current for thread in self.threads)
+
+    @property
+    def in_flight(self) -> int:
+        """Batches that lanes have."""
+        return sum(thread.in_flight for thread in self.threads)
+
+    def start(self) -> None:
+        """Start every lane whose thread does not run; with the engine's lock held.
+
+        Raises:
+            ConfigError: a lane of this process runs with another number of threads.
+            DeviceError: none of them can be started.
+        """
+        failed: DeviceError | None = None
+        for thread in self.threads:
+            if thread.alive:
+                continue
+            if self._batcher.lanes.get(thread.number) is None:
+                self._number(thread)
+            thread.draining = False
+            try:
+                thread.start()
+            except DeviceError as error:
+                self._batcher.drop_lane(thread.number)
+                thread.died, thread.over, failed = error, True, error
+        if failed is not None and not self.alive:
+            raise failed
+
+    def join(self) -> None:
+        """Wait until all threads have ended."""
+        for thread in list(self.threads):
+            thread.join()
+
+    def of(self, number: int | None) -> LaneThread | None:
+        """The thread of a lane by its number in the batcher."""
+        return next((each for each in self.threads if each.number == number), None)
+
+    def others(self, thread: LaneThread) -> list[LaneThread]:
+        """Lanes beside one that are well, those that are drained included."""
+        return [each for each in self.threads if each is not thread and each.is_well]
+
+    def wake_all(self) -> None:
+        """Let every thread look what there is to do; with the lock held."""
+        for thread in self.threads:
+            thread.wake.notify_all()
+
+    def status(self, elapsed: float) -> list[dict[str, Any]]:
+        """Each lane: what it is, whether it is well, what it has, its busy share."""
+        return [thread.status(elapsed) for thread in self.threads]
