@@ -5,7 +5,7 @@ READY  := $(VENV)/.ready
 EXTRAS := $(VENV)/.extras
 JOBS   ?= 3
 
-.PHONY: help setup extras demo lint fix test fuzz bench-compute coverage wheel-test clean
+.PHONY: help setup extras demo lint fix test fuzz bench-compute coverage wheel-test sbom clean
 
 help:                  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -56,6 +56,12 @@ coverage: setup        ## lines the quick tests of engine and verticals run; fai
 
 wheel-test: setup      ## the wheel and all it needs, in an empty environment of PYTHON (downloads)
 	PLINTH_FRESH_PYTHON=$$(command -v $(PYTHON)) $(BIN)/pytest tests/test_package.py --timeout 3000
+
+sbom:                  ## build/plinth.cdx.json: what the container installs (CycloneDX), from its lock (downloads)
+	$(PYTHON) -m venv build/sbom
+	build/sbom/bin/pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0
+	cat deploy/requirements.txt deploy/torch.txt > build/sbom/all.txt
+	build/sbom/bin/cyclonedx-py requirements build/sbom/all.txt --pyproject pyproject.toml --of JSON -o build/plinth.cdx.json
 
 clean:                 ## remove what the others made
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .coverage
