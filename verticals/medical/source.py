@@ -55,6 +55,12 @@ DEFLATED = "1.2.840.10008.1.2.1.99"
 HEADER_BYTES = 64 << 20
 """Most bytes that are read of a file before its pixels."""
 
+HEADER_ITEMS = 300_000
+"""Most items of sequences in them: an item of 8 bytes takes a hundred times that in memory."""
+
+ITEMS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")
+"""Tag of an item (PS3.5 7.5), little and big endian."""
+
 DENSE = 256 << 20
 """Unpacked bytes below which packing of any ratio is taken for honest."""
 
@@ -228,11 +234,11 @@ def _archive_problem(members: list[zipfile.ZipInfo], limits: Limits) -> str | No
 
 
 class Capped:
-    """A stream that gives out at most HEADER_BYTES; seeking is free."""
+    """A stream that gives out at most HEADER_BYTES and HEADER_ITEMS; seeking is free."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
-        self._left = HEADER_BYTES
+        self._left, self._items = HEADER_BYTES, HEADER_ITEMS
         self.seek, self.tell = stream.seek, stream.tell
 
     def read(self, size: int = -1) -> bytes:
@@ -241,6 +247,9 @@ class Capped:
         self._left -= len(data)
         if self._left < 0:
             raise Unreadable(f"a header of more than {HEADER_BYTES} bytes")
+        self._items -= sum(map(data.count, ITEMS))
+        if self._items < 0:
+            raise Unreadable(f"a header of more than {HEADER_ITEMS} items")
         return data
 
 

@@ -19,6 +19,7 @@ from plinth.verticals.medical.ct.analysis import (
     Labels,
     analyse,
 )
+from plinth.verticals.medical.dicom.decode import MAX_BYTES
 from plinth.verticals.medical.dicom.discover import Series
 from plinth.verticals.medical.dicom.loader import Gaps, load_volume
 from plinth.verticals.medical.nodules.candidates import (
@@ -33,6 +34,7 @@ from plinth.verticals.medical.nodules.candidates import (
     recheck,
 )
 from plinth.verticals.medical.volumes.measured import Measured, measured
+from plinth.verticals.medical.volumes.suv import suv_by_weight
 from plinth.verticals.medical.volumes.volume import Volume
 
 
@@ -88,18 +90,34 @@ class NoduleFindings:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def load(where: Series | Path, name: str, strict: bool, gaps: Gaps) -> Volume:
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How series are read.
+
+    Args:
+        strict: as :func:`load_volume`.
+        gaps: as :func:`load_volume`.
+        max_bytes: as :func:`load_volume`.
+        suv: PET as SUV by body weight.
+    """
+
+    strict: bool = False
+    gaps: Gaps = "refuse"
+    max_bytes: int = MAX_BYTES
+    suv: bool = True
+
+
+def load(where: Series | Path, name: str, how: Reading) -> Volume:
     """Read a series.
 
     Args:
         where: the series, or the folder that it is found in again.
         name: its id there.
-        strict: as :func:`load_volume`.
-        gaps: as :func:`load_volume`.
+        how: to read it.
     """
-    if isinstance(where, Series):
-        return load_volume(where, strict, gaps=gaps)
-    return load_volume(where, strict, series=name, gaps=gaps)
+    series = None if isinstance(where, Series) else name
+    volume = load_volume(where, how.strict, series=series, gaps=how.gaps, max_bytes=how.max_bytes)
+    return suv_by_weight(volume) if how.suv and volume.series.modality == "PT" else volume
 
 
 def find_by_rules(

@@ -38,6 +38,7 @@ from plinth.verticals.medical.output.report import (
 from plinth.verticals.medical.phantom.chest import Phantom
 from plinth.verticals.medical.steps import (
     NoduleFindings,
+    Reading,
     StageClock,
     find_by_rules,
     load,
@@ -81,6 +82,9 @@ class CtSettings(Settings):
         strict: refuse series whose geometry is not regular instead of repairing them.
         burned_in: ``"skip"`` series whose Burned In Annotation is YES, or ``"analyse"`` them.
         gaps: ``"refuse"`` series with slices missing, or ``"fill"`` the gaps by interpolation.
+        max_volume_mb: MiB of voxels of one series, at most; more is refused before it is read.
+        pet: PET as ``"suv"`` by body weight, refused where the headers do not allow it for
+            certain, or the ``"stored"`` values in their own unit.
         working_spacing_mm: isotropic spacing of the network's grid. The packaged weights were
             trained at 1.5; others need others.
         window: (z, y, x) voxels of one window, multiples of 4. Windows are the units that
@@ -109,6 +113,8 @@ class CtSettings(Settings):
     strict: bool = False
     burned_in: Literal["skip", "analyse"] = "skip"
     gaps: Literal["refuse", "fill"] = "refuse"
+    max_volume_mb: int = Field(default=4096, ge=1)
+    pet: Literal["suv", "stored"] = "suv"
     working_spacing_mm: float = Field(default=1.5, ge=0.5, le=4)
     window: tuple[int, int, int] = (32, 48, 48)
     overlap: float = Field(default=0.25, ge=0, le=0.9)
@@ -263,7 +269,11 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
         where: Series | Path | None = self._found.pop(item.id, None)
         if where is None:
             where = Path(os.path.commonpath(item.paths))
-        return Compute(load, where, item.id, self.settings.strict, self.settings.gaps)
+        settings = self.settings
+        how = Reading(
+            settings.strict, settings.gaps, settings.max_volume_mb << 20, settings.pet == "suv"
+        )
+        return Compute(load, where, item.id, how)
 
     def write(self, result: CtResult | SegmentationResult, folder: Path) -> list[Path]:
         files: list[Path] = self._written(result, folder).run()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -174,22 +177,118 @@ def test_a_deflated_bomb_is_refused(tmp_path: Path, whole: dict[str, bytes]) -> 
         load_volume(path)
 
 
-def test_absurd_frame_counts_are_refused(write: Write, edit: Edit) -> None:
-    path = write() / "slice_0001.dcm"
-    edit(path, lambda image, _: setattr(image, "NumberOfFrames", 2_000_000_000))
-    with pytest.raises(InputError, match="2000000000 frames, at most 65536 are read"):
-        load_volume(path)
+# -- sizes that only a header claims --------------------------------------------------------------
+Claim = dict[str, int]
 
+CLAIMS: dict[str, tuple[str, Claim, str, str]] = {
+    "one huge image of RLE": (
+        "rle",
+        {"Rows": 16_384, "Columns": 16_384},
+        "too_large",
+        "1 images of 16384 x 16384 .* are 536870912 bytes from [0-9]+ compressed ones",
+    ),
+    "beyond what may be read": (
+        "rle",
+        {"Rows": 65_535, "Columns": 65_535},
+        "too_large",
+        "are 8589672450 bytes, at most 4294967296 are read",
+    ),
+    "frames that no byte is there for": (
+        "jpegls",
+        {"NumberOfFrames": 60_000},
+        "damaged",
+        "60000 frames in [0-9]+ bytes of pixel data",
+    ),
+    "uncompressed frames that are not there": (
+        "none",
+        {"NumberOfFrames": 60_000, "Rows": 4096, "Columns": 4096},
+        "damaged",
+        "60000 frames in [0-9]+ bytes of pixel data",
+    ),
+    "more frames than any file has": (
+        "none",
+        {"NumberOfFrames": 2_000_000_000},
+        "damaged",
+        "2000000000 frames, at most 65536 are read",
+    ),
+    "a code stream that claims the same": (
+        "jpegls",
+        {"Rows": 10_000, "Columns": 10_000},
+        "damaged_pixels",
+        "in the decoder|bytes decoded for",
+    ),
+}
+"""Transfer syntax, what the header claims, the reason and what the message says."""
 
-def test_absurd_sizes_are_refused_before_anything_is_allocated(write: Write, edit: Edit) -> None:
-    def grow(image: pydicom.Dataset, _: int) -> None:
-        image.Rows = image.Columns = 65535
+CHILD = """
+import json, resource, sys
+from pathlib import Path
+from plinth.engine.errors import InputError
+from plinth.verticals.medical import load_volume
+from plinth.verticals.medical.dicom.discover import scan
 
-    folder = write(compression="rle", shape=(12, 10, 3))
-    edit(folder, grow)
-    with pytest.raises(InputError, match="are 12884508675 voxels, at most 4294967296") as refusal:
+def held():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+before = held()
+data = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_DATA, (data + (768 << 20),) * 2)
+told = {}
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    try:
         load_volume(folder)
-    assert refusal.value.reason == "too_large"
+        told[folder.name] = ["loaded", ""]
+    except InputError as error:
+        ignored = " ".join(one.reason for one in scan(folder).ignored)
+        damaged = error.reason == "no_images"
+        told[folder.name] = ["damaged", ignored] if damaged else [error.reason, str(error)]
+print(json.dumps({"told": told, "grown": held() - before}))
+"""
+
+
+def test_no_memory_is_taken_on_a_header_s_word(tmp_path: Path, write: Write, edit: Edit) -> None:
+    """Crafted headers, read by a process that may take 768 MiB: each refused for its reason."""
+    for name, (compression, claim, _, _) in CLAIMS.items():
+        folder = write(f"claims/{name}", compression=compression, shape=(12, 10, 1))
+
+        def claims(image: pydicom.Dataset, _: int, claim: Claim = claim) -> None:
+            for keyword, value in claim.items():
+                setattr(image, keyword, value)
+
+        edit(folder, claims)
+        if "code stream" in name:
+            path = folder / "slice_0001.dcm"
+            content = path.read_bytes()
+            at = content.index(b"\xff\xf7") + 5
+            path.write_bytes(content[:at] + struct.pack(">HH", 10_000, 10_000) + content[at + 4 :])
+    many = write("claims/many large images", compression="rle", shape=(12, 10, 40))
+    edit(many, lambda image, _: (setattr(image, "Rows", 4096), setattr(image, "Columns", 4096)))
+    items = tmp_path / "claims" / "items without end"
+    items.mkdir()
+    content = (many / "slice_0001.dcm").read_bytes()
+    at = content.index(struct.pack("<HH", 0x7FE0, 0x0010))
+    sequence = struct.pack("<HH2sHI", 0x5200, 0x9230, b"SQ", 0, 8 << 20)
+    empty = struct.pack("<HHI", 0xFFFE, 0xE000, 0)
+    (items / "slice.dcm").write_bytes(content[:at] + sequence + empty * (1 << 20) + content[at:])
+
+    child = [sys.executable, "-c", CHILD, str(tmp_path / "claims")]
+    done = subprocess.run(child, capture_output=True, text=True, timeout=100, check=True)
+    found = json.loads(done.stdout)
+    expected = {name: (reason, says) for name, (_, _, reason, says) in CLAIMS.items()}
+    expected["many large images"] = "too_large", "1342177280 bytes from [0-9]+ compressed ones"
+    expected["items without end"] = "damaged", "a header of more than 300000 items"
+    assert set(found["told"]) == set(expected)
+    for name, (reason, message) in found["told"].items():
+        assert reason == expected[name][0], (name, message)
+        assert re.search(expected[name][1], message), (name, message)
+    assert found["grown"] < 400 << 20
+
+
+def test_a_volume_may_be_bounded_below_what_the_reader_allows(write: Write) -> None:
+    folder = write()
+    assert load_volume(folder, max_bytes=36 * 30 * 10 * 2).shape == (10, 30, 36)
+    with pytest.raises(InputError, match="are 21600 bytes, at most 21599 are read"):
+        load_volume(folder, max_bytes=21_599)
 
 
 def test_pixel_data_shorter_than_the_image_is_refused(write: Write, edit: Edit) -> None:

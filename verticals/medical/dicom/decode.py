@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 
 from plinth.engine.errors import InputError
+from plinth.engine.parallel import spread
 from plinth.verticals.medical.dicom import codecs
 from plinth.verticals.medical.dicom.header import BIG_ENDIAN, UNDEFINED, Frame, Header
 from plinth.verticals.medical.source import DEFLATED, Source, inflate
@@ -18,15 +19,19 @@ CT_AIR, CT_TOP = -1024, 3071
 
 INT16 = np.iinfo(np.int16)
 
-MAX_VOXELS = 1 << 32
-"""Voxels of the largest volume that is read: 8 GiB as int16."""
+MAX_BYTES = 4 << 30
+"""Bytes of the largest volume that is read, unless the caller says otherwise."""
+
+DENSE, MAX_RATIO = 256 << 20, 1000
+"""A volume of more bytes may be at most this many times as large as its compressed pixel data:
+JPEG 2000 of air packs more densely, but not a whole series of hundreds of MB."""
 
 
 class _TooWide(Exception):
     """A value does not fit int16."""
 
 
-def decode(frames: Sequence[Frame]) -> Array:
+def decode(frames: Sequence[Frame], max_bytes: int = MAX_BYTES) -> Array:
     """Read the pixels of frames of one size, in the order given.
 
     Every slice is rescaled by its own slope and intercept (PS3.3 C.11.1). The result is int16
@@ -36,6 +41,7 @@ def decode(frames: Sequence[Frame]) -> Array:
 
     Args:
         frames: scalar images of equal rows and columns.
+        max_bytes: what the result may take; what would take more is refused before any of it is.
 
     Returns:
         (len(frames), rows, columns) int16 or float32, modality units.
@@ -47,31 +53,49 @@ def decode(frames: Sequence[Frame]) -> Array:
     for header in {frame.header.syntax: frame.header for frame in reversed(frames)}.values():
         if header.encapsulated:
             codecs.check_decoder(header)
-    _check_sizes(frames)
+    _check_sizes(frames, max_bytes)
     whole = all(frame.slope.is_integer() and frame.intercept.is_integer() for frame in frames)
     if whole:
         try:
             return _decode_as(frames, np.int16)
         except _TooWide:
             pass
+    _check_bytes(frames, np.float32, max_bytes)
     return _decode_as(frames, np.float32)
 
 
-def _check_sizes(frames: Sequence[Frame]) -> None:
+def _check_sizes(frames: Sequence[Frame], max_bytes: int) -> None:
     """Refuse before anything is allocated: pixels that are not there, or too many of them."""
-    header = frames[0].header
-    wanted = len(frames) * header.rows * header.columns
-    if wanted > MAX_VOXELS:
-        raise InputError(
-            f"{len(frames)} images of {header.columns} x {header.rows} from {header.source.name} "
-            f"on are {wanted} voxels, at most {MAX_VOXELS} are read",
-            field=header.source.name,
-            hint="load a part of the series",
-            reason="too_large",
-        )
-    for header in {id(frame.header): frame.header for frame in frames}.values():
-        if not header.encapsulated:
+    _check_bytes(frames, np.int16, max_bytes)
+    headers = {id(frame.header): frame.header for frame in frames}.values()
+    packed = 0
+    for header in headers:
+        if header.encapsulated:
+            packed += header.size - header.offset
+        else:
             _check(header)
+    header = frames[0].header
+    unpacked = sum(frame.header.encapsulated for frame in frames) * header.frame_bytes
+    if unpacked > max(DENSE, MAX_RATIO * packed):
+        raise _too_large(frames, f"{unpacked} bytes from {packed} compressed ones")
+
+
+def _check_bytes(frames: Sequence[Frame], dtype: type[np.generic], max_bytes: int) -> None:
+    header = frames[0].header
+    wanted = len(frames) * header.rows * header.columns * np.dtype(dtype).itemsize
+    if wanted > max_bytes:
+        raise _too_large(frames, f"{wanted} bytes, at most {max_bytes} are read")
+
+
+def _too_large(frames: Sequence[Frame], why: str) -> InputError:
+    header = frames[0].header
+    return InputError(
+        f"{len(frames)} images of {header.columns} x {header.rows} from {header.source.name} on "
+        f"are {why}",
+        field=header.source.name,
+        hint="load a part of the series, or raise max_volume_mb if it is what it says",
+        reason="too_large",
+    )
 
 
 def _decode_as(frames: Sequence[Frame], dtype: type[np.generic]) -> Array:
@@ -80,8 +104,12 @@ def _decode_as(frames: Sequence[Frame], dtype: type[np.generic]) -> Array:
     by_file: dict[Source, list[int]] = {}
     for k, frame in enumerate(frames):
         by_file.setdefault(frame.header.source, []).append(k)
-    for slices in by_file.values():
-        _read_file(out, [(k, frames[k]) for k in slices])
+    files = [[(k, frames[k]) for k in slices] for slices in by_file.values()]
+    if header.encapsulated and len(files) > 1:
+        spread(lambda slices: _read_file(out, slices), files)
+    else:
+        for slices in files:
+            _read_file(out, slices)
     return out
 
 
@@ -105,9 +133,13 @@ def _read_file(out: Array, slices: list[tuple[int, Frame]]) -> None:
     header = slices[0][1].header
     if header.encapsulated:
         fragments = _value(header)
-        for k, frame in slices:
+
+        def read(one: tuple[int, Frame]) -> None:
+            k, frame = one
             stored, precision = codecs.decode_frame(header, fragments, frame.index)
             _finish(out[k], stored, frame, precision)
+
+        spread(read, slices)
     elif _direct(header, out):
         _read_direct(out, slices)
     else:

@@ -44,6 +44,8 @@ PIXEL_TAGS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
 PIXEL_VRS = tuple(vr + b"\0\0" for vr in (b"OW", b"OB", b"OF", b"OD", b"UN"))
 UNDEFINED = 0xFFFFFFFF
 MAX_FRAMES = 1 << 16
+FRAME_BYTES = 64
+"""Least bytes that a frame of a multi-frame image takes in its file."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -277,7 +279,7 @@ def _header(
         frame_of_reference=text(dataset, "FrameOfReferenceUID") or "",
         rows=rows,
         columns=columns,
-        frames=_number_of_frames(dataset),
+        frames=_number_of_frames(dataset, size - pixels[0]),
         samples=integer(dataset, "SamplesPerPixel") or 1,
         photometric=text(dataset, "PhotometricInterpretation") or "MONOCHROME2",
         bits_allocated=allocated,
@@ -301,10 +303,13 @@ def _is_scan(sop_class: str) -> bool:
     return sop_class in {storage + end for end in ("2", "2.1", "4", "4.1", "128", "130")}
 
 
-def _number_of_frames(dataset: Dataset) -> int:
+def _number_of_frames(dataset: Dataset, room: int) -> int:
+    """Number of Frames, as far as ``room`` bytes of pixel data can hold them."""
     count = int(_first(numbers(dataset, "NumberOfFrames"), 1))
     if count > MAX_FRAMES:
         raise Unreadable(f"{count} frames, at most {MAX_FRAMES} are read")
+    if count > 1 and count * FRAME_BYTES > room:
+        raise Unreadable(f"{count} frames in {room} bytes of pixel data")
     return max(1, count)
 
 
@@ -352,8 +357,9 @@ def _frames(dataset: Dataset, header: Header) -> Iterator[Frame]:
     if not groups and header.frames > 1:
         base = base | {"position": ()}
     for index in range(header.frames):
-        values, own = dict(base), dict(marks)
-        for macro in (*shared, *groups[index : index + 1]):
+        macros = (*shared, *groups[index : index + 1])
+        values, own = (dict(base), dict(marks)) if macros else (base, marks)
+        for macro in macros:
             _take(macro, values, own)
         yield _frame(header, index, values, own)
 

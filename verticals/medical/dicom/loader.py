@@ -14,7 +14,7 @@ from torch import Tensor
 from plinth.engine.errors import ConfigError, InputError
 from plinth.verticals.medical.dicom import geometry
 from plinth.verticals.medical.dicom.choose import choose
-from plinth.verticals.medical.dicom.decode import CT_AIR, CT_TOP, decode, padding_hu
+from plinth.verticals.medical.dicom.decode import CT_AIR, CT_TOP, MAX_BYTES, decode, padding_hu
 from plinth.verticals.medical.dicom.discover import Series
 from plinth.verticals.medical.dicom.geometry import Stack
 from plinth.verticals.medical.dicom.header import Frame
@@ -65,6 +65,7 @@ def load_volume(
     *,
     series: str | Series | None = None,
     gaps: Gaps = "refuse",
+    max_bytes: int = MAX_BYTES,
 ) -> Volume:
     """Read one series as a volume with its true geometry.
 
@@ -74,6 +75,7 @@ def load_volume(
         series: which series of a path with several: its id, its UID or the end of its UID.
         gaps: ``"refuse"`` a series with slices missing, or ``"fill"`` the gap by linear
             interpolation (the verdict then says ``gaps_filled`` and how many mm).
+        max_bytes: what the voxels may take; checked before they are read.
 
     Returns:
         The volume. A leaning stack or uneven spacing was resampled to an orthogonal, even grid;
@@ -88,14 +90,14 @@ def load_volume(
     notes = (*chosen.notes, *found)
     _refuse(chosen, stack, notes, strict=strict, gaps=gaps)
     _check_rescale(stack.frames)
-    voxels = decode(stack.frames)
+    voxels = decode(stack.frames, max_bytes)
     _check_repeats(stack, voxels)
     facts = _facts(chosen, stack)
     found = (*notes, *stack.issues, *_padding_note(stack), *_units_note(facts))
     verdict = _verdict(found, stack)
     if stack.regular:
         return Volume(voxels, stack.affine(), verdict, facts)
-    voxels, affine, filled = regrid(voxels, stack)
+    voxels, affine, filled = regrid(voxels, stack, max_bytes)
     return Volume(voxels, affine, verdict, facts, filled)
 
 
@@ -274,6 +276,8 @@ def _check_rescale(frames: Sequence[Frame]) -> None:
     if 0 < len(bare) < len(frames):
         count = f"{len(bare)} of {len(frames)} images"
         raise _bad_rescale(bare[0], f"Rescale Slope and Intercept are missing in {count}")
+    if frames[0].header.modality == "PT" and not all(frame.units for frame in frames):
+        raise _bad_rescale(frames[0], "PET without Units (0054,1001)")
     units = sorted({frame.units or "no unit" for frame in frames})
     if len(units) > 1:
         raise _bad_rescale(frames[0], f"the images are in different units: {', '.join(units)}")

@@ -17,7 +17,7 @@ MAX_GROWTH = 6.0
 Float = npt.NDArray[np.float32]
 
 
-def regrid(voxels: Array, stack: Stack) -> tuple[Array, Affine, tuple[int, ...]]:
+def regrid(voxels: Array, stack: Stack, max_bytes: int) -> tuple[Array, Affine, tuple[int, ...]]:
     """Trilinear values on an orthogonal grid at the slices' true places.
 
     The grid has the slices' directions and pixel spacing; it spans every slice in the plane
@@ -27,6 +27,7 @@ def regrid(voxels: Array, stack: Stack) -> tuple[Array, Affine, tuple[int, ...]]
     Args:
         voxels: (n, y, x) int16 or float32, in the order of ``stack``.
         stack: the true places.
+        max_bytes: what the result may take.
 
     Returns:
         Voxels (z, y, x) of the same dtype (int16 rounded to nearest), their (4, 4) affine to
@@ -46,7 +47,7 @@ def regrid(voxels: Array, stack: Stack) -> tuple[Array, Affine, tuple[int, ...]]
         for size, extent in zip((columns, rows), np.ptp(drifts, axis=0), strict=True)
     )
     count = max(2, round(float(depths[-1]) / even_step(stack)) + 1)
-    _check_size((count, height, width), voxels.shape)
+    _check_size((count, height, width), voxels, max_bytes)
     step = float(depths[-1]) / (count - 1)
     fill = float(voxels.min())
     out: Array = np.empty((count, height, width), dtype=voxels.dtype)
@@ -67,10 +68,12 @@ def regrid(voxels: Array, stack: Stack) -> tuple[Array, Affine, tuple[int, ...]]
     return out, _affine(stack, low, step), tuple(filled)
 
 
-def _check_size(wanted: tuple[int, int, int], source: tuple[int, ...]) -> None:
-    if math.prod(wanted) > MAX_GROWTH * math.prod(source) and math.prod(wanted) > 1 << 22:
+def _check_size(wanted: tuple[int, int, int], source: Array, max_bytes: int) -> None:
+    count = math.prod(wanted)
+    grown = count > MAX_GROWTH * source.size and count > 1 << 22
+    if grown or count * source.dtype.itemsize > max_bytes:
         raise InputError(
-            f"an orthogonal grid of {wanted} voxels would be needed for {tuple(source)}: the "
+            f"an orthogonal grid of {wanted} voxels would be needed for {source.shape}: the "
             "slices are scattered",
             field="ImagePositionPatient",
             hint="check that the images belong to one stack",

@@ -1,0 +1,50 @@
+"""Work that frees the interpreter's lock, on a few threads: decoders, compressors, large copies."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+MOST = 8
+"""Threads at most: decoders are bound by memory beyond."""
+
+
+def spread(work: Callable[[T], object], parts: Iterable[T], threads: int | None = None) -> None:
+    """Do ``work`` with each part, several at a time; ends when all of it has ended.
+
+    Worth it only where ``work`` spends its time in native code that lets other threads run. A
+    single part, or a single CPU, is done in the caller's thread.
+
+    Args:
+        work: called once with each part, in any order; must not wait for another part.
+        parts: all of them.
+        threads: at the same time; by default the CPUs of this process, up to eight.
+
+    Raises:
+        BaseException: the first that ``work`` raised; parts not begun then are left out.
+    """
+    todo = list(parts)
+    width = min(threads or len(os.sched_getaffinity(0)), MOST, len(todo))
+    if width < 2:
+        for part in todo:
+            work(part)
+        return
+    failed = threading.Event()
+
+    def one(part: T) -> None:
+        if failed.is_set():
+            return
+        try:
+            work(part)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(width, thread_name_prefix="plinth-spread") as pool:
+        begun = [pool.submit(one, part) for part in todo]
+    for done in begun:
+        done.result()

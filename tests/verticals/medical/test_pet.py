@@ -1,0 +1,270 @@
+"""SUV by body weight: equal to an independent implementation, or refused for a reason that is said.
+
+``pet_factors.json`` holds headers and factors of @cornerstonejs/calculate-suv (MIT): its published
+cases from scanners of Siemens, GE, Philips and CPS, and generated ones (benchmarks/pet_suv.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis.strategies import floats, integers
+from pydicom import Dataset
+from pydicom.uid import PositronEmissionTomographyImageStorage
+
+from plinth.engine import InputError
+from plinth.verticals.medical import CtAnalysis, CtSettings, load_volume
+from plinth.verticals.medical.phantom.chest import Phantom
+from plinth.verticals.medical.phantom.dicom import datasets
+from plinth.verticals.medical.volumes.suv import suv_by_weight, suv_factor
+
+ROOT = Path(__file__).resolve().parents[3]
+CASES = json.loads((Path(__file__).parent / "pet_factors.json").read_text())
+FACTOR = 70_000 / (350e6 * 2 ** (-3600 / 6586.2))
+"""70 kg, 350 MBq of F-18, scanned an hour later."""
+
+
+def benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("pet_suv", ROOT / "benchmarks" / "pet_suv.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case["name"]) for case in CASES])
+def test_factors_are_those_of_an_independent_implementation(case: dict[str, Any]) -> None:
+    headers = benchmark().headers_of(case["instances"])
+    found = suv_factor(headers, headers)
+    assert [found.value] * len(headers) == pytest.approx(case["factors"], rel=1e-7)
+
+
+# -- one series --------------------------------------------------------------------------------
+Change = Callable[[list[Dataset]], None]
+
+
+def series(change: Change = lambda images: None) -> list[Dataset]:
+    """Twelve PET images, scanned at noon, an hour after the injection."""
+    images = list(datasets(Phantom(shape=(24, 20, 12), spacing=(14.0, 15.0, 18.0))))
+    for number, image in enumerate(images):
+        image.SOPClassUID = PositronEmissionTomographyImageStorage
+        image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID
+        image.Modality, image.Units, image.DecayCorrection = "PT", "BQML", "START"
+        image.CorrectedImage = ["DECY", "ATTN", "SCAT"]
+        image.PatientWeight = "70"
+        image.RescaleSlope, image.RescaleIntercept = f"{1 + number / 4}", "0"  # GE: of each slice
+        item, code = Dataset(), Dataset()
+        code.CodeValue, code.CodingSchemeDesignator = "C-111A1", "SRT"
+        code.CodeMeaning = "^18^Fluorine"
+        item.RadionuclideCodeSequence = [code]
+        item.RadionuclideTotalDose, item.RadionuclideHalfLife = "350000000", "6586.2"
+        item.RadiopharmaceuticalStartTime = "110000"
+        image.RadiopharmaceuticalInformationSequence = [item]
+        del image.RescaleType
+    change(images)
+    return images
+
+
+def written(folder: Path, images: list[Dataset]) -> Path:
+    folder.mkdir()
+    for number, image in enumerate(images):
+        image.save_as(folder / f"{number}.dcm", enforce_file_format=True)
+    return folder
+
+
+def test_voxels_are_suv_slice_by_slice(tmp_path: Path) -> None:
+    images = series()
+    stored = load_volume(written(tmp_path / "pet", images))
+    assert stored.series.units == "BQML"
+    found = suv_by_weight(stored)
+    for voxels, image in zip(found.voxels, images, strict=True):
+        exact = image.pixel_array * float(image.RescaleSlope) * FACTOR
+        assert np.allclose(voxels, exact, rtol=1e-6)
+    assert found.series.units == "SUVbw"
+    assert found.verdict.ok
+    assert "60.0 min from injection to scan" in found.verdict.issues[-1].message
+    assert "70" not in found.verdict.issues[-1].message.partition("times")[0]
+
+
+@pytest.mark.parametrize(("pet", "unit"), [("suv", "SUVbw"), ("stored", "BQML")])
+def test_the_vertical_measures_pet_in_a_unit_that_is_said(
+    tmp_path: Path, pet: str, unit: str
+) -> None:
+    folder = written(tmp_path / "pet", series())
+    vertical = CtAnalysis(CtSettings.model_validate({"pet": pet}))
+    (item,) = vertical_items(folder)
+    assert vertical.load(item).volume.series.units == unit
+
+
+def vertical_items(folder: Path) -> list[Any]:
+    """Items of a network for PET: the CT analysis leaves the series out."""
+    from plinth.verticals.contract import Item
+    from plinth.verticals.medical.dicom.discover import discover
+
+    return [
+        Item(one.id, tuple(frame.header.source.path for frame in one.frames))
+        for one in discover(folder)
+    ]
+
+
+def item(images: list[Dataset]) -> Dataset:
+    found: Dataset = images[0].RadiopharmaceuticalInformationSequence[0]
+    return found
+
+
+def every(keyword: str, value: Any) -> Change:
+    def change(images: list[Dataset]) -> None:
+        for image in images:
+            setattr(image, keyword, value)
+
+    return change
+
+
+def injected(keyword: str, value: Any) -> Change:
+    def change(images: list[Dataset]) -> None:
+        for image in images:
+            setattr(image.RadiopharmaceuticalInformationSequence[0], keyword, value)
+
+    return change
+
+
+def twice(images: list[Dataset]) -> None:
+    for image in images:
+        image.RadiopharmaceuticalInformationSequence.append(item(images))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (every("PatientWeight", None), "PatientWeight: it is missing"),
+        (every("PatientWeight", "0"), "PatientWeight: 0 kg makes no sense"),
+        (every("PatientWeight", "70000"), "PatientWeight: 70000 kg makes no sense"),
+        (every("CorrectedImage", ["DECY", "SCAT"]), "CorrectedImage: attenuation"),
+        (every("DecayCorrection", "NONE"), "DecayCorrection: NONE, expected START or ADMIN"),
+        (every("DecayCorrection", None), "DecayCorrection: it is not said"),
+        (every("Units", "PROPCNTS"), "Units: PROPCNTS, expected BQML"),
+        (every("Units", "CNTS"), "Units: counts, without Philips' factors"),
+        (every("SeriesTime", None), "SeriesTime: it is missing"),
+        (every("AcquisitionTime", None), "AcquisitionTime: it is missing"),
+        (injected("RadionuclideTotalDose", "350"), "350 Bq makes no sense; it may be in MBq"),
+        (injected("RadionuclideTotalDose", None), "RadionuclideTotalDose: it is missing"),
+        (injected("RadionuclideHalfLife", "1223"), "but the nuclide of mass 18 has 6586.2 s"),
+        (injected("RadionuclideHalfLife", "0"), "RadionuclideHalfLife: 0 s makes no sense"),
+        (injected("RadiopharmaceuticalStartTime", None), "StartTime: it is missing"),
+        (injected("RadiopharmaceuticalStartTime", "120500"), "the injection is 86100 s before"),
+        (
+            injected("RadiopharmaceuticalStartDateTime", "20260102110000"),
+            "StartDateTime: the injection is -82800 s before",
+        ),
+        (
+            injected("RadiopharmaceuticalStartDateTime", "20260101103000"),
+            "StartDateTime: it is not Radiopharmaceutical Start Time",
+        ),
+        (twice, "Sequence: 2 items, expected one injection"),
+        (lambda images: setattr(images[3], "PatientWeight", "71"), "PatientWeight: its images"),
+    ],
+)
+def test_what_is_not_certain_is_refused(tmp_path: Path, change: Change, why: str) -> None:
+    volume = load_volume(written(tmp_path / "pet", series(change)))
+    with pytest.raises(InputError) as refusal:
+        suv_by_weight(volume)
+    assert refusal.value.reason == "no_suv"
+    assert why in refusal.value.message
+
+
+def test_pet_without_units_and_what_is_not_pet_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"PET without Units \(0054,1001\)"):
+        load_volume(written(tmp_path / "none", series(every("Units", None))))
+    ct = load_volume(written(tmp_path / "ct", series(every("Modality", "CT"))))
+    with pytest.raises(InputError, match="is CT, not PET"):
+        suv_by_weight(ct)
+
+
+@pytest.mark.parametrize(
+    ("change", "factor", "said"),
+    [
+        (every("DecayCorrection", "ADMIN"), 70_000 / 350e6, "0.0 min from injection"),
+        (every("Units", "GML"), 1.0, "SUV Type is not said"),
+        (every("SeriesTime", "150000"), FACTOR, "taken for the earliest Acquisition Time"),
+        (
+            injected("RadiopharmaceuticalStartTime", "233000"),
+            70_000 / (350e6 * 2 ** (-45_000 / 6586.2)),
+            "on the day before the scan",
+        ),
+    ],
+)
+def test_what_is_assumed_is_said(tmp_path: Path, change: Change, factor: float, said: str) -> None:
+    stored = load_volume(written(tmp_path / "pet", series(change)))
+    found = suv_by_weight(stored)
+    top = float(stored.voxels.max())
+    assert float(found.voxels.max()) == pytest.approx(top * factor, rel=1e-6)
+    assert any(said in issue.message for issue in found.verdict.issues)
+
+
+def test_a_time_that_is_none_is_named() -> None:
+    headers = [copy.deepcopy(HEADER)]
+    headers[0].add_new("AcquisitionTime", "LO", "noon")
+    with pytest.raises(InputError, match="AcquisitionTime: it is no date or time"):
+        suv_factor(headers, headers)
+
+
+def test_suv_by_other_than_weight_is_refused() -> None:
+    headers = series(every("Units", "GML"))
+    for image in headers:
+        image.SUVType = "LBM"
+    with pytest.raises(InputError, match="SUVType: LBM, expected BW"):
+        suv_factor(headers, headers)
+
+
+HEADER = series()[0]
+del HEADER.PixelData
+
+
+@given(
+    beds=integers(1, 5),
+    seconds=floats(30, 600),
+    half_life=floats(100, 1e5),
+    later=integers(10, 7200),
+)
+def test_the_start_of_a_scan_comes_back_from_frame_reference_times(
+    beds: int, seconds: float, half_life: float, later: int
+) -> None:
+    """Siemens: Series Time is that of the reconstruction; each bed tells its mean count rate."""
+    start = datetime.datetime(2026, 1, 1, 12)
+    decay = math.log(2) / half_life * seconds
+    mean = seconds * math.log(decay / (1 - math.exp(-decay))) / decay
+    headers = [copy.deepcopy(HEADER) for _ in range(beds)]
+    for bed, image in enumerate(headers):
+        begin = start + datetime.timedelta(seconds=bed * seconds)
+        after = start + datetime.timedelta(seconds=beds * seconds + later)
+        image.AcquisitionTime, image.SeriesTime = f"{begin:%H%M%S.%f}", f"{after:%H%M%S.%f}"
+        image.FrameReferenceTime = f"{1000 * (bed * seconds + mean):.10g}"
+        image.ActualFrameDuration = str(round(1000 * seconds))
+        one = image.RadiopharmaceuticalInformationSequence[0]
+        one.RadionuclideHalfLife = f"{half_life:.10g}"
+        one.RadiopharmaceuticalStartTime = "115900"
+        del one.RadionuclideCodeSequence
+    found = suv_factor(headers, headers)
+    assert found.uptake == pytest.approx(60, abs=0.01)
+    assert "computed from Acquisition and Frame Reference Time" in found.notes[0]
+
+
+def test_frame_reference_times_that_contradict_series_time_are_said() -> None:
+    headers = series()
+    for image in headers:
+        image.FrameReferenceTime, image.ActualFrameDuration = "600000", "2000"
+    found = suv_factor(headers, headers)
+    assert found.value == pytest.approx(FACTOR)
+    assert "puts the start of the scan -599 s from Series Time" in found.notes[0]
+    assert "-6.1 % different" in found.notes[0]
