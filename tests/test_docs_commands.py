@@ -51,7 +51,7 @@ SHORT = (
     *("--seconds", "0.05", "--quantile", "0.5", "--start-rate", "100", "--max-rate", "200"),
     *("--repeats", "1", "--confirm", "0"),
 )
-ELSEWHERE = {"demo", "finance"}  # run by tests/test_package.py, tests/pipelines/test_versions.py
+ELSEWHERE = {"demo", "finance", "archive"}  # run by test_package, test_versions, archive/
 SECONDS = 100.0
 EXAMPLES = ROOT / "examples"
 

@@ -25,10 +25,11 @@ from rich.table import Table
 from plinth.engine import ConfigError
 from plinth.pipelines.assembly import load_vertical, running, sample_data, sla_of
 from plinth.pipelines.cli.embedded_broker import SESSION_TIMEOUT_MS, EmbeddedBroker
-from plinth.pipelines.cli.runs import BatchView, Signals
+from plinth.pipelines.cli.runs import BatchView
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.console import FAILED, OK, err, say, show_table
 from plinth.pipelines.folders.batch import Batch, Summary
+from plinth.pipelines.process import Signals
 from plinth.pipelines.stream import worker as stream
 from plinth.verticals import registry
 

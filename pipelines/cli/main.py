@@ -19,6 +19,7 @@ from plinth.pipelines.cli.convert import EPILOG as CONVERT_EPILOG
 from plinth.pipelines.cli.convert import convert
 from plinth.pipelines.cli.doctor import EPILOG as DOCTOR_EPILOG
 from plinth.pipelines.cli.doctor import doctor
+from plinth.pipelines.cli.doors.archive import archive
 from plinth.pipelines.cli.doors.deidentify import EPILOG as DEIDENTIFY_EPILOG
 from plinth.pipelines.cli.doors.deidentify import deidentify
 from plinth.pipelines.cli.doors.keys import keys
@@ -64,6 +65,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(models, name="models")
+app.add_typer(archive, name="archive")
 app.add_typer(audit, name="audit")
 app.add_typer(keys, name="keys")
 app.add_typer(finance, name="finance")

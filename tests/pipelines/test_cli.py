@@ -325,7 +325,7 @@ def test_batch_prints_its_summary_as_json(plinth: Plinth) -> None:
 
 
 def test_a_stream_can_serve_its_metrics() -> None:
-    from plinth.pipelines.cli.runs import metrics_at
+    from plinth.pipelines.process import metrics_at
 
     with metrics_at("127.0.0.1:0") as url:
         assert url is not None

@@ -1,0 +1,348 @@
+"""``plinth archive run``: four threads around one queue on disk.
+
+The door takes images; the poller fetches them; the analyst takes each study that has been quiet
+for long enough through the service that batches and uploads use too; the sender stores results.
+Each may be killed at any moment: what was begun is done again, what was stored is not.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.core import GaugeMetricFamily
+from pydicom import dcmread
+
+from plinth.engine import Engine, EngineFailed, PlinthError, Refused, Sla
+from plinth.engine.metrics import REGISTRY
+from plinth.pipelines.archive.dicomweb import DicomWeb, NotWanted, Unreachable
+from plinth.pipelines.archive.queue import Letter, Queue, Ready, digest
+from plinth.pipelines.archive.rules import chosen, facts_of, facts_of_answer, why_not
+from plinth.pipelines.archive.settings import Archive, Poll
+from plinth.pipelines.folders.items import (
+    SoftwareFault,
+    analyse,
+    software_fault,
+    survey,
+    versions,
+)
+from plinth.pipelines.folders.storage import StorageError
+from plinth.pipelines.records import FAULTS
+from plinth.verticals import Item, LeftOut, Vertical
+
+log = logging.getLogger("plinth.archive")
+
+LOOK_SECONDS = 0.5
+"""Between two looks for something to do."""
+FIRST, LONGEST = 1.0, 60.0
+"""Seconds after which something is tried again: doubled each time, up to a bound."""
+CLEAN_SECONDS = 60.0
+FIRST_SENT = ("segmentation.dcm", "structures.dcm", "measurements.dcm")
+"""What others refer to goes first."""
+MAX_IMAGES = 20_000
+"""Of one series."""
+
+Verticals = Mapping[str, Vertical[Any, Any]]
+
+
+class Service:
+    """The work of ``plinth archive``; :meth:`run` lasts until :meth:`stop`.
+
+    Args:
+        settings: the file.
+        verticals: by name of the analysis.
+        engine: a started engine that has their models.
+        queue: the folder, held by this process.
+    """
+
+    def __init__(
+        self, settings: Archive, verticals: Verticals, engine: Engine, queue: Queue
+    ) -> None:
+        self._settings, self._verticals = settings, verticals
+        self._engine, self._queue = engine, queue
+        self._stop = threading.Event()
+        self._broken: PlinthError | None = None
+        self.port: int | None = None
+
+    def stop(self) -> None:
+        """End after what is in work; a second signal ends at once."""
+        self._stop.set()
+
+    def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Work until stopped.
+
+        Args:
+            ready: called when the door is open.
+
+        Raises:
+            ConfigError: the door cannot be opened, or a secret is not set.
+            EngineFailed, SoftwareFault: nothing more can be analysed.
+        """
+        settings = self._settings
+        with ExitStack() as stack:
+            tasks: list[Callable[[], None]] = [self._analyst]
+            if settings.send is not None:
+                web = stack.enter_context(DicomWeb(settings.send))
+                tasks.append(lambda: self._sender(web))
+            if settings.poll is not None:
+                asked, poll = stack.enter_context(DicomWeb(settings.poll)), settings.poll
+                tasks.append(lambda: self._poller(asked, poll))
+            collector = QueueMetrics(self._queue)
+            REGISTRY.register(collector)
+            stack.callback(REGISTRY.unregister, collector)
+            threads = [threading.Thread(target=self._guarded(task), name=f"plinth-archive-{n}")
+                       for n, task in enumerate(tasks)]  # fmt: skip
+            for thread in threads:
+                stack.callback(thread.join)
+                thread.start()
+            stack.callback(self._stop.set)
+            if settings.listen is not None:
+                from plinth.pipelines.archive.listener import Listener
+
+                self.port = stack.enter_context(Listener(settings.listen, self._queue.put)).port
+            ready()
+            self._stop.wait()
+        if self._broken is not None:
+            raise self._broken
+
+    def _guarded(self, task: Callable[[], None]) -> Callable[[], None]:
+        """A thread's work: what ends it ends the service, and is told."""
+
+        def guarded() -> None:
+            try:
+                task()
+            except PlinthError as error:
+                self._broken = self._broken or error
+            except FAULTS as error:
+                self._broken = self._broken or software_fault("the archive", "working", error)
+            finally:
+                self._stop.set()
+
+        return guarded
+
+    # -- analysing -----------------------------------------------------------------------------
+    def _analyst(self) -> None:
+        listen = self._settings.listen
+        poll = self._settings.poll
+        quiet = listen.quiet_seconds if listen else poll.quiet_seconds if poll else 0.0
+        cleaned, pause = time.monotonic(), FIRST
+        while not self._stop.wait(LOOK_SECONDS):
+            try:
+                while (ready := self._queue.ready(quiet)) and not self._stop.is_set():
+                    self._study(ready)
+                if time.monotonic() - cleaned > CLEAN_SECONDS:
+                    self._queue.clean(self._settings.keep_days * 86_400)
+                    cleaned = time.monotonic()
+                pause = FIRST
+            except (StorageError, Refused) as error:
+                log.error("%s; it is tried again in %.0f s", error.message, pause)
+                self._stop.wait(pause)
+                pause = min(2 * pause, LONGEST)
+
+    def _study(self, ready: Ready) -> None:
+        gone = self._queue.missing(ready.study)
+        if gone:
+            told = f"{gone} images of it were deleted since they came: send the whole study again"
+            log.warning("study %s is not analysed: %s", ready.study, told)
+            self._queue.finish(ready, told, "incomplete")
+            return
+        contents = self._queue.contents(ready.study)
+        left, made, fault = Counter[str](), 0, ""
+        for name, vertical in self._verticals.items():
+            try:
+                items, out = found_in(vertical, ready.folder)
+            except PlinthError as error:
+                left[error.reason] += 1
+                fault = fault or (error.message if isinstance(error, SoftwareFault) else "")
+                continue
+            left.update(one.reason for one in out)
+            for item in items:
+                if self._stop.is_set():
+                    return
+                if name in chosen(self._settings.rules, facts_of(item.paths[0], len(item.paths))):
+                    made += self._item(ready, name, vertical, item, contents)
+                else:
+                    left["no_rule"] += 1
+        said = ", ".join(f"{count} {reason}" for reason, count in sorted(left.items()))
+        log.info(
+            "study %s: %d images, %d analyses made%s",
+            *(ready.study, len(contents), made, f"; left out: {said}" if said else ""),
+        )
+        self._queue.finish(ready, fault, "failed" if fault else "done")
+
+    def _item(
+        self,
+        ready: Ready,
+        name: str,
+        vertical: Vertical[Any, Any],
+        item: Item,
+        contents: Mapping[str, str],
+    ) -> bool:
+        """Analyse a series, unless the same images were analysed the same way before."""
+        inputs = _inputs(vertical, item, contents)
+        if not self._queue.begin(ready.study, name, item.id, inputs):
+            return False
+        parent = self._queue.folder / "results" / ready.study / name
+        folder = parent / f"{item.id}-{inputs[:8]}"
+        promise = replace(vertical.sla, deadline_ms=None)
+        started = time.monotonic()
+        try:
+            files = self._analysed(vertical, item, folder, promise)
+        except (StorageError, EngineFailed, Refused):  # the images are not at fault
+            self._queue.forget(ready.study, name, item.id)
+            raise
+        except PlinthError as error:
+            log.warning("study %s, %s: %s", ready.study, name, error.reason)
+            self._queue.failed(ready.study, name, item.id, error.reason, error.message)
+            return False
+        self._queue.done(ready.study, name, item.id, files)
+        for other in parent.glob(f"{item.id}-*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        seconds = time.monotonic() - started
+        log.info("study %s, %s: %d files to send, %.1f s", ready.study, name, len(files), seconds)
+        return True
+
+    def _analysed(
+        self, vertical: Vertical[Any, Any], item: Item, folder: Path, promise: Sla
+    ) -> list[Path]:
+        """Results of one series; the DICOM files of it, those that others refer to first."""
+        done = analyse(vertical, self._engine, item, folder, sla=promise)
+        names = [one for one in done.files if one.endswith(".dcm")]
+        order = {one: place for place, one in enumerate(FIRST_SENT)}
+        return [folder / one for one in sorted(names, key=lambda n: (order.get(n, 9), n))]
+
+    # -- sending -------------------------------------------------------------------------------
+    def _sender(self, web: DicomWeb) -> None:
+        pause = FIRST
+        while not self._stop.wait(LOOK_SECONDS):
+            while (letter := self._queue.next_letter()) and not self._stop.is_set():
+                try:
+                    self._send(web, letter)
+                    pause = FIRST
+                except Unreachable as error:
+                    log.warning("%s; it is tried again in %.0f s", error.message, pause)
+                    self._queue.later(letter, error.message, pause)
+                    self._stop.wait(pause)
+                    pause = min(2 * pause, LONGEST)
+                except NotWanted as error:
+                    log.error("a result is not taken: %s", error.message)
+                    self._queue.refused(letter, error.message)
+
+    def _send(self, web: DicomWeb, letter: Letter) -> None:
+        """Store a file, unless the archive got it before this could be written down."""
+        try:
+            content = letter.path.read_bytes()
+        except FileNotFoundError:
+            raise NotWanted("its file is gone") from None
+        if letter.attempts:
+            header = dcmread(letter.path, stop_before_pixels=True)
+            places = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+            if web.has(*(str(header[name].value) for name in places)):
+                self._queue.sent(letter)
+                return
+        self._queue.attempt(letter)
+        web.store(content)
+        self._queue.sent(letter)
+
+    # -- fetching ------------------------------------------------------------------------------
+    def _poller(self, web: DicomWeb, poll: Poll) -> None:
+        while True:
+            try:
+                self._look(web, poll)
+            except (Unreachable, NotWanted, StorageError) as error:
+                log.warning("fetching: %s; it goes on in %g s", error.message, poll.every_seconds)
+            if self._stop.wait(poll.every_seconds):
+                return
+
+    def _look(self, web: DicomWeb, poll: Poll) -> None:
+        """Fetch each series that a rule may choose and that has stayed the same."""
+        wanted = {"includefield": ",".join(ASKED)}
+        if poll.days:
+            first = datetime.date.today() - datetime.timedelta(days=poll.days - 1)
+            wanted["StudyDate"] = f"{first:%Y%m%d}-"
+        for one in web.ask("series", **wanted):
+            count = one.get("NumberOfSeriesRelatedInstances", "")
+            study, series = one.get("StudyInstanceUID"), one.get("SeriesInstanceUID")
+            if not (study and series and count.isdecimal()) or self._stop.is_set():
+                continue
+            images = int(count)
+            if not 0 < images <= MAX_IMAGES:
+                continue
+            facts = facts_of_answer(one, images)
+            if all(why_not(rule, facts) for rule in self._settings.rules):
+                continue
+            if self._queue.stable(series, images, poll.quiet_seconds):
+                self._fetch(web, study, series, poll.max_object_bytes)
+                self._queue.fetched(series, images)
+
+    def _fetch(self, web: DicomWeb, study: str, series: str, max_bytes: int) -> None:
+        for one in web.ask(f"studies/{study}/series/{series}/instances"):
+            image = one.get("SOPInstanceUID")
+            if self._stop.is_set():
+                raise Unreachable("stopped while fetching")
+            if image and not self._queue.has(study, image):
+                self._queue.put(study, image, web.fetch(study, series, image, max_bytes))
+
+
+ASKED = (
+    *("StudyInstanceUID", "SeriesInstanceUID", "Modality", "SeriesDescription"),
+    *("StudyDescription", "BodyPartExamined", "NumberOfSeriesRelatedInstances"),
+)
+
+
+def found_in(vertical: Vertical[Any, Any], folder: Path) -> tuple[list[Item], list[LeftOut]]:
+    """All that a vertical finds in a folder: items, and what it leaves out.
+
+    Raises:
+        PlinthError: it can read none of it.
+    """
+    items: dict[str, Item] = {}
+    left: list[LeftOut] = []
+    for one in survey(vertical, folder):
+        if isinstance(one, LeftOut):
+            left.append(one)
+            continue
+        for name in one.replaces:
+            items.pop(name, None)
+        items[one.id] = one
+    return list(items.values()), left
+
+
+def _inputs(vertical: Vertical[Any, Any], item: Item, contents: Mapping[str, str]) -> str:
+    """What a result depends on: the images' contents, the settings, the models' versions."""
+    parts = [vertical.name, vertical.settings.model_dump_json(), repr(versions(vertical))]
+    parts += sorted(contents.get(path.name, path.name) for path in item.paths)
+    return digest(*parts)
+
+
+class QueueMetrics:
+    """Counts of the queue for Prometheus, taken when they are asked for."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def collect(self) -> Sequence[GaugeMetricFamily]:
+        """See ``prometheus_client.registry.Collector``."""
+        found = self._queue.status()
+        families = []
+        for what, name in (("studies", "study"), ("analyses", "analysis"), ("files", "file")):
+            family = GaugeMetricFamily(
+                f"plinth_archive_{what}", f"How many there are of each state of a {name}.",
+                labels=["state"],
+            )  # fmt: skip
+            for state, count in found[what].items():
+                family.add_metric([state], count)
+            families.append(family)
+        size = GaugeMetricFamily("plinth_archive_bytes", "Disk that images take.")
+        size.add_metric([], found["bytes"])
+        return [*families, size]

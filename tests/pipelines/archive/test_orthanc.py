@@ -1,0 +1,255 @@
+"""The whole way with a real Orthanc: study in, SEG, SR and RT Structure Set back, found by query.
+
+Outages, lost answers and kills in between: each result is stored once.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from orthanc import Orthanc, eventually, free_port, study
+from pydicom import dcmread
+
+pytest.importorskip("pynetdicom", reason="not installed: make extras")
+
+from commands import Command
+
+from plinth.engine import Engine
+from plinth.pipelines.archive.queue import Queue, connected, status_of
+from plinth.pipelines.archive.service import Service
+from plinth.pipelines.archive.settings import Archive
+from plinth.verticals import registry
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.needs("pynetdicom"),
+    pytest.mark.usefixtures("orthanc_installed"),
+]
+RESULTS = {"SEG": 1, "SR": 1, "RTSTRUCT": 1}
+LUNGS = {"contours": True, "page": False, "pictures": False}
+
+
+@pytest.fixture(scope="module")
+def orthanc(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Orthanc]:
+    server = Orthanc(tmp_path_factory.mktemp("orthanc"), free_port()).start()
+    yield server
+    server.kill()
+
+
+def settings(folder: Path, **tables: Any) -> Archive:
+    analyses = {"lungs": {"vertical": "medical", **LUNGS}}
+    rules = [{"analysis": "lungs", "modality": "CT", "min_images": 8}]
+    whole = {"folder": folder, "analyses": analyses, "rules": rules, **tables}
+    return Archive.model_validate(whole)
+
+
+@contextmanager
+def service(wanted: Archive) -> Iterator[Queue]:
+    """The service in this process, until the block ends."""
+    vertical = registry.load("medical", wanted.analyses["lungs"].model_extra)
+    queue = Queue(wanted.folder)
+    with Engine(backend="eager") as engine:
+        running = Service(wanted, {"lungs": vertical}, engine, queue)
+        opened, failure = threading.Event(), list[BaseException]()
+
+        def work() -> None:
+            try:
+                running.run(opened.set)
+            except BaseException as error:  # noqa: BLE001 - told below
+                failure.append(error)
+                opened.set()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert opened.wait(60)
+        try:
+            yield queue
+        finally:
+            running.stop()
+            thread.join(60)
+            queue.close()
+    assert not failure, failure
+
+
+def port_of(orthanc: Orthanc) -> int:
+    """Where the archive sends."""
+    settings = json.loads((orthanc.folder / "orthanc.json").read_text())
+    found: int = settings["DicomModalities"]["plinth"][2]
+    return found
+
+
+def listening(orthanc: Orthanc) -> dict[str, Any]:
+    return {"port": port_of(orthanc), "callers": ["ORTHANC"], "quiet_seconds": 1.0}
+
+
+def uid(files: list[Path]) -> str:
+    return str(dcmread(files[0], specific_tags=["StudyInstanceUID"]).StudyInstanceUID)
+
+
+def test_a_study_that_an_archive_has_is_fetched_and_one_that_no_rule_wants_is_not(
+    orthanc: Orthanc, tmp_path: Path
+) -> None:
+    files, other = study(tmp_path / "study", seed=2), study(tmp_path / "other", seed=3)
+    for path in other:
+        image = dcmread(path)
+        image.Modality, image.SeriesDescription = "CT", "Topogram"
+        image.save_as(path)
+    orthanc.upload(files)
+    orthanc.upload(other)
+    table = {"url": orthanc.web, "days": 0, "every_seconds": 0.5, "quiet_seconds": 0.5}
+    wanted = settings(tmp_path / "archive", poll=table, send={"url": orthanc.web})
+    rules = [{"analysis": "lungs", "description": ["*", "!topogram"], "modality": "CT"}]
+    wanted = Archive.model_validate({**wanted.model_dump(), "rules": rules})
+    with service(wanted) as queue:
+        eventually(lambda: orthanc.modalities(uid(files)) == {"CT": 24, **RESULTS})
+        assert not queue.has(uid(other), str(dcmread(other[0]).SOPInstanceUID))
+        assert queue.status()["told"] == []
+    assert orthanc.modalities(uid(other)) == {"CT": 24}
+    source = dcmread(files[0])
+    for result in orthanc.files(tmp_path / "got.dcm", uid(files)):
+        assert result.PatientID == source.PatientID
+        assert result.get("FrameOfReferenceUID", source.FrameOfReferenceUID) == (
+            source.FrameOfReferenceUID
+        )
+
+
+class Lossy(BaseHTTPRequestHandler):
+    """Passes requests on; of the first two that store something the answer is lost."""
+
+    archive = ""
+    stored: list[bytes]
+
+    def do_GET(self) -> None:
+        headers = {"Accept": self.headers["Accept"]}
+        try:
+            self._answer(httpx.get(self.archive + self.path, headers=headers, timeout=60))
+        except httpx.TransportError:
+            self.close_connection = True
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.stored.append(body)
+        headers = {name: self.headers[name] for name in ("Accept", "Content-Type")}
+        try:
+            answer = httpx.post(self.archive + self.path, content=body, headers=headers, timeout=60)
+        except httpx.TransportError:
+            self.close_connection = True
+            return
+        if len(self.stored) <= 2:
+            self.close_connection = True
+            return
+        self._answer(answer)
+
+    def _answer(self, answer: httpx.Response) -> None:
+        self.send_response(answer.status_code)
+        self.send_header("Content-Type", answer.headers.get("content-type", "text/plain"))
+        self.send_header("Content-Length", str(len(answer.content)))
+        self.end_headers()
+        self.wfile.write(answer.content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def test_an_outage_is_survived_and_what_was_stored_is_not_sent_again(tmp_path: Path) -> None:
+    """The archive dies before results are there; we end, start again; then answers are lost."""
+    orthanc = Orthanc(tmp_path / "orthanc", free_port()).start()
+    files = study(tmp_path / "study", seed=4)
+    sent = orthanc.upload(files)
+
+    class Between(Lossy):
+        archive = orthanc.url
+        stored: list[bytes] = []  # noqa: RUF012 - of this test alone
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Between)
+    threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()
+    to = {"url": f"http://127.0.0.1:{proxy.server_port}/dicom-web"}
+    wanted = settings(tmp_path / "archive", listen=listening(orthanc), send=to)
+    try:
+        with service(wanted) as queue:
+            orthanc.send_to_plinth(sent)
+            orthanc.kill()
+            eventually(lambda: queue.status()["files"] == {"waiting": 3})
+            eventually(lambda: bool(queue.status()["told"]))
+            assert queue.status()["told"][0]["reason"] == "not sent"
+        Between.stored.clear()
+        orthanc.start()
+        with service(wanted) as queue:
+            eventually(lambda: queue.status()["files"] == {"sent": 3})
+        assert len(Between.stored) == 3
+        assert orthanc.modalities(uid(files)) == {"CT": 24, **RESULTS}
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+        orthanc.kill()
+
+
+ARCHIVE_TOML = """
+folder = "archive"
+[listen]
+port = {port}
+callers = ["ORTHANC"]
+quiet_seconds = 0.5
+[send]
+url = "{url}"
+[analyses.lungs]
+contours = true
+page = false
+[[rules]]
+analysis = "lungs"
+modality = "CT"
+"""
+
+
+def test_the_command_goes_on_where_it_was_killed(orthanc: Orthanc, tmp_path: Path) -> None:
+    files = study(tmp_path / "study", seed=6)
+    sent = orthanc.upload(files)
+    text = ARCHIVE_TOML.format(port=port_of(orthanc), url=orthanc.web)
+    (tmp_path / "archive.toml").write_text(text)
+    words = ["plinth", "archive", "run", "archive.toml"]
+    env = {"PLINTH_ENGINE__BACKEND": "eager", "NO_COLOR": "1", "COLUMNS": "200"}
+    first = Command(words, tmp_path, env, tmp_path / "first.txt")
+    try:
+        eventually(lambda: "listening as PLINTH" in first.said)
+        orthanc.send_to_plinth(sent)
+        database = tmp_path / "archive"
+        db = connected(database, read_only=True)
+        eventually(lambda: "begun" in status_of(db)["analyses"])
+    finally:
+        first.signal(signal.SIGKILL)
+        first.wait(30)
+    db.close()
+    second = Command(words, tmp_path, env, tmp_path / "second.txt")
+    try:
+        eventually(lambda: orthanc.modalities(uid(files)) == {"CT": 24, **RESULTS})
+        orthanc.send_to_plinth(sent)  # images and results, all of them again
+        db = connected(tmp_path / "archive", read_only=True)
+        eventually(lambda: status_of(db)["images"] == 27)
+        eventually(lambda: status_of(db)["studies"] == {"done": 1})
+        assert status_of(db)["files"] == {"sent": 3}
+        db.close()
+        second.signal(signal.SIGTERM)
+        assert second.wait(60) == 0, second.said
+        assert "ended, nothing is lost" in second.said
+        assert "Phantom" not in first.said + second.said
+        assert "PHANTOM" not in first.said + second.said
+    finally:
+        second.end()
+    tried = Command(["plinth", "archive", "try", "archive.toml", "study"], tmp_path, env,
+                    tmp_path / "tried.txt")  # fmt: skip
+    assert tried.wait(60) == 0, tried.said
+    assert "1 chosen" in tried.said
+    status = Command(["plinth", "archive", "status", "archive.toml"], tmp_path, env,
+                     tmp_path / "status.txt")  # fmt: skip
+    assert status.wait(60) == 0, status.said
+    assert "sent" in status.said
