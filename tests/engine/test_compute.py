@@ -142,7 +142,7 @@ def arrays(draw: st.DrawFn) -> np.ndarray:
     return array
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(arrays(), st.booleans())
 def test_arrays_keep_their_bits_type_shape_and_order(array: np.ndarray, keep: bool) -> None:
     back = carried({"a": [array]}, keep=keep)["a"][0]

@@ -1,0 +1,114 @@
+"""CT studies per hour of ``plinth batch medical`` by worker processes, and what each takes.
+
+    python benchmarks/batch_processes.py [--studies 8] [--processes 0 1 2] [--repeats 1] [--json]
+
+Studies are chest phantoms as DICOM CT, each of its own. Every run is a ``plinth batch`` of its own;
+its seconds are those of its summary, the start of the processes included. CPU is that of the whole
+tree; memory is the largest proportional set size (PSS) seen of the command, and of a worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from head import parser_of, print_json
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+import psutil  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from plinth.verticals.medical.phantom.chest import Phantom  # noqa: E402
+from plinth.verticals.medical.phantom.dicom import write_series  # noqa: E402
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+def measure(folder: Path, processes: int) -> dict[str, Any]:
+    """One batch over all studies, watched."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "plinth", "batch", "medical", str(folder), "--out", out]
+        command += ["--processes", str(processes), "--json"]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | ONE_THREAD
+        )
+        seen = Watch(psutil.Process(process.pid))
+        with seen:
+            told, errors = process.communicate()
+        if process.returncode:
+            raise SystemExit(errors.decode())
+        summary = json.loads(told)
+    return {
+        "processes": processes,
+        "studies_per_hour": 3600 * summary["done"] / summary["seconds"],
+        "cpu_seconds_per_study": sum(seen.cpu.values()) / summary["done"],
+        "command_mb": seen.command / 1e6,
+        "worker_mb": seen.worker / 1e6,
+    }
+
+
+class Watch:
+    """CPU seconds by process, and the largest PSS of the command and of a worker, bytes."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        self.cpu: dict[int, float] = {}
+        self.command = self.worker = 0
+        self._process = process
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.2):
+            with contextlib.suppress(psutil.Error):
+                self.command = max(self.command, self._look(self._process))
+                for child in self._process.children():
+                    self.worker = max(self.worker, self._look(child))
+
+    def _look(self, process: psutil.Process) -> int:
+        self.cpu[process.pid] = sum(process.cpu_times()[:2])
+        return int(process.memory_full_info().pss)
+
+
+def main() -> None:
+    """The command line."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--studies", type=int, default=8)
+    parser.add_argument("--processes", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--repeats", type=int, default=1, help="of each, in turns")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(given.studies):
+            write_series(Phantom(seed=seed), Path(folder) / f"study-{seed}")
+        runs = [measure(Path(folder), n) for _ in range(given.repeats) for n in given.processes]
+    if given.json:
+        print_json(runs)
+        return
+    table = Table("processes", "studies/h", "CPU s a study", "command, MB", "worker, MB")
+    for number in given.processes:
+        own = [run for run in runs if run["processes"] == number]
+        names = ("studies_per_hour", "cpu_seconds_per_study", "command_mb", "worker_mb")
+        cells = [f"{statistics.median(run[name] for run in own):,.1f}" for name in names]
+        table.add_row(str(number), *cells)
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()
