@@ -93,12 +93,19 @@ def _python(config: Config) -> Iterator[Finding]:
 def _packages(config: Config) -> Iterator[Finding]:
     """What each extra would bring that is not here."""
     from plinth.distribution import DISTRIBUTION, extras, missing
+    from plinth.pipelines.observability.tracing import is_asked_for
 
+    asked = {
+        "grpc": config.serve.grpc.port is not None,
+        "kafka": config.stream is not None,
+        "oidc": config.serve.oidc.issuer is not None,
+        "otel": is_asked_for(os.environ),
+        "web": config.serve.web,
+    }
     for extra in extras():
         absent = missing(extra)
         advice = f"pip install '{DISTRIBUTION}[{extra}]'" if absent else ""
-        needed = extra == "grpc" and config.serve.grpc.port is not None
-        needed |= extra == "kafka" and config.stream is not None
+        needed = asked.get(extra, False)
         state: State = "fine" if not absent else "wrong" if needed else "warning"
         found = f"without {', '.join(absent)}" if absent else "whole"
         yield Finding(f"extra {extra}", state, found, advice)

@@ -153,16 +153,22 @@ class Tracing:
         self._provider.shutdown()
 
 
+def is_asked_for(environ: Mapping[str, str]) -> bool:
+    """Whether OpenTelemetry's variables ask for traces."""
+    exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
+    off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true" or exporter == "none"
+    return not off and any(environ.get(name, "").strip() for name in _ON)
+
+
 def tracing_from(environ: Mapping[str, str]) -> Tracing | None:
     """Tracing as OpenTelemetry's variables say; ``None`` where they say nothing.
 
     Raises:
         ConfigError: the extra is not installed, or they name what there is not.
     """
-    exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
-    off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    if off or exporter == "none" or not any(environ.get(name, "").strip() for name in _ON):
+    if not is_asked_for(environ):
         return None
+    exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
     try:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError:

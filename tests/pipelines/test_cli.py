@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from tiny_verticals import GATE, Gate, install
 
 from plinth.engine import ConfigError
+from plinth.pipelines.cli.doctor import _packages
 from plinth.pipelines.cli.main import main
+from plinth.pipelines.config.settings import Config
 
 COMMANDS = (
     *("list", "init", "check", "serve", "serve-model", "stream", "batch", "benchmark", "models"),
@@ -116,6 +118,23 @@ def test_doctor_says_what_is_wrong_with_the_machine_and_what_to_do(plinth: Plint
     Path("plinth.toml").write_text("[serve]\nprot = 1\n")
     assert "unknown key serve.prot" in looked(code=1)["config"]["found"]
     assert "something is wrong" in plinth("doctor", code=1)[1]
+
+
+def test_doctor_calls_wrong_what_is_asked_for_and_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("plinth.distribution.missing", lambda extra: ["nowhere"])
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "otlp")
+    oidc = {"issuer": "https://login.example", "audience": "plinth"}
+    stream = {"input_topic": "a", "output_topic": "b"}
+    serve = {"web": True, "grpc": {"port": 0}, "oidc": oidc}
+    asked = Config.model_validate({"serve": serve, "stream": stream})
+    found = {one.what: one for one in _packages(asked)}
+    wrong = {what for what, one in found.items() if one.state == "wrong"}
+    assert wrong == {f"extra {name}" for name in ("web", "grpc", "oidc", "otel", "kafka")}
+    assert "plinth-engine[web]" in found["extra web"].advice
+    monkeypatch.delenv("OTEL_TRACES_EXPORTER")
+    assert {one.state for one in _packages(Config())} == {"warning"}
 
 
 def test_list_and_check_for_scripts_and_people(plinth: Plinth) -> None:
