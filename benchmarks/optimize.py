@@ -24,7 +24,7 @@ from plinth.engine import Model
 from plinth.engine.devices.device import pick
 from plinth.engine.optimize.measures import loss_of
 from plinth.engine.optimize.search import Task, search
-from plinth.pipelines.cli.optimize import draw
+from plinth.pipelines.cli.variants.optimize import draw
 
 LENGTH = 64
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,12 +16,16 @@ from plinth.engine.backends.base import Executable
 from plinth.engine.backends.choice import TOLERANCE, compiled, difference
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, ModelError
+from plinth.engine.models import weights
 from plinth.engine.models.store import Model
 from plinth.engine.models.variants import Variant, Variants
+from plinth.engine.models.weights import PACKED
 from plinth.engine.precision.onnx_graph import saturates
 from plinth.engine.precision.policy import PRESETS, PrecisionPolicy
+from plinth.engine.precision.transforms import whole_copy
 
 CHECKED_ROWS = 8
+DRIFT = 3.0  # times as far off on recent rows as on those it was measured on
 RECENT_SECONDS = 5.0  # of the check on rows of recent calls
 _log = logging.getLogger(__name__)
 
@@ -52,13 +57,19 @@ def load_variant(model: Model, device: Device, threads: int | None, name: str) -
         raise ConfigError(f"variant {name} of {model.spec.name} cannot run here: {reason}")
     policy = replace(PrecisionPolicy.from_table(variant.precision), name=variant.name)
     backend = registry.find(variant.backend)
-    if variant.files:
+    if PACKED.name in variant.files:
+        model = unpacked(model, variants.path(variant, PACKED.name))
+        executable: Executable = compiled(backend, model, device, policy, threads)
+    elif variant.files:
         path = variants.path(variant, next(iter(variant.files)))
         # A backend whose variants have files reads them: see ``load`` of those here.
-        executable: Executable = backend.load(model, path, device, threads, variant.name)  # type: ignore[attr-defined]
+        executable = backend.load(model, path, device, threads, variant.name)  # type: ignore[attr-defined]
     else:
         executable = compiled(backend, model, device, policy, threads)
+    # What is packed is held against its own weights in eager torch, bit for bit as they are read.
     _hold_against_reference(model, executable, policy)
+    if variant.evidence.difference is not None:
+        executable.report["allowed"] = max(0.1, DRIFT * variant.evidence.difference)
     executable.precision = variant.name
     executable.report |= {
         "variant": variant.name,
@@ -66,6 +77,19 @@ def load_variant(model: Model, device: Device, threads: int | None, name: str) -
         f"loses {variant.evidence.loss:.2g} by {variant.evidence.metric}",
     }
     return executable
+
+
+def unpacked(model: Model, path: Path) -> Model:
+    """A model with packed weights in the place of its own.
+
+    Raises:
+        ModelError: the file is damaged or not of this model, or the model is an ONNX file.
+    """
+    if model.onnx is not None:
+        raise ModelError(f"{path} holds weights of a module; {model.spec.name} is an ONNX file")
+    module = whole_copy(model.module)
+    weights.fill(module, path, model.spec.name, {}, narrow=True)
+    return replace(model, module=module, made_from=None, variants=None)
 
 
 def best_variant(model: Model, device: Device, threads: int | None) -> Executable | None:
@@ -179,7 +203,8 @@ def _off(model: Model, variant: str, worst: float, allowed: float, where: str) -
     return ModelError(
         f"variant {variant} of {model.spec.name} is off the reference by {worst:.3g}{where}, "
         f"allowed is {allowed:g}",
-        hint="make it again on this machine, with rows like those that come: plinth optimize",
+        hint="make it again, on this machine and with rows like those that come: "
+        "plinth optimize or compress",
     )
 
 

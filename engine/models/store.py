@@ -1,9 +1,9 @@
 """Models and the store they live in: safetensors and a manifest, never a pickle.
 
 On disk: ``<root>/<name>/<version>/manifest.json`` with the spec and the sha256 of each file,
-and ``weights.safetensors``, ``model.onnx`` or ``program.pt2``. The code of weights is found by
-the name it was registered under with :func:`architecture`, and a graph is read as data, so that
-loading executes nothing that lies in the store.
+and ``weights.safetensors``, ``weights.packed``, ``model.onnx`` or ``program.pt2``. The code of
+weights is found by the name it was registered under with :func:`architecture`, and a graph is
+read as data, so that loading executes nothing that lies in the store.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from plinth.engine.compression.training import Compressed
 from plinth.engine.errors import ModelError
 from plinth.engine.models import estimators, program, weights
 from plinth.engine.models.binding import Binding, outputs_by_name
@@ -41,6 +42,7 @@ __all__ = ["Model", "ModelSpec", "ModelStore", "TensorSpec", "architecture", "fr
 
 FORMAT = 1
 _WEIGHTS = "weights.safetensors"
+_PACKED = weights.PACKED.name
 _ONNX = "model.onnx"
 _PROGRAM = "program.pt2"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -199,13 +201,17 @@ class ModelStore:
         self.root = Path(root)
 
     def save(
-        self, spec: ModelSpec, module: nn.Module, *, facts: Mapping[str, Any] | None = None
+        self,
+        spec: ModelSpec,
+        module: nn.Module | Compressed,
+        *,
+        facts: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write a new version; whole or not at all. Returns its folder.
 
         Args:
             spec: its contract.
-            module: its network, of a registered architecture.
+            module: its network, of a registered architecture; a compressed one is stored packed.
             facts: JSON-ready, to keep with it; see :meth:`facts`.
 
         Raises:
@@ -215,10 +221,14 @@ class ModelStore:
         origin = None if factory is None else f"{factory.__module__}.{factory.__qualname__}"
 
         def fill(folder: Path) -> dict[str, Any]:
-            shared = weights.write(module, folder / _WEIGHTS)
+            shared: dict[str, str] = {}
+            if isinstance(module, Compressed):
+                module.write(folder / _PACKED)
+            else:
+                shared = weights.write(module, folder / _WEIGHTS)
             return {"shared": shared, "factory": origin, "facts": dict(facts or {})}
 
-        return self._write(spec, _WEIGHTS, fill)
+        return self._write(spec, _PACKED if isinstance(module, Compressed) else _WEIGHTS, fill)
 
     def add(
         self, model: Model, *, source: Run | None = None, facts: Mapping[str, Any] | None = None
@@ -352,8 +362,14 @@ class ModelStore:
         if _PROGRAM in data["files"]:
             return Model(spec, _read(folder / _PROGRAM, spec), variants=variants)
         built = _build(spec, data.get("factory"))
-        weights.fill(built, folder / _WEIGHTS, name, data.get("shared") or {})
+        (file,) = data["files"]
+        weights.fill(built, folder / file, name, data.get("shared") or {})
         return Model(spec, built.eval(), variants=variants)
+
+    def size(self, name: str, version: str | None = None) -> int:
+        """Bytes of a version's file, without its variants."""
+        (facts,) = self._manifest(name, self._choose(name, version))[1]["files"].values()
+        return int(facts["bytes"])
 
     def variants(self, name: str, version: str | None = None) -> Variants:
         """Other ways to compute a version, the newest unless one is named, and the default.
@@ -412,7 +428,7 @@ class ModelStore:
             spec = ModelSpec.model_validate(data["spec"])
             if (spec.name, spec.version) != (name, version):
                 raise ModelError(f"{path} is of {spec.name} {spec.version}, not of its folder")
-            if list(data["files"]) not in ([_WEIGHTS], [_ONNX], [_PROGRAM]):
+            if list(data["files"]) not in ([_WEIGHTS], [_PACKED], [_ONNX], [_PROGRAM]):
                 raise ModelError(f"{path} lists {list(data['files'])}, expected one model file")
             return spec, data
         except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:

@@ -58,6 +58,10 @@ class Evidence(_Facts):
         machine: name of the device; ``versions``: of what ran.
         kernels: how often each kernel ran; ``flops``: share of the arithmetic by dtype; both by
             the backend's own profile.
+        reference_bytes: of the reference's file, where the variant was made to be smaller on
+            disk; ``bits_per_weight``: of its file, over all its weights; ``sparsity``: share of
+            these that are 0; ``difference``: largest from the reference's outputs on the
+            held-out rows, as a share of the largest output.
     """
 
     speed: float
@@ -77,6 +81,10 @@ class Evidence(_Facts):
     versions: dict[str, str] = Field(default_factory=dict)
     kernels: dict[str, int] = Field(default_factory=dict)
     flops: dict[str, float] = Field(default_factory=dict)
+    reference_bytes: int | None = None
+    bits_per_weight: float | None = None
+    sparsity: float | None = None
+    difference: float | None = None
 
 
 class Variant(_Facts):
@@ -105,6 +113,11 @@ class Variant(_Facts):
     reference: str
     evidence: Evidence
     created: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its files; 0 where the backend makes it from the reference."""
+        return sum(facts.bytes for facts in self.files.values())
 
     @model_validator(mode="after")
     def _plain_names(self) -> Variant:
@@ -179,7 +192,7 @@ class Variants:
         if name not in known:
             raise ModelError(
                 f"there is no variant {name} in {self.folder}",
-                hint=nearest(name, known) if known else "plinth optimize makes some",
+                hint=nearest(name, known) if known else "plinth optimize and compress make some",
             )
         variant = self._read(self.folder / name / "variant.json")
         for file, facts in variant.files.items():
@@ -188,7 +201,7 @@ class Variants:
             if not there or _sha256(path) != facts.sha256:
                 raise ModelError(
                     f"{path} is missing or not what was saved",
-                    hint=f"remove {path.parent} and make the variant again: plinth optimize",
+                    hint=f"remove {path.parent} and make it again: plinth optimize or compress",
                 )
         return variant
 

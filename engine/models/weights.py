@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with a bounded header, shared tensors stored once."""
+"""Weights on disk: safetensors with a bounded header or packed; shared tensors stored once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from plinth.engine.compression import pruning
+from plinth.engine.compression.packing import PackedFile
 from plinth.engine.errors import ModelError
+
+PACKED = Path("weights.packed")
+"""The name of packed weights, in a version or a variant."""
 
 MAX_HEADER_BYTES = 16 << 20
 
@@ -33,18 +38,29 @@ def write(module: nn.Module, path: Path) -> dict[str, str]:
     return shared
 
 
-def fill(module: nn.Module, path: Path, name: str, shared: dict[str, str]) -> None:
-    """Load a file into a module.
+def fill(
+    module: nn.Module, path: Path, name: str, shared: dict[str, str], *, narrow: bool = False
+) -> None:
+    """Load a file, safetensors or packed, into a module.
 
     Args:
         module: gets the weights.
-        path: the file.
+        path: the file; packed if it ends in ``.packed``.
         name: the model's, for errors.
-        shared: what :func:`write` returned.
+        shared: what :func:`write` returned; a packed file says it itself.
+        narrow: whether layers may lose the channels that the file does not have.
 
     Raises:
-        ModelError: not a safetensors file, or names the first tensor that does not fit.
+        ModelError: not such a file, or names the first tensor that does not fit.
     """
+    if path.suffix == PACKED.suffix:
+        with PackedFile(path) as file:
+            facts = {key: file.facts(key) for key in file.entries}
+            if narrow:
+                pruning.narrow(module, {key: shape for key, (shape, _) in facts.items()})
+            _hold(module, {key: _said(*fact) for key, fact in facts.items()}, name)
+            module.load_state_dict({key: file.dense(key) for key in facts})
+        return
     weights = _read(path)
     for alias, stored in shared.items():
         if alias in weights and stored in weights and not weights[alias].equal(weights[stored]):
@@ -53,21 +69,28 @@ def fill(module: nn.Module, path: Path, name: str, shared: dict[str, str]) -> No
                 hint="build the module that the weights were saved from",
             )
     weights |= {alias: weights[stored] for alias, stored in shared.items() if stored in weights}
-    wanted = module.state_dict()
-    for key in sorted(wanted.keys() | weights.keys()):
-        ours, theirs = _facts(wanted.get(key)), _facts(weights.get(key))
-        if ours != theirs:
-            raise ModelError(
-                f"{name}: tensor {key} is {theirs} in the file, {ours} in the code",
-                hint="the architecture or its config changed since the model was saved",
-            )
+    _hold(module, {key: _facts(value) for key, value in weights.items()}, name)
     module.load_state_dict(weights)
 
 
-def _facts(tensor: Tensor | None) -> str:
-    if tensor is None:
-        return "absent"
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+def _hold(module: nn.Module, theirs: dict[str, str], name: str) -> None:
+    """Raises ModelError, naming the first tensor that is another in the code than in the file."""
+    wanted = {key: _facts(value) for key, value in module.state_dict().items()}
+    for key in sorted(wanted.keys() | theirs.keys()):
+        if wanted.get(key) != theirs.get(key):
+            raise ModelError(
+                f"{name}: tensor {key} is {theirs.get(key, 'absent')} in the file, "
+                f"{wanted.get(key, 'absent')} in the code",
+                hint="the architecture or its config changed since the model was saved",
+            )
+
+
+def _facts(tensor: Tensor) -> str:
+    return _said(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def _said(shape: tuple[int, ...], dtype: str) -> str:
+    return f"{shape} {dtype}"
 
 
 def _read(path: Path) -> dict[str, Tensor]:

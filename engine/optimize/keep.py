@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
 from plinth.engine.models.variants import Evidence, Variant, Variants
+from plinth.engine.models.weights import PACKED
+from plinth.engine.optimize.recipes import Frontier, Goal, Small
 from plinth.engine.optimize.search import Found, Point, Task
 from plinth.engine.precision.onnx_graph import saturates
+from plinth.engine.precision.policy import PRESETS
 
 MAX_VARIANTS = 4
 _LIBRARIES = ("torch", "onnxruntime", "openvino", "nncf")
@@ -37,6 +41,71 @@ def keep(found: Found, task: Task, variants: Variants, *, metric: str, data: str
     ]
     variants.set_default(written[0].name if best else None)
     return written
+
+
+def keep_small(
+    found: Frontier, goal: Goal, variants: Variants, *, metric: str, data: str
+) -> list[Variant]:
+    """Write the smaller models that nothing beats as variants; the best becomes the default.
+
+    Where none is within loss and target, what is the default stays.
+
+    Args:
+        found: what a search found; ``goal``: what was searched.
+        variants: of the model's version.
+        metric: name of the measure.
+        data: where the rows are from.
+
+    Returns:
+        The variants that were written, the default first.
+    """
+    best = [found.best] if found.best else []
+    others = [point for point in found.front if point is not found.best]
+    within = sorted(others, key=lambda point: (point.loss > goal.max_loss, point.bytes))
+    facts = {"metric": metric, "data": data}
+    written = [
+        _write_small(point, found, goal, variants, facts)
+        for point in [*best, *within][:MAX_VARIANTS]
+    ]
+    if best:
+        variants.set_default(written[0].name)
+    return written
+
+
+def _write_small(
+    point: Small, found: Frontier, goal: Goal, variants: Variants, facts: Mapping[str, Any]
+) -> Variant:
+    evidence = Evidence(
+        speed=point.speed,
+        seconds=point.run_seconds,
+        reference_seconds=found.reference_seconds,
+        rows=goal.batch,
+        threads=goal.threads,
+        memory=point.memory,
+        reference_memory=found.reference_memory,
+        loss=point.loss,
+        max_loss=goal.max_loss,
+        data_digest=found.data_digest,
+        held_out=found.held_out,
+        machine=goal.device.name or str(goal.device),
+        versions=dict(_versions(_LIBRARIES)),
+        reference_bytes=goal.reference_bytes,
+        bits_per_weight=point.bits_per_weight,
+        sparsity=point.sparsity,
+        difference=point.difference,
+        **facts,
+    )
+    words = re.sub(r"[^a-z0-9]+", "-", point.label.replace("%", "").lower()).strip("-")
+    variant = Variant(
+        name=_free(f"packed-{words}", variants),
+        backend=goal.backend,
+        precision=PRESETS["fp32"].as_dict(),
+        compression=point.label,
+        device=goal.device.kind,
+        reference=variants.reference,
+        evidence=evidence,
+    )
+    return variants.add(variant, {PACKED.name: point.path})
 
 
 def _write(
@@ -77,7 +146,10 @@ def _write(
 def _free_name(point: Point, variants: Variants) -> str:
     used = "-".join(sorted(point.policy.used)) or "fp32"
     base = f"{point.backend}-{used}".replace("_", "-")
-    base += f"-keep{point.kept}" if point.kept else ""
+    return _free(base + (f"-keep{point.kept}" if point.kept else ""), variants)
+
+
+def _free(base: str, variants: Variants) -> str:
     taken = {variant.name for variant in variants.list()}
     names = (base, *(f"{base}.{number}" for number in range(2, 1000)))
     return next(name for name in names if name not in taken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,28 @@ Rows = Mapping[str, Tensor]
 Loss = Callable[[Rows, Rows, Tensor | None], float]
 """From outputs, those of the reference, and labels, to what is lost."""
 
+Run = Callable[[Rows], dict[str, Tensor]]
+
 COMMAND_SECONDS = 600
+
+
+def outputs_of(run: Run, rows: Rows, batch: int) -> dict[str, Tensor]:
+    """What a model gives for all rows (n, ...), run in batches."""
+    count = len(next(iter(rows.values())))
+    parts = [
+        run({name: tensor[first : first + batch] for name, tensor in rows.items()})
+        for first in range(0, count, batch)
+    ]
+    return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+
+
+def digest_of(rows: Rows) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of rows."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(rows.items()):
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy(force=True).tobytes())
+    return sha.hexdigest()
 
 
 def loss_of(metric: str, command: Sequence[str] | None = None) -> Loss:
@@ -26,7 +48,8 @@ def loss_of(metric: str, command: Sequence[str] | None = None) -> Loss:
 
     Args:
         metric: ``cosine``: 1 - mean cosine of each row with the reference's; ``top1``: share of
-            rows whose largest entry along dimension 1 is another; ``dice``: 1 - mean Dice of
+            rows whose largest entry along dimension 1 is another; ``accuracy``: what is lost of
+            the share of rows whose largest entry is at their label; ``dice``: 1 - mean Dice of
             the classes along dimension 1, background left out; ``auc``, ``ap``: what is lost of
             the area under the ROC or precision-recall curve against labels; ``command``: what a
             program prints.
@@ -73,6 +96,21 @@ def _top1(got: Tensor, want: Tensor) -> float:
             hint="use cosine, auc or ap for a single score",
         )
     return float((got.argmax(1) != want.argmax(1)).double().mean())
+
+
+def _accuracy(got: Rows, want: Rows, labels: Tensor | None) -> float:
+    if labels is None:
+        raise ConfigError("accuracy needs labels", hint="give the data an array 'labels'")
+    name = next(iter(want))
+    if want[name].ndim != 2 or want[name].shape[1] < 2 or labels.shape != want[name].shape[:1]:
+        raise InputError(
+            f"accuracy needs outputs (rows, classes) and a label for each row, got "
+            f"{tuple(want[name].shape)} and {tuple(labels.shape)}"
+        )
+    before, after = (
+        float((each[name].argmax(1) == labels).double().mean()) for each in (want, got)
+    )
+    return before - after if bool(got[name].isfinite().all()) else float("inf")
 
 
 def _dice(got: Tensor, want: Tensor) -> float:
@@ -155,6 +193,7 @@ def _by_command(command: Sequence[str], got: Rows, want: Rows) -> float:
 _MEASURES: dict[str, Loss] = {
     "cosine": _worst(_cosine),
     "top1": _worst(_top1),
+    "accuracy": _accuracy,
     "dice": _worst(_dice),
     "auc": _against_labels(roc_auc),
     "ap": _against_labels(average_precision),

@@ -13,17 +13,15 @@ other layers costs a run. Where even runs are too many for the time that is left
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from plinth.engine.backends import Executable, registry
@@ -40,7 +38,7 @@ from plinth.engine.backends.quantised import (
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, PlinthError
 from plinth.engine.models.store import Model
-from plinth.engine.optimize.measures import Loss, Rows
+from plinth.engine.optimize.measures import Loss, Rows, digest_of, outputs_of
 from plinth.engine.precision.policy import PRESETS, PrecisionPolicy, resolve
 
 MIN_ROWS = 8
@@ -185,9 +183,9 @@ class _Search:
             registry.find(name), self.model, task.device, PRESETS["exact"], task.threads
         )
         begun = time.monotonic()
-        self.want = _outputs(self.reference.run, self.seen, task.batch)
+        self.want = outputs_of(self.reference.run, self.seen, task.batch)
         self.pass_seconds = time.monotonic() - begun
-        self.want_held = _outputs(self.reference.run, self.held, task.batch)
+        self.want_held = outputs_of(self.reference.run, self.held, task.batch)
         self.reference_seconds: list[float] = []
         self.making: dict[str, float] = {}
         self.step = 0.0
@@ -231,7 +229,7 @@ class _Search:
             self.refused,
             median(self.reference_seconds),
             self.reference.weights,
-            _digest(self.task.rows),
+            digest_of(self.task.rows),
             len(next(iter(self.held.values()))),
         )
 
@@ -347,11 +345,11 @@ class _Search:
             if self._left() <= 0:
                 raise _TimeOverError
             if either is not None:
-                got = _outputs(either.taking(low), rows, self.task.batch)
+                got = outputs_of(either.taking(low), rows, self.task.batch)
             else:
                 alone = PrecisionPolicy(layers=dict.fromkeys(low, precision))  # type: ignore[arg-type]
                 executable = self._compiled(backend, alone)
-                got = _outputs(executable.run, rows, self.task.batch)
+                got = outputs_of(executable.run, rows, self.task.batch)
                 for path in getattr(executable, "files", {}).values():
                     path.unlink()
             return max(0.0, self.task.loss(got, want, labels))
@@ -388,7 +386,7 @@ class _Search:
         executable = self._compiled(backend, policy)
         made = time.monotonic() - begun
         executable.probe({name: tensor[: self.task.batch] for name, tensor in self.held.items()})
-        got = _outputs(executable.run, self.held, self.task.batch)
+        got = outputs_of(executable.run, self.held, self.task.batch)
         loss = self.task.loss(got, self.want_held, self.labels[1])
         point = Point(
             backend,
@@ -447,18 +445,6 @@ def alike(layers: Sequence[NamedLayer]) -> list[list[NamedLayer]]:
     return list(groups.values())
 
 
-Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-
-
-def _outputs(run: Run, rows: Rows, batch: int) -> dict[str, Tensor]:
-    count = len(next(iter(rows.values())))
-    parts = [
-        run({name: tensor[first : first + batch] for name, tensor in rows.items()})
-        for first in range(0, count, batch)
-    ]
-    return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-
-
 def _cpu_seconds(executable: Executable, rows: Rows, repeats: int) -> float:
     """CPU seconds of a run; on an accelerator those of the clock."""
     on_cpu = executable.device.kind == "cpu"
@@ -468,11 +454,3 @@ def _cpu_seconds(executable: Executable, rows: Rows, repeats: int) -> float:
         executable.run(rows)
     executable.device.synchronize()
     return max((clock() - begun) / repeats, 1e-9)
-
-
-def _digest(rows: Rows) -> str:
-    sha = hashlib.sha256()
-    for name, tensor in sorted(rows.items()):
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        sha.update(tensor.contiguous().flatten().view(torch.uint8).numpy(force=True).tobytes())
-    return sha.hexdigest()

@@ -31,10 +31,12 @@ from plinth.pipelines.cli.kafka.audit import audit
 from plinth.pipelines.cli.models import models
 from plinth.pipelines.cli.new_vertical import EPILOG as NEW_VERTICAL_EPILOG
 from plinth.pipelines.cli.new_vertical import new_vertical
-from plinth.pipelines.cli.optimize import EPILOG as OPTIMIZE_EPILOG
-from plinth.pipelines.cli.optimize import optimize
 from plinth.pipelines.cli.serve_model import EPILOG as SERVE_MODEL_EPILOG
 from plinth.pipelines.cli.serve_model import serve_model
+from plinth.pipelines.cli.variants.compress import EPILOG as COMPRESS_EPILOG
+from plinth.pipelines.cli.variants.compress import compress
+from plinth.pipelines.cli.variants.optimize import EPILOG as OPTIMIZE_EPILOG
+from plinth.pipelines.cli.variants.optimize import optimize
 from plinth.pipelines.console import (
     FAILED,
     USAGE,
@@ -72,6 +74,7 @@ app.add_typer(finance, name="finance")
 app.add_typer(metrics, name="metrics")
 app.command(epilog=BENCHMARK_EPILOG)(benchmark)
 app.command(epilog=OPTIMIZE_EPILOG)(optimize)
+app.command(epilog=COMPRESS_EPILOG)(compress)
 app.command(epilog=BACKENDS_EPILOG)(backends)
 app.command(epilog=CONVERT_EPILOG)(convert)
 app.command(epilog=DEIDENTIFY_EPILOG)(deidentify)

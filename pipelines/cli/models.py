@@ -57,32 +57,51 @@ def show(
     config: ConfigOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one model: inputs, outputs, licence, metrics, source, how it was converted."""
+    """Show one model: inputs, outputs, licence, metrics, source, sizes, variants with evidence."""
     target = store_of(store, config)
     spec = _find(target, name, version)
     facts = spec.model_dump(mode="json")
     if report := target.report(spec.name, spec.version):
         facts["converted"] = report
+    facts["bytes"] = target.size(spec.name, spec.version)
+    variants = _variant_facts(target, spec)
     if as_json:
-        show_json(facts)
+        show_json(facts | {"variants": variants})
         return
     rows = [(key, _cell(value)) for key, value in facts.items() if value]
     show_table(f"{spec.name} {spec.version}", ("field", "value"), rows)
-    variants = target.variants(spec.name, spec.version)
-    evidence = [(v.name, v.name == variants.default, v.evidence) for v in variants.list()]
-    if evidence:
-        lines = [
-            (
-                n + (" (default)" if default else ""),
-                f"{e.speed:.2f}",
-                f"{e.loss:.2g} {e.metric}",
-                f"{e.memory / 1e6:.1f}",
-                f"{e.held_out} rows of {e.data}, {e.machine}",
-            )
-            for n, default, e in evidence
-        ]
-        columns = ("variant", "x fp32", "loss", "weights MB", "measured on")
+    if variants:
+        lines = [_variant_cells(one) for one in variants]
+        columns = (
+            *("variant", "compression", "kB on disk", "MB in memory", "x fp32", "loss"),
+            "measured on",
+        )
         show_table("Variants", columns, lines)
+
+
+def _variant_facts(store: ModelStore, spec: ModelSpec) -> list[dict[str, Any]]:
+    variants = store.variants(spec.name, spec.version)
+    return [
+        {
+            **variant.model_dump(mode="json", exclude={"reference"}),
+            "default": variant.name == variants.default,
+            "bytes": variant.bytes,
+        }
+        for variant in variants.list()
+    ]
+
+
+def _variant_cells(one: dict[str, Any]) -> tuple[str, ...]:
+    found = one["evidence"]
+    return (
+        one["name"] + (" (default)" if one["default"] else ""),
+        one["compression"] or "",
+        f"{one['bytes'] / 1e3:.1f}" if one["bytes"] else "the reference's",
+        f"{found['memory'] / 1e6:.1f} of {found['reference_memory'] / 1e6:.1f}",
+        f"{found['speed']:.2f}",
+        f"{found['loss']:.2g} {found['metric']}",
+        f"{found['held_out']} rows of {found['data']}, {found['machine']}",
+    )
 
 
 @models.command("families", epilog="Example: plinth models families --json")

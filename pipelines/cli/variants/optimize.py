@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from plinth.pipelines.cli.variants.rows import read_rows
 from plinth.pipelines.console import say, show_json, show_table
 
 if TYPE_CHECKING:
@@ -22,10 +23,15 @@ def optimize(
     name: Annotated[str, typer.Argument(metavar="MODEL", help="Name of a model in the store.")],
     data: Annotated[
         Path,
-        typer.Option(help=".npz of rows by input name, and 'labels' for auc and ap; or .npy."),
+        typer.Option(
+            help=".npz or .safetensors of rows by input name, and 'labels' where the metric needs "
+            "them; or .npy."
+        ),
     ],
     max_loss: Annotated[float, typer.Option(help="What may be lost by the metric, 0 to 1.")],
-    metric: Annotated[str, typer.Option(help="cosine, top1, dice, auc, ap or command.")] = "cosine",
+    metric: Annotated[
+        str, typer.Option(help="cosine, top1, accuracy, dice, auc, ap or command.")
+    ] = "cosine",
     command: Annotated[
         str | None,
         typer.Option(help="For metric command: a program that prints the loss of two .npz files."),
@@ -66,7 +72,7 @@ def optimize(
     settings = load(config, overrides={"models.store": store})
     models = ModelStore(store_path(settings))
     model = models.load(name, version)
-    rows, labels = _rows(data, [tensor.name for tensor in model.spec.inputs])
+    rows, labels = read_rows(data, [tensor.name for tensor in model.spec.inputs])
     task = Task(
         model,
         rows,
@@ -104,24 +110,6 @@ def optimize(
         if variants.default
         else f"nothing is faster than float32 within {max_loss}: {name} stays as it is"
     )
-
-
-def _rows(path: Path, names: list[str]) -> tuple[dict[str, Any], Any]:
-    import numpy as np
-    import torch
-
-    from plinth.engine import InputError
-
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}", hint="write it with numpy.savez") from (
-            error
-        )
-    arrays = {names[0]: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    labels = arrays.pop("labels", None) if "labels" not in names else None
-    rows = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return rows, None if labels is None else torch.from_numpy(labels)
 
 
 def _facts(point: Point) -> dict[str, Any]:

