@@ -140,7 +140,7 @@ async function view(box) {
   const canvas = box.querySelector("canvas");
   const place = box.querySelector("[data-part=place]");
   const viewer = new Niivue({
-    isColorbar: false, crosshairColor: [0.48, 0.69, 1, 0.8], backColor: [0, 0, 0, 1], logLevel: "error",
+    isColorbar: false, multiplanarShowRender: 1, crosshairWidth: 0.5, crosshairColor: [0.48, 0.69, 1, 0.8], backColor: [0, 0, 0, 1], logLevel: "error",
     onLocationChange: (at) => {
       const [right, anterior, superior] = at.mm;
       const values = at.values.map((one) => Math.round(one.value)).join(", ");
