@@ -139,6 +139,9 @@ def fill(folder: Path) -> None:
     (folder / "plinth.toml").write_text(
         "[verticals.finance.sla]\ndeadline_ms = 100\n[verticals.medical]\nnodules = false\n"
     )
+    (folder / "costs.toml").write_text(
+        next(b.text for b in BLOCKS if b.page.name == "scaling.md" and "[urgent]" in b.text)
+    )
     (folder / "verticals").symlink_to(ROOT / "verticals")
     fill_models(folder)
     write_bundle(folder / "spleen_ct_segmentation", Blobs())

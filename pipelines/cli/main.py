@@ -24,6 +24,8 @@ from plinth.pipelines.cli.doors.deidentify import EPILOG as DEIDENTIFY_EPILOG
 from plinth.pipelines.cli.doors.deidentify import deidentify
 from plinth.pipelines.cli.doors.keys import keys
 from plinth.pipelines.cli.doors.metrics import metrics
+from plinth.pipelines.cli.doors.plan import EPILOG as PLAN_EPILOG
+from plinth.pipelines.cli.doors.plan import plan
 from plinth.pipelines.cli.finance.commands import finance
 from plinth.pipelines.cli.init import EPILOG as INIT_EPILOG
 from plinth.pipelines.cli.init import init
@@ -81,6 +83,7 @@ app.command(epilog=DEIDENTIFY_EPILOG)(deidentify)
 app.command(epilog=DOCTOR_EPILOG)(doctor)
 app.command(epilog=INIT_EPILOG)(init)
 app.command("new-vertical", epilog=NEW_VERTICAL_EPILOG)(new_vertical)
+app.command(epilog=PLAN_EPILOG)(plan)
 app.command("serve-model", epilog=SERVE_MODEL_EPILOG)(serve_model)
 
 ConfigOption = Annotated[

@@ -1,0 +1,165 @@
+"""``plinth plan``: lanes for a load, from costs, in virtual time."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from plinth.engine import ConfigError, LatencyModel
+from plinth.pipelines.cli.main import app
+from plinth.pipelines.plan.demand import (
+    CostFile,
+    Costs,
+    Patient,
+    parse_lanes,
+    parse_patient,
+    read_costs,
+    read_trace,
+)
+from plinth.pipelines.plan.planner import Question, plan
+
+URGENT = Costs(seconds={1: 0.021, 128: 0.148})
+STUDY = Costs(seconds={1: 0.010, 8: 0.080}, rows=100)
+TABLE = """\
+[urgent]
+seconds = { 1 = 0.021, 128 = 0.148 }
+[background]
+rows = 100
+seconds = { 1 = 0.010, 8 = 0.080 }
+"""
+
+
+def question(rate: float = 300.0, **more) -> Question:
+    return Question(CostFile(urgent=URGENT), 0.2, rate, seconds=4.0, **more)
+
+
+def test_a_lane_is_needed_for_as_much_as_one_can_do_and_two_for_more():
+    """A lane does 865 rows a second in full batches, and 600 within 200 ms without a refusal."""
+    assert plan(question(600.0), range(1, 3)).needed == 1
+    found = plan(question(1100.0), range(1, 4))
+    assert found.needed == 2
+    one, two, _ = found.points
+    assert one.in_time < 0.9 < two.in_time
+    assert one.refused == pytest.approx(1 - one.in_time)
+    assert two.p50 <= two.p99 <= two.p999 <= 200
+    assert 0.5 < two.busy <= 1
+
+
+def test_background_work_takes_the_time_that_requests_leave():
+    """100 rows of 10 ms each: an idle lane does a study a second, 28,800 in a night of 8 hours."""
+    costs = CostFile(urgent=URGENT, background=STUDY)
+    asked = Patient(10_000, 8 * 3600, "studies")
+    made = Question(costs, 0.2, 50.0, patient=asked, seconds=8.0)
+    (alone,) = plan(made, [1]).points
+    assert alone.in_time > 0.99
+    assert alone.jobs_possible is not None
+    assert 5_000 < alone.jobs_possible < 28_800
+    two = plan(made, [1, 2]).points[1]
+    assert two.jobs == 10_000
+    assert two.jobs_possible is not None
+    assert two.jobs_possible > 1.9 * alone.jobs_possible
+
+
+def test_separate_pools_are_what_each_kind_of_work_takes_alone():
+    costs = CostFile(urgent=URGENT, background=STUDY)
+    asked = Patient(30_000, 8 * 3600, "studies")
+    found = plan(Question(costs, 0.2, 20.0, patient=asked, seconds=4.0), range(1, 5))
+    assert found.separate == (1, 2), "30,000 studies a night are more than a lane can do"
+    assert found.needed is not None
+    assert found.saved == 1 - found.needed / 3
+
+
+def test_nothing_holds_what_is_too_much():
+    assert plan(question(5_000.0), [1, 2]).needed is None
+
+
+@pytest.mark.parametrize(
+    ("text", "patient"),
+    [
+        ("300 studies/night", Patient(300, 28_800, "studies")),
+        ("1,200/hour", Patient(1200, 3600, "jobs")),
+        ("2.5 scans / minute", Patient(2.5, 60, "scans")),
+    ],
+)
+def test_background_work_is_a_number_and_a_period(text, patient):
+    assert parse_patient(text, 8) == patient
+
+
+@pytest.mark.parametrize("text", ["many", "300 studies", "300/fortnight", "", "-3/hour"])
+def test_what_is_no_number_and_period_is_refused(text):
+    with pytest.raises(ConfigError, match="expected a number and a period"):
+        parse_patient(text, 8)
+
+
+def test_lanes_are_a_number_or_a_range():
+    assert (list(parse_lanes("4")), list(parse_lanes("2..4"))) == ([4], [2, 3, 4])
+    for text in ("0", "5..2", "x", "1..99999", "1-4"):
+        with pytest.raises(ConfigError, match="expected 1 to 10000"):
+            parse_lanes(text)
+
+
+def test_a_trace_is_arrival_times_and_names_the_line_that_is_none(tmp_path: Path):
+    file = tmp_path / "arrivals.csv"
+    file.write_text("seconds,who\n10.0,a\n10.5,b\n12,c\n")
+    assert read_trace(file).tolist() == [0.0, 0.5, 2.0]
+    for text, said in (
+        ("1\nx\n", ":2: 'x' is not"),
+        ("2\n1\n", ":2: 1 comes before"),
+        ("1\n", "1 arr"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            read_trace(file)
+
+
+def test_costs_that_an_engine_measured_are_read_by_model(tmp_path: Path):
+    latency = LatencyModel(tmp_path / "latency.json")
+    for model in ("fraud@1#a/cpu", "nodules@2#b/cpu"):
+        for rows in (1, 8):
+            latency.seed(model, rows, 0.01 * rows)
+    latency.observe("fraud@1#a/cpu", 1, 0.013)
+    latency.save()
+    read = read_costs(latency.path, "fraud", "nodules", 400)
+    assert set(read.urgent.seconds) == {1, 8}
+    assert len(read.urgent.delays) == 1
+    assert read.background is not None
+    assert read.background.rows == 400
+    with pytest.raises(ConfigError, match="no costs of froud"):
+        read_costs(latency.path, "froud", None, None)
+    with pytest.raises(ConfigError, match="2 batch keys of one model"):
+        read_costs(latency.path, None, None, None)
+
+
+def test_a_table_with_an_unknown_key_is_refused_with_its_line(tmp_path: Path):
+    file = tmp_path / "costs.toml"
+    file.write_text("[urgent]\nsecond = { 1 = 0.1 }\n")
+    with pytest.raises(ConfigError, match=r"costs\.toml:2"):
+        read_costs(file, None, None, None)
+
+
+def test_the_command_prints_a_table_json_and_a_picture(tmp_path: Path):
+    file, picture = tmp_path / "costs.toml", tmp_path / "plan.png"
+    file.write_text(TABLE)
+    words = ["plan", "--rate", "100", "--deadline", "200", "--background", "100 studies/night"]
+    words += ["--costs", str(file), "--lanes", "1..2", "--seconds", "2"]
+    shown = CliRunner().invoke(app, [*words, "--plot", str(picture)])
+    assert shown.exit_code == 0, shown.output
+    assert "1 lane holds 100/s within 200 ms and 100 studies" in shown.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    assert (told["lanes_needed"], len(told["points"])) == (1, 2)
+    words[2] = "50000"
+    assert CliRunner().invoke(app, words).exit_code == 1
+
+
+def test_what_cannot_be_planned_is_said_before_anything_runs(tmp_path: Path):
+    words = ["plan", "--deadline", "200"]
+    found = CliRunner().invoke(app, words)
+    assert isinstance(found.exception, ConfigError)
+    assert "expected one of them" in str(found.exception)
+    file = tmp_path / "costs.toml"
+    file.write_text("[urgent]\nseconds = { 1 = 0.1 }\n")
+    words += ["--rate", "1", "--costs", str(file), "--background", "1/night"]
+    found = CliRunner().invoke(app, words)
+    assert "no costs of background work" in str(found.exception)
