@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from plinth.verticals.finance.features.online import (
-    COLD_RECENCY,
     FEATURES,
-    UNITS,
     Event,
     Labelled,
 )
-from plinth.verticals.finance.features.timeline import DAY, HOUR, LABEL_DELAY, MINUTE
+from plinth.verticals.finance.features.timeline import DAY, HOUR, LABEL_DELAY, MINUTE, UNITS
 
+COLD_RECENCY = 30 * 86_400.0
+"""Seconds since the last event where there is none within 30 days."""
 WINDOWS = (5 * MINUTE, HOUR, DAY, 7 * DAY, 30 * DAY)
 
 

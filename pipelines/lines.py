@@ -37,4 +37,7 @@ def lines_of(path: Path, file: BinaryIO) -> Iterator[bytes]:
             if line.strip():
                 yield line.rstrip(b"\r\n")
     except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"{path} is damaged: {error}") from None
+        raise ConfigError(
+            f"{path} is damaged: {error}",
+            hint="or not yet copied in full: copy to another name, then rename",
+        ) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def settings_of(
             base = config.origin.file.parent if config.origin.file else Path()
             path = base / Path(given).expanduser()
             files[path] = mark_of(path)
-            table[field] = _read(path, kind, field)
+            table[field] = _read(path, kind, field, table)
     return validated(kind, table, ("verticals", name), config.origin), files
 
 
@@ -90,7 +90,9 @@ class Marks:
         return now != before
 
 
-def _read(path: Path, kind: type[Settings], field: str) -> Mapping[str, Any]:
+def _read(
+    path: Path, kind: type[Settings], field: str, others: Mapping[str, Any]
+) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -107,16 +109,31 @@ def _read(path: Path, kind: type[Settings], field: str) -> Mapping[str, Any]:
         raise ConfigError(f"{path}: {error}", hint="see https://toml.io for the syntax") from None
     try:
         wanted: Any = kind.model_fields[field].annotation
-        TypeAdapter(wanted).validate_python(content)
+        TypeAdapter(wanted).validate_python(kind.live_table(field, content, others))
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
         lines = [
-            f"{path}: {'.'.join(map(str, problem['loc'])) or field}: "
+            f"{path}: {_place(problem['loc'], content) or field}: "
             f"{problem['msg'].removeprefix('Value error, ')}"
             for problem in problems[:20]
         ]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
     return content
+
+
+def _place(loc: Sequence[int | str], content: Any) -> str:
+    """Where in a table something is, as people count and name: ``rule 2 (B02), action``."""
+    words: list[str] = []
+    for part in loc:
+        if isinstance(part, int) and words:
+            content = content[part] if isinstance(content, list) and part < len(content) else None
+            named = content if isinstance(content, Mapping) else {}
+            own = next((named[key] for key in ("code", "name") if key in named), None)
+            words[-1] += f" {part + 1}" + (f" ({own})" if isinstance(own, str) else "")
+        else:
+            content = content.get(part) if isinstance(content, Mapping) else None
+            words.append(str(part))
+    return ", ".join(words)
 
 
 class LiveTables:

@@ -8,10 +8,10 @@ knows none of them, and no device, batch size, thread or socket.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -60,6 +60,17 @@ class Settings(BaseModel):
 
     live_tables: ClassVar[tuple[str, ...]] = ()
 
+    @classmethod
+    def live_table(cls, field: str, content: Mapping[str, Any], others: Mapping[str, Any]) -> Any:
+        """What a file holds for a field, with what it must know of other fields to be checked.
+
+        Args:
+            field: of ``live_tables``.
+            content: of its file.
+            others: fields that come before it, as they were given.
+        """
+        return content
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -96,6 +107,30 @@ class LeftOut:
     message: str
     files: int = 1
     failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A question about a vertical's own state, or a note to it, that JSON doors offer.
+
+    Its answer takes no model and at most about a millisecond; a door asks between the steps of the
+    flows, so it may read what they write.
+
+    Args:
+        method: ``GET`` asks and changes nothing, ``POST`` changes something.
+        path: below the vertical's own, such as ``alerts/{alert}``.
+        summary: one line for the API docs.
+        asked: type of the fields of path and query string, or of path and JSON body.
+        given: type of the answer.
+        answer: gives it; raises InputError, ``not_found`` where there is no such thing.
+    """
+
+    method: Literal["GET", "POST"]
+    path: str
+    summary: str
+    asked: type[BaseModel]
+    given: type[BaseModel]
+    answer: Callable[[Any], BaseModel]
 
 
 class Tally:
@@ -276,6 +311,13 @@ class Vertical(ABC, Generic[Req, Res]):
     def key(self, request: Req) -> str | None:
         """The key that keeps related records in order (the Kafka record key), if any."""
         return None
+
+    def queries(self) -> Sequence[Query]:
+        """Questions that JSON doors offer beside the records.
+
+        What they need is kept from the first call on, so that doors without them pay nothing.
+        """
+        return ()
 
     def evidence(self, request: Req, result: Res) -> dict[str, Any]:
         """What an answer was made from, as far as it does not say so itself: JSON-ready.

@@ -19,7 +19,7 @@ from plinth.pipelines.http.errors import HttpError, is_flat
 from plinth.pipelines.http.record_routes import DEADLINE_HEADER
 from plinth.pipelines.oip.service import MAX_PRIORITY
 from plinth.pipelines.oip.tensors import DATATYPES
-from plinth.verticals import Vertical
+from plinth.verticals import Query, Vertical
 
 Schema = dict[str, Any]
 ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")
@@ -82,8 +82,10 @@ _WAIT = {
 
 def schemas(vertical: Vertical[Any, Any]) -> dict[str, Schema]:
     """The vertical's types by name, which begins with the vertical's own."""
+    given: list[tuple[type[BaseModel], JsonSchemaMode]]
+    given = [(one.given, "serialization") for one in vertical.queries()]
     _, document = models_json_schema(
-        _types(vertical),
+        [*_types(vertical), *given],
         ref_template=f"#/components/schemas/{vertical.name}.{{model}}",
     )
     named = {f"{vertical.name}.{name}": schema for name, schema in document["$defs"].items()}
@@ -174,6 +176,37 @@ def _job_schema(vertical: Vertical[Any, Any]) -> Schema:
             "items": {"type": "array", "items": item},
         },
     }
+
+
+def query(vertical: Vertical[Any, Any], asked: Query) -> dict[str, Any]:
+    """What the document says of a query's route."""
+    schema = asked.asked.model_json_schema()
+    required, fields = schema.get("required", []), schema["properties"]
+    in_path = {name for name in fields if f"{{{name}}}" in asked.path}
+    in_query = fields.keys() - in_path if asked.method == "GET" else set()
+    parameters = [
+        {
+            "name": name,
+            "in": "path" if name in in_path else "query",
+            "required": name in in_path or name in required,
+            "schema": fields[name],
+        }
+        for name in fields
+        if name in in_path | in_query
+    ]
+    told: dict[str, Any] = {"parameters": parameters}
+    if asked.method == "POST":
+        body = {name: one for name, one in fields.items() if name not in in_path}
+        content = {
+            "type": "object",
+            "properties": body,
+            "required": [name for name in required if name in body],
+            "additionalProperties": False,
+        }
+        told["requestBody"] = {"required": True, "content": {_JSON: {"schema": content}}}
+    answer = {"description": asked.summary, **_holds(f"{vertical.name}.{asked.given.__name__}")}
+    wrong = (400, 404, 408, 413, 415, 422) if asked.method == "POST" else (404, 422)
+    return told | {"responses": {"200": answer, **errors(*wrong)}}
 
 
 def upload(vertical: Vertical[Any, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from plinth.pipelines.http.application import HttpApplication
 from plinth.pipelines.http.body import headers_of, whole
 from plinth.pipelines.http.disconnect import cancel_on_disconnect
 from plinth.pipelines.http.health import Health
+from plinth.pipelines.http.query_routes import add_queries
 from plinth.pipelines.http.record_routes import RecordRoute
 from plinth.pipelines.http.tensor_routes import TensorRoutes
 from plinth.pipelines.http.upload_routes import UploadDoor
@@ -116,6 +117,7 @@ def create_app(
             route = RecordRoute(service, serve, limit, health, requests, tracing)
             routes[route.path] = route
             _record_route(app, route, serve)
+            add_queries(app, vertical, serve)
         elif jobs is not None and name in folders:
             _upload_routes(app, UploadDoor(vertical, jobs, serve))
     if serve.oip.enabled:

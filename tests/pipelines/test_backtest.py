@@ -122,3 +122,107 @@ def test_of_a_line_that_is_too_long_only_the_beginning_is_read(
     run(history, "--json")
     now = json.loads(capsys.readouterr().out)["now"]
     assert (now["payments"], now["refused"]) == (5, 2)
+
+
+# -- plinth finance backtest ---------------------------------------------------------------------
+RULES = """
+[[rule]]
+code = "B1"
+text = "A limit"
+when = "amount > 500"
+action = "review"
+
+[[rule]]
+code = "B2"
+text = "A higher limit"
+when = "amount > 650"
+action = "decline"
+
+[[rule]]
+code = "B3"
+text = "Watched"
+when = "terminal_id == 't1'"
+action = "review"
+shadow = true
+"""
+
+
+def try_rules(rules: str, *arguments: object, code: int = 0) -> None:
+    Path("tried.toml").write_text(rules)
+    with pytest.raises(SystemExit) as ended:
+        main(["finance", "backtest", "tried.toml", *map(str, arguments)])
+    assert ended.value.code == code
+
+
+def test_each_rule_is_told_what_it_would_have_stopped(
+    history: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = json.dumps(payment(4, 9000.0))  # comes twice, counts once
+    (history.parent / "more.jsonl.gz").write_bytes(gzip.compress(again.encode()))
+    files = ("--history", history, "--history", "more.jsonl.gz")
+    try_rules(RULES, *files, "--label-days", 0, "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert told["history"] == {
+        "payments": 4,
+        "days": 1.0,
+        "frauds": 2,
+        "genuine": 2,
+        "amount": 10310.0,
+        "amount_of_frauds": 9600.0,
+        "refused": 1,
+    }
+    by = told["stopped"]
+    assert (by["B1"]["payments"], by["B1"]["frauds"], by["B1"]["genuine"]) == (3, 2, 1)
+    assert (by["B1"]["amount"], by["B1"]["precision"], by["B1"]["recall"]) == (10300.0, 0.6667, 1.0)
+    assert by["B1"]["alone"] == 1, "x2; x3 and x4 are declined by B2 too"
+    assert (by["B2"]["payments"], by["B2"]["precision"], by["B2"]["recall"]) == (2, 0.5, 0.5)
+    assert by["B2"]["recall_of_amount"] == 0.9375
+    assert (by["B2"]["action"], by["B3"]["shadow"]) == ("decline", True)
+    assert (by["B3"]["payments"], by["B3"]["alone"], by["B3"]["precision"]) == (1, 1, 0.0)
+    assert by["rules"]["payments"] == 3, "a rule in shadow stops nothing"
+    assert (by["score"]["payments"], by["score"]["precision"]) == (0, None)
+    assert by["rules and score"] == by["rules"]
+
+
+def test_what_is_too_young_to_be_known_is_neither_fraud_nor_genuine(
+    history: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try_rules(RULES, "--history", history, "--json")
+    told = json.loads(capsys.readouterr().out)
+    assert (told["history"]["frauds"], told["history"]["genuine"]) == (2, 1)
+    try_rules(RULES, "--history", history)
+    table = capsys.readouterr()
+    assert "B1" in table.out
+    assert "4 payments over 1.0 days, 2 known frauds of 9,600.00" in table.err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (('action = "review"', 'action = "block"'), "rule 1 (B1), action: Input should be 'rev"),
+        (("amount > 500", "amonut > 500"), "rule 1 (B1), when: at character 1: amonut is not"),
+        (('text = "A higher limit"', ""), "rule 2 (B2), text: Field required"),
+        (("shadow = true", "shade = true"), "rule 3 (B3), shade: Extra inputs are not permitted"),
+        (("[[rule]]", "[[rule]"), "(at line 2, column"),
+    ],
+)
+def test_a_mistake_is_told_with_file_rule_field_and_what_was_expected(
+    history: Path, capsys: pytest.CaptureFixture[str], change: tuple[str, str], said: str
+) -> None:
+    try_rules(RULES.replace(*change, 1), "--history", history, code=2)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "tried.toml: " in told
+    assert said in told
+
+
+def test_limits_of_the_config_give_way_to_the_rules_and_a_history_must_have_payments(
+    history: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (history.parent / "plinth.toml").write_text(f"[verticals.finance]\n{BY_RULES}hard_amount = 5\n")
+    try_rules(RULES, "--history", history)
+    (history.parent / "empty.jsonl").write_text(json.dumps(label(1, True)))
+    try_rules(RULES, "--history", "empty.jsonl", code=2)
+    assert "holds no payment" in capsys.readouterr().err
+    (history.parent / "cut.jsonl.gz").write_bytes(gzip.compress(history.read_bytes())[:-9])
+    try_rules(RULES, "--history", "cut.jsonl.gz", code=2)
+    assert "cut.jsonl.gz is damaged" in capsys.readouterr().err

@@ -22,8 +22,10 @@ from plinth.engine import Call, Flow, ModelError, PlinthError
 from plinth.engine.metrics import REGISTRY
 from plinth.engine.optimize.measures import average_precision
 from plinth.verticals.finance.drift import QUANTILES, share_of, stability_index
-from plinth.verticals.finance.features.online import MODEL_FEATURES, Batch, Flag
-from plinth.verticals.finance.features.timeline import DAY
+from plinth.verticals.finance.features.columns import Columns
+from plinth.verticals.finance.features.online import Batch, Flag
+from plinth.verticals.finance.features.program import STANDARD
+from plinth.verticals.finance.features.timeline import DAY, NEVER
 from plinth.verticals.finance.schema import Label, Transaction, milliseconds
 
 MAX_WAITING = 16_384
@@ -199,13 +201,23 @@ class Shadow:
         review: from which scores on champion and challenger ask for a review.
         payments: remembered at most, 24 bytes each, and as many labels, 9 bytes each.
         share: of cards whose payments are scored, above 0 to 1.
+        since: milliseconds; payments up to this event time are left out, since one of the two may
+            have been trained on them.
+        columns: what the challenger sees; by default all of the standard features.
     """
 
     def __init__(
-        self, model: str, review: tuple[float, float], payments: int, share: float
+        self,
+        model: str,
+        review: tuple[float, float],
+        payments: int,
+        share: float,
+        since: int = NEVER,
+        columns: Columns | None = None,
     ) -> None:
         self._model, self._review = model, review
         self._below = round(share * (1 << 32))
+        self._since, self._columns = since, columns or Columns.all(STANDARD)
         self._offers: deque[_Offer] = deque()
         self._waiting = self._taken = 0  # of each only one thread writes
         self._noted: deque[Label] = deque(maxlen=payments)
@@ -269,9 +281,11 @@ class Shadow:
             chosen = [
                 place
                 for place, one in enumerate(asked)
-                if counted[place] and crc32(one.card.encode()) < self._below
+                if counted[place]
+                and milliseconds(one.event_time) > self._since
+                and crc32(one.card.encode()) < self._below
             ]
-            rows.append(batch.rows[chosen, : len(MODEL_FEATURES)])
+            rows.append(self._columns.seen(batch.rows[chosen]))
             for place in chosen:
                 one = asked[place]
                 time = milliseconds(one.event_time)

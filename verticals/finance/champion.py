@@ -8,8 +8,10 @@ store take a change up within a second or two, each between two batches.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +21,10 @@ from plinth.engine import ConfigError, ModelError, ModelStore
 from plinth.engine.files import replace_file
 
 NAME = "fraud"
+WINDOW = "window"
+"""Under this name the store keeps of which payments a version was trained."""
+LOCK_SECONDS = 5.0
+"""How long one process waits for another that is writing a decision."""
 MAX_BYTES = 4 << 20
 """Read of the file of decisions: the newest ten thousand or so."""
 By = Literal["rule", "hand", "rollback", "training"]
@@ -35,6 +41,7 @@ class Champion:
         self.store = store
         self._file = store / NAME / "champion.json"
         self._decisions = store / NAME / "decisions.jsonl"
+        self._lock = store / NAME / "champion.lock"
 
     def version(self) -> str | None:
         """The version that answers; ``None``: nobody chose one, which means the newest.
@@ -71,20 +78,66 @@ class Champion:
 
     def promote(
         self, version: str, *, by: By, champion: str | None, why: Mapping[str, Any] | None = None
-    ) -> None:
+    ) -> bool:
         """Let a version answer from now on, and write down why.
+
+        What a rule or a training decided holds for the champion it was decided against, and for
+        versions that were not rolled back: both are looked at again when no other process writes.
 
         Args:
             version: what is to answer.
             by: a rule, a person, a rollback, or a training that keeps what answers.
-            champion: what answers now.
+            champion: what answers now, as far as the caller knows.
             why: rule and figures it was decided by.
+
+        Returns:
+            False where another version was chosen meanwhile; then nothing was written.
 
         Raises:
             ModelError: there is no such version, or it is damaged.
             ConfigError: the store cannot be written.
         """
         ModelStore(self.store).verify(NAME, version)
+        with self._alone():
+            try:
+                now = self.version()
+            except ModelError:
+                if by != "hand":
+                    raise
+                now = None  # a person writes the damaged file anew
+            decided = by in ("rule", "training")
+            if decided and (now not in (None, champion) or version in self.rolled_back()):
+                return False
+            self._write(version, by, now or champion, why)
+        return True
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While this lasts no other process changes what answers.
+
+        Raises:
+            ConfigError: the folder cannot be written, or another process does not end.
+        """
+        with writing(self._lock):
+            file = self._lock.open("ab")
+        with file:
+            end = time.monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        raise ConfigError(
+                            f"another process has held {self._lock} for {LOCK_SECONDS:g} s",
+                            hint="look for a plinth process that was stopped (fuser names it)",
+                        ) from None
+                    time.sleep(0.01)
+            yield
+
+    def _write(
+        self, version: str, by: By, champion: str | None, why: Mapping[str, Any] | None
+    ) -> None:
         line = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "from": champion,
@@ -108,6 +161,12 @@ class Champion:
         Raises:
             ConfigError: there was none before.
         """
+        with self._alone():
+            now, before = self._before()
+            self._write(before, "rollback", now, None)
+        return now, before
+
+    def _before(self) -> tuple[str, str]:
         now = self.version()
         changes = [line for line in self.decisions() if line["to"] != line["from"]]
         chosen = [line for line in changes if line["to"] == now and line["by"] != "rollback"]
@@ -117,7 +176,7 @@ class Champion:
                 f"no version answered before {now or 'the newest'}",
                 hint="plinth finance promote VERSION names one",
             )
-        self.promote(last["from"], by="rollback", champion=now)
+        ModelStore(self.store).verify(NAME, last["from"])
         return now, last["from"]
 
     def decisions(self) -> list[dict[str, Any]]:

@@ -22,18 +22,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from plinth.engine import ModelError
 from plinth.engine.metrics import REGISTRY
-from plinth.verticals.finance.features.online import (
-    MODEL_FEATURES,
-    RISK_REACH,
-    Batch,
-    FeatureState,
-    Flag,
-)
-from plinth.verticals.finance.features.timeline import DAY, HOUR, LABEL_DELAY, MINUTE
+from plinth.verticals.finance.features.columns import Columns
+from plinth.verticals.finance.features.online import Batch, FeatureState, Flag
+from plinth.verticals.finance.features.program import STANDARD
+from plinth.verticals.finance.features.timeline import DAY
 
 log = logging.getLogger(__name__)
 
-NAMES = (*MODEL_FEATURES, "score")
+SCORE = "score"
+"""Its name among those of the features."""
 FACT = "reference"
 """Under this name the store keeps a reference with its model."""
 QUANTILES = (*np.linspace(0.1, 0.9, 9).tolist(), 0.99)
@@ -70,22 +67,8 @@ MISSING = Gauge(
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating[Any]]
+_STANDARD = Columns.all(STANDARD)
 _PARTIAL, _DUPLICATE = Flag.PARTIAL.value, Flag.DUPLICATE.value
-_WEEKEND = MODEL_FEATURES.index("weekend")
-_SPANS = {"5m": 5 * MINUTE, "1h": HOUR, "24h": DAY, "1d": DAY, "7d": 7 * DAY, "30d": 30 * DAY}
-
-
-def _reach(name: str) -> int:
-    """Milliseconds of history that a column looks back on."""
-    if name == "score":
-        return RISK_REACH
-    if name == "card_recency":
-        return 30 * DAY
-    span = _SPANS.get(name.rpartition("_")[2], 0)
-    return span + LABEL_DELAY if name.startswith("terminal_risk") else span
-
-
-REACHES = {name: _reach(name) for name in NAMES}
 
 
 class Bins(BaseModel):
@@ -124,7 +107,7 @@ class Reference(BaseModel):
     Args:
         payments: how many.
         fraud_share: labelled as frauds, of them.
-        bins: by the names of :data:`NAMES`.
+        bins: by the names of the features, and of the score.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -133,24 +116,25 @@ class Reference(BaseModel):
     fraud_share: Annotated[float, Field(ge=0, le=1)]
     bins: dict[str, Bins]
 
-    @model_validator(mode="after")
-    def _check(self) -> Reference:
-        if other := sorted(set(self.bins) ^ set(NAMES)):
-            raise ValueError(f"is of other features: {', '.join(other)}")
-        return self
-
     @classmethod
-    def of(cls, rows: Floats, scores: Floats, fraud: npt.NDArray[np.bool_]) -> Reference:
+    def of(
+        cls,
+        rows: Floats,
+        scores: Floats,
+        fraud: npt.NDArray[np.bool_],
+        names: Sequence[str] = STANDARD.model_names,
+    ) -> Reference:
         """The reference of payments.
 
         Args:
-            rows: (n, features), columns as ``MODEL_FEATURES``.
+            rows: (n, features).
             scores: (n,) of the model; fraud: (n,) as labelled.
+            names: of the columns of ``rows``.
         """
         table = np.column_stack((rows, scores)).astype(np.float32)
-        weekend = table[:, _WEEKEND] > 0
+        weekend = _weekend(rows, names)
         bins = {}
-        for name, column in zip(NAMES, table.T, strict=True):
+        for name, column in zip((*names, SCORE), table.T, strict=True):
             edges = np.unique(np.quantile(column, QUANTILES, method="lower"))
             kinds = [_counts(edges, column[kind]) for kind in (~weekend, weekend)]
             told = {"weekdays": kinds[0].tolist(), "weekends": kinds[1].tolist()}
@@ -158,23 +142,43 @@ class Reference(BaseModel):
         return cls(payments=len(table), fraud_share=float(fraud.mean()), bins=bins)
 
     @classmethod
-    def read(cls, facts: Mapping[str, Any], model: str) -> Reference | None:
+    def read(
+        cls,
+        facts: Mapping[str, Any],
+        model: str,
+        names: Sequence[str] = STANDARD.model_names,
+    ) -> Reference | None:
         """The one that the store has for a model; ``None``: it has none.
 
         Args:
             facts: of the model, from the store.
             model: its name and version, for the error.
+            names: of its features.
 
         Raises:
             ModelError: it is damaged, or of other features.
         """
         found = facts.get(FACT)
+        if found is None:
+            return None
         try:
-            return None if found is None else cls.model_validate(found)
+            made = cls.model_validate(found)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, (FACT, *first["loc"])))
             raise ModelError(f"{model}: {place}: {first['msg']}", hint="train it again") from None
+        if other := sorted(set(made.bins) ^ {*names, SCORE}):
+            raise ModelError(
+                f"{model}: {FACT} is of other features: {', '.join(other)}", hint="train it again"
+            )
+        return made
+
+
+def _weekend(rows: Floats, names: Sequence[str]) -> npt.NDArray[np.bool_]:
+    """Which rows (n, features) lie on a weekend, as far as the features tell."""
+    if "weekend" not in names:
+        return np.zeros(len(rows), bool)
+    return np.asarray(rows[:, tuple(names).index("weekend")] > 0)
 
 
 def _counts(edges: Floats, column: Floats) -> Counts:
@@ -208,12 +212,20 @@ class DriftWatch:
         reference: of the model.
         alarm: index above which a column is shifted.
         missing_alarm: share of missing labels above which they are not coming.
+        columns: what the model sees.
     """
 
-    def __init__(self, reference: Reference, alarm: float, missing_alarm: float) -> None:
-        self._reference = reference
+    def __init__(
+        self,
+        reference: Reference,
+        alarm: float,
+        missing_alarm: float,
+        columns: Columns = _STANDARD,
+    ) -> None:
+        self._reference, self._columns = reference, columns
+        self._reach = max(columns.program.reaches[name] for name in columns.names)
         self._alarm, self._missing_alarm = alarm, missing_alarm
-        self._edges = [np.array(reference.bins[name].edges, np.float32) for name in NAMES]
+        self._edges = [np.array(reference.bins[name].edges, np.float32) for name in self.names]
         self._waiting: list[tuple[Batch, Floats]] = []
         self._rows = 0
         self._day = self._since = -1
@@ -222,6 +234,11 @@ class DriftWatch:
         self.shifted: dict[str, float] = {}
         self.labels_missing = False
         self._begin(-1)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is watched: the features that the model sees, and its score."""
+        return (*self._columns.names, SCORE)
 
     def _begin(self, day: int) -> None:
         """Begin a window; -1: it began within a day, and will not be judged."""
@@ -249,9 +266,9 @@ class DriftWatch:
         if self._rows >= BLOCK:
             self._count()
 
-    def label(self) -> None:
-        """A payment was labelled as fraud."""
-        self._labels += 1
+    def label(self, count: int) -> None:
+        """So many payments became known as frauds, in the flow whose payments were taken."""
+        self._labels += count
 
     def _turn(self, day: int, state: FeatureState, since: int) -> None:
         """A day is over; what comes late for it counts in the next."""
@@ -278,19 +295,20 @@ class DriftWatch:
         self._waiting.clear()
         self._rows = 0
         kept = (output[:, 1] == 0) & ((flags & (_PARTIAL | _DUPLICATE)) == 0)
-        rows, scores = rows[kept], output[kept, 0]
-        columns = (*rows[:, : len(MODEL_FEATURES)].T, scores)
+        rows, scores = self._columns.seen(rows[kept]), output[kept, 0]
+        columns = (*rows.T, scores)
         for counts, edges, column in zip(self._counts, self._edges, columns, strict=True):
             counts += _counts(edges, np.ascontiguousarray(column))
         self._payments += len(scores)
-        self._weekend += int(rows[:, _WEEKEND].sum())
+        self._weekend += int(_weekend(rows, self._columns.names).sum())
 
     def _judge(self, day: int) -> None:
         """Hold the window, which ends before this day, against the reference."""
         start, bins = self._first * DAY, self._reference.bins
         found = {}
-        for name, counts in zip(NAMES, self._counts, strict=True):
-            if start >= self._since + REACHES[name]:
+        reaches = {**self._columns.program.reaches, SCORE: self._reach}
+        for name, counts in zip(self.names, self._counts, strict=True):
+            if start >= self._since + reaches[name]:
                 expected = bins[name].expected(self._payments, self._weekend)
                 found[name] = stability_index(_shares(counts.astype(float)), expected)
                 PSI.labels(name).set(found[name])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plinth.verticals.finance.features.online import MODEL_FEATURES
+from plinth.verticals.finance.features.columns import Columns
 from plinth.verticals.finance.schema import Reason
 
 MASKED = -1.0
@@ -20,84 +20,58 @@ MIN_EFFECT = 0.3
 
 NO_TIME = Reason(code="X01", text="High score; there was no time to find its reasons")
 
-GROUPS: tuple[tuple[Reason, tuple[str, ...]], ...] = (
-    (
-        Reason(code="M01", text="Amount unusual, in itself or for the card"),
-        ("amount", "card_amount_ratio_30d"),
-    ),
-    (
-        Reason(code="M02", text="Unusual rhythm of payments with the card"),
-        (
-            "card_count_5m",
-            "card_count_1h",
-            "card_count_24h",
-            "card_count_7d",
-            "card_count_30d",
-            "card_recency",
-        ),
-    ),
-    (
-        Reason(code="M03", text="Unusual sum spent with the card"),
-        ("card_sum_5m", "card_sum_1h", "card_sum_24h", "card_sum_7d", "card_sum_30d"),
-    ),
-    (Reason(code="M04", text="Unusual number of terminals in a day"), ("card_terminals_24h",)),
-    (Reason(code="M05", text="Unusual activity at the terminal"), ("terminal_count_24h",)),
-    (
-        Reason(code="M06", text="Recent fraud at the terminal"),
-        ("terminal_risk_1d", "terminal_risk_7d", "terminal_risk_30d"),
-    ),
-    (Reason(code="M07", text="Unusual activity of the customer"), ("customer_count_24h",)),
-    (Reason(code="M08", text="Unusual time of day or week"), ("weekend", "night")),
-)
-"""Groups of model features that are told or masked together, with the reason each stands for."""
 
-
-def _members() -> Tensor:
-    """Which features belong to which group, bool (groups, features)."""
-    return torch.tensor([[name in names for name in MODEL_FEATURES] for _, names in GROUPS])
-
-
-_MEMBERS = _members()
-
-
-def masked_rows(rows: Tensor) -> Tensor:
-    """What to ask the model to explain rows.
+class Groups:
+    """Groups of model features that are told or masked together, with the reason each stands for.
 
     Args:
-        rows: (n, features) float32, told in full.
-
-    Returns:
-        float32 (n * (2 * groups + 1) + 1, features): for each row, the row without each group,
-        with only each group, and in full; at the end one row that tells nothing.
+        columns: what the model sees.
     """
-    full = rows[:, None, :]
-    without = torch.where(_MEMBERS, MASKED, full)
-    only = torch.where(_MEMBERS, full, MASKED)
-    nothing = torch.full((1, rows.shape[1]), MASKED)
-    return torch.cat((torch.cat((without, only, full), dim=1).flatten(0, 1), nothing))
 
+    def __init__(self, columns: Columns) -> None:
+        told = columns.reasons
+        self.reasons = tuple(Reason(code=code, text=text) for code, text, _ in told)
+        self.members = tuple(names for _, _, names in told)
+        self._member = torch.tensor(
+            [[name in names for name in columns.names] for names in self.members]
+        )
 
-def contributions(scores: Tensor) -> Tensor:
-    """How much each group raised each score, in log-odds, (n, groups).
+    def masked_rows(self, rows: Tensor) -> Tensor:
+        """What to ask the model to explain rows.
 
-    The mean of a group's effect when it is taken away from everything and when it is added to
-    nothing. It is the Shapley value exactly where groups interact at most in pairs; 18 rows
-    take the place of 256.
+        Args:
+            rows: (n, features) float32, told in full.
 
-    Args:
-        scores: probabilities of :func:`masked_rows`, (n * (2 * groups + 1) + 1,).
-    """
-    odds = torch.logit(scores.double(), eps=1e-7)
-    count = len(GROUPS)
-    each = odds[:-1].view(-1, 2 * count + 1)
-    without, only, full = each[:, :count], each[:, count:-1], each[:, -1:]
-    return ((full - without) + (only - odds[-1])) / 2
+        Returns:
+            float32 (n * (2 * groups + 1) + 1, features): for each row, the row without each group,
+            with only each group, and in full; at the end one row that tells nothing.
+        """
+        full = rows[:, None, :]
+        without = torch.where(self._member, MASKED, full)
+        only = torch.where(self._member, full, MASKED)
+        nothing = torch.full((1, rows.shape[1]), MASKED)
+        return torch.cat((torch.cat((without, only, full), dim=1).flatten(0, 1), nothing))
 
+    def contributions(self, scores: Tensor) -> Tensor:
+        """How much each group raised each score, in log-odds, (n, groups).
 
-def main_reasons(effects: Sequence[float]) -> list[Reason]:
-    """The reasons for a score, the strongest first."""
-    order = sorted(range(len(GROUPS)), key=lambda group: -effects[group])
-    return [GROUPS[group][0] for group in order if effects[group] >= MIN_EFFECT]
+        The mean of a group's effect when it is taken away from everything and when it is added to
+        nothing. It is the Shapley value exactly where groups interact at most in pairs; with eight
+        groups, 18 rows take the place of 256.
+
+        Args:
+            scores: probabilities of :meth:`masked_rows`, (n * (2 * groups + 1) + 1,).
+        """
+        odds = torch.logit(scores.double(), eps=1e-7)
+        count = len(self.reasons)
+        each = odds[:-1].view(-1, 2 * count + 1)
+        without, only, full = each[:, :count], each[:, count:-1], each[:, -1:]
+        return ((full - without) + (only - odds[-1])) / 2
+
+    def main(self, effects: Sequence[float]) -> list[Reason]:
+        """The reasons for a score, the strongest first."""
+        order = sorted(range(len(self.reasons)), key=lambda group: -effects[group])
+        return [self.reasons[group] for group in order if effects[group] >= MIN_EFFECT]
 
 
 def why_other(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from plinth.engine.errors import ConfigError
 from plinth.verticals.finance.expressions import Condition, Kind, condition
-from plinth.verticals.finance.features.online import FEATURES, Flag
+from plinth.verticals.finance.features.online import Flag
+from plinth.verticals.finance.features.program import STANDARD, Program
 from plinth.verticals.finance.schema import Reason, Transaction
 
 Action = Literal["approve", "review", "decline"]
@@ -26,14 +27,22 @@ REUSED_ID = Reason(code="R04", text="Transaction id used before with another amo
 
 _FLAGS = {"conflict": Flag.CONFLICT, "late": Flag.LATE, "partial": Flag.PARTIAL}
 _TEXTS = ("currency", "card", "customer_id", "terminal_id", "device_id")
-_YES_OR_NO = ("weekend", "night")
-NAMES: dict[str, Kind] = {
-    **{name: "condition" if name in _YES_OR_NO else "number" for name in FEATURES},
-    "score": "number",
-    **dict.fromkeys((*_FLAGS, "has_device"), "condition"),
-    **dict.fromkeys(_TEXTS, "text"),
-}
-"""What a condition may speak of. Amounts are in base currency."""
+
+
+def names_of(features: Program) -> dict[str, Kind]:
+    """What a condition may speak of where these features are declared, and the kind of each."""
+    yes_or_no = features.yes_or_no
+    return {
+        "amount": "number",
+        **{name: "condition" if name in yes_or_no else "number" for name in features.names},
+        "score": "number",
+        **dict.fromkeys((*_FLAGS, "has_device"), "condition"),
+        **dict.fromkeys(_TEXTS, "text"),
+    }
+
+
+NAMES = names_of(STANDARD)
+"""What a condition may speak of, with the standard features. Amounts are in base currency."""
 
 _MODEL = ConfigDict(extra="forbid", frozen=True)
 _Entry = Annotated[str, Field(min_length=1, max_length=128)]
@@ -65,10 +74,12 @@ class RuleBook(BaseModel):
     Args:
         rule: the rules.
         lists: texts that may stand behind ``in``, by name.
+        names: what conditions may speak of; Plinth says it where features are declared.
     """
 
     model_config = _MODEL
 
+    names: Annotated[dict[str, Kind] | None, Field(exclude=True, repr=False)] = None
     rule: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES)] = ()
     lists: dict[
         Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")],
@@ -76,15 +87,11 @@ class RuleBook(BaseModel):
     ] = Field(default_factory=dict)
     _rules: Rules = PrivateAttr()
 
-    @field_validator("lists")
-    @classmethod
-    def _no_name_twice(cls, lists: dict[str, frozenset[str]]) -> dict[str, frozenset[str]]:
-        if both := sorted(NAMES.keys() & lists.keys()):
-            raise ValueError(f"{both[0]} is a value of the payment: give the list another name")
-        return lists
-
     @model_validator(mode="after")
     def _compiled(self) -> RuleBook:
+        names = NAMES if self.names is None else self.names
+        if both := sorted(names.keys() & self.lists.keys()):
+            raise ValueError(f"{both[0]} is a value of the payment: give the list another name")
         seen: set[str] = set()
         conditions: list[Condition] = []
         for place, rule in enumerate(self.rule):
@@ -94,7 +101,7 @@ class RuleBook(BaseModel):
                 raise ValueError(f"rule {place + 1}: the code {rule.code} is taken by Plinth")
             seen.add(rule.code)
             try:
-                conditions.append(condition(rule.when, NAMES, self.lists))
+                conditions.append(condition(rule.when, names, self.lists))
             except ConfigError as error:
                 hint = f" ({error.hint})" if error.hint else ""
                 raise ValueError(
@@ -122,9 +129,10 @@ class Payments:
     Args:
         asked: the payments.
         amounts: float64 (n,), base currency.
-        features: float32 (n, len(FEATURES)).
+        features: float32 (n, columns of the declared features).
         flags: int (n,), see :class:`Flag`.
         scores: float32 (n,), of the model.
+        declared: the features.
     """
 
     asked: Sequence[Transaction]
@@ -132,6 +140,7 @@ class Payments:
     features: npt.NDArray[np.float32]
     flags: npt.NDArray[Any]
     scores: npt.NDArray[np.float32]
+    declared: Program = STANDARD
 
     def __len__(self) -> int:
         return len(self.asked)
@@ -153,8 +162,8 @@ class Payments:
             return np.array([one.device_id is not None for one in self.asked], dtype=bool)
         if name in _TEXTS:
             return np.array([getattr(one, name) for one in self.asked], dtype=object)
-        column: npt.NDArray[Any] = self.features[:, FEATURES.index(name)]
-        return column != 0 if name in _YES_OR_NO else column
+        column: npt.NDArray[Any] = self.features[:, self.declared.names.index(name)]
+        return column != 0 if name in self.declared.yes_or_no else column
 
 
 @dataclass(slots=True)
@@ -179,14 +188,14 @@ class Rules:
     conditions: tuple[Condition, ...]
     version: str
 
-    def apply(self, payments: Payments) -> tuple[defaultdict[int, Verdict], dict[str, int]]:
-        """What the rules ask for, by the payment's place, and how often each rule held.
+    def apply(self, payments: Payments) -> tuple[defaultdict[int, Verdict], dict[str, list[int]]]:
+        """What the rules ask for, by the payment's place, and the places where each rule held.
 
         A transaction id that came before with another amount or terminal is at least reviewed
         (R04), whatever the rules are.
         """
         verdicts: defaultdict[int, Verdict] = defaultdict(Verdict)
-        hits: dict[str, int] = {}
+        hits: dict[str, list[int]] = {}
         self._ask("decline", payments, verdicts, hits)
         _add(verdicts, np.flatnonzero(payments.column("conflict")).tolist(), REUSED_ID, "review")
         self._ask("review", payments, verdicts, hits)
@@ -197,7 +206,7 @@ class Rules:
         action: Action,
         payments: Payments,
         verdicts: defaultdict[int, Verdict],
-        hits: dict[str, int],
+        hits: dict[str, list[int]],
     ) -> None:
         for rule, holds in zip(self.rules, self.conditions, strict=True):
             if rule.action != action:
@@ -205,7 +214,7 @@ class Rules:
             held = np.flatnonzero(holds(payments)).tolist()
             if not held:
                 continue
-            hits[rule.code] = len(held)
+            hits[rule.code] = held
             if not rule.shadow:
                 _add(verdicts, held, Reason(code=rule.code, text=rule.text), action)
 

@@ -76,6 +76,9 @@ class Transaction(BaseModel):
         customer_id: who holds the card.
         terminal_id: where the payment is made: terminal, merchant or shop.
         device_id: the device of an online payment, if known.
+        latitude, longitude: where the payment is made, degrees, if known; both or neither.
+        received_time: when a door received it, in a history; training computes features in this
+            order, so that they are what serving saw. Doors ignore it.
     """
 
     model_config = READING
@@ -90,6 +93,9 @@ class Transaction(BaseModel):
     customer_id: Id
     terminal_id: Id
     device_id: Id | None = None
+    latitude: Annotated[float, Field(ge=-90, le=90, allow_inf_nan=False)] | None = None
+    longitude: Annotated[float, Field(ge=-180, le=180, allow_inf_nan=False)] | None = None
+    received_time: EventTime | None = None
 
 
 class Label(BaseModel):
@@ -101,6 +107,7 @@ class Label(BaseModel):
         fraud: fraud or, to withdraw an earlier label, genuine.
         label_time: when this became known, RFC 3339; events before it never see the label.
         card: as in the transaction; needed where cards share transaction ids.
+        received_time: when a door received it, in a history.
     """
 
     model_config = READING
@@ -112,6 +119,7 @@ class Label(BaseModel):
     fraud: bool
     label_time: EventTime
     card: Annotated[_Token | None, Field(repr=False)] = None
+    received_time: EventTime | None = None
 
 
 class FollowUp(BaseModel):
@@ -126,6 +134,7 @@ class FollowUp(BaseModel):
         event_time: when this was done, RFC 3339 with an offset.
         card: as in the payment.
         amount: captured, taken back or paid back, in the payment's currency, if known.
+        received_time: when a door received it, in a history.
     """
 
     model_config = READING
@@ -136,6 +145,7 @@ class FollowUp(BaseModel):
     event_time: EventTime
     card: CardToken
     amount: Annotated[float, Field(ge=0, le=MAX_AMOUNT, allow_inf_nan=False)] | None = None
+    received_time: EventTime | None = None
 
 
 class StrictTransaction(Transaction):
@@ -305,10 +315,19 @@ def _read(raw: bytes, unknown: UnknownFields) -> Record:
                 reason="too_small",
                 hint="0 verifies a card; else send what is to be paid",
             )
+        if (made.latitude is None) is not (made.longitude is None):
+            missing = "latitude" if made.latitude is None else "longitude"
+            raise InputError(
+                f"{missing}: is missing",
+                field=missing,
+                reason="missing",
+                hint="send latitude and longitude, or neither",
+            )
         # Quotation marks of keys and texts, if no field is there twice, none is unknown, and
         # nothing is escaped. A field more adds at least two: equality proves that there is none.
         given = made.__pydantic_fields_set__
         texts = 6 + ("device_id" in given and made.device_id is not None) + ("kind" in given)
+        texts += made.received_time is not None
         if raw.count(b'"') == 2 * (len(given) + texts):
             return made
         if "fraud" not in _object(raw):
@@ -356,6 +375,12 @@ def _refuse_double_keys(raw: bytes) -> None:
 def milliseconds(time: datetime) -> int:
     """Whole milliseconds since 1970-01-01T00:00Z; finer digits are cut off."""
     return (time - _EPOCH) // _MILLISECOND
+
+
+def place_of(payment: Transaction) -> tuple[float, float] | None:
+    """Latitude and longitude of a payment, degrees, if they are known."""
+    lat, lon = payment.latitude, payment.longitude
+    return None if lat is None or lon is None else (lat, lon)
 
 
 def refusal(error: ValidationError) -> InputError:

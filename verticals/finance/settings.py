@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from plinth.verticals.contract import Settings
 from plinth.verticals.finance.challenger import Promotion
-from plinth.verticals.finance.rules import RuleBook, limits
+from plinth.verticals.finance.features.language import Declaration
+from plinth.verticals.finance.features.program import STANDARD, Program, compiled
+from plinth.verticals.finance.rules import RuleBook, limits, names_of
 from plinth.verticals.finance.schema import CardNumbers, UnknownFields
 
 STORE = Path(__file__).parent / "store"
@@ -26,6 +29,8 @@ class FraudSettings(Settings):
         review_threshold: score from which people look; default: each model's own.
         decline_threshold: score from which the payment is declined; default: each model's own.
         rates: currencies taken, and what one unit is worth in base currency.
+        features: a table as :class:`Declaration`, or a TOML file with it: what is computed of each
+            payment, in place of the standard features. Taken up at a start.
         rules: a table as :class:`RuleBook`, or a TOML file with it, which is read again when it
             changes; it takes the place of the three limits below.
         hard_amount: base currency; above it the payment is declined. Absent: no such rule.
@@ -48,6 +53,8 @@ class FraudSettings(Settings):
         challenger_payments: remembered with both scores, until their labels come.
         promotion: rule by which it becomes the champion: a table as :class:`Promotion`, or a TOML
             file with it, which is read again when it changes. Absent: a person promotes it.
+        case_alerts: whose case files are remembered, about 2 KiB each, by doors that offer them.
+        case_payments: payments whose scores they remember to try thresholds on, 29 bytes each.
         drift_alarm: population stability index, against the payments of the model's training,
             above which a feature or the score is shifted.
         missing_labels_alarm: share of the labels expected from training that are missing, above
@@ -64,6 +71,7 @@ class FraudSettings(Settings):
     rates: dict[
         Annotated[str, Field(pattern=r"^[A-Z]{3}$")], Annotated[float, Field(ge=1e-6, le=100)]
     ] = Field(default_factory=lambda: {"EUR": 1.0}, min_length=1)
+    features: Declaration | None = None
     rules: RuleBook | None = None
     hard_amount: Annotated[float, Field(gt=0)] | None = 5000.0
     max_card_count_5m: Annotated[int, Field(ge=1)] | None = 10
@@ -81,10 +89,32 @@ class FraudSettings(Settings):
     challenger_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     challenger_payments: Annotated[int, Field(ge=1_000, le=100_000_000)] = 200_000
     promotion: Promotion | None = None
+    case_alerts: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    case_payments: Annotated[int, Field(ge=1_000, le=100_000_000)] = 200_000
     drift_alarm: Annotated[float, Field(gt=0)] = 0.25
     missing_labels_alarm: Probability = 0.7
     colocated: bool = False
-    live_tables: ClassVar[tuple[str, ...]] = ("rules", "promotion")
+    live_tables: ClassVar[tuple[str, ...]] = ("features", "rules", "promotion")
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _rules_know_the_features(cls, rules: Any, info: ValidationInfo) -> Any:
+        declared = info.data.get("features")
+        if declared is None or not isinstance(rules, Mapping):
+            return rules
+        return {**rules, "names": names_of(compiled(declared))}
+
+    @classmethod
+    def live_table(cls, field: str, content: Mapping[str, Any], others: Mapping[str, Any]) -> Any:
+        declared = others.get("features")
+        if field != "rules" or declared is None:
+            return content
+        features = Declaration.model_validate(declared)
+        return {**content, "names": names_of(compiled(features))}
+
+    def program(self) -> Program:
+        """The features, ready to be computed."""
+        return STANDARD if self.features is None else compiled(self.features)
 
     @model_validator(mode="after")
     def _one_set_of_rules(self) -> FraudSettings:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 import torch
@@ -22,9 +23,12 @@ import torch
 from plinth.engine import ConfigError, Flow, Model, ModelError, ModelStore, PlinthError, Timing
 from plinth.engine.files import replace_file
 from plinth.verticals.finance.challenger import Promotion, Shadow
-from plinth.verticals.finance.champion import NAME, Champion
+from plinth.verticals.finance.champion import NAME, WINDOW, Champion
 from plinth.verticals.finance.drift import DriftWatch, Reference
-from plinth.verticals.finance.features.online import MODEL_FEATURES
+from plinth.verticals.finance.features.columns import Columns
+from plinth.verticals.finance.features.program import Program
+from plinth.verticals.finance.features.timeline import NEVER
+from plinth.verticals.finance.reasons import Groups
 from plinth.verticals.finance.rules import Action
 from plinth.verticals.finance.settings import STORE, FraudSettings
 
@@ -61,14 +65,20 @@ class Serving:
     Args:
         name: of its model in the engine.
         variants: the model and its cheaper variant.
+        columns: what it sees of the features.
+        reasons: groups of them.
         drift: what its payments are held against, if the store says.
-        flows: that began with it and have not ended.
+        trained_until: event time of the newest payment it was trained on, milliseconds.
+        flows: that began with it and have not ended, whatever thread they run on.
     """
 
     name: str
     variants: tuple[Variant, ...]
+    columns: Columns
+    reasons: Groups
     drift: DriftWatch | None
-    flows: int = 0
+    trained_until: int = NEVER
+    flows: set[object] = field(default_factory=set)
 
     @property
     def version(self) -> str:
@@ -85,10 +95,13 @@ class Versions:
     Args:
         settings: of the vertical.
         clock: seconds.
+        features: that are computed.
     """
 
-    def __init__(self, settings: FraudSettings, clock: Callable[[], float]) -> None:
-        self._given = settings
+    def __init__(
+        self, settings: FraudSettings, clock: Callable[[], float], features: Program
+    ) -> None:
+        self._given, self._features = settings, features
         self._clock = clock
         self._rule = settings.promotion
         self.champion = Champion(settings.store or STORE)
@@ -119,21 +132,31 @@ class Versions:
         if main.spec.cheaper:
             same = main.spec.version in store.versions(main.spec.cheaper)
             models.append(store.load(main.spec.cheaper, main.spec.version if same else None))
-        variants = tuple(self._variant(model, place) for place, model in enumerate(models))
         version = main.spec.version
-        found = Reference.read(store.facts(NAME, version), f"{NAME} {version}")
+        facts, told = store.facts(NAME, version), f"{NAME} {version}"
+        columns = Columns.of(self._features, facts, told)
+        width = len(columns.names)
+        variants = tuple(self._variant(model, place, width) for place, model in enumerate(models))
+        found = Reference.read(facts, told, columns.names)
         alarms = self._given.drift_alarm, self._given.missing_labels_alarm
-        drift = None if found is None else DriftWatch(found, *alarms)
-        return Serving(name, variants, drift), _renamed(models, name)
+        drift = None if found is None else DriftWatch(found, *alarms, columns)
+        until = _trained_until(facts, told)
+        made = Serving(name, variants, columns, Groups(columns), drift, until)
+        return made, _renamed(models, name)
 
-    def _variant(self, model: Model, place: int) -> Variant:
+    def _variant(self, model: Model, place: int, width: int) -> Variant:
         spec, given = model.spec, self._given
+        if spec.inputs[0].shape != (width,):
+            raise ModelError(
+                f"{spec.name} {spec.version} takes {spec.inputs[0].shape} features, not {width}",
+                hint="train it again; both models of a version see the same",
+            )
         with torch.inference_mode():
-            answer = model.module(torch.zeros(1, len(MODEL_FEATURES)))
+            answer = model.module(torch.zeros(1, width))
         if answer.shape != (1, 2) or answer[0, 1] != place:
             raise ModelError(
                 f"{spec.name} {spec.version} gave {tuple(answer.shape)} for one row of "
-                f"{len(MODEL_FEATURES)} features, expected probability and variant {place}",
+                f"{width} features, expected probability and variant {place}",
                 hint="train it with python -m plinth.verticals.finance.training.train",
             )
         review, decline = given.review_threshold, given.decline_threshold
@@ -146,6 +169,25 @@ class Versions:
                 hint="set both",
             )
         return Variant(spec.name, spec.version, review, decline, model.digest())
+
+    @contextmanager
+    def asked(self) -> Iterator[Serving]:
+        """What a flow asks that begins now; it stays loaded until the flow has ended.
+
+        A flow says that it is there, then looks whether another version has taken over; who
+        replaces models lets the other take over first, then looks whether a flow is there.
+        """
+        flow = object()
+        while True:
+            serving = self.serving
+            serving.flows.add(flow)  # one step of the interpreter, so no thread's is lost
+            if serving is self.serving:
+                break
+            serving.flows.discard(flow)
+        try:
+            yield serving
+        finally:
+            serving.flows.discard(flow)
 
     # -- following the store ---------------------------------------------------------------
     def take_over(self, settings: FraudSettings) -> None:
@@ -186,7 +228,8 @@ class Versions:
             now, given = self.serving.variants[0], self._given
             review = now.review, coming.variants[0].review
             memory = given.challenger_payments, given.challenger_share
-            self.shadow = Shadow(coming.name, review, *memory)
+            since = max(self.serving.trained_until, coming.trained_until)
+            self.shadow = Shadow(coming.name, review, *memory, since, coming.columns)
             log.info("%s %s scores beside %s, in shadow", NAME, coming.version, now.version)
 
     def _champion(self) -> str:
@@ -247,14 +290,28 @@ class Versions:
         try:
             path = self.champion.store / NAME / REPORT
             replace_file(path, orjson.dumps(report, option=orjson.OPT_INDENT_2))
-            fit = self._rule is not None and not unmet and self._champion() == champion
-            if fit and second.version not in self.champion.rolled_back():
+            if self._rule is not None and not unmet and self._champion() == champion:
                 why = {"rule": report["rule"], "figures": figures}
                 self.champion.promote(second.version, by="rule", champion=champion, why=why)
         except (OSError, PlinthError) as error:
             if self._told != (told := (type(error).__name__, str(error))):
                 log.error("what the challenger has shown cannot be written: %s", error)
             self._told = told
+
+
+def _trained_until(facts: Mapping[str, Any], model: str) -> int:
+    """Event time of the newest payment that a version was trained on, if the store says.
+
+    Raises:
+        ModelError: it says no time.
+    """
+    window = facts.get(WINDOW)
+    if window is None:
+        return NEVER
+    until = window.get("to") if isinstance(window, dict) else None
+    if not isinstance(until, int):
+        raise ModelError(f"{model}: {WINDOW}.to: expected milliseconds", hint="train it again")
+    return until
 
 
 def _renamed(models: Sequence[Model], name: str) -> list[Model]:

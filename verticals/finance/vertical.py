@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from math import inf
 from typing import Any, ClassVar
@@ -26,13 +26,21 @@ from plinth.engine import (
     Sla,
     Timing,
 )
-from plinth.verticals.contract import Settings, Vertical
+from plinth.verticals.contract import Query, Settings, Vertical
+from plinth.verticals.finance.cases.case_book import CaseBook, Scored
+from plinth.verticals.finance.cases.questions import (
+    Alerts,
+    AskAlerts,
+    AskCase,
+    AskLabel,
+    AskWhatIf,
+    CaseFile,
+    WhatIf,
+)
+from plinth.verticals.finance.cases.questions import Labelled as Marked
 from plinth.verticals.finance.drift import DriftWatch
 from plinth.verticals.finance.features import persistence
 from plinth.verticals.finance.features.online import (
-    FEATURES,
-    MODEL_FEATURES,
-    RISK_REACH,
     Batch,
     Event,
     FeatureState,
@@ -44,12 +52,9 @@ from plinth.verticals.finance.features.timeline import DAY, NEVER
 from plinth.verticals.finance.metrics import PARTIAL_DECISIONS, RULE_HITS, TableMetrics
 from plinth.verticals.finance.reasons import (
     NO_TIME,
-    contributions,
-    main_reasons,
-    masked_rows,
     why_other,
 )
-from plinth.verticals.finance.rules import Payments, Verdict
+from plinth.verticals.finance.rules import REUSED_ID, Payments, Verdict
 from plinth.verticals.finance.schema import (
     LATEST,
     AuditedDecision,
@@ -63,6 +68,7 @@ from plinth.verticals.finance.schema import (
     is_label,
     is_payment,
     milliseconds,
+    place_of,
     read,
 )
 from plinth.verticals.finance.settings import FraudSettings
@@ -76,6 +82,8 @@ MAX_EXPLAINED = 64
 LATE, PARTIAL, DUPLICATE, CONFLICT = (
     flag.value for flag in (Flag.LATE, Flag.PARTIAL, Flag.DUPLICATE, Flag.CONFLICT)
 )
+Watch = Callable[[Payments, Mapping[str, Sequence[int]]], None]
+"""Is shown payments with their scores, and the places where each rule held."""
 _TOLD = (
     *("kind", "event_time", "amount", "currency", "customer_id", "terminal_id", "device_id"),
     *("fraud", "label_time"),
@@ -97,6 +105,9 @@ class FraudScoring(Vertical[Record, Decision]):
     Args:
         settings: the table ``[verticals.finance]``.
         clock: seconds since 1970-01-01T00:00Z, for records that bring no time of receipt.
+
+    Attributes:
+        watch: is shown what rules are applied to; a backtest sets it.
     """
 
     name: ClassVar[str] = "finance"
@@ -116,6 +127,7 @@ class FraudScoring(Vertical[Record, Decision]):
         given = self.settings
         self._given = given
         self._clock = clock
+        self._features = given.program()
         self.rules = given.rule_book().compiled()
         self.state = FeatureState(
             Limits(
@@ -125,14 +137,17 @@ class FraudScoring(Vertical[Record, Decision]):
                 max_customers=given.max_customers,
                 max_devices=given.max_devices,
                 max_events=given.max_events,
-            )
+            ),
+            self._features,
         )
         self._shared = False
         self._moved = self._started = NEVER
+        self.watch: Watch | None = None
+        self._cases: CaseBook | None = None
         self._known_past = inf, datetime.min.replace(tzinfo=UTC)
         me = weakref.ref(self)
         self._tables = TableMetrics(lambda: found.state if (found := me()) else None)
-        self.versions = Versions(given, clock)
+        self.versions = Versions(given, clock, self._features)
 
     def models(self) -> Sequence[Model]:
         """Load the champion and its cheaper variant, and take over their thresholds.
@@ -171,6 +186,11 @@ class FraudScoring(Vertical[Record, Decision]):
     def reconfigure(self, settings: Settings) -> None:
         if not isinstance(settings, FraudSettings):
             raise ConfigError(f"finance takes FraudSettings, not {type(settings).__name__}")
+        if settings.features != self._given.features:
+            raise ConfigError(
+                "other features are declared; they are taken up at a start alone",
+                hint="start anew: the state is then built from the log with them",
+            )
         self.rules = settings.rule_book().compiled()
         self.versions.take_over(settings)
 
@@ -186,39 +206,40 @@ class FraudScoring(Vertical[Record, Decision]):
         )
 
     def infer(self, requests: Sequence[Record]) -> Flow[list[Decision | InputError]]:
-        serving = self.versions.serving
-        serving.flows += 1
-        try:
+        with self.versions.asked() as serving:
             return (yield from self._judged(requests, serving))
-        finally:
-            serving.flows -= 1
 
     def _judged(
         self, requests: Sequence[Record], serving: Serving
     ) -> Flow[list[Decision | InputError]]:
         results: list[Decision | InputError | None] = []
-        batch = self.state.update(self._taken_in(requests, results))
+        frauds: list[Label] = []
+        batch = self.state.update(self._taken_in(requests, results, frauds))
         self._tables.count_evictions(self.state)
         if not len(batch.rows):
+            if serving.drift is not None:
+                serving.drift.label(len(frauds))
             return [result for result in results if result is not None]
-        rows = torch.from_numpy(batch.rows[:, : len(MODEL_FEATURES)].copy())
+        rows = torch.from_numpy(serving.columns.seen(batch.rows))
         output: Tensor = yield Call(serving.name, rows)
         scores = output[:, 0].float().tolist()
         answered = [serving.variants[place] for place in output[:, 1].int().tolist()]
 
         reasons: dict[int, list[Reason]] = {}
+        why: dict[int, list[float]] = {}
         pairs = enumerate(zip(scores, answered, strict=True))
         alerts = [place for place, (score, by) in pairs if score >= by.review]
         for first in range(0, len(alerts), MAX_EXPLAINED):
             part = alerts[first : first + MAX_EXPLAINED]
             try:
-                masked: Tensor = yield Call(serving.name, masked_rows(rows[part]))
+                asked_why = serving.reasons.masked_rows(rows[part])
+                masked: Tensor = yield Call(serving.name, asked_why)
             except Refused:
                 reasons |= {place: [NO_TIME] for place in part}
             else:
-                effects = contributions(masked[:, 0])
-                found = map(main_reasons, effects.tolist())
-                reasons |= zip(part, found, strict=True)
+                effects = serving.reasons.contributions(masked[:, 0])
+                why |= zip(part, effects.tolist(), strict=True)
+                reasons |= {place: serving.reasons.main(why[place]) for place in part}
         asked = [
             request
             for request, result in zip(requests, results, strict=True)
@@ -230,7 +251,14 @@ class FraudScoring(Vertical[Record, Decision]):
         if serving.drift is not None:
             ends = milliseconds(asked[0].event_time), milliseconds(asked[-1].event_time)
             serving.drift.take(ends, batch, told, self.state, self._started)
-        decisions = iter(self._decisions(asked, batch, scores, answered, reasons))
+            serving.drift.label(len(frauds))
+        made = self._decisions(asked, batch, scores, answered, reasons)
+        if self._cases is not None:
+            amounts = [one.amount * self._given.rates[one.currency] for one in asked]
+            codes = frozenset(one.code for one in self.rules.rules if not one.shadow)
+            scored = Scored(asked, made, batch.rows, amounts, answered, why)
+            self._cases.take(scored, serving, codes | {REUSED_ID.code})
+        decisions = iter(made)
         return [next(decisions) if result is None else result for result in results]
 
     def record_types(self) -> Sequence[type[BaseModel]]:
@@ -263,6 +291,57 @@ class FraudScoring(Vertical[Record, Decision]):
             del fields["extra"]
         return orjson.dumps(fields, default=vars)
 
+    def queries(self) -> Sequence[Query]:
+        """Alerts, their case files, labels for them, and other thresholds."""
+        book = self._cases or CaseBook(self._given.case_alerts, self._given.case_payments)
+        self._cases = book
+
+        def case(asked: AskCase) -> CaseFile:
+            return book.case(asked.alert, self.state)
+
+        def what_if(asked: AskWhatIf) -> WhatIf:
+            return book.what_if(asked, self.variants[0].review)
+
+        return (
+            Query("GET", "alerts", "The newest alerts.", AskAlerts, Alerts, book.alerts),
+            Query("GET", "alerts/{alert}", "The case file of an alert.", AskCase, CaseFile, case),
+            Query(
+                "POST",
+                "alerts/{alert}/label",
+                "Say what became known of an alert.",
+                AskLabel,
+                Marked,
+                self._mark,
+            ),
+            Query(
+                "GET", "what-if", "What another threshold would give.", AskWhatIf, WhatIf, what_if
+            ),
+        )
+
+    def _mark(self, asked: AskLabel) -> Marked:
+        """A person's label, as if it had come as a record now."""
+        assert self._cases is not None
+        payment, now = self._cases.payment(asked.alert), datetime.fromtimestamp(self._clock(), UTC)
+        label = Label(
+            transaction_id=payment.transaction_id,
+            terminal_id=payment.terminal_id,
+            event_time=payment.event_time,
+            fraud=asked.fraud,
+            label_time=now,
+            card=payment.card,
+        )
+        frauds: list[Label] = []
+        noted = self._note(label, frauds)
+        if isinstance(noted, InputError):
+            raise noted
+        if self.drift is not None:
+            self.drift.label(len(frauds))
+        return Marked(
+            alert=asked.alert,
+            label="fraud" if asked.fraud else "genuine",
+            label_time=now.isoformat(timespec="milliseconds"),
+        )
+
     def evidence(self, request: Record, result: Decision) -> dict[str, Any]:
         """What was judged, its features, and the thresholds and model that judged; no card."""
         told = vars(request)
@@ -270,7 +349,7 @@ class FraudScoring(Vertical[Record, Decision]):
         found: dict[str, Any] = {"record": record}
         if isinstance(result, AuditedDecision):
             row, by = result._row
-            found["features"] = dict(zip(FEATURES, row.tolist(), strict=True))
+            found["features"] = dict(zip(self._features.names, row.tolist(), strict=True))
             found["thresholds"] = {"review": by.review, "decline": by.decline}
             found["model_digest"] = by.digest
         return found
@@ -301,24 +380,28 @@ class FraudScoring(Vertical[Record, Decision]):
 
     def observe(self, requests: Sequence[Record]) -> None:
         """Take records in without scoring them; what :meth:`infer` refuses is left out."""
-        self.state.update(self._taken_in(requests, []))
+        self.state.update(self._taken_in(requests, [], []))
 
     def snapshot(self) -> bytes:
         return persistence.pack(self.state)
 
     def restore(self, state: bytes) -> None:
-        self.state = persistence.unpack(state, self.state.limits)
+        self.state = persistence.unpack(state, self.state.limits, self._features)
+        if self._cases is not None:
+            self._cases.clear()  # its alerts are of payments that this state may not have seen
 
     def _taken_in(
         self,
         requests: Sequence[Record],
         results: list[Decision | InputError | None],
+        frauds: list[Label],
     ) -> Iterator[Event]:
         """Events of the transactions, in order; labels take effect in between.
 
         Args:
             requests: what came.
             results: gets one entry for each: the answer, or ``None`` where the model gives it.
+            frauds: gets the labels by which a payment first became known as fraud.
         """
         for request in requests:
             if is_payment(request):
@@ -329,11 +412,11 @@ class FraudScoring(Vertical[Record, Decision]):
                     results.append(None)
                     yield event
             elif is_label(request):
-                results.append(self._note(request))
+                results.append(self._note(request, frauds))
             else:
                 results.append(_noted(request))
 
-    def _note(self, label: Label) -> Decision | InputError:
+    def _note(self, label: Label, frauds: list[Label]) -> Decision | InputError:
         made = Labelled(
             label.transaction_id,
             label.terminal_id,
@@ -342,14 +425,17 @@ class FraudScoring(Vertical[Record, Decision]):
             label.fraud,
             label.card,
         )
+        before = self.state.frauds
         try:
             found = self.state.label(made, max(self._moved, self._started))
         except InputError as error:
             return error
-        if self.drift is not None and label.fraud:
-            self.drift.label()
+        if label.fraud and (self.state.frauds > before or not found):
+            frauds.append(label)
         if self.versions.shadow is not None:
             self.versions.shadow.note(label)
+        if self._cases is not None:
+            self._cases.note(label)
         return _noted(label, partial=not found)
 
     def _event(self, request: Transaction) -> Event | InputError:
@@ -369,6 +455,7 @@ class FraudScoring(Vertical[Record, Decision]):
             request.customer_id,
             request.terminal_id,
             request.device_id,
+            place_of(request),
         )
 
     def _future(self, field: str) -> InputError:
@@ -429,7 +516,11 @@ class FraudScoring(Vertical[Record, Decision]):
     def _lacking_until(self) -> int:
         """Up to this event time windows reach below what this state has seen, or a move of keys."""
         unseen = max(self._moved, self._started)
-        return unseen + RISK_REACH + self.state.limits.lateness_ms if unseen > NEVER else NEVER
+        return (
+            unseen + self._features.reach + self.state.limits.lateness_ms
+            if unseen > NEVER
+            else NEVER
+        )
 
     def _verdicts(
         self, asked: Sequence[Transaction], batch: Batch, scores: Sequence[float]
@@ -441,11 +532,14 @@ class FraudScoring(Vertical[Record, Decision]):
             batch.rows,
             batch.flags,
             np.array(scores, dtype=np.float32),
+            self._features,
         )
         verdicts, hits = self.rules.apply(payments)
         shadows = {rule.code for rule in self.rules.rules if rule.shadow} if hits else ()
-        for code, count in hits.items():
-            RULE_HITS.labels(code, "shadow" if code in shadows else "applied").inc(count)
+        for code, held in hits.items():
+            RULE_HITS.labels(code, "shadow" if code in shadows else "applied").inc(len(held))
+        if self.watch is not None:
+            self.watch(payments, hits)
         return verdicts
 
 

@@ -110,6 +110,29 @@ def retrain(
         train_on(settings, history, plan, seconds, threading.Event())
 
 
+@finance.command(epilog="Example: plinth finance backtest rules.toml --history history.jsonl.gz")
+def backtest(
+    rules: Annotated[Path, typer.Argument(help="TOML file of rules to try.")],
+    history: Annotated[
+        list[Path],
+        typer.Option(
+            help="Transactions and labels, one a line, in the order in which they came; .gz is "
+            "read. May be repeated."
+        ),
+    ],
+    label_days: Annotated[
+        float, typer.Option(min=0, max=366, help="After which a payment without one is genuine.")
+    ] = 7.0,
+    config_file: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What rules would have stopped: payments, money, precision, recall, rule by rule."""
+    from plinth.pipelines.cli.finance.rule_backtest import Trial, run_rule_backtest
+    from plinth.pipelines.config.settings import load
+
+    run_rule_backtest(load(config_file), Trial(rules, history, label_days), as_json)
+
+
 def _settings(config_file: Path | None) -> FraudSettings:
     from plinth.engine import ConfigError
     from plinth.pipelines.config.settings import load

@@ -14,10 +14,10 @@ import torch
 
 from plinth.engine import ConfigError, ModelStore, PlinthError
 from plinth.pipelines.console import say, show_table
-from plinth.verticals.finance.champion import NAME, Champion
+from plinth.verticals.finance.champion import NAME, WINDOW, Champion
 from plinth.verticals.finance.settings import STORE, FraudSettings
 from plinth.verticals.finance.training.history import recorded
-from plinth.verticals.finance.training.retrain import WINDOW, Plan, retrain, window_of
+from plinth.verticals.finance.training.retrain import Plan, retrain, window_of
 
 log = logging.getLogger("plinth.retrain")
 
@@ -64,7 +64,7 @@ def train_once(settings: FraudSettings, history: Sequence[Path], plan: Plan) -> 
     """
     store = settings.store or STORE
     begun = time.monotonic()
-    data = recorded(files_of(history), settings.rates, lambda done: None)
+    data = recorded(files_of(history), settings.rates, lambda done: None, settings.program())
     models, window = ModelStore(store), window_of(data, plan)
     known = models.versions(NAME)
     if known and models.facts(NAME, known[-1]).get(WINDOW) == window:

@@ -102,6 +102,7 @@ def _writer(stack: contextlib.ExitStack, out: Path | None) -> Any:
         plain = stack.enter_context(out.open("xb"))
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror}") from None
+    stack.push(lambda kind, *_: out.unlink(missing_ok=True) if kind else None)
     packed = out.suffix == ".gz"
     file: Any = stack.enter_context(gzip.GzipFile(fileobj=plain)) if packed else plain
     return lambda record: file.write(record + b"\n")

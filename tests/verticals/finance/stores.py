@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,7 +12,14 @@ from plinth.engine import ModelStore
 from plinth.verticals.finance.settings import STORE
 
 
-def add_version(folder: Path, version: str, *, noise: float = 0.0, shift: float = 0.0) -> None:
+def add_version(
+    folder: Path,
+    version: str,
+    *,
+    noise: float = 0.0,
+    shift: float = 0.0,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
     """The model that comes with Plinth under another version, made worse by noise or shifted."""
     for name in ("fraud", "fraud-lite"):
         model = ModelStore(STORE).load(name)
@@ -20,4 +29,5 @@ def add_version(folder: Path, version: str, *, noise: float = 0.0, shift: float 
                 weight += noise * torch.randn(weight.shape, generator=dice)
             model.module.calibration.shift += shift  # type: ignore[union-attr,operator]
         spec = model.spec.model_copy(update={"version": version})
-        ModelStore(folder).save(spec, model.module, facts=ModelStore(STORE).facts(name))
+        known = {**ModelStore(STORE).facts(name), **(facts or {})}
+        ModelStore(folder).save(spec, model.module, facts=known)

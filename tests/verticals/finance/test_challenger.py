@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from plinth.engine import Call, ConfigError, Flow, ModelError, Timing
 from plinth.engine.metrics import REGISTRY
 from plinth.verticals.finance import FraudScoring, FraudSettings
 from plinth.verticals.finance.challenger import MAX_WAITING, Pair, Promotion, Shadow, compare
-from plinth.verticals.finance.champion import Champion
+from plinth.verticals.finance.champion import WINDOW, Champion
 from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
 from plinth.verticals.finance.schema import Decision, Record
 from plinth.verticals.finance.training.simulator import (
@@ -256,6 +259,122 @@ def test_what_a_cheaper_variant_scored_and_what_came_again_is_not_compared_twice
     while (flow := shadow.flow()) is not None:
         drive(flow, lambda call: torch.zeros(len(call.rows), 2))  # type: ignore[arg-type]
     assert shadow.figures(7.0)["payments"] == 600
+
+
+def at_once(count: int, work: Callable[[], object]) -> list[object]:
+    """What each of some threads came to that began together: a result, or its error."""
+    start, found = threading.Barrier(count), []
+
+    def one() -> None:
+        start.wait(30)
+        try:
+            found.append(work())
+        except ConfigError as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=one) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(found) == count
+    return found
+
+
+def test_of_workers_that_promote_at_once_one_does(store: Path) -> None:
+    def promote() -> bool:
+        return Champion(store).promote("2.0.0", by="rule", champion="1.0.0")
+
+    assert sorted(map(bool, at_once(8, promote))) == [False] * 7 + [True]
+    assert [(one["from"], one["to"]) for one in Champion(store).decisions()[1:]] == [
+        ("1.0.0", "2.0.0")
+    ]
+
+
+def test_who_rolls_back_at_once_goes_back_one_step_each(store: Path) -> None:
+    add_version(store, "3.0.0")
+    champion = Champion(store)
+    champion.promote("2.0.0", by="hand", champion="1.0.0")
+    champion.promote("3.0.0", by="hand", champion="2.0.0")
+    found = at_once(3, lambda: Champion(store).roll_back())
+    done = sorted(one for one in found if not isinstance(one, ConfigError))  # type: ignore[type-var]
+    assert done == [("2.0.0", "1.0.0"), ("3.0.0", "2.0.0")]
+    assert champion.version() == "1.0.0"
+
+
+def test_a_rule_does_not_promote_what_was_decided_otherwise_meanwhile(store: Path) -> None:
+    champion = Champion(store)
+    add_version(store, "3.0.0")
+    champion.promote("3.0.0", by="hand", champion="1.0.0")
+    assert not champion.promote("2.0.0", by="rule", champion="1.0.0")
+    champion.roll_back()
+    assert not champion.promote("3.0.0", by="rule", champion="1.0.0"), "it was rolled back"
+    assert champion.version() == "1.0.0"
+    assert champion.promote("3.0.0", by="hand", champion="1.0.0"), "a person may"
+
+
+def test_a_process_that_holds_the_decisions_is_named_and_not_waited_for_without_end(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plinth.verticals.finance.champion.LOCK_SECONDS", 0.05)
+    with (store / "fraud" / "champion.lock").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"champion\.lock"):
+            Champion(store).promote("2.0.0", by="hand", champion="1.0.0")
+    assert Champion(store).promote("2.0.0", by="hand", champion="1.0.0")
+
+
+def test_no_thread_loses_the_count_of_flows(store: Path) -> None:
+    versions = Process.of(store).vertical.versions
+
+    def work() -> None:
+        for _ in range(3_000):
+            with versions.asked() as serving:
+                assert serving.flows
+
+    at_once(4, work)
+    assert not versions.serving.flows
+
+
+def test_a_flow_that_begins_while_another_version_takes_over_asks_that_one(store: Path) -> None:
+    versions = Process.of(store).vertical.versions
+    before, after = versions.serving, replace(versions.serving, name="fraud-challenger")
+
+    class TakenOver(set[object]):
+        def add(self, flow: object) -> None:
+            versions.serving = replace(after, flows=set())
+            super().add(flow)
+
+    before.flows = TakenOver()
+    with versions.asked() as serving:
+        assert serving.name == "fraud-challenger"
+        assert (len(serving.flows), len(before.flows)) == (1, 0)
+    assert not serving.flows
+
+
+def test_payments_that_a_version_was_trained_on_do_not_judge_it(
+    store: Path, tmp_path: Path, records: list[bytes]
+) -> None:
+    times = sorted({one["event_time"] for one in map(json.loads, records) if "amount" in one})
+    until = times[len(times) // 2]
+    moment = round(datetime.fromisoformat(until).timestamp() * 1e3)
+    for version in ("4.0.0", "5.0.0"):
+        add_version(store, version, facts={WINDOW: {"from": 0, "to": moment}})
+    Champion(store).promote("2.0.0", by="hand", champion="1.0.0")
+    compared = []
+    for champion, challenger in (("2.0.0", "4.0.0"), ("4.0.0", "2.0.0"), ("4.0.0", "5.0.0")):
+        Champion(store).promote(champion, by="hand", champion="2.0.0")
+        process = Process.of(store, challenger=challenger)
+        process.settle()
+        process.score(read(process, records))
+        process.follow()
+        process.follow()
+        report = json.loads((store / "fraud" / "challenger.json").read_bytes())
+        assert (report["champion"], report["challenger"]) == (champion, challenger)
+        compared.append(report["figures"]["payments"])
+    later = sum(one["event_time"] > until for one in map(json.loads, records) if "amount" in one)
+    assert 0 < later < sum("amount" in json.loads(one) for one in records)
+    assert compared == [min(later, MAX_WAITING)] * 3
 
 
 def test_what_was_never_changed_cannot_be_rolled_back(store: Path) -> None:

@@ -19,8 +19,8 @@ from torch import nn
 from plinth.engine import ModelError, ModelStore
 from plinth.engine.metrics import REGISTRY
 from plinth.verticals.finance import FraudScoring, FraudSettings
-from plinth.verticals.finance.drift import FACT, NAMES, DriftWatch, Reference, stability_index
-from plinth.verticals.finance.features.online import FEATURES, Batch, FeatureState
+from plinth.verticals.finance.drift import FACT, SCORE, DriftWatch, Reference, stability_index
+from plinth.verticals.finance.features.online import FEATURES, MODEL_FEATURES, Batch, FeatureState
 from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
 from plinth.verticals.finance.schema import Record
 from plinth.verticals.finance.settings import STORE
@@ -99,7 +99,7 @@ def test_a_plain_stream_raises_no_alarm_and_a_shifted_one_names_the_feature(
     assert watch.shifted == {}
     assert caplog.text == ""
     assert metric("drift_shifted") == 0
-    for name in NAMES:
+    for name in (*MODEL_FEATURES, SCORE):
         index = metric("drift_psi", feature=name)
         assert index is not None, f"the windows of {name} were full"
         assert index < 0.25, name
@@ -131,8 +131,7 @@ def test_labels_that_stop_are_told_and_labels_that_come_are_not(
         output = np.column_stack((rng.random(2_500), np.zeros(2_500))).astype(np.float32)
         batch = Batch(np.zeros((2_500, len(FEATURES)), np.float32), np.zeros(2_500, np.uint8))
         for day in range(60):
-            for _ in range(labels_per_day):
-                watch.label()
+            watch.label(labels_per_day)
             watch.take((day * DAY, day * DAY), batch, output, FeatureState(), 0)
 
     usual = round(2_500 * reference.fraud_share)
@@ -147,6 +146,29 @@ def test_labels_that_stop_are_told_and_labels_that_come_are_not(
     assert stopped.labels_missing
     assert metric("missing_label_share") == 1.0
     assert caplog.text.count("labels do not come") == 1
+
+
+def test_labels_that_are_read_again_are_counted_as_often_as_their_payments(
+    days: list[Table],
+) -> None:
+    """A replay counts neither, a chunk that is taken twice counts both once."""
+    history, plain, _ = days
+    counted: list[int] = []
+
+    class Counting(DriftWatch):
+        def label(self, count: int) -> None:
+            counted.append(count)
+
+    stream = Stream()
+    stream.vertical.drift.__class__ = Counting  # type: ignore[assignment]
+    frauds = history[history["fraud"]]
+    stream.observe(history, PEOPLE.start_ms + WARM * DAY, frauds)
+    assert sum(counted) == 0, "payments of a replay are not counted, nor are their labels"
+    end = PEOPLE.start_ms + SHIFT * DAY
+    for _ in range(2):
+        stream.score(plain[:2_000], end, frauds)
+    due = frauds["time"] + LABEL_DELAY
+    assert sum(counted) == ((due >= plain["time"][0]) & (due < end)).sum() > 0
 
 
 SHARES = st.lists(st.integers(0, 1_000), min_size=2, max_size=12).map(

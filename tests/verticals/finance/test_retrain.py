@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from stores import add_version
 
-from plinth.engine import ConfigError, ModelStore
+from plinth.engine import ConfigError, InputError, ModelStore
 from plinth.pipelines.cli.finance.retraining import files_of, seconds_of, train_on, train_once
 from plinth.pipelines.cli.main import main
 from plinth.verticals.finance import FraudScoring, FraudSettings
-from plinth.verticals.finance.champion import Champion
-from plinth.verticals.finance.training.history import Data, simulated
-from plinth.verticals.finance.training.retrain import WINDOW, Plan, retrain, window_of
+from plinth.verticals.finance.champion import WINDOW, Champion
+from plinth.verticals.finance.features.timeline import DAY
+from plinth.verticals.finance.training.history import Data, recorded, simulated
+from plinth.verticals.finance.training.retrain import Plan, retrain, window_of
 from plinth.verticals.finance.training.simulator import (
     Population,
     Table,
@@ -65,13 +69,74 @@ def test_the_window_ends_at_the_newest_usable_day_and_what_lies_outside_changes_
     def with_amounts_of(day: int) -> Data:
         rows = data.rows.copy()
         rows[data.day == day, 0] *= 2
-        return Data(data.table, rows, data.day)
+        return replace(data, rows=rows)
 
     train(with_amounts_of(last), tmp_path, "2")
     assert weights(tmp_path, "2") != weights(tmp_path, "1"), "the newest usable day counts"
     for version, day in (("3", last + 1), ("4", last - QUICK.days)):
         train(with_amounts_of(day), tmp_path, version)
         assert weights(tmp_path, version) == weights(tmp_path, "1")
+
+
+def quality(data: Data, store: Path, plan: Plan = QUICK) -> tuple[float, ...]:
+    (spec, _) = retrain(data, plan, store, version="1", source="", advance=lambda done: None)
+    return tuple(spec.metrics[name] for name in ("auc", "ap", "card_precision_100"))
+
+
+def test_what_a_version_is_worth_is_measured_without_labels_that_came_later(
+    data: Data, tmp_path: Path
+) -> None:
+    """Frauds that were not known when the test week began are genuine to the measured model."""
+    first = QUICK.last(data) - 7 + 1
+    late = data.between(0, first)
+    late = late[data.table["fraud"][late]][::2]
+    known = data.known.copy()
+    known[late] = data.start(first + 7)
+    genuine = data.table.copy()
+    genuine["fraud"][late] = False
+    seen_late = quality(replace(data, known=known), tmp_path / "late")
+    assert seen_late == quality(replace(data, table=genuine), tmp_path / "never")
+    assert seen_late != quality(data, tmp_path / "at once")
+
+
+def test_the_measured_window_ends_as_long_before_the_test_as_labels_take(
+    data: Data, tmp_path: Path
+) -> None:
+    plan = replace(QUICK, days=11, label_days=9)
+    first = plan.last(data) - 7 + 1
+    for day, counts in ((first - 1, False), (first - 9, False), (first - 10, True)):
+        rows = data.rows.copy()
+        rows[data.day == day] *= 30
+        changed = quality(replace(data, rows=rows), tmp_path / f"{day}", plan)
+        plain = quality(data, tmp_path / f"plain{day}", plan)
+        assert (changed != plain) is counts, day
+
+
+@pytest.mark.parametrize("cut", [-1, -9, 40, 5])
+def test_a_history_that_is_not_copied_in_full_is_named_and_trains_nothing(
+    table: Table, tmp_path: Path, cut: int
+) -> None:
+    whole = gzip.compress(b"\n".join(transactions_json(table[:200])))
+    file = tmp_path / "payments.jsonl.gz"
+    file.write_bytes(whole[:cut])
+    with pytest.raises(InputError, match=r"payments\.jsonl\.gz: cannot be read") as caught:
+        recorded([file], {"EUR": 1.0}, lambda done: None)
+    assert "copy to another name" in str(caught.value.hint)
+    file.write_bytes(whole[:30] + bytes(30) + whole[60:])
+    with pytest.raises(InputError, match=r"payments\.jsonl\.gz"):
+        recorded([file], {"EUR": 1.0}, lambda done: None)
+
+
+def test_since_when_a_fraud_is_known_is_kept_of_recorded_labels(
+    table: Table, tmp_path: Path
+) -> None:
+    frauds = table[table["fraud"]]
+    file = tmp_path / "all.jsonl"
+    file.write_bytes(b"\n".join([*labels_json(table, delay_ms=9 * DAY), *transactions_json(table)]))
+    data = recorded([file], {"EUR": 1.0}, lambda done: None)
+    assert np.array_equal(data.known[data.table["fraud"]], frauds["time"] + 9 * DAY)
+    assert data.as_known(int(frauds["time"][0]) + 9 * DAY).table["fraud"].sum() == 0
+    assert data.as_known(int(frauds["time"][0]) + 9 * DAY + 1).table["fraud"].sum() == 1
 
 
 def test_a_stored_version_is_a_challenger_and_never_the_champion(
@@ -155,7 +220,7 @@ def test_a_history_without_fraud_labels_is_refused(data: Data, tmp_path: Path) -
     genuine = data.table.copy()
     genuine["fraud"] = False
     with pytest.raises(ConfigError, match="fraud labels"):
-        train(Data(genuine, data.rows, data.day), tmp_path, "1")
+        train(replace(data, table=genuine), tmp_path, "1")
     assert not (tmp_path / "fraud").exists()
 
 

@@ -7,16 +7,19 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import orjson
 import pytest
 from payments import DAY, HOUR, NOON, label, payment
 from rich.console import Console
 
 from plinth.engine import ConfigError, InputError, ModelStore
 from plinth.verticals.finance import FraudScoring, FraudSettings
+from plinth.verticals.finance.schema import Label
 from plinth.verticals.finance.training.history import recorded, simulated
 from plinth.verticals.finance.training.simulator import (
     Population,
     labels_json,
+    rfc3339,
     simulate,
     transactions_json,
 )
@@ -73,6 +76,42 @@ def test_recorded_payments_give_what_simulated_ones_give(files: list[Path]) -> N
     assert read.rows.tobytes() == made.rows.tobytes()
     assert bool(np.all(read.table["fraud"] == made.table["fraud"]))
     assert bool(np.all(read.day == made.day))
+
+
+def test_training_rows_are_what_serving_saw_where_payments_come_late(tmp_path: Path) -> None:
+    """12 % of the payments come up to three days late, labels after a week: no value differs."""
+    people = Population(customers=60, terminals=30, days=60, radius=40, bad_terminals=0.3)
+    table, dice = simulate(people, seed=9), np.random.default_rng(1)
+    late = np.where(dice.random(len(table)) < 0.12, dice.integers(0, 3 * DAY, len(table)), 0)
+    frauds = table[table["fraud"]]
+    came = [*(table["time"] + late).tolist(), *(frauds["time"] + 7 * DAY).tolist()]
+    raws = [*transactions_json(table), *labels_json(frauds)]
+    told = [
+        orjson.dumps({**orjson.loads(raw), "received_time": rfc3339(at)})
+        for raw, at in zip(raws, came, strict=True)
+    ]
+    order = np.argsort(came, kind="stable")
+    vertical = FraudScoring(FraudSettings(max_ahead_seconds=None))
+    served: dict[str, bytes] = {}
+    for at in order:
+        record = vertical.parse(raws[at])
+        if isinstance(record, Label):
+            vertical.observe([record])
+        else:
+            (event,) = vertical._taken_in([record], [], [])
+            row = vertical.state.update([event]).rows[0, :21]
+            served[record.transaction_id] = row.tobytes()
+
+    def differing(lines: list[bytes]) -> int:
+        dice.shuffle(lines)  # type: ignore[arg-type]
+        (tmp_path / "history.jsonl").write_bytes(b"\n".join(lines))
+        data = recorded([tmp_path / "history.jsonl"], {"EUR": 1.0}, ignore)
+        names = [f"x{number:08d}" for number in range(len(table))]
+        rows = zip(names, data.rows, strict=True)
+        return sum(served[name] != row.tobytes() for name, row in rows)
+
+    assert differing(told) == 0
+    assert differing(list(raws)) > len(table) / 10, "without the time of receipt they would"
 
 
 def test_the_command_trains_on_records(

@@ -8,10 +8,11 @@ never read before it.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
+from functools import partial
+from struct import Struct
 from sys import intern
 from typing import Any, NamedTuple
 
@@ -19,14 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from plinth.engine.errors import ConfigError, InputError
+from plinth.verticals.finance.features.language import KEYS, Key
+from plinth.verticals.finance.features.program import STANDARD, Again, Place, Program
 from plinth.verticals.finance.features.timeline import (
     DAY,
-    FEATURE_COUNT,
-    HOUR,
     LABEL_DELAY,
-    MINUTE,
     NEVER,
-    ROW,
+    UNITS,
     Card,
     Device,
     Entities,
@@ -34,45 +34,16 @@ from plinth.verticals.finance.features.timeline import (
     Timeline,
 )
 
-FEATURES: tuple[str, ...] = (
-    "amount",
-    "weekend",
-    "night",
-    "card_count_5m",
-    "card_count_1h",
-    "card_count_24h",
-    "card_count_7d",
-    "card_count_30d",
-    "card_sum_5m",
-    "card_sum_1h",
-    "card_sum_24h",
-    "card_sum_7d",
-    "card_sum_30d",
-    "card_amount_ratio_30d",
-    "card_recency",
-    "card_terminals_24h",
-    "terminal_count_24h",
-    "terminal_risk_1d",
-    "terminal_risk_7d",
-    "terminal_risk_30d",
-    "customer_count_24h",
-    "device_cards_24h",
-)
-"""Names of the columns; amounts in base currency, recency in seconds, shares in [0, 1]."""
-_AMOUNT = FEATURES.index("amount")
-_SUMS = tuple(place for place, name in enumerate(FEATURES) if name.startswith("card_sum"))
-_RATIO = FEATURES.index("card_amount_ratio_30d")
-_COUNT_30D = FEATURES.index("card_count_30d")
-MODEL_FEATURES: tuple[str, ...] = FEATURES[:-1]
-"""The columns the model sees. Devices serve the rules: the training data has none."""
-UNITS = 10_000
-"""Amounts are counted in 1/10000 of the base currency, the finest subdivision of ISO 4217."""
+FEATURES: tuple[str, ...] = STANDARD.names
+"""Columns of the features that come with Plinth; amounts in base currency, shares in [0, 1]."""
+MODEL_FEATURES: tuple[str, ...] = STANDARD.model_names
+"""Those the model sees. Devices serve the rules: the training data has none."""
 MAX_AMOUNT = 1e9
 """Base currency; keeps the integer sums of a card far from their bound."""
-COLD_RECENCY = 30 * 86_400.0
-"""Seconds since the last event where there is none within 30 days."""
 CARD_REACH = 30 * DAY
-RISK_REACH = LABEL_DELAY + 30 * DAY
+"""Milliseconds for which a card's payments are remembered at least, so that repeats are known."""
+LABEL_REACH = LABEL_DELAY + 30 * DAY
+"""Milliseconds for which a terminal's are, so that labels find them."""
 
 
 class Flag(IntFlag):
@@ -108,6 +79,7 @@ class Event(NamedTuple):
         customer: id.
         terminal: id.
         device: id, if known.
+        place: latitude and longitude of the payment, degrees, if known.
     """
 
     transaction: str
@@ -117,6 +89,7 @@ class Event(NamedTuple):
     customer: str
     terminal: str
     device: str | None = None
+    place: Place | None = None
 
 
 class Labelled(NamedTuple):
@@ -137,6 +110,15 @@ class Labelled(NamedTuple):
     known: int
     fraud: bool
     card: str | None = None
+
+
+class Past(NamedTuple):
+    """A payment that is remembered: its id, milliseconds, base currency, where."""
+
+    transaction: str
+    time: int
+    amount: float
+    terminal: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +159,7 @@ class Batch:
     """Features of events, in order.
 
     Args:
-        rows: float32 (n, FEATURE_COUNT), columns as in :data:`FEATURES`.
+        rows: float32 (n, columns), as the declared features have them.
         flags: uint8 (n,), bits as in :class:`Flag`.
     """
 
@@ -190,18 +172,38 @@ class FeatureState:
 
     Args:
         limits: bounds on memory and lateness.
+        features: what is computed.
+
+    Attributes:
+        frauds: payments that became known as frauds since this was made or restored; a label that
+            comes again is not counted again.
     """
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(self, limits: Limits | None = None, features: Program = STANDARD) -> None:
         self.limits = limits if limits is not None else Limits()
+        self.frauds = 0
         entries, lateness = self.limits.max_events, self.limits.lateness_ms
-        self._card_keep, self._terminal_keep, self._day_keep = (
-            reach + lateness for reach in (CARD_REACH, RISK_REACH, DAY)
+        self.features = features
+        self._windows = tuple(map(features.window, KEYS))
+        self._risk = max(features.risk, features.window("terminal"))
+        least = (CARD_REACH, max(LABEL_REACH, self._risk), 0, 0)
+        self._keeps = tuple(
+            max(window, held) + lateness for window, held in zip(self._windows, least, strict=True)
         )
-        self.cards = Entities(Card, self.limits.max_cards, entries)
-        self.terminals = Entities(Terminal, self.limits.max_terminals, entries)
-        self.customers = Entities(Timeline, self.limits.max_customers, entries)
-        self.devices = Entities(Device, self.limits.max_devices, entries)
+        self._more = any(features.columns.values())
+        limits = self.limits
+        self.cards: Entities[Card] = Entities(
+            _entity(Card, features, "card"), limits.max_cards, entries
+        )
+        self.terminals: Entities[Terminal] = Entities(
+            _entity(Terminal, features, "terminal"), limits.max_terminals, entries
+        )
+        self.customers: Entities[Timeline] = Entities(
+            _entity(Timeline, features, "customer"), limits.max_customers, entries
+        )
+        self.devices: Entities[Device] = Entities(
+            _entity(Device, features, "device"), limits.max_devices, entries
+        )
 
     def update(self, events: Iterable[Event]) -> Batch:
         """Take events in, in this order, and return the features of each as of its time.
@@ -215,7 +217,8 @@ class FeatureState:
             row, flag = self._take(*event)
             rows.append(row)
             flags.append(flag)
-        values = np.frombuffer(b"".join(rows), dtype=np.float32).reshape(-1, FEATURE_COUNT)
+        width = len(self.features.names)
+        values = np.frombuffer(b"".join(rows), dtype=np.float32).reshape(-1, width)
         return Batch(values, np.frombuffer(flags, dtype=np.uint8))
 
     def label(self, label: Labelled, elsewhere: int = NEVER) -> bool:
@@ -259,10 +262,24 @@ class FeatureState:
         told = [label.card] if label.card is not None and label.time > floor else []
         for card in sure or forgotten[:1] or told:
             before = place.entries()
-            place.mark(f"{card} {label.transaction}", label.time, label.known, label.fraud)
+            payment = f"{card} {label.transaction}"
+            self.frauds += label.fraud and payment not in place.marks
+            place.mark(payment, label.time, label.known, label.fraud)
             self.terminals.entries += place.entries() - before
             self.terminals.hold()
         return bool(sure)
+
+    def history(self, card: str, limit: int) -> list[Past]:
+        """The newest payments of a card that are remembered, newest first."""
+        found = self.cards.items.get(card)
+        if found is None:
+            return []
+        newest = range(len(found.times) - 1, max(-1, len(found.times) - 1 - limit), -1)
+        return [
+            Past(found.ids[at], found.times[at], found.units(at) / UNITS, found.terminals[at])
+            for at in newest
+            if found.times[at] > found.floor
+        ]
 
     def _cards_of(self, label: Labelled, place: Terminal) -> tuple[list[str], list[str]]:
         """Cards with the labelled payment, and cards that may have had it and were forgotten."""
@@ -286,6 +303,7 @@ class FeatureState:
         customer_id: str,
         terminal_id: str,
         device_id: str | None,
+        place: Place | None,
     ) -> tuple[bytes, int]:
         if not 0 <= amount <= MAX_AMOUNT:
             raise InputError(f"amount: expected 0 to {MAX_AMOUNT:g}", field="amount")
@@ -294,59 +312,70 @@ class FeatureState:
         units = round(amount * UNITS)
         if transaction in card.known:
             if card.times[card.index(transaction)] > card.floor:
-                return _repeated(card, transaction, units, terminal_id)
+                return _repeated(card, transaction, units, terminal_id, self.features.again)
             self.cards.sink(card)
-        limits, day_keep = self.limits, self._day_keep
-        partial = self.cards.reach(card, time, self._card_keep, CARD_REACH)
+        limits = self.limits
+        card_keep, terminal_keep, customer_keep, device_keep = self._keeps
+        card_window, terminal_window, customer_window, device_window = self._windows
+        partial = self.cards.reach(card, time, card_keep, card_window)
         if time <= card.floor:
             return self._answer_only(
-                transaction, time, amount, card_id, customer_id, terminal_id, device_id
+                transaction, time, amount, card_id, customer_id, terminal_id, device_id, place
             )
-        end = card.place(time, units, transaction, intern(terminal_id))
-        late = end < len(card.times)
+        card_end = card.place(time, units, transaction, intern(terminal_id))
+        late = card_end < len(card.times)
 
         terminal = self.terminals.touch(terminal_id)
-        width = RISK_REACH if terminal.marks or terminal.blind > NEVER else DAY
-        partial |= self.terminals.reach(terminal, time, self._terminal_keep, width)
-        partial |= terminal.blind > time - RISK_REACH
-        terminal_count = terminal.enter_with(time, DAY, card_id)
-        risks = terminal.shares(time) if terminal.marks else (0.0, 0.0, 0.0)
+        risky = terminal.marks or terminal.blind > NEVER
+        width = self._risk if risky else terminal_window
+        partial |= self.terminals.reach(terminal, time, terminal_keep, width)
+        partial |= terminal.blind > time - self._risk
+        terminal_end = terminal.place(time, card_id)
 
         customer = self.customers.touch(customer_id)
-        partial |= self.customers.reach(customer, time, day_keep, DAY)
-        customer_count = customer.enter(time, DAY)
+        partial |= self.customers.reach(customer, time, customer_keep, customer_window)
+        customer_end = customer.add(time)
 
-        device_cards = 0
+        device, device_end = None, 0
         if device_id is not None:
             device = self.devices.touch(device_id)
-            partial |= self.devices.reach(device, time, day_keep, DAY)
-            device_cards = device.enter_with(time, DAY, card_id)
-            self.devices.grown(device, day_keep, limits.device_events)
+            partial |= self.devices.reach(device, time, device_keep, device_window)
+            device_end = device.place(time, card_id)
 
-        row = ROW.pack(
-            *_card_features(card, time, units, end),
-            terminal_count,
-            *risks,
-            customer_count,
-            device_cards,
-        )
+        held = card, card_end, terminal, terminal_end, customer, customer_end, device, device_end
+        if self._more:
+            told = {"sums": units, "place": place, "card": card_id, "customer": customer_id}
+            self._keep(held, told | {"terminal": terminal_id, "device": device_id})
+        row = self.features.row(time, units, *held)
         flags = (_LATE if late else 0) | (_PARTIAL if partial else 0)
-        card.keep_row(end, row, flags)
-        self.cards.grown(card, self._card_keep, limits.card_events)
-        self.terminals.grown(terminal, self._terminal_keep, limits.terminal_events)
-        self.customers.grown(customer, day_keep, limits.customer_events)
+        card.keep_row(card_end, row, flags)
+        self.cards.grown(card, card_keep, limits.card_events)
+        self.terminals.grown(terminal, terminal_keep, limits.terminal_events)
+        self.customers.grown(customer, customer_keep, limits.customer_events)
+        if device is not None:
+            self.devices.grown(device, device_keep, limits.device_events)
         return row, flags
 
+    def _keep(self, held: Sequence[Any], told: Mapping[str, Any]) -> None:
+        """Enter what declared features need of an event into its entities' columns."""
+        columns = self.features.columns.values()
+        for entity, end, names in zip(held[::2], held[1::2], columns, strict=True):
+            if entity is not None:
+                for column, name in zip(entity.columns, names, strict=True):
+                    column.insert(end - 1, told[name])
+
     def _answer_only(self, *event: Any) -> tuple[bytes, int]:
-        row, _ = FeatureState(self.limits)._take(*event)
+        row, _ = FeatureState(self.limits, self.features)._take(*event)
         return row, Flag.LATE.value | Flag.PARTIAL.value | Flag.UNCOUNTED.value
 
 
-def _repeated(card: Card, transaction: str, units: int, terminal: str) -> tuple[bytes, int]:
+def _repeated(
+    card: Card, transaction: str, units: int, terminal: str, again: Again
+) -> tuple[bytes, int]:
     """The first row of a transaction that comes again, judged by the amount asked for now.
 
-    Every window of the card ends with the transaction itself, so another amount changes each
-    sum by the difference, and the ratio is amount * count / sum.
+    Every window ends with the transaction itself, so another amount changes each sum by the
+    difference, and a ratio to the mean is amount * count / sum. Other columns stay.
     """
     at = card.index(transaction)
     row, flags = card.row(at)
@@ -354,43 +383,24 @@ def _repeated(card: Card, transaction: str, units: int, terminal: str) -> tuple[
     first = card.units(at)
     if units == first and terminal == card.terminals[at]:
         return row, flags
-    values = list(ROW.unpack(row))
-    values[_AMOUNT] = units / UNITS
-    for column in _SUMS:
+    packed = Struct(f"{len(row) // 4}f")
+    values = list(packed.unpack(row))
+    for column in again.amount:
+        values[column] = units / UNITS
+    for column in again.sums:
         values[column] += (units - first) / UNITS
-    month = values[_SUMS[-1]]
-    values[_RATIO] = values[_AMOUNT] * values[_COUNT_30D] / month if month > 0 else 1.0
-    return ROW.pack(*values), flags | Flag.CONFLICT.value
+    for column, count, total, otherwise in again.ratios:
+        whole = values[total]
+        values[column] = units / UNITS * values[count] / whole if whole > 0 else otherwise
+    return packed.pack(*values), flags | Flag.CONFLICT.value
 
 
-def _card_features(card: Card, time: int, units: int, end: int) -> tuple[float, ...]:
-    """The first sixteen columns; ``end`` counts the card's entries up to the event itself."""
-    times, sums = card.times, card.sums
-    start30 = bisect_right(times, time - 30 * DAY, 0, end)
-    start7 = bisect_right(times, time - 7 * DAY, start30, end)
-    start1 = bisect_right(times, time - DAY, start7, end)
-    hour = bisect_right(times, time - HOUR, start1, end)
-    five = bisect_right(times, time - 5 * MINUTE, hour, end)
-    total = sums[end]
-    month = total - sums[start30]
-    recency = (time - times[end - 2]) / 1000 if end > 1 else COLD_RECENCY
-    if recency > COLD_RECENCY:
-        recency = COLD_RECENCY
-    return (
-        units / UNITS,
-        (time // DAY + 3) % 7 >= 5,
-        time % DAY < 7 * HOUR,
-        end - five,
-        end - hour,
-        end - start1,
-        end - start7,
-        end - start30,
-        (total - sums[five]) / UNITS,
-        (total - sums[hour]) / UNITS,
-        (total - sums[start1]) / UNITS,
-        (total - sums[start7]) / UNITS,
-        month / UNITS,
-        units * (end - start30) / month if month else 1.0,
-        recency,
-        1 if end - start1 == 1 else len(set(card.terminals[start1:end])),
-    )
+def _entity(kind: Callable[..., Any], program: Program, key: Key) -> Callable[[int], Any]:
+    """What makes an entity with the columns that its features need."""
+    if not program.columns[key]:
+        return kind
+    return partial(_with_columns, kind, program, key)
+
+
+def _with_columns(kind: Callable[..., Any], program: Program, key: Key, floor: int) -> Any:
+    return kind(floor, program.timeline_columns(key))

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from plinth.engine.errors import InputError
-from plinth.verticals.finance.features.online import FEATURES, FeatureState, Limits
+from plinth.verticals.finance.features.online import FeatureState, Limits
+from plinth.verticals.finance.features.program import STANDARD, Program
 from plinth.verticals.finance.features.timeline import (
-    FEATURE_COUNT,
     Card,
     CardTimeline,
     Entities,
@@ -26,7 +26,7 @@ from plinth.verticals.finance.features.timeline import (
 
 MAX_BYTES = 16 << 30
 """A snapshot above this is refused."""
-HEADER: dict[str, Any] = {"format": "plinth-fraud-features", "version": 2, "features": FEATURES}
+HEADER: dict[str, Any] = {"format": "plinth-fraud-features", "version": 2}
 
 Array = npt.NDArray[Any]
 E = TypeVar("E", bound=Timeline)
@@ -34,7 +34,7 @@ E = TypeVar("E", bound=Timeline)
 
 def pack(state: FeatureState) -> bytes:
     """The whole state as bytes; the caller holds the state still."""
-    header = np.frombuffer(json.dumps(HEADER).encode(), dtype=np.uint8)
+    header = np.frombuffer(json.dumps(_header(state.features)).encode(), dtype=np.uint8)
     arrays: dict[str, Array] = {"header": header}
     for kind, entities in _kinds(state).items():
         arrays |= _pack_times(kind, entities)
@@ -52,14 +52,22 @@ def pack(state: FeatureState) -> bytes:
     arrays |= _pack_text("marks.ids", chain.from_iterable(t.marks for t in terminals))
     for kind, lines in _with_cards(state).items():
         arrays |= _pack_refs(f"{kind}.cards", chain.from_iterable(line.cards for line in lines))
+    arrays |= _pack_columns(state)
     return save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
 
 
-def unpack(data: bytes, limits: Limits) -> FeatureState:
+def _header(features: Program) -> dict[str, Any]:
+    """What a snapshot must say to be read; that of the standard features names them alone."""
+    found = {**HEADER, "features": list(features.names)}
+    return found if features is STANDARD else {**found, "declared": features.declaration.digest()}
+
+
+def unpack(data: bytes, limits: Limits, features: Program = STANDARD) -> FeatureState:
     """A state from :func:`pack`, held to ``limits``.
 
     Raises:
-        InputError: the bytes are no snapshot of this version, or contradict themselves.
+        InputError: the bytes are no snapshot of this version, are of other features, or contradict
+            themselves.
     """
     if len(data) > MAX_BYTES:
         raise _bad(f"it has {len(data)} bytes, the bound is {MAX_BYTES}")
@@ -68,40 +76,88 @@ def unpack(data: bytes, limits: Limits) -> FeatureState:
         header = json.loads(arrays["header"].tobytes())
     except (SafetensorError, KeyError, ValueError) as error:
         raise _bad("it is not one") from error
-    if header != {**HEADER, "features": list(FEATURES)}:
-        raise _bad("it was written by another version")
+    if header != _header(features):
+        raise _bad("it was written by another version, or with other features declared")
     try:
-        return _build(arrays, limits)
+        return _build(arrays, FeatureState(limits, features))
     except (KeyError, ValueError, IndexError, TypeError, OverflowError) as error:
         raise _bad("its arrays contradict each other") from error
 
 
-def _build(arrays: Mapping[str, Array], limits: Limits) -> FeatureState:
-    state = FeatureState(limits)
+def _build(arrays: Mapping[str, Array], state: FeatureState) -> FeatureState:
+    width = len(state.features.names)
     for kind, entities in _kinds(state).items():
         _unpack_times(kind, entities, arrays)
-    _fill_cards(state.cards, arrays)
+    _fill_cards(state.cards, arrays, width)
     _fill_marks(state.terminals, arrays)
     for kind, lines in _with_cards(state).items():
         names = _refs(f"{kind}.cards", arrays)
         for line, part in _slices(lines, len(names)):
             line.cards = names[part]
+    _fill_columns(state, arrays)
     for entities in _kinds(state).values():
         entities.entries = sum(line.entries() for line in entities.items.values())
         entities.hold()
     return state
 
 
-def _fill_cards(cards: Entities[Card], arrays: Mapping[str, Array]) -> None:
+def _pack_columns(state: FeatureState) -> dict[str, Array]:
+    """What declared features keep beside the rest."""
+    arrays: dict[str, Array] = {}
+    for (kind, entities), names in zip(
+        _kinds(state).items(), state.features.columns.values(), strict=True
+    ):
+        lines = list(entities.items.values())
+        for place, name in enumerate(names):
+            of = f"{kind}.{name}"
+            columns = [line.columns[place] for line in lines]
+            if name == "sums":
+                arrays[of] = _flat((np.diff(_view(one.values)) for one in columns), np.int64)
+            elif name == "place":
+                flat = [one or (np.nan, np.nan) for column in columns for one in column]
+                arrays[of] = np.array(flat, np.float64).reshape(-1, 2)
+            else:
+                arrays |= _pack_refs(of, (one or "" for column in columns for one in column))
+    return arrays
+
+
+def _fill_columns(state: FeatureState, arrays: Mapping[str, Array]) -> None:
+    for (kind, entities), names in zip(
+        _kinds(state).items(), state.features.columns.values(), strict=True
+    ):
+        lines = list(entities.items.values())
+        for place, name in enumerate(names):
+            values = _column(f"{kind}.{name}", name, arrays)
+            for line, part in _slices(lines, len(values)):
+                if name == "sums":
+                    sums = np.concatenate(([0], np.cumsum(values[part])))
+                    line.columns[place].values = _array("q", sums.astype(np.int64))
+                else:
+                    line.columns[place].extend(values[part])
+
+
+def _column(of: str, name: str, arrays: Mapping[str, Array]) -> Any:
+    """One value for each entry of all entities, in their order."""
+    if name == "sums":
+        units = arrays[of].astype(np.int64)
+        _require(bool(np.all(units >= 0)))
+        return units
+    if name == "place":
+        _require(arrays[of].ndim == 2 and arrays[of].shape[1] == 2)
+        return [None if lat != lat else (lat, lon) for lat, lon in arrays[of].tolist()]
+    return [one or None for one in _refs(of, arrays)]
+
+
+def _fill_cards(cards: Entities[Card], arrays: Mapping[str, Array], width: int) -> None:
     units = arrays["cards.units"].astype(np.int64)
     rows = arrays["cards.rows"].astype(np.float32)
     flags = arrays["cards.flags"].astype(np.uint8)
     ids, terminals = _text("cards.ids", arrays), _refs("cards.terminals", arrays)
     _require(len(units) == len(ids) == len(terminals) == len(flags))
-    _require(len(rows) == len(ids) * FEATURE_COUNT and bool(np.all(units >= 0)))
+    _require(len(rows) == len(ids) * width and bool(np.all(units >= 0)))
     for card, part in _slices(list(cards.items.values()), len(ids)):
         card.sums = _array("q", np.concatenate(([0], np.cumsum(units[part]))))
-        card.rows = _array("f", rows[part.start * FEATURE_COUNT : part.stop * FEATURE_COUNT])
+        card.rows = _array("f", rows[part.start * width : part.stop * width])
         card.flags = bytearray(flags[part].tobytes())
         card.ids, card.terminals = ids[part], terminals[part]
         card.known = set(card.ids)

@@ -11,8 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
-from struct import Struct
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +32,33 @@ MARK_LIMIT = 4096
 """Fraud labels remembered per terminal; the ones entered first are forgotten first."""
 MANY_MARKS = 24
 """From here on counting labels with numpy is faster than with a loop."""
+UNITS = 10_000
+"""Amounts are counted in 1/10000 of the base currency, the finest subdivision of ISO 4217."""
 
-FEATURE_COUNT = 22
-ROW = Struct(f"{FEATURE_COUNT}f")
+
+class Sums:
+    """Running sums of whole numbers, one before each entry and one behind the last."""
+
+    __slots__ = ("values",)
+
+    def __init__(self) -> None:
+        self.values = array("q", (0,))
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.values[at]
+
+    def insert(self, at: int, value: int) -> None:
+        """Place a number before entry ``at``."""
+        values = self.values
+        if values[-1] > SUM_LIMIT:
+            first = values[0]
+            values = self.values = array("q", (one - first for one in values))
+        values.insert(at + 1, values[at])
+        for later in range(at + 1, len(values)):
+            values[later] += value
+
+    def __delitem__(self, part: slice) -> None:
+        del self.values[part]
 
 
 class Timeline:
@@ -43,16 +66,18 @@ class Timeline:
 
     Attributes:
         times: event times, milliseconds.
+        columns: what declared features need of each entry beside the rest, a list or sums each.
         floor: what lies at or before it is forgotten, though it may not have been removed yet;
             windows that reach below it are incomplete. It follows the newest event, so that it
             depends on which events came and not on their order.
     """
 
-    __slots__ = ("floor", "times")
+    __slots__ = ("columns", "floor", "times")
 
-    def __init__(self, floor: int = NEVER) -> None:
+    def __init__(self, floor: int = NEVER, columns: tuple[Any, ...] = ()) -> None:
         self.times = array("q")
         self.floor = floor
+        self.columns = columns
 
     def newest(self) -> int:
         """The latest event time seen, milliseconds."""
@@ -73,11 +98,6 @@ class Timeline:
         times.insert(place, time)
         return place + 1
 
-    def enter(self, time: int, width: int) -> int:
-        """Place an event; returns the events in (time - width, time], itself included."""
-        end = self.add(time)
-        return end - bisect_right(self.times, time - width, 0, end)
-
     def entries(self) -> int:
         """How much is remembered: what the bound over all entities counts."""
         return len(self.times)
@@ -97,6 +117,8 @@ class Timeline:
     def forget(self, drop: int) -> None:
         """Remove the ``drop`` oldest entries."""
         del self.times[:drop]
+        for column in self.columns:
+            del column[:drop]
 
 
 class Card(Timeline):
@@ -106,14 +128,14 @@ class Card(Timeline):
         sums: n + 1 running sums of the amounts before each entry, in 1/10000 currency unit.
         ids: transaction id of each entry; ``known`` is the same as a set.
         terminals: terminal id of each entry.
-        rows: FEATURE_COUNT float32 per entry, as computed when the event first came.
+        rows: float32 columns of each entry, as computed when the event first came.
         flags: what was special about the event when it first came, one byte per entry.
     """
 
     __slots__ = ("flags", "ids", "known", "rows", "sums", "terminals")
 
-    def __init__(self, floor: int = NEVER) -> None:
-        super().__init__(floor)
+    def __init__(self, floor: int = NEVER, columns: tuple[Any, ...] = ()) -> None:
+        super().__init__(floor, columns)
         self.sums = array("q", (0,))
         self.ids: list[str] = []
         self.known: set[str] = set()
@@ -146,7 +168,7 @@ class Card(Timeline):
             self.rows.frombytes(row)
             self.flags.append(flags)
         else:
-            start = (end - 1) * FEATURE_COUNT
+            start = (end - 1) * (len(row) // 4)
             self.rows[start:start] = array("f", row)
             self.flags.insert(end - 1, flags)
 
@@ -156,7 +178,8 @@ class Card(Timeline):
 
     def row(self, at: int) -> tuple[bytes, int]:
         """The row and flags first given for entry ``at``."""
-        row = self.rows[at * FEATURE_COUNT : (at + 1) * FEATURE_COUNT]
+        width = len(self.rows) // len(self.times)
+        row = self.rows[at * width : (at + 1) * width]
         return row.tobytes(), self.flags[at]
 
     def units(self, at: int) -> int:
@@ -164,12 +187,12 @@ class Card(Timeline):
         return self.sums[at + 1] - self.sums[at]
 
     def forget(self, drop: int) -> None:
+        del self.rows[: drop * (len(self.rows) // len(self.times))]
         super().forget(drop)
         del self.sums[:drop]
         self.known.difference_update(self.ids[:drop])
         del self.ids[:drop]
         del self.terminals[:drop]
-        del self.rows[: drop * FEATURE_COUNT]
         del self.flags[:drop]
 
     def _rebase(self) -> None:
@@ -182,8 +205,8 @@ class CardTimeline(Timeline):
 
     __slots__ = ("cards",)
 
-    def __init__(self, floor: int = NEVER) -> None:
-        super().__init__(floor)
+    def __init__(self, floor: int = NEVER, columns: tuple[Any, ...] = ()) -> None:
+        super().__init__(floor, columns)
         self.cards: list[str] = []
 
     def place(self, time: int, card: str) -> int:
@@ -213,16 +236,11 @@ class Terminal(CardTimeline):
 
     __slots__ = ("_table", "blind", "marks")
 
-    def __init__(self, floor: int = NEVER) -> None:
-        super().__init__(floor)
+    def __init__(self, floor: int = NEVER, columns: tuple[Any, ...] = ()) -> None:
+        super().__init__(floor, columns)
         self.blind = floor
         self.marks: dict[str, tuple[int, int, int]] = {}
         self._table: npt.NDArray[np.int64] | None = None
-
-    def enter_with(self, time: int, width: int, card: str) -> int:
-        """Place an event; returns the events in (time - width, time], itself included."""
-        end = self.place(time, card)
-        return end - bisect_right(self.times, time - width, 0, end)
 
     def cards_at(self, time: int) -> list[str]:
         """Cards of the events at exactly this time."""
@@ -252,41 +270,45 @@ class Terminal(CardTimeline):
     def newest(self) -> int:
         return max(super().newest(), *(mark[0] for mark in self.marks.values()), self.blind)
 
-    def shares(self, time: int) -> tuple[float, float, float]:
-        """Fraud shares over 1, 7 and 30 days up to ``time - LABEL_DELAY``, as known at ``time``.
+    def shares(self, time: int, after: int, widths: tuple[int, ...]) -> tuple[float, ...]:
+        """Fraud shares in windows that end ``after`` milliseconds before ``time``, as known then.
 
         A share is 0 where the window holds no transaction.
+
+        Args:
+            time: of the event, milliseconds.
+            after: milliseconds.
+            widths: of the windows, ascending.
         """
-        edge = time - LABEL_DELAY
-        frauds = self._few(time, edge) if len(self.marks) < MANY_MARKS else self._many(time, edge)
-        if not frauds[2]:
-            return 0.0, 0.0, 0.0
+        edge = time - after
+        few = len(self.marks) < MANY_MARKS
+        frauds = (self._few if few else self._many)(time, edge, widths)
+        if not frauds[-1]:
+            return (0.0,) * len(widths)
         times = self.times
         end = bisect_right(times, edge)
-        counts = [end - bisect_right(times, edge - days * DAY, 0, end) for days in (1, 7, 30)]
-        day, week, month = (
+        counts = [end - bisect_right(times, edge - width, 0, end) for width in widths]
+        return tuple(
             min(bad, all_) / all_ if all_ else 0.0 for bad, all_ in zip(frauds, counts, strict=True)
         )
-        return day, week, month
 
-    def _few(self, time: int, edge: int) -> list[int]:
-        """Frauds known at ``time`` in the 1, 7 and 30 days up to ``edge``."""
-        frauds = [0, 0, 0]
+    def _few(self, time: int, edge: int, widths: tuple[int, ...]) -> list[int]:
+        """Frauds known at ``time`` in each window up to ``edge``."""
+        frauds = [0] * len(widths)
+        oldest = edge - widths[-1]
         for happened, since, until in self.marks.values():
-            if since <= time < until and edge - 30 * DAY < happened <= edge:
-                frauds[2] += 1
-                if happened > edge - 7 * DAY:
-                    frauds[1] += 1
-                    frauds[0] += happened > edge - DAY
+            if since <= time < until and oldest < happened <= edge:
+                for place, width in enumerate(widths):
+                    frauds[place] += happened > edge - width
         return frauds
 
-    def _many(self, time: int, edge: int) -> list[int]:
+    def _many(self, time: int, edge: int, widths: tuple[int, ...]) -> list[int]:
         """The same as :meth:`_few`, faster for many labels."""
         if self._table is None:
             self._table = np.array(list(self.marks.values()), np.int64).T.copy()
         happened, since, until = self._table
         known = happened[(since <= time) & (time < until) & (happened <= edge)]
-        return [int(np.count_nonzero(known > edge - days * DAY)) for days in (1, 7, 30)]
+        return [int(np.count_nonzero(known > edge - width)) for width in widths]
 
     def sink(self) -> None:
         super().sink()
@@ -308,11 +330,6 @@ class Device(CardTimeline):
     """Events of one device and the card of each."""
 
     __slots__ = ()
-
-    def enter_with(self, time: int, width: int, card: str) -> int:
-        """Place an event; returns the distinct cards in (time - width, time]."""
-        end = self.place(time, card)
-        return len(set(self.cards[bisect_right(self.times, time - width, 0, end) : end]))
 
 
 E = TypeVar("E", bound=Timeline)

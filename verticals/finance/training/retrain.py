@@ -2,9 +2,9 @@
 
 The window ends at the newest usable day: the last but one of the history (the last may be cut off)
 less the days that labels take. A fifth of the cards is held out of it, for calibration, thresholds
-and the reference of drift. What the versions are worth is measured by the same procedure two weeks
-earlier: trained up to then, a week in which labels are not known, a week of test that ends at the
-newest usable day.
+and the reference of drift. What the versions are worth is measured by the same procedure done
+earlier: trained up to then on the labels that were known when the test begins, days in which labels
+are not known yet, a week of test that ends at the newest usable day.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import numpy as np
 import torch
 
 from plinth.engine import ConfigError, ModelSpec, ModelStore
-from plinth.verticals.finance.champion import NAME, Champion
+from plinth.verticals.finance.champion import NAME, WINDOW, Champion
 from plinth.verticals.finance.drift import FACT, Reference
+from plinth.verticals.finance.features.columns import FACT as SEEN
+from plinth.verticals.finance.features.columns import definitions
 from plinth.verticals.finance.model import FraudScorer
 from plinth.verticals.finance.training.history import WEEK, Data, Rows
 from plinth.verticals.finance.training.quality import (
@@ -37,12 +39,8 @@ from plinth.verticals.finance.training.train import (
     specification,
 )
 
-WINDOW = "window"
-"""Under this name the store keeps of what a version was trained."""
 HELD_OUT = 5
 """One card in so many is held out of training."""
-SHIFT = 2 * WEEK
-"""Days by which the measured window ends earlier: a week without labels, a week of test."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +63,11 @@ class Plan:
     decline_cost: float = 50.0
     seed: int = 0
 
+    @property
+    def shift(self) -> int:
+        """Days by which the measured window ends earlier: those that labels take, and the test."""
+        return self.label_days + WEEK
+
     def last(self, data: Data) -> int:
         """The newest usable day.
 
@@ -72,7 +75,7 @@ class Plan:
             ConfigError: the history is too short.
         """
         last = data.days - 2 - self.label_days
-        first = last - SHIFT - self.days + 1
+        first = last - self.shift - self.days + 1
         if first < FIRST_RECORDED:
             raise ConfigError(
                 f"there are {data.days} days of payments, "
@@ -102,6 +105,7 @@ def window_of(data: Data, plan: Plan) -> dict[str, Any]:
         "payments": len(rows),
         "frauds": int(data.table["fraud"][rows].sum()),
         "amount": round(float(data.table["amount"][rows].sum()), 2),
+        "features": definitions(data.features),
         "plan": {name: getattr(plan, name) for name in plan.__dataclass_fields__},
     }
 
@@ -132,14 +136,16 @@ def retrain(
     last, window = plan.last(data), window_of(data, plan)
     made = []
     for recipe in RECIPES:
-        quality = _measured(recipe, data, plan, last - SHIFT, advance)
+        quality = _measured(recipe, data, plan, last, advance)
         trained = _train(recipe, data, plan, last, advance)
         found = score(trained.model, data, trained.held)
         fraud = data.table["fraud"][trained.held]
-        reference = Reference.of(data.rows[trained.held], found, fraud)
+        names = data.features.model_names
+        reference = Reference.of(data.rows[trained.held], found, fraud, names)
         thresholds = {"review_threshold": trained.review, "decline_threshold": trained.decline}
-        spec = specification(recipe, version, source, quality | thresholds)
-        made.append((spec, trained.model, {FACT: reference.model_dump(), WINDOW: window}))
+        spec = specification(recipe, version, source, quality | thresholds, data.features)
+        facts = {FACT: reference.model_dump(), WINDOW: window, SEEN: definitions(data.features)}
+        made.append((spec, trained.model, facts))
     _keep(store)
     for spec, model, facts in reversed(made):  # the cheaper variant first: it is asked for by name
         ModelStore(store).save(spec, model, facts=facts)
@@ -163,8 +169,10 @@ def _train(
     for part in (chosen, held):
         if not data.table["fraud"][part].any():
             raise ConfigError(
-                f"the {plan.days} days up to day {last} of the history have too few fraud labels",
-                hint="bring the labels, or a longer window: --days",
+                f"the {plan.days} days up to day {last} of the history have too few fraud labels "
+                f"that came within {plan.label_days} days",
+                hint="bring the labels, a longer window (--days), or say how many days they take "
+                "(--label-days)",
             )
     model = fit(recipe, data, chosen, epochs=plan.epochs, seed=plan.seed, advance=advance)
     with torch.inference_mode():
@@ -179,13 +187,19 @@ def _train(
 def _measured(
     recipe: Recipe, data: Data, plan: Plan, last: int, advance: Callable[[int], None]
 ) -> Quality:
-    """What the procedure gives two weeks later when it is done with what was known then."""
-    model, review, decline, _ = _train(recipe, data, plan, last, advance)
-    test = data.test(last + WEEK + 1, known_from=last - plan.days + 1)
+    """What the procedure gives in the week up to the last day, done with what was known before.
+
+    Args:
+        last: the newest usable day.
+    """
+    first, end = last - WEEK + 1, last - plan.shift
+    before = data.as_known(data.start(first))
+    model, review, decline, _ = _train(recipe, before, plan, end, advance)
+    test = data.test(first, known_from=end - plan.days + 1)
     fraud = data.table["fraud"][test]
     if not fraud.any():
         raise ConfigError(
-            f"the week from day {last + WEEK + 1} of the history on has no fraud labels",
+            f"the week from day {first} of the history on has no fraud labels",
             hint="do labels come? see plinth_finance_missing_label_share",
         )
     scores = score(model, data, test)

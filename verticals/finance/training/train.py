@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,14 +23,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as Sheet
 from torch.nn import functional
 
 from plinth.engine import ConfigError, ModelSpec, ModelStore, PlinthError, TensorSpec
+from plinth.verticals.finance.champion import WINDOW
 from plinth.verticals.finance.drift import FACT, Reference
-from plinth.verticals.finance.features.online import MODEL_FEATURES
+from plinth.verticals.finance.features.columns import FACT as SEEN
+from plinth.verticals.finance.features.columns import definitions
+from plinth.verticals.finance.features.language import Declaration
+from plinth.verticals.finance.features.program import STANDARD, Program, compiled
 from plinth.verticals.finance.model import BLOCK, FraudScorer, fraud_lite, fraud_mlp
 from plinth.verticals.finance.training.history import WEEK, Data, Rows, recorded, simulated
 from plinth.verticals.finance.training.quality import (
@@ -116,7 +122,7 @@ RECIPES = (
     Recipe(
         "fraud",
         fraud_mlp,
-        {"features": len(MODEL_FEATURES), "width": 128, "blocks": 2, "dropout": 0.3},
+        {"width": 128, "blocks": 2, "dropout": 0.3},
         "Gated residual network over real-time card, terminal and customer features",
         rate=2e-3,
         cheaper="fraud-lite",
@@ -124,7 +130,7 @@ RECIPES = (
     Recipe(
         "fraud-lite",
         fraud_lite,
-        {"features": len(MODEL_FEATURES)},
+        {},
         "Logistic regression over the same features: the cheaper variant of fraud",
         rate=2e-2,
     ),
@@ -151,7 +157,7 @@ def fit(
         advance: told after each epoch.
     """
     torch.manual_seed(seed)
-    model = recipe.make(**recipe.config)
+    model = recipe.make(features=data.rows.shape[1], **recipe.config)
     rows = torch.from_numpy(data.rows[chosen])
     truth = torch.from_numpy(data.table["fraud"][chosen]).float()[:, None]
     model.standardise.fit(rows)
@@ -227,7 +233,8 @@ def final(
     amount = measure(data.table["amount"][test], data, test, plan.alert_budget)
     recent = data.between(first + days + WEEK, 2 * WEEK)
     known = data.table["fraud"][recent]
-    reference = Reference.of(data.rows[recent], score(model, data, recent), known)
+    names = data.features.model_names
+    reference = Reference.of(data.rows[recent], score(model, data, recent), known, names)
     quality = {
         **measure(scores, data, test, plan.alert_budget),
         **{f"amount_alone_{name}": value for name, value in amount.items()},
@@ -242,14 +249,16 @@ def final(
     return model, quality, reference
 
 
-def specification(recipe: Recipe, version: str, source: str, metrics: Quality) -> ModelSpec:
+def specification(
+    recipe: Recipe, version: str, source: str, metrics: Quality, features: Program = STANDARD
+) -> ModelSpec:
     """What the manifest says."""
     return ModelSpec(
         name=recipe.name,
         version=version,
         architecture="fraud-mlp" if recipe.make is fraud_mlp else "fraud-lite",
-        config=recipe.config,
-        inputs=(TensorSpec(name="features", shape=(len(MODEL_FEATURES),), dtype="float32"),),
+        config={"features": features.model, **recipe.config},
+        inputs=(TensorSpec(name="features", shape=(features.model,), dtype="float32"),),
         outputs=(TensorSpec(name="probability_and_variant", shape=(2,), dtype="float32"),),
         description=recipe.description,
         licence="Apache-2.0",
@@ -307,8 +316,13 @@ def run(
             model, quality, reference = final(
                 recipe, data, plan, seed, partial(progress.advance, bar)
             )
-            spec = specification(recipe, version, source, metrics | quality)
-            ModelStore(out).save(spec, model, facts={FACT: reference.model_dump()})
+            spec = specification(recipe, version, source, metrics | quality, data.features)
+            used = data.between(plan.first_day, plan.final_days + 2 * WEEK)
+            times = data.table["time"][used]
+            window = {"from": int(times[0]), "to": int(times[-1])}
+            facts = {FACT: reference.model_dump(), WINDOW: window}
+            facts[SEEN] = definitions(data.features)
+            ModelStore(out).save(spec, model, facts=facts)
             specs.append(spec)
     return specs
 
@@ -337,6 +351,24 @@ def rates_of(words: list[str]) -> dict[str, float]:
     return rates
 
 
+def declared_in(path: Path) -> Program:
+    """The features that a file declares.
+
+    Raises:
+        ConfigError: names the file, the feature and the field.
+    """
+    try:
+        return compiled(Declaration.model_validate(tomllib.loads(path.read_text("utf-8"))))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: {place}: {first['msg']}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}", hint="see https://toml.io for the syntax") from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
@@ -360,6 +392,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="of training; default: the latest that leaves the newest day with known labels to the "
         "test; 115 of simulated days",
     )
+    parser.add_argument(
+        "--features", type=Path, help="TOML file that declares them; default: the standard ones"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "store")
     parser.add_argument("--version", default="1.0.0", help="of the models to write")
@@ -375,12 +410,14 @@ def main(arguments: list[str] | None = None) -> int:
         alert_budget=given.alert_budget,
         decline_cost=given.decline_cost,
     )
-    read: Read = partial(simulated, SIMULATED, given.seed)
-    kind = "simulated"
     console = Console()
     try:
+        features = STANDARD if given.features is None else declared_in(given.features)
+        read: Read = partial(simulated, SIMULATED, given.seed, features=features)
+        kind = "simulated"
         if given.records:
-            read, kind = partial(recorded, given.records, rates_of(given.rate)), "recorded"
+            rates = rates_of(given.rate)
+            read, kind = partial(recorded, given.records, rates, features=features), "recorded"
         specs = run(
             plan,
             read,
