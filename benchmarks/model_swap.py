@@ -1,0 +1,171 @@
+"""What a change of the model costs the payments that come meanwhile.
+
+    python benchmarks/model_swap.py [--rate 5000] [--seconds 20] [--runs 3] [--json]
+
+Open loop: a chunk of payments is due every ``--chunk-ms``, whether or not the one before was
+answered, as a stream's door takes them: parse, the vertical's flow on the engine, encode. Beside it
+runs what follows the store in ``plinth serve`` and ``plinth stream``. In every other pass the
+champion changes about every two seconds (promoted and rolled back by hand, as ``plinth finance``
+does it); the passes without are the baseline of the same minute. A payment's latency counts from
+when it was due. Every payment must be answered, by a version that is named.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from head import parser_of, print_json
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+from plinth.engine import Engine, ModelStore, Sla
+from plinth.pipelines.assembly import running
+from plinth.pipelines.config.settings import Config
+from plinth.verticals.finance import FraudScoring, FraudSettings
+from plinth.verticals.finance.champion import Champion
+from plinth.verticals.finance.settings import STORE
+from plinth.verticals.finance.training.simulator import Population, simulate, transactions_json
+
+CHANGE_S = 2.0
+
+
+@dataclass(slots=True)
+class Pass:
+    """Latencies in milliseconds, one for each chunk, and who answered."""
+
+    latencies: list[float] = field(default_factory=list)
+    versions: Counter[str] = field(default_factory=Counter)
+    sent: int = 0
+    changes: int = 0
+
+    @property
+    def answered(self) -> int:
+        """Payments with a decision that names its version."""
+        return self.versions.total() - self.versions["None"]
+
+
+def two_versions(folder: Path) -> Path:
+    """The model that comes with Plinth, twice, the second a little other."""
+    for name in ("fraud", "fraud-lite"):
+        shutil.copytree(STORE / name, folder / name)
+        model = ModelStore(STORE).load(name)
+        with torch.no_grad():
+            model.module.calibration.shift += 0.01  # type: ignore[union-attr,operator]
+        spec = model.spec.model_copy(update={"version": "2.0.0"})
+        ModelStore(folder).save(spec, model.module, facts=ModelStore(STORE).facts(name))
+    Champion(folder).promote(model.spec.version, by="hand", champion=None)
+    return folder
+
+
+@contextmanager
+def changing(store: Path, found: Pass) -> Iterator[None]:
+    """Let another version answer every two seconds."""
+    stop = threading.Event()
+
+    def work() -> None:
+        champion = Champion(store)
+        while not stop.wait(CHANGE_S):
+            now = champion.version()
+            champion.promote("1.0.0" if now == "2.0.0" else "2.0.0", by="hand", champion=now)
+            found.changes += 1
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def drive(
+    vertical: FraudScoring, engine: Engine, raws: list[bytes], chunk: int, gap: float
+) -> Pass:
+    """Send all records, a chunk every ``gap`` seconds."""
+    found = Pass()
+    begun = time.perf_counter() + gap
+    for number, start in enumerate(range(0, len(raws), chunk)):
+        due = begun + number * gap
+        time.sleep(max(0.0, due - time.perf_counter()))
+        part = raws[start : start + chunk]
+        found.sent += len(part)
+        requests = [vertical.parse(raw) for raw in part]
+        decisions: Any = engine.run(vertical.infer(requests), Sla()).value
+        for decision in decisions:
+            vertical.encode(decision)
+        found.latencies.append((time.perf_counter() - due) * 1e3)
+        found.versions.update(str(getattr(one, "model_version", None)) for one in decisions)
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--rate", type=int, default=5_000, help="payments a second")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a pass")
+    parser.add_argument("--runs", type=int, default=3, help="of each kind, in turns")
+    parser.add_argument("--chunk-ms", type=float, default=10.0)
+    given = parser.parse_args()
+    gap = given.chunk_ms / 1e3
+    each, chunk = round(given.rate * given.seconds), round(given.rate * gap)
+    people = Population(days=3 + 2 * given.runs * each // 9_000)
+    raws = list(transactions_json(simulate(people, seed=1)))
+    found: dict[str, list[Pass]] = {"plain": [], "changing": []}
+    with tempfile.TemporaryDirectory() as folder:
+        store = two_versions(Path(folder))
+        settings = FraudSettings(store=store, max_ahead_seconds=None)
+        vertical = FraudScoring(settings)
+        with running(Config(), {"finance": vertical}, follow=True) as engine:
+            drive(vertical, engine, raws[: chunk * 200], chunk, gap)
+            at = chunk * 200
+            for _ in range(given.runs):
+                for kind, passes in found.items():
+                    part, at = raws[at : at + each], at + each
+                    if kind == "plain":
+                        passes.append(drive(vertical, engine, part, chunk, gap))
+                        continue
+                    counted = Pass()
+                    with changing(store, counted):
+                        passes.append(drive(vertical, engine, part, chunk, gap))
+                    passes[-1].changes = counted.changes
+    print_json({kind: summary(passes) for kind, passes in found.items()} | added(found))
+
+
+def summary(passes: list[Pass]) -> dict[str, Any]:
+    """Figures of passes together."""
+    values = np.concatenate([one.latencies for one in passes])
+    return {
+        "payments": sum(one.sent for one in passes),
+        "dropped": sum(one.sent - one.answered for one in passes),
+        "changes": sum(one.changes for one in passes),
+        "by_version": dict(sum((one.versions for one in passes), Counter())),
+        **{f"p{q:g}_ms": round(float(np.percentile(values, q)), 2) for q in (50, 99, 99.9)},
+        "max_ms": round(float(values.max()), 2),
+        "p99_ms_of_each": [round(float(np.percentile(one.latencies, 99)), 2) for one in passes],
+    }
+
+
+def added(found: dict[str, list[Pass]]) -> dict[str, float]:
+    """The 99th percentile with changes less that without."""
+    ends = {
+        kind: float(np.percentile(np.concatenate([one.latencies for one in passes]), 99))
+        for kind, passes in found.items()
+    }
+    return {"added_p99_ms": round(ends["changing"] - ends["plain"], 2)}
+
+
+if __name__ == "__main__":
+    main()
