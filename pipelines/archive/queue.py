@@ -48,7 +48,8 @@ CREATE TABLE IF NOT EXISTS outbox (
 );
 CREATE INDEX IF NOT EXISTS due ON outbox (state, not_before);
 CREATE TABLE IF NOT EXISTS series (
-    series TEXT PRIMARY KEY, images INTEGER NOT NULL, since REAL NOT NULL, fetched INTEGER NOT NULL
+    series TEXT PRIMARY KEY, images INTEGER NOT NULL, since REAL NOT NULL,
+    fetched INTEGER NOT NULL, study TEXT NOT NULL DEFAULT '', fetching INTEGER NOT NULL DEFAULT 0
 );
 """
 """``outbox.state``: waiting, sent or refused; ``jobs.state``: begun, done or failed;
@@ -230,17 +231,24 @@ class Queue:
             return bool(known[2] != images and now - known[1] >= quiet)
         with self._change() as db:
             db.execute(
-                "INSERT INTO series VALUES (?, ?, ?, -1) ON CONFLICT (series) DO UPDATE "
-                "SET images = excluded.images, since = excluded.since",
+                "INSERT INTO series (series, images, since, fetched) VALUES (?, ?, ?, -1) "
+                "ON CONFLICT (series) DO UPDATE SET images = excluded.images, "
+                "since = excluded.since",
                 (series, images, now),
             )
         return quiet == 0
 
+    def fetching(self, series_uid: str, study_uid: str) -> None:
+        """A series begins to come: until all of it is here its study is not complete."""
+        with self._change() as db:
+            values = (digest(study_uid), digest(series_uid))
+            db.execute("UPDATE series SET study = ?, fetching = 1 WHERE series = ?", values)
+
     def fetched(self, series_uid: str, images: int) -> None:
-        """All images that an archive has of a series are here, or are not wanted."""
+        """All images that an archive has of a series are here."""
         with self._change() as db:
             values = (images, digest(series_uid))
-            db.execute("UPDATE series SET fetched = ? WHERE series = ?", values)
+            db.execute("UPDATE series SET fetched = ?, fetching = 0 WHERE series = ?", values)
 
     # -- what is analysed ----------------------------------------------------------------------
     def ready(self, quiet: float) -> Ready | None:
@@ -248,7 +256,7 @@ class Queue:
         now = self._now()
         found = self._one(
             "SELECT study, arrived FROM studies WHERE state = 'open' AND (last <= ? OR last > ?) "
-            "ORDER BY last",
+            "AND study NOT IN (SELECT study FROM series WHERE fetching) ORDER BY last",
             (now - quiet, now + quiet),  # a clock that was set back holds up no study
         )
         return Ready(found[0], self.images(found[0]), found[1]) if found else None

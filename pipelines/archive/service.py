@@ -282,6 +282,7 @@ class Service:
             if all(why_not(rule, facts) for rule in self._settings.rules):
                 continue
             if self._queue.stable(series, images, poll.quiet_seconds):
+                self._queue.fetching(series, study)
                 self._fetch(web, study, series, poll.max_object_bytes)
                 self._queue.fetched(series, images)
 

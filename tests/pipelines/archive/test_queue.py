@@ -82,6 +82,28 @@ def test_a_clock_that_was_set_back_holds_up_no_study(queue: Queue, clock: Clock)
     assert queue.ready(20) is not None
 
 
+def test_a_series_that_is_being_fetched_holds_its_study_up_also_after_a_kill(
+    tmp_path: Path, clock: Clock
+) -> None:
+    queue = Queue(tmp_path / "fetch", clock=clock)
+    assert not queue.stable("1.2.3", 2, quiet=10)
+    clock.now += 10
+    assert queue.stable("1.2.3", 2, quiet=10)
+    queue.fetching("1.2.3", "1.2")
+    queue.put("1.2", "1.2.3.1", b"first")
+    queue.close()
+    queue = Queue(tmp_path / "fetch", clock=clock)  # as after a kill
+    clock.now += 1000
+    assert queue.ready(20) is None
+    assert queue.stable("1.2.3", 2, quiet=10)  # it is fetched again
+    queue.put("1.2", "1.2.3.2", b"second")
+    queue.fetched("1.2.3", 2)
+    assert not queue.stable("1.2.3", 2, quiet=10)
+    clock.now += 20
+    assert queue.ready(20) is not None
+    queue.close()
+
+
 def test_disk_is_bounded_and_given_back(tmp_path: Path, clock: Clock) -> None:
     queue = Queue(tmp_path / "small", max_bytes=10, clock=clock)
     queue.put("1.2", "1.2.1", b"12345678")
