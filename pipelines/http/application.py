@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import orjson
+from starlette.requests import ClientDisconnect
 
 from plinth.engine import PlinthError
 from plinth.pipelines.http.access import OPEN_PATHS, Access
@@ -131,7 +132,7 @@ class HttpApplication:
             await self._app(scope, asgi.receive, asgi.send)
         except asyncio.CancelledError:
             failure = DRAINED
-        except OSError as error:
+        except (OSError, ClientDisconnect) as error:  # the second is starlette's word for it
             failure = None if exchange.connection is None else explained(error)
         except FAULTS as error:
             failure = explained(error)

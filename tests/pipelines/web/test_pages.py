@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from serving import Running, running, until
 from tiny_verticals import Page, Shelf, Tiny
 from torch import nn
@@ -20,6 +22,7 @@ from plinth.pipelines.identity.key_file import add
 from plinth.pipelines.web.form import entries
 
 DOUBLE = "/v1/tiny/double"
+HTTP_LIVE = 'plinth_http_request_seconds_count{outcome="answered",route="/ui/engine/live"}'
 
 
 def store_at(folder: Path) -> ModelStore:
@@ -159,15 +162,21 @@ def test_a_study_is_seen_with_its_mask_and_a_finding_is_jumped_to(page: Any) -> 
         job = server.post("/v1/scan/read?wait=true", files=sent).json()
         page.goto(f"{server.server.url}/ui/studies/scan/{job['id']}")
         page.locator(".viewer[data-ready]").wait_for(timeout=90_000)
-        red = "document.querySelector('.viewer canvas').toDataURL()"
-        masked = page.evaluate(red)
+
+        def red() -> int:
+            """Pixels of the viewer that the mask tints."""
+            shot = Image.open(io.BytesIO(page.locator(".viewer canvas").screenshot()))
+            pixels = np.asarray(shot.convert("RGB")).astype(int)
+            return int((pixels[..., 0] - pixels[..., 2] > 40).sum())
+
+        until(lambda: red() > 1000)
         page.get_by_role("button", name="Go there").click()
         page.wait_for_function("document.querySelector('[data-part=place]').textContent !== ''")
         shown = page.locator("[data-part=place]").inner_text()
         place = [float(n) for n in re.findall(r"-?[0-9.]+", shown.partition(" mm")[0])]
         assert place == pytest.approx(Scan.place, abs=1.01)  # half a voxel
         page.locator("[data-part=mask]").fill("0")
-        page.wait_for_function(f"before => {red} !== before", arg=masked)
+        until(lambda: red() == 0)
 
 
 # -- rights and bounds ----------------------------------------------------------------------------
@@ -301,3 +310,11 @@ def test_a_form_has_a_field_for_each_kind_of_value() -> None:
     assert found["share"].hint == "of all; below 1"
     assert found["id"].hint == "8 characters at most"
     assert [found[name].value for name in ("id", "kind", "urgent")] == ["x", "b", "true"]
+
+
+def test_whoever_closes_the_engines_page_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    with running({"tiny": Tiny()}, serve={"web": True}) as server:
+        with server.client.stream("GET", "/ui/engine/live") as live:
+            assert next(live.iter_lines()).startswith("data: <section")
+        until(lambda: HTTP_LIVE in server.client.get("/metrics").text)
+    assert "unexpected" not in caplog.text
