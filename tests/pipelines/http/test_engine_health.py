@@ -81,7 +81,7 @@ def test_a_server_whose_engine_ended_says_so_drains_and_fails():
             until(lambda: client.get("/health/ready").status_code == 200)
             assert client.post(ROUTE, json={"v": 1}).status_code == 200
 
-            def broken(now: float) -> None:
+            def broken(now: float, lane: int) -> None:
                 raise ZeroDivisionError
 
             engine._batcher.next = broken
