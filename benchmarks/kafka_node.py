@@ -92,10 +92,14 @@ class Kafka:
     """``host:port``, comma between them, for any client."""
 
     def config(self, **settings: Any) -> StreamConfig:
-        """Settings for a stream over new topics that ends when it is idle."""
+        """Settings for a stream over new topics that ends when it is idle.
+
+        Its client is kafka-python, unless PLINTH_TEST_KAFKA_CLIENT or the settings say otherwise.
+        """
         name = f"t-{uuid.uuid4().hex[:8]}"
         defaults: dict[str, Any] = {
             "bootstrap_servers": self.servers,
+            "client": os.environ.get("PLINTH_TEST_KAFKA_CLIENT", "kafka-python"),
             "input_topic": name,
             "output_topic": f"{name}-out",
             "group": f"{name}-group",

@@ -1,10 +1,12 @@
 """How many payments a second one core streams from a real Kafka, and how soon they are answered.
 
     python benchmarks/stream_throughput.py [--events 60000] [--rate 2000] [--runs 3] [--json]
+        [--client kafka-python confluent] [--guarantee exactly_once] [--set linger_ms=5]
 
 ``plinth stream finance`` runs on core 1 with one thread per library; the Kafka node (KAFKA_HOME,
 else ../shared/kafka) and this script run on core 0. Every run uses new topics of four partitions
-and simulated payments.
+and simulated payments; exactly once, every decision leaves an audit record (``--plain``: none).
+Clients and guarantees take turns within each of the ``--runs``.
 
 - Throughput: the topic is filled before, so the worker sets the pace; from the first record to
   the last commit.
@@ -23,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,7 @@ SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THRE
 THROUGHPUT = ("records_per_second", "cpu_us", "commit_ms_p50", "commit_ms_p99")
 LATENCY = ("rate", "p50_ms", "p90_ms", "p99_ms", "max_ms")
 Payments = list[tuple[bytes, bytes]]
+Settings = dict[str, Any]
 
 
 def payments(count: int) -> Iterator[tuple[bytes, bytes]]:
@@ -67,7 +71,7 @@ class Worker:
         self.process = subprocess.Popen(
             ["taskset", "-c", "1", sys.executable, "-m", "plinth", "stream", "finance",
              "--json"],
-            env={**os.environ, **SINGLE, **settings, "PYTHONPATH": str(ROOT / "src")},
+            env={**os.environ, **SINGLE, **settings, "PYTHONPATH": _path()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -88,22 +92,27 @@ class Worker:
         return self.process.communicate()[1]
 
 
-def throughput(node: KafkaNode, events: Payments, guarantee: str) -> dict[str, float]:
+def _path() -> str:
+    """Where the worker finds this checkout, and what this process finds beside it."""
+    return os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+
+
+def throughput(node: KafkaNode, events: Payments, settings: Settings) -> dict[str, float]:
     """One run over topics that were filled before."""
-    config = _config(node, guarantee, len(events))
+    config = _config(node, settings, len(events))
     node.fill(config, events)
     found = Worker(config).summary()
     return {name: float(found[name]) for name in THROUGHPUT}
 
 
 def latency(
-    node: KafkaNode, events: Payments, guarantee: str, rate: float, warm_up: float
+    node: KafkaNode, events: Payments, settings: Settings, rate: float, warm_up: float
 ) -> dict[str, float]:
     """One run at a steady rate; milliseconds from record timestamp to committed answer.
 
     The first payment is sent alone and its answer awaited, so that the worker has started.
     """
-    config = _config(node, guarantee, len(events))
+    config = _config(node, settings, len(events))
     prepare(config)
     reader = _reader(node, config.output_topic)
     worker = Worker(config)
@@ -134,10 +143,12 @@ def latency(
     }
 
 
-def _config(node: KafkaNode, guarantee: str, events: int) -> StreamConfig:
-    return node.config(
-        guarantee=guarantee, idle_exit_s=300, max_events=events, session_timeout_ms=30_000
-    )
+def _config(node: KafkaNode, settings: Settings, events: int) -> StreamConfig:
+    fixed = {"idle_exit_s": 300, "max_events": events, "session_timeout_ms": 30_000}
+    config = node.config(**fixed, **settings)
+    if config.guarantee == "exactly_once" and "audit_topic" not in settings:
+        config = config.model_copy(update={"audit_topic": f"{config.input_topic}-audit"})
+    return config
 
 
 def _reader(node: KafkaNode, topic: str) -> Any:
@@ -188,13 +199,13 @@ def show(report: dict[str, Any]) -> None:
         if not report[part]:
             continue
         table = Table(title=f"{part}: median of {report['runs']} runs, min-max below")
-        table.add_column("guarantee")
+        table.add_column("client, guarantee")
         for name in names:
             table.add_column(name, justify="right")
-        for guarantee, found in report[part].items():
+        for way, found in report[part].items():
             cells = (f"{found[n]['median']:,}\n{found[n]['min']:,}-{found[n]['max']:,}"
                      for n in names)  # fmt: skip
-            table.add_row(guarantee, *cells)
+            table.add_row(way, *cells)
         console.print(table)
 
 
@@ -207,23 +218,37 @@ def main() -> None:
     parser.add_argument("--warm-up", type=float, default=5, help="seconds left out of it")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", choices=("throughput", "latency"))
+    there = ["kafka-python", *(["confluent"] if find_spec("confluent_kafka") else [])]
+    parser.add_argument("--client", nargs="+", default=there, choices=there)
+    parser.add_argument("--guarantee", nargs="+", default=GUARANTEES, choices=GUARANTEES)
+    parser.add_argument("--plain", action="store_true", help="no audit records")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="of [stream]")
     given = parser.parse_args()
+    more: Settings = {"audit_topic": None} if given.plain else {}
+    more |= dict(pair.split("=", 1) for pair in given.set)
+    ways = {
+        f"{client}, {guarantee.replace('_', ' ')}": {
+            "client": client, "guarantee": guarantee, **more,
+        }
+        for client in given.client
+        for guarantee in given.guarantee
+    }  # fmt: skip
 
     os.sched_setaffinity(0, {0})
     steady = int(given.rate * given.seconds)
     events = list(payments(max(given.events, steady)))
-    fast: dict[str, list[dict[str, float]]] = {name: [] for name in GUARANTEES}
-    soon: dict[str, list[dict[str, float]]] = {name: [] for name in GUARANTEES}
+    fast: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    soon: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
         node = KafkaNode(find_home(), Path(folder))
         try:
             for _ in range(given.runs):
-                for name in GUARANTEES:
+                for name, settings in ways.items():
                     if given.only != "latency":
-                        fast[name].append(throughput(node, events[: given.events], name))
+                        fast[name].append(throughput(node, events[: given.events], settings))
                     if given.only != "throughput":
                         soon[name].append(
-                            latency(node, events[:steady], name, given.rate, given.warm_up)
+                            latency(node, events[:steady], settings, given.rate, given.warm_up)
                         )
         finally:
             node.kill()

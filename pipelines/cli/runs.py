@@ -104,7 +104,7 @@ def run_rebuild(config: Config, name: str, wanted: str) -> int:
             "the stream has no topics",
             hint="add a [stream] table, or give --input-topic and --output-topic",
         )
-    from plinth.pipelines.stream.rebuild import has_value, rebuild
+    from plinth.pipelines.stream.history.rebuild import has_value, rebuild
 
     vertical = load_vertical(config, name)
     equal = count = 0

@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import orjson
@@ -33,6 +34,12 @@ _TEXT_OR_CARD = re.compile(
 """A text, or a number that may be a card's; times in microseconds begin with 1."""
 _RUN = re.compile(rb"[0-9]+(?:[-._/: ]{1,2}[0-9]+)*")
 _GROUP = re.compile(rb"[0-9]+")
+_FRACTION = re.compile(rb'(?<=[^\\]":)[0-9]\.[0-9]+(?=[,}])')
+"""A number with a fraction, behind its name: no card number. In a text its quotation mark has a
+backslash before it."""
+_SEPARATORS = b"-._/: "
+_ZEROS = bytes(ord("0") if chr(code).isdigit() and code < 128 else code for code in range(256))
+_MANY_DIGITS = b"0" * MIN_DIGITS
 _SHORTEST_GROUP = 3
 """Digits of a group of a card number; those of dates and hours are shorter."""
 DIGEST = 32
@@ -100,7 +107,7 @@ class AuditTrail:
             record = message.record
             place = Partition(record.topic, record.partition)
             end = self._ends.get(place, Link())
-            told = _cleaned(orjson.dumps(_content(message)))
+            told = _content(message)
             body = orjson.dumps(self._head(message, end, now))[:-1] + b"," + told[1:]
             digest = digest_of(body, self._key)
             self._ends[place] = Link(end.number + 1, digest)
@@ -123,11 +130,34 @@ class AuditTrail:
         }
 
 
-def _content(message: Message) -> dict[str, Any]:
+def _content(message: Message) -> bytes:
+    """What a record tells of its answer, without anything that looks like a card number."""
     error = message.error
     if error is not None:
-        return {"refused": {"reason": error.reason, "field": error.field}}
-    return {"answer": orjson.Fragment(message.value), "evidence": message.evidence}
+        refused = {"reason": error.reason, "field": error.field}
+        return _cleaned(orjson.dumps({"refused": refused}))
+    texts: dict[str, Any] = {}
+    numbers: dict[str, Any] = {}
+    for name, value in (message.evidence or {}).items():
+        plain = type(value) is dict and _are_measures(value)
+        (numbers if plain else texts)[name] = value
+    answer = orjson.Fragment(message.value)
+    told = _cleaned(orjson.dumps({"answer": answer, "evidence": texts}))
+    if not numbers:
+        return told
+    more = orjson.dumps(numbers)[1:] + b"}"
+    return told[:-2] + (b"," if texts else b"") + more
+
+
+def _are_measures(values: dict[Any, Any]) -> bool:
+    """Whether all are numbers with a fraction, which no card has, and their names are no card's."""
+    return set(map(type, values.values())) == {float} and _are_words(tuple(values))
+
+
+@lru_cache(maxsize=256)
+def _are_words(names: tuple[str, ...]) -> bool:
+    told = orjson.dumps(names)
+    return _cleaned(told) == told
 
 
 def _place(message: Message) -> tuple[int, int]:
@@ -136,6 +166,8 @@ def _place(message: Message) -> tuple[int, int]:
 
 def _cleaned(body: bytes) -> bytes:
     """The record without anything in it that looks like a card number."""
+    if _MANY_DIGITS not in _FRACTION.sub(b"", body).translate(_ZEROS, _SEPARATORS):
+        return body
 
     def clean(found: re.Match[bytes]) -> bytes:
         part = found[0]

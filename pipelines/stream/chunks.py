@@ -38,7 +38,7 @@ class Layout(NamedTuple):
     @classmethod
     def read(cls, note: str) -> Layout:
         """From :meth:`note`, whatever follows it; unknown where it is somebody else's."""
-        word, *numbers = note.split(" ")[:3]
+        word, *numbers = note.rstrip("\0").split(" ")[:3]
         if word != "plinth" or len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
             return cls()
         return cls(int(numbers[0]), int(numbers[1]))

@@ -1,7 +1,7 @@
-"""Kafka clients that end when their owner says so, the topics they need, and hopeless errors.
+"""What a stream asks of a Kafka client, the topics it needs, and errors without hope.
 
-kafka-python by itself leaves a thread behind when connecting fails, waits without bound for the
-coordinator of a transaction, and closes nothing when what was sent does not arrive in time.
+A :class:`Client` brings a member of the group and a writer of transactions. Whichever it is, topics
+are looked at, and the past is read, with kafka-python; and errors are kafka-python's.
 """
 
 from __future__ import annotations
@@ -10,34 +10,153 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
-from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
 from kafka.errors import (
     AuthorizationError,
     FencedInstanceIdError,
     InvalidTransactionTimeoutError,
     KafkaError,
-    KafkaTimeoutError,
     MessageSizeTooLargeError,
     TopicAlreadyExistsError,
     UnknownTopicOrPartitionError,
     UnsupportedCodecError,
 )
 from kafka.net.compat import KafkaNetClient
-from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from plinth.engine import ConfigError
-from plinth.pipelines.stream.chunks import Layout, Partition, StreamError
+from plinth.pipelines.stream.chunks import Layout, Partition, Record, StreamError
 from plinth.pipelines.stream.settings import StreamConfig
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LOOK_MS = 100
+RETRY_BACKOFF_MS = 5
+"""A transaction that begins before the last one's markers are written waits so long."""
+HEADROOM = 128 * 1024
+"""Bytes of a message beside a record: key and headers."""
+Noted = dict[Partition, tuple[int, str]]
+"""Offsets of a group, each with the note that stands beside it."""
+
+
+# -- the seam ------------------------------------------------------------------------------
+class Member(Protocol):
+    """A member of the consumer group, from its first :meth:`poll` on. Errors are KafkaErrors."""
+
+    def poll(self, seconds: float, limit: int) -> Mapping[Partition, list[Record]]:
+        """What there is, at most ``limit`` records; waits so long for the first at most.
+
+        Raises:
+            OffsetOutOfRangeError: what is to be read next is not there any more.
+            UnsupportedCodecError: records are compressed in a way unknown here.
+        """
+
+    def owner(self) -> Any:
+        """Who commits what was polled; ``None`` while not in the group.
+
+        Offsets committed with it are refused, once the group has given the partitions away.
+        """
+
+    def claim(self, owner: Any) -> Hashable:
+        """The same as long as the membership is."""
+
+    def places(self) -> list[Partition]:
+        """Partitions that were given to it."""
+
+    def begin(self, positions: Mapping[Partition, int]) -> bool:
+        """Go on at these positions; false where they are not what it was given."""
+
+    def committed(self, places: Iterable[Partition], seconds: float) -> Noted:
+        """The group's offsets, where it has one."""
+
+    def commit(self, offsets: Noted, seconds: float) -> None:
+        """Commit offsets outside of a transaction."""
+
+    def first(self, places: Iterable[Partition], seconds: float) -> dict[Partition, int]:
+        """The oldest offset in each partition."""
+
+    def last(self, places: Iterable[Partition], seconds: float) -> dict[Partition, int]:
+        """The end of what a reader of committed records may see of each partition."""
+
+    def position(self, place: Partition, seconds: float) -> int:
+        """The offset to be read next, behind the marks of transactions."""
+
+    def seen_end(self, place: Partition) -> int:
+        """The end of a partition as far as it was told, open transactions included; 0: not yet."""
+
+    @property
+    def width(self) -> int:
+        """Partitions of the topic, as far as is known."""
+
+    def ask_width(self) -> Callable[[float], bool]:
+        """Ask anew for :attr:`width`; returns what waits so long at most for the answer."""
+
+    def rejoin(self) -> None:
+        """Have the group share out the partitions again."""
+
+    def close(self) -> None:
+        """Leave the group, in bounded time."""
+
+
+class Writer(Protocol):
+    """A producer, with or without transactions. Errors are KafkaErrors.
+
+    All but :meth:`give_up` and :meth:`nodes` is called on one thread.
+    """
+
+    def open(self) -> None:
+        """Be ready for transactions: fences and completes what an earlier one of its name left."""
+
+    def begin(self) -> None:
+        """Begin a transaction."""
+
+    def send(
+        self,
+        topic: str,
+        value: bytes | None,
+        key: bytes | None,
+        headers: list[tuple[str, bytes]],
+        partition: int | None = None,
+    ) -> None:
+        """Queue a message; without a partition its key chooses."""
+
+    def width(self, topic: str) -> int:
+        """Partitions of a topic, as far as is known."""
+
+    def written(self, seconds: float) -> None:
+        """Wait until all that was sent is written; raises if some of it is not."""
+
+    def commit(self, offsets: Noted, owner: Any, seconds: float) -> None:
+        """Commit what was sent together with a group's offsets; raises if some was not written."""
+
+    def leave(self) -> None:
+        """Abort what is open and close, in bounded time."""
+
+    def give_up(self) -> None:
+        """End every wait, without what was not written. Returns at once."""
+
+    def nodes(self) -> frozenset[Any]:
+        """Brokers whose loss may make a commit wait for ever; empty where none can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """One of the Kafka clients.
+
+    Args:
+        name: as in the settings.
+        member: makes a member of the group, told of settings, identity and whom to call whenever
+            the membership may have changed.
+        writer: makes a writer, told of settings, identity and transactional id, if any.
+    """
+
+    name: str
+    member: Callable[[StreamConfig, str, Callable[[], None]], Member]
+    writer: Callable[[StreamConfig, str, str | None], Writer]
 
 
 # -- clients -------------------------------------------------------------------------------
@@ -55,60 +174,6 @@ def connect(kind: Callable[..., T], *args: Any, **options: Any) -> T:
         for client in made:
             client.close()
         raise
-
-
-class Producer(KafkaProducer):  # type: ignore[misc]
-    """A producer that can be given up, and with it every wait for its transactions."""
-
-    _given_up = False
-
-    def give_up(self) -> None:
-        """End its thread, connections and waits, without what was not sent. Returns at once."""
-        self._given_up = self._closed = True
-        self._unregister_cleanup()
-        self._sender.force_close()
-        network = self._sender._client
-        with contextlib.suppress(RuntimeError):  # its thread has ended already
-            # so that its thread does not wait for a broker that hangs
-            network._net.call_soon_threadsafe(network._manager.close)
-
-    def nodes(self) -> frozenset[Any]:
-        """Brokers it is connected to; one that is missing later was lost, or long idle."""
-        return frozenset(self._sender._client._manager._conns.copy())
-
-    def append(
-        self, place: TopicPartition, value: bytes, key: bytes | None, headers: list[Any]
-    ) -> Any:
-        """As :meth:`send` to a partition, in half of its time where its batch has room for more.
-
-        The batch is of the transaction that is open now: :meth:`send`, which began it, made the
-        partition part of that, and every batch of an earlier one was waited for.
-        """
-        accumulator = self._accumulator
-        with accumulator._tp_lock(place):
-            batches = accumulator._batches[place]
-            future = batches[-1].try_append(None, key, value, headers) if batches else None
-        if future is None:
-            future = self.send(place.topic, value, key, headers, place.partition)
-        return future
-
-    def send_offsets_to_transaction(self, offsets: Any, group_metadata: Any) -> None:
-        """Make offsets part of the transaction."""
-        self._settle(self._transaction_manager.send_offsets_to_transaction(offsets, group_metadata))
-
-    def commit_transaction(self) -> None:
-        """Commit."""
-        self._settle(self._transaction_manager.begin_commit())
-
-    def abort_transaction(self) -> None:
-        """Abort."""
-        self._settle(self._transaction_manager.begin_abort())
-
-    def _settle(self, result: Any) -> None:
-        self._sender.wakeup()
-        while not result.wait(timeout_ms=LOOK_MS):
-            if self._given_up:
-                raise KafkaTimeoutError("the producer was given up")
 
 
 class Pending(Generic[T]):
@@ -183,15 +248,10 @@ class AbandonableThread:
             pending.run()
 
 
-def as_offsets(
-    ends: Mapping[Partition, int], layout: Layout, notes: Mapping[Partition, str]
-) -> dict[Any, Any]:
-    """Positions by :class:`Partition` in kafka-python's words, with the layout and their notes."""
+def noted(ends: Mapping[Partition, int], layout: Layout, notes: Mapping[Partition, str]) -> Noted:
+    """Positions to commit, each with the layout and the note of its partition."""
     note = layout.note()
-    return {
-        TopicPartition(*p): OffsetAndMetadata(at, f"{note} {notes[p]}" if p in notes else note, -1)
-        for p, at in ends.items()
-    }
+    return {p: (at, f"{note} {notes[p]}" if p in notes else note) for p, at in ends.items()}
 
 
 # -- topics --------------------------------------------------------------------------------
@@ -201,7 +261,7 @@ def prepare(config: StreamConfig) -> dict[str, int]:
     Raises:
         ConfigError: no broker answers, it refuses us, or topics are missing; says what to do.
     """
-    options = config.client()
+    options = config.client_options()
     with quiet_client() as heard:
         try:
             admin = connect(
@@ -288,7 +348,7 @@ def missing_topics(config: StreamConfig) -> set[str] | None:
     """Topics of the stream that the cluster does not have; ``None`` if it does not say."""
     try:
         with quiet_client():
-            admin = connect(KafkaAdminClient, **config.client())
+            admin = connect(KafkaAdminClient, **config.client_options())
             try:
                 found = admin.describe_topics(list(config.topics))
             finally:

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
-from kafka import ConsumerRebalanceListener, KafkaConsumer
-from kafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
-from kafka.errors import (
-    KafkaError,
-    KafkaTimeoutError,
-    NoOffsetForPartitionError,
-    OffsetOutOfRangeError,
-)
-from kafka.structs import TopicPartition
+from kafka.errors import KafkaError, KafkaTimeoutError, OffsetOutOfRangeError
 
 from plinth.pipelines.stream.chunks import Chunk, Layout, Partition, Record, Rewind
 from plinth.pipelines.stream.kafka_clients import (
-    AbandonableThread,
-    as_offsets,
-    connect,
+    Client,
+    Member,
+    Noted,
     hopeless,
     missing_topics,
+    noted,
     unreachable,
 )
 from plinth.pipelines.stream.kafka_replay import Elsewhere, Replay
@@ -34,55 +25,9 @@ from plinth.pipelines.stream.settings import StreamConfig
 
 log = logging.getLogger(__name__)
 
-IDLE_MS = 200
+IDLE_S = 0.2
 KEEP_ALIVE_S = 1.0
 Plan = dict[Partition, tuple[int, int]]
-
-
-class _Joins(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Tells of every time the group was joined, also where nothing in it has changed."""
-
-    def __init__(self, joined: Callable[[], None]) -> None:
-        self._joined = joined
-
-    def on_partitions_revoked(self, revoked: Any) -> None:
-        """Positions are about to be forgotten."""
-        self._joined()
-
-    def on_partitions_assigned(self, assigned: Any) -> None:
-        """Positions are those of the committed offsets."""
-        self._joined()
-
-
-def _member(config: StreamConfig, identity: str, joined: Callable[[], None]) -> Any:
-    """A consumer that will join the group at its first poll, and knows the topic by then."""
-    consumer = connect(
-        KafkaConsumer,
-        **config.client(),
-        client_id=f"plinth-{identity}",
-        group_id=config.group,
-        group_instance_id=config.instance_id,
-        enable_auto_commit=False,
-        auto_offset_reset="none",  # records that were deleted unread are counted, not skipped
-        isolation_level="read_committed",
-        metadata_max_age_ms=config.metadata_max_age_ms,
-        session_timeout_ms=config.session_timeout_ms,
-        heartbeat_interval_ms=max(250, min(3_000, config.session_timeout_ms // 5)),
-        partition_assignment_strategy=[StickyPartitionAssignor],
-        metrics_enabled=False,
-        allow_auto_create_topics=False,
-    )
-    consumer.subscribe([config.input_topic], listener=_Joins(joined))
-    # a group leader that does not know the topic yet would assign nothing at first
-    thread = AbandonableThread("plinth-metadata")
-    asked = thread.start(partial(consumer.partitions_for_topic, config.input_topic))
-    thread.close()
-    try:
-        asked.wait(config.connect_timeout_s)
-    except BaseException:
-        consumer.close(autocommit=False, timeout_ms=1_000)
-        raise
-    return consumer
 
 
 class GroupConsumer:
@@ -93,25 +38,25 @@ class GroupConsumer:
     no record of an older membership is ever used, and none is skipped.
     """
 
-    def __init__(self, config: StreamConfig, identity: str) -> None:
+    def __init__(self, config: StreamConfig, identity: str, client: Client) -> None:
         self.config = config
         self.limit = min(config.max_records, config.max_events or config.max_records)
         try:
-            self.consumer = _member(config, identity, self._doubt)
+            self.member: Member = client.member(config, identity, self._doubt)
         except (KafkaError, TimeoutError) as error:
             raise unreachable(config, error) from None
-        self._timeout_ms = config.commit_timeout_ms
-        self._claim: tuple[int, str, frozenset[Any]] | None = None
+        self._seconds = config.commit_timeout_ms / 1e3
+        self._claim: Hashable = None
         self._positions: dict[Partition, int] = {}
-        self._ends: dict[Any, int] = {}
+        self._ends: dict[Partition, int] = {}
         self._replay: Replay | None = None
         self._polled = time.monotonic()
-        self._held_back: dict[Any, int] = {}
-        self._read_to: dict[Any, int] = {}
+        self._held_back: dict[Partition, int] = {}
+        self._read_to: dict[Partition, int] = {}
         self._width = self.width
         self._layout = Layout()
         self.notes: dict[Partition, str] = {}
-        self._asked: Any = None
+        self._asked: Callable[[float], bool] | None = None
         self._elsewhere = Elsewhere(config)
 
     # -- reading ---------------------------------------------------------------------------
@@ -129,12 +74,12 @@ class GroupConsumer:
         parts: dict[Partition, list[Record]] = {}
         count, until, owner = 0, 0.0, None
         while count < self.limit:
-            wait = (until - time.monotonic()) * 1e3 if count else IDLE_MS
+            wait = until - time.monotonic() if count else IDLE_S
             if wait <= 0:
                 break
             if not count:
                 self._see_growth()
-            polled = self._poll(max(1, wait), self.limit - count)
+            polled = self._poll(wait, self.limit - count)
             owner = self._owner()
             if owner is None:
                 return None
@@ -142,14 +87,14 @@ class GroupConsumer:
                 break
             if not count:
                 until = time.monotonic() + self.config.linger_ms / 1e3
-            for raw, records in polled.items():
-                parts.setdefault(Partition(*raw), []).extend(records)
+            for place, records in polled.items():
+                parts.setdefault(place, []).extend(records)
                 count += len(records)
         return self._chunk(parts, owner) if parts else None
 
     def keep_alive(self) -> None:
         """Stay in the group without reading on, while work waits."""
-        if time.monotonic() - self._polled > KEEP_ALIVE_S and self._poll(1, 1):
+        if time.monotonic() - self._polled > KEEP_ALIVE_S and self._poll(0.001, 1):
             self._claim = None  # a record was taken: seek back to it
 
     def _replayed(self) -> Chunk | None:
@@ -162,10 +107,10 @@ class GroupConsumer:
             raise Rewind("replay_failed") from None
         if chunk is None and not self._replay.partitions:
             self._end_replay()
-            for place, at in self._positions.items():
-                self.consumer.seek(TopicPartition(*place), at)
+            if not self.member.begin(self._positions):
+                self._claim = None
         elif time.monotonic() - self._polled > KEEP_ALIVE_S:
-            self._poll(1, 1)
+            self._poll(0.001, 1)
             self._owner()
         return chunk
 
@@ -174,12 +119,10 @@ class GroupConsumer:
             self._replay.close()
             self._replay = None
 
-    def _poll(self, wait_ms: float, limit: int) -> Mapping[Any, list[Record]]:
+    def _poll(self, seconds: float, limit: int) -> Mapping[Partition, list[Record]]:
         self._polled = time.monotonic()
         try:
-            polled: Mapping[Any, list[Record]] = self.consumer.poll(wait_ms, max_records=limit)
-        except NoOffsetForPartitionError:
-            return {}  # begin() seeks, once the assignment has been seen
+            return self.member.poll(seconds, limit)
         except OffsetOutOfRangeError:
             self._claim = None
             raise Rewind("deleted_unread") from None
@@ -189,7 +132,6 @@ class GroupConsumer:
             log.warning("reading failed and is tried again: %r", error)
             self._claim = None
             return {}
-        return polled
 
     def _doubt(self) -> None:
         self._claim = None
@@ -203,22 +145,20 @@ class GroupConsumer:
         if (width := self.width) > self._width:
             log.info("%s has %d partitions now", self.config.input_topic, width)
             self._width = width
-            self.consumer._coordinator.request_rejoin()
+            self.member.rejoin()
 
     def _owner(self) -> Any:
-        owner = self.consumer.group_metadata()
-        # without a generation the broker would take our offsets unchecked
-        if owner.generation_id < 0 or not owner.member_id:
+        owner = self.member.owner()
+        if owner is None:
             self._claim = None
             return None
-        if self._claim_of(owner, self.consumer.assignment()) != self._claim:
+        if self._claim_of(owner, self.member.places()) != self._claim:
             raise Rewind("assigned")
         return owner
 
-    @staticmethod
-    def _claim_of(owner: Any, places: Iterable[Any]) -> tuple[int, str, frozenset[Any]]:
+    def _claim_of(self, owner: Any, places: Iterable[Partition]) -> Hashable:
         # some brokers count generations anew, so the partitions are compared too
-        return owner.generation_id, owner.member_id, frozenset(places)
+        return self.member.claim(owner), frozenset(places)
 
     def _chunk(self, parts: dict[Partition, list[Record]], owner: Any) -> Chunk:
         starts, ends, every = {}, {}, []
@@ -238,15 +178,15 @@ class GroupConsumer:
         Raises:
             KafkaError: the broker did not answer in time.
         """
-        owner = self.consumer.group_metadata()
-        if owner.generation_id < 0 or not owner.member_id:
+        owner = self.member.owner()
+        if owner is None:
             return None
-        places = sorted(self.consumer.assignment())
+        places = self.member.places()
         if not places:
             return owner, {}, {}
         known = self._committed()
-        first = self._offsets(self.consumer.beginning_offsets, places)
-        last = self._offsets(self.consumer.end_offsets, places)
+        first = self.member.first(places, self._seconds)
+        last = self.member.last(places, self._seconds)
         self._ends = last
         found: dict[Partition, int] = {}
         fresh: dict[Partition, int] = {}
@@ -254,36 +194,27 @@ class GroupConsumer:
             at = known.get(place)
             if at is None:
                 at = first[place] if self.config.start_at == "earliest" else last[place]
-                fresh[Partition(*place)] = at
-            found[Partition(*place)] = self._retained(place, at, first[place], last[place])
+                fresh[place] = at
+            found[place] = self._retained(place, at, first[place], last[place])
         if fresh:
             self.commit(fresh)
-        return owner, found, {Partition(*p): at for p, at in first.items()}
+        return owner, found, first
 
-    def _offsets(self, ask: Any, places: Iterable[Any]) -> dict[Any, int]:
-        try:
-            found: dict[Any, int] = ask(places, timeout_ms=self._timeout_ms)
-        except KeyError as error:
-            raise KafkaTimeoutError(f"partition {error} is not known to the brokers yet") from None
-        return found
-
-    def _committed(self) -> dict[Any, int]:
+    def _committed(self) -> dict[Partition, int]:
         """The group's offset of every partition that has one; also tells the layout."""
-        places = [TopicPartition(self.config.input_topic, p) for p in range(self.width)]
+        places = [Partition(self.config.input_topic, p) for p in range(self.width)]
         try:
-            found = self.consumer._coordinator.fetch_committed_offsets(
-                places, timeout_ms=self._timeout_ms
-            )
+            found: Noted = self.member.committed(places, self._seconds)
         except KafkaTimeoutError:
             raise KafkaTimeoutError(
                 "the group's offsets were not told: the coordinator is away, or a transaction that "
                 "nobody ends keeps them unstable (kafka-transactions.sh find-hanging)"
             ) from None
-        for told in found.values():
-            self.learn(Layout.read(told.metadata))
-        self.notes = {Partition(*place): told.metadata for place, told in found.items()}
+        self.notes = {place: note for place, (_, note) in found.items()}
+        for note in self.notes.values():
+            self.learn(Layout.read(note))
         self._see_moved_keys(len(places))
-        return {place: told.offset for place, told in found.items()}
+        return {place: at for place, (at, _) in found.items()}
 
     def learn(self, layout: Layout) -> None:
         """Take in what somebody knew of the topic's layout."""
@@ -303,7 +234,7 @@ class GroupConsumer:
             )  # fmt: skip
         self.learn(Layout(width))
 
-    def _retained(self, place: Any, at: int, first: int, last: int) -> int:
+    def _retained(self, place: Partition, at: int, first: int, last: int) -> int:
         if first <= at <= last:
             return at
         if at > last:
@@ -324,17 +255,14 @@ class GroupConsumer:
         self._positions = {place: end for place, (_, end) in plan.items()}
         PARTITIONS.set(len(plan))
         LAG.clear()
-        try:
-            for place, at in self._positions.items():
-                self.consumer.seek(TopicPartition(*place), at)
-        except (ValueError, AssertionError):
+        if not self.member.begin(self._positions):
             log.debug("the assignment changed meanwhile")
             self._claim = None
             return
         again = {place: span for place, span in plan.items() if span[0] < span[1]}
         if again:
             self._replay = Replay(self.config, again)
-        self._claim = self._claim_of(owner, {TopicPartition(*place) for place in plan})
+        self._claim = self._claim_of(owner, plan)
 
     def commit(self, ends: Mapping[Partition, int]) -> None:
         """Commit offsets outside of a transaction.
@@ -342,7 +270,7 @@ class GroupConsumer:
         Raises:
             KafkaError: they were not committed.
         """
-        self.consumer.commit(as_offsets(ends, self.layout, {}), timeout_ms=self._timeout_ms)
+        self.member.commit(noted(ends, self.layout, {}), self._seconds)
 
     @property
     def joined(self) -> bool:
@@ -357,7 +285,7 @@ class GroupConsumer:
     @property
     def width(self) -> int:
         """Partitions of the input topic, as far as is known."""
-        return len(self.consumer.partitions_for_topic(self.config.input_topic))
+        return self.member.width
 
     def elsewhere(self) -> list[Record]:
         """A few of the latest records of partitions that others read, now and then; never waits."""
@@ -374,10 +302,7 @@ class GroupConsumer:
         """Ask how many partitions the topic has, if others share it; :meth:`see_layout` waits."""
         if len(self._positions) >= self.width:
             return
-        answered = threading.Event()
-        future = self.consumer._cluster.request_update()
-        future.add_both(lambda *_: answered.set())
-        self._asked = future, answered
+        self._asked = self.member.ask_width()
 
     def see_layout(self) -> None:
         """See that the topic has not grown before :meth:`ask_layout`: then keys may have moved.
@@ -387,8 +312,8 @@ class GroupConsumer:
         """
         if self._asked is None:
             return
-        (future, answered), self._asked = self._asked, None
-        if not answered.wait(self._timeout_ms / 1e3) or not future.succeeded():
+        answered, self._asked = self._asked, None
+        if not answered(self._seconds):
             raise Rewind("layout_unknown")
         if self.width > self._layout.width:
             raise Rewind("grown")
@@ -401,11 +326,11 @@ class GroupConsumer:
     def lag(self) -> int:
         """Records waiting in the partitions we have; also set as metric."""
         total = 0
-        for place in self.consumer.assignment():
+        for place in self.member.places():
             at = self._positions.get(place)
             if at is not None:
                 # the client knows the end of a partition from its first fetch on
-                end = max(self.consumer.highwater(place) or 0, self._ends.get(place, 0))
+                end = max(self.member.seen_end(place), self._ends.get(place, 0))
                 behind = max(0, end - at)
                 LAG.labels(place.topic, str(place.partition)).set(behind)
                 total += behind
@@ -420,17 +345,17 @@ class GroupConsumer:
         Raises:
             KafkaError: the broker did not answer in time.
         """
-        places = [p for p in self.consumer.assignment() if p in self._positions]
+        places = [p for p in self.member.places() if p in self._positions]
         if not places:
             return 0, True
-        stable = self._offsets(self.consumer.end_offsets, places)
-        at = {p: self.consumer.position(p, timeout_ms=self._timeout_ms) or 0 for p in places}
+        stable = self.member.last(places, self._seconds)
+        at = {p: self.member.position(p, self._seconds) for p in places}
         for place in places:
-            self._say_held_back(place, (self.consumer.highwater(place) or 0) - stable[place])
+            self._say_held_back(place, self.member.seen_end(place) - stable[place])
         moved, self._read_to = at != self._read_to, at
         return sum(max(0, stable[place] - at[place]) for place in places), moved
 
-    def _say_held_back(self, place: Any, count: int) -> None:
+    def _say_held_back(self, place: Partition, count: int) -> None:
         count = max(0, count)
         OPEN_TRANSACTION.labels(place.topic, str(place.partition)).set(count)
         if count and place not in self._held_back:
@@ -451,7 +376,4 @@ class GroupConsumer:
     def close(self) -> None:
         """Leave the group."""
         self._end_replay()
-        try:
-            self.consumer.close(autocommit=False, timeout_ms=3_000)
-        except KafkaError as error:
-            log.warning("the consumer did not leave cleanly: %r", error)
+        self.member.close()

@@ -256,7 +256,7 @@ def reader(config: StreamConfig) -> Any:
     """A consumer outside of any group."""
     return connect(
         KafkaConsumer,
-        **config.client(),
+        **config.client_options(),
         enable_auto_commit=False,
         auto_offset_reset="earliest",
         isolation_level="read_committed",
@@ -346,7 +346,7 @@ class Standby:
         group = self._config.group
         with (
             quiet_client(),
-            contextlib.closing(connect(KafkaAdminClient, **self._config.client())) as admin,
+            contextlib.closing(connect(KafkaAdminClient, **self._config.client_options())) as admin,
         ):
             found = admin.list_group_offsets(group)[group]
         return {Partition(*place): known.offset for place, known in found.items()}

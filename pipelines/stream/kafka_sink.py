@@ -6,7 +6,6 @@ which fences the old one.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -14,7 +13,6 @@ from functools import partial
 from typing import Any
 
 from kafka.errors import KafkaError
-from kafka.structs import TopicPartition
 
 from plinth import __version__
 from plinth.pipelines.stream.chunks import (
@@ -28,23 +26,20 @@ from plinth.pipelines.stream.chunks import (
 from plinth.pipelines.stream.dead_letters import headers, payload
 from plinth.pipelines.stream.kafka_clients import (
     AbandonableThread,
+    Client,
     Pending,
-    Producer,
-    as_offsets,
-    connect,
+    Writer,
     hopeless,
+    noted,
 )
 from plinth.pipelines.stream.metrics import COMMIT_SECONDS
 from plinth.pipelines.stream.settings import StreamConfig
 
 log = logging.getLogger(__name__)
 
-RETRY_BACKOFF_MS = 5
-"""A transaction that begins before the last one's markers are written waits so long."""
 POSITION = "plinth_position"
 """Header of answers and dead letters: ``partition@offset;`` of the record, then the position."""
 MAX_KEY = 32_768
-HEADROOM = 128 * 1024
 LEAVE_S = 5.0
 LOST_S = 1.0
 """After so long a commit that lost a broker is begun anew: the client may wait for ever."""
@@ -55,6 +50,7 @@ class KafkaSink(ABC):
 
     Args:
         config: topics, bounds and client options.
+        client: writes the messages.
         vertical: name for dead-letter headers.
         identity: this worker's lasting name; part of the transactional ids.
 
@@ -66,13 +62,16 @@ class KafkaSink(ABC):
     producers = 1
     commits_offsets = False
 
-    def __init__(self, config: StreamConfig, *, vertical: str, identity: str) -> None:
+    def __init__(
+        self, config: StreamConfig, client: Client, *, vertical: str, identity: str
+    ) -> None:
         self.config = config
+        self._client = client
         self._vertical = vertical
         self._identity = identity
         self._app = __version__
         self._thread = AbandonableThread("plinth-commit")
-        self._slots: list[Any] = [None] * self.producers
+        self._slots: list[Writer | None] = [None] * self.producers
         self._turn = 0
         self._writing: tuple[Outputs, Pending[float], Any] | None = None
         self._deadline = config.commit_timeout_ms / 1e3
@@ -83,6 +82,7 @@ class KafkaSink(ABC):
         slot = self._turn
         self._turn = (slot + 1) % self.producers
         producer = self._slots[slot]
+        assert producer is not None, "ready() comes first"
         lost = partial(_lost_a_broker, producer, producer.nodes())
         self._writing = outputs, self._thread.start(partial(self._timed, producer, outputs)), lost
 
@@ -133,7 +133,7 @@ class KafkaSink(ABC):
                 try:
                     self._slots[slot] = pending.wait(self._deadline + 1)
                 except TimeoutError:
-                    pending.abandon(Producer.give_up)
+                    pending.abandon(_give_up)
                     self._abandon_thread()
                     raise
                 except KafkaError as error:
@@ -145,7 +145,7 @@ class KafkaSink(ABC):
             if producer is not None:
                 self._slots[slot] = None
                 try:
-                    self._thread.start(partial(self._leave, producer)).wait(LEAVE_S)
+                    self._thread.start(producer.leave).wait(LEAVE_S)
                 except (TimeoutError, KafkaError) as error:
                     log.debug("a producer did not close in time: %r", error)
                 producer.give_up()  # nothing to do where it closed
@@ -153,19 +153,15 @@ class KafkaSink(ABC):
 
     # -- what differs ----------------------------------------------------------------------
     @abstractmethod
-    def _connect(self, slot: int) -> Any:
+    def _connect(self, slot: int) -> Writer:
         """A producer ready for its first chunk."""
 
     @abstractmethod
-    def _commit(self, producer: Any, outputs: Outputs) -> None:
+    def _commit(self, producer: Writer, outputs: Outputs) -> None:
         """Send the messages and make them durable; runs on the sink's own thread."""
 
-    def _leave(self, producer: Any) -> None:
-        """Close a producer for good; runs on the sink's own thread."""
-        producer.close(timeout=2)
-
     # -- shared ----------------------------------------------------------------------------
-    def _timed(self, producer: Any, outputs: Outputs) -> float:
+    def _timed(self, producer: Writer, outputs: Outputs) -> float:
         started = time.perf_counter()
         self._commit(producer, outputs)
         return time.perf_counter() - started
@@ -180,54 +176,34 @@ class KafkaSink(ABC):
         self._thread.close()
         self._thread = AbandonableThread("plinth-commit")
 
-    def _options(self) -> dict[str, Any]:
-        config = self.config
-        compression = None if config.compression == "none" else config.compression
-        return {
-            **config.client(),
-            "client_id": f"plinth-{self._identity}",
-            "acks": "all",
-            "compression_type": compression,
-            "retry_backoff_ms": RETRY_BACKOFF_MS,
-            # together: reaching a broker, then opening for transactions
-            "bootstrap_timeout_ms": config.commit_timeout_ms // 2,
-            "max_block_ms": config.commit_timeout_ms // 2,
-            # beyond our own deadline, which is the one that decides
-            "request_timeout_ms": config.commit_timeout_ms * 2,
-            "delivery_timeout_ms": config.commit_timeout_ms * 2 + 1_000,
-            "max_request_size": config.max_record_bytes + HEADROOM,
-            "batch_size": 131_072,
-            "metrics_enabled": False,
-            "allow_auto_create_topics": False,
-        }
+    @property
+    def _patience(self) -> float:
+        """Seconds of a call; beyond our own deadline, which is the one that decides."""
+        return self._deadline * 2
 
-    def _send_all(self, producer: Any, outputs: Outputs) -> list[Any]:
-        """Queue every message; its futures, to be handed to :meth:`_all_written`."""
-        append, topic = producer.append, self.config.output_topic
+    def _send_all(self, producer: Writer, outputs: Outputs) -> None:
+        """Queue every message."""
+        send, topic = producer.send, self.config.output_topic
         width = outputs.chunk.layout.width
-        alike, position = _alike(producer, topic, width), outputs.position.encode()
-        places = {p.partition: TopicPartition(topic, p.partition) for p in outputs.chunk.ends}
-        futures = []
+        alike, position = producer.width(topic) == width, outputs.position.encode()
         for message in outputs.messages:
             record, head = message.record, list(message.headers)
             if position:
                 told = b"%d@%d;%b" % (record.partition, record.offset, position)
                 head.append((POSITION, told))
             if message.error is not None:
-                futures.append(self._send_dead(producer, message, head, width))
+                self._send_dead(producer, message, head, width)
             else:
-                key, value = message.key, message.value
-                if alike and key == record.key:
-                    futures.append(append(places[record.partition], value, key, head))
-                else:
-                    futures.append(producer.send(topic, value, key, head))
+                key = message.key
+                place = record.partition if alike and key == record.key else None
+                send(topic, message.value, key, head, place)
         if outputs.audit:
-            futures += self._send_audit(producer, outputs.audit)
-        return futures
+            self._send_audit(producer, outputs.audit)
 
-    def _send_audit(self, producer: Any, audit: list[tuple[Partition, bytes]]) -> list[Any]:
+    def _send_audit(self, producer: Writer, audit: list[tuple[Partition, bytes]]) -> None:
         topic = self.config.audit_topic
-        width = len(producer.partitions_for(topic))
+        assert topic is not None
+        width = producer.width(topic)
         if (most := max(place.partition for place, _ in audit)) >= width:
             raise StreamError(
                 f"the audit topic {topic} has {width} partitions, and the input has a partition "
@@ -235,20 +211,10 @@ class KafkaSink(ABC):
                 hint="give the audit topic at least as many partitions as the input, and start "
                 "again: nothing of the chunk was committed",
             )
-        return [producer.send(topic, raw, partition=place.partition) for place, raw in audit]
+        for place, raw in audit:
+            producer.send(topic, raw, None, [], place.partition)
 
-    def _all_written(self, futures: list[Any]) -> None:
-        """Wait for what was sent, and see that all of it was.
-
-        The client itself forgets a batch that it could not deliver in time, and would go on to
-        commit a transaction without it. Its flush() fails when a batch is split meanwhile.
-        """
-        until = time.monotonic() + self._deadline * 2  # whoever waits for this gives up before
-        for future in futures:
-            if not future.succeeded():
-                future.get(max(0.0, until - time.monotonic()))
-
-    def _send_dead(self, producer: Any, message: Message, more: Any, width: int) -> Any:
+    def _send_dead(self, producer: Writer, message: Message, more: Any, width: int) -> None:
         record, error = message.record, message.error
         assert error is not None
         topic = self.config.dead_letters
@@ -259,17 +225,16 @@ class KafkaSink(ABC):
         key = record.key if record.key is None or len(record.key) <= MAX_KEY else None
         if value is None and key is None:
             value = b""
-        place = record.partition if _alike(producer, topic, width) else None
-        return producer.send(topic, value, key, head + cut + more, place)
+        place = record.partition if producer.width(topic) == width else None
+        producer.send(topic, value, key, head + cut + more, place)
 
 
-def _lost_a_broker(producer: Producer, before: frozenset[Any]) -> bool:
+def _lost_a_broker(producer: Writer, before: frozenset[Any]) -> bool:
     return not before <= producer.nodes()
 
 
-def _alike(producer: Any, topic: str, width: int) -> bool:
-    """Whether the topic has as many partitions as the input, as the producer knows it now."""
-    return len(producer.partitions_for(topic)) == width
+def _give_up(producer: Writer) -> None:
+    producer.give_up()
 
 
 class ExactlyOnceSink(KafkaSink):
@@ -282,34 +247,22 @@ class ExactlyOnceSink(KafkaSink):
     producers = 2
     commits_offsets = True
 
-    def _connect(self, slot: int) -> Any:
+    def _connect(self, slot: int) -> Writer:
         name = f"{self.config.group}-{self._identity}-{slot}"
-        producer = connect(
-            Producer,
-            **self._options(),
-            transactional_id=name,
-            transaction_timeout_ms=self.config.transaction_timeout_ms,
-        )
+        producer = self._client.writer(self.config, self._identity, name)
         try:
-            producer.init_transactions()
+            producer.open()
         except KafkaError:
             producer.give_up()
             raise
         return producer
 
-    def _commit(self, producer: Any, outputs: Outputs) -> None:
-        producer.begin_transaction()
-        futures = self._send_all(producer, outputs)
+    def _commit(self, producer: Writer, outputs: Outputs) -> None:
+        producer.begin()
+        self._send_all(producer, outputs)
         chunk = outputs.chunk
-        offsets = as_offsets(chunk.ends, chunk.layout, outputs.notes)
-        producer.send_offsets_to_transaction(offsets, chunk.owner)
-        self._all_written(futures)
-        producer.commit_transaction()
-
-    def _leave(self, producer: Any) -> None:
-        with contextlib.suppress(KafkaError):  # mostly none is open
-            producer.abort_transaction()
-        super()._leave(producer)
+        offsets = noted(chunk.ends, chunk.layout, outputs.notes)
+        producer.commit(offsets, chunk.owner, self._patience)
 
 
 class AtLeastOnceSink(KafkaSink):
@@ -318,8 +271,9 @@ class AtLeastOnceSink(KafkaSink):
     Guarantee: every record is answered at least once, in order per partition.
     """
 
-    def _connect(self, slot: int) -> Any:
-        return connect(Producer, **self._options())
+    def _connect(self, slot: int) -> Writer:
+        return self._client.writer(self.config, self._identity, None)
 
-    def _commit(self, producer: Any, outputs: Outputs) -> None:
-        self._all_written(self._send_all(producer, outputs))
+    def _commit(self, producer: Writer, outputs: Outputs) -> None:
+        self._send_all(producer, outputs)
+        producer.written(self._patience)

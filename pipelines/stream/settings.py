@@ -24,6 +24,10 @@ class StreamConfig(BaseModel):
     bootstrap_servers: str = Field(
         default="127.0.0.1:9092", description="brokers to ask first, host:port, comma between them"
     )
+    client: Literal["kafka-python", "confluent"] = Field(
+        default="kafka-python",
+        description="Kafka client: kafka-python, or confluent (the extra [kafka-fast])",
+    )
     input_topic: Topic = Field(description="topic of records to score")
     output_topic: Topic = Field(description="topic of answers")
     dead_letter_topic: Topic | None = Field(
@@ -189,8 +193,15 @@ class StreamConfig(BaseModel):
         audit = () if self.audit_topic is None else (self.audit_topic,)
         return self.input_topic, self.output_topic, self.dead_letters, *audit
 
-    def client(self) -> dict[str, Any]:
+    @property
+    def heartbeat_ms(self) -> int:
+        """How often a worker tells the group that it lives."""
+        return max(250, min(3_000, self.session_timeout_ms // 5))
+
+    def client_options(self) -> dict[str, Any]:
         """Connection options of every Kafka client, secrets read from the environment.
+
+        The words are kafka-python's.
 
         Raises:
             ConfigError: a password is needed and its variable is not set.

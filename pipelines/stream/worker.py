@@ -13,14 +13,16 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from kafka.errors import KafkaError
 
-from plinth.engine import Engine, Sla
+from plinth.engine import ConfigError, Engine, Sla
 from plinth.pipelines.formats.mapping import load_mapping
 from plinth.pipelines.observability.tracing import Tracing
 from plinth.pipelines.snapshots import claim
+from plinth.pipelines.stream import kafka_python
 from plinth.pipelines.stream.audit import AuditTrail, key_of
 from plinth.pipelines.stream.checkpoint import Checkpoint
 from plinth.pipelines.stream.chunks import (
@@ -35,6 +37,7 @@ from plinth.pipelines.stream.chunks import (
 from plinth.pipelines.stream.dead_letters import DeadLetterShare
 from plinth.pipelines.stream.kafka_clients import (
     AbandonableThread,
+    Client,
     hopeless,
     prepare,
 )
@@ -235,7 +238,27 @@ def run(
 def join(config: StreamConfig, identity: str, vertical: str) -> tuple[GroupConsumer, KafkaSink]:
     """Both ends of a worker: a new member of the group, and what writes its outputs."""
     sink = ExactlyOnceSink if config.guarantee == "exactly_once" else AtLeastOnceSink
-    return GroupConsumer(config, identity), sink(config, vertical=vertical, identity=identity)
+    client = chosen_client(config)
+    consumer = GroupConsumer(config, identity, client)
+    return consumer, sink(config, client, vertical=vertical, identity=identity)
+
+
+def chosen_client(config: StreamConfig) -> Client:
+    """The Kafka client of the settings.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if config.client == "kafka-python":
+        return kafka_python.CLIENT
+    if find_spec("confluent_kafka") is None:
+        raise ConfigError(
+            "stream.client = 'confluent' needs the package confluent-kafka",
+            hint="pip install 'plinth-engine[kafka-fast]', or set stream.client = 'kafka-python'",
+        )
+    from plinth.pipelines.stream.confluent import CLIENT
+
+    return CLIENT
 
 
 class Worker:

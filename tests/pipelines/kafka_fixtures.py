@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from kafka_node import PASSWORD, USER, Kafka, KafkaNode, find_home
 
 __all__ = [
+    "CLIENTS_OF_KAFKA",
     "PASSWORD",
     "USER",
     "Kafka",
@@ -27,6 +28,11 @@ __all__ = [
     "own_node",
     "spare_node",
 ]
+CLIENTS_OF_KAFKA = (
+    "kafka-python",
+    pytest.param("confluent", marks=pytest.mark.needs("confluent_kafka")),
+)
+"""For tests of what a client does; the others run with kafka-python."""
 CLIENTS = re.compile("kafka-io-|-network-thread|^plinth-(commit|metadata|stream)")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from plinth.engine import ConfigError, InputError
 from plinth.pipelines.cli.main import main
 from plinth.pipelines.stream.audit import AuditTrail, Checked, check_trail
 from plinth.pipelines.stream.chunks import Chunk, Layout, Message, Outputs, Partition
-from plinth.pipelines.stream.rebuild import committed_records
+from plinth.pipelines.stream.history.rebuild import committed_records
 from plinth.pipelines.stream.worker import StreamConfig, StreamError, run
 from plinth.verticals.finance import FraudScoring, FraudSettings
 
@@ -133,6 +134,30 @@ def test_what_looks_like_a_card_number_is_not_kept(text: str) -> None:
     raw = chunk.audit[0][1].decode()
     assert "1111" not in raw
     assert "****" in json.loads(raw)["answer"]["note"]
+
+
+PIECES = ('":0.5,', '":0.', "x", '"', "\\", ":", "},", "{", "say ", "\n")
+
+
+@given(st.lists(st.sampled_from(PIECES)), st.lists(st.sampled_from(PIECES)))
+def test_a_card_number_is_found_whatever_stands_around_it(
+    before: list[str], after: list[str]
+) -> None:
+    text = "".join(before).removesuffix("0.") + CARD + "".join(after)
+    maker, chunk = AuditTrail("tests", None), outputs(0, 2, note=text, score=0.25)
+    maker.add(chunk)
+    assert CARD not in chunk.audit[0][1].decode()
+
+
+def test_measures_are_kept_as_they_are_and_their_names_are_looked_at() -> None:
+    maker, chunk = AuditTrail("tests", None), outputs(0, 3)
+    measures = {"sum_7d": 0.30000001192092896, "sum_30d": 41111111.11111111}
+    chunk.messages[0] = replace(chunk.messages[0], evidence={"id": CARD, "features": measures})
+    chunk.messages[1] = replace(chunk.messages[1], evidence={"features": {CARD: 0.5}})
+    maker.add(chunk)
+    first, second = (json.loads(raw)["evidence"] for _, raw in chunk.audit[:2])
+    assert first == {"id": "*" * 16, "features": measures}
+    assert second == {"features": {"*" * 16: 0.5}}
 
 
 def test_numbers_times_and_ids_that_are_no_card_numbers_stay() -> None:

@@ -43,9 +43,9 @@ def test_passwords_come_from_the_environment_and_are_not_kept(
 ) -> None:
     config = StreamConfig(**TOPICS, **SASL)
     with pytest.raises(ConfigError, match="PLINTH_KAFKA_PASSWORD"):
-        config.client()
+        config.client_options()
     monkeypatch.setenv("PLINTH_KAFKA_PASSWORD", "hunter2")
-    assert "hunter2" in config.client().values()
+    assert "hunter2" in config.client_options().values()
     assert "hunter2" not in repr(config) + config.model_dump_json()
 
 

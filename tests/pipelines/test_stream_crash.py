@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import stream_chaos
 from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
-from kafka_fixtures import KafkaNode, eventually
+from kafka_fixtures import CLIENTS_OF_KAFKA, KafkaNode, eventually
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
 from plinth.engine.metrics import REGISTRY
@@ -33,6 +34,7 @@ from plinth.pipelines.stream.worker import (
 )
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow]
+each_client = pytest.mark.parametrize("client", CLIENTS_OF_KAFKA)
 WORKER = Path(__file__).with_name("stream_worker.py")
 ROOT = WORKER.parents[2]
 
@@ -126,21 +128,33 @@ def prompt_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("plinth.pipelines.stream.worker.PROGRESS_S", 0.0)
 
 
+@pytest.mark.parametrize(
+    ("client", "kills"),
+    [
+        ("kafka-python", 3),
+        pytest.param("confluent", 1, marks=pytest.mark.needs("confluent_kafka")),
+    ],
+)
 def test_exactly_once_however_often_and_whenever_the_worker_is_killed(
-    kafka_node: KafkaNode, worker: Callable[[StreamConfig], Worker], tmp_path: Path
+    kafka_node: KafkaNode,
+    worker: Callable[[StreamConfig], Worker],
+    tmp_path: Path,
+    client: str,
+    kills: int,
 ) -> None:
+    audit = f"audit-of-kills-{client}"
     config = kafka_node.config(
         instance_id="w1", state_dir=tmp_path, snapshot_interval_s=0.2, max_records=64,
-        audit_topic="audit-of-kills",
+        audit_topic=audit, client=client,
     )  # fmt: skip
     kafka_node.fill(config, spends(8_000))
-    for _ in range(3):
+    for _ in range(kills):
         one = worker(config)
         one.until(random.randrange(1, 1_500))
         one.kill_within(0.3)
     last = worker(config).summary()
     expect_each_once(kafka_node.answers(config), 8_000)
-    trail = enumerate(record.value for record in kafka_node.read("audit-of-kills"))
+    trail = enumerate(record.value for record in kafka_node.read(audit))
     checked = check_trail(((str(place), raw) for place, raw in trail), None)
     assert (checked.records, checked.faults) == (8_000, [])
     assert 0 < last["records"] < 8_000
@@ -222,10 +236,13 @@ def test_no_loss_and_no_duplicate_when_the_broker_is_killed_and_comes_back(
     expect_each_once(own_node.answers(config), 6_000)
 
 
+@each_client
 def test_a_commit_that_never_returns_is_given_up_and_done_again_once(
-    own_node: KafkaNode,
+    own_node: KafkaNode, client: str
 ) -> None:
-    config = own_node.config(max_records=32, idle_exit_s=5.0, commit_timeout_ms=1_000)
+    config = own_node.config(
+        max_records=32, idle_exit_s=5.0, commit_timeout_ms=1_000, client=client
+    )
     own_node.fill(config, spends(6_000))
     one = Thread(config)
     one.until(1_000)
@@ -249,11 +266,13 @@ def given_up() -> float:
 def test_scores_stay_right_while_workers_join_and_leave_the_group(
     kafka_node: KafkaNode,
 ) -> None:
+    """The second worker has another client than the first, where there is one."""
+    other = "kafka-python" if find_spec("confluent_kafka") is None else "confluent"
     config = kafka_node.config(max_records=16, idle_exit_s=10.0)
     kafka_node.fill(config, spends(1_000))
     first = Thread(config)
     first.until(500)
-    second = Thread(config)
+    second = Thread(config.model_copy(update={"client": other}))
     eventually(lambda: second.progress.partitions > 0, 60, "the second worker has partitions")
     kafka_node.fill(config, spends(3_000, start=1_000))
     second.until(300)
@@ -269,10 +288,11 @@ def test_scores_stay_right_while_workers_join_and_leave_the_group(
     expect_each_once(kafka_node.answers(config), 4_000)
 
 
+@each_client
 def test_a_second_worker_of_the_same_name_takes_over_and_the_first_says_why_it_ends(
-    kafka_node: KafkaNode,
+    kafka_node: KafkaNode, client: str
 ) -> None:
-    config = kafka_node.config(instance_id="w1", max_records=16, idle_exit_s=3.0)
+    config = kafka_node.config(instance_id="w1", max_records=16, idle_exit_s=3.0, client=client)
     kafka_node.fill(config, spends(2_000))
     first = Thread(config.model_copy(update={"idle_exit_s": None}))
     first.until(100)

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from kafka.errors import IllegalStateError
 from kafka.structs import TopicPartition
-from kafka_fixtures import KafkaNode
+from kafka_fixtures import CLIENTS_OF_KAFKA, KafkaNode
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
 from plinth.engine import ConfigError, Engine, QueueFull
-from plinth.pipelines.stream.kafka_clients import Producer, connect, prepare
-from plinth.pipelines.stream.redeliver import redeliver
+from plinth.pipelines.stream.history.redeliver import redeliver
+from plinth.pipelines.stream.kafka_clients import connect, prepare
+from plinth.pipelines.stream.kafka_python import Producer
 from plinth.pipelines.stream.worker import (
     StreamConfig,
     StreamError,
@@ -46,12 +47,16 @@ def by_offset(record: Any) -> int:
     return int(dict(record.headers)["kafka_dlt-original-offset"])
 
 
+each_client = pytest.mark.parametrize("client", CLIENTS_OF_KAFKA)
+
+
 @real_kafka
+@each_client
 @pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
 def test_every_record_is_answered_once_in_the_order_of_its_card(
-    kafka_node: KafkaNode, guarantee: str
+    kafka_node: KafkaNode, guarantee: str, client: str
 ) -> None:
-    config = kafka_node.config(guarantee=guarantee, max_events=2_000)
+    config = kafka_node.config(guarantee=guarantee, max_events=2_000, client=client)
     kafka_node.fill(config, spends(2_000))
     summary = stream(config)
     assert (summary.records, summary.scored, summary.dead_letters) == (2_000, 2_000, {})
@@ -69,7 +74,7 @@ def test_what_is_appended_keeps_its_order_over_batches_and_transactions(
     config = kafka_node.config(partitions=2)
     prepare(config)
     places = [TopicPartition(config.output_topic, number) for number in (0, 1)]
-    options = {**config.client(), "transactional_id": config.group, "batch_size": 4_096}
+    options = {**config.client_options(), "transactional_id": config.group, "batch_size": 4_096}
     with contextlib.closing(connect(Producer, **options)) as producer:
         producer.init_transactions()
         for first in (0, 300):
@@ -94,7 +99,7 @@ def test_an_append_outside_a_transaction_is_refused(kafka_node: KafkaNode) -> No
     config = kafka_node.config(partitions=1)
     prepare(config)
     place = TopicPartition(config.output_topic, 0)
-    options = {**config.client(), "transactional_id": config.group}
+    options = {**config.client_options(), "transactional_id": config.group}
     with contextlib.closing(connect(Producer, **options)) as producer:
         producer.init_transactions()
         with pytest.raises(IllegalStateError):
@@ -108,10 +113,11 @@ def test_an_append_outside_a_transaction_is_refused(kafka_node: KafkaNode) -> No
 
 
 @real_kafka
+@each_client
 def test_bad_records_become_dead_letters_that_say_why_and_the_rest_goes_on(
-    kafka_node: KafkaNode,
+    kafka_node: KafkaNode, client: str
 ) -> None:
-    config = kafka_node.config(partitions=1, max_record_bytes=1_000, max_events=104)
+    config = kafka_node.config(partitions=1, max_record_bytes=1_000, max_events=104, client=client)
     good = spends(100, at_3=-1.0)
     bad = [
         (b"k1", b"{not json"),
@@ -186,10 +192,11 @@ def test_hostile_payments_become_dead_letters_and_honest_ones_decisions(
 
 
 @real_kafka
+@each_client
 def test_answers_that_kafka_refuses_stop_the_stream_and_come_once_it_takes_them(
-    kafka_node: KafkaNode,
+    kafka_node: KafkaNode, client: str
 ) -> None:
-    config = kafka_node.config(max_events=200)
+    config = kafka_node.config(max_events=200, client=client)
     kafka_node.fill(config, spends(200))
     kafka_node.delete(config.output_topic)
     kafka_node.create(config.output_topic, **{"max.message.bytes": "100"})
@@ -320,11 +327,12 @@ def test_missing_topics_are_named_with_what_to_do(kafka_node: KafkaNode) -> None
 
 
 @real_kafka
+@each_client
 def test_a_transaction_timeout_that_the_brokers_forbid_is_said_at_once(
-    kafka_node: KafkaNode,
+    kafka_node: KafkaNode, client: str
 ) -> None:
     with pytest.raises(StreamError, match=r"transaction\.max\.timeout\.ms"):
-        stream(kafka_node.config(transaction_timeout_ms=3_600_000))
+        stream(kafka_node.config(transaction_timeout_ms=3_600_000, client=client))
 
 
 @real_kafka

@@ -14,8 +14,8 @@ from tally import TallyVertical, spends, started_engine
 
 from plinth.engine import ConfigError
 from plinth.pipelines.observability.tracing import Tracing
+from plinth.pipelines.stream.history.rebuild import newest
 from plinth.pipelines.stream.kafka_clients import prepare
-from plinth.pipelines.stream.rebuild import newest
 from plinth.pipelines.stream.worker import StreamConfig, StreamSummary, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.kafka]
@@ -115,9 +115,17 @@ def test_a_records_trace_goes_on_in_its_answer(kafka_node: KafkaNode) -> None:
     assert "4012888888881881" not in "".join(span.to_json() for span in told)
 
 
-@pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN", None])
+@pytest.mark.parametrize(
+    ("mechanism", "client"),
+    [
+        *((mechanism, "kafka-python") for mechanism in ("SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN")),
+        (None, "kafka-python"),
+        pytest.param("SCRAM-SHA-512", "confluent", marks=pytest.mark.needs("confluent_kafka")),
+        pytest.param(None, "confluent", marks=pytest.mark.needs("confluent_kafka")),
+    ],
+)
 def test_a_stream_runs_behind_tls_with_a_password_or_a_certificate(
-    kafka_node: KafkaNode, mechanism: str | None, monkeypatch: pytest.MonkeyPatch
+    kafka_node: KafkaNode, mechanism: str | None, client: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kafka_node.secure:
         pytest.skip("needs openssl for the certificate")
@@ -132,7 +140,7 @@ def test_a_stream_runs_behind_tls_with_a_password_or_a_certificate(
         files |= {"ssl_certfile": files["ssl_cafile"], "ssl_keyfile": kafka_node.folder / "key.pem"}
         security = {"bootstrap_servers": kafka_node.certified, "security_protocol": "SSL"}
     monkeypatch.setenv("PLINTH_KAFKA_PASSWORD", PASSWORD)
-    config = kafka_node.config(max_events=50)
+    config = kafka_node.config(max_events=50, client=client)
     spends = [(b"k", json.dumps({"id": n, "card": "c", "amount": 1}).encode()) for n in range(50)]
     kafka_node.fill(config, spends)
     secured = StreamConfig(**config.model_dump() | security | files)

@@ -16,7 +16,7 @@ from kafka_fixtures import KafkaNode
 from tally import started_engine
 
 from plinth.engine import ConfigError, Engine, Flow
-from plinth.pipelines.stream.rebuild import Rebuilt, has_value, rebuild
+from plinth.pipelines.stream.history.rebuild import Rebuilt, has_value, rebuild
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.pipelines.stream.worker import run
 from plinth.verticals.finance import FraudScoring, FraudSettings

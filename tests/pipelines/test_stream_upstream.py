@@ -20,8 +20,8 @@ from tally import TallyVertical, expect_each_once, spends, started_engine
 
 from plinth.engine.metrics import REGISTRY
 from plinth.pipelines.stream.chunks import Layout
+from plinth.pipelines.stream.history.rebuild import has_value, rebuild
 from plinth.pipelines.stream.kafka_clients import prepare
-from plinth.pipelines.stream.rebuild import has_value, rebuild
 from plinth.pipelines.stream.worker import (
     StreamConfig,
     StreamError,

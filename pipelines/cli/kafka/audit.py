@@ -107,7 +107,7 @@ def _stream(config_file: Path | None, *, needed: bool) -> StreamConfig | None:
 
 
 def _topic(config: StreamConfig | None) -> Iterator[tuple[str, bytes]]:
-    from plinth.pipelines.stream.rebuild import committed_records
+    from plinth.pipelines.stream.history.rebuild import committed_records
 
     assert config is not None
     assert config.audit_topic is not None

@@ -89,7 +89,7 @@ def _topic(config: Config, options: Options) -> Iterator[tuple[str, bytes]]:
             "there are no messages to check",
             hint="name a file of them, or a config with a table [stream]: its topic is read then",
         )
-    from plinth.pipelines.stream.rebuild import newest
+    from plinth.pipelines.stream.history.rebuild import newest
 
     for record in newest(config.stream, options.count):
         yield f"{record.topic}[{record.partition}]@{record.offset}", record.value or b""
