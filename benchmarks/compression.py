@@ -292,8 +292,8 @@ def fraud(keep: Path | None) -> list[Line]:
         say(f"  AP {before:.4f} before, {after:.4f} after, on {len(truth)} payments")
         return before - after
 
-    recipe = Recipe(epochs=8, batch=512, rate=1e-3)
-    rungs = ((0.0, "int4"),)
+    recipe = Recipe(epochs=5, batch=512, rate=1e-3)
+    rungs = ((0.4, "int4"),)
     return _shipped(
         keep or STORE,
         "fraud",
@@ -328,7 +328,7 @@ def nodules(keep: Path | None) -> list[Line]:
         return 1 - whole
 
     recipe = Recipe(epochs=5, batch=8, rate=1e-3)
-    rungs = ((0.0, "int4"),)
+    rungs = ((0.4, "int4"),)
     return _shipped(
         keep or STORE,
         "nodules",
