@@ -53,6 +53,7 @@ class LaneSet:
         clock: Clock,
         make_thread: MakeThread,
     ) -> None:
+        self.models: ModelTable
         self.threads: list[LaneThread] = []
         self.changing = threading.RLock()
         self._batcher = batcher
@@ -65,11 +66,6 @@ class LaneSet:
 
     def __iter__(self) -> Iterator[LaneThread]:
         return iter(self.threads)
-
-    @property
-    def models(self) -> ModelTable:
-        """The models of the first device."""
-        return next(iter(self._tables.values()))
 
     @property
     def device(self) -> Device:
@@ -160,6 +156,8 @@ class LaneSet:
             costs = self._costs_of(device)
             table = ModelTable(device, costs, execution, self._budget)
             self._tables[str(device)] = table
+            if len(self._tables) == 1:
+                self.models = table
         return table
 
     def _costs_of(self, device: Device) -> LatencyModel:

@@ -168,7 +168,7 @@ class LoadedModel:
 
     def on(self, device: Device) -> LoadedModel:
         """The same on another device; itself where it was not loaded there by itself."""
-        return self.elsewhere.get(str(device), self)
+        return self.elsewhere.get(str(device), self) if self.elsewhere else self
 
     def share(self, lanes: int) -> None:
         """Let so many lanes of its device run it at the same time.

@@ -70,6 +70,12 @@ _ROLES: dict[str, Role] = {
     "ModelStreamInfer": "score",
     "RepositoryModelLoad": "admin",
     "RepositoryModelUnload": "admin",
+    "ModelReady": "read",
+    "ServerMetadata": "read",
+    "ModelMetadata": "read",
+    "ModelConfig": "read",
+    "ModelStatistics": "read",
+    "RepositoryIndex": "read",
 }
 """The least role for a method; the others only tell."""
 _CODES: dict[type[PlinthError], grpc.StatusCode] = {
@@ -167,7 +173,6 @@ class GrpcDoor:
         self._calls = Places(config.max_streams, "calls in work (serve.grpc.max_streams)")
         self._watches = Places(WATCHES, "whoever watches this server")
         self._stopping = False
-        self._methods: tuple[str, ...] = ()
         self._arrivals = Arrivals(config.max_arriving, seconds)
         self._unknown = Arrivals(0, seconds, grace=_ASK_SECONDS, calls=WATCHES)
 
@@ -228,7 +233,6 @@ class GrpcDoor:
             "ModelInfer": self._infer,
         }
         methods = {name: self._unary(name, f) for name, f in unary.items()}
-        self._methods = (*methods, "ModelStreamInfer")
         methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._stream)
         health = {
             "Check": grpc.stream_stream_rpc_method_handler(self._check_health),
@@ -300,7 +304,7 @@ class GrpcDoor:
     def _note_refusal(self, method: str, code: grpc.StatusCode) -> None:
         """Count and log a call that was refused before its message was read."""
         name = method.rpartition("/")[2]
-        known = name if name in self._methods else "other"
+        known = name if name in _ROLES or name in _OPEN else "other"
         self._note(known, code, time.perf_counter(), _CALL.get())
 
     def _note(self, method: str, code: grpc.StatusCode, begun: float, call: _Call) -> None:
