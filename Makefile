@@ -5,7 +5,7 @@ READY  := $(VENV)/.ready
 EXTRAS := $(VENV)/.extras
 JOBS   ?= 3
 
-.PHONY: help setup extras demo lint fix test fuzz bench-compute coverage wheel-test sbom clean
+.PHONY: help setup extras demo lint fix test soak fuzz bench-compute coverage wheel-test sbom clean
 
 help:                  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -39,9 +39,12 @@ fix: setup             ## format, and mend what can be mended without thought
 
 test: export PLINTH_REQUIRE_EXTRAS = 1
 test: extras lint      ## everything: style, types, tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not clock" -n $(JOBS) --dist loadgroup --no-loadscope-reorder
-	PLINTH_TEST_DEVICE=fake OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine -m "not cpu and not clock and not slow" -n $(JOBS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not clock and not soak" -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	PLINTH_TEST_DEVICE=fake OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine -m "not cpu and not clock and not slow and not soak" -n $(JOBS) --dist loadgroup
 	$(BIN)/pytest -m clock
+
+soak: extras           ## what make test leaves out: more kills, outages, memory and whole runs (ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -n 2 --dist loadgroup
 
 fuzz: extras           ## new examples for every property, 500 requests for each route (an hour)
 	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/pytest -m "hypothesis and not clock" -n $(JOBS) --timeout 3000

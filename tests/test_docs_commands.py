@@ -313,7 +313,7 @@ def test_a_batch_writes_the_files_its_page_names(shop: Shop, tmp_path: Path) -> 
 def test_settings_before_a_command_are_settings() -> None:
     for block in BLOCKS:
         for name in assigned(block.text) if block.language in ("console", "sh") else ():
-            assert name.startswith("PLINTH_"), f"{block}: {name}"
+            assert name.startswith(("PLINTH_", "OTEL_")), f"{block}: {name}"
 
 
 def test_the_patients_name_would_be_noticed(shop: Shop) -> None:

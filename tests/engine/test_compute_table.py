@@ -12,6 +12,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "compute.py"
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 
+@pytest.mark.soak
 def test_a_quick_run_measures_the_small_model_and_keeps_other_lines(tmp_path: Path) -> None:
     kept = tmp_path / "lines.json"
     other = {"model": "ResNet-50", "rows": 1, "way": "eager/fp32", "cpu": [0.2, 0.1, 0.3]}

@@ -271,7 +271,7 @@ def test_when_the_last_lane_dies_everybody_is_told():
     for lane in lanes:
         lane.deaths = ["later", "now"]
     with engine:
-        futures = [ask(engine, n, 4) for n in range(40)]
+        futures = [ask(engine, n, 4, Sla()) for n in range(40)]
         told = [future.exception(WAIT) for future in futures]
         assert {type(error) for error in told} == {type(None), EngineFailed}
         assert engine.failure == "LaneDied"

@@ -231,6 +231,7 @@ def in_a_fresh_process(script: str, backend: str) -> int:
     return int(json.loads(ran.stdout.splitlines()[-1]))
 
 
+@pytest.mark.clock  # what others do to the memory of the machine shows in it
 @pytest.mark.cpu
 @LINUX
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])

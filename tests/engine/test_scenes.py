@@ -34,6 +34,7 @@ def test_work_classes_that_never_share_a_batch_share_the_device():
         assert line.late == 0, line
 
 
+@pytest.mark.soak
 def test_neither_a_tight_promise_nor_a_loose_one_starves():
     lines = scene("two_promises")
     assert len(lines) == 20
@@ -77,12 +78,14 @@ def test_fair_shares_hold_for_other_devices_and_promises(device, tight, load, ti
         assert outcome.late == 0
 
 
+@pytest.mark.soak
 def test_bursts_come_near_what_the_future_would_tell():
     for line in scene("on_and_off", 10.0):
         assert line.share >= 0.94, line
         assert line.late == 0, line
 
 
+@pytest.mark.soak
 def test_a_cost_that_changes_in_mid_run_is_followed():
     for line in scene("drift"):
         at_once = "first 5 s" in line.case

@@ -18,7 +18,7 @@ def ceiling(rate: float) -> float:
     return clairvoyant(SCENE, poisson(rate, SCENE.duration, SEED)).goodput
 
 
-@pytest.mark.parametrize("rate", [865, 1000, 1250, 1500])
+@pytest.mark.parametrize("rate", [865, 1000, pytest.param(1250, marks=pytest.mark.soak), 1500])
 def test_overload_reaches_the_clairvoyant_ceiling(rate):
     ours = elastic(SCENE, poisson(rate, SCENE.duration, SEED))
     assert ours.goodput >= 0.98 * ceiling(rate)

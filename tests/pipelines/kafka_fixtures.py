@@ -30,7 +30,7 @@ __all__ = [
 ]
 CLIENTS_OF_KAFKA = (
     "kafka-python",
-    pytest.param("confluent", marks=pytest.mark.needs("confluent_kafka")),
+    pytest.param("confluent", marks=[pytest.mark.needs("confluent_kafka"), pytest.mark.soak]),
 )
 """For tests of what a client does; the others run with kafka-python."""
 CLIENTS = re.compile("kafka-io-|-network-thread|^plinth-(commit|metadata|stream)")

@@ -161,6 +161,7 @@ def test_exactly_once_however_often_and_whenever_the_worker_is_killed(
     assert last["replayed"] < 4_000  # the snapshot spared the rest
 
 
+@pytest.mark.soak
 def test_a_killed_worker_of_fraud_scoring_loses_nothing_in_a_flood_of_alerts(
     kafka_node: KafkaNode, worker: Callable[..., Worker], tmp_path: Path
 ) -> None:
@@ -185,6 +186,7 @@ def test_a_killed_worker_of_fraud_scoring_loses_nothing_in_a_flood_of_alerts(
     assert 0 < last["records"] < 3_000
 
 
+@pytest.mark.soak
 def test_at_least_once_when_the_worker_is_killed(
     kafka_node: KafkaNode, worker: Callable[[StreamConfig], Worker], tmp_path: Path
 ) -> None:
@@ -320,6 +322,7 @@ def test_a_broker_that_stays_away_ends_the_stream_and_the_next_one_goes_on(
     expect_each_once(own_node.answers(config), 2_000)
 
 
+@pytest.mark.soak
 def test_a_stop_while_the_broker_is_gone_ends_in_bounded_time(own_node: KafkaNode) -> None:
     config = own_node.config(
         max_records=8, idle_exit_s=None, commit_timeout_ms=1_000, drain_timeout_s=1.5
@@ -333,6 +336,7 @@ def test_a_stop_while_the_broker_is_gone_ends_in_bounded_time(own_node: KafkaNod
         one.summary()
 
 
+@pytest.mark.soak
 def test_a_standby_follows_the_log_and_takes_over_when_the_worker_is_killed(
     kafka_node: KafkaNode, worker: Callable[[StreamConfig], Worker], tmp_path: Path
 ) -> None:

@@ -213,6 +213,7 @@ modality = "CT"
 """
 
 
+@pytest.mark.soak
 def test_the_command_goes_on_where_it_was_killed(orthanc: Orthanc, tmp_path: Path) -> None:
     files = study(tmp_path / "study", seed=6)
     sent = orthanc.upload(files)

@@ -16,9 +16,13 @@ for folder in (Path(__file__).parent, Path(__file__).parents[1]):
         sys.path.insert(0, str(folder))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A headless Chromium; ``.ci/run`` installs it, elsewhere tests are left out without it."""
+    """A headless Chromium; ``.ci/run`` installs it, elsewhere tests are left out without it.
+
+    Of one module: while it lives, playwright's event loop runs in this thread, and
+    ``asyncio.run`` of other tests would be refused.
+    """
     program = shutil.which("chromium")
     if program is None:
         if os.environ.get("PLINTH_REQUIRE_CHROMIUM"):

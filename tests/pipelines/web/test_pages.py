@@ -109,6 +109,7 @@ def test_an_upload_is_followed_to_its_files_or_to_why_it_failed(
 
 
 @pytest.mark.needs("playwright")
+@pytest.mark.soak
 def test_pages_are_dark_where_the_system_is_and_remember_a_choice(
     server: Running, browser: Any
 ) -> None:

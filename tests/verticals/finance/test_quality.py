@@ -153,6 +153,7 @@ def test_scores_are_probabilities(scored: tuple[Table, dict[str, Any]]) -> None:
     assert calibration_error(found["score"], rows["fraud"]) < 0.005
 
 
+@pytest.mark.soak
 def test_alerts_fit_the_budget_and_declines_are_mostly_right(
     scored: tuple[Table, dict[str, Any]],
 ) -> None:

@@ -191,6 +191,7 @@ def test_a_training_that_fails_leaves_the_store_as_it_was(
     assert sorted(path for path in store.rglob("*")) == before
 
 
+@pytest.mark.soak
 def test_a_time_that_fails_is_logged_and_the_next_one_trains(
     table: Table, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -82,6 +82,7 @@ def test_training_rows_are_what_serving_saw_where_payments_come_late(tmp_path: P
     """12 % of the payments come up to three days late, labels after a week: no value differs."""
     people = Population(customers=60, terminals=30, days=60, radius=40, bad_terminals=0.3)
     table, dice = simulate(people, seed=9), np.random.default_rng(1)
+    table["time"] += np.arange(len(table)) % 1000  # no two in one millisecond have an order
     late = np.where(dice.random(len(table)) < 0.12, dice.integers(0, 3 * DAY, len(table)), 0)
     frauds = table[table["fraud"]]
     came = [*(table["time"] + late).tolist(), *(frauds["time"] + 7 * DAY).tolist()]

@@ -116,6 +116,7 @@ def small() -> tuple[Volume, Analysis]:
     axes=st.sampled_from(list(permutations(range(3)))),
     flips=st.sampled_from(list(product((False, True), repeat=3))),
 )
+@pytest.mark.soak
 def test_numbers_do_not_depend_on_how_the_array_lies(
     small: tuple[Volume, Analysis], axes: tuple[int, ...], flips: tuple[bool, ...]
 ) -> None:

@@ -128,6 +128,7 @@ def test_labels_number_the_nodules_largest_first() -> None:
         assert abs(voxels[:, 0].mean() + 1 - one.slice) <= 0.5
 
 
+@pytest.mark.soak
 def test_small_and_doubtful_candidates_are_dropped() -> None:
     volume = alone(*NODULES)
     whole = told(volume, None).nodules or []

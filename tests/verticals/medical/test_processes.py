@@ -22,13 +22,14 @@ pytestmark = pytest.mark.slow
 
 def analysed(folder: Path, out: Path, workers: int, **settings: Any) -> Finished:
     """One study from its files to its outputs."""
-    vertical = CtAnalysis(CtSettings(**settings))
+    vertical, before = CtAnalysis(CtSettings(**settings)), set(psutil.Process().children())
     with Engine(compute_workers=workers) as engine:
         for model in vertical.models():
             engine.add(model, batch_range=vertical.batch_range or (1, 4))
         (item,) = vertical.discover(folder)
         done = analyse(vertical, engine, item, out, sla=Sla())
-        assert len(psutil.Process().children()) == workers
+        begun = set(psutil.Process().children()) - before
+        assert len(begun) == workers
     return done
 
 

@@ -44,6 +44,7 @@ def test_it_conforms(series: Path) -> None:
     check_vertical(vertical, [another], folder=series.parent).raise_if_failed()
 
 
+@pytest.mark.soak
 def test_one_study_is_two_calls_and_no_loop_over_windows() -> None:
     vertical, calls = CtAnalysis(CtSettings(nodules=True)), list[Call]()
     scan = chest(shape=(90, 70, 54), spacing=(3.9, 3.9, 4.0))
@@ -254,6 +255,7 @@ print(volume.voxels.nbytes, peak() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.soak
 def test_peak_memory_grows_by_little_more_than_two_masks_with_the_slices() -> None:
     """What is held besides the volume: its labels and regions, one byte a voxel each."""
     started = [
