@@ -67,7 +67,11 @@ class Worker:
 
     def __init__(self, config: StreamConfig) -> None:
         told = config.model_dump(mode="json", exclude_unset=True).items()
-        settings = {f"PLINTH_STREAM__{name.upper()}": str(value) for name, value in told}
+        settings = {
+            f"PLINTH_STREAM__{name.upper()}": str(value)
+            for name, value in told
+            if value is not None
+        }
         self.process = subprocess.Popen(
             ["taskset", "-c", "1", sys.executable, "-m", "plinth", "stream", "finance",
              "--json"],
