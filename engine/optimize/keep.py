@@ -78,17 +78,9 @@ def _write_small(
     evidence = Evidence(
         speed=point.speed,
         seconds=point.run_seconds,
-        reference_seconds=found.reference_seconds,
-        rows=goal.batch,
-        threads=goal.threads,
         memory=point.memory,
-        reference_memory=found.reference_memory,
         loss=point.loss,
-        max_loss=goal.max_loss,
-        data_digest=found.data_digest,
-        held_out=found.held_out,
-        machine=goal.device.name or str(goal.device),
-        versions=dict(_versions(_LIBRARIES)),
+        **_circumstances(found, goal),
         reference_bytes=goal.reference_bytes,
         bits_per_weight=point.bits_per_weight,
         sparsity=point.sparsity,
@@ -108,6 +100,21 @@ def _write_small(
     return variants.add(variant, {PACKED.name: point.path})
 
 
+def _circumstances(found: Found | Frontier, asked: Task | Goal) -> dict[str, Any]:
+    """What the evidence of all variants of one search has in common."""
+    return {
+        "reference_seconds": found.reference_seconds,
+        "rows": asked.batch,
+        "threads": asked.threads,
+        "reference_memory": found.reference_memory,
+        "max_loss": asked.max_loss,
+        "data_digest": found.data_digest,
+        "held_out": found.held_out,
+        "machine": asked.device.name or str(asked.device),
+        "versions": dict(_versions(_LIBRARIES)),
+    }
+
+
 def _write(
     point: Point, found: Found, task: Task, variants: Variants, facts: Mapping[str, Any]
 ) -> Variant:
@@ -115,17 +122,9 @@ def _write(
     evidence = Evidence(
         speed=point.speed,
         seconds=point.seconds,
-        reference_seconds=found.reference_seconds,
-        rows=task.batch,
-        threads=task.threads,
         memory=point.memory,
-        reference_memory=found.reference_memory,
         loss=point.loss,
-        max_loss=task.max_loss,
-        data_digest=found.data_digest,
-        held_out=found.held_out,
-        machine=task.device.name or str(task.device),
-        versions=dict(_versions(_LIBRARIES)),
+        **_circumstances(found, task),
         kernels=point.report.get("kernels") or {},
         flops=point.report.get("flops") or {},
         **facts,

@@ -77,7 +77,7 @@ _ROLES: dict[str, Role] = {
     "ModelStatistics": "read",
     "RepositoryIndex": "read",
 }
-"""The least role for a method; the others only tell."""
+"""The least role for each method that asks for a key."""
 _CODES: dict[type[PlinthError], grpc.StatusCode] = {
     InputError: grpc.StatusCode.INVALID_ARGUMENT,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
