@@ -43,7 +43,6 @@ def airway(air: Bool, spacing: float) -> Bool:
     if count == 0:
         return none
     area = np.bincount(labels.ravel(), minlength=count + 1) * spacing**2
-    boxes = ndimage.find_objects(labels)
     filled = np.flatnonzero(air.any(axis=(1, 2)))
     x = np.nonzero(air.any(axis=(0, 1)))[0]
     middle = (x[0] + x[-1]) / 2
@@ -52,7 +51,7 @@ def airway(air: Bool, spacing: float) -> Bool:
         for seed in np.unique(labels[plane]):
             if seed == 0 or seed in tried:
                 continue
-            if not _is_seed(boxes[seed - 1], float(area[seed]), float(middle), spacing):
+            if not _is_seed(labels[plane] == seed, float(area[seed]), float(middle), spacing):
                 continue
             chain = _follow(labels, area, int(plane), int(seed))
             tried.update(part for level in chain for part in level)
@@ -61,14 +60,16 @@ def airway(air: Bool, spacing: float) -> Bool:
     return none
 
 
-def _is_seed(box: tuple[slice, ...] | None, area: float, middle: float, spacing: float) -> bool:
-    if box is None or not SEED_MM2[0] <= area <= SEED_MM2[1]:
+def _is_seed(region: Bool, area: float, middle: float, spacing: float) -> bool:
+    """Whether a region (y, x) has the size, place and form of a trachea."""
+    if not SEED_MM2[0] <= area <= SEED_MM2[1]:
         return False
-    height, width = (float(s.stop - s.start) for s in box[1:])
-    centre = (box[2].start + box[2].stop - 1) / 2
+    rows, columns = (np.flatnonzero(region.any(axis=axis)) for axis in (1, 0))
+    height, width = (float(hit[-1] - hit[0] + 1) for hit in (rows, columns))
+    centre = (columns[0] + columns[-1]) / 2
     round_enough = max(height, width) <= 2.5 * min(height, width)
     full_enough = area / spacing**2 >= 0.5 * height * width
-    return round_enough and full_enough and abs(centre - middle) * spacing <= FROM_MIDDLE_MM
+    return bool(round_enough and full_enough and abs(centre - middle) * spacing <= FROM_MIDDLE_MM)
 
 
 def _follow(

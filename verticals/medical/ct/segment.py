@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from plinth.verticals.medical.ct.airway import airway, labels_in_plane
 from plinth.verticals.medical.ct.missing import opaque_ml
+from plinth.verticals.medical.volumes.distance import box_of, closed, deep, dilated, eroded, near
 from plinth.verticals.medical.volumes.orientation import Orientation
 from plinth.verticals.medical.volumes.resample import Grid, fit_spacing, resample
 from plinth.verticals.medical.volumes.volume import Volume
@@ -83,12 +84,12 @@ def regions(volume: Volume, orientation: Orientation) -> Regions:
     tissue, body = _body(hu)
     lung_like = (hu < COARSE_LUNG_HU) & body
     bits = np.zeros(hu.shape, np.uint8)
-    bits[_eroded(body)] |= INSIDE
-    bits[_dilated(body | tissue)] |= BODY
-    bits[_dilated(_bone(hu, body))] |= BONE
+    bits[eroded(body)] |= INSIDE
+    bits[dilated(body | tissue)] |= BODY
+    bits[dilated(_bone(hu, body))] |= BONE
     tubes = airway((hu < LUNG_HU) & body, COARSE_MM)
-    bits[_dilated(tubes)] |= AIRWAY
-    sides, split = _lungs(hu, lung_like & ~_dilated(tubes), body, tubes)
+    bits[dilated(tubes)] |= AIRWAY
+    sides, split = _lungs(hu, lung_like & ~dilated(tubes), body, tubes)
     for side, may, core in ((sides[0], RIGHT, RIGHT_CORE), (sides[1], LEFT, LEFT_CORE)):
         if side.any():
             _mark(bits, side, hu < LUNG_HU, body, (may, core))
@@ -100,14 +101,6 @@ def regions(volume: Volume, orientation: Orientation) -> Regions:
         for core in (RIGHT_CORE, LEFT_CORE)
     )
     return Regions(grid, native, _touching(hu, lungs, tissue, body), split, (opaque[0], opaque[1]))
-
-
-def _eroded(mask: Bool) -> Bool:
-    return ndimage.binary_erosion(mask, border_value=1)
-
-
-def _dilated(mask: Bool) -> Bool:
-    return ndimage.binary_dilation(mask)
 
 
 def _ball(radius_mm: float, spacing: float = COARSE_MM) -> float:
@@ -123,22 +116,16 @@ def _body(hu: Float) -> tuple[Bool, Bool]:
     dense = hu > TISSUE_HU
     if not dense.any():
         return dense, dense
-    core = _depth(dense) > _ball(OPENING_MM)
+    core = deep(dense, _ball(OPENING_MM))
     labels, count = ndimage.label(core)
     if count == 0:
         return np.zeros_like(dense), np.zeros_like(dense)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     keep = sizes >= MIN_BODY * sizes.max()
-    kept = keep[labels]
-    tissue = dense & (ndimage.distance_transform_edt(~kept) <= _ball(OPENING_MM) + 1)
+    kept: Bool = keep[labels]
+    tissue = dense & near(kept, _ball(OPENING_MM) + 1)
     return tissue, tissue | _holes(tissue)
-
-
-def _depth(mask: Bool) -> npt.NDArray[np.float64]:
-    """Distance of each voxel of a mask from its outside; what leaves the volume goes on."""
-    padded = np.pad(mask, 1, mode="edge")
-    return cast(npt.NDArray[np.float64], ndimage.distance_transform_edt(padded))[1:-1, 1:-1, 1:-1]
 
 
 def _holes(tissue: Bool) -> Bool:
@@ -189,16 +176,14 @@ def _lungs(hu: Float, air: Bool, body: Bool, tubes: Bool) -> tuple[tuple[Bool, B
 
 def _is_lung(hu: Float, part: Bool, tubes: Bool) -> bool:
     """Density, and place or size, of one component of air inside the body."""
-    box = _box(part, 1)
-    depth = _depth(part[box]) * COARSE_MM
-    core = depth > 2 * COARSE_MM
+    box = box_of(part, 1)
+    core = deep(part[box], 2)
     mean = float(hu[box][core].mean()) if core.any() else float(hu[part].mean())
     if not GAS_HU < mean < FIRM_HU:
         return False
-    if part[-1].sum() * COARSE_MM**2 > TOUCH_MM2 or float(depth.max()) >= MIN_RADIUS_MM:
+    if part[-1].sum() * COARSE_MM**2 > TOUCH_MM2 or deep(part[box], _ball(MIN_RADIUS_MM)).any():
         return True
-    near = ndimage.distance_transform_edt(~tubes, sampling=COARSE_MM) if tubes.any() else None
-    return near is not None and float(near[part].min()) <= NEAR_AIRWAY_MM
+    return bool((near(tubes, _ball(NEAR_AIRWAY_MM)) & part).any())
 
 
 def _fills_the_chest(lungs: Bool, body: Bool) -> bool:
@@ -215,9 +200,10 @@ def _middle(body: Bool) -> float:
 
 def _parted(lungs: Bool, middle: float) -> tuple[tuple[Bool, Bool], str]:
     """One component as two lungs: eroded until it parts, each voxel to the nearer piece."""
-    depth = _depth(lungs)
+    box = box_of(lungs)
+    inside = lungs[box]
     for radius in (1.0, 2.0, 3.0, 4.0, 6.0):
-        labels, count = ndimage.label(depth > radius)
+        labels, count = ndimage.label(deep(inside, radius))
         sizes = np.bincount(labels.ravel())[1:]
         if count < 2:
             continue
@@ -229,7 +215,8 @@ def _parted(lungs: Bool, middle: float) -> tuple[tuple[Bool, Bool], str]:
         nearest = ndimage.distance_transform_edt(
             seeds == 0, return_distances=False, return_indices=True
         )
-        owner = seeds[tuple(nearest)]
+        owner = np.zeros(lungs.shape, labels.dtype)
+        owner[box] = seeds[tuple(nearest)]
         return (lungs & (owner == right), lungs & (owner == left)), "erosion"
     columns = np.arange(lungs.shape[2]) < middle
     return (lungs & columns, lungs & ~columns), "midline"
@@ -242,27 +229,18 @@ def _mark(bits: Bits, lung: Bool, airy: Bool, body: Bool, names: tuple[int, int]
     it is dense for more than the one voxel that the pleura blurs.
     """
     may, core = names
-    box = _box(lung, int(CLOSING_MM / COARSE_MM) + 3)
+    box = box_of(lung, int(CLOSING_MM / COARSE_MM) + 3)
     part, inside, here = lung[box], body[box], bits[box]
-    wide = ndimage.distance_transform_edt(~part) <= _ball(CLOSING_MM)
-    closed = (_depth(wide) > _ball(CLOSING_MM)) & inside & ((here & AIRWAY) == 0) | part
-    labels, count = ndimage.label(~closed)
+    whole = closed(part, _ball(CLOSING_MM)) & inside & ((here & AIRWAY) == 0) | part
+    labels, count = ndimage.label(~whole)
     outside = np.zeros(count + 1, bool)
     for axis in range(3):
         for edge in (0, -1):
             outside[np.unique(labels.take(edge, axis))] = True
-    closed |= ~outside[labels]
-    dense = (closed & ~part) | (part & ~_dilated(airy[box] & part))
-    here[_eroded(closed) | dense] |= core
-    here[_dilated(closed)] |= may
-
-
-def _box(mask: Bool, margin: int) -> tuple[slice, ...]:
-    found = ndimage.find_objects(mask.astype(np.uint8))[0]
-    return tuple(
-        slice(max(0, s.start - margin), min(n, s.stop + margin))
-        for s, n in zip(found, mask.shape, strict=True)
-    )
+    whole |= ~outside[labels]
+    dense = (whole & ~part) | (part & ~dilated(airy[box] & part))
+    here[eroded(whole) | dense] |= core
+    here[dilated(whole)] |= may
 
 
 def _part(bits: Bits, right: Bool, left: Bool) -> None:
@@ -270,7 +248,7 @@ def _part(bits: Bits, right: Bool, left: Bool) -> None:
     both = ((bits & RIGHT) > 0) & ((bits & LEFT) > 0)
     if not both.any():
         return
-    box = _box(both, 6)
+    box = box_of(both, 6)
     nearer = ndimage.distance_transform_edt(~right[box]) <= ndimage.distance_transform_edt(
         ~left[box]
     )
@@ -293,8 +271,11 @@ def _touching(hu: Float, lungs: Bool, tissue: Bool, body: Bool) -> tuple[str, ..
         found.append("inferior")
     sides = (lungs[:, 0], lungs[:, -1], lungs[:, :, 0], lungs[:, :, -1])
     lung_like = (hu > GAS_HU) & (hu < FIRM_HU) & ~body
-    beside = lung_like & ndimage.binary_dilation(lungs, iterations=round(CUT_MM / COARSE_MM))
-    amid, _ = ndimage.label(_eroded(lung_like) & (_between(tissue, 1) | _between(tissue, 2)))
+    aside = lungs
+    for _ in range(round(CUT_MM / COARSE_MM)):
+        aside = dilated(aside)
+    beside = lung_like & aside
+    amid, _ = ndimage.label(eroded(lung_like) & (_between(tissue, 1) | _between(tissue, 2)))
     opened = np.bincount(amid.ravel())[1:].max(initial=0) * COARSE_MM**3 / 1000
     if max(float(one.sum()) for one in (*sides, beside)) > least or opened > MIN_OPENED_ML:
         found.append("sides")

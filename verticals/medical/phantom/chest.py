@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -107,7 +108,7 @@ class Phantom:
         size = cls(shape=(512, 512, 200), spacing=(0.68, 0.68, 1.04))
         return replace(size, **changes)
 
-    @property
+    @cached_property
     def axes(self) -> npt.NDArray[np.float64]:
         """(3, 3) columns: unit vectors of row direction, column direction and travel, LPS."""
         turned = rotation_matrix(*self.rotation)
@@ -116,7 +117,7 @@ class Phantom:
         axes: npt.NDArray[np.float64] = np.column_stack([planes[:, :2], turned[:, 2]])
         return axes
 
-    @property
+    @cached_property
     def offsets(self) -> npt.NDArray[np.float64]:
         """(z,) mm along ``travel`` of each slice, the middle of the stack at 0."""
         count = self.shape[2]
@@ -146,8 +147,14 @@ class Phantom:
         start = self.position(k) - np.asarray(self.centre)
         x = (np.arange(self.shape[0]) * self.spacing[0])[None, :]
         y = (np.arange(self.shape[1]) * self.spacing[1])[:, None]
+        none = np.zeros((1, 1))
         points = [
-            (start[axis] + x * row[axis] + y * column[axis]).astype(np.float32) for axis in range(3)
+            (
+                start[axis]
+                + (x * row[axis] if row[axis] else none)
+                + (y * column[axis] if column[axis] else none)
+            ).astype(np.float32)
+            for axis in range(3)
         ]
         normal = np.cross(row, column)
         depth = abs(self.spacing[2] * float(normal @ self.axes[:, 2]))

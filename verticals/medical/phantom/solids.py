@@ -18,6 +18,9 @@ Inside = Callable[[Float, Float, Float], npt.NDArray[np.bool_]]
 FINE = 5
 """Sub-samples per axis of a voxel, for solids of only a few voxels across."""
 
+AT_ONCE = 1 << 18
+"""Sub-samples that are looked at together."""
+
 
 @dataclass(frozen=True)
 class Solid(ABC):
@@ -41,7 +44,8 @@ class Solid(ABC):
         """Share (y, x) of each voxel inside the solid, 0 to 1.
 
         Args:
-            points: x, y and z (y, x) of the voxel centres, mm.
+            points: x, y and z of the voxel centres, mm; each (y, x), or of length 1 along an axis
+                that it does not depend on.
             cell: (3, 3) columns: the voxel's edges, mm.
         """
 
@@ -52,18 +56,24 @@ class Solid(ABC):
     def paint(self, image: Float, points: Sequence[Float], cell: Float) -> None:
         """Blend the solid into ``image`` (y, x) HU, in place."""
         reach = np.abs(cell).sum(axis=1) / 2
-        near = np.ones(image.shape, dtype=bool)
+        near: npt.NDArray[np.bool_] = np.ones((1, 1), dtype=bool)
         for axis, (low, high) in enumerate(zip(*self.box(), strict=True)):
             if math.isfinite(low) or math.isfinite(high):
-                near &= points[axis] >= low - reach[axis]
+                near = near & (points[axis] >= low - reach[axis])
                 near &= points[axis] <= high + reach[axis]
+        if not near.any():
+            return
+        near = np.broadcast_to(near, image.shape)
         rows = np.flatnonzero(near.any(axis=1))
         columns = np.flatnonzero(near.any(axis=0))
-        if rows.size == 0 or columns.size == 0:
-            return
         part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        share = self.coverage([axis[part] for axis in points], cell)
+        share = self.coverage([_within(axis, part) for axis in points], cell)
         image[part] += share * (np.float32(self.hu) - image[part])
+
+
+def _within(axis: Float, part: tuple[slice, slice]) -> Float:
+    """Coordinates of a part of an image; an axis that they do not depend on stays of length 1."""
+    return axis[tuple(s if n > 1 else slice(None) for s, n in zip(part, axis.shape, strict=True))]
 
 
 def _share(level: Float, gradient: Sequence[Float], cell: Float) -> Float:
@@ -267,10 +277,11 @@ class Capsule(Solid):
 def _sampled(inside: Inside, points: Sequence[Float], cell: Float) -> Float:
     """Coverage by FINE³ sub-samples of every voxel."""
     steps = (np.arange(FINE, dtype=np.float32) + 0.5) / FINE - 0.5
+    a, b, c = (one.ravel() for one in np.meshgrid(steps, steps, steps, indexing="ij"))
+    shifts = [cell[axis, 0] * a + cell[axis, 1] * b + cell[axis, 2] * c for axis in range(3)]
     total = np.zeros(np.broadcast_shapes(*(p.shape for p in points)), dtype=np.float32)
-    for a in steps:
-        for b in steps:
-            for c in steps:
-                shift = cell[:, 0] * a + cell[:, 1] * b + cell[:, 2] * c
-                total += inside(*(points[axis] + shift[axis] for axis in range(3)))
+    part = max(1, AT_ONCE // max(1, total.size))
+    for start in range(0, FINE**3, part):
+        some = [points[axis] + shifts[axis][start : start + part, None, None] for axis in range(3)]
+        total += inside(*some).sum(axis=0, dtype=np.float32)
     return total / np.float32(FINE**3)
