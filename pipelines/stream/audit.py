@@ -28,24 +28,22 @@ VERSION = 1
 ZERO = "0" * 64
 _TAIL = re.compile(rb',"hash":"([0-9a-f]{64})"}')
 _TAIL_BYTES = len(',"hash":""}') + 64
-_TEXT_OR_CARD = re.compile(
-    rb'"(?:[^"\\]|\\.)*"|(?<![0-9.eE+-])[2-6][0-9]{13,18}(?![0-9.eE])', re.DOTALL
-)
-"""A text, or a number that may be a card's; times in microseconds begin with 1."""
+_SEPARATORS = b"-._/: "
+_OF_A_RUN = bytes(ord("0") if code in b"0123456789" + _SEPARATORS else code for code in range(256))
+"""Digits and what stands between groups of them become zeros, so that runs are found by a plain
+search, in a fortieth of the time of an expression."""
+_MANY = b"0" * MIN_DIGITS
+_ZEROS = re.compile(rb"0+")
+_ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)", re.DOTALL)
+_NUMBER = re.compile(rb"(?<![.eE+-])[2-6][0-9]{13,18}(?![0-9.eE])")
+"""A number that may be a card's; times in microseconds begin with 1."""
 _RUN = re.compile(rb"[0-9]+(?:[-._/: ]{1,2}[0-9]+)*")
 _GROUP = re.compile(rb"[0-9]+")
-_FRACTION = re.compile(rb'(?<=[^\\]":)[0-9]\.[0-9]+(?=[,}])')
-"""A number with a fraction, behind its name: no card number. In a text its quotation mark has a
-backslash before it."""
-_SEPARATORS = b"-._/: "
-_ZEROS = bytes(ord("0") if chr(code).isdigit() and code < 128 else code for code in range(256))
-_MANY_DIGITS = b"0" * MIN_DIGITS
 _SHORTEST_GROUP = 3
 """Digits of a group of a card number; those of dates and hours are shorter."""
 DIGEST = 32
 """So many digits in hexadecimal are no card number."""
-_HEX_BEFORE = re.compile(rb"[0-9a-f]*\Z")
-_HEX = re.compile(rb"[0-9a-f]*")
+_HEX = b"0123456789abcdef"
 
 
 class Link(NamedTuple):
@@ -166,21 +164,44 @@ def _place(message: Message) -> tuple[int, int]:
 
 def _cleaned(body: bytes) -> bytes:
     """The record without anything in it that looks like a card number."""
-    if _MANY_DIGITS not in _FRACTION.sub(b"", body).translate(_ZEROS, _SEPARATORS):
+    runs = body.translate(_OF_A_RUN)
+    if _MANY not in runs:
         return body
+    plain = body
+    if b"\\" in body:  # digits and quotation marks of escapes are none of the text's
+        plain = _ESCAPE.sub(lambda found: b"\\" * len(found[0]), body)
+        runs = plain.translate(_OF_A_RUN)
+    parts: list[bytes] = []
+    told = counted = quotes = 0
+    while (start := runs.find(_MANY, counted)) >= 0:
+        quotes += plain.count(b'"', counted, start)
+        counted = _end(_ZEROS, runs, start)
+        for run in _RUN.finditer(plain, start, counted):
+            if run.end() - run.start() < MIN_DIGITS:
+                continue
+            if quotes % 2:
+                clean = _starred(plain, run)
+            elif (number := _NUMBER.match(plain, run.start())) and _is_card(number[0]):
+                clean = b'"' + b"*" * len(number[0]) + b'"'
+            else:
+                continue
+            parts += body[told : run.start()], clean
+            told = run.end()
+    return b"".join([*parts, body[told:]])
 
-    def clean(found: re.Match[bytes]) -> bytes:
-        part = found[0]
-        if part[:1] == b'"':
-            return _RUN.sub(lambda run: _starred(part, run), part)
-        return b'"' + b"*" * len(part) + b'"' if is_card_number(part.decode()) else part
 
-    return _TEXT_OR_CARD.sub(clean, body)
+def _end(pattern: re.Pattern[bytes], text: bytes, start: int) -> int:
+    found = pattern.match(text, start)
+    return start if found is None else found.end()
+
+
+def _is_card(digits: bytes) -> bool:
+    return is_card_number(digits.decode())
 
 
 def _starred(text: bytes, run: re.Match[bytes]) -> bytes:
     """A run of digits in groups, with stars for the groups that are a card number."""
-    if run.end() - run.start() < MIN_DIGITS or _in_digest(text, run.start(), run.end()):
+    if _in_digest(text, run.start(), run.end()):
         return run[0]
     groups = [group.span() for group in _GROUP.finditer(run[0])]
     told, at = bytearray(run[0]), 0
@@ -200,16 +221,15 @@ def _card_from(run: bytes, groups: list[tuple[int, int]], at: int) -> int:
         digits += run[first:last]
         if last - first < _SHORTEST_GROUP or len(digits) > MAX_DIGITS:
             return at
-        if len(digits) >= MIN_DIGITS and is_card_number(digits.decode()):
+        if len(digits) >= MIN_DIGITS and _is_card(digits):
             return number
     return at
 
 
 def _in_digest(body: bytes, first: int, end: int) -> bool:
     """Whether digits are part of a digest in hexadecimal."""
-    before = _HEX_BEFORE.search(body[max(0, first - DIGEST) : first])
-    behind = _HEX.match(body, end, end + DIGEST)
-    around = (len(before[0]) if before else 0) + (len(behind[0]) if behind else 0)
+    before, behind = body[max(0, first - DIGEST) : first], body[end : end + DIGEST]
+    around = len(before) - len(before.rstrip(_HEX)) + len(behind) - len(behind.lstrip(_HEX))
     return end - first + around >= DIGEST
 
 

@@ -126,6 +126,7 @@ def test_a_trail_goes_on_behind_what_was_committed() -> None:
         *(CARD, f"order {CARD}", "4111-1111-1111-1111", f"m1:{CARD}", f'say "{CARD}", he said'),
         *(f"card {CARD}.", f"x.{CARD}", "4111.1111.1111.1111", "4111/1111/1111/1111"),
         *("4111 1111 1111 1111 123", "12 4111 1111 1111 1111", "4111  1111  1111  1111"),
+        *(f"\x01{CARD}", f"caf\u00e9{CARD}"),
     ],
 )
 def test_what_looks_like_a_card_number_is_not_kept(text: str) -> None:
