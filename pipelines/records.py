@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import orjson
+from pydantic import BaseModel
 
 from plinth.engine import (
     Answer,
@@ -40,7 +41,7 @@ from plinth.engine import (
 )
 from plinth.engine.metrics import SLA_MISSES
 from plinth.engine.runtime.flow_driver import FlowDriver
-from plinth.verticals import Vertical
+from plinth.verticals import Query, Vertical
 
 log = logging.getLogger("plinth.records")
 
@@ -388,3 +389,17 @@ def _malformed(what: str) -> InputError:
         hint="send one JSON object or a list of them",
         reason="malformed_json",
     )
+
+
+async def ask(query: Query, asked: BaseModel) -> BaseModel:
+    """The answer to a query of a vertical, from the event loop in which its flows run.
+
+    Args:
+        query: of the vertical.
+        asked: of the query's type.
+
+    Raises:
+        InputError: there is no such thing.
+    """
+    found = query.answer(asked)
+    return found if isinstance(found, BaseModel) else await asyncio.to_thread(found)

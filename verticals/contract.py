@@ -113,8 +113,9 @@ class LeftOut:
 class Query:
     """A question about a vertical's own state, or a note to it, that JSON doors offer.
 
-    Its answer takes no model and at most about a millisecond; a door asks between the steps of the
-    flows, so it may read what they write.
+    Its answer takes no model; a door asks between the steps of the flows, so it may read what they
+    write. It takes at most about a millisecond: what takes longer is returned as a function of
+    nothing, over copies, which a door calls on a thread beside the flows.
 
     Args:
         method: ``GET`` asks and changes nothing, ``POST`` changes something.
@@ -122,7 +123,8 @@ class Query:
         summary: one line for the API docs.
         asked: type of the fields of path and query string, or of path and JSON body.
         given: type of the answer.
-        answer: gives it; raises InputError, ``not_found`` where there is no such thing.
+        answer: gives it, or the function that does; raises InputError, ``not_found`` where there is
+            no such thing.
     """
 
     method: Literal["GET", "POST"]
@@ -130,7 +132,7 @@ class Query:
     summary: str
     asked: type[BaseModel]
     given: type[BaseModel]
-    answer: Callable[[Any], BaseModel]
+    answer: Callable[[Any], BaseModel | Callable[[], BaseModel]]
 
 
 class Tally:

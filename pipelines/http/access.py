@@ -194,7 +194,7 @@ def _need_of_page(parts: list[str], safe: bool) -> Need:
     area, name = (*parts[1:], "", "")[:2]
     if area == "engine":
         return Need("read" if safe else "admin", EVERYTHING)
-    if area in ("verticals", "studies") and name:  # studies have results
+    if area in ("verticals", "studies", "desk") and name:  # studies and alerts have results
         return Need("read" if area == "verticals" and safe else "score", name)
     return Need("read" if safe else "admin")
 

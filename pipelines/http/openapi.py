@@ -181,7 +181,7 @@ def _job_schema(vertical: Vertical[Any, Any]) -> Schema:
 def query(vertical: Vertical[Any, Any], asked: Query) -> dict[str, Any]:
     """What the document says of a query's route."""
     schema = asked.asked.model_json_schema()
-    required, fields = schema.get("required", []), schema["properties"]
+    required, fields = schema.get("required", []), schema.get("properties", {})
     in_path = {name for name in fields if f"{{{name}}}" in asked.path}
     in_query = fields.keys() - in_path if asked.method == "GET" else set()
     parameters = [

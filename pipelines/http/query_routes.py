@@ -15,6 +15,7 @@ from plinth.engine import InputError
 from plinth.pipelines.config.settings import ServeConfig
 from plinth.pipelines.http import openapi as http_openapi
 from plinth.pipelines.http.body import media_type, whole
+from plinth.pipelines.records import ask
 from plinth.verticals import Query, Vertical
 from plinth.verticals.contract import invalid
 
@@ -45,7 +46,7 @@ def _handler(query: Query, config: ServeConfig) -> Callable[[Request], Awaitable
                 asked = query.asked.model_validate(await _body(request, config) | fields)
         except ValidationError as error:
             raise invalid(error) from None
-        content = query.answer(asked).model_dump_json()
+        content = (await ask(query, asked)).model_dump_json()
         return Response(content, media_type="application/json")
 
     return answer

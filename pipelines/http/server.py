@@ -41,6 +41,7 @@ from plinth.pipelines.http.application import HttpApplication
 from plinth.pipelines.http.body import headers_of, whole
 from plinth.pipelines.http.disconnect import cancel_on_disconnect
 from plinth.pipelines.http.health import Health
+from plinth.pipelines.http.metrics import HTTP
 from plinth.pipelines.http.query_routes import add_queries
 from plinth.pipelines.http.record_routes import RecordRoute
 from plinth.pipelines.http.tensor_routes import TensorRoutes
@@ -227,7 +228,8 @@ def _add_pages(
         for begin in on_drain:
             begin()
 
-    Pages(Site(engine, verticals, life.health.reasons, life.jobs, life.models, drain)).add_to(app)
+    reasons, jobs, models = life.health.reasons, life.jobs, life.models
+    Pages(Site(engine, verticals, reasons, jobs, models, drain, HTTP)).add_to(app)
 
 
 def _request_log(config: Config) -> RequestLog | None:

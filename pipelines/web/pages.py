@@ -22,6 +22,7 @@ from urllib.parse import parse_qs
 import orjson
 from fastapi import FastAPI
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 
@@ -31,6 +32,7 @@ from plinth.pipelines.identity.callers import EVERYTHING, Caller, Role
 from plinth.pipelines.oip.service import ModelService
 from plinth.pipelines.records import InternalError, explained
 from plinth.pipelines.web import engine_view
+from plinth.pipelines.web.desk import LEVELS, Desk, queries
 from plinth.pipelines.web.form import entries
 from plinth.pipelines.web.studies import shown
 from plinth.verticals import Vertical
@@ -70,6 +72,7 @@ class Site:
         jobs: uploads, where a vertical takes folders.
         models: of the store, where clients may have them loaded.
         drain: begins to end the server.
+        requests: the collector of ``plinth_http_request_seconds``.
     """
 
     engine: Engine
@@ -78,6 +81,7 @@ class Site:
     jobs: Jobs | None
     models: ModelService | None
     drain: Callable[[], None]
+    requests: Collector
 
 
 class Pages:
@@ -112,6 +116,12 @@ class Pages:
             ("/ui/engine/models/{name}/unload", "POST", self.unload),
             ("/ui/engine/drain", "POST", self.drain),
             ("/ui/verticals/{name}", "GET", self.vertical),
+            ("/ui/desk/{name}", "GET", self.desk),
+            ("/ui/desk/{name}/live", "GET", self.tape),
+            ("/ui/desk/{name}/alerts/{alert}", "GET", self.case),
+            ("/ui/desk/{name}/alerts/{alert}", "POST", self.label),
+            ("/ui/desk/{name}/what-if", "GET", self.what_if),
+            ("/ui/desk/{name}/models", "GET", self.models),
             ("/ui/studies/{name}", "GET", self.studies),
             ("/ui/studies/{name}/{job}", "GET", self.study),
             ("/ui/static/{file:path}", "GET", self.static),
@@ -145,25 +155,32 @@ class Pages:
 
     async def live(self, request: Request) -> Response:
         """The engine as it is now, again each second (server-sent events)."""
+        return self._followed(self._events())
+
+    def _followed(self, events: AsyncIterator[str]) -> Response:
+        """Server-sent events, of which so many pages may ask together."""
         if self._watchers >= WATCHERS:
-            raise QueueFull(f"{WATCHERS} pages follow this engine already", retry_after=10.0)
+            raise QueueFull(f"{WATCHERS} pages follow this server already", retry_after=10.0)
+
+        async def counted() -> AsyncIterator[str]:
+            self._watchers += 1
+            try:
+                async for event in events:
+                    yield event
+            finally:
+                self._watchers -= 1
+
         return StreamingResponse(
-            self._events(), media_type="text/event-stream", headers={"cache-control": "no-store"}
+            counted(), media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
 
     async def _events(self) -> AsyncIterator[str]:
-        self._watchers += 1
-        try:
-            while "draining" not in self._site.reasons:
-                html = await asyncio.to_thread(self._now)
-                point = await asyncio.to_thread(engine_view.point, self._site.engine)
-                yield "".join(f"data: {line}\n" for line in html.splitlines()) + "\n"
-                yield f"event: point\ndata: {json.dumps(point)}\n\n"
-                await asyncio.sleep(EVERY)
-            html = await asyncio.to_thread(self._now)
-            yield "".join(f"data: {line}\n" for line in html.splitlines()) + "\n"
-        finally:
-            self._watchers -= 1
+        while "draining" not in self._site.reasons:
+            yield _event(await asyncio.to_thread(self._now))
+            point = await asyncio.to_thread(engine_view.point, self._site.engine)
+            yield f"event: point\ndata: {json.dumps(point)}\n\n"
+            await asyncio.sleep(EVERY)
+        yield _event(await asyncio.to_thread(self._now))
 
     def _now(self) -> str:
         at, html = self._fragment
@@ -259,6 +276,76 @@ class Pages:
             may_score=_role(request) != "read",
         )
 
+    # -- the desk of alerts ----------------------------------------------------------------------
+    async def desk(self, request: Request) -> Response:
+        """The desk of a vertical's alerts; ``?part=queue``: its queue alone."""
+        vertical, desk, given = *self._desk(request), dict(request.query_params)
+        told = await desk.queue(given)
+        if given.get("part") == "queue":
+            return self._page(request, "_queue.html", vertical=vertical, **told)
+        first = next((one.id for one in told["queue"].alerts), None)
+        case = None if first is None else await desk.case(given.get("alert", first))
+        told |= await desk.what_if(given)
+        told |= {"case": case, "notice": "", "levels": LEVELS}
+        return self._page(request, "desk.html", vertical=vertical, **told)
+
+    async def tape(self, request: Request) -> Response:
+        """The last payments as they come (server-sent events)."""
+        vertical, desk = self._desk(request)
+        template = self._templates.get_template("_tape.html")
+
+        async def events() -> AsyncIterator[str]:
+            async for told in desk.tape():
+                yield _event(template.render(vertical=vertical, **told))
+                if "draining" in self._site.reasons:
+                    return
+
+        return self._followed(events())
+
+    async def case(self, request: Request) -> Response:
+        """The case file of an alert."""
+        vertical, desk = self._desk(request)
+        notice, case = "", None
+        try:
+            case = await desk.case(request.path_params["alert"])
+        except InputError as error:
+            notice = str(error)
+        return self._page(request, "_case.html", vertical=vertical, case=case, notice=notice)
+
+    async def label(self, request: Request) -> Response:
+        """Say what became known of an alert; the answer has the next of the queue."""
+        vertical, desk = self._desk(request)
+        given, alert = await _form(request), request.path_params["alert"]
+        try:
+            fraud = given.get("fraud", "")
+            told = await desk.ask("alerts/{alert}/label", alert=alert, fraud=fraud)
+            payment = (await desk.case(alert)).alert.transaction_id
+            notice = f"Noted: payment {payment} is {told.label}."
+        except InputError as error:
+            notice = f"Refused: {error}"
+        told = await desk.queue(given)
+        left = [one.id for one in told["queue"].alerts if one.id != alert]
+        case = await desk.case(left[0]) if left else None
+        return self._page(
+            request, "_work.html", vertical=vertical, case=case, notice=notice, **told
+        )
+
+    async def what_if(self, request: Request) -> Response:
+        """What another threshold would have given."""
+        vertical, desk = self._desk(request)
+        told = await desk.what_if(dict(request.query_params))
+        return self._page(request, "_what_if.html", vertical=vertical, **told)
+
+    async def models(self, request: Request) -> Response:
+        """Champion, challenger and drift."""
+        vertical, desk = self._desk(request)
+        models = await desk.ask("models")
+        return self._page(request, "_standing.html", vertical=vertical, models=models)
+
+    def _desk(self, request: Request) -> tuple[Vertical[Any, Any], Desk]:
+        vertical = self._vertical(request)
+        return vertical, Desk(vertical, self._site.requests)
+
     # -- studies ---------------------------------------------------------------------------------
     async def studies(self, request: Request) -> Response:
         """The worklist: uploads, how they stand, and why some failed."""
@@ -337,9 +424,18 @@ class Pages:
                 for name, one in self._site.verticals.items()
                 if reaches(name) and (one.request is not None or role != "read")
             ],
+            desks=[
+                name
+                for name, one in self._site.verticals.items()
+                if reaches(name) and role != "read" and queries(one)
+            ],
             **given,
         )
         return Response(html, media_type="text/html; charset=utf-8", headers=dict(headers))
+
+
+def _event(html: str) -> str:
+    return "".join(f"data: {line}\n" for line in html.splitlines()) + "\n"
 
 
 def _caller(request: Request) -> Caller | None:

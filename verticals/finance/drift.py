@@ -213,6 +213,9 @@ class DriftWatch:
         alarm: index above which a column is shifted.
         missing_alarm: share of missing labels above which they are not coming.
         columns: what the model sees.
+
+    Attributes:
+        indices: by column, of the last window; shifted: those of them above the alarm.
     """
 
     def __init__(
@@ -224,21 +227,27 @@ class DriftWatch:
     ) -> None:
         self._reference, self._columns = reference, columns
         self._reach = max(columns.program.reaches[name] for name in columns.names)
-        self._alarm, self._missing_alarm = alarm, missing_alarm
+        self.alarm, self._missing_alarm = alarm, missing_alarm
         self._edges = [np.array(reference.bins[name].edges, np.float32) for name in self.names]
-        self._waiting: list[tuple[Batch, Floats]] = []
-        self._rows = 0
-        self._day = self._since = -1
-        self._labels = 0
-        self._expected = 0.0
+        self.indices: dict[str, float] = {}
         self.shifted: dict[str, float] = {}
         self.labels_missing = False
-        self._begin(-1)
+        self._waiting: list[tuple[Batch, Floats]] = []
+        self.begin_anew()
 
     @property
     def names(self) -> tuple[str, ...]:
         """What is watched: the features that the model sees, and its score."""
         return (*self._columns.names, SCORE)
+
+    def begin_anew(self) -> None:
+        """Forget what was counted and not yet judged: the state is another one now."""
+        self._waiting.clear()
+        self._rows = 0
+        self._day = self._since = -1
+        self._labels = 0
+        self._expected = 0.0
+        self._begin(-1)
 
     def _begin(self, day: int) -> None:
         """Begin a window; -1: it began within a day, and will not be judged."""
@@ -312,15 +321,15 @@ class DriftWatch:
                 expected = bins[name].expected(self._payments, self._weekend)
                 found[name] = stability_index(_shares(counts.astype(float)), expected)
                 PSI.labels(name).set(found[name])
-        before = self.shifted
-        self.shifted = {name: value for name, value in found.items() if value > self._alarm}
+        before, self.indices = self.shifted, found
+        self.shifted = {name: value for name, value in found.items() if value > self.alarm}
         SHIFTED.set(len(self.shifted))
         UNTIL.set(day * DAY / 1e3)
         worst = sorted(self.shifted.items(), key=lambda one: -one[1])
         if self.shifted.keys() - before.keys():
             log.error(
                 "payments are not like those of the model's training (PSI above %g): %s",
-                self._alarm,
+                self.alarm,
                 ", ".join(f"{name} {value:.2f}" for name, value in worst),
             )
         elif before and not self.shifted:

@@ -106,6 +106,7 @@ class Versions:
         self._rule = settings.promotion
         self.champion = Champion(settings.store or STORE)
         self.shadow: Shadow | None = None
+        self.report: dict[str, Any] | None = None
         self._considered = -inf
         self._told: tuple[str, ...] = ()
         self.load()
@@ -278,7 +279,7 @@ class Versions:
         figures = shadow.figures(rule.label_days)
         unmet = rule.unmet(figures)
         champion = self.serving.version
-        report = {
+        self.report = report = {
             "champion": champion,
             "challenger": second.version,
             "process": os.getpid(),

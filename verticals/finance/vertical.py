@@ -33,11 +33,16 @@ from plinth.verticals.finance.cases.questions import (
     AskAlerts,
     AskCase,
     AskLabel,
+    AskModels,
+    AskTape,
     AskWhatIf,
     CaseFile,
+    Models,
+    Tape,
     WhatIf,
 )
 from plinth.verticals.finance.cases.questions import Labelled as Marked
+from plinth.verticals.finance.cases.standing import standing
 from plinth.verticals.finance.drift import DriftWatch
 from plinth.verticals.finance.features import persistence
 from plinth.verticals.finance.features.online import (
@@ -299,11 +304,14 @@ class FraudScoring(Vertical[Record, Decision]):
         def case(asked: AskCase) -> CaseFile:
             return book.case(asked.alert, self.state)
 
-        def what_if(asked: AskWhatIf) -> WhatIf:
+        def what_if(asked: AskWhatIf) -> Callable[[], WhatIf]:
             return book.what_if(asked, self.variants[0].review)
 
+        def models(asked: AskModels) -> Models:
+            return standing(self.versions)
+
         return (
-            Query("GET", "alerts", "The newest alerts.", AskAlerts, Alerts, book.alerts),
+            Query("GET", "alerts", "Alerts.", AskAlerts, Alerts, book.alerts),
             Query("GET", "alerts/{alert}", "The case file of an alert.", AskCase, CaseFile, case),
             Query(
                 "POST",
@@ -316,6 +324,8 @@ class FraudScoring(Vertical[Record, Decision]):
             Query(
                 "GET", "what-if", "What another threshold would give.", AskWhatIf, WhatIf, what_if
             ),
+            Query("GET", "tape", "The last payments, and how many.", AskTape, Tape, book.tape),
+            Query("GET", "models", "Champion, challenger, drift.", AskModels, Models, models),
         )
 
     def _mark(self, asked: AskLabel) -> Marked:
@@ -387,6 +397,8 @@ class FraudScoring(Vertical[Record, Decision]):
 
     def restore(self, state: bytes) -> None:
         self.state = persistence.unpack(state, self.state.limits, self._features)
+        if self.drift is not None:
+            self.drift.begin_anew()  # the example of a warm-up is no payment, and has a day
         if self._cases is not None:
             self._cases.clear()  # its alerts are of payments that this state may not have seen
 

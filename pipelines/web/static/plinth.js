@@ -173,7 +173,27 @@ async function view(box) {
   box.dataset.ready = "true";
 }
 
+// -- the desk: keys that move in the queue and decide ---------------------------------------------
+function deskKey(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.closest("input, select, textarea")) return;
+  const decision = document.querySelector(`#case [data-key="${CSS.escape(event.key)}"]`);
+  if (decision) decision.click();
+  const step = { j: 1, ArrowDown: 1, k: -1, ArrowUp: -1 }[event.key];
+  if (!step) return;
+  const alerts = [...document.querySelectorAll("#queue [data-alert]")];
+  const here = alerts.indexOf(document.activeElement.closest("[data-alert]") ?? alerts.find((one) => one.dataset.seen));
+  const next = alerts[Math.min(alerts.length - 1, Math.max(0, here + step))];
+  if (!next) return;
+  event.preventDefault();
+  alerts.forEach((one) => delete one.dataset.seen);
+  next.dataset.seen = "yes";
+  next.focus();
+  next.click();
+}
+
 document.addEventListener("DOMContentLoaded", () => {
+  if (document.getElementById("work")) document.addEventListener("keydown", deskKey);
   document.getElementById("theme").addEventListener("click", setTheme);
   const chart = document.getElementById("chart");
   if (chart) startChart(chart, document.getElementById("live"));

@@ -23,7 +23,8 @@ class AskAlerts(BaseModel):
     """Which alerts are wanted.
 
     Args:
-        limit: the newest so many.
+        limit: the first so many.
+        order: newest first, or those first that may cost most.
         decision: of this decision alone.
         labelled: with a label, or without one.
     """
@@ -31,6 +32,7 @@ class AskAlerts(BaseModel):
     model_config = _MODEL
 
     limit: Annotated[int, Field(ge=1, le=500)] = 50
+    order: Literal["newest", "expected_loss"] = "newest"
     decision: Literal["review", "decline"] | None = None
     labelled: bool | None = None
 
@@ -72,7 +74,7 @@ class AskWhatIf(BaseModel):
 
 
 class Alert(BaseModel):
-    """One alert in a list."""
+    """One alert in a list; its expected loss is score times amount, in base currency."""
 
     model_config = _MODEL
 
@@ -83,12 +85,13 @@ class Alert(BaseModel):
     currency: str
     decision: Literal["review", "decline"]
     score: Probability
+    expected_loss: float
     reasons: list[str]
     label: Known | None
 
 
 class Alerts(BaseModel):
-    """The newest alerts, newest first, and how many are remembered."""
+    """Alerts in the order that was asked for, and how many are remembered."""
 
     model_config = _MODEL
 
@@ -219,3 +222,97 @@ class WhatIf(BaseModel):
     amount_of_frauds: float
     now: AtThreshold
     then: AtThreshold
+
+
+class AskTape(BaseModel):
+    """How many of the last payments are wanted."""
+
+    model_config = _MODEL
+
+    limit: Annotated[int, Field(ge=0, le=50)] = 12
+
+
+class TapePayment(BaseModel):
+    """One of the last payments; the alert of one that is no alert is none."""
+
+    model_config = _MODEL
+
+    transaction_id: Id
+    event_time: str
+    amount: float
+    currency: str
+    terminal_id: Id
+    decision: str
+    score: Probability
+    alert: AlertId | None
+
+
+class Tape(BaseModel):
+    """What was decided since the start, payments that came again left out.
+
+    Args:
+        approved, reviewed, declined: how many.
+        payments: the last ones, newest first.
+    """
+
+    model_config = _MODEL
+
+    approved: int
+    reviewed: int
+    declined: int
+    payments: list[TapePayment]
+
+
+class AskModels(BaseModel):
+    """No field: the models of this process."""
+
+    model_config = _MODEL
+
+
+class ChallengerStands(BaseModel):
+    """The challenger beside the champion on the same payments.
+
+    Args:
+        version: of the challenger.
+        figures: by measure, as in the metric ``plinth_finance_challenger``.
+        unmet: what keeps it from being promoted, in words.
+    """
+
+    model_config = _MODEL
+
+    version: str
+    figures: dict[str, float]
+    unmet: list[str]
+
+
+class Drifted(BaseModel):
+    """How far a feature, or the score, is from the model's training: stability index."""
+
+    model_config = _MODEL
+
+    name: str
+    psi: float
+    shifted: bool
+
+
+class Models(BaseModel):
+    """Which model answers, what stands beside it, and whether payments are as in its training.
+
+    Args:
+        champion: version that answers.
+        review_threshold, decline_threshold: in force.
+        challenger: none, or not yet heard of.
+        drift: over the newest full days, the farthest first; empty until there are enough.
+        drift_alarm: index above which a feature is shifted.
+        labels_missing: far fewer frauds are labelled than the training had.
+    """
+
+    model_config = _MODEL
+
+    champion: str
+    review_threshold: float
+    decline_threshold: float
+    challenger: ChallengerStands | None
+    drift: list[Drifted]
+    drift_alarm: float
+    labels_missing: bool
