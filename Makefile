@@ -37,6 +37,8 @@ fix: setup             ## format, and mend what can be mended without thought
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+unexport PYTHONDONTWRITEBYTECODE  # tests start Python a thousand times: compile once
+
 test: export PLINTH_REQUIRE_EXTRAS = 1
 test: extras lint      ## everything: style, types, tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not clock and not soak" -n $(JOBS) --dist loadgroup --no-loadscope-reorder

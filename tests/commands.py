@@ -10,6 +10,7 @@ from multiprocessing import get_context
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 
 PRELOADED = [
     *("torch", "plinth.pipelines.cli.main", "plinth.engine", "plinth.engine.benchmark"),
@@ -78,4 +79,5 @@ def _become(words: list[str], folder: str, env: dict[str, str], said: str) -> No
 
         main(words[1:])
     else:
-        exec(compile(words[0], "<docs>", "exec"), {"__name__": "__main__"})  # noqa: S102
+        main_module = sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(words[0], "<docs>", "exec"), vars(main_module))  # noqa: S102

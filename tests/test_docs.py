@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -26,21 +24,13 @@ from plinth.verticals import registry
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from commands import Command  # noqa: E402
 from pages import BLOCKS, PAGES, Block, blocks_of, commands  # noqa: E402
 
 BUILT_IN = registry.names()
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 OPTIONAL = {"sklearn", "transformers", "openvino"}
 """Packages of requirements-extras.lock that a page may import."""
-RUNNER = """\
-import json, sys
-name, blocks = json.load(sys.stdin)
-namespace = {"__name__": "__main__"}
-for line, code, run in blocks:
-    body = compile("\\n" * line + code, name, "exec")
-    if run:
-        exec(body, namespace)
-"""
 
 
 def in_language(*languages: str) -> Any:
@@ -61,17 +51,22 @@ def test_python_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path: Path) ->
     absent = [name for name in OPTIONAL & set(imported) if importlib.util.find_spec(name) is None]
     if absent and not os.environ.get("PLINTH_REQUIRE_EXTRAS"):
         pytest.skip(f"not installed: {absent}; make extras")
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps([page_id(page), [(b.line, b.text, b.run) for b in blocks]]),
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    for block in blocks:
+        compile("\n" * block.line + block.text, page.name, "exec")
+    running = Command([program(blocks)], tmp_path, {}, tmp_path / "said.txt")
+    try:
+        assert running.wait(110) == 0, running.said
+    finally:
+        running.end()
+
+
+def program(blocks: list[Block]) -> str:
+    """The blocks that are run, each at its lines of the page."""
+    lines: list[str] = []
+    for block in blocks:
+        if block.run:
+            lines += [""] * (block.line - len(lines)) + block.text.splitlines()
+    return "\n".join(lines)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -55,12 +55,33 @@ PLINTH_NAMES = """
 """
 
 
-def files(*rooms: str) -> list[Path]:
-    return sorted(path for room in rooms for path in (ROOT / room).rglob("*.py"))
+@cache
+def files(*rooms: str) -> tuple[Path, ...]:
+    return tuple(sorted(path for room in rooms for path in (ROOT / room).rglob("*.py")))
 
 
 def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
+
+
+def each_of(*rooms: str) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """One test of all files, which names every file that breaks the rule."""
+
+    def of_rule(rule: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            broken = []
+            for path in files(*rooms):
+                try:
+                    rule(path)
+                except AssertionError as error:
+                    broken.append(f"{relative(path)}: {error}")
+            if broken:
+                pytest.fail("\n".join(broken), pytrace=False)
+
+        test.__name__, test.__doc__ = rule.__name__, rule.__doc__
+        return test
+
+    return of_rule
 
 
 def module_name(path: Path) -> str:
@@ -81,6 +102,11 @@ def tree(path: Path) -> ast.Module:
 
 
 @cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree(path)))
+
+
+@cache
 def is_module(name: str) -> bool:
     base = ROOT / "src" / name.replace(".", "/")
     return base.with_suffix(".py").is_file() or (base / "__init__.py").is_file()
@@ -96,6 +122,7 @@ def imported(node: ast.AST) -> Iterator[str]:
             yield f"{base}.{alias.name}" if is_module(f"{base}.{alias.name}") else base
 
 
+@cache
 def imports(path: Path, *, for_types: bool = True) -> set[str]:
     """Every module a file imports, late imports included.
 
@@ -136,7 +163,7 @@ def acyclic(graph: dict[str, set[str]], what: str) -> None:
         pytest.fail(f"these {what} import each other: " + " <- ".join(error.args[1]))
 
 
-@pytest.mark.parametrize("path", files(*ROOMS), ids=relative)
+@each_of(*ROOMS)
 def test_imports_point_one_way(path: Path) -> None:
     room = relative(path).partition("/")[0]
     ours = {name for name in imports(path) if name.split(".")[0] in ("plinth", *ROOMS)} - {"plinth"}
@@ -144,21 +171,21 @@ def test_imports_point_one_way(path: Path) -> None:
     assert not upward, f"{room} must not know {sorted(upward)}"
 
 
-@pytest.mark.parametrize("path", files(*ROOMS, "tests", "benchmarks", "src"), ids=relative)
+@each_of(*ROOMS, "tests", "benchmarks", "src")
 def test_there_is_one_way_to_import(path: Path) -> None:
     found = {name for name in imports(path) if name.split(".")[0] in ROOMS or name[0] == "."}
     assert not found, f"import these as plinth.*: {sorted(found)}"
 
 
-@pytest.mark.parametrize("path", files(*ROOMS), ids=relative)
+@each_of(*ROOMS)
 def test_rooms_take_their_version_alone_from_the_face(path: Path) -> None:
     faces = ("plinth", "plinth.finance", "plinth.medical")
-    for node in ast.walk(tree(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.ImportFrom) and node.module in faces:
             assert [alias.name for alias in node.names] == ["__version__"]
 
 
-@pytest.mark.parametrize("path", files("verticals"), ids=relative)
+@each_of("verticals")
 def test_verticals_do_not_know_each_other(path: Path) -> None:
     own = relative(path).split("/")[1]
     domains = {p.name for p in (ROOT / "verticals").iterdir() if p.is_dir()} - {"testing", own}
@@ -199,12 +226,12 @@ def test_rooms_are_not_flat(room: str) -> None:
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(tree(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
 
 
-@pytest.mark.parametrize("path", files(*ROOMS), ids=relative)
+@each_of(*ROOMS)
 def test_functions_take_few_arguments(path: Path) -> None:
     """Complexity is ruff's to count (C90); this counts what must be passed."""
     many = {
@@ -233,9 +260,9 @@ def is_command(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     )
 
 
-@pytest.mark.parametrize("path", files(*ROOMS), ids=relative)
+@each_of(*ROOMS)
 def test_classes_keep_few_private_fields(path: Path) -> None:
-    for node in ast.walk(tree(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.ClassDef):
             fields = {
                 target.attr
@@ -248,14 +275,14 @@ def test_classes_keep_few_private_fields(path: Path) -> None:
             assert len(fields) <= FIELDS, f"{node.name} has {len(fields)} private fields"
 
 
-@pytest.mark.parametrize("path", files("verticals", "pipelines"), ids=relative)
+@each_of("verticals", "pipelines")
 def test_only_the_engine_names_devices(path: Path) -> None:
     # The kit that looks for device names must spell them.
     allowed = relative(path) == "verticals/testing/source.py"
     assert allowed or not devices_named(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", files("engine", "verticals"), ids=relative)
+@each_of("engine", "verticals")
 def test_http_kafka_and_argv_stay_in_pipelines(path: Path) -> None:
     doors = {name for name in imports(path) if top(name) in DOORS}
     if is_script(path):
@@ -265,7 +292,7 @@ def test_http_kafka_and_argv_stay_in_pipelines(path: Path) -> None:
     assert not doors, f"only pipelines may import {sorted(doors)}"
 
 
-@pytest.mark.parametrize("path", files("verticals"), ids=relative)
+@each_of("verticals")
 def test_verticals_start_no_threads_and_open_no_sockets(path: Path) -> None:
     found = {name for name in imports(path) if top(name) in CONCURRENCY}
     allowed = relative(path).startswith("verticals/testing/") or is_script(path)
@@ -280,12 +307,12 @@ def is_script(path: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("path", files(*ROOMS, "benchmarks"), ids=relative)
+@each_of(*ROOMS, "benchmarks")
 def test_nothing_is_unpickled(path: Path) -> None:
     unsafe = {name for name in imports(path) if top(name) in UNSAFE}
     allowed = relative(path) in MAY_PICKLE
     assert allowed or not unsafe, f"{sorted(unsafe)} can run what a file says: use safetensors"
-    for node in ast.walk(tree(path)):
+    for node in nodes_of(path):
         if not isinstance(node, ast.Call):
             continue
         said, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
@@ -301,23 +328,23 @@ MAY_PAUSE = {"eventually", "until", "watch", "stall"}
 """Helpers that look again within a bound, watch something idle, or play a server that hangs."""
 
 
-@pytest.mark.parametrize("path", files("tests"), ids=relative)
+@each_of("tests")
 def test_no_event_that_nobody_sets_is_waited_for(path: Path) -> None:
     """``Event().wait(2.0)`` is a sleep by another name."""
     set_somewhere = {
         ast.unparse(node.value)
-        for node in ast.walk(tree(path))
+        for node in nodes_of(path)
         if isinstance(node, ast.Attribute) and node.attr in ("set", "is_set")
     }
     given = {
         ast.unparse(value)
-        for node in ast.walk(tree(path))
+        for node in nodes_of(path)
         if isinstance(node, ast.Call)
         for value in (*node.args, *(keyword.value for keyword in node.keywords))
     }
     made = {
         ast.unparse(target)
-        for node in ast.walk(tree(path))
+        for node in nodes_of(path)
         if isinstance(node, ast.Assign) and EVENT.fullmatch(ast.unparse(node.value))
         for target in node.targets
     }
@@ -327,7 +354,7 @@ def test_no_event_that_nobody_sets_is_waited_for(path: Path) -> None:
         if function.name in MAY_PAUSE
         for inner in ast.walk(function)
     }
-    for node in ast.walk(tree(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             waited = ast.unparse(node.func.value)
             pause = waited in made - set_somewhere - given or EVENT.fullmatch(waited)
@@ -339,9 +366,9 @@ def test_no_event_that_nobody_sets_is_waited_for(path: Path) -> None:
 EVENT = re.compile(r"(threading\.|asyncio\.)?Event\(\)")
 
 
-@pytest.mark.parametrize("path", files("tests"), ids=relative)
+@each_of("tests")
 def test_no_test_sleeps(path: Path) -> None:
-    for node in ast.walk(tree(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Call):
             said = ast.unparse(node.func)
             assert said not in ("time.sleep", "asyncio.sleep", "sleep", "anyio.sleep"), (
@@ -356,7 +383,7 @@ def test_public_names_change_on_purpose() -> None:
     assert all(getattr(plinth, name) for name in plinth.__all__)
 
 
-@pytest.mark.parametrize("path", files(*ROOMS), ids=relative)
+@each_of(*ROOMS)
 def test_everything_public_has_a_docstring(path: Path) -> None:
     if path.stat().st_size:
         assert ast.get_docstring(tree(path)), "the module has no docstring"
@@ -400,14 +427,15 @@ def _base_has_doc(path: Path, name: str) -> bool:
     return any(inspect.getdoc(vars(base).get(method)) for base in inspect.getmro(kind)[1:])
 
 
-@pytest.mark.parametrize("path", files(*ROOMS, "tests", "benchmarks"), ids=relative)
+@each_of(*ROOMS, "tests", "benchmarks")
 def test_no_path_of_somebodys_machine(path: Path) -> None:
     places = re.findall(r"[\"'\s](/(?:home|root|work|Users)/[\w./-]*)", path.read_text("utf-8"))
     assert not places, f"these exist on one machine only: {places}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=relative)
+@each_of("benchmarks")
 def test_benchmarks_share_one_head(path: Path) -> None:
     """One parser with ``--json``, whose answer has the facts of the machine."""
-    if path.stem != "head" and "ArgumentParser" in path.read_text(encoding="utf-8"):
-        pytest.fail("take the parser of benchmarks/head.py")
+    alone = path.parent.name == "benchmarks" and path.name != "head.py"
+    made = "ArgumentParser" in path.read_text(encoding="utf-8")
+    assert not (alone and made), "take the parser of benchmarks/head.py"
