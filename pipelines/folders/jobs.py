@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from plinth.engine import (
     Refused,
     Sla,
 )
+from plinth.engine.files import replace_file
 from plinth.pipelines.config.settings import UploadConfig
 from plinth.pipelines.folders.items import (
     STEPS,
@@ -74,6 +76,7 @@ class ItemReport:
         error: the same as JSON-ready data, with the step.
         details: timing and models.
         files: path by served name.
+        verdicts: what a person said of it or of a part, JSON-ready, by the part; its own is "".
     """
 
     id: str
@@ -88,6 +91,7 @@ class ItemReport:
     error: dict[str, Any] | None = None
     details: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
+    verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -122,6 +126,12 @@ class Job:
         return self.folder / "in"
 
     @property
+    def retryable(self) -> bool:
+        """Whether it is over, some of it failed, and what came is still there."""
+        failed = self.failure is not None or any(item.state == "failed" for item in self.items)
+        return self.finished is not None and failed and self.received.is_dir()
+
+    @property
     def names(self) -> Path:
         """The file that maps stored names to the client's."""
         return self.folder / "names.jsonl"
@@ -145,6 +155,7 @@ class Job:
             "seconds": round((self.finished or now) - self.created, 3),
             "progress": {"items": len(self.items), "finished": over, "stage": stage},
             "error": self.error,
+            "retryable": self.retryable,
             "items": [_item_dict(item, url) for item in self.items],
             "left_out": self.left_out,
         }
@@ -164,6 +175,7 @@ def _item_dict(item: ItemReport, url: str) -> dict[str, Any]:
         "result": result,
         "error": item.error,
         **item.details,
+        "verdicts": item.verdicts,
         "files": {name: f"{url}/files/{item.id}/{name}" for name in item.files},
     }
 
@@ -280,6 +292,58 @@ class Jobs:
                 self._waiting.append(job)
                 self._changed.notify()
 
+    def retry(self, job: Job) -> None:
+        """Queue a job again for those of its items that failed; the others stay as they are.
+
+        Raises:
+            InputError: nothing of it failed, or it is in work.
+            Closed: the server is shutting down.
+        """
+        with self._changed:
+            self._check_open()
+            if job.deleted or not job.retryable:
+                raise InputError(
+                    "there is nothing to try again: the job is in work, or all of it is done",
+                    reason="not_failed",
+                    hint="see the job's state",
+                )
+            job.failure = job.error = job.finished = None
+            job.left_out, job.ended, job.created = [], Future(), self.clock()
+            job.state = "queued"
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def judge(self, job: Job, item: str, part: str, accepted: bool, by: str) -> dict[str, Any]:
+        """Keep what a person says of an item, beside its files as ``verdicts.json``.
+
+        Args:
+            job: that is over.
+            item: its id.
+            part: of the item, such as ``found 1``; empty: all of it.
+            accepted: or rejected.
+            by: who says so.
+
+        Returns:
+            The verdict, JSON-ready.
+
+        Raises:
+            InputError: the job has no such item, or it is not done.
+            StorageError: there is no room.
+        """
+        report = next((one for one in job.items if one.id == item and one.state == "done"), None)
+        if report is None:
+            raise InputError("there is no such result to judge", reason="not_found")
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        verdict = {"accepted": accepted, "by": by, "time": at}
+        path = job.folder / f"verdicts-{report.id}.json"
+        with self._changed:
+            verdicts = report.verdicts | {part: verdict}
+            with storing():
+                replace_file(path, orjson.dumps(verdicts, option=orjson.OPT_INDENT_2))
+            report.verdicts = verdicts
+            report.files = report.files | {"verdicts.json": path}
+        return verdict
+
     def _check_open(self) -> None:
         if self._closed:
             raise Closed("the server is shutting down", retry_after=5.0)
@@ -387,11 +451,13 @@ class Jobs:
                 hint="check that it holds the files themselves, not links or another archive",
                 reason="nothing_found",
             )
-        job.items = _reports(job, found)
+        done = {report.id: report for report in job.items if report.state == "done"}
+        job.items = [done.get(report.id, report) for report in _reports(job, found)]
         for one, report in zip(found, job.items, strict=True):
             if job.deleted or self._closed:
                 raise Closed("the job was stopped before its end", retry_after=5.0)
-            self._one(vertical, job, one, report)
+            if report.state != "done":
+                self._one(vertical, job, one, report)
         failures = [report for report in job.items if report.failure]
         if len(failures) == len(found):
             job.failure, job.error = failures[0].failure, failures[0].error
@@ -432,7 +498,8 @@ class Jobs:
         report.files, report.result = files, result
 
     def _end(self, job: Job) -> None:
-        shutil.rmtree(job.received, ignore_errors=True)
+        if not any(report.failure for report in job.items) and job.failure is None:
+            shutil.rmtree(job.received, ignore_errors=True)  # what failed may be tried again
         if job.failure is not None and job.error is None:
             job.error = {"field": None, "step": STEPS["find"], **job.failure.as_dict()}
             job.error = _for_client(job.error, job, ItemReport("", {}))

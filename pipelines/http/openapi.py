@@ -161,6 +161,7 @@ def _job_schema(vertical: Vertical[Any, Any]) -> Schema:
             "source_count": {"type": "integer"},
             "result": result,
             "error": error,
+            "verdicts": _OBJECT,
             "files": {"type": "object", "additionalProperties": {"type": "string"}},
         },
     }
@@ -173,6 +174,7 @@ def _job_schema(vertical: Vertical[Any, Any]) -> Schema:
             "seconds": {"type": "number"},
             "progress": _OBJECT,
             "error": error,
+            "retryable": {"type": "boolean"},
             "items": {"type": "array", "items": item},
         },
     }
@@ -240,6 +242,12 @@ def job_status(vertical: Vertical[Any, Any]) -> dict[str, Any]:
 def job_deletion(vertical: Vertical[Any, Any]) -> dict[str, Any]:
     """What the document says of deleting a job."""
     return {"responses": {"204": {"description": "it is gone"}, **errors(404)}}
+
+
+def job_retry(vertical: Vertical[Any, Any]) -> dict[str, Any]:
+    """What the document says of trying again what failed of a job."""
+    answer = {"description": "the job; poll its url", **_holds(_job(vertical))}
+    return {"responses": {"202": answer, **errors(404, 422)}}
 
 
 def job_file(vertical: Vertical[Any, Any]) -> dict[str, Any]:

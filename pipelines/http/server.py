@@ -405,6 +405,9 @@ def _upload_routes(app: FastAPI, door: UploadDoor) -> None:
     async def delete(request: Request, job: str) -> Response:
         return await door.delete(request)
 
+    async def retry(request: Request, job: str) -> Response:
+        return await door.retry(request)
+
     vertical = door.vertical
     one = f"/v1/{vertical.name}/jobs/{{job}}"
     for path, method, handler, summary, told in (
@@ -417,6 +420,7 @@ def _upload_routes(app: FastAPI, door: UploadDoor) -> None:
         ),
         (one, "GET", status, "How a job stands", http_openapi.job_status(vertical)),
         (one, "DELETE", delete, "Forget a job and its files", http_openapi.job_deletion(vertical)),
+        (f"{one}/retry", "POST", retry, "Try again what failed", http_openapi.job_retry(vertical)),
         (
             f"{one}/files/{{name:path}}",
             "GET",

@@ -166,6 +166,12 @@ class UploadDoor:
             content_disposition_type="inline" if shown else "attachment",
         )
 
+    async def retry(self, request: Request) -> Response:
+        """Try again what failed of a job: 202 with the job."""
+        job = self._job(request)
+        await asyncio.to_thread(self.jobs.retry, job)
+        return await self._document(job, 202)
+
     async def delete(self, request: Request) -> Response:
         """Forget a job and remove its files."""
         await asyncio.to_thread(self.jobs.delete, self._job(request))

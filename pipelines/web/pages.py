@@ -34,7 +34,7 @@ from plinth.pipelines.records import InternalError, explained
 from plinth.pipelines.web import engine_view
 from plinth.pipelines.web.desk import LEVELS, Desk, queries
 from plinth.pipelines.web.form import entries
-from plinth.pipelines.web.studies import shown
+from plinth.pipelines.web.studies import parts, shown
 from plinth.verticals import Vertical
 
 HERE = Path(__file__).parent
@@ -124,6 +124,8 @@ class Pages:
             ("/ui/desk/{name}/models", "GET", self.models),
             ("/ui/studies/{name}", "GET", self.studies),
             ("/ui/studies/{name}/{job}", "GET", self.study),
+            ("/ui/studies/{name}/{job}/retry", "POST", self.retry),
+            ("/ui/studies/{name}/{job}/items/{item}/verdict", "POST", self.judge),
             ("/ui/static/{file:path}", "GET", self.static),
         ):
             app.add_api_route(
@@ -369,6 +371,29 @@ class Pages:
         told = await asyncio.to_thread(_plain, job, self._jobs(vertical))
         items = [shown(item) for item in told["items"]]
         return self._page(request, "study.html", _VIEWER, vertical=vertical, job=told, items=items)
+
+    async def retry(self, request: Request) -> Response:
+        """Try again what failed of an upload, and show it."""
+        vertical = self._vertical(request)
+        await _form(request)
+        job = self._job(vertical, request.path_params["job"])
+        await asyncio.to_thread(self._jobs(vertical).retry, job)
+        return RedirectResponse(f"/ui/studies/{vertical.name}/{job.id}", 303)
+
+    async def judge(self, request: Request) -> Response:
+        """Accept or reject a study or a row of what was found in it."""
+        vertical, given = self._vertical(request), await _form(request)
+        job, item = self._job(vertical, request.path_params["job"]), request.path_params["item"]
+        jobs, part = self._jobs(vertical), given.get("part", "")
+        told = await asyncio.to_thread(_plain, job, jobs)
+        known = {p for one in told["items"] if one["id"] == item for p in parts(shown(one))}
+        if part not in known or given.get("accepted") not in ("true", "false"):
+            raise InputError("there is no such result to judge", reason="not_found")
+        caller = _caller(request)
+        by, accepted = "" if caller is None else caller.name, given["accepted"] == "true"
+        verdict = await asyncio.to_thread(jobs.judge, job, item, part, accepted, by)
+        there = f"/ui/studies/{vertical.name}/{job.id}/items/{item}/verdict"
+        return self._page(request, "_verdict.html", verdict=verdict, part=part, there=there)
 
     def _vertical(self, request: Request) -> Vertical[Any, Any]:
         found = self._site.verticals.get(request.path_params["name"])

@@ -7,7 +7,7 @@ row of a table jumps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 PLACE = "_lps_mm"
@@ -37,6 +37,13 @@ def shown(item: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def parts(study: Mapping[str, Any]) -> Iterator[str]:
+    """What of a study may be accepted or rejected: all of it (empty), and each row of a table."""
+    yield ""
+    for table in study["tables"]:
+        yield from (row["part"] for row in table["rows"])
+
+
 def _texts(result: Any, key: str) -> list[str]:
     found = result.get(key) if isinstance(result, dict) else None
     return [str(one) for one in found] if isinstance(found, list) else []
@@ -58,8 +65,12 @@ def _table(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "name": name.replace("_", " "),
         "columns": [column.replace("_", " ") for column in columns],
         "rows": [
-            {"cells": [_cell(row.get(column)) for column in columns], "place": _place(row)}
-            for row in rows[:_MAX_ROWS]
+            {
+                "cells": [_cell(row.get(column)) for column in columns],
+                "place": _place(row),
+                "part": f"{name} {number}",
+            }
+            for number, row in enumerate(rows[:_MAX_ROWS], 1)
         ],
         "left_out": max(0, len(rows) - _MAX_ROWS),
     }

@@ -6,6 +6,7 @@ import io
 import os
 import stat
 import struct
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import Running, error, running
+from serving import Running, error, running, until
 from tiny_verticals import GATE, Gate, Shelf
 
 from plinth.engine import Engine, InputError, Sla
@@ -116,6 +117,35 @@ class Panicking(Shelf):
         if item.paths[0].read_text() == "panic":
             raise Panic("secret 4111111111111111")
         return super().load(item)
+
+
+def test_what_failed_is_tried_again_and_what_is_done_stays() -> None:
+    class Recovers(Shelf):
+        """Reads ``b.txt`` from its second time on, as after a full disk or an outage."""
+
+        asked = 0
+
+        def load(self, item: Item) -> tuple[str, float]:
+            self.asked += item.id == "b"
+            if item.id == "b" and self.asked == 1:
+                raise InputError("b: cannot be read now")
+            return super().load(item)
+
+    with running({"shelf": Recovers()}) as server:
+        job = upload(server, zipped({"a.txt": "2", "b.txt": "3"})).json()
+        assert [item["state"] for item in job["items"]] == ["done", "failed"]
+        assert job["retryable"]
+        answer = server.client.post(f"{job['url']}/retry")
+        assert answer.status_code == 202
+        until(lambda: server.client.get(job["url"]).json()["state"] == "done")
+        again = server.client.get(job["url"]).json()
+        assert again["items"][0] == job["items"][0]
+        assert again["items"][1]["result"]["twice"] == 6.0
+        assert not again["retryable"]
+        assert not list(Path(tempfile.gettempdir()).glob(f"plinth-jobs-*/{job['id']}/in"))
+        error(server.client.post(f"{job['url']}/retry"), 422, "not_failed")
+        server.client.delete(job["url"])
+        error(server.client.post(f"{job['url']}/retry"), 404, "not_found")
 
 
 def test_a_panic_of_a_library_ends_its_job_and_not_those_after_it() -> None:

@@ -100,12 +100,34 @@ def test_an_upload_is_followed_to_its_files_or_to_why_it_failed(
     until(over)
     told = page.locator("main").inner_text()
     assert "expected a number" in told
+    study = page.locator("article", has_text="good")
+    study.get_by_role("button", name="Accept").first.press("Enter")
+    study.locator("> .verdict .good").wait_for()
+    row = study.get_by_role("row", name="number")
+    row.get_by_role("button", name="Reject").click()
+    row.get_by_text("rejected").wait_for()
+    job = server.client.get(f"/v1/shelf/jobs/{there.rpartition('/')[2]}").json()
+    said = next(item for item in job["items"] if item["id"] == "good")
+    assert {p: one["accepted"] for p, one in said["verdicts"].items()} == {
+        "": True,
+        "found 1": False,
+    }
+    assert server.client.get(said["files"]["verdicts.json"]).json() == said["verdicts"]
+    page.goto(there)
+    assert row.locator("[aria-pressed=true]").inner_text() == "Reject"
     assert page.get_by_role("cell", name="number").count() == 1  # a table of what was found
     with page.expect_download() as waiting:
         page.get_by_role("link", name="twice.txt").first.click()
     assert waiting.value.path().read_text() == "42.0\n"
     page.goto(f"{server.server.url}/ui/studies/shelf")
     assert "expected a number" in page.locator("#worklist").inner_text()
+    page.get_by_role("button", name="Try again what failed").click()
+    page.wait_for_url(there)
+    until(over)
+    again = server.client.get(f"/v1/shelf/jobs/{there.rpartition('/')[2]}").json()
+    assert [item["state"] for item in again["items"]] == ["failed", "done"]
+    assert again["items"][1] == said, "what was done stays as it was"
+    assert again["retryable"]
 
 
 @pytest.mark.needs("playwright")
