@@ -5,7 +5,7 @@ READY  := $(VENV)/.ready
 EXTRAS := $(VENV)/.extras
 JOBS   ?= 3
 
-.PHONY: help setup extras demo lint fix test soak fuzz bench-compute coverage wheel-test sbom clean
+.PHONY: help setup extras demo lint fix test soak fuzz bench-compute coverage wheel-test sbom site clean
 
 help:                  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -67,6 +67,9 @@ sbom:                  ## build/plinth.cdx.json: what the container installs (Cy
 	build/sbom/bin/pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0
 	cat deploy/requirements.txt deploy/torch.txt > build/sbom/all.txt
 	build/sbom/bin/cyclonedx-py requirements build/sbom/all.txt --pyproject pyproject.toml --of JSON -o build/plinth.cdx.json
+
+site: extras           ## the documentation as a site, strictly, in build/site; serve it by python -m http.server
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:                 ## remove what the others made
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .coverage
