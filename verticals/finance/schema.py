@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import orjson
 from pydantic import (
@@ -15,7 +15,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PrivateAttr,
     ValidationError,
 )
 from pydantic_core import PydanticCustomError
@@ -31,7 +30,6 @@ MAX_AMOUNT = 10_000_000.0
 EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 LATEST = datetime(2100, 1, 1, tzinfo=UTC)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MILLISECOND = timedelta(milliseconds=1)
 _FIELD = re.compile(r"[a-z][a-z_]{0,39}")
 
 
@@ -258,9 +256,25 @@ class Decision(BaseModel):
 
 
 class AuditedDecision(Decision):
-    """A decision and what it was made of, where an audit asks for it."""
+    """A decision and what it was made of, where an audit asks for it.
 
-    _row: Any = PrivateAttr(default=None)
+    In a slot, as a private attribute of pydantic makes a decision three times as dear.
+
+    Attributes:
+        made_of: the row of features, and the variant that judged.
+    """
+
+    __slots__ = ("made_of",)
+
+    if TYPE_CHECKING:
+        made_of: Any
+
+    @classmethod
+    def of(cls, made_of: Any, **fields: Any) -> AuditedDecision:
+        """A decision with what it was made of."""
+        decision = cls(**fields)
+        object.__setattr__(decision, "made_of", made_of)
+        return decision
 
 
 def read(
@@ -374,7 +388,8 @@ def _refuse_double_keys(raw: bytes) -> None:
 
 def milliseconds(time: datetime) -> int:
     """Whole milliseconds since 1970-01-01T00:00Z; finer digits are cut off."""
-    return (time - _EPOCH) // _MILLISECOND
+    since = time - _EPOCH
+    return since.days * 86_400_000 + since.seconds * 1_000 + since.microseconds // 1_000
 
 
 def place_of(payment: Transaction) -> tuple[float, float] | None:

@@ -357,8 +357,8 @@ class FraudScoring(Vertical[Record, Decision]):
         told = vars(request)
         record = {name: told[name] for name in _TOLD if told.get(name) is not None}
         found: dict[str, Any] = {"record": record}
-        if isinstance(result, AuditedDecision):
-            row, by = result._row
+        if type(result) is AuditedDecision:
+            row, by = result.made_of
             found["features"] = dict(zip(self._features.names, row.tolist(), strict=True))
             found["thresholds"] = {"review": by.review, "decline": by.decline}
             found["model_digest"] = by.digest
@@ -487,7 +487,6 @@ class FraudScoring(Vertical[Record, Decision]):
         reasons: dict[int, list[Reason]],
     ) -> list[Decision]:
         decisions: list[Decision] = []
-        make = AuditedDecision if self.audited else Decision
         verdicts = self._verdicts(asked, batch, scores)
         lacking_until = self._lacking_until()
         rows = zip(asked, batch.flags.tolist(), scores, answered, strict=True)
@@ -497,30 +496,27 @@ class FraudScoring(Vertical[Record, Decision]):
             apart = self._shared or (
                 lacking_until > NEVER and milliseconds(request.event_time) <= lacking_until
             )
-            special: dict[str, Any] = (
-                {
+            told: dict[str, Any] = {
+                "transaction_id": request.transaction_id,
+                "score": score,
+                "decision": by.stricter(verdict.action, score),
+                "reason_codes": [*verdict.reasons, *reasons.get(place, ())][:MAX_REASONS],
+                "model": by.model,
+                "model_version": by.version,
+                "rules_version": self.rules.version,
+            }
+            if flag or apart or extra:
+                told |= {
                     "features_late": bool(flag & LATE),
                     "features_partial": apart or bool(flag & PARTIAL),
                     "duplicate": bool(flag & DUPLICATE),
                     "conflict": bool(flag & CONFLICT),
                     "extra": extra,
                 }
-                if flag or apart or extra
-                else {}
-            )
-            decision = make(
-                transaction_id=request.transaction_id,
-                score=score,
-                decision=by.stricter(verdict.action, score),
-                reason_codes=[*verdict.reasons, *reasons.get(place, [])][:MAX_REASONS],
-                model=by.model,
-                model_version=by.version,
-                rules_version=self.rules.version,
-                **special,
-            )
-            if isinstance(decision, AuditedDecision):
-                decision._row = batch.rows[place], by
-            decisions.append(decision)
+            if self.audited:
+                decisions.append(AuditedDecision.of((batch.rows[place], by), **told))
+            else:
+                decisions.append(Decision(**told))
         if partial := sum(decision.features_partial for decision in decisions):
             PARTIAL_DECISIONS.inc(partial)
         return decisions
