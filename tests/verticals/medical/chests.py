@@ -1,14 +1,19 @@
-"""Chest phantoms as volumes, and ways to look at what was measured in them."""
+"""Chest phantoms as volumes and as DICOM, and ways to look at what was measured in them."""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from dataclasses import replace
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from plinth.verticals.medical.ct.analysis import Analysis
 from plinth.verticals.medical.phantom.chest import Phantom
+from plinth.verticals.medical.phantom.dicom import Compression, Faults, write_series
 from plinth.verticals.medical.vertical import phantom_volume
 from plinth.verticals.medical.volumes.volume import Volume
 
@@ -16,8 +21,43 @@ SMALL = {"shape": (120, 96, 72), "spacing": (3.0, 3.0, 3.0)}
 
 
 def chest(**changes: Any) -> Volume:
-    """The chest phantom, small enough for a test, as a volume."""
-    return phantom_volume(Phantom(**{**SMALL, **changes}))
+    """The chest phantom, small enough for a test, as a volume; the last ones are kept."""
+    return _volume(Phantom(**{**SMALL, **changes}))
+
+
+@lru_cache(8)
+def _volume(phantom: Phantom) -> Volume:
+    return phantom_volume(phantom)
+
+
+def dicom_of(
+    phantom: Phantom,
+    folder: Path,
+    compression: Compression = "none",
+    faults: Faults | None = None,
+    series: int = 1,
+) -> Path:
+    """A phantom as DICOM in ``folder``: written once, copied for every test that wants it."""
+    shutil.copytree(_kept(phantom, compression, faults, series), folder, dirs_exist_ok=True)
+    return folder
+
+
+@cache
+def _kept(phantom: Phantom, compression: Compression, faults: Faults | None, series: int) -> Path:
+    write_series(
+        phantom,
+        folder := Path(_root().name) / str(_kept.cache_info().misses),
+        compression=compression,
+        faults=faults,
+        series=series,
+    )
+    return folder
+
+
+@cache
+def _root() -> tempfile.TemporaryDirectory[str]:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="chests-", ignore_cleanup_errors=True)
 
 
 def values(analysis: Analysis) -> dict[str, float | None]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import tarfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
+from medical.chests import dicom_of
 
 from plinth.verticals.medical.phantom.chest import Phantom
-from plinth.verticals.medical.phantom.dicom import Faults, write_series
+from plinth.verticals.medical.phantom.dicom import Faults
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "dicom"
 
@@ -36,8 +40,7 @@ def write(tmp_path: Path) -> Write:
         compression = options.pop("compression", "none")
         series = options.pop("series", 1)
         phantom = Phantom(**{**SMALL, **options})
-        write_series(phantom, folder, compression=compression, faults=faults, series=series)
-        return folder
+        return dicom_of(phantom, folder, compression, faults, series)
 
     return write
 
@@ -62,26 +65,35 @@ def expected() -> Callable[..., np.ndarray]:
     """The voxels that the small phantom must load as: (z, y, x) HU."""
 
     def expected(**options: Any) -> np.ndarray:
-        phantom = Phantom(**{**SMALL, **options})
-        slices = [phantom.slice_hu(k) for k in range(phantom.shape[2])]
-        return np.clip(np.rint(np.stack(slices)), -1024, 3071).astype(np.int16)
+        return _rendered(Phantom(**{**SMALL, **options})).copy()
 
     return expected
 
 
+@cache
+def _rendered(phantom: Phantom) -> np.ndarray:
+    slices = [phantom.slice_hu(k) for k in range(phantom.shape[2])]
+    return np.clip(np.rint(np.stack(slices)), -1024, 3071).astype(np.int16)
+
+
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Unpack a real series once: ``real("ge-head-ct-28")``."""
-    root = tmp_path_factory.mktemp("real")
+    """Unpack a real series once for all processes of a run: ``real("ge-head-ct-28")``."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
     def real(name: str) -> Path:
         archive = SHARED / f"{name}.tar.xz"
         if not archive.exists():
             pytest.skip(f"{archive} is absent: real series are kept beside the project")
-        folder = root / name
-        if not folder.exists():
-            with tarfile.open(archive) as packed:
-                packed.extractall(folder, filter="data")
+        folder = root / "real" / name
+        folder.parent.mkdir(exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                with tarfile.open(archive) as packed:
+                    packed.extractall(folder.with_suffix(".part"), filter="data")
+                folder.with_suffix(".part").rename(folder)
         return folder
 
     return real

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from medical.chests import dicom_of
 from PIL import Image, ImageDraw
 
 from plinth.engine import InputError
 from plinth.verticals.medical.dicom.loader import load_volume
 from plinth.verticals.medical.output.rtstruct import Structure, contours, write_rtstruct
 from plinth.verticals.medical.phantom.chest import Phantom
-from plinth.verticals.medical.phantom.dicom import write_series
 from plinth.verticals.medical.volumes.volume import Volume
 
 
@@ -57,7 +57,7 @@ def test_another_filling_rule_leaves_the_hole_open() -> None:
 def scanned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Volume:
     folder = tmp_path_factory.mktemp("scan")
     phantom = Phantom(shape=(44, 40, 12), spacing=(8.0, 7.0, 9.0), **request.param)
-    write_series(phantom, folder)
+    dicom_of(phantom, folder)
     return load_volume(folder)
 
 

@@ -320,7 +320,9 @@ def told(path: Path, settled: int) -> tuple[list[Found], dict[str, Found]]:
     return order, standing
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize(
+    "seed", [*range(10), *(pytest.param(n, marks=pytest.mark.soak) for n in range(10, 25))]
+)
 def test_what_stands_at_the_end_is_what_a_whole_look_finds(
     write: Write, tmp_path: Path, seed: int
 ) -> None:

@@ -161,8 +161,18 @@ def test_what_is_written_agrees_with_itself_and_lies_on_the_source(study, tmp_pa
     assert "Research use only" in page
 
 
+@pytest.fixture(scope="module")
+def in_a_bundle(study: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """The labels (z, y, x) that the network of the tests gives from a MONAI bundle."""
+    out = tmp_path_factory.mktemp("bundle")
+    analysed(study, write_bundle(out / "b", Blobs().eval()), out)
+    return labels_of(out)
+
+
 @pytest.mark.parametrize("kind", [".ts", ".pt2", ".onnx"])
-def test_a_file_with_its_json_gives_what_the_same_network_gives_in_a_bundle(kind, study, tmp_path):
+def test_a_file_with_its_json_gives_what_the_same_network_gives_in_a_bundle(
+    kind, study, in_a_bundle, tmp_path
+):
     path, network = write_beside(tmp_path / f"blobs{kind}"), Blobs().eval()
     example = torch.rand(2, 1, *own_networks.PATCH)
     rows = torch.export.Dim("n", min=1, max=64)
@@ -173,14 +183,9 @@ def test_a_file_with_its_json_gives_what_the_same_network_gives_in_a_bundle(kind
         torch.export.save(program, path)
     else:
         _onnx(network, example, path)
-    (tmp_path / "file").mkdir()
-    (tmp_path / "bundle").mkdir()
-    analysed(study, path, tmp_path / "file")
-    bundle = write_bundle(tmp_path / "b", network)
-    analysed(study, bundle, tmp_path / "bundle")
-    ours, theirs = labels_of(tmp_path / "file"), labels_of(tmp_path / "bundle")
-    for label in np.unique(theirs):
-        assert dice(ours, theirs, label) >= 0.999
+    analysed(study, path, tmp_path)
+    for label in np.unique(in_a_bundle):
+        assert dice(labels_of(tmp_path), in_a_bundle, label) >= 0.999
 
 
 def _onnx(network: nn.Module, example: torch.Tensor, path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from medical.chests import dicom_of
 from PIL import Image
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
 from plinth.verticals.medical.output.dicom_seg import write_segmentation
 from plinth.verticals.medical.output.report import CtArtefacts, CtReport, CtResult
 from plinth.verticals.medical.phantom.chest import Phantom
-from plinth.verticals.medical.phantom.dicom import Faults, write_series
+from plinth.verticals.medical.phantom.dicom import Faults
 from plinth.verticals.medical.vertical import CtAnalysis, CtSettings
 from plinth.verticals.testing import feed
 
@@ -29,7 +30,7 @@ CHEST = {"shape": (76, 64, 48), "spacing": (4.6, 4.5, 4.5)}
 
 
 def scanned(folder: Path, faults: Faults | None = None, **changes: object) -> Path:
-    write_series(Phantom(**{**CHEST, **changes}), folder / "series", faults=faults)  # type: ignore[arg-type]
+    dicom_of(Phantom(**{**CHEST, **changes}), folder / "series", faults=faults)  # type: ignore[arg-type]
     return folder / "series"
 
 

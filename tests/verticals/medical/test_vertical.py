@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from medical.chests import chest
+from medical.chests import chest, dicom_of
 from pydantic import ValidationError
 
 from plinth.engine import Call, InputError, ModelStore
 from plinth.verticals.contract import Item, LeftOut, WithArtefacts
 from plinth.verticals.medical.phantom.chest import Phantom
-from plinth.verticals.medical.phantom.dicom import write_series
 from plinth.verticals.medical.vertical import MODEL, STORE, CtAnalysis, CtSettings, StudyRequest
 from plinth.verticals.testing import check_vertical, feed
 from plinth.verticals.testing.flows import run_with_models
@@ -27,7 +26,7 @@ Edit = Callable[..., None]
 @pytest.fixture
 def series(tmp_path: Path) -> Path:
     """A small slab of a chest as DICOM."""
-    write_series(Phantom(**SMALL), tmp_path / "chest")  # type: ignore[arg-type]
+    dicom_of(Phantom(**SMALL), tmp_path / "chest")  # type: ignore[arg-type]
     return tmp_path / "chest"
 
 
@@ -99,7 +98,7 @@ def test_without_nodules_no_model_is_needed(tmp_path: Path) -> None:
 
 # -- folders -----------------------------------------------------------------------------------
 def test_series_that_are_not_ct_are_left_out_with_their_reason(series: Path, edit: Edit) -> None:
-    write_series(Phantom(**{**SMALL, "seed": 8}), series.parent / "mr")  # type: ignore[arg-type]
+    dicom_of(Phantom(**{**SMALL, "seed": 8}), series.parent / "mr")  # type: ignore[arg-type]
     edit(series.parent / "mr", lambda image, k: setattr(image, "Modality", "MR"))
     found = list(CtAnalysis().survey(series.parent))
     (item,) = (one for one in found if isinstance(one, Item))
@@ -111,7 +110,7 @@ def test_series_that_are_not_ct_are_left_out_with_their_reason(series: Path, edi
 
 def test_every_file_of_a_folder_is_an_item_or_left_out_once(series: Path, edit: Edit) -> None:
     root = series.parent
-    write_series(Phantom(**{**SMALL, "seed": 8}), root / "mr")  # type: ignore[arg-type]
+    dicom_of(Phantom(**{**SMALL, "seed": 8}), root / "mr")  # type: ignore[arg-type]
     edit(root / "mr", lambda image, k: setattr(image, "Modality", "MR"))
     (root / "torn.dcm").write_bytes((root / "mr" / "slice_0001.dcm").read_bytes()[:500])
     (root / "notes.txt").write_text("x" * 200)
@@ -127,7 +126,7 @@ def test_every_file_of_a_folder_is_an_item_or_left_out_once(series: Path, edit: 
 
 
 def test_burned_in_text_is_left_out_unless_it_is_wanted(series: Path, edit: Edit) -> None:
-    write_series(Phantom(**{**SMALL, "seed": 8}), series.parent / "b")  # type: ignore[arg-type]
+    dicom_of(Phantom(**{**SMALL, "seed": 8}), series.parent / "b")  # type: ignore[arg-type]
     edit(series.parent / "b", lambda image, k: setattr(image, "BurnedInAnnotation", "YES"))
     told = [one for one in CtAnalysis().survey(series.parent) if isinstance(one, LeftOut)]
     assert [one.path.name for one in told if one.reason == "burned_in"] == ["b"]
@@ -162,7 +161,7 @@ def test_gaps_are_refused_or_filled_as_set(series: Path) -> None:
 
 
 def test_strict_refuses_what_was_repaired(tmp_path: Path) -> None:
-    write_series(Phantom(**{**SMALL, "tilt": 15.0}), tmp_path)  # type: ignore[arg-type]
+    dicom_of(Phantom(**{**SMALL, "tilt": 15.0}), tmp_path)  # type: ignore[arg-type]
     assert refused(CtAnalysis(CtSettings(strict=True)), tmp_path).reason == "geometry_tilt"
 
 
