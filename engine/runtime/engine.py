@@ -47,6 +47,7 @@ from plinth.engine.runtime.lane_set import LaneSet
 from plinth.engine.runtime.loaded_model import LoadedModel, Precision, Range
 from plinth.engine.runtime.model_table import Execution, ModelTable
 from plinth.engine.runtime.request import (
+    CallerWaiter,
     LoopWaiter,
     Mailbox,
     Request,
@@ -61,9 +62,6 @@ from plinth.engine.scheduler.work import Batch, BatchSlice, Work
 T = TypeVar("T")
 State = Literal["new", "running", "closing", "closed", "failed"]
 Outcomes = list[tuple[Request, Result | PlinthError]]
-Direct = Literal["none", "native", "any"]
-"""Calls whose batch a caller could run itself. An event loop takes those of native code alone: a
-module that waits for something would stop all it serves."""
 
 DIRECT_SECONDS = 0.001
 """A call that is expected to take no longer, and that nothing else waits beside, is run by its
@@ -453,11 +451,9 @@ class Engine:
                 self._compute(driver, call, sla)
                 continue
             try:
-                future: Future[Result] = Future()
-                request, alone = self._admit(call, sla, ThreadWaiter(future), direct="any")
-                if alone is not None:
-                    self._run_alone(request, alone)
-                driver.send(self._wait(future))
+                waiter = CallerWaiter()
+                self._ask(call, sla, waiter)
+                driver.send(waiter.wait(self._look, _LOOK))
             except PlinthError as error:
                 driver.throw(error)
         return driver.answer()
@@ -510,13 +506,9 @@ class Engine:
         else:
             driver.computed(value)
 
-    def _wait(self, future: Future[Result]) -> Result:
-        """The future's result; looks now and then whether there is anybody left to give it."""
-        while True:
-            try:
-                return future.result(_LOOK)
-            except TimeoutError:
-                _ = self.state  # a thread that is gone without a word is found out here
+    def _look(self) -> None:
+        """Find out whether there is anybody left who could answer."""
+        _ = self.state  # a thread that is gone without a word is found out here
 
     async def run_async(self, flow: Flow[T], sla: Sla | None = None) -> Answer[T]:
         """Drive a flow in the running event loop; cancelling the task cancels its work."""
@@ -532,7 +524,8 @@ class Engine:
             try:
                 future: asyncio.Future[Result] = loop.create_future()
                 waiter = LoopWaiter(mailbox, future)
-                request, alone = self._admit(call, sla, waiter, direct="native")
+                request = self._request(call, waiter)
+                alone = self._admit(request, sla, direct=True)
                 if alone is not None:
                     # Unless more comes in this pass of the loop, and makes a batch with it.
                     loop.call_soon(self._run_alone, request, alone)
@@ -558,33 +551,59 @@ class Engine:
     def submit(self, call: Call, sla: Sla | None = None) -> Future[Result]:
         """Queue one call; the future also carries refusals. Cancelling it frees its place."""
         future: Future[Result] = Future()
-        request, _ = self._admit(call, sla, ThreadWaiter(future))
+        request = self._request(call, ThreadWaiter(future))
+        self._admit(request, sla)
         future.add_done_callback(lambda done: self._cancel(request) if done.cancelled() else None)
         return future
 
+    def _request(self, call: Call, waiter: Waiter) -> Request:
+        loaded = self._models.get(call.model)
+        return request_of(loaded, call, waiter, self._models.cheaper(loaded))
+
+    def _ask(self, call: Call, sla: Sla | None, waiter: Waiter) -> None:
+        """Run a call here and now if nothing else waits and it is soon done; else queue it."""
+        request = self._request(call, waiter)
+        with self._lock:
+            thread = self._lane_for_caller(request)
+            batch = None if thread is None else self._alone(request, sla, thread)
+        if thread is None or batch is None:
+            self._admit(request, sla)
+        else:
+            self._run_here(batch, thread)
+
+    def _alone(self, request: Request, sla: Sla | None, thread: LaneThread) -> Batch | None:
+        """The batch of a request that nothing waits beside, which a lane has then."""
+        now = self._clock()
+        work = Work(request.key, request.total, now, sla or request.loaded.sla, request)
+        batch = self._batcher.alone(work, now, thread.number)
+        if batch is not None:
+            request.works.append(work)
+            self._requests.add(request)
+            thread.in_flight += 1
+        return batch
+
     def _admit(
-        self, call: Call, sla: Sla | None, waiter: Waiter, *, direct: Direct = "none"
-    ) -> tuple[Request, LaneThread | None]:
-        """Queue a call.
+        self, request: Request, sla: Sla | None, *, direct: bool = False
+    ) -> LaneThread | None:
+        """Queue a request.
 
         Args:
-            call: what is asked for.
+            request: what is asked for.
             sla: the promise; ``None``: the model's.
-            waiter: who is told.
-            direct: calls whose batch the caller could run with :meth:`_run_alone`.
+            direct: its caller could run it with :meth:`_run_alone`, if it is native code: an event
+                loop, where a module that waits for something would stop all it serves.
 
         Returns:
-            The request, and the lane on which its caller is to run it: no lane was woken.
+            The lane on which its caller is to run it: no lane was woken.
         """
-        loaded = self._models.get(call.model)
-        request = request_of(loaded, call, waiter, self._models.cheaper(loaded))
+        loaded = request.loaded
         promise = sla or loaded.sla
         step = loaded.most if promise.deadline_ms is not None else request.total
         alone: LaneThread | None = None
         with self._lock:
             if self._state == "running":
-                if direct != "none":
-                    alone = self._lane_for_caller(request, direct)
+                if direct and loaded.executable.is_native(request.total):
+                    alone = self._lane_for_caller(request)
                 outcomes = self._enqueue(request, promise, step)
                 if outcomes:
                     alone = None
@@ -593,17 +612,18 @@ class Engine:
             else:
                 outcomes = self._fail((request,), self._not_running())
         for _, outcome in outcomes:
-            waiter.settle(outcome)
-        return request, alone
+            request.waiter.settle(outcome)
+        return alone
 
-    def _lane_for_caller(self, request: Request, direct: Direct) -> LaneThread | None:
+    def _lane_for_caller(self, request: Request) -> LaneThread | None:
         """The lane on which its caller should run it: nothing else waits, and it is soon done."""
         loaded, rows = request.loaded, request.total
-        if self._batcher or rows > loaded.most:
+        if self._state != "running" or self._batcher or rows > loaded.most:
             return None
-        threads = self._lanes.threads
-        idle = next((each for each in threads if not each.in_flight and each.takes_more), None)
-        if idle is None or (direct == "native" and not loaded.executable.is_native(rows)):
+        for idle in self._lanes.threads:
+            if not idle.in_flight and idle.takes_more:
+                break
+        else:
             return None
         expected = self._batcher.latency.predict(request.key, rows, 0.5)
         return idle if 0.0 < expected <= DIRECT_SECONDS and idle.runs_alike_here() else None
@@ -628,8 +648,11 @@ class Engine:
                 return
             batch, outcomes = self._next(thread)
         self._settle(outcomes)
-        if batch is None:
-            return
+        if batch is not None:
+            self._run_here(batch, thread)
+
+    def _run_here(self, batch: Batch, thread: LaneThread) -> None:
+        """Run a batch that a lane has in the thread of its caller."""
         try:
             interrupt = self._execute(batch, thread)
         except BaseException as error:
@@ -783,8 +806,9 @@ class Engine:
 
     def _post(self) -> None:
         """Wake the event loops that have answers."""
-        for mailbox in list(self._mailboxes.values()):
-            mailbox.post()
+        if self._mailboxes:
+            for mailbox in list(self._mailboxes.values()):
+                mailbox.post()
 
     def _waiting(self, kind: str) -> int:
         with self._lock:

@@ -52,9 +52,11 @@ class FlowDriver(Generic[T]):
         if ran.name != asked or result.variant:
             self._degraded[asked] = result.variant or ran.name
         self._late |= result.late
-        for name in ("queue", "device", "co_batched"):
-            setattr(self._timing, name, getattr(self._timing, name) + getattr(result.timing, name))
-        self._timing.batch_rows = max(self._timing.batch_rows, result.timing.batch_rows)
+        timing, added = self._timing, result.timing
+        timing.queue += added.queue
+        timing.device += added.device
+        timing.co_batched += added.co_batched
+        timing.batch_rows = max(timing.batch_rows, added.batch_rows)
         self._step(lambda: self._flow.send(result.value))
 
     def computed(self, value: object) -> None:

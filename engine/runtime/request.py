@@ -1,4 +1,4 @@
-"""One call on its way through the engine, and the two ways in which its caller waits."""
+"""One call on its way through the engine, and the ways in which its caller waits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -62,6 +63,42 @@ class ThreadWaiter:
     def settle(self, outcome: Result | PlinthError) -> None:
         """See :class:`Waiter`."""
         _finish(self.future, outcome)
+
+
+class CallerWaiter:
+    """A caller that waits for one call in its own thread, unless it runs the call itself."""
+
+    __slots__ = ("_outcome", "_told")
+
+    def __init__(self) -> None:
+        self._outcome: Result | PlinthError | None = None
+        self._told: threading.Event | None = None
+
+    def settle(self, outcome: Result | PlinthError) -> None:
+        """See :class:`Waiter`."""
+        if self._outcome is None:
+            self._outcome = outcome
+            if self._told is not None:
+                self._told.set()
+
+    def wait(self, look: Callable[[], object], seconds: float) -> Result:
+        """The result.
+
+        Args:
+            look: called every so many ``seconds`` while there is none.
+            seconds: how often.
+
+        Raises:
+            PlinthError: what the call failed with.
+        """
+        if self._outcome is None:
+            self._told = threading.Event()  # before the second look: who settles looks for it after
+        while self._outcome is None:
+            if self._told is not None and not self._told.wait(seconds):
+                look()
+        if isinstance(self._outcome, PlinthError):
+            raise self._outcome
+        return self._outcome
 
 
 class Mailbox:

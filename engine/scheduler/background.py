@@ -139,6 +139,19 @@ class Background:
                 rows -= parts[-1].rows
         return self._batch(lane, key, tuple(parts), looked_at)
 
+    def alone(self, work: Work, lane: LaneState) -> Batch | None:
+        """The slice of work that comes while nothing waits, without adding it.
+
+        Returns:
+            None where a slice would not hold all of it, or its cost is unknown.
+        """
+        key, rows, costs = work.key, work.rows, lane.costs
+        predicted = costs.predict(key, rows)
+        if not predicted or costs.rows_within(key, self.bound / lane.depth, rows, 0.5) < rows:
+            return None
+        work.service = max(work.service, self._virtual_time) + predicted / work.sla.weight
+        return Batch(key, (work.take(rows),), rows, predicted, urgent=False, lane=lane.number)
+
     def _batch(
         self, lane: LaneState, key: BatchKey, parts: tuple[BatchSlice, ...], looked_at: int
     ) -> Batch:

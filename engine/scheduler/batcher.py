@@ -278,6 +278,48 @@ class Batcher:
             return None
         return self._overdue(work, starts, now)
 
+    def alone(self, work: Work, now: float, lane: int) -> Batch | None:
+        """The batch of work that comes while nothing waits, as :meth:`next` would form it.
+
+        Args:
+            work: all that there is to do.
+            now: seconds.
+            lane: one that runs nothing.
+
+        Returns:
+            None where it has to be admitted: something else waits or runs, lanes differ, it does
+            not fit into one batch, or it would be late.
+        """
+        here, key, rows = self.lanes.get(lane), work.key, work.rows
+        if self or here is None or here.running or self.lanes.kinds > 1:
+            return None
+        settings = self._settings_by_key.get(key)
+        end = now + here.costs.predict(key, rows, 0.5)
+        if settings is None or rows > min(settings.max_rows, self.max_queue) or end > work.deadline:
+            return None
+        self._settings_by_key.move_to_end(key)
+        if self._background.rotate(now):
+            self._drop_idle_queues(now)
+        due = work.sla.deadline_ms
+        if due is None:
+            batch = self._background.alone(work, here)
+        else:
+            batch = self._urgent_alone(work, due / 1e3, now, here)
+        if batch is not None:
+            self.lanes.change(here, [batch], end)
+            self._background.account(batch)
+        return batch
+
+    def _urgent_alone(self, work: Work, promise: float, now: float, here: LaneState) -> Batch:
+        queue = self._queue(work)
+        queue.arrived(work.rows, promise, now)
+        self._background.note_sla(promise)
+        self._virtual_time = max(queue.service, self._virtual_time)
+        predicted = here.costs.predict(work.key, work.rows, queue.quantile)
+        queue.service = self._virtual_time + predicted
+        part = work.take(work.rows)
+        return Batch(work.key, (part,), work.rows, predicted, urgent=True, lane=here.number)
+
     def cancel(self, work: Work) -> None:
         """Forget work whose client went away; rows already on the device still finish."""
         work.gone = True

@@ -103,7 +103,7 @@ class _Curve:
 
     def is_far(self, rows: int) -> bool:
         """Whether so many rows lie outside (min/2, 2 max) of the measured ones."""
-        return not self.knots or not min(self.knots) / 2 < rows < max(self.knots) * 2
+        return not self.order or not self.order[0] / 2 < rows < self.order[-1] * 2
 
     def level(self) -> float:
         ordered = self.ratios.ordered
@@ -125,6 +125,8 @@ class _Curve:
         if len(self.ratios.values) < 2 * _SHIFT:
             return
         middle = self.level()
+        if middle / _BAND <= self.ratios.values[-1] <= middle * _BAND:
+            return
         recent = list(islice(reversed(self.ratios.values), _SHIFT))
         if min(recent) > middle * _BAND or max(recent) < middle / _BAND:
             self.ratios.keep(_SHIFT)
@@ -133,13 +135,14 @@ class _Curve:
     def _follow(self, rows: int, off: float) -> None:
         """Move the two knots next to ``rows`` a little, by how far off the curve was there."""
         step = _LEARN * max(-0.5, min(off, 0.5))
-        after = bisect_left(self.order, rows)
-        around = self.order[max(0, after - 2) : after + 2]
-        near = sorted(around, key=lambda knot: abs(knot - rows))[:2]
-        if len(near) == 1 or near[0] == rows:
-            self.knots[near[0]] *= 1 + step
+        if rows in self.knots:
+            self.knots[rows] *= 1 + step
+        elif len(self.order) == 1:
+            self.knots[self.order[0]] *= 1 + step
         else:
-            first, second = near
+            after = bisect_left(self.order, rows)
+            around = self.order[max(0, after - 2) : after + 2]
+            first, second = sorted(around, key=lambda knot: abs(knot - rows))[:2]
             span = abs(first - rows) + abs(second - rows)
             self.knots[first] *= 1 + step * (1 - abs(first - rows) / span)
             self.knots[second] *= 1 + step * (1 - abs(second - rows) / span)
@@ -178,7 +181,10 @@ class LatencyModel:
     def predict(self, key: BatchKey, rows: int, quantile: float = 0.99) -> float:
         """Upper quantile of the seconds a batch of ``rows`` takes; 0.0 for an unknown key."""
         curve = self._curves.get(key)
-        return curve.base(rows) * curve.level() + curve.delay(quantile) if curve else 0.0
+        if curve is None:
+            return 0.0
+        likely = curve.base(rows) * curve.level()
+        return likely + curve.delay(quantile) if quantile > 0.5 else likely
 
     def learned(self, key: BatchKey) -> dict[int, float]:
         """Seconds that a batch takes, by the numbers of rows at which that is known."""

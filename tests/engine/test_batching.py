@@ -36,6 +36,48 @@ def test_a_lone_request_runs_at_once():
     assert batch.predicted == pytest.approx(0.021)
 
 
+PROMISES = st.sampled_from([Sla(), URGENT, Sla(deadline_ms=22), Sla(deadline_ms=900, quantile=0.5)])
+
+
+@given(st.lists(st.tuples(PROMISES, st.integers(1, 130), st.floats(0.001, 0.3)), max_size=12))
+def test_work_that_nothing_waits_beside_gets_the_batch_it_would_get_over_the_queue(calls):
+    short, long = batcher(), batcher()
+    now, ends = 0.0, 0.0
+    for sla, rows, pause in calls:
+        now = max(now + pause, ends)
+        lone, queued = work(now, rows=rows, sla=sla), work(now, rows=rows, sla=sla)
+        batch = short.alone(lone, now, 0)
+        if batch is None:  # then it goes over the queue, and may be refused or cut
+            short.admit(lone, now)
+            batch, _ = short.next(now)
+        long.admit(queued, now)
+        want, _ = long.next(now)
+        assert (batch is None) == (want is None)
+        while batch is not None and want is not None:
+            facts = ("key", "rows", "predicted", "urgent", "lane")
+            assert [getattr(batch, f) for f in facts] == [getattr(want, f) for f in facts]
+            assert (lone.taken, lone.service) == (queued.taken, pytest.approx(queued.service))
+            ends = now = now + 0.020 + 0.001 * rows
+            for each, done in ((short, batch), (long, want)):
+                each.finished(done, 0.020 + 0.001 * done.rows, now)
+            (batch, _), (want, _) = short.next(now), long.next(now)
+        assert short.blocking_bound == long.blocking_bound
+        services = [[q.service for q in each._queues.values()] for each in (short, long)]
+        assert services[0] == pytest.approx(services[1])
+
+
+def test_work_beside_other_work_goes_over_the_queue():
+    queue = batcher()
+    assert queue.alone(work(rows=129), 0.0, 0) is None
+    assert queue.alone(work(sla=Sla(deadline_ms=20)), 0.0, 0) is None
+    queue.admit(work(), 0.0)
+    assert queue.alone(work(), 0.0, 0) is None
+    running, _ = queue.next(0.0)
+    assert queue.alone(work(), 0.0, 0) is None
+    queue.finished(running, 0.021, 0.021)
+    assert queue.alone(work(), 0.0, 0).rows == 1
+
+
 def test_the_earliest_deadline_goes_first_across_work_classes():
     queue = batcher()
     queue.admit(work(key="a", sla=Sla(deadline_ms=500)), 0.0)
