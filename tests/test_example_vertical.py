@@ -45,6 +45,24 @@ assert answer.models == {"impulses": "1.0.0"}
 """
 
 
+ONE_AFTER_ANOTHER = """
+import contextlib, io, json, sys
+
+from plinth.pipelines.cli.main import main
+
+found = []
+for words in json.loads(sys.argv[1]):
+    said = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said[0]), contextlib.redirect_stderr(said[1]):
+        try:
+            main(words)
+        except SystemExit as ended:
+            found.append([ended.code or 0, *(one.getvalue() for one in said)])
+print(json.dumps(found))
+"""
+"""Runs command lines in one process, which imports torch once."""
+
+
 class Environment:
     """A virtual environment that sees the packages of this one, and what pip puts on top."""
 
@@ -66,6 +84,19 @@ class Environment:
     def command(self, *words: str | Path) -> list[str]:
         """The words of a ``plinth`` command."""
         return [str(self.python), "-m", "plinth", *map(str, words)]
+
+    def python_says(self, program: str, *words: str) -> str:
+        """Run a program to its end; returns what it printed."""
+        done = subprocess.run(
+            [self.python, "-c", program, *words],
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def plinth(self, *words: str | Path) -> Any:
         """Run a command to its end; returns the JSON it printed."""
@@ -118,43 +149,27 @@ def window(samples: list[float], sensor: str = "pump-7") -> bytes:
     return json.dumps({"sensor": sensor, "samples": samples}).encode()
 
 
-def test_it_is_listed_with_its_distribution_and_doors(plugged: Environment) -> None:
-    (found,) = [each for each in plugged.plinth("list") if each["name"] == "sensors"]
+def test_it_keeps_the_contract_and_is_listed_and_checked_with_its_config_table(
+    plugged: Environment, tmp_path: Path
+) -> None:
+    right, wrong = tmp_path / "right.toml", tmp_path / "wrong.toml"
+    right.write_text("[verticals.sensors]\nalarm_above = 0.9\n")
+    wrong.write_text("[verticals.sensors]\nalarm_abvoe = 0.9\n")
+    commands = [
+        ["list", "--json"],
+        ["check", "sensors", "--config", str(right), "--json"],
+        ["check", "sensors", "--config", str(wrong)],
+    ]
+    told = json.loads(plugged.python_says(USE + ONE_AFTER_ANOTHER, json.dumps(commands)))
+    assert [code for code, _, _ in told] == [0, 0, 2], told
+    (found,) = [each for each in json.loads(told[0][1]) if each["name"] == "sensors"]
     assert (found["distribution"], found["version"]) == ("plinth-sensors", "1.0.0")
     assert found["doors"] == ["http", "kafka", "folder"]
     assert found["error"] is None
-
-
-def test_it_passes_the_conformance_kit_and_is_answered_by_the_engine(plugged: Environment) -> None:
-    done = subprocess.run(
-        [plugged.python, "-c", USE],
-        env=plugged.env,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_it_is_checked_with_its_config_table(plugged: Environment, tmp_path: Path) -> None:
-    file = tmp_path / "plinth.toml"
-    file.write_text("[verticals.sensors]\nalarm_above = 0.9\n")
-    plan = plugged.plinth("check", "sensors", "--config", file)
+    plan = json.loads(told[1][1])
     assert plan["verticals"]["sensors"]["models"] == {"impulses": "1.0.0"}
-
-    file.write_text("[verticals.sensors]\nalarm_abvoe = 0.9\n")
-    done = subprocess.run(
-        plugged.command("check", "sensors", "--config", file),
-        env=plugged.env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "plinth.toml:2" in done.stderr
-    assert "alarm_above" in done.stderr
+    assert "wrong.toml:2" in told[2][2]
+    assert "alarm_above" in told[2][2]
 
 
 @pytest.mark.slow
