@@ -45,7 +45,7 @@ def test_the_cells_of_the_notebook_run_from_top_to_bottom(tmp_path: Path) -> Non
     program = "\n\n".join("".join(cell["source"]) for cell in cells)
     running = Command([program], tmp_path, {}, tmp_path / "said.txt")
     try:
-        assert running.wait(110) == 0, running.said
+        assert running.wait(200) == 0, running.said
     finally:
         running.end()
     assert "deadline - would finish" in running.said
