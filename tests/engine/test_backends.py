@@ -1,6 +1,8 @@
 """Backends agree with eager fp32, say why they cannot, and the faster right one is taken."""
 
 import shutil
+from collections.abc import Callable
+from functools import cache
 
 import onnx
 import pytest
@@ -13,6 +15,7 @@ from plinth.engine.backends.choice import difference
 from plinth.engine.backends.eager import TorchExecutable
 from plinth.engine.backends.export import onnx_file
 from plinth.engine.backends.inductor import Inductor
+from plinth.engine.backends.onnxruntime import OrtExecutable
 from plinth.engine.backends.planner import GAIN
 from plinth.engine.devices.device import Device, pick
 from plinth.engine.precision.policy import PRESETS
@@ -23,7 +26,7 @@ EXPORTING = ["onnxruntime", OPENVINO]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
+def exports(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("PLINTH_CACHE", str(folder))
@@ -43,6 +46,13 @@ def scorer() -> Model:
     torch.manual_seed(1)
     module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)).eval()
     return Model(spec({"x": (8,)}, {"score": (1,)}), module)
+
+
+@cache
+def ready(make: Callable[[], Model], backend: str) -> tuple[Model, Executable]:
+    """A model on a backend, made once for the tests that only run it."""
+    model = make()
+    return model, prepare(model, CPU, "fp32", backend)
 
 
 class Whole(nn.Module):
@@ -74,8 +84,7 @@ class Branching(nn.Module):
 @pytest.mark.parametrize("backend", ["eager", *EXPORTING])
 @pytest.mark.parametrize("rows", [1, 2, 7])
 def test_every_backend_gives_what_the_module_gives_for_any_number_of_rows(backend, rows):
-    model = scorer()
-    executable = prepare(model, CPU, "fp32", backend)
+    model, executable = ready(scorer, backend)
     assert isinstance(executable, Executable)
     inputs = torch.randn(rows, 8)
     with torch.inference_mode():
@@ -86,8 +95,7 @@ def test_every_backend_gives_what_the_module_gives_for_any_number_of_rows(backen
 
 @pytest.mark.parametrize("backend", ["eager", *EXPORTING])
 def test_an_answer_stays_what_it_was_when_other_rows_run(backend):
-    model = scorer()
-    executable = prepare(model, CPU, "fp32", backend)
+    model, executable = ready(scorer, backend)
     for count in (3, 3, 20_000):  # bound to buffers from the second run on, or too large for it
         rows = torch.randn(count, 8)
         first = executable.run({"x": rows})["score"]
@@ -100,9 +108,8 @@ def test_an_answer_stays_what_it_was_when_other_rows_run(backend):
 
 @pytest.mark.parametrize("backend", EXPORTING)
 def test_rows_that_are_not_contiguous_are_read_right(backend):
-    model = scorer()
+    model, executable = ready(scorer, backend)
     wide = torch.randn(5, 16)[:, ::2]
-    executable = prepare(model, CPU, "fp32", backend)
     for _ in range(2):
         got = executable.run({"x": wide})["score"]
         torch.testing.assert_close(got, model.module(wide).detach())
@@ -138,11 +145,14 @@ def text(size: int | None, **bounds) -> Model:
     return Model(ModelSpec(name="text", inputs=inputs, outputs=outputs), Text().eval())
 
 
+def bounded_text() -> Model:
+    return text(5, bounds=(0, 9))
+
+
 @pytest.mark.parametrize("backend", ["eager", *EXPORTING])
 @pytest.mark.parametrize("wrong", [10, -1, 2**31, 2**32])
 def test_an_id_beyond_its_table_is_an_error_on_every_backend(backend, wrong):
-    model = text(5, bounds=(0, 9))
-    executable = prepare(model, CPU, "fp32", backend)
+    model, executable = ready(bounded_text, backend)
     good = torch.tensor([[0, 3, 9, 1, 2]])
     for ids in (good, good.repeat(2, 1)):
         torch.testing.assert_close(executable.run({"ids": ids})["y"], model.module(ids).detach())
@@ -216,7 +226,7 @@ def test_what_openvino_would_compute_in_fewer_digits_is_refused(what, dtype, rea
 
 @pytest.mark.needs("openvino")
 def test_openvino_says_which_kernels_its_graph_was_compiled_to():
-    kernels = prepare(scorer(), CPU, "fp32", "openvino").report["kernels"]
+    kernels = ready(scorer, "openvino")[1].report["kernels"]
     assert sum(count for name, count in kernels.items() if "FullyConnected" in name) == 2
 
 
@@ -324,16 +334,16 @@ def test_a_difference_is_relative_and_shapes_dtypes_and_nan_count():
     assert not difference(ones * float("nan"), ones) <= 1e-3
 
 
-def test_an_export_is_made_once_per_weights(cache):
+def test_an_export_is_made_once_per_weights(exports):
     model = scorer()
     prepare(model, CPU, "fp32", "onnxruntime")
-    before = {path: path.stat().st_mtime_ns for path in cache.glob("*.onnx")}
+    before = {path: path.stat().st_mtime_ns for path in exports.glob("*.onnx")}
     prepare(scorer(), CPU, "fp32", "onnxruntime")
-    assert {path: path.stat().st_mtime_ns for path in cache.glob("*.onnx")} == before
+    assert {path: path.stat().st_mtime_ns for path in exports.glob("*.onnx")} == before
     with torch.no_grad():
         model.module[0].weight.mul_(2)
     prepare(model, CPU, "fp32", "onnxruntime")
-    assert len(list(cache.glob("*.onnx"))) == len(before) + 1
+    assert len(list(exports.glob("*.onnx"))) == len(before) + 1
 
 
 def test_a_model_that_breaks_its_contract_is_named():
@@ -392,8 +402,9 @@ def test_a_recurrent_layer_is_exported_without_what_the_exporter_puts_around_it(
         outputs=(TensorSpec(name="y", shape=(None,)),),
     )
     model = Model(spec, net().eval())
-    nodes = onnx.load_model(str(onnx_file(model))).graph.node
+    path = onnx_file(model)
+    nodes = onnx.load_model(str(path)).graph.node
     assert len(nodes) <= most, [node.op_type for node in nodes]
-    ready = prepare(model, pick("cpu"), "fp32", "onnxruntime")
     x = {"x": torch.randn(3, 4, 5)}
-    assert difference(ready.run(x)["y"], model.run(x)["y"]) < 1e-5
+    found = OrtExecutable(spec, path, CPU, 1).run(x)["y"]
+    assert difference(found, model.run(x)["y"]) < 1e-5

@@ -269,21 +269,21 @@ def test_logits_of_a_volume_that_do_not_fit_are_refused_with_their_bytes(channel
     window = (16, 16, 16)
     net = model(Classes(), (1, *window), (channels, *window))
     tiling = Tiling(window, overlap=0, reduce="argmax")
-    with Engine(memory_budget=200_000_000) as engine:
+    with Engine(memory_budget=50_000_000) as engine:
         engine.add(net, batch_range=(1, 1))
 
         def ask(*size: int):
             volume = torch.zeros(1, 1, 1, 1).expand(1, *size)
             return engine.submit(Call("net", volume, tiling)).result(timeout=30).value
 
-        slab = 104 * 16 * 256 * 256 * 4
-        with pytest.raises(OutOfMemory, match="a volume of 32x256x256 voxels") as refusal:
-            ask(32, 256, 256)
+        slab = 104 * 16 * 128 * 128 * 4
+        with pytest.raises(OutOfMemory, match="a volume of 32x128x128 voxels") as refusal:
+            ask(32, 128, 128)
         assert refusal.value.needed >= slab
         assert refusal.value.needed == pytest.approx(slab, rel=0.02)
-        assert refusal.value.available < 200_000_000
+        assert refusal.value.available < 50_000_000
         for _ in range(3):  # what a finished volume held is given back
-            assert ask(32, 128, 128).shape == (32, 128, 128)
+            assert ask(32, 64, 64).shape == (32, 64, 64)
 
 
 # -- time --------------------------------------------------------------------------------------

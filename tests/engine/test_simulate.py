@@ -7,10 +7,20 @@ from functools import cache
 
 import pytest
 
-from plinth.engine.scheduler.simulate import Setting, clairvoyant, elastic, poisson, queueing
+from plinth.engine.scheduler.simulate import (
+    Outcome,
+    Setting,
+    clairvoyant,
+    elastic,
+    poisson,
+    queueing,
+)
 
 SCENE = Setting(duration=15.0)
 SEED = 7
+
+
+pytestmark = pytest.mark.xdist_group("simulate")  # they share what they replay
 
 
 @cache
@@ -18,16 +28,21 @@ def ceiling(rate: float) -> float:
     return clairvoyant(SCENE, poisson(rate, SCENE.duration, SEED)).goodput
 
 
+@cache
+def plinth(rate: float) -> Outcome:
+    return elastic(SCENE, poisson(rate, SCENE.duration, SEED))
+
+
 @pytest.mark.parametrize("rate", [865, 1000, pytest.param(1250, marks=pytest.mark.soak), 1500])
 def test_overload_reaches_the_clairvoyant_ceiling(rate):
-    ours = elastic(SCENE, poisson(rate, SCENE.duration, SEED))
+    ours = plinth(rate)
     assert ours.goodput >= 0.98 * ceiling(rate)
     assert ours.late == 0
 
 
 @pytest.mark.parametrize("rate", [400, 600, 800])
 def test_below_capacity_nearly_everything_is_in_time(rate):
-    ours = elastic(SCENE, poisson(rate, SCENE.duration, SEED))
+    ours = plinth(rate)
     assert ours.in_sla >= 0.98 * min(ours.offered, ceiling(rate) * SCENE.duration)
 
 
@@ -41,7 +56,7 @@ def test_no_avoidable_rejection_from_the_first_second_on(rate):
 @pytest.mark.parametrize("rate", [865, 1000, 1500])
 def test_the_fields_habits_collapse_or_lose_a_sixth(rate):
     arrivals = poisson(rate, SCENE.duration, SEED)
-    ours = elastic(SCENE, arrivals).goodput
+    ours = plinth(rate).goodput
     assert queueing(SCENE, arrivals, window=0.01).goodput < 0.5 * ours
     assert queueing(SCENE, arrivals, timeout=SCENE.deadline).goodput < 0.5 * ours
     assert queueing(SCENE, arrivals, greedy=True).goodput < 0.5 * ours
