@@ -59,6 +59,8 @@ PASSING = {
 WIDTH_S = 5.0
 """Longest wait for the number of partitions of a topic."""
 CLOSE_S = 3.0
+LOOK_S = 0.5
+"""How long a commit is waited for before it is seen whether its producer was given up."""
 
 
 class Fetched(NamedTuple):
@@ -419,16 +421,29 @@ class ConfluentWriter:
 
     def commit(self, offsets: Noted, owner: Any, seconds: float) -> None:
         """See :class:`Writer`."""
+        producer, until = self._producer, time.monotonic() + seconds
         with _as_kafka_errors():
-            self._producer.send_offsets_to_transaction(
-                _as_offsets(offsets), owner.metadata, seconds
-            )
+            producer.send_offsets_to_transaction(_as_offsets(offsets), owner.metadata, seconds)
             try:
-                self._producer.commit_transaction(seconds)
+                while not self._committed(producer, until):
+                    pass
             except KafkaException:
-                self._producer.poll(0)
+                producer.poll(0)
                 self._see_failed()  # says more than that the transaction must be aborted
                 raise
+
+    def _committed(self, producer: Any, until: float) -> bool:
+        """Wait a little for a commit, which goes on at the next call; none once it is given up."""
+        left = until - time.monotonic()
+        try:
+            producer.commit_transaction(max(0.0, min(LOOK_S, left)))
+        except KafkaException as error:
+            found = error.args[0]
+            late = found.code() == Failure._TIMED_OUT and found.retriable()
+            if late and left > LOOK_S and self._producer is not None:
+                return False
+            raise
+        return True
 
     def leave(self) -> None:
         """See :class:`Writer`."""

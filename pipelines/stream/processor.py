@@ -429,8 +429,8 @@ def _result(future: Future[Any]) -> Steps:
         try:
             return future.result(LOOK_S)
         except TimeoutError:
-            if future.done():
-                raise
+            if future.done():  # in this very moment, or with an error of that kind
+                return future.result()
             yield 0.0
 
 

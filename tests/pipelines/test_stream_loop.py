@@ -291,6 +291,30 @@ def test_refused_work_runs_the_verticals_own_steps_once() -> None:
     expect_each_once([json.loads(m.value) for m in outputs.messages], 1)
 
 
+def test_an_answer_that_comes_as_the_wait_for_it_ends_is_taken() -> None:
+    class AtTheEnd(Future[Any]):
+        """Is done when its caller has just given up waiting."""
+
+        def __init__(self, made: Future[Any]) -> None:
+            super().__init__()
+            self.made = made
+
+        def result(self, timeout: float | None = None) -> Any:
+            if self.done():
+                return super().result(timeout)
+            self.set_result(self.made.result(60))
+            raise TimeoutError
+
+    class Late(Strict):
+        def submit(self, call: Call, sla: Any = None) -> Future[Any]:
+            return AtTheEnd(super().submit(call, sla))
+
+    log = MemoryLog(lines(20))
+    with Late(100) as engine:
+        assert log.run(TallyVertical(), engine).recoveries == {"assigned": 1}
+    expect_each_once(log.answers(), 20)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 100])
 def test_work_larger_than_the_queue_goes_in_parts(rows: int) -> None:
     log = MemoryLog(lines(240), size=240)
