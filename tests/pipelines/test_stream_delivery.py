@@ -209,7 +209,9 @@ def test_answers_that_kafka_refuses_stop_the_stream_and_come_once_it_takes_them(
 
 
 @real_kafka
-@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+@pytest.mark.parametrize(
+    "guarantee", ["exactly_once", pytest.param("at_least_once", marks=pytest.mark.soak)]
+)
 def test_an_output_topic_that_is_deleted_ends_the_stream_and_is_named(
     kafka_node: KafkaNode, guarantee: str
 ) -> None:

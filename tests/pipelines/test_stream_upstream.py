@@ -90,7 +90,7 @@ def test_a_codec_that_is_missing_ends_the_stream_with_what_to_install(
     assert "pip install" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("share", [pytest.param(0.5, marks=pytest.mark.soak), 1.0])
 def test_any_share_of_alerts_is_answered_with_reasons(kafka_node: KafkaNode, share: float) -> None:
     config = kafka_node.config(partitions=1, max_events=600)
     alerts = payments(600, amount=4000.0)[: int(600 * share)]
