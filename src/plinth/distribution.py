@@ -18,7 +18,6 @@ _BROUGHT_BY = {
     "kafka": "kafka-python",
     "mlperf_loadgen": "mlcommons-loadgen",
     "multipart": "python-multipart",
-    "openjpeg": "pylibjpeg-openjpeg",
     "rle": "pylibjpeg-rle",
 }
 """Distribution of each module that is not called like it."""

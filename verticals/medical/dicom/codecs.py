@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib
 import struct
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pydicom import Dataset
-from pydicom.dataset import FileMetaDataset
-from pydicom.encaps import encapsulate, get_frame
-from pydicom.uid import UID, SecondaryCaptureImageStorage
+from pydicom.encaps import get_frame
+from pydicom.uid import UID
 
 from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.header import Header
@@ -98,11 +95,6 @@ def _jpeg_2000_facts(frame: bytes) -> StreamFacts:
     return StreamFacts(bottom - top, right - left, components, (depth & 0x7F) + 1)
 
 
-def _jpeg_2000(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
-    decoded: bytearray = module.decode_pixel_data(frame, version=2)
-    return decoded
-
-
 def _rle(module: Any, frame: bytes, header: Header) -> bytes | bytearray:
     decoded: bytearray = module.decode_pixel_data(
         frame,
@@ -114,34 +106,22 @@ def _rle(module: Any, frame: bytes, header: Header) -> bytes | bytearray:
     return decoded
 
 
-def _jpeg(module: Any, frame: bytes, header: Header) -> bytes | bytearray:
-    """JPEG baseline, extended and lossless through SimpleITK, which reads nothing but files.
-
-    The file holds this frame alone and no rescale, so that every codec gives stored values.
-    """
-    image = Dataset()
-    image.SOPClassUID, image.SOPInstanceUID = SecondaryCaptureImageStorage, "2.25.1"
-    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
-    image.Rows, image.Columns = header.rows, header.columns
-    image.BitsAllocated, image.BitsStored = header.bits_allocated, header.bits_stored
-    image.HighBit, image.PixelRepresentation = header.high_bit, 0
-    image.PixelData = encapsulate([frame])
-    image["PixelData"].VR = "OB"
-    image.file_meta = FileMetaDataset()
-    image.file_meta.TransferSyntaxUID = UID(header.syntax)
-    reader = module.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    with tempfile.NamedTemporaryFile(suffix=".dcm") as file:
-        image.save_as(file, enforce_file_format=True)
-        file.flush()
-        reader.SetFileName(file.name)
-        values: Array = module.GetArrayFromImage(reader.Execute())
-    return values.astype(values.dtype.newbyteorder("<")).tobytes()
+def _jpeg(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
+    """JPEG baseline, extended and lossless, of up to 16 bits."""
+    return _stored(module.jpeg8_decode(frame))
 
 
-_JPEG = Codec("SimpleITK", "SimpleITK", _jpeg, _jpeg_facts, b"\xff\xd9")
+def _jpeg_2000(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
+    return _stored(module.jpeg2k_decode(frame))
+
+
+def _stored(values: Array) -> bytes:
+    return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+_JPEG = Codec("imagecodecs", "imagecodecs", _jpeg, _jpeg_facts, b"\xff\xd9")
 _JPEG_LS = Codec("pyjpegls", "jpeg_ls", _jpeg_ls, _jpeg_ls_facts, b"\xff\xd9")
-_JPEG_2000 = Codec("pylibjpeg-openjpeg", "openjpeg", _jpeg_2000, _jpeg_2000_facts, b"\xff\xd9")
+_JPEG_2000 = Codec("imagecodecs", "imagecodecs", _jpeg_2000, _jpeg_2000_facts, b"\xff\xd9")
 
 CODECS = {
     "1.2.840.10008.1.2.4.50": _JPEG,
