@@ -13,11 +13,9 @@ from http_fuzz import fuzz
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("streams", [500, pytest.param(4000, marks=pytest.mark.soak)])
-def test_streams_are_read_as_uvicorn_reads_them_or_refused(streams: int) -> None:
-    """``make soak`` sends 4,000, ``benchmarks/http_fuzz.py`` as many as it is asked for."""
-    report = fuzz(streams, seed=7)
+def test_two_thousand_streams_are_read_as_uvicorn_reads_them_or_refused() -> None:
+    report = fuzz(2000, seed=7)
     assert not report.faults, report.faults[0]
-    assert report.streams == streams
-    assert report.plain > streams / 4
-    assert report.same > streams / 2
+    assert report.streams == 2000
+    assert report.plain > 500
+    assert report.same > 1000
