@@ -28,7 +28,7 @@ def infer(features: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
 
 
 if __name__ == "__main__":
-    host, port, sla_us = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    host, port, sla_us = sys.argv[1], int(sys.argv[2]), round(float(sys.argv[3]))
     settings = TritonConfig(
         http_address=host,
         http_port=port,
