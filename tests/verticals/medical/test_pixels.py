@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from pydicom.uid import ExplicitVRBigEndian, JPEGLosslessSV1
+from pydicom.encaps import encapsulate
+from pydicom.uid import UID, ExplicitVRBigEndian, JPEGLosslessSV1
 
 from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.loader import load_volume
@@ -198,7 +199,7 @@ def test_single_files_agree_with_pydicom(pydicom_data: Files, name: str) -> None
     assert np.array_equal(volume.voxels[0], reference)
 
 
-def test_jpeg_lossless_goes_through_simpleitk(pydicom_data: Files) -> None:
+def test_jpeg_lossless_equals_simpleitk(pydicom_data: Files) -> None:
     sitk = pytest.importorskip("SimpleITK")
     path = pydicom_data("bad_sequence.dcm")
     volume = load_volume(path)
@@ -242,7 +243,7 @@ def test_a_syntax_nobody_reads_is_named(write: Write) -> None:
     assert refusal.value.reason == "unsupported_syntax"
 
 
-# -- JPEG through SimpleITK -------------------------------------------------------------------
+# -- JPEG, packed by others -------------------------------------------------------------------
 def jpeg_lossless(folder: Path) -> None:
     """Compress the slices of a folder to JPEG Lossless, rescale untouched."""
     sitk = pytest.importorskip("SimpleITK")
@@ -261,6 +262,27 @@ def jpeg_lossless(folder: Path) -> None:
         image.PixelData = packed.PixelData
         image["PixelData"].is_undefined_length = True
         image.save_as(path)
+
+
+@pytest.mark.parametrize("bits", [12, 13, 14, 16])
+def test_jpeg_lossless_of_every_precision(
+    write: Write, edit: Edit, expected: Any, bits: int
+) -> None:
+    encode = pytest.importorskip("imagecodecs").jpeg8_encode
+    finer = 2 ** (bits - 12)
+
+    def pack(image: pydicom.Dataset, k: int) -> None:
+        stored = image.pixel_array * np.uint16(finer)
+        image.BitsStored, image.HighBit, image.RescaleSlope = bits, bits - 1, 1 / finer
+        how = {"lossless": True, "predictor": k % 7 + 1, "bitspersample": bits}
+        image.PixelData = encapsulate([encode(stored, **how)])
+        image["PixelData"].is_undefined_length = True
+        image["PixelData"].VR = "OB"
+        image.file_meta.TransferSyntaxUID = UID("1.2.840.10008.1.2.4.57")
+
+    folder = write()
+    edit(folder, pack)
+    assert np.array_equal(load_volume(folder, strict=True).voxels, expected())
 
 
 def test_jpeg_lossless_keeps_every_slices_own_rescale(
