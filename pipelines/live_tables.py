@@ -8,6 +8,7 @@ changes nothing: the error is logged and counted, and what was in force stays.
 from __future__ import annotations
 
 import logging
+import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from plinth.verticals import Settings, Vertical
 
 MAX_BYTES = 64 << 20
 """Of a file with a table."""
+SETTLED = 0.25
+"""Seconds after which whoever writes a file is done with it."""
 RELOADS = Counter(
     "plinth_settings_reloads_total",
     "Files of settings that were read again because they changed; outcome: taken, or wrong.",
@@ -72,22 +75,29 @@ def mark_of(path: Path) -> Mark:
 class Marks:
     """Tells whether files have changed since it was last asked.
 
+    A file that somebody is writing may hold nothing, or half of its keys: a change is told once it
+    is :data:`SETTLED` seconds old.
+
     Args:
         paths: the files; make this before they are read, so that no change is missed.
+        seen: how they were when they were read; ``None``: as they are now.
     """
 
-    def __init__(self, *paths: Path) -> None:
-        self._paths = paths
-        self._seen = self._now()
+    def __init__(self, *paths: Path, seen: Mapping[Path, Mark] | None = None) -> None:
+        self._seen = dict(seen or {path: mark_of(path) for path in paths})
 
-    def _now(self) -> list[Mark]:
-        return [mark_of(path) for path in self._paths]
-
-    def changed(self) -> bool:
-        """Whether one has; each change is told once."""
-        now, before = self._now(), self._seen
+    def changed(self) -> list[Path]:
+        """Those that have; each change is told once."""
+        now = {path: mark_of(path) for path in self._seen}
+        found = [path for path, mark in now.items() if mark != self._seen[path]]
+        if any(_is_young(now[path]) for path in found):
+            return []
         self._seen = now
-        return now != before
+        return found
+
+
+def _is_young(mark: Mark) -> bool:
+    return mark is not None and 0 <= time.time() - mark[0] / 1e9 < SETTLED
 
 
 def _read(
@@ -148,7 +158,7 @@ class LiveTables:
         self._config = config
         self._verticals = verticals
         self._files = {
-            name: settings_of(config, name, vertical.settings_type)[1]
+            name: Marks(seen=settings_of(config, name, vertical.settings_type)[1])
             for name, vertical in verticals.items()
             if vertical.settings_type.live_tables
         }
@@ -156,14 +166,10 @@ class LiveTables:
     def look(self) -> None:
         """Take over what has changed; call it between two batches, about once a second."""
         for name, files in self._files.items():
-            if any(mark_of(path) != mark for path, mark in files.items()):
-                self._take_over(name)
+            if changed := files.changed():
+                self._take_over(name, ", ".join(map(str, changed)))
 
-    def _take_over(self, name: str) -> None:
-        files = self._files[name]
-        marks = {path: mark_of(path) for path in files}
-        names = ", ".join(str(path) for path in files if marks[path] != files[path])
-        self._files[name] = marks
+    def _take_over(self, name: str, files: str) -> None:
         try:
             vertical = self._verticals[name]
             settings, _ = settings_of(self._config, name, vertical.settings_type)
@@ -173,4 +179,4 @@ class LiveTables:
             log.error("%s: what was in force stays: %s", name, error)
         else:
             RELOADS.labels(name, "taken").inc()
-            log.info("%s: took over %s", name, names)
+            log.info("%s: took over %s", name, files)

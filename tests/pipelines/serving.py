@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -109,6 +112,12 @@ def until(condition: Callable[[], bool]) -> None:
             return
         pause.wait(0.01)
     raise AssertionError("it did not come true within a minute")
+
+
+def settle(path: Path) -> None:
+    """Let a file be as if it had been written a while ago."""
+    past = time.time() - 60
+    os.utime(path, (past, past))
 
 
 def watch(seconds: float) -> None:

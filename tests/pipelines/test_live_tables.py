@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import running, until
+from serving import running, settle, until
 
 from plinth.engine import ConfigError
 from plinth.engine.metrics import REGISTRY
@@ -23,6 +23,7 @@ def write(path: Path, text: str) -> None:
     """Put a whole file in its place, as editors and deployments do."""
     part = path.with_suffix(".part")
     part.write_text(text)
+    settle(part)
     part.replace(path)
 
 
@@ -71,6 +72,21 @@ def test_a_changed_file_takes_over_and_a_wrong_one_changes_nothing(
     live.look()
     assert vertical.rules.version == first
     assert (reloads("taken") - before[0], reloads("wrong") - before[1]) == (2, 5)
+
+
+def test_a_file_that_is_being_written_is_read_when_that_is_over(tmp_path: Path) -> None:
+    config = config_with(tmp_path, RULE.format(10))
+    vertical: Any = load_vertical(config, "finance")
+    live = LiveTables(config, {"finance": vertical})
+    first, wrong = vertical.rules.version, reloads("wrong")
+    (tmp_path / "rules.toml").write_text("")  # as an editor leaves it for a moment
+    live.look()
+    assert vertical.rules.version == first
+    (tmp_path / "rules.toml").write_text(RULE.format(20))
+    settle(tmp_path / "rules.toml")
+    live.look()
+    assert vertical.rules.version != first
+    assert reloads("wrong") == wrong
 
 
 @pytest.mark.parametrize(

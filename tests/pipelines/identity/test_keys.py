@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import Running, error, running, until
+from serving import Running, error, running, settle, until
 from tensor_rows import ROWS
 from tiny_verticals import Shelf, Tiny
 
@@ -343,6 +343,7 @@ def test_a_wrong_file_changes_nothing_and_is_told(
         (whole.replace('"a"', '"a b"'), "a name has 1 to 64"),
     ):
         path.write_text(wrong)
+        settle(path)
         keys.look()
         assert told in caplog.messages[-1]
         assert identity.caller({b"x-api-key": key.encode()}).name == "a"
