@@ -174,6 +174,8 @@ async function view(box) {
 }
 
 // -- the desk: keys that move in the queue and decide ---------------------------------------------
+let deskAlert = null; // kept here, for the queue is drawn again every few seconds
+
 function deskKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.target.closest("input, select, textarea")) return;
@@ -182,12 +184,12 @@ function deskKey(event) {
   const step = { j: 1, ArrowDown: 1, k: -1, ArrowUp: -1 }[event.key];
   if (!step) return;
   const alerts = [...document.querySelectorAll("#queue [data-alert]")];
-  const here = alerts.indexOf(document.activeElement.closest("[data-alert]") ?? alerts.find((one) => one.dataset.seen));
+  const seen = document.activeElement.closest("[data-alert]")?.dataset.alert ?? deskAlert;
+  const here = alerts.findIndex((one) => one.dataset.alert === seen);
   const next = alerts[Math.min(alerts.length - 1, Math.max(0, here + step))];
   if (!next) return;
   event.preventDefault();
-  alerts.forEach((one) => delete one.dataset.seen);
-  next.dataset.seen = "yes";
+  deskAlert = next.dataset.alert;
   next.focus();
   next.click();
 }

@@ -115,6 +115,9 @@ def test_a_day_at_the_desk(server: Running, page: Any) -> None:
 
 @pytest.mark.needs("playwright")
 def test_the_slider_tries_a_threshold_on_what_is_known(server: Running, page: Any) -> None:
+    dearest = get(server, "alerts", order="expected_loss", labelled=False)["alerts"][0]["id"]
+    answer = server.post(f"/v1/finance/alerts/{dearest}/label", json={"fraud": True})
+    assert answer.status_code == 200, answer.text
     page.goto(server.server.url + PAGE)
     tried = page.locator("#what-if tbody tr").nth(1)
     assert tried.locator("th").inner_text().startswith("0.02"), "it begins with what is in force"
