@@ -41,12 +41,12 @@ unexport PYTHONDONTWRITEBYTECODE  # tests start Python a thousand times: compile
 
 test: export PLINTH_REQUIRE_EXTRAS = 1
 test: extras lint      ## everything: style, types, tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not clock and not soak" -n $(JOBS) --dist loadgroup --no-loadscope-reorder
-	PLINTH_TEST_DEVICE=fake OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine -m "not cpu and not clock and not slow and not soak" -n $(JOBS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not clock and not soak" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	PLINTH_TEST_DEVICE=fake OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine -m "not cpu and not clock and not slow and not soak" -n $(JOBS) --dist loadfile
 	$(BIN)/pytest -m clock
 
 soak: extras           ## what make test leaves out: more kills, outages, memory and whole runs (ten minutes)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -n 2 --dist loadfile
 
 fuzz: extras           ## new examples for every property, 500 requests for each route (an hour)
 	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/pytest -m "hypothesis and not clock" -n $(JOBS) --timeout 3000

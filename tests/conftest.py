@@ -14,19 +14,14 @@ settings.register_profile("fuzz", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "plinth"))
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast files first; of the slow ones the largest first, so that processes end together.
+    """Files of a broker first, which wait more than they compute; then those with most slow tests.
 
-    Tests of one file share a process and its fixtures, and so do all of a broker: they wait more
-    than they compute, and leave the cores to the other processes from the beginning.
+    So processes that take whole files (``--dist loadfile``) end together.
     """
     broker = {item.path for item in items if item.get_closest_marker("kafka")}
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (item.path not in broker, slow[item.path] > 0, -slow[item.path]))
-    for item in items:
-        group = "kafka" if item.path in broker else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: (item.path not in broker, -slow[item.path]))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

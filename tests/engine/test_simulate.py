@@ -20,9 +20,6 @@ SCENE = Setting(duration=15.0)
 SEED = 7
 
 
-pytestmark = pytest.mark.xdist_group("simulate")  # they share what they replay
-
-
 @cache
 def ceiling(rate: float) -> float:
     return clairvoyant(SCENE, poisson(rate, SCENE.duration, SEED)).goodput
