@@ -28,6 +28,7 @@ __all__ = ["kafka_node"]
 
 KNOCKING = [8.0 if at % 64 == 0 else 0.1 * (-1) ** at for at in range(256)]
 HUMMING = [(-1.0) ** at for at in range(256)]
+PATIENT = {"x-slo-deadline-ms": "60000"}
 
 USE = """
 from plinth.engine import Engine
@@ -174,7 +175,7 @@ def test_it_keeps_the_contract_and_is_listed_and_checked_with_its_config_table(
 
 @pytest.mark.slow
 def test_http_answers_it(served: str) -> None:
-    url, headers = f"{served}/v1/sensors/score", {"content-type": "application/json"}
+    url, headers = f"{served}/v1/sensors/score", {"content-type": "application/json", **PATIENT}
     bad = httpx.post(url, content=window(KNOCKING), headers=headers, timeout=30)
     good = httpx.post(url, content=window(HUMMING), headers=headers, timeout=30)
     assert (bad.json()["alarm"], good.json()["alarm"]) == (True, False)

@@ -52,7 +52,7 @@ def test_a_study_is_the_same_bit_for_bit(tmp_path: Path) -> None:
             *(tmp_path / "in", tmp_path / f"out{n}", n),
             nodules=True,
             nifti=True,
-            working_spacing_mm=2.5,
+            working_spacing_mm=3.5,
         )
         for n in (0, 1)
     )
