@@ -23,12 +23,12 @@ SOURCE = ROOT / "tests" / "example_vertical"
 sys.path.insert(0, str(ROOT / "tests" / "pipelines"))
 
 from kafka_fixtures import KafkaNode, kafka_node  # noqa: E402 - after the path is set
+from serving import until  # noqa: E402
 
 __all__ = ["kafka_node"]
 
 KNOCKING = [8.0 if at % 64 == 0 else 0.1 * (-1) ** at for at in range(256)]
 HUMMING = [(-1.0) ** at for at in range(256)]
-PATIENT = {"x-slo-deadline-ms": "60000"}
 
 USE = """
 from plinth.engine import Engine
@@ -137,7 +137,9 @@ def served(plugged: Environment) -> Iterator[str]:
     for line in server.stderr:
         heard.append(line)
         if found := re.search(r"on (http://\S+)", line):
-            yield found[1]
+            url = found[1]
+            until(lambda url=url: httpx.get(f"{url}/health/ready", timeout=60).is_success)
+            yield url
             break
     else:
         pytest.fail("the server ended: " + "".join(heard))
@@ -175,9 +177,10 @@ def test_it_keeps_the_contract_and_is_listed_and_checked_with_its_config_table(
 
 @pytest.mark.slow
 def test_http_answers_it(served: str) -> None:
-    url, headers = f"{served}/v1/sensors/score", {"content-type": "application/json", **PATIENT}
+    url, headers = f"{served}/v1/sensors/score", {"content-type": "application/json"}
     bad = httpx.post(url, content=window(KNOCKING), headers=headers, timeout=30)
     good = httpx.post(url, content=window(HUMMING), headers=headers, timeout=30)
+    assert bad.is_success, bad.text
     assert (bad.json()["alarm"], good.json()["alarm"]) == (True, False)
 
     both = b"[" + window(KNOCKING) + b"," + window([1.0], "pump-8") + b"]"
