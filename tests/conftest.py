@@ -1,11 +1,15 @@
 """Settings of all tests."""
 
+import logging
 import os
 from collections import Counter
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
 from hypothesis import settings
+
+from plinth.pipelines.console import PlacesOnly
 
 # Shared, noisy machines: an example's first call may pay for imports and lazy set-up. One commit
 # has one result, so examples are drawn from the test's own text; `make fuzz` draws others.
@@ -22,6 +26,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     broker = {item.path for item in items if item.get_closest_marker("kafka")}
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: (item.path not in broker, -slow[item.path]))
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A command that runs in this process sets logging up; the next test has its own again."""
+    root, ours = logging.getLogger(), logging.getLogger("plinth")
+    before, levels = root.handlers[:], (root.level, ours.level)
+    yield
+    for handler in root.handlers[:]:
+        if handler not in before and any(isinstance(one, PlacesOnly) for one in handler.filters):
+            root.removeHandler(handler)
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

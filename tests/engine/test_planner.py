@@ -217,8 +217,11 @@ def test_a_model_answers_while_a_late_export_of_it_goes_on(monkeypatch):
 
     monkeypatch.setattr(choice, "COMPILE_SECONDS", 1.0)
     net = model(Watched(), 8)
-    executable = prepare(net, CPU, "fp32", "auto", 1)
-    assert traced.wait(30)
+    for _ in range(4):  # calls of modules in other threads may end an exporter before it traces
+        executable = prepare(net, CPU, "fp32", "auto", 1)
+        if traced.wait(10):
+            break
+    assert traced.is_set(), executable.report["refused"]
     x = torch.randn(3, 8)
     with torch.inference_mode():
         want = net.module(x)
