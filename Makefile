@@ -39,11 +39,15 @@ fix: setup             ## format, and mend what can be mended without thought
 
 unexport PYTHONDONTWRITEBYTECODE  # tests start Python a thousand times: compile once
 
+QUICK := -m "not clock and not soak"
+FAKE := tests/engine -m "not cpu and not clock and not slow and not soak"
+ALONE := echo "what failed beside others is run once more alone:" && OMP_NUM_THREADS=1 $(BIN)/pytest --last-failed --last-failed-no-failures none
+
 test: export PLINTH_REQUIRE_EXTRAS = 1
 test: extras lint      ## everything: style, types, tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not clock and not soak" -n $(JOBS) --dist loadfile --no-loadscope-reorder
-	PLINTH_TEST_DEVICE=fake OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine -m "not cpu and not clock and not slow and not soak" -n $(JOBS) --dist loadfile
-	$(BIN)/pytest -m clock
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(QUICK) -n $(JOBS) --dist loadfile --no-loadscope-reorder || { test $$? = 1 && $(ALONE) $(QUICK); }
+	export PLINTH_TEST_DEVICE=fake; OMP_NUM_THREADS=1 $(BIN)/pytest $(FAKE) -n $(JOBS) --dist loadfile || { test $$? = 1 && $(ALONE) $(FAKE); }
+	$(BIN)/pytest -m clock || { test $$? = 1 && $(ALONE) -m clock; }
 
 soak: extras           ## what make test leaves out: more kills, outages, memory and whole runs (ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -n 2 --dist loadfile
