@@ -177,7 +177,8 @@ def test_it_keeps_the_contract_and_is_listed_and_checked_with_its_config_table(
 
 @pytest.mark.slow
 def test_http_answers_it(served: str) -> None:
-    url, headers = f"{served}/v1/sensors/score", {"content-type": "application/json"}
+    url = f"{served}/v1/sensors/score"
+    headers = {"content-type": "application/json", "x-slo-deadline-ms": "60000"}
     bad = httpx.post(url, content=window(KNOCKING), headers=headers, timeout=30)
     good = httpx.post(url, content=window(HUMMING), headers=headers, timeout=30)
     assert bad.is_success, bad.text
