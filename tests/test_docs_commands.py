@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,11 +28,12 @@ import pytest
 from kafka import KafkaProducer
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "verticals")]
+sys.path[:0] = [str(ROOT / "tests" / name) for name in (".", "verticals", "pipelines")]
 
 from commands import Command  # noqa: E402
 from medical.own_networks import Blobs, write_bundle  # noqa: E402
 from pages import BLOCKS, Block, assigned, commands  # noqa: E402
+from serving import await_ready  # noqa: E402
 
 from plinth.pipelines.cli.embedded_broker import SESSION_TIMEOUT_MS, EmbeddedBroker  # noqa: E402
 from plinth.pipelines.stream.audit import AuditTrail  # noqa: E402
@@ -112,7 +112,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
         server = start(["plinth", "serve", "finance", "medical"], shop, folder / "server.txt")
         try:
             url = await_words(server, LASTING["serve"])[1]
-            await_readiness(url)
+            with httpx.Client(base_url=url, timeout=60) as client:
+                await_ready(client)
             yield Shop(folder, env, broker.bootstrap_servers, url)
         finally:
             server.end()
@@ -260,17 +261,6 @@ def await_answer(command: Command) -> None:
     with socket.create_connection((host, int(port)), timeout=30) as door:
         door.sendall(b"GET /health/live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
         assert door.recv(64).startswith(b"HTTP/1.1 200")
-
-
-def await_readiness(url: str) -> None:
-    """Until the models are warm; a minute, at most."""
-    ready = threading.Event()
-    for _ in range(600):
-        if httpx.get(f"{url}/health/ready", timeout=60).status_code == 200:
-            ready.set()
-            return
-        ready.wait(0.1)
-    raise AssertionError("the server did not become ready within a minute")
 
 
 @pytest.mark.parametrize("words", [pytest.param(w, id=at) for at, w in every("curl")])

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import signal
 import site
 import subprocess
 import sys
@@ -23,7 +21,7 @@ SOURCE = ROOT / "tests" / "example_vertical"
 sys.path.insert(0, str(ROOT / "tests" / "pipelines"))
 
 from kafka_fixtures import KafkaNode, kafka_node  # noqa: E402 - after the path is set
-from serving import until  # noqa: E402
+from serving import served  # noqa: E402
 
 __all__ = ["kafka_node"]
 
@@ -124,28 +122,13 @@ def plugged(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 
 @pytest.fixture(scope="module")
-def served(plugged: Environment) -> Iterator[str]:
-    """URL of a real server process on a free port; it must drain on SIGTERM."""
-    server = subprocess.Popen(
-        plugged.command("serve", "sensors", "--port", "0", "--device", "cpu"),
-        env=plugged.env,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stderr is not None
-    heard: list[str] = []
-    for line in server.stderr:
-        heard.append(line)
-        if found := re.search(r"on (http://\S+)", line):
-            url = found[1]
-            until(lambda url=url: httpx.get(f"{url}/health/ready", timeout=60).is_success)
-            yield url
-            break
-    else:
-        pytest.fail("the server ended: " + "".join(heard))
-    server.send_signal(signal.SIGTERM)
-    server.communicate(timeout=60)
-    assert server.returncode == 0
+def url(plugged: Environment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of a real server process on a free port; it must drain on SIGTERM."""
+    words = plugged.command("serve", "sensors", "--port", "0", "--device", "cpu")
+    log = tmp_path_factory.mktemp("served") / "log.txt"
+    with served(words, log, env=plugged.env) as server:
+        yield server.url
+        server.drain()
 
 
 def window(samples: list[float], sensor: str = "pump-7") -> bytes:
@@ -176,22 +159,22 @@ def test_it_keeps_the_contract_and_is_listed_and_checked_with_its_config_table(
 
 
 @pytest.mark.slow
-def test_http_answers_it(served: str) -> None:
-    url = f"{served}/v1/sensors/score"
+def test_http_answers_it(url: str) -> None:
+    route = f"{url}/v1/sensors/score"
     headers = {"content-type": "application/json", "x-slo-deadline-ms": "60000"}
-    bad = httpx.post(url, content=window(KNOCKING), headers=headers, timeout=30)
-    good = httpx.post(url, content=window(HUMMING), headers=headers, timeout=30)
+    bad = httpx.post(route, content=window(KNOCKING), headers=headers, timeout=30)
+    good = httpx.post(route, content=window(HUMMING), headers=headers, timeout=30)
     assert bad.is_success, bad.text
     assert (bad.json()["alarm"], good.json()["alarm"]) == (True, False)
 
     both = b"[" + window(KNOCKING) + b"," + window([1.0], "pump-8") + b"]"
-    first, second = httpx.post(url, content=both, headers=headers, timeout=30).json()["results"]
+    first, second = httpx.post(route, content=both, headers=headers, timeout=30).json()["results"]
     assert first["result"] == bad.json()
     assert second["error"]["field"] == "samples"
 
-    api = httpx.get(f"{served}/openapi.json", timeout=30).json()
+    api = httpx.get(f"{url}/openapi.json", timeout=30).json()
     assert "/v1/sensors/score" in api["paths"]
-    assert "/v1/sensors/score" in httpx.get(f"{served}/metrics", timeout=30).text
+    assert "/v1/sensors/score" in httpx.get(f"{url}/metrics", timeout=30).text
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
-"""A real server in a thread, for the tests of the HTTP door."""
+"""Real servers for the tests of the doors: in a thread, or as a process of their own."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
+import signal
 import socket
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,6 @@ class Running:
         self.client = httpx.Client(base_url=server.url, timeout=60, **client)
         self.thread = threading.Thread(target=server.run)
         self.thread.start()
-
-    def await_ready(self) -> None:
-        """Until the warm-up is over; connections wait in the socket's backlog until then."""
-        until(lambda: self.client.get("/health/ready").status_code == 200)
 
     def post(self, path: str, **options: Any) -> httpx.Response:
         """POST below the server; a body whose type is not given is JSON."""
@@ -60,13 +59,61 @@ def running(verticals: Mapping[str, Vertical[Any, Any]], /, **tables: Any) -> It
         server = Server(create_app(verticals, engine, config), config, bound)
         running = Running(server, engine, options)
         try:
-            running.await_ready()
+            await_ready(running.client)
             yield running
         finally:
             running.client.close()  # an open connection would linger
             running.server.drain()
             running.thread.join(60)
             assert not running.thread.is_alive()
+
+
+class Served:
+    """A server in a process of its own; ``url``: where, ``log``: the file that has what it says."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process, self.log = process, log
+        pattern = re.compile(r"serving .* on (https?://[^\s\"]+)")
+        until(lambda: self.ended or pattern.search(log.read_text()) is not None)
+        found = pattern.search(log.read_text())
+        assert found is not None, log.read_text()
+        self.url = found[1]
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def drain(self) -> str:
+        """Tell it to end, which it must do well; all that it said."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(60) == 0, self.log.read_text()
+        return self.log.read_text()
+
+
+@contextlib.contextmanager
+def served(words: Sequence[str | Path], log: Path, **options: Any) -> Iterator[Served]:
+    """A command that serves, from its start until it is ready, and at most to the block's end.
+
+    Args:
+        words: of the command.
+        log: a file for what it says.
+        options: of :class:`subprocess.Popen`.
+    """
+    with log.open("wb") as said:
+        process = subprocess.Popen(words, stdout=said, stderr=said, **options)
+    try:
+        found = Served(process, log)
+        with httpx.Client(base_url=found.url.replace("0.0.0.0", "127.0.0.1"), timeout=60) as client:  # noqa: S104
+            await_ready(client)
+        yield found
+    finally:
+        process.kill()
+        process.wait(60)
+
+
+def await_ready(client: httpx.Client) -> None:
+    """Until the warm-up is over; connections wait in the socket's backlog until then."""
+    until(lambda: client.get("/health/ready").status_code == 200)
 
 
 class Raw:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import httpx
 import pytest
 import torch
-from serving import Running, until
+from serving import Running, await_ready, until
 from tiny_verticals import Doubled, Number, Tiny
 from torch import nn
 from typer.testing import CliRunner
@@ -114,7 +114,7 @@ def served(store: ModelStore) -> Iterator[Running]:
             Server(create_app({"tiny": vertical}, engine, config), config, bound), engine, {}
         )
         try:
-            server.await_ready()
+            await_ready(server.client)
             yield server
         finally:
             server.client.close()

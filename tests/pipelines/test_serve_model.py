@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from serving import Running, error, running, until
+from serving import Running, await_ready, error, running, until
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -197,7 +197,7 @@ def test_one_line_serves_an_export_until_it_is_told_to_stop(tmp_path: Path) -> N
         assert told["features"] == ["a", "b", "c"]
         assert told["route"] == "/v1/lin_1/predict"
         with httpx.Client(base_url=told["url"], timeout=60) as client:
-            until(lambda: client.get("/health/ready").status_code == 200)
+            await_ready(client)
             answer = client.post(told["route"], json={"a": 1, "b": 2, "c": 3})
             assert list(answer.json().values()) == [[14.0]]
             assert client.post(told["route"], json=told["example"]).status_code == 200

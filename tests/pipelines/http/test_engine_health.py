@@ -7,7 +7,7 @@ import httpx
 import pytest
 import torch
 from pydantic import BaseModel
-from serving import running, until
+from serving import await_ready, running, until
 from torch import nn
 
 from plinth.engine import Call, EngineFailed, Model, ModelSpec, Sla, TensorSpec
@@ -78,7 +78,7 @@ def test_a_server_whose_engine_ended_says_so_drains_and_fails():
         server = Server(create_app(verticals, engine, config), config, bound)
         served = pool.submit(server.run)
         with httpx.Client(base_url=server.url, timeout=30) as client:
-            until(lambda: client.get("/health/ready").status_code == 200)
+            await_ready(client)
             assert client.post(ROUTE, json={"v": 1}).status_code == 200
 
             def broken(now: float, lane: int) -> None:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
-import signal
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from serving import until
+from serving import Served, served
 from tiny_verticals import install
 
 CARD, NAME, TOKEN = "4012888888881881", "Grietje Canary-Zwart", "s3cr3t-canary-key"
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Any:
+def server(tmp_path: Path) -> Iterator[tuple[Served, Path]]:
     """``plinth serve`` in a process of its own, which logs JSON."""
     log = tmp_path / "log.jsonl"
     settings = {
@@ -28,27 +26,10 @@ def served(tmp_path: Path) -> Any:
         "PLINTH_ENGINE__BACKEND": "eager",
         "PLINTH_ENGINE__PRECISION": "fp32",
     }
-    with log.open("wb") as said:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "plinth", "serve", "finance", "tiny", "--port", "0"],
-            env=install(tmp_path / "site") | settings,
-            cwd=tmp_path,
-            stderr=said,
-            stdout=said,
-        )
-    try:
-        yield process, log, tmp_path / "requests.jsonl"
-    finally:
-        process.kill()
-        process.wait(60)
-
-
-def address(process: subprocess.Popen[bytes], log: Path) -> str:
-    pattern = re.compile(r"http://[\d.:]+\d")
-    until(lambda: process.poll() is not None or pattern.search(log.read_text()) is not None)
-    found = pattern.search(log.read_text())
-    assert found is not None, log.read_text()
-    return found[0]
+    words = [sys.executable, "-m", "plinth", "serve", "finance", "tiny", "--port", "0"]
+    env = install(tmp_path / "site") | settings
+    with served(words, log, env=env, cwd=tmp_path) as found:
+        yield found, tmp_path / "requests.jsonl"
 
 
 def attempts(client: httpx.Client) -> list[httpx.Response]:
@@ -90,23 +71,23 @@ def attempts(client: httpx.Client) -> list[httpx.Response]:
     return found
 
 
-def test_nothing_that_was_sent_is_in_a_log_a_metric_or_an_error(served: Any) -> None:
-    process, log, requests = served
-    with httpx.Client(base_url=address(process, log), timeout=60) as client:
-        until(lambda: client.get("/health/ready").status_code == 200)
+def test_nothing_that_was_sent_is_in_a_log_a_metric_or_an_error(
+    server: tuple[Served, Path],
+) -> None:
+    process, requests = server
+    with httpx.Client(base_url=process.url, timeout=60) as client:
         answers = attempts(client)
         assert {answer.status_code for answer in answers} >= {200, 400, 403, 404, 405, 415, 422}
         assert not [answer for answer in answers if answer.status_code in (500, 502, 504)]
         shown = client.get("/metrics").text + client.get("/v1/status").text
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    said = process.drain()
+    lines = [json.loads(line) for line in said.splitlines()]
     assert {"time", "level", "logger", "event"} <= lines[0].keys()
     assert lines[-1]["event"] == "drained, good bye"
     assert len(requests.read_text().splitlines()) >= len(answers)
     refused = [answer for answer in answers if answer.status_code != 200]
     nowhere = {
-        "log": log.read_text(),
+        "log": said,
         "metrics": shown,
         "requests": requests.read_text(),
         "errors": "".join(answer.text + str(answer.headers) for answer in refused),
