@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
-from head import parser_of, print_json
+from head import parser_of, print_json, print_rows
 from http_latency import requests_of, serving
 
 TOGETHER = 32
@@ -115,10 +115,8 @@ def main() -> None:
     if given.json:
         print_json(rows)
         return
-    print("| round | connections | answers by status | seconds | PSS MB | private MB |")
-    print("| ---: | ---: | --- | ---: | ---: | ---: |")
-    for one in rows:
-        print("| " + " | ".join(str(value) for value in one.values()) + " |")
+    headings = ("round", "connections", "answers by status", "seconds", "PSS MB", "private MB")
+    print_rows(headings, [list(one.values()) for one in rows])
 
 
 if __name__ == "__main__":

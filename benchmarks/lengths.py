@@ -16,7 +16,7 @@ from statistics import median, quantiles
 
 import psutil
 import torch
-from head import parser_of, print_json
+from head import parser_of, print_json, print_rows
 from optimize import Encoder
 from torch import Tensor
 
@@ -123,13 +123,17 @@ def main() -> None:
         print_json(lines)
         return
     print(f"load average {psutil.getloadavg()[0]:.1f}\n")
-    print("| model | backend | 64 texts of | CPU ms (quartiles) | x one length | off |")
-    print("|---|---|---|---|---|---|")
-    for line in lines:
-        print(
-            f"| {line['model']} | {line['backend']} | {line['way']} | {line['ms']:.0f} "
-            f"({line['low']:.0f} to {line['high']:.0f}) | {line['x']:.2f} | {line['off']:.1g} |"
-        )
+    print_rows(
+        ("model", "backend", "64 texts of", "CPU ms (quartiles)", "x one length", "off"),
+        [
+            (
+                *(line["model"], line["backend"], line["way"]),
+                f"{line['ms']:.0f} ({line['low']:.0f} to {line['high']:.0f})",
+                *(f"{line['x']:.2f}", f"{line['off']:.1g}"),
+            )
+            for line in lines
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 import torch
-from head import parser_of, print_json
+from head import parser_of, print_json, print_rows
 from safetensors.torch import load_file
 from torch import nn
 
@@ -256,10 +256,8 @@ def main() -> None:
     if given.json:
         print_json(rows)
         return
-    print("| tensor | door | clients | answers /s | p50 ms | p99 ms |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
-    for row in rows:
-        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    headings = ("tensor", "door", "clients", "answers /s", "p50 ms", "p99 ms")
+    print_rows(headings, [list(row.values()) for row in rows])
 
 
 if __name__ == "__main__":

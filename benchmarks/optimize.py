@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from head import parser_of, print_json
+from head import parser_of, print_json, print_rows
 from torch import Tensor, nn
 
 from plinth.engine import Model
@@ -104,18 +104,19 @@ def main() -> None:
         found = search(task, Path(work), lambda line: print(line, file=sys.stderr))
     if options.picture:
         draw(found.points, found.best, options.max_loss, "1 - cosine", options.picture)
+    points = sorted(found.points, key=lambda p: -p.speed)
     results = [
         {"candidate": p.label, "x fp32": p.speed, "loss": p.loss, "weights": p.memory}
-        for p in sorted(found.points, key=lambda p: -p.speed)
+        for p in points
     ]
     best = found.best.label if found.best else None
     if options.json:
         print_json({"points": results, "best": best, "refused": found.refused})
         return
-    print("| candidate | x fp32 | 1 - cosine | weights MB |\n|---|---|---|---|")
-    for row in results:
-        speed, loss, size = row["x fp32"], row["loss"], row["weights"]
-        print(f"| {row['candidate']} | {speed:.2f} | {loss:.6f} | {float(str(size)) / 1e6:.1f} |")
+    print_rows(
+        ("candidate", "x fp32", "1 - cosine", "weights MB"),
+        [(p.label, f"{p.speed:.2f}", f"{p.loss:.6f}", f"{p.memory / 1e6:.1f}") for p in points],
+    )
     print("best within", options.max_loss, "is", best)
 
 
