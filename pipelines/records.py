@@ -16,12 +16,12 @@ import logging
 import re
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import orjson
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from plinth.engine import (
     Answer,
@@ -42,6 +42,7 @@ from plinth.engine import (
 from plinth.engine.metrics import SLA_MISSES
 from plinth.engine.runtime.flow_driver import FlowDriver
 from plinth.verticals import Query, Vertical
+from plinth.verticals.contract import invalid
 
 log = logging.getLogger("plinth.records")
 
@@ -335,6 +336,11 @@ def _model_failed() -> ModelError:
     )
 
 
+def pairs(words: Mapping[str, str]) -> str:
+    """Models and their versions, or the like, in one line: ``risk=3, lung=1``."""
+    return ", ".join(f"{name}={value}" for name, value in words.items())
+
+
 def late_at_door(answer: Answer[Any], sla: Sla, seconds: float) -> bool:
     """Whether an answer missed its promise at the door alone; if so, that is counted.
 
@@ -391,15 +397,21 @@ def _malformed(what: str) -> InputError:
     )
 
 
-async def ask(query: Query, asked: BaseModel) -> BaseModel:
+async def ask(query: Query, fields: Mapping[str, Any], *, as_text: bool) -> BaseModel:
     """The answer to a query of a vertical, from the event loop in which its flows run.
 
     Args:
         query: of the vertical.
-        asked: of the query's type.
+        fields: of what is asked.
+        as_text: their values are text, as paths, forms and query strings have them.
 
     Raises:
-        InputError: there is no such thing.
+        InputError: a field is wrong, or there is no such thing.
     """
+    check = query.asked.model_validate_strings if as_text else query.asked.model_validate
+    try:
+        asked: BaseModel = check(fields)
+    except ValidationError as error:
+        raise invalid(error) from None
     found = query.answer(asked)
     return found if isinstance(found, BaseModel) else await asyncio.to_thread(found)

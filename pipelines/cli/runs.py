@@ -29,7 +29,7 @@ from plinth.pipelines.folders.batch import Batch, Summary, check_folders
 from plinth.pipelines.folders.batch import Progress as Step
 from plinth.pipelines.interpreter import set_for_serving
 from plinth.pipelines.live_tables import LiveTables
-from plinth.pipelines.observability.tracing import tracing_while
+from plinth.pipelines.observability.tracing import batch_span, tracing_while
 from plinth.pipelines.process import Signals, metrics_at
 from plinth.verticals import registry
 
@@ -181,6 +181,7 @@ def run_batch(config: Config, as_json: bool) -> int:
         running_config = config.model_copy(update={"engine": apart})
         engine = stack.enter_context(running(running_config, {name: vertical}, follow=True))
         view = stack.enter_context(BatchView())
+        tracing = stack.enter_context(tracing_while(os.environ))
         job = Batch(
             vertical,
             engine,
@@ -192,6 +193,7 @@ def run_batch(config: Config, as_json: bool) -> int:
             resume=settings.resume,
             retry_failed=settings.retry_failed,
             on_progress=view.show,
+            within=stack.enter_context(batch_span(tracing, name, os.environ)),
         )
         signals = stack.enter_context(Signals(lambda: _abort(job, engine)).handled())
         summary = job.run()

@@ -46,6 +46,7 @@ from plinth.pipelines.folders.items import (
 )
 from plinth.pipelines.folders.journal import Entry, Journal
 from plinth.pipelines.folders.storage import StorageError, storing, sweep
+from plinth.pipelines.observability.tracing import Begun
 from plinth.verticals import Item, LeftOut, Vertical
 
 AGAIN = "make room or change the permissions, then run it again: it goes on"
@@ -160,6 +161,7 @@ class Batch:
         resume: skip what the journal has as done by the same models on the same files.
         retry_failed: run items again that failed before.
         on_progress: told what happens.
+        within: the span in which those of the items are, if traces are asked for.
 
     Raises:
         ConfigError: the folder is absent, or ``out`` lies inside it.
@@ -178,6 +180,7 @@ class Batch:
         resume: bool = True,
         retry_failed: bool = False,
         on_progress: Callable[[Progress], None] = lambda progress: None,
+        within: Begun | None = None,
     ) -> None:
         check_folders(folder, out)
         self.vertical = vertical
@@ -191,7 +194,7 @@ class Batch:
         self.retry_failed = retry_failed
         self.models = versions(vertical)
         self.summary = Summary()
-        self._tell = on_progress
+        self._tell, self._within = on_progress, within
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
@@ -316,7 +319,7 @@ class Batch:
 
     def _one(self, item: Item, journal: Journal) -> None:
         started = time.perf_counter()
-        steps = Steps(self._device, lambda stage: self._stage(item, stage))
+        steps = Steps(self._device, lambda stage: self._stage(item, stage), self._within)
         facts = printable(item.facts)
         entry = Entry(item.id, "failed", self.models, self._inputs(item), facts=facts)
         change: dict[str, Any]

@@ -12,14 +12,15 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from plinth.engine import Answer, Call, Engine, Flow, InputError, PlinthError, Sla
 from plinth.pipelines.folders.storage import storing, write_whole
-from plinth.pipelines.records import FAULTS
+from plinth.pipelines.observability.tracing import Begun
+from plinth.pipelines.records import FAULTS, pairs
 from plinth.verticals import Item, LeftOut, Settings, Vertical
 
 log = logging.getLogger("plinth.items")
@@ -64,17 +65,32 @@ class Steps:
     Args:
         device: held while a call of the item is with the engine, never while its own steps run.
         on_stage: told ``"load"``, ``"infer"``, ``"write"`` as they begin.
+        within: the span in which the item's own is, if traces are asked for.
         stage: the last of them.
+        begun: when each began (``perf_counter``).
+        waited: seconds for ``device``.
     """
 
     device: AbstractContextManager[Any] = field(default_factory=nullcontext)
     on_stage: Callable[[str], None] = lambda stage: None
+    within: Begun | None = None
     stage: str = "load"
+    begun: dict[str, float] = field(default_factory=dict)
+    waited: float = 0.0
 
     def begin(self, stage: str) -> None:
         """A stage begins."""
         self.stage = stage
+        self.begun[stage] = time.perf_counter()
         self.on_stage(stage)
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Held while a call is with the engine."""
+        asked = time.perf_counter()
+        with self.device:
+            self.waited += time.perf_counter() - asked
+            yield
 
     def failure(self, error: PlinthError) -> dict[str, Any]:
         """An error in the present stage as JSON-ready data, with the step in words."""
@@ -198,7 +214,7 @@ def analyse(
     sla: Sla,
     steps: Steps | None = None,
 ) -> Finished:
-    """Carry one item from its files to its outputs.
+    """Carry one item from its files to its outputs, and tell of it in a span of its own.
 
     Args:
         vertical: the domain.
@@ -215,12 +231,46 @@ def analyse(
         PlinthError: the engine's.
     """
     steps = steps or Steps()
+    if steps.within is None:
+        return _analyse(vertical, engine, item, folder, sla, steps)
+    span = steps.within.begin(f"item {vertical.name}", time.perf_counter())
+    about: dict[str, str | int] = {"plinth.vertical": vertical.name}
+    try:
+        done = _analyse(vertical, engine, item, folder, sla, steps)
+    except PlinthError as error:
+        about |= {"plinth.step": steps.stage, "error.type": error.reason}
+        span.end(about, failed=not isinstance(error, InputError))
+        raise
+    about |= {"plinth.models": pairs(done.answer.models)} if done.answer.models else {}
+    span.end(about, _timing(steps, done))
+    return done
+
+
+def _timing(steps: Steps, done: Finished) -> dict[str, float]:
+    """Where an item's time went: reading its files, waiting, the device, writing its outputs."""
+    begun, timing = steps.begun, done.answer.timing
+    return replace(
+        timing,
+        decode=begun["infer"] - begun["load"],
+        queue=timing.queue + steps.waited,
+        encode=begun["load"] + done.seconds - begun["write"],
+    ).as_dict()
+
+
+def _analyse(
+    vertical: Vertical[Any, Any],
+    engine: Engine,
+    item: Item,
+    folder: Path,
+    sla: Sla,
+    steps: Steps,
+) -> Finished:
     started = time.perf_counter()
     try:
         steps.begin("load")
         request = engine.run(vertical.loading(item), sla).value
         steps.begin("infer")
-        answer = engine.run(calls_within(steps.device, vertical.infer([request])), sla)
+        answer = engine.run(calls_within(steps.on_device, vertical.infer([request])), sla)
         result = answer.value[0]
         if isinstance(result, InputError):
             raise result
@@ -243,8 +293,8 @@ def analyse(
     return Finished(folder, files, answer, encoded, time.perf_counter() - started)
 
 
-def calls_within(slot: AbstractContextManager[Any], flow: Flow[T]) -> Flow[T]:
-    """The same flow; ``slot`` is held from each of its calls to that call's answer.
+def calls_within(slot: Callable[[], AbstractContextManager[Any]], flow: Flow[T]) -> Flow[T]:
+    """The same flow; a ``slot`` is held from each of its calls to that call's answer.
 
     The flow's own steps (rules, measurements on the host), those it yields among them, run without
     the slot, so that another item's calls keep the device busy meanwhile.
@@ -253,7 +303,7 @@ def calls_within(slot: AbstractContextManager[Any], flow: Flow[T]) -> Flow[T]:
         asked = next(flow)
         while True:
             try:
-                with slot if isinstance(asked, Call) else nullcontext():
+                with slot() if isinstance(asked, Call) else nullcontext():
                     answer = yield asked
             except Exception as error:  # noqa: BLE001 - the flow's own to handle
                 asked = flow.throw(error)

@@ -43,6 +43,7 @@ from plinth.pipelines.folders.items import (
     survey,
 )
 from plinth.pipelines.folders.storage import StorageError, StorageFull, storing
+from plinth.pipelines.observability.tracing import Begun
 from plinth.pipelines.records import explained
 from plinth.verticals import Item, LeftOut, Vertical
 
@@ -104,6 +105,7 @@ class Job:
         folder: its own folder: ``in`` for what came, ``out`` for what is written.
         created: clock time of the upload.
         left_out: the first files that are no item, and why.
+        span: of its work, where the request that brought it is traced; ``queued``: while it waits.
     """
 
     id: str
@@ -119,6 +121,8 @@ class Job:
     bytes: int = 0
     deleted: bool = False
     ended: Future[None] = field(default_factory=Future)
+    span: Begun | None = None
+    queued: Begun | None = None
 
     @property
     def received(self) -> Path:
@@ -126,10 +130,14 @@ class Job:
         return self.folder / "in"
 
     @property
+    def has_failed(self) -> bool:
+        """Whether some of it failed, or all."""
+        return self.failure is not None or any(item.failure for item in self.items)
+
+    @property
     def retryable(self) -> bool:
         """Whether it is over, some of it failed, and what came is still there."""
-        failed = self.failure is not None or any(item.state == "failed" for item in self.items)
-        return self.finished is not None and failed and self.received.is_dir()
+        return self.finished is not None and self.has_failed and self.received.is_dir()
 
     @property
     def names(self) -> Path:
@@ -283,17 +291,27 @@ class Jobs:
             evicted.append(oldest)
         return evicted
 
-    def submit(self, job: Job) -> None:
-        """Queue a job whose files are in its folder ``in``."""
+    def submit(self, job: Job, within: Begun | None = None) -> None:
+        """Queue a job whose files are in its folder ``in``; ``within``: the request's span."""
         with self._changed:
             self._check_open()
             if not job.deleted:
-                job.state = "queued"
-                self._waiting.append(job)
-                self._changed.notify()
+                self._queue(job, within)
 
-    def retry(self, job: Job) -> None:
+    def _queue(self, job: Job, within: Begun | None) -> None:
+        now = time.perf_counter()
+        job.span = within and within.begin(f"job {job.vertical}", now)
+        job.queued = job.span and job.span.begin("queue", now)
+        job.state = "queued"
+        self._waiting.append(job)
+        self._changed.notify()
+
+    def retry(self, job: Job, within: Begun | None = None) -> None:
         """Queue a job again for those of its items that failed; the others stay as they are.
+
+        Args:
+            job: some of which failed.
+            within: the request's span.
 
         Raises:
             InputError: nothing of it failed, or it is in work.
@@ -309,9 +327,7 @@ class Jobs:
                 )
             job.failure = job.error = job.finished = None
             job.left_out, job.ended, job.created = [], Future(), self.clock()
-            job.state = "queued"
-            self._waiting.append(job)
-            self._changed.notify()
+            self._queue(job, within)
 
     def judge(self, job: Job, item: str, part: str, accepted: bool, by: str) -> dict[str, Any]:
         """Keep what a person says of an item, beside its files as ``verdicts.json``.
@@ -380,6 +396,7 @@ class Jobs:
         job.deleted = True
         if job in self._waiting:
             self._waiting.remove(job)
+            _tell_end(job)
 
     def purge(self) -> None:
         """Delete finished jobs that are too old."""
@@ -426,7 +443,9 @@ class Jobs:
                 return None
             job = self._waiting.popleft()
             job.state = "running"
-            return job
+        if job.queued is not None:
+            job.queued.end({})
+        return job
 
     def _work(self, job: Job) -> None:
         """Run a job; whatever goes wrong ends the job, never the thread."""
@@ -470,7 +489,7 @@ class Jobs:
 
     def _one(self, vertical: Vertical[Any, Any], job: Job, one: Item, report: ItemReport) -> None:
         report.state = "running"
-        steps = Steps(on_stage=lambda stage: setattr(report, "stage", stage))
+        steps = Steps(on_stage=lambda stage: setattr(report, "stage", stage), within=job.span)
         out = job.folder / "out" / report.id
         try:
             done = analyse(
@@ -498,7 +517,7 @@ class Jobs:
         report.files, report.result = files, result
 
     def _end(self, job: Job) -> None:
-        if not any(report.failure for report in job.items) and job.failure is None:
+        if not job.has_failed:
             shutil.rmtree(job.received, ignore_errors=True)  # what failed may be tried again
         if job.failure is not None and job.error is None:
             job.error = {"field": None, "step": STEPS["find"], **job.failure.as_dict()}
@@ -510,6 +529,7 @@ class Jobs:
             job.finished = self.clock()
         if job.deleted:
             _remove_folders([job])
+        _tell_end(job)
         job.ended.set_result(None)
 
 
@@ -550,6 +570,20 @@ class JobsFolder:
         """Remove it with all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+
+
+def _tell_end(job: Job) -> None:
+    """End the span of a job that is done, or that was deleted before its turn."""
+    if job.span is None:
+        return
+    if job.queued is not None:
+        job.queued.end({})
+    failed = sum(item.state == "failed" for item in job.items)
+    about: dict[str, str | int] = {"plinth.vertical": job.vertical, "plinth.items": len(job.items)}
+    about |= {"plinth.failed": failed} if failed else {}
+    about |= {"error.type": "deleted"} if job.deleted else {}
+    about |= {} if job.failure is None else {"error.type": job.failure.reason}
+    job.span.end(about, failed=job.failure is not None and not isinstance(job.failure, InputError))
 
 
 def _remove_folders(jobs: Iterable[Job]) -> None:

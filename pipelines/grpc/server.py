@@ -45,7 +45,7 @@ from plinth.pipelines.observability.tracing import Tracing
 from plinth.pipelines.oip.service import ModelService, check_parameters, less, within
 from plinth.pipelines.oip.tensors import NAMES, TensorHeader, from_bytes, from_json, header_of
 from plinth.pipelines.oip.tensors import to_bytes as raw_of
-from plinth.pipelines.records import FAULTS, InternalError, explained, late_at_door
+from plinth.pipelines.records import FAULTS, InternalError, explained, late_at_door, pairs
 
 log = logging.getLogger("plinth.grpc")
 
@@ -313,7 +313,7 @@ class GrpcDoor:
         _SECONDS.labels(method).observe(seconds)
         if method in _OPEN:
             return
-        models = "" if call.answer is None else _pairs(call.answer.models)
+        models = "" if call.answer is None else pairs(call.answer.models)
         if self._log is not None:
             self._log.note(_who() or "", f"gRPC {method}", code.name, seconds, models)
         if self._tracing is not None:
@@ -641,16 +641,12 @@ def _about(answer: Answer[Any]) -> list[tuple[str, str]]:
     """Where the time went and which models ran, as the headers of the HTTP door tell it."""
     told = [
         ("x-plinth-timing", orjson.dumps(answer.timing.as_dict()).decode()),
-        ("x-plinth-models", _pairs(answer.models)),
-        ("x-plinth-precision", _pairs(answer.precision)),
+        ("x-plinth-models", pairs(answer.models)),
+        ("x-plinth-precision", pairs(answer.precision)),
     ]
     if answer.degraded:
-        told.append(("x-plinth-degraded", _pairs(answer.degraded)))
+        told.append(("x-plinth-degraded", pairs(answer.degraded)))
     return [*told, ("x-plinth-late", "true")] if answer.late else told
-
-
-def _pairs(words: Mapping[str, str]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in words.items())
 
 
 def _read(name: str, raw: bytes, package: str = INFERENCE) -> Any:

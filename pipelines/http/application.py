@@ -21,7 +21,7 @@ from plinth.pipelines.http.wire.asgi import Asgi, AsgiExchange
 from plinth.pipelines.http.wire.connection import Exchange
 from plinth.pipelines.http.wire.head import BadRequest
 from plinth.pipelines.identity.request_log import RequestLog
-from plinth.pipelines.observability.tracing import Tracing
+from plinth.pipelines.observability.tracing import FIELD, Begun, Tracing
 from plinth.pipelines.records import FAULTS, explained
 
 FULL = HttpError(
@@ -127,6 +127,7 @@ class HttpApplication:
     async def _run(self, exchange: Exchange) -> None:
         asgi = AsgiExchange(exchange, self._max_body)
         scope: dict[str, Any] = asgi.scope()
+        span = scope["state"]["span"] = self._begun(exchange)
         failure: PlinthError | None = None
         try:
             await self._app(scope, asgi.receive, asgi.send)
@@ -145,11 +146,25 @@ class HttpApplication:
                 status, whole = error_bytes(told, flat=is_flat(exchange.head.path))
                 exchange.respond(whole)
         route = getattr(scope.get("route"), "path", "other")
-        self._note(route, status, exchange, asgi.models, asgi.timing)
+        self._note(route, status, exchange, asgi, span)
+
+    def _begun(self, exchange: Exchange) -> Begun | None:
+        """The span of a request that may go on in others; none of those that only look."""
+        head = exchange.head
+        if self._tracing is None or head.path in OPEN_PATHS:
+            return None
+        method = head.method.decode("latin-1")
+        return self._tracing.begin(method, head.fields.get(FIELD), exchange.arrived, "server")
 
     def _note(
-        self, route: str, status: int, exchange: Exchange, models: str = "", timing: bytes = b""
+        self,
+        route: str,
+        status: int,
+        exchange: Exchange,
+        asgi: AsgiExchange | None = None,
+        span: Begun | None = None,
     ) -> None:
+        models, timing = ("", b"") if asgi is None else (asgi.models, asgi.timing)
         head, seconds = exchange.head, time.perf_counter() - exchange.arrived
         HTTP.note(route, status, seconds)
         if head.path in OPEN_PATHS:
@@ -160,7 +175,7 @@ class HttpApplication:
         if self._tracing is not None:
             took = orjson.loads(timing) if timing else None
             self._tracing.http(
-                head.method, route, head.fields, exchange.arrived, status, took, models
+                head.method, route, head.fields, exchange.arrived, status, took, models, span
             )
 
     def _refuse(self, exchange: Exchange, error: PlinthError) -> None:

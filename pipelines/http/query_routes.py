@@ -7,7 +7,6 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI
-from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,7 +16,6 @@ from plinth.pipelines.http import openapi as http_openapi
 from plinth.pipelines.http.body import media_type, whole
 from plinth.pipelines.records import ask
 from plinth.verticals import Query, Vertical
-from plinth.verticals.contract import invalid
 
 MAX_BODY = 64 << 10
 _JSON = ("application/json",)
@@ -38,16 +36,10 @@ def add_queries(app: FastAPI, vertical: Vertical[Any, Any], config: ServeConfig)
 
 def _handler(query: Query, config: ServeConfig) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
-        fields = dict(request.path_params)
-        try:
-            if query.method == "GET":
-                asked = query.asked.model_validate_strings(fields | _once(request))
-            else:
-                asked = query.asked.model_validate(await _body(request, config) | fields)
-        except ValidationError as error:
-            raise invalid(error) from None
-        content = (await ask(query, asked)).model_dump_json()
-        return Response(content, media_type="application/json")
+        reading = query.method == "GET"
+        given = _once(request) if reading else await _body(request, config)
+        found = await ask(query, given | request.path_params, as_text=reading)
+        return Response(found.model_dump_json(), media_type="application/json")
 
     return answer
 

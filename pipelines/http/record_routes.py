@@ -39,7 +39,15 @@ from plinth.pipelines.http.wire.connection import Exchange
 from plinth.pipelines.http.wire.head import Fields
 from plinth.pipelines.identity.request_log import RequestLog
 from plinth.pipelines.observability.tracing import Tracing
-from plinth.pipelines.records import FAULTS, Part, RecordService, Reply, explained, late_at_door
+from plinth.pipelines.records import (
+    FAULTS,
+    Part,
+    RecordService,
+    Reply,
+    explained,
+    late_at_door,
+    pairs,
+)
 
 DEADLINE_HEADER = "x-slo-deadline-ms"
 TIMING_FIELD = b"x-plinth-timing"
@@ -432,11 +440,11 @@ def answer_fields(answer: Answer[Any] | None) -> list[tuple[bytes, bytes]]:
 def about_models(answer: Answer[Any]) -> list[tuple[bytes, bytes]]:
     """Which models ran, and which ran in the place of another."""
     fields = [
-        (b"x-plinth-models", _pairs(answer.models)),
-        (b"x-plinth-precision", _pairs(answer.precision)),
+        (b"x-plinth-models", _field(answer.models)),
+        (b"x-plinth-precision", _field(answer.precision)),
     ]
     if answer.degraded:
-        fields.append((b"x-plinth-degraded", _pairs(answer.degraded)))
+        fields.append((b"x-plinth-degraded", _field(answer.degraded)))
     return fields
 
 
@@ -453,5 +461,5 @@ def timing_json(timing: Timing) -> bytes:
     )
 
 
-def _pairs(words: dict[str, str]) -> bytes:
-    return ", ".join(f"{name}={value}" for name, value in words.items()).encode("latin-1")
+def _field(words: dict[str, str]) -> bytes:
+    return pairs(words).encode("latin-1")

@@ -69,7 +69,7 @@ class UploadDoor:
         job = await asyncio.to_thread(self.jobs.create, self.vertical.name)
         try:
             await self._receive(request, kind, job)
-            await asyncio.to_thread(self.jobs.submit, job)
+            await asyncio.to_thread(self.jobs.submit, job, request.state.span)
         except BaseException:
             await asyncio.shield(asyncio.to_thread(self.jobs.delete, job))
             raise
@@ -169,7 +169,7 @@ class UploadDoor:
     async def retry(self, request: Request) -> Response:
         """Try again what failed of a job: 202 with the job."""
         job = self._job(request)
-        await asyncio.to_thread(self.jobs.retry, job)
+        await asyncio.to_thread(self.jobs.retry, job, request.state.span)
         return await self._document(job, 202)
 
     async def delete(self, request: Request) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 from otlp import Collector, about, collector
 from serving import Running, running, until
 from tensor_rows import ROWS
-from tiny_verticals import Tiny
+from tiny_verticals import Shelf, Tiny, install
 
 from plinth.engine import ConfigError
+from plinth.pipelines.cli.main import main
 from plinth.pipelines.observability.tracing import PARTS, tracing_from
 
 pytestmark = pytest.mark.needs("opentelemetry.sdk", "opentelemetry.exporter")
@@ -35,7 +37,7 @@ def server(told: Collector) -> Iterator[Running]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", told.url)
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
-        with running({"tiny": Tiny()}, serve={"grpc": {"port": 0}}) as found:
+        with running({"tiny": Tiny(), "shelf": Shelf()}, serve={"grpc": {"port": 0}}) as found:
             yield found
 
 
@@ -149,6 +151,78 @@ def test_a_trace_that_its_client_does_not_keep_is_not_kept(
         server.post(ROUTE, json={"id": "a", "value": 2}, headers=parent)
     of_client(told, f"POST {ROUTE}", kept)
     assert left not in {span.trace_id.hex() for span in told.spans}
+
+
+# -- items of uploads and batches ------------------------------------------------------------------
+def check_items(told: Collector, outer: Any, failed: str) -> None:
+    """One item went well and shows where its time went; one could not be read, and says so."""
+    until(lambda: len([s for s in told.spans if s.parent_span_id == outer.span_id]) >= 2)
+    inner = [one for one in told.spans if one.parent_span_id == outer.span_id]
+    bad, good = sorted(
+        (one for one in inner if one.name == "item shelf"),
+        key=lambda one: "error.type" not in about(one),
+    )
+    assert about(good) == {
+        "plinth.vertical": "shelf",
+        "plinth.models": "page=3",
+        "plinth.batch_rows": 1,
+    }
+    check_parts(told, good, 0.0)
+    assert about(bad) == {
+        "plinth.vertical": "shelf",
+        "plinth.step": "load",
+        "error.type": failed,
+    }
+    assert bad.status.code != 2, "who sent it is at fault"
+    for one in inner:
+        assert outer.start_time_unix_nano <= one.start_time_unix_nano
+        assert one.end_time_unix_nano <= outer.end_time_unix_nano
+
+
+def test_a_studys_work_goes_on_in_the_trace_of_its_upload(server: Running, told: Collector) -> None:
+    trace = "a" * 32
+    headers = {"traceparent": f"00-{trace}-{SPAN}-01"}
+    files = [("file", (f"{name}.txt", text)) for name, text in (("a", "2"), (CARD, "bad"))]
+    job = server.post("/v1/shelf/read?wait=true", files=files, headers=headers).json()
+    span = of_client(told, "job shelf", trace)
+    posted = of_client(told, "POST /v1/shelf/read", trace)
+    assert posted.parent_span_id.hex() == SPAN
+    assert span.parent_span_id == posted.span_id
+    assert about(span) == {"plinth.vertical": "shelf", "plinth.items": 2, "plinth.failed": 1}
+    check_items(told, span, "invalid_input")
+    queue = told.inside(span)["queue"]
+    assert queue.start_time_unix_nano == span.start_time_unix_nano
+    assert CARD.encode() not in told.raw
+    retried = {"traceparent": f"00-{'b' * 32}-{SPAN}-01"}
+    assert server.post(f"{job['url']}/retry", headers=retried).status_code == 202
+    again = of_client(told, "job shelf", "b" * 32)
+    assert [s.name for s in told.spans if s.parent_span_id == again.span_id].count(
+        "item shelf"
+    ) == 1, "what is done is not done again"
+
+
+def test_each_item_of_a_batch_is_told_in_the_trace_of_who_began_it(
+    told: Collector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace, folder = "9" * 32, tmp_path / "in"
+    folder.mkdir()
+    for name, text in (("a", "2"), (CARD, "bad")):
+        (folder / f"{name}.txt").write_text(text)
+    install(tmp_path / "site")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    for name, value in {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": told.url,
+        "TRACEPARENT": f"00-{trace}-{SPAN}-01",
+        "PLINTH_ENGINE__BACKEND": "eager",
+        "PLINTH_ENGINE__PRECISION": "fp32",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="1"):
+        main(["batch", "shelf", str(folder), "--out", str(tmp_path / "out")])
+    span = of_client(told, "batch shelf", trace)
+    assert span.parent_span_id.hex() == SPAN
+    assert span.status.code != 2
+    check_items(told, span, "invalid_input")
 
 
 # -- settings -------------------------------------------------------------------------------------
