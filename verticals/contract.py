@@ -329,6 +329,23 @@ class Vertical(ABC, Generic[Req, Res]):
         """
         return {}
 
+    def heard(self, told: Mapping[str, Any], reply: Callable[[bytes], None] | None) -> None:
+        """Take an answer that another process gave into what :meth:`queries` tell of.
+
+        A server with pages calls it between the steps of its flows, with what the audit of stream
+        workers has; a vertical that does not override it hears nothing.
+
+        Args:
+            told: a record of the audit: ``answer`` and ``evidence``, or ``refused``.
+            reply: writes a record to where the answered one came from, so that whoever answered
+                reads it; may take seconds, and raises a PlinthError when it is not written. None:
+                nobody would read it.
+
+        Raises:
+            InputError: it says nothing that the queries tell of.
+        """
+        raise InputError(f"{self.name} hears nothing of others", reason="unsupported")
+
     # -- folder doors: batch and upload ------------------------------------------------------
     def discover(self, folder: Path) -> Iterator[Item]:
         """Find the items below a folder without reading more than it must."""

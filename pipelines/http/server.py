@@ -61,6 +61,7 @@ from plinth.verticals import Vertical
 
 if TYPE_CHECKING:
     from plinth.pipelines.grpc.server import GrpcDoor
+    from plinth.pipelines.stream.history.follow import Follower
 
 log = logging.getLogger("plinth.serve")
 ADMIN_REQUESTS = 16
@@ -131,6 +132,7 @@ def create_app(
         life.tensors = _grpc_door(models, config, health, identity, (requests, tracing))
     on_drain: list[Callable[[], None]] = []
     if serve.web:
+        life.follower = _follower(config, verticals)
         _add_pages(app, engine, verticals, life, on_drain)
     add_common_routes(app, engine, health, verticals)
     add_error_handlers(app)
@@ -176,8 +178,15 @@ class _Life:
         self.requests: RequestLog | None = None
         self.models: ModelService | None = None
         self.tracing: Tracing | None = None
+        self.follower: Follower | None = None
         self._warming = partial(warm_up, verticals, engine, health)
         self.health = health
+
+    async def _begin(self, stack: contextlib.ExitStack) -> None:
+        """Warm up; then others' decisions are heard, which a warm-up's end would forget."""
+        await self._warming(stack)
+        if self.follower is not None:
+            self.follower.start(asyncio.get_running_loop().call_soon_threadsafe)
 
     @contextlib.asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
@@ -185,13 +194,15 @@ class _Life:
         with contextlib.ExitStack() as stack:
             if self.tensors is not None:
                 await self.tensors.start()
-            tasks = [asyncio.create_task(self._warming(stack))]
+            tasks = [asyncio.create_task(self._begin(stack))]
             tasks.append(asyncio.create_task(_look_after(self.watched)))
             if self.jobs is not None:
                 tasks.append(asyncio.create_task(_purge(self.jobs)))
             yield
             for task in tasks:
                 task.cancel()
+            if self.follower is not None:
+                await asyncio.to_thread(self.follower.close, self.health.seconds_left)
             if self.tensors is not None:
                 await self.tensors.stop(self.health.seconds_left)
             if self.jobs is not None:
@@ -229,7 +240,22 @@ def _add_pages(
             begin()
 
     reasons, jobs, models = life.health.reasons, life.jobs, life.models
-    Pages(Site(engine, verticals, reasons, jobs, models, drain, HTTP)).add_to(app)
+    Pages(Site(engine, verticals, reasons, jobs, models, drain, HTTP, life.follower)).add_to(app)
+
+
+def _follower(config: Config, verticals: Mapping[str, Vertical[Any, Any]]) -> Follower | None:
+    """What reads the decisions of stream workers, where their audit is told of."""
+    hearing = {n: v for n, v in verticals.items() if type(v).heard is not Vertical.heard}
+    if config.stream is None or config.stream.audit_topic is None or not hearing:
+        return None
+    try:
+        from plinth.pipelines.stream.history.follow import Follower
+    except ModuleNotFoundError as error:
+        if error.name != "kafka":
+            raise
+        log.warning("decisions of stream workers are not shown: install plinth-engine[kafka]")
+        return None
+    return Follower(config.stream, hearing)
 
 
 def _request_log(config: Config) -> RequestLog | None:

@@ -11,15 +11,16 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client.registry import Collector
-from pydantic import BaseModel, ValidationError
 
 from plinth.engine import InputError
 from plinth.pipelines.records import ask
 from plinth.verticals import Query, Vertical
-from plinth.verticals.contract import invalid
+
+if TYPE_CHECKING:
+    from plinth.pipelines.stream.history.follow import Follower
 
 NEEDED = frozenset(
     {"alerts", "alerts/{alert}", "alerts/{alert}/label", "what-if", "tape", "models"}
@@ -51,9 +52,15 @@ class Desk:
     Args:
         vertical: that has one.
         requests: the collector of ``plinth_http_request_seconds``.
+        follower: reads what stream workers decided, if anything does.
     """
 
-    def __init__(self, vertical: Vertical[Any, Any], requests: Collector) -> None:
+    def __init__(
+        self,
+        vertical: Vertical[Any, Any],
+        requests: Collector,
+        follower: Follower | None = None,
+    ) -> None:
         found = queries(vertical)
         if found is None:
             raise InputError(
@@ -61,7 +68,7 @@ class Desk:
                 reason="not_found",
                 hint=f"see /ui/verticals/{vertical.name}",
             )
-        self._queries, self._requests = found, requests
+        self._queries, self._requests, self._follower = found, requests, follower
         self._route = f"/v1/{vertical.name}/{vertical.action}"
 
     async def ask(self, path: str, **fields: Any) -> Any:
@@ -74,12 +81,7 @@ class Desk:
         Raises:
             InputError: a field is wrong, or there is no such alert.
         """
-        query = self._queries[path]
-        try:
-            asked: BaseModel = query.asked.model_validate_strings(fields)
-        except ValidationError as error:
-            raise invalid(error) from None
-        return await ask(query, asked)
+        return await ask(self._queries[path], fields, as_text=True)
 
     async def queue(self, given: Mapping[str, str]) -> dict[str, Any]:
         """The queue as the form above it asks for: those not yet labelled, the dearest first."""
@@ -111,7 +113,8 @@ class Desk:
             told = await self.ask("tape")
             decided = told.approved + told.reviewed + told.declined
             looks.append(_Look(time.monotonic(), decided, self._buckets()))
-            yield {"tape": told, "pace": _pace(looks)}
+            heard = None if self._follower is None else self._follower.told
+            yield {"tape": told, "pace": _pace(looks), "heard": heard}
             await asyncio.sleep(1.0)
 
     def _buckets(self) -> dict[float, float]:

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 import orjson
@@ -26,7 +26,7 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import FileResponse, RedirectResponse, Response, StreamingResponse
 
-from plinth.engine import Engine, InputError, PlinthError, QueueFull
+from plinth.engine import Engine, InputError, PlinthError, QueueFull, Refused
 from plinth.pipelines.folders.jobs import Job, Jobs
 from plinth.pipelines.identity.callers import EVERYTHING, Caller, Role
 from plinth.pipelines.oip.service import ModelService
@@ -36,6 +36,9 @@ from plinth.pipelines.web.desk import LEVELS, Desk, queries
 from plinth.pipelines.web.form import entries
 from plinth.pipelines.web.studies import parts, shown
 from plinth.verticals import Vertical
+
+if TYPE_CHECKING:
+    from plinth.pipelines.stream.history.follow import Follower
 
 HERE = Path(__file__).parent
 WATCHERS = 32
@@ -73,6 +76,7 @@ class Site:
         models: of the store, where clients may have them loaded.
         drain: begins to end the server.
         requests: the collector of ``plinth_http_request_seconds``.
+        follower: reads what stream workers decided, if anything does.
     """
 
     engine: Engine
@@ -82,6 +86,7 @@ class Site:
     models: ModelService | None
     drain: Callable[[], None]
     requests: Collector
+    follower: Follower | None = None
 
 
 class Pages:
@@ -323,7 +328,7 @@ class Pages:
             told = await desk.ask("alerts/{alert}/label", alert=alert, fraud=fraud)
             payment = (await desk.case(alert)).alert.transaction_id
             notice = f"Noted: payment {payment} is {told.label}."
-        except InputError as error:
+        except (InputError, Refused) as error:
             notice = f"Refused: {error}"
         told = await desk.queue(given)
         left = [one.id for one in told["queue"].alerts if one.id != alert]
@@ -346,7 +351,7 @@ class Pages:
 
     def _desk(self, request: Request) -> tuple[Vertical[Any, Any], Desk]:
         vertical = self._vertical(request)
-        return vertical, Desk(vertical, self._site.requests)
+        return vertical, Desk(vertical, self._site.requests, self._site.follower)
 
     # -- studies ---------------------------------------------------------------------------------
     async def studies(self, request: Request) -> Response:

@@ -14,18 +14,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from kafka_fixtures import KafkaNode
+from serving import running, until
 from tally import started_engine
 
 from plinth.engine import ConfigError, InputError
 from plinth.pipelines.cli.main import main
 from plinth.pipelines.stream.audit import AuditTrail, Checked, check_trail
 from plinth.pipelines.stream.chunks import Chunk, Layout, Message, Outputs, Partition
+from plinth.pipelines.stream.history import follow
 from plinth.pipelines.stream.history.rebuild import committed_records
 from plinth.pipelines.stream.worker import StreamConfig, StreamError, run
 from plinth.verticals.finance import FraudScoring, FraudSettings
 
 KEY = b"a key of sixteen bytes or more"
 CARD = "4111111111111111"
+PAGE = "/ui/desk/finance"
 
 
 def outputs(first: int, count: int, partition: int = 0, **answer: Any) -> Outputs:
@@ -231,8 +234,8 @@ def payments(count: int) -> list[tuple[bytes, bytes]]:
     return made
 
 
-def stream(config: StreamConfig) -> None:
-    vertical = FraudScoring(FraudSettings(card_numbers_in_ids="allow"))
+def stream(config: StreamConfig, **settings: Any) -> None:
+    vertical = FraudScoring(FraudSettings(card_numbers_in_ids="allow", **settings))
     with started_engine(vertical) as engine:
         run(vertical, engine, config, threading.Event())
 
@@ -307,3 +310,59 @@ def test_a_trail_needs_transactions_and_its_key(monkeypatch: pytest.MonkeyPatch)
     config = StreamConfig(**topics, audit_key_env="AUDIT_KEY")
     with pytest.raises(ConfigError, match="AUDIT_KEY"):
         stream(config)
+
+
+@pytest.mark.slow
+@pytest.mark.kafka
+@pytest.mark.needs("jinja2")
+def test_a_desk_shows_what_workers_decided_and_they_hear_its_labels(
+    kafka_node: KafkaNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come as they are committed, with the customer's history; a key press is a record."""
+    monkeypatch.setattr(follow, "AGAIN_SECONDS", (0.05, 0.05))
+    config = kafka_node.config(partitions=1, audit_topic="audit-of-a-desk", max_events=40)
+    looked_at = {"review_threshold": 1e-7, "decline_threshold": 1.0}
+    table = config.model_dump(mode="json", exclude_unset=True)
+    vertical = FraudScoring(FraudSettings(**looked_at))
+    with running({"finance": vertical}, serve={"web": True}, stream=table) as server:
+
+        def ask(path: str, **query: Any) -> Any:
+            return server.client.get(f"/v1/finance/{path}", params=query).json()
+
+        def tape() -> str:
+            with server.client.stream("GET", f"{PAGE}/live") as events:
+                return next(text for text in events.iter_text() if "stream workers" in text)
+
+        until(lambda: "are not read now: there is no topic audit-of-a-desk" in tape())
+        kafka_node.fill(config, payments(40))
+        stream(config, **looked_at)
+        until(lambda: "With 40 decisions of stream workers" in tape())
+        alerts = ask("alerts", limit=500)["alerts"]
+        assert [one["transaction_id"] for one in alerts] == [f"x{n}" for n in range(39, -1, -1)]
+        case = ask(f"alerts/{alerts[0]['id']}")
+        assert (case["decided_by"], case["card"]) == ("stream", None)
+        assert case["features"]["amount"] == alerts[0]["amount"] == 49.0
+        assert [past["transaction_id"] for past in case["history"]] == [
+            one["transaction_id"] for one in alerts
+        ]
+        page = server.client.get(PAGE, params={"alert": alerts[0]["id"]}).text
+        assert "decided by a stream worker" in page
+        assert "tok_" not in page + json.dumps(case)
+
+        label = server.post(f"/v1/finance/alerts/{alerts[0]['id']}/label", json={"fraud": True})
+        assert label.json()["label"] == "fraud", label.text
+        assert ask("alerts", labelled=True)["alerts"][0]["id"] == alerts[0]["id"]
+        sent = json.loads(kafka_node.read(config.input_topic)[-1].value)
+        assert (sent["transaction_id"], sent["fraud"]) == ("x39", True)
+        genuine = sent | {"transaction_id": "x38", "fraud": False}
+        kafka_node.fill(config, [(None, json.dumps(genuine).encode())])
+        stream(config.model_copy(update={"max_events": 2}), **looked_at)
+        assert [one["decision"] for one in kafka_node.answers(config)[-2:]] == ["noted", "noted"]
+        until(lambda: ask(f"alerts/{alerts[1]['id']}")["alert"]["label"] == "genuine")
+
+    monkeypatch.setattr(follow, "MOST", 30)
+    late = follow.Follower(config, {"finance": vertical})
+    late.start(lambda take: take())
+    until(lambda: late.told.heard > 20)
+    late.close(60)
+    assert late.told.heard <= 30, "what is older is not read at a start"

@@ -6,7 +6,8 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from datetime import datetime
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,6 @@ from plinth.verticals.finance.schema import (
     Decision,
     Label,
     Record,
-    Transaction,
     is_follow_up,
     is_label,
     milliseconds,
@@ -234,7 +234,23 @@ SEEN = np.dtype(
 """A payment: what a label names it by, milliseconds, base currency, score."""
 
 
-def key_of(payment: Transaction | Label | str) -> int:
+class Named(Protocol):
+    """What names a payment."""
+
+    @property
+    def transaction_id(self) -> str:
+        """Its id."""
+
+    @property
+    def terminal_id(self) -> str:
+        """Where it was made."""
+
+    @property
+    def event_time(self) -> datetime:
+        """When it was made."""
+
+
+def key_of(payment: Named | str) -> int:
     """64 bits of what a label names its payment by: transaction, terminal, milliseconds."""
     words = payment
     if not isinstance(words, str):

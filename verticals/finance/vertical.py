@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from math import inf
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ from plinth.engine import (
 )
 from plinth.verticals.contract import Query, Settings, Vertical
 from plinth.verticals.finance.cases.case_book import CaseBook, Scored
+from plinth.verticals.finance.cases.heard import Heard, HeardPayment
 from plinth.verticals.finance.cases.questions import (
     Alerts,
     AskAlerts,
@@ -77,7 +79,7 @@ from plinth.verticals.finance.schema import (
     read,
 )
 from plinth.verticals.finance.settings import FraudSettings
-from plinth.verticals.finance.tally import FraudTally
+from plinth.verticals.finance.tally import FraudTally, key_of
 from plinth.verticals.finance.versions import Serving, Variant, Versions
 
 MAX_REASONS = 4
@@ -260,9 +262,8 @@ class FraudScoring(Vertical[Record, Decision]):
         made = self._decisions(asked, batch, scores, answered, reasons)
         if self._cases is not None:
             amounts = [one.amount * self._given.rates[one.currency] for one in asked]
-            codes = frozenset(one.code for one in self.rules.rules if not one.shadow)
             scored = Scored(asked, made, batch.rows, amounts, answered, why)
-            self._cases.take(scored, serving, codes | {REUSED_ID.code})
+            self._cases.take(scored, serving, self._rule_codes())
         decisions = iter(made)
         return [next(decisions) if result is None else result for result in results]
 
@@ -298,8 +299,7 @@ class FraudScoring(Vertical[Record, Decision]):
 
     def queries(self) -> Sequence[Query]:
         """Alerts, their case files, labels for them, and other thresholds."""
-        book = self._cases or CaseBook(self._given.case_alerts, self._given.case_payments)
-        self._cases = book
+        book = self._book()
 
         def case(asked: AskCase) -> CaseFile:
             return book.case(asked.alert, self.state)
@@ -328,10 +328,20 @@ class FraudScoring(Vertical[Record, Decision]):
             Query("GET", "models", "Champion, challenger, drift.", AskModels, Models, models),
         )
 
-    def _mark(self, asked: AskLabel) -> Marked:
-        """A person's label, as if it had come as a record now."""
-        assert self._cases is not None
-        payment, now = self._cases.payment(asked.alert), datetime.fromtimestamp(self._clock(), UTC)
+    def _book(self) -> CaseBook:
+        if self._cases is None:
+            self._cases = CaseBook(self._given.case_alerts, self._given.case_payments)
+        return self._cases
+
+    def _mark(self, asked: AskLabel) -> Marked | Callable[[], Marked]:
+        """A person's label, as if it had come as a record now, to whoever decided the payment."""
+        book = self._book()
+        payment, now = book.payment(asked.alert), datetime.fromtimestamp(self._clock(), UTC)
+        marked = Marked(
+            alert=asked.alert,
+            label="fraud" if asked.fraud else "genuine",
+            label_time=now.isoformat(timespec="milliseconds"),
+        )
         label = Label(
             transaction_id=payment.transaction_id,
             terminal_id=payment.terminal_id,
@@ -340,17 +350,53 @@ class FraudScoring(Vertical[Record, Decision]):
             label_time=now,
             card=payment.card,
         )
+        if isinstance(payment, HeardPayment):
+            return partial(self._reply, label, payment.reply, marked)
         frauds: list[Label] = []
         noted = self._note(label, frauds)
         if isinstance(noted, InputError):
             raise noted
         if self.drift is not None:
             self.drift.label(len(frauds))
-        return Marked(
-            alert=asked.alert,
-            label="fraud" if asked.fraud else "genuine",
-            label_time=now.isoformat(timespec="milliseconds"),
+        return marked
+
+    def _reply(self, label: Label, reply: Callable[[bytes], None] | None, marked: Marked) -> Marked:
+        """Send a label to the stream that decided, then note it."""
+        if reply is None:
+            raise InputError(
+                "a stream with a mapping decided this payment, which reads no label from here",
+                reason="unsupported",
+                hint="send the label as the messages of that stream have it",
+            )
+        reply(label.model_dump_json(exclude_none=True).encode())
+        self._book().note(label)
+        return marked
+
+    def heard(self, told: Mapping[str, Any], reply: Callable[[bytes], None] | None) -> None:
+        made = Heard.read(told)
+        book, record = self._book(), made.evidence.record
+        if made.is_label:
+            place = record.terminal_id, milliseconds(record.event_time)
+            words = f"{made.answer.transaction_id} {place[0]} {place[1]}"
+            book.note_key(key_of(words), bool(record.fraud))
+            return
+        payment = made.payment(reply)
+        rate = self._given.rates.get(payment.currency)
+        if rate is None:
+            raise InputError("its currency has no rate here", reason="unknown_currency")
+        book.hear(
+            payment,
+            made.answer,
+            payment.amount * rate,
+            made.evidence.features,
+            made.by,
+            self.versions.serving,
+            self._rule_codes(),
         )
+
+    def _rule_codes(self) -> frozenset[str]:
+        codes = frozenset(one.code for one in self.rules.rules if not one.shadow)
+        return codes | {REUSED_ID.code}
 
     def evidence(self, request: Record, result: Decision) -> dict[str, Any]:
         """What was judged, its features, and the thresholds and model that judged; no card."""

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plinth.engine import InputError
+from plinth.verticals.finance.cases.heard import HeardPayment
 from plinth.verticals.finance.cases.questions import (
     Alert,
     Alerts,
@@ -39,11 +40,14 @@ from plinth.verticals.finance.versions import Serving, Variant
 
 MAX_HISTORY = 50
 MAX_SIMILAR = 5
+MAX_HEARD = 20_000
+"""Payments of stream workers among which those of a customer are found, about 400 bytes each."""
 TAPE = 50
 """Payments of the tape."""
 FOLD = 4_096
 """Payments that are written into the ring at once."""
 Floats = npt.NDArray[np.float32]
+Payment = Transaction | HeardPayment
 
 
 class Scored(NamedTuple):
@@ -66,7 +70,7 @@ class Scored(NamedTuple):
 
 
 class _Case(NamedTuple):
-    payment: Transaction
+    payment: Payment
     decision: Decision
     amount: float  # base currency
     row: Floats
@@ -89,9 +93,10 @@ class CaseBook:
         self._cases: OrderedDict[str, _Case] = OrderedDict()
         self._labels: OrderedDict[int, bool] = OrderedDict()
         self._parts: deque[npt.NDArray[Any]] = deque()
-        self._waiting: list[tuple[Transaction, float, Decision, bool]] = []
+        self._waiting: list[tuple[Payment, float, Decision, bool]] = []
         self._count = 0
-        self._last: deque[tuple[Transaction, Decision]] = deque(maxlen=TAPE)
+        self._last: deque[tuple[Payment, Decision]] = deque(maxlen=TAPE)
+        self._heard: deque[tuple[HeardPayment, float]] = deque(maxlen=MAX_HEARD)
         self._decided: Counter[str] = Counter()
 
     def take(self, scored: Scored, serving: Serving, rules: frozenset[str]) -> None:
@@ -104,23 +109,58 @@ class CaseBook:
         """
         rows = zip(scored.asked, scored.decisions, scored.amounts, scored.by, strict=True)
         for place, (payment, decision, amount, by) in enumerate(rows):
-            ruled = False
-            if decision.decision != "approve":
-                ruled = any(reason.code in rules for reason in decision.reason_codes)
-                effects = scored.effects.get(place)
-                row = scored.rows[place].copy()
-                case = _Case(payment, decision, amount, row, effects, by, serving)
-                name = self._alert_id(payment)
-                self._cases[name] = case
-                self._cases.move_to_end(name)
-                if len(self._cases) > self._most:
-                    self._cases.popitem(last=False)
-            if not decision.duplicate:
-                self._waiting.append((payment, amount, decision, ruled))
-                self._last.append((payment, decision))
-                self._decided[decision.decision] += 1
+            effects, row = scored.effects.get(place), scored.rows[place]
+            self._keep(_Case(payment, decision, amount, row, effects, by, serving), rules)
         if len(self._waiting) >= FOLD:
             self._fold()
+
+    def hear(
+        self,
+        payment: HeardPayment,
+        decision: Decision,
+        amount: float,
+        features: Mapping[str, float],
+        by: Variant,
+        serving: Serving,
+        rules: frozenset[str],
+    ) -> None:
+        """Take in what a stream worker decided.
+
+        Args:
+            payment: it decided.
+            decision: it gave.
+            amount: base currency.
+            features: by name.
+            by: the variant that answered.
+            serving: the version of this process, for the words of reasons.
+            rules: codes of the rules in force.
+
+        Raises:
+            InputError: it sees other features than this process.
+        """
+        names = serving.columns.program.names
+        if features.keys() != set(names):
+            raise InputError("it sees other features", reason="other_features")
+        row = np.array([features[name] for name in names], np.float32)
+        self._keep(_Case(payment, decision, amount, row, None, by, serving), rules)
+        if not decision.duplicate:
+            self._heard.append((payment, amount))
+        if len(self._waiting) >= FOLD:
+            self._fold()
+
+    def _keep(self, case: _Case, rules: frozenset[str]) -> None:
+        payment, decision, ruled = case.payment, case.decision, False
+        if decision.decision != "approve":
+            ruled = any(reason.code in rules for reason in decision.reason_codes)
+            name = self._alert_id(payment)
+            self._cases[name] = case._replace(row=case.row.copy())
+            self._cases.move_to_end(name)
+            if len(self._cases) > self._most:
+                self._cases.popitem(last=False)
+        if not decision.duplicate:
+            self._waiting.append((payment, case.amount, decision, ruled))
+            self._last.append((payment, decision))
+            self._decided[decision.decision] += 1
 
     def clear(self) -> None:
         """Forget all."""
@@ -130,17 +170,21 @@ class CaseBook:
         self._waiting.clear()
         self._count = 0
         self._last.clear()
+        self._heard.clear()
         self._decided.clear()
 
     def note(self, label: Label) -> None:
         """Take in what became known of a payment."""
-        key = key_of(label)
-        self._labels[key] = label.fraud
+        self.note_key(key_of(label), label.fraud)
+
+    def note_key(self, key: int, fraud: bool) -> None:
+        """As :meth:`note`, of a payment by its key."""
+        self._labels[key] = fraud
         self._labels.move_to_end(key)
         if len(self._labels) > self._payments:
             self._labels.popitem(last=False)
 
-    def payment(self, alert: str) -> Transaction:
+    def payment(self, alert: str) -> Payment:
         """The payment of an alert.
 
         Raises:
@@ -181,7 +225,8 @@ class CaseBook:
             rules_version=str(decision.rules_version),
             review_threshold=by.review,
             decline_threshold=by.decline,
-            card=self._hash("card", payment.card),
+            decided_by="server" if payment.card is not None else "stream",
+            card=None if payment.card is None else self._hash("card", payment.card),
             customer=self._hash("customer", payment.customer_id),
             device=None if payment.device_id is None else self._hash("device", payment.device_id),
             terminal_id=payment.terminal_id,
@@ -246,10 +291,13 @@ class CaseBook:
         words = f"{kind}\0{value}".encode()
         return hashlib.blake2b(words, digest_size=8, key=self._secret).hexdigest()
 
-    def _alert_id(self, payment: Transaction) -> str:
-        return self._hash("alert", f"{payment.card}\0{payment.transaction_id}")
+    def _alert_id(self, payment: Payment) -> str:
+        whose = payment.card
+        if whose is None:
+            whose = f"{payment.customer_id}\0{payment.terminal_id}\0{payment.event_time}"
+        return self._hash("alert", f"{whose}\0{payment.transaction_id}")
 
-    def _label(self, payment: Transaction) -> Known | None:
+    def _label(self, payment: Payment) -> Known | None:
         return _known(self._labels.get(key_of(payment)))
 
     def _alert(self, name: str, case: _Case) -> Alert:
@@ -267,7 +315,7 @@ class CaseBook:
             label=self._label(payment),
         )
 
-    def _on_tape(self, payment: Transaction, decision: Decision) -> TapePayment:
+    def _on_tape(self, payment: Payment, decision: Decision) -> TapePayment:
         alert = None if decision.decision == "approve" else self._alert_id(payment)
         return TapePayment(
             transaction_id=payment.transaction_id,
@@ -280,7 +328,27 @@ class CaseBook:
             alert=alert if alert in self._cases else None,
         )
 
-    def _history(self, payment: Transaction, state: FeatureState) -> list[PastPayment]:
+    def _of_customer(self, customer: str) -> list[PastPayment]:
+        """What stream workers decided of a customer, newest first."""
+        mine = [one for one in reversed(self._heard) if one[0].customer_id == customer]
+        found = []
+        for past, amount in mine[:MAX_HISTORY]:
+            alert = self._alert_id(past)
+            found.append(
+                PastPayment(
+                    transaction_id=past.transaction_id,
+                    event_time=_time(milliseconds(past.event_time)),
+                    amount=amount,
+                    terminal_id=past.terminal_id,
+                    label=self._label(past),
+                    alert=alert if alert in self._cases else None,
+                )
+            )
+        return found
+
+    def _history(self, payment: Payment, state: FeatureState) -> list[PastPayment]:
+        if payment.card is None:
+            return self._of_customer(payment.customer_id)
         found = []
         for past in state.history(payment.card, MAX_HISTORY):
             words = f"{past.transaction} {past.terminal} {past.time}"

@@ -148,11 +148,14 @@ class CaseFile(BaseModel):
         alert: as in the list.
         model, model_version, rules_version: what decided.
         review_threshold, decline_threshold: that were in force.
-        card, customer, device: keyed hashes: equal where they are the same, no more.
+        decided_by: this server, or a stream worker whose audit it reads.
+        card, customer, device: keyed hashes: equal where they are the same, no more; an audit has
+            no card.
         terminal_id: of the payment.
         features: every column.
         reasons: in words, the strongest first after the rules.
-        history: payments of the card that are remembered, newest first, at most 50.
+        history: payments of the card that are remembered, newest first, at most 50; of an alert of
+            a stream worker those of the customer.
         similar: the nearest other alerts, at most 5.
     """
 
@@ -164,7 +167,8 @@ class CaseFile(BaseModel):
     rules_version: str
     review_threshold: float
     decline_threshold: float
-    card: str
+    decided_by: Literal["server", "stream"]
+    card: str | None
     customer: str
     device: str | None
     terminal_id: Id
