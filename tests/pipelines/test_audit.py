@@ -191,10 +191,13 @@ def test_a_text_of_many_card_numbers_is_read_once() -> None:
 @pytest.mark.parametrize("text", [f"{CARD},", CARD, "411 ", '"', "\\", "0123456789abcdef-"])
 def test_the_time_to_clean_grows_with_the_length_alone(text: str) -> None:
     def seconds(size: int) -> float:
-        maker, chunk = AuditTrail("tests", None), outputs(0, 2, note=text * (size // len(text)))
-        started = time.process_time()
-        maker.add(chunk)
-        return time.process_time() - started
+        took = []
+        for _ in range(3):
+            maker, chunk = AuditTrail("tests", None), outputs(0, 2, note=text * (size // len(text)))
+            started = time.process_time()
+            maker.add(chunk)
+            took.append(time.process_time() - started)
+        return min(took)
 
     assert seconds(640_000) < 100 * seconds(40_000)
 

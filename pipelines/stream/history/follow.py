@@ -166,9 +166,9 @@ class Follower:
                 heard = taken.result(POLL_MS / 1e3)
             except NotInTime:
                 continue
-            told = self.told
-            wrong = told.unusable + len(records) - heard
-            self.told = replace(told, heard=told.heard + heard, unusable=wrong)
+            now = self.told
+            wrong = now.unusable + len(records) - heard
+            self.told = replace(now, heard=now.heard + heard, unusable=wrong)
             self._at[place] = records[-1].offset + 1
             return
 
