@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plinth.engine.backends.base import Availability
 from plinth.engine.backends.eager import TorchExecutable, in_eval_mode
-from plinth.engine.backends.export import program_key, quiet, refusing, traced
+from plinth.engine.backends.export import Traced, quiet, refusing
 from plinth.engine.backends.inductor import compiler
 from plinth.engine.cache import cache_folder
 from plinth.engine.devices.device import Device
@@ -81,9 +81,9 @@ def _call(
 
 
 def _library(model: Model, device: Device, threads: int) -> Path:
-    program = traced(model)
+    made = Traced(model)
     cpu = (device.name, ",".join(device.dtypes), torch.backends.cpu.get_cpu_capability())
-    facts = (FORMAT, *cpu, str(threads), program_key(model, program))
+    facts = (FORMAT, *cpu, str(threads), made.key)
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     path = cache_folder("aotinductor") / f"{key}.pt2"
     if path.is_file():
@@ -91,7 +91,7 @@ def _library(model: Model, device: Device, threads: int) -> Path:
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
         new = Path(folder) / "model.pt2"
         with refusing(model, "compiled ahead of time"), quiet():
-            torch._inductor.aoti_compile_and_package(program, package_path=str(new))
+            torch._inductor.aoti_compile_and_package(made.program, package_path=str(new))
         if not new.is_file():
             raise ModelError(f"model {model.spec.name}: the compiler gave no library")
         new.replace(path)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import platform
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,12 @@ from plinth.engine.backends.eager import in_eval_mode, stored_bytes
 from plinth.engine.cache import cache_folder
 from plinth.engine.errors import ModelError
 from plinth.engine.models.binding import Binding, outputs_by_name
-from plinth.engine.models.digest import digest
+from plinth.engine.models.digest import digest, lasting_digest
 from plinth.engine.models.store import Model
 
 MAX_WEIGHTS = 1 << 30
 EXAMPLE_ROWS = 2
-FORMAT = "3"  # of what is kept in the cache
+FORMAT = "4"  # of what is kept in the cache
 
 
 def why_not_onnx(model: Model) -> str | None:
@@ -63,18 +65,16 @@ class _Positional(nn.Module):
 def onnx_file(model: Model) -> Path:
     """The model's ONNX file: its own, or exported (seconds; once per program and weights).
 
-    The key is the traced program with all its constants, not the module: whatever decides
-    what the module computes has left its mark there.
-
     Raises:
         ModelError: it cannot be exported; says why.
     """
     if model.onnx:
         return model.onnx
-    program = traced(model)
-    path = cache_folder("onnx") / f"{program_key(model, program)}.onnx"
+    made = Traced(model)
+    path = cache_folder("onnx") / f"{made.key}.onnx"
     if path.is_file():
         return path
+    program = made.program
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
         new = Path(folder) / "model.onnx"
         with refusing(model, "exported to ONNX"), quiet():
@@ -94,33 +94,49 @@ def onnx_file(model: Model) -> Path:
     return path
 
 
-def traced(model: Model) -> torch.export.ExportedProgram:
-    """The program a model runs, for any number of rows and any size its spec leaves free.
+class Traced:
+    """The program that a model runs, and a key of what is made from it."""
 
-    Raises:
-        ModelError: it cannot be traced; says why.
-    """
-    shapes = tuple(
-        {0: torch.export.Dim.DYNAMIC}
-        | {i: torch.export.Dim.AUTO for i, size in enumerate(spec.shape, 1) if size is None}
-        for spec in model.spec.inputs
-    )
-    rows = model.rows(EXAMPLE_ROWS)
-    inputs = tuple(rows[spec.name] for spec in model.spec.inputs)
-    with refusing(model, "exported to ONNX"), quiet():
-        return torch.export.export(_Positional(model), inputs, dynamic_shapes=(shapes,))
+    def __init__(self, model: Model) -> None:
+        self._model = model
 
+    @cached_property
+    def program(self) -> torch.export.ExportedProgram:
+        """For any number of rows and any size that the spec leaves free; seconds.
 
-def program_key(model: Model, program: torch.export.ExportedProgram) -> str:
-    """A key of what is made from a program: its graph and constants, the contract, versions."""
-    versions = [version(name) for name in ("torch", "onnx", "onnxscript")]
-    contract = model.spec.model_dump_json(include={"inputs", "outputs"})
-    facts = (FORMAT, *versions, contract, str(program.graph), str(program.range_constraints))
-    key = hashlib.sha256("\n".join(facts).encode())
-    for name, value in sorted({**program.state_dict, **program.constants}.items()):
-        key.update(f"{name}\n".encode())
-        key.update(digest(value).encode())
-    return key.hexdigest()
+        Raises:
+            ModelError: it cannot be traced; says why.
+        """
+        spec = self._model.spec
+        shapes = tuple(
+            {0: torch.export.Dim.DYNAMIC}
+            | {i: torch.export.Dim.AUTO for i, size in enumerate(each.shape, 1) if size is None}
+            for each in spec.inputs
+        )
+        rows = self._model.rows(EXAMPLE_ROWS)
+        inputs = tuple(rows[each.name] for each in spec.inputs)
+        with refusing(self._model, "exported to ONNX"), quiet():
+            return torch.export.export(_Positional(self._model), inputs, dynamic_shapes=(shapes,))
+
+    @cached_property
+    def key(self) -> str:
+        """Of the contract, of versions, and of the module's code and state.
+
+        Where something of the module cannot be read, of the traced program with all its
+        constants: whatever decides what the module computes has left its mark there.
+        """
+        versions = [version(name) for name in ("torch", "onnx", "onnxscript", "numpy")]
+        contract = self._model.spec.model_dump_json(include={"inputs", "outputs"})
+        module = lasting_digest(self._model.module) or self._of_program()
+        facts = (FORMAT, *versions, platform.python_version(), contract, module)
+        return hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()
+
+    def _of_program(self) -> str:
+        graph, ranges = self.program.graph, self.program.range_constraints
+        key = hashlib.sha256(f"{graph}\n{ranges}".encode())
+        for name, value in sorted({**self.program.state_dict, **self.program.constants}.items()):
+            key.update(f"{name}\n{digest(value)}".encode())
+        return key.hexdigest()
 
 
 def tidy_recurrent(proto: Any) -> None:

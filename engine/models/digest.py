@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
+import sys
 import types
 import uuid
+import weakref
 from collections.abc import Mapping
 from enum import Enum
 from functools import partial
@@ -16,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-_SIMPLE = (type(None), bool, int, float, complex, str, bytes, Enum, PurePath)
+_SIMPLE = (type(None), type(...), bool, int, float, complex, str, bytes, Enum, PurePath)
 _TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 _LIBRARIES = ("torch", "numpy", "builtins")
+_VERSIONED = {*_LIBRARIES, *sys.stdlib_module_names}
 _OPAQUE: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
@@ -39,10 +43,30 @@ def digest(value: Any) -> str:
     return found.sha.hexdigest()
 
 
+def lasting_digest(value: Any) -> str | None:
+    """A digest that means the same in every process, or ``None`` where there can be none.
+
+    Besides what :func:`digest` covers, it follows functions, classes, containers and modules of
+    any name that a function uses, into every module but those of torch, NumPy and Python, which
+    their versions stand for. Whatever cannot be read, and an import inside a function, gives
+    ``None``.
+    """
+    found = _Hash(lasting=True)
+    try:
+        found.add(value)
+    except RecursionError:
+        return None
+    return None if found.opaque else found.sha.hexdigest()
+
+
 class _Hash:
-    def __init__(self) -> None:
+    def __init__(self, lasting: bool = False) -> None:
         self.sha = hashlib.sha256()
+        self.opaque = False
+        self._lasting = lasting
+        self._libraries = _VERSIONED if lasting else set(_LIBRARIES)
         self._seen: dict[int, int] = {}
+        self._classes: set[type] = set()
         self._held: list[Any] = []  # ids stay those of living objects
 
     def add(self, value: Any) -> None:
@@ -96,9 +120,14 @@ class _Hash:
         elif isinstance(value, fx.GraphModule):
             self._say(value.code)
             self.add([dict(value.named_children()), _held(value)])
+            if self._lasting:
+                targets = [node.target for node in value.graph.nodes]
+                self.add([each for each in targets if isinstance(each, types.FunctionType)])
         elif isinstance(value, types.MethodType):
             self.add(value.__func__)
             self.add(value.__self__)
+        elif isinstance(value, weakref.ref):  # recurrent layers keep some of their weights
+            self.add(value())
         elif isinstance(value, partial):
             self.add([value.func, value.args, value.keywords])
         elif isinstance(value, types.BuiltinFunctionType | types.ModuleType):
@@ -107,33 +136,54 @@ class _Hash:
             self._class(type(value))
             self.add(dict(vars(value)))
         else:
+            self.opaque = True
             self._say(_token(value))
 
     def _class(self, kind: type) -> None:
         for base in kind.__mro__:
             self._say(base.__module__, base.__qualname__)
-            if base.__module__.partition(".")[0] in _LIBRARIES or id(base) in self._seen:
+            if self._is_library(base.__module__) or base in self._classes:
                 continue
-            self._seen[id(base)] = len(self._seen)
+            self._classes.add(base)
             for name, part in sorted(vars(base).items()):
                 inner = getattr(part, "__func__", getattr(part, "fget", part))
-                if isinstance(inner, (*_SIMPLE, types.FunctionType, Tensor)):
+                if isinstance(inner, (*_SIMPLE, types.FunctionType, Tensor)) or (
+                    self._lasting and not name.startswith("__")
+                ):
                     self._say(name)
                     self.add(inner)
 
     def _function(self, value: types.FunctionType) -> None:
         self._say(value.__module__ or "", value.__qualname__)
-        if (value.__module__ or "").partition(".")[0] in _LIBRARIES:
+        if self._is_library(value.__module__ or ""):
             return
         self._code(value.__code__)
         self.add([value.__defaults__, value.__kwdefaults__])
         for cell in value.__closure__ or ():
             self.add(_content(cell))
+        if self._lasting:
+            self._named(value.__code__, value.__globals__)
+            return
         for name in value.__code__.co_names:
             part = value.__globals__.get(name)
             ours = isinstance(part, types.FunctionType) and part.__module__ == value.__module__
             if ours or isinstance(part, (*_SIMPLE, Tensor)):
                 self.add(part)
+
+    def _named(self, code: types.CodeType, names: Mapping[str, Any]) -> None:
+        """Whatever the names of a code, and of the codes inside it, stand for."""
+        self.opaque |= any(each.opname == "IMPORT_NAME" for each in dis.get_instructions(code))
+        for name in code.co_names:
+            part = names.get(name)
+            self.add(part)
+            if isinstance(part, types.ModuleType) and not self._is_library(part.__name__):
+                self._named(code, vars(part))
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                self._named(constant, names)
+
+    def _is_library(self, module: str) -> bool:
+        return module.partition(".")[0] in self._libraries
 
     def _code(self, code: types.CodeType) -> None:
         self.sha.update(code.co_code)
