@@ -1,6 +1,6 @@
 """One device, two kinds of work: fraud scores due in 150 ms while CT studies fill the rest.
 
-    python benchmarks/mixed_device.py [--rate 200] [--seconds 60] [--repeats 1] [--json]
+    python benchmarks/mixed_device.py [--rate 200] [--seconds 60] [--repeats 1] [--plan] [--json]
 
 Arms, each a server process of its own with the packaged models of finance and medical:
 
@@ -15,6 +15,9 @@ Arms, each a server process of its own with the packaged models of finance and m
 through the HTTP door, and payments (sample_data/transactions) come at a steady Poisson rate, open
 loop. Latency runs from when a payment was due to its whole answer. Device figures are differences
 of ``/metrics`` over the same seconds.
+
+With ``--plan`` each run ends with what ``plinth plan`` foretells for it: its rate, and studies
+without end where there are some, on one lane, by the costs that its own engine learned.
 """
 
 from __future__ import annotations
@@ -50,6 +53,8 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from plinth.pipelines.bench.load import Load  # noqa: E402
+from plinth.pipelines.plan.demand import Patient, read_costs  # noqa: E402
+from plinth.pipelines.plan.planner import Question, point  # noqa: E402
 
 ARMS = ("plinth", "threads", "alone", "plain")
 UNBOUNDED = 3600.0  # seconds of a slice: no bound but the largest batch
@@ -59,6 +64,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 CONFIG = """
 [engine]
 threads = {threads}
+latency_file = "{costs}"
 compute_workers = {workers_of_steps}
 [serve]
 port = 0
@@ -83,6 +89,12 @@ FIGURES = {
     "window_batch_ms": "CT batch, ms",
     "payment_batch_ms": "payment batch, ms",
     "server_cores": "server CPU, cores",
+}
+
+PLANNED = {
+    "planned_p99_ms": "planned p99, ms",
+    "planned_per_second": "planned in time /s",
+    "planned_windows_per_minute": "planned CT windows /min",
 }
 
 
@@ -121,6 +133,7 @@ def serving(arm: str, given: argparse.Namespace) -> Iterator[tuple[str, psutil.P
                 workers_of_steps=0 if arm == "threads" else given.processes,
                 workers=given.studies,
                 overlap=given.overlap,
+                costs=given.costs,
             )
         )
         if arm != "plain":
@@ -263,6 +276,7 @@ def measure(arm: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
         done = sum(at > begun for at in studies.finished)
     if studies.failed:
         raise SystemExit(f"{arm}: a study failed: {studies.failed[0]}")
+    planned = foretold(given, beside=arm != "alone") if given.plan else {}
 
     def grown(name: str) -> float:
         return sum(value - before.get(key, 0.0) for key, value in after.items() if name in key)
@@ -289,8 +303,22 @@ def measure(arm: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
         "window_batch_ms": batch_ms("nodules"),
         "payment_batch_ms": batch_ms("fraud"),
         "server_cores": cpu / seconds,
+        **planned,
         "sla_misses": {key: after[key] - before.get(key, 0.0) for key in misses(after)},
         "load": told,
+    }
+
+
+def foretold(given: argparse.Namespace, *, beside: bool) -> dict[str, float]:
+    """What a plan on the costs that the server learned says of the same load."""
+    costs = read_costs(given.costs, "fraud", "nodules" if beside else None, 1 if beside else None)
+    patient = Patient(1.0, 1.0, "windows") if beside else None
+    question = Question(costs, given.sla_ms / 1e3, given.rate, patient=patient, seconds=60.0)
+    found = point(question, 1)
+    return {
+        "planned_p99_ms": found.p99,
+        "planned_per_second": given.rate * found.in_time,
+        "planned_windows_per_minute": 60 * (found.jobs_possible or 0.0),
     }
 
 
@@ -321,12 +349,12 @@ def show(medians: dict[str, dict[str, float]], runs: list[dict[str, Any]]) -> No
     table = Table(
         "", *medians, title=f"{runs[0]['load']['rate']:g} payments/s due, with CT studies"
     )
-    for name, title in FIGURES.items():
+    for name, title in (FIGURES | (PLANNED if "planned_p99_ms" in runs[0] else {})).items():
         cells = []
-        for arm, figures in medians.items():
+        for arm in medians:
             values = [run[name] for run in runs if run["arm"] == arm]
             span = f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else ""
-            cells.append(f"{figures[name]:.4g}{span}")
+            cells.append(f"{statistics.median(values):.4g}{span}")
         table.add_row(title, *cells)
     console = Console(width=120)
     console.print(table)
@@ -348,12 +376,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="runs of each arm, interleaved")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["plinth", "plain"])
     parser.add_argument("--sla-ms", type=float, default=150.0)
+    parser.add_argument("--plan", action="store_true", help="what plinth plan foretells, too")
     parser.add_argument("--serve-plain", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve_plain is not None:
         serve_plain(given.serve_plain)
         return
-    runs = [measure(arm, given, seed) for seed in range(given.repeats) for arm in given.arms]
+    if given.plan and "plain" in given.arms:
+        parser.error("--plan: the arm plain learns no costs, leave it out with --arms")
+    with tempfile.TemporaryDirectory() as folder:
+        given.costs = Path(folder) / "costs.json"
+        runs = [measure(arm, given, seed) for seed in range(given.repeats) for arm in given.arms]
     medians = summary(runs)
     if given.json:
         print_json({"medians": medians, "runs": runs})

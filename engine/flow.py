@@ -185,6 +185,8 @@ class Answer(Generic[T_co]):
         precision: backend and precision, such as ``"eager/fp32"``, of every model that ran: the
             same request may be answered in another one on another machine, unless the engine
             runs in ``"exact"``.
+        modes: ``"sync"`` for every model of which a call was given to several lanes in shares;
+            other calls went whole to whichever lane was free first.
     """
 
     value: T_co
@@ -193,6 +195,7 @@ class Answer(Generic[T_co]):
     degraded: dict[str, str] = field(default_factory=dict)
     late: bool = False
     precision: dict[str, str] = field(default_factory=dict)
+    modes: dict[str, str] = field(default_factory=dict)
 
 
 def row_count(rows: Tensors) -> int:

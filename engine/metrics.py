@@ -131,6 +131,14 @@ class EngineMetrics:
         self.lane_deaths = counter(
             "plinth_lane_deaths_total", "Lanes that died, by device.", ("device",)
         )
+        self.lane_restarts = counter(
+            "plinth_lane_restarts_total", "Lanes that died and were started again.", ("device",)
+        )
+        self.shared = counter(
+            "plinth_shared_calls_total",
+            "Calls that were given to several lanes in shares (mode sync, or hybrid and large).",
+            ("model",),
+        )
         self.halved = counter(
             "plinth_out_of_memory_total",
             "Batches that did not fit into memory and were run in halves.",

@@ -116,6 +116,11 @@ class Planned:
         self._firsts = [first for first, _ in parts]
         self._parts = [part for _, part in parts]
 
+    @property
+    def parts(self) -> list[tuple[int, Executable]]:
+        """The first row count of each range, in order, and what runs it."""
+        return list(zip(self._firsts, self._parts, strict=True))
+
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run rows on the executable of their number."""
         return self._at(len(next(iter(inputs.values())))).run(inputs)
@@ -135,9 +140,7 @@ class Planned:
         """One more for another thread; see ``base.another``."""
         made = {id(member): another(member) for member in self.members}
         parts = [
-            (first, other)
-            for first, part in zip(self._firsts, self._parts, strict=True)
-            if (other := made[id(part)]) is not None
+            (first, other) for first, part in self.parts if (other := made[id(part)]) is not None
         ]
         if len(parts) < len(self._parts):
             return None

@@ -8,7 +8,7 @@ rows in, rows out. So a lane may be a device of this process, another process or
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
@@ -30,11 +30,13 @@ class Unit(NamedTuple):
         number: its own, for as long as the engine lives.
         model: the name that the lane knows its model by.
         parts: rows of one or more callers, which run as one batch in this order.
+        seconds: what it is predicted to take; 0: nobody knows.
     """
 
     number: int
     model: str
     parts: Sequence[Rows]
+    seconds: float = 0.0
 
 
 class Ran(NamedTuple):
@@ -60,7 +62,7 @@ class LaneDied(DeviceError):
 
 
 class Held(Protocol):
-    """A model as a lane of this process holds it.
+    """A model as the engine holds it.
 
     Attributes:
         id: the name that units call it by.
@@ -89,6 +91,22 @@ class Held(Protocol):
         """Send rows to an accelerator."""
         ...
 
+    def recipe(self) -> object:
+        """What another process makes the same of: data that can be pickled, no code.
+
+        Raises:
+            ModelError: it cannot be sent.
+        """
+        ...
+
+    def check(self, found: dict[str, Tensor] | None) -> None:
+        """Hold what another process made of the rows in the recipe against one's own answers.
+
+        Raises:
+            ModelError: they are others.
+        """
+        ...
+
 
 class Lane(ABC):
     """A place where batches run; one thread at a time gives it units.
@@ -101,9 +119,13 @@ class Lane(ABC):
 
     Attributes:
         inline: whether :meth:`run` runs a unit in the thread that calls it.
+        revives: whether :meth:`start` can help after it died, so that the engine tries at once.
+        lost: told when it dies, also while it has nothing to run.
     """
 
     inline = False
+    revives = False
+    lost: Callable[[LaneDied], None] | None = None
 
     def __init__(self, device: Device, depth: int = 1, costs: LatencyModel | None = None) -> None:
         self.device = device
@@ -114,6 +136,15 @@ class Lane(ABC):
     @abstractmethod
     def kind(self) -> str:
         """What it is, such as ``"local"``, for status pages."""
+
+    @property
+    def label(self) -> str:
+        """What status pages call it: its device, or what is told apart from that."""
+        return str(self.device)
+
+    def launch(self) -> None:
+        """Begin with what :meth:`start` does, without waiting for it."""
+        return
 
     @abstractmethod
     def start(self) -> None:

@@ -9,10 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -20,7 +16,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from plinth.engine.errors import (
@@ -35,6 +30,7 @@ from plinth.engine.errors import (
 )
 from plinth.engine.flow import Compute
 from plinth.engine.lanes import worker as child
+from plinth.engine.lanes.worker_process import WorkerProcess
 
 MAX_WAITING = 1024
 """Steps that may wait for a worker."""
@@ -42,9 +38,8 @@ START_SECONDS = 120.0
 """In which a new process takes its first step."""
 IDLE_SECONDS = 300.0
 """After which a worker without work ends, and gives its memory back."""
-KILL_SECONDS = 10.0
 _STARTS = 3
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+_NICENESS = 10  # whoever answers urgent calls goes first where the machine is short of CPU
 _log = logging.getLogger("plinth.engine.compute")
 
 Count = Callable[[str, str, float], None]
@@ -325,47 +320,12 @@ class _Slot:
             self.worker = None
 
 
-class _Worker:
+class _Worker(WorkerProcess):
     """One process; used by the thread that made it, killed by any."""
 
     def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        self._socket = ours
-        level = logging.getLogger().getEffectiveLevel()
-        given = [str(theirs.fileno()), str(os.getpid()), str(level)]
-        command = [sys.executable, "-P", "-X", "faulthandler", str(Path(child.__file__)), *given]
-        try:
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **_ONE_THREAD},
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
+        super().__init__(_NICENESS)
         self._greeted = False
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process runs."""
-        return self._process.poll() is None
-
-    def kill(self) -> None:
-        """End it at once."""
-        with contextlib.suppress(OSError):
-            self._process.kill()
-
-    def end(self) -> None:
-        """End it, and wait until it has ended."""
-        self.kill()
-        self._socket.close()
-        try:
-            self._process.wait(KILL_SECONDS)
-        except subprocess.TimeoutExpired:
-            _log.error("worker process %d does not end", self._process.pid)
 
     def run(self, task: _Task) -> child.Outcome:
         """Run a step.
@@ -376,21 +336,21 @@ class _Worker:
         """
         limit = time.monotonic() + START_SECONDS
         try:
-            self._socket.settimeout(START_SECONDS)
+            self.socket.settimeout(START_SECONDS)
             if not self._greeted:
-                child.send(self._socket, b"p", sys.path)
+                child.send(self.socket, b"p", sys.path)
                 self._expect(child.TAKEN, task, limit)
                 self._greeted = True
-            child.send(self._socket, child.STEP, (task.step.function, task.step.arguments))
+            child.send(self.socket, child.STEP, (task.step.function, task.step.arguments))
             self._expect(child.TAKEN, task, limit)
         except (BrokenPipeError, ConnectionResetError, EOFError):
-            raise _NotTakenError(self._how_it_ended()) from None
+            raise _NotTakenError(self.how_it_ended()) from None
         limit = time.monotonic() + task.seconds
         try:
             outcome: child.Outcome = self._expect(child.DONE, task, limit)()
         except (ConnectionResetError, EOFError):
             raise ComputeError(
-                f"the worker process ended in the step {task.step.name}: {self._how_it_ended()}",
+                f"the worker process ended in the step {task.step.name}: {self.how_it_ended()}",
                 reason="worker_died",
                 hint="a crash of a native library, or too little memory; the log may say more",
             ) from None
@@ -398,9 +358,9 @@ class _Worker:
 
     def _expect(self, kind: bytes, task: _Task, limit: float) -> Callable[[], Any]:
         """What reads the next message, which is of this kind and comes before a time."""
-        self._socket.settimeout(max(limit - time.monotonic(), 1e-3))
+        self.socket.settimeout(max(limit - time.monotonic(), 1e-3))
         try:
-            message = child.receive(self._socket, keep=True)
+            message = child.receive(self.socket, keep=True)
         except TimeoutError:
             raise ComputeError(
                 f"the step {task.step.name} was not done within {task.seconds:g} s",
@@ -412,15 +372,3 @@ class _Worker:
         if message[0] != kind:
             raise EOFError(f"a message {message[0]!r}, expected {kind!r}")
         return message[1]
-
-    def _how_it_ended(self) -> str:
-        """The signal or exit code, in words."""
-        try:
-            code = self._process.wait(KILL_SECONDS)
-        except subprocess.TimeoutExpired:
-            return "it closed its connection"
-        if code >= 0:
-            return f"exit code {code}"
-        with contextlib.suppress(ValueError):
-            return f"signal {signal.Signals(-code).name}"
-        return f"signal {-code}"

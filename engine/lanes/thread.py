@@ -9,8 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from plinth.engine.backends.base import check_cpu_threads, cpu_threads, thread_state
-from plinth.engine.lanes.base import Lane
+from plinth.engine.errors import PlinthError
+from plinth.engine.lanes.base import Lane, LaneDied
 
+_TRIES = 3
+"""Starts of a lane that died before it is left dead."""
+_PAUSE = 0.1
+"""Seconds, times 4 for each start that failed."""
 _log = logging.getLogger("plinth.engine")
 
 
@@ -27,6 +32,7 @@ class LaneThread:
         step: waits for one batch and gives it to the lane; False ends the thread.
         ended: told in the thread when it ends: None, or the error that ended it. It is told of
             every end that Python can know of.
+        back: told in the thread when the lane is well again after it died; False: nobody needs it.
         threads: CPU threads of its steps; ``None`` as torch has it.
 
     Attributes:
@@ -36,6 +42,9 @@ class LaneThread:
         busy: seconds for which it ran batches.
         draining: it ends as soon as the lane has done what it was given.
         died: why the lane does nothing any more.
+        reviving: it died and is being started again.
+        deaths: how often it died.
+        died_at: when it last did.
         over: the thread has ended, or is about to.
     """
 
@@ -45,6 +54,7 @@ class LaneThread:
         lock: threading.RLock,
         step: Callable[[LaneThread], bool],
         ended: Callable[[LaneThread, BaseException | None], None],
+        back: Callable[[LaneThread], bool],
         threads: int | None = None,
     ) -> None:
         self.lane = lane
@@ -54,9 +64,13 @@ class LaneThread:
         self.busy = 0.0
         self.draining = False
         self.died: BaseException | None = None
+        self.reviving = False
+        self.deaths = 0
+        self.died_at = 0.0
         self.over = True
         self._step = step
         self._ended = ended
+        self._back = back
         self._threads = threads
         self._thread: threading.Thread | None = None
         self._joining = threading.Lock()
@@ -65,7 +79,7 @@ class LaneThread:
     @property
     def name(self) -> str:
         """What status pages call it: the device, and the number of the lane."""
-        return f"{self.lane.device}/{self.number}"
+        return f"{self.lane.label}/{self.number}"
 
     @property
     def alive(self) -> bool:
@@ -100,11 +114,13 @@ class LaneThread:
     def status(self, elapsed: float) -> dict[str, Any]:
         """For status pages; ``elapsed``: seconds since the engine was made."""
         draining = "draining" if self.draining else "running"
+        dead = "restarting" if self.reviving else "dead" if self.died is not None else "stopped"
         return {
             "name": self.name,
             "kind": self.lane.kind,
             "device": str(self.lane.device),
-            "state": draining if self.is_well else "dead" if self.died is not None else "stopped",
+            "state": draining if self.is_well else dead,
+            "deaths": self.deaths,
             "in_flight": self.in_flight,
             "utilisation": self.busy / max(elapsed, 1e-9),
         }
@@ -129,12 +145,45 @@ class LaneThread:
             with self._joining:
                 thread.join()
 
+    def _steps(self) -> bool:
+        """Run steps until one is the last, or the lane dies; True when it is well again."""
+        try:
+            while self._step(self):
+                pass
+            return False
+        except LaneDied as error:
+            if error is not self.died or not self._revived():
+                raise
+            return True
+
+    def _revived(self) -> bool:
+        """Start a lane that died again, if that can help; False: it stays as it is."""
+        try:
+            if not self.reviving:
+                return False
+            self.lane.close()
+            for number in range(_TRIES):
+                with self.wake:
+                    if number and not self.draining:
+                        self.wake.wait(_PAUSE * 4**number)
+                    if self.draining:
+                        return False
+                try:
+                    self.lane.start()
+                except PlinthError as error:
+                    _log.error("lane %s: %s", self.name, error)
+                else:
+                    return self._back(self)
+            return False
+        finally:
+            self.reviving = False
+
     def _run(self) -> None:
         error: BaseException | None = StoppedFromOutside()
         try:
             with cpu_threads(self._threads):
                 self._thread_state = thread_state()
-                while self._step(self):
+                while self._steps():
                     pass
             error = None
         except BaseException as raised:  # noqa: BLE001 - a thread that dies says so and why

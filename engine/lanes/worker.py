@@ -232,20 +232,21 @@ def _scattered(array: Any) -> bool:
 
 
 # -- the process -------------------------------------------------------------------------------
-def main(descriptor: int, parent: int, level: int) -> None:
+def main(descriptor: int, parent: int, level: int, niceness: int) -> None:
     """Run steps until the process at the other end ends.
 
     Args:
         descriptor: of our end of the socket pair.
         parent: process that started this one.
         level: of log records that it wants to have.
+        niceness: how far others go first where the machine is short of CPU.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent says when work is over
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.dup2(2, 1)  # what a step prints is no answer of the command
     end_with(parent)
-    yield_to_others()
+    yield_to_others(niceness)
     records = _Records()
     logging.getLogger().addHandler(records)
     logging.getLogger().setLevel(level)
@@ -321,13 +322,13 @@ def end_with(parent: int) -> None:
         os._exit(0)
 
 
-def yield_to_others() -> None:
-    """Let the parent go first where the machine is short of CPU, and last where of memory.
+def yield_to_others(niceness: int) -> None:
+    """Let others go first where the machine is short of CPU, and last where of memory.
 
     A crash leaves no core file either, which would hold what the step was given.
     """
     with contextlib.suppress(OSError):
-        os.nice(10)
+        os.nice(niceness)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")  # proc(5)
     with contextlib.suppress(ImportError, OSError):
@@ -337,4 +338,4 @@ def yield_to_others() -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]))
+    main(*map(int, sys.argv[1:5]))

@@ -463,6 +463,21 @@ ARCHITECTURES = "plinth.architectures"
 """Entry-point group of modules that register the architecture of that name."""
 
 
+def module_of(architecture: str | None) -> str:
+    """The name of the module that registered an architecture; ``""``: none has."""
+    factory = _FACTORIES.get(architecture or "")
+    return "" if factory is None else factory.__module__
+
+
+def read_model(path: Path, spec: ModelSpec) -> Model:
+    """A model of an ONNX file, or of an exported program, as :meth:`ModelStore.add` writes them.
+
+    Raises:
+        ModelError: the file is not what its name says.
+    """
+    return Model(spec, _read(path, spec), path if path.name.endswith(".onnx") else None)
+
+
 def _build(spec: ModelSpec, origin: str | None) -> nn.Module:
     if spec.architecture not in _FACTORIES:
         for entry in entry_points(group=ARCHITECTURES, name=spec.architecture or ""):
@@ -487,7 +502,7 @@ def _build(spec: ModelSpec, origin: str | None) -> nn.Module:
 
 def _read(path: Path, spec: ModelSpec) -> nn.Module:
     """An ONNX file or an exported program as a module in eval mode."""
-    if path.name == _PROGRAM:
+    if path.suffix == Path(_PROGRAM).suffix:
         return program.load(path, spec)
     names = tuple(t.name for t in spec.inputs), tuple(t.name for t in spec.outputs)
     return OnnxModule(path, *names).eval()

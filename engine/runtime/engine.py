@@ -23,7 +23,6 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from plinth.engine.devices.device import pick
 from plinth.engine.errors import (
     Cancelled,
     Closed,
@@ -37,6 +36,7 @@ from plinth.engine.errors import (
 from plinth.engine.flow import Answer, Call, Compute, Flow, Sla
 from plinth.engine.lanes.base import Lane, LaneDied, Ran, Unit
 from plinth.engine.lanes.compute_pool import ComputePool
+from plinth.engine.lanes.process import HUNG_SECONDS
 from plinth.engine.lanes.thread import LaneThread, StoppedFromOutside
 from plinth.engine.metrics import EngineMetrics
 from plinth.engine.models.spec import ModelSpec
@@ -46,6 +46,7 @@ from plinth.engine.runtime.flow_driver import Clock, FlowDriver, Result
 from plinth.engine.runtime.lane_set import LaneSet
 from plinth.engine.runtime.loaded_model import LoadedModel, Precision, Range
 from plinth.engine.runtime.model_table import Execution, ModelTable
+from plinth.engine.runtime.modes import Modes
 from plinth.engine.runtime.request import (
     CallerWaiter,
     LoopWaiter,
@@ -57,7 +58,7 @@ from plinth.engine.runtime.request import (
 )
 from plinth.engine.scheduler.batcher import Batcher
 from plinth.engine.scheduler.cost_model import LatencyModel
-from plinth.engine.scheduler.work import Batch, BatchSlice, Work
+from plinth.engine.scheduler.work import Batch, BatchSlice, Refusal, Search, Suspects, Work
 
 T = TypeVar("T")
 State = Literal["new", "running", "closing", "closed", "failed"]
@@ -68,6 +69,8 @@ DIRECT_SECONDS = 0.001
 caller: two changes of thread would take as long."""
 _LOOK = 1.0
 """Seconds after which a caller that still waits looks whether the device thread lives."""
+_RESTART = 3.0
+"""Seconds in which a lane that died is likely to be well again, before one was."""
 _LEFT = 0.005
 """Seconds after which a lane looks again at work that it left to a faster one."""
 _log = logging.getLogger("plinth.engine")
@@ -81,7 +84,8 @@ class Engine:
         clock: seconds, monotonic.
         device: ``"auto"``, or a name; see :func:`plinth.engine.devices.device.pick`.
         devices: a lane for each name, in the place of ``device``; a name may come twice. Weights
-            are loaded once for each device. Lanes of the CPU share its threads out.
+            are loaded once for each device. Lanes of the CPU share its threads out. A lane
+            ``"process:cpu"`` is a worker process, with weights of its own.
         lanes: further lanes, made elsewhere.
         precision: for models that name none: a preset, a policy, or its table; see
             :class:`plinth.engine.precision.policy.PrecisionPolicy`.
@@ -93,12 +97,16 @@ class Engine:
             what is available when the first is added.
         latency_file: where learned costs are kept between runs; ``None`` forgets them.
         pipeline_depth: batches that an accelerator is given before the first is done, so that the
-            host prepares one while the device runs another; ``None``: 1. The CPU has 1.
+            host prepares one while the device runs another; ``None``: 1. The CPU has 1, a worker
+            process up to 16.
+        modes: how several lanes share work, as :class:`plinth.engine.runtime.modes.Modes` or its
+            table; ``None``: a request goes whole to whichever lanes are free first.
         graphs: capture forwards and replay them on an accelerator where that is faster, which does
             not run a model's Python again; ``None``: of models with backend ``"auto"``.
         compute_workers: processes for the heavy steps of flows (:class:`Compute`), which start with
             the first of them; 0: the thread that drives a flow runs its steps.
         compute_seconds: in which a step in a process has to be done, unless it says other.
+        hung_seconds: a batch in a worker process is never taken for hung before.
 
     Attributes:
         device: what it runs on; the first, where there are several.
@@ -123,18 +131,25 @@ class Engine:
         memory_budget: int | None = None,
         latency_file: Path | None = None,
         pipeline_depth: int | None = None,
+        modes: Modes | Mapping[str, Any] | None = None,
         graphs: bool | None = None,
         compute_workers: int = 0,
         compute_seconds: float = 900.0,
+        hung_seconds: float = HUNG_SECONDS,
     ) -> None:
-        self._batcher = (
-            Batcher(LatencyModel(latency_file), max_queue=max_queue) if batcher is None else batcher
-        )
+        self._modes, depth = _modes_of(modes, pipeline_depth)
+        if batcher is None:
+            costs, rounds = LatencyModel(latency_file), self._modes.mode == "sync"
+            batcher = Batcher(costs, max_queue=max_queue, rounds=rounds)
+        elif self._modes.in_rounds and batcher.rounds is None:
+            raise ConfigError("mode sync needs a batcher that forms rounds", hint="rounds=True")
+        self._batcher = batcher
+        self._round: list[tuple[Request, Result]] = []
         self._clock = clock
         self._lock = threading.RLock()
         self._lanes = LaneSet(
             self._batcher,
-            Execution(precision, backend, threads, graphs, pipeline_depth),
+            Execution(precision, backend, threads, graphs, depth, hung_seconds=hung_seconds),
             "auto" if memory_budget is None else memory_budget,
             clock,
             self._thread_of,
@@ -143,12 +158,14 @@ class Engine:
             devices = () if lanes and device == "auto" else (device,)
         self._lanes.open(devices, lanes)
         self.device = self._lanes.device
+        self._modes.backend(self.device)  # refused now, not when somebody looks
         self._requests: set[Request] = set()
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
         self._state: State = "new"
         self._failure: str | None = None
         self._broken: BaseException | None = None  # what all lanes have to end of
         self._numbers = count()
+        self._restart = _RESTART
         self._started = clock()
         self.metrics = EngineMetrics(self.device, self._waiting)
         self._steps = (
@@ -158,7 +175,9 @@ class Engine:
         )
 
     def _thread_of(self, lane: Lane, threads: int | None) -> LaneThread:
-        return LaneThread(lane, self._lock, self._step, self._ended, threads)
+        thread = LaneThread(lane, self._lock, self._step, self._ended, self._is_back, threads)
+        lane.lost = lambda error: self._lost_idle(thread, error)
+        return thread
 
     @property
     def _models(self) -> ModelTable:
@@ -274,6 +293,8 @@ class Engine:
             ConfigError: an engine of this process runs with another number of threads.
             DeviceError: no device does anything any more in this process.
         """
+        if self._state == "running":
+            self._lanes.warm()
         with self._lock:
             if self._state == "running" and self._lanes.alive:
                 self._lanes.start()
@@ -283,6 +304,7 @@ class Engine:
                 "the device thread cannot wait for its own end", hint="start it from another"
             )
         self._lanes.join()
+        self._lanes.warm()
         if self._steps is not None:
             self._steps.open()
         with self._lock:
@@ -308,8 +330,10 @@ class Engine:
         if self._state in ("closing", "closed"):
             raise self._not_running()
         with self._lanes.changing:
-            made = self._lanes.make(pick(lane)) if isinstance(lane, str) else lane
+            made = self._lanes.make(lane) if isinstance(lane, str) else lane
             thread = self._lanes.prepare(made)
+            if made.revives:
+                made.start()  # takes seconds, for which the lock is not held
             with self._lock:
                 if self._state == "running":
                     thread.start()
@@ -368,7 +392,7 @@ class Engine:
             self._steps.close(drain, wait=not self._lanes.is_current)
         if self._lanes.is_current:
             return
-        self._lanes.join()
+        self._lanes.close()
         with self._lock:
             self._lanes.save_costs()
 
@@ -413,6 +437,9 @@ class Engine:
                 "background_rows": self._batcher.background_rows,
                 "utilisation": sum(lane["utilisation"] for lane in lanes) / len(lanes),
                 "lanes": lanes,
+                "mode": self._modes.mode,
+                "sync_threshold": self._modes.sync_threshold,
+                "communication_backend": self._modes.backend(self.device),
             }
 
     def costs(self) -> dict[str, dict[int, float]]:
@@ -599,6 +626,8 @@ class Engine:
         loaded = request.loaded
         promise = sla or loaded.sla
         step = loaded.most if promise.deadline_ms is not None else request.total
+        if self._modes.mode != "async" and promise.deadline_ms is not None:
+            step = min(step, self._share(request))
         alone: LaneThread | None = None
         with self._lock:
             if self._state == "running":
@@ -615,6 +644,14 @@ class Engine:
             request.waiter.settle(outcome)
         return alone
 
+    def _share(self, request: Request) -> int:
+        """Rows of a request that one lane gets; all of them where it is not shared out."""
+        costs, lanes = self._batcher.latency, len(self._batcher.lanes)
+        parts = self._modes.units(costs, request.key, request.total, lanes)
+        if parts > 1:
+            request.mode = "sync"
+        return -(-request.total // parts)
+
     def _lane_for_caller(self, request: Request) -> LaneThread | None:
         """The lane on which its caller should run it: nothing else waits, and it is soon done."""
         loaded, rows = request.loaded, request.total
@@ -630,6 +667,9 @@ class Engine:
 
     def _wake_one(self) -> None:
         """Wake the lane that should take what waits, if one has room; with the lock held."""
+        if self._modes.in_rounds:
+            self._lanes.wake_all()
+            return
         thread = self._lanes.of(self._batcher.free_lane())
         if thread is not None:
             thread.wake.notify()
@@ -667,10 +707,7 @@ class Engine:
         """The batch to run now on a lane, which has it then; with the lock held."""
         batch, refused = self._batcher.next(self._clock(), thread.number)
         thread.in_flight += batch is not None
-        outcomes: Outcomes = []
-        for refusal in refused:
-            outcomes += self._fail((refusal.work.owner,), refusal.error)
-        return batch, outcomes
+        return batch, self._refused(refused) if refused else []
 
     def _enqueue(self, request: Request, promise: Sla, step: int) -> Outcomes:
         """Give a request's rows to the batcher, or say why not."""
@@ -678,9 +715,15 @@ class Engine:
         if not self._batcher.knows(request.key):
             self._register(request)
         self._requests.add(request)
+        apart = request.mode == "sync" and not self._modes.in_rounds
+        if self._modes.in_rounds:
+            request.number, request.asked = next(self._numbers), now
+            request.due = now + (promise.deadline_ms or float("inf")) / 1e3
         for first in range(0, request.total, step):
             rows = min(step, request.total - first)
             work = Work(request.key, rows, now, promise, request, first)
+            if apart:  # else the lane that is free first would take all of its shares
+                work.suspects = Suspects(Search(1))
             request.works.append(work)
             refusal = self._batcher.admit(work, now)
             if refusal is not None:
@@ -777,7 +820,7 @@ class Engine:
         """The thread of a lane ends: whoever waits for nobody any more is told why."""
         with self._lock:
             thread.over = True
-            others = self._lanes.others(thread)
+            others = self._lanes.others(thread) or self._lanes.is_one_reviving
             alone = error is not None and error is thread.died
             if others and (error is None or alone):
                 self._lanes.wake_all()
@@ -802,7 +845,7 @@ class Engine:
             try:
                 self._batcher.clear()
             finally:  # whatever state it is in, nobody waits for ever
-                self._settle([(request, why) for request in requests])
+                self._settle([*self._round_over(), *((request, why) for request in requests)])
 
     def _post(self) -> None:
         """Wake the event loops that have answers."""
@@ -824,7 +867,7 @@ class Engine:
         loaded: LoadedModel = batch.parts[0].work.owner.ran(batch.key)
         try:
             rows = _rows_of(batch)
-            ran = thread.lane.run(self._unit(loaded, rows, thread))
+            ran = thread.lane.run(self._unit(batch, loaded, rows, thread))
             _check_rows(loaded, ran, batch)
             loaded.see(rows)
         except BaseException as error:  # noqa: BLE001 - a model's failure is its batch's alone
@@ -835,15 +878,16 @@ class Engine:
         self._finish(batch, loaded, ran, thread)
         return None
 
-    def _unit(self, loaded: LoadedModel, rows: list[dict[str, Tensor]], thread: LaneThread) -> Unit:
-        return Unit(next(self._numbers), loaded.on(thread.lane.device).id, rows)
+    def _unit(self, batch: Batch, loaded: LoadedModel, rows: Any, thread: LaneThread) -> Unit:
+        name = loaded.on(thread.lane.device).id
+        return Unit(next(self._numbers), name, rows, batch.predicted)
 
     def _submit(self, batch: Batch, thread: LaneThread) -> None:
         """Give a batch to a lane; what comes back is handed out by another thread."""
         loaded: LoadedModel = batch.parts[0].work.owner.ran(batch.key)
         try:
             rows = _rows_of(batch)
-            future = thread.lane.submit(self._unit(loaded, rows, thread))
+            future = thread.lane.submit(self._unit(batch, loaded, rows, thread))
             loaded.see(rows)
         except BaseException as error:  # noqa: BLE001 - as in _execute
             self._failed(batch, loaded, error, thread)
@@ -874,13 +918,19 @@ class Engine:
     def _finish(self, batch: Batch, loaded: LoadedModel, ran: Ran, thread: LaneThread) -> None:
         """Hand out the answers of a batch; learning and counting come after them."""
         now, seconds = self._clock(), ran.seconds
-        self._settle(self._deliver(batch, loaded, ran, now))
+        outcomes = self._deliver(batch, loaded, ran, now)
+        if not self._modes.in_rounds:
+            self._settle(outcomes)
         with self._lock:
             if ran.largest < batch.rows:
                 self._batcher.shrink(batch.key, ran.largest)
             thread.busy += seconds
             self._batcher.finished(batch, seconds, now)
             self._give_back(thread)
+            if self._modes.in_rounds:
+                outcomes = self._at_barrier(outcomes)
+        if self._modes.in_rounds:
+            self._settle(outcomes)
         self.metrics.busy(thread.lane.device).inc(seconds)
         if ran.halvings:
             self.metrics.halved.labels(loaded.spec.name).inc(ran.halvings)
@@ -888,10 +938,31 @@ class Engine:
         meters.batch_rows.observe(batch.rows)
         meters.batch_seconds.observe(seconds)
 
+    def _at_barrier(self, outcomes: Outcomes) -> Outcomes:
+        """Keep what a round has answered until all of it is done; with the lock held."""
+        failed: Outcomes = []
+        for request, outcome in outcomes:
+            if isinstance(outcome, Result):
+                self._round.append((request, outcome))
+            else:
+                failed.append((request, outcome))
+        return failed if self._lanes.in_flight else [*failed, *self._round_over()]
+
+    def _round_over(self) -> Outcomes:
+        """The answers of a round, as they are at its end; with the lock held."""
+        now, done = self._clock(), self._round
+        told: Outcomes = []
+        self._round = []
+        for request, outcome in sorted(done, key=lambda each: each[0].number):
+            outcome.timing.total = now - request.asked
+            late = now > request.due
+            told.append((request, replace(outcome, late=late) if late else outcome))
+        return told
+
     def _give_back(self, thread: LaneThread) -> None:
         """A lane has room again; with the lock held."""
         thread.in_flight -= 1
-        if self._state != "running":
+        if self._state != "running" or self._modes.in_rounds:
             self._lanes.wake_all()
         elif self._batcher or thread.draining or thread.died is not None:
             thread.wake.notify()
@@ -915,11 +986,16 @@ class Engine:
             for request in requests:
                 alone = len(requests) == 1
                 outcomes += self._fail((request,), _model_error(loaded, batch, error, alone=alone))
+            told = bool(outcomes)
+            if died:  # what waits for it to be well again, and would be late, is told at once
+                outcomes += self._refused(self._batcher.sweep(self._clock()))
+            if self._modes.in_rounds:
+                outcomes = self._at_barrier(outcomes)
             if len(self._lanes.threads) > 1 and self._batcher:
                 self._wake_one()
         counted = self.metrics.rerun_batches if died else self.metrics.failed_batches
         counted.labels(loaded.spec.name).inc()
-        if outcomes:
+        if told:
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{place.filename}:{place.lineno} in {place.name}"
             name, kind = loaded.spec.name, type(error).__name__
@@ -928,12 +1004,49 @@ class Engine:
 
     def _lost(self, batch: Batch, error: BaseException, thread: LaneThread) -> list[Work]:
         """A lane died: it gets nothing any more, and its batch waits again; with the lock held."""
-        if thread.died is None:
-            thread.died = error
-            self._batcher.drop_lane(thread.number)
-            self.metrics.lane_deaths.labels(str(thread.lane.device)).inc()
-            _log.error("lane %s died: %s", thread.name, error)
+        self._is_lost(thread, error)
         return self._batcher.died(batch, self._clock())
+
+    def _lost_idle(self, thread: LaneThread, error: BaseException) -> None:
+        """A lane died while it may have had nothing to run."""
+        with self._lock:
+            self._is_lost(thread, error)
+            outcomes = self._refused(self._batcher.sweep(self._clock()))
+        self._settle(outcomes)
+
+    def _refused(self, refusals: list[Refusal]) -> Outcomes:
+        """Fail what the batcher refused; with the lock held."""
+        outcomes: Outcomes = []
+        for refusal in refusals:
+            outcomes += self._fail((refusal.work.owner,), refusal.error)
+        return outcomes
+
+    def _is_lost(self, thread: LaneThread, error: BaseException) -> None:
+        """A lane died: it gets nothing any more, before it is well again if it ever is."""
+        with self._lock:
+            if thread.died is not None or thread.over:
+                return
+            now = self._clock()
+            thread.died, thread.died_at, thread.deaths = error, now, thread.deaths + 1
+            thread.reviving = thread.lane.revives and not thread.draining
+            self._batcher.drop_lane(thread.number)
+            if thread.reviving:
+                self._batcher.lanes.expect(now + self._restart)
+            thread.wake.notify_all()
+            self.metrics.lane_deaths.labels(thread.lane.label).inc()
+            _log.error("lane %s died: %s", thread.name, error)
+
+    def _is_back(self, thread: LaneThread) -> bool:
+        """A lane that died is well again; False when nobody needs it any more."""
+        with self._lock:
+            over = self._broken is not None or self._state not in ("running", "closing")
+            if over or thread.draining:
+                return False
+            self._restart = self._clock() - thread.died_at
+            self._lanes.rejoin(thread)
+            self.metrics.lane_restarts.labels(thread.lane.label).inc()
+            _log.warning("lane %s is well again", thread.name)
+            return True
 
     def _deliver(self, batch: Batch, loaded: LoadedModel, ran: Ran, now: float) -> Outcomes:
         """Give every request its rows; what cannot be made of them fails that request alone."""
@@ -982,7 +1095,7 @@ class Engine:
         instead = variant or used.spec.name
         begun = now - seconds
         self._count(request, instead, _why_late(work, batch, begun) if late else None)
-        return Result(value, timing, used.model, late, ran.precision, variant)
+        return Result(value, timing, used.model, late, ran.precision, variant, request.mode)
 
     def _count(self, request: Request, name: str, cause: str | None) -> None:
         asked = request.loaded.spec.name
@@ -992,8 +1105,26 @@ class Engine:
         meters.queue_seconds.observe(request.timing.queue)
         if cause:
             self.metrics.sla_misses.labels(asked, cause).inc()
+        if request.mode != "async":
+            self.metrics.shared.labels(asked).inc()
         if name != asked:
             self.metrics.degraded.labels(asked, name).inc()
+
+
+def _modes_of(
+    table: Modes | Mapping[str, Any] | None, depth: int | None
+) -> tuple[Modes, int | None]:
+    """The modes, and how many batches each lane is given.
+
+    Raises:
+        ConfigError: an impossible value, or the depth is named twice.
+    """
+    modes = Modes.of(table)
+    if depth is not None and modes.pipeline_depth is not None:
+        raise ConfigError(
+            f"pipeline_depth is {depth}, and {modes.pipeline_depth} in modes", hint="name it once"
+        )
+    return modes, depth if modes.pipeline_depth is None else modes.pipeline_depth
 
 
 def _rows_of(batch: Batch) -> list[dict[str, Tensor]]:

@@ -25,6 +25,8 @@ class Result:
     precision: str
     variant: str | None = None
     """The variant that ran though another one was asked for."""
+    mode: str = "async"
+    """How it was given to the lanes: whole, or ``"sync"``: in shares that were awaited together."""
 
 
 class FlowDriver(Generic[T]):
@@ -38,6 +40,7 @@ class FlowDriver(Generic[T]):
         self._models: dict[str, str] = {}
         self._degraded: dict[str, str] = {}
         self._precision: dict[str, str] = {}
+        self._modes: dict[str, str] = {}
         self._late = False
         self._value: list[T] = []
         self.call: Call | Compute | None = None
@@ -51,6 +54,8 @@ class FlowDriver(Generic[T]):
         self._precision[ran.name] = result.precision
         if ran.name != asked or result.variant:
             self._degraded[asked] = result.variant or ran.name
+        if result.mode != "async":
+            self._modes[ran.name] = result.mode
         self._late |= result.late
         timing, added = self._timing, result.timing
         timing.queue += added.queue
@@ -76,7 +81,7 @@ class FlowDriver(Generic[T]):
     def answer(self) -> Answer[T]:
         """The answer of the finished flow."""
         self._timing.total = self._clock() - self._begun
-        told = (self._models, self._degraded, self._late, self._precision)
+        told = (self._models, self._degraded, self._late, self._precision, self._modes)
         return Answer(self._value[0], self._timing, *told)
 
     def _step(self, advance: Callable[[], Call | Compute]) -> None:

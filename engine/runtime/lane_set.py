@@ -6,6 +6,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -17,14 +18,19 @@ from plinth.engine.errors import ConfigError, DeviceError
 from plinth.engine.flow import Sla
 from plinth.engine.lanes.base import Lane
 from plinth.engine.lanes.local import LocalLane
+from plinth.engine.lanes.process import ProcessLane
 from plinth.engine.lanes.thread import LaneThread
 from plinth.engine.models.store import Model
 from plinth.engine.runtime.flow_driver import Clock
+from plinth.engine.runtime.lane_worker import serve
 from plinth.engine.runtime.loaded_model import LoadedModel, Precision, Range
+from plinth.engine.runtime.memory_plan import SHARE, budget
 from plinth.engine.runtime.model_table import Execution, ModelTable
 from plinth.engine.scheduler.batcher import Batcher
 from plinth.engine.scheduler.cost_model import LatencyModel
 
+PROCESS = "process:"
+"""Before the name of a device: its lane is a worker process."""
 MakeThread = Callable[[Lane, "int | None"], LaneThread]
 """The thread of a lane: the lane, CPU threads of a forward."""
 
@@ -35,7 +41,7 @@ class LaneSet:
     Args:
         batcher: is told of every lane.
         execution: how models run unless they say otherwise.
-        budget: bytes of all models on each device, or ``"auto"``.
+        limit: bytes of all models on each device, or ``"auto"``.
         clock: the engine's.
         make_thread: the thread of a lane.
 
@@ -49,7 +55,7 @@ class LaneSet:
         self,
         batcher: Batcher,
         execution: Execution,
-        budget: int | str,
+        limit: int | str,
         clock: Clock,
         make_thread: MakeThread,
     ) -> None:
@@ -58,9 +64,10 @@ class LaneSet:
         self.changing = threading.RLock()
         self._batcher = batcher
         self._execution = execution
-        self._budget = budget
+        self._budget = limit
         self._clock = clock
         self._make_thread = make_thread
+        self._processes = 0
         self._tables: dict[str, ModelTable] = {}
         self._costs: dict[tuple[str, str], LatencyModel] = {}
 
@@ -79,7 +86,8 @@ class LaneSet:
         Raises:
             ConfigError, DeviceError: there is no such device, or none is named.
         """
-        devices = [pick(name) for name in names] or [lane.device for lane in lanes[:1]]
+        devices = [pick(name.removeprefix(PROCESS)) for name in names]
+        devices = devices or [lane.device for lane in lanes[:1]]
         if not devices:
             raise ConfigError("an engine has no lane", hint="name a device, such as cpu")
         many = Counter(map(str, devices))
@@ -87,25 +95,36 @@ class LaneSet:
         if own is None and many["cpu"] > 1:
             share = max(1, torch.get_num_threads() // many["cpu"])
             self._execution = replace(self._execution, threads=share)
+        here = Counter(str(pick(name)) for name in names if not name.startswith(PROCESS))
+        if names and not here:
+            self._batcher.latency.restore()
+            self._costs[PROCESS, ""] = self._batcher.latency
+        self._processes = len(names) - sum(here.values())
         for device in devices:
-            self._table(device, many[str(device)])
-        for device in devices[: len(names)]:
-            self.join_in(self.prepare(self.make(device)))
+            self._table(device, max(1, here[str(device)]))
+        for name in names:
+            self.join_in(self.prepare(self.make(name)))
         for lane in lanes:
             self.join_in(self.prepare(lane))
 
-    def make(self, device: Device) -> LocalLane:
-        """A lane on a device of this process.
+    def make(self, name: str) -> Lane:
+        """A lane on a device of this process, or in a worker process: ``process:cpu``.
 
         Raises:
-            ConfigError: an impossible depth.
+            ConfigError, DeviceError: there is no such device, or an impossible depth.
         """
+        execution, device = self._execution, pick(name.removeprefix(PROCESS))
+        if name.startswith(PROCESS):
+            threads = execution.threads or torch.get_num_threads()
+            costs = self._costs_of_processes()
+            return ProcessLane(
+                device, serve, threads, execution.depth, costs, execution.hung_seconds
+            )
         lanes = (each.lane for each in self.threads)
         taken = {
             each.place for each in lanes if isinstance(each, LocalLane) and each.device == device
         }
         place = next(number for number in count() if number not in taken)
-        execution = self._execution
         return LocalLane(device, execution.depth, place, execution.threads, self._clock)
 
     def prepare(self, lane: Lane) -> LaneThread:
@@ -114,6 +133,8 @@ class LaneSet:
         Raises:
             ModelError, OutOfMemory: a model cannot be run there.
         """
+        if self.models.all():
+            lane.launch()
         for loaded in self.models.all():
             for other in self._replicate(loaded, lane.device):
                 self._tables[str(lane.device)].put(other)
@@ -124,6 +145,12 @@ class LaneSet:
         """Let a lane take batches; with the engine's lock held."""
         self._number(thread)
         self.threads.append(thread)
+
+    def rejoin(self, thread: LaneThread) -> None:
+        """Let a lane that died take batches again; with the engine's lock held."""
+        costs = thread.lane.costs or self._costs_of(thread.lane.device)
+        self._batcher.lanes.add(costs, thread.lane.depth, thread.number)
+        thread.died, thread.reviving = None, False
 
     def leave(self, thread: LaneThread) -> None:
         """Forget a lane whose thread has ended, and what is loaded for it alone."""
@@ -142,9 +169,11 @@ class LaneSet:
     def _number(self, thread: LaneThread) -> None:
         lane = thread.lane
         if not self.threads and self._batcher.lanes.get(0) is not None:
-            thread.number = 0  # the batcher has one from the start
-            self._batcher.pipeline_depth = lane.depth
-            return
+            if not isinstance(lane, ProcessLane) or lane.costs is self._batcher.latency:
+                thread.number = 0  # the batcher has one from the start
+                self._batcher.pipeline_depth = lane.depth
+                return
+            self._batcher.drop_lane(0)
         costs = lane.costs or self._costs_of(lane.device)
         thread.number = self._batcher.add_lane(costs, lane.depth)
 
@@ -154,7 +183,10 @@ class LaneSet:
             depth = self._execution.depth or 1 if device.kind != "cpu" else 1
             execution = replace(self._execution, depth=depth, lanes=lanes)
             costs = self._costs_of(device)
-            table = ModelTable(device, costs, execution, self._budget)
+            setting = self._budget
+            if setting == "auto" and device.kind == "cpu" and self._processes:
+                setting = budget(device, share=SHARE / (1 + self._processes))
+            table = ModelTable(device, costs, execution, setting)
             self._tables[str(device)] = table
             if len(self._tables) == 1:
                 self.models = table
@@ -162,7 +194,13 @@ class LaneSet:
 
     def _costs_of(self, device: Device) -> LatencyModel:
         """What batches cost on devices of this kind and name."""
-        kind = (device.kind, device.name)
+        return self._costs_by((device.kind, device.name))
+
+    def _costs_of_processes(self) -> LatencyModel:
+        """What batches cost in worker processes, the way there and back included."""
+        return self._costs_by((PROCESS, ""))
+
+    def _costs_by(self, kind: tuple[str, str]) -> LatencyModel:
         if kind not in self._costs:
             first = self._batcher.latency
             costs = first
@@ -186,6 +224,8 @@ class LaneSet:
         """Make a model ready on every device; see :meth:`ModelTable.load`."""
         loaded = self.models.load(model, sla, batch_range, backend, precision)
         for thread in self.threads:
+            thread.lane.launch()  # processes start side by side
+        for thread in self.threads:
             self._replicate(loaded, thread.lane.device)
             self._hold(thread.lane, loaded)
         return loaded
@@ -207,13 +247,31 @@ class LaneSet:
         return [other]
 
     def _hold(self, lane: Lane, loaded: LoadedModel) -> None:
-        lanes = sum(each.lane.device == lane.device for each in self.threads)
+        if isinstance(lane, ProcessLane):
+            self._send(lane, loaded)
+            return
+        lanes = sum(
+            each.lane.device == lane.device and not isinstance(each.lane, ProcessLane)
+            for each in self.threads
+        )
         for first in (loaded, loaded.degraded):
             if first is not None:
                 held = first.on(lane.device)
                 place = lane.place if isinstance(lane, LocalLane) else 0
                 held.share(max(lanes, place + 1))
                 lane.hold(held)
+
+    def _send(self, lane: ProcessLane, loaded: LoadedModel) -> None:
+        """Let a worker process hold a model; it is planned with what was measured here at first."""
+        costs, measured = self._costs_of_processes(), self._costs_of(lane.device)
+        for first in (loaded, loaded.degraded):
+            if first is None:
+                continue
+            held = first.on(lane.device)
+            lane.hold(held)
+            if costs is not measured and not costs.learned(first.key):
+                for rows, seconds in measured.learned(held.key).items():
+                    costs.seed(first.key, rows, seconds)
 
     def put(self, loaded: LoadedModel) -> LoadedModel | None:
         """Let a model answer to its name on every device; returns the one that did so far."""
@@ -239,6 +297,19 @@ class LaneSet:
             costs.save()
 
     # -- life --------------------------------------------------------------------------------
+    def warm(self) -> None:
+        """Start the worker processes that do not run; without the engine's lock, for it takes time.
+
+        What cannot be started is told by :meth:`start`.
+        """
+        lanes = [thread.lane for thread in self.threads if not thread.alive]
+        processes = [lane for lane in lanes if isinstance(lane, ProcessLane)]
+        for lane in processes:
+            lane.launch()
+        for lane in processes:
+            with suppress(DeviceError):
+                lane.start()
+
     @property
     def alive(self) -> bool:
         """Whether the thread of any lane runs."""
@@ -281,6 +352,13 @@ class LaneSet:
         for thread in list(self.threads):
             thread.join()
 
+    def close(self) -> None:
+        """Wait until all threads have ended; no lane holds anything after that."""
+        self.join()
+        for thread in self.threads:
+            if not thread.alive:
+                thread.lane.close()  # of one that was never started, a process may run
+
     def of(self, number: int | None) -> LaneThread | None:
         """The thread of a lane by its number in the batcher."""
         return next((each for each in self.threads if each.number == number), None)
@@ -288,6 +366,11 @@ class LaneSet:
     def others(self, thread: LaneThread) -> list[LaneThread]:
         """Lanes beside one that are well, those that are drained included."""
         return [each for each in self.threads if each is not thread and each.is_well]
+
+    @property
+    def is_one_reviving(self) -> bool:
+        """Whether a lane that died is being started again."""
+        return any(each.reviving for each in self.threads)
 
     def wake_all(self) -> None:
         """Let every thread look what there is to do; with the lock held."""

@@ -34,6 +34,7 @@ from plinth.engine.runtime.memory_plan import budget as budget_of
 from plinth.engine.runtime.padding import Padding
 from plinth.engine.runtime.padding import found as find_padding
 from plinth.engine.runtime.recent import Recent
+from plinth.engine.runtime.recipe import Recipe, Sent, send
 from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.tiling import WindowGrid
 
@@ -74,6 +75,7 @@ class LoadedModel:
         follows: another default in the store is to take its place.
         refused: why the default in the store did not take its place.
         recent: rows that it answered lately, for the check of what is to take its place.
+        policy: what it was asked for in; ``None``: in a variant.
         degraded: a faster variant of it, which answers what would be late otherwise.
         halvings: batches that did not fit into memory and were run in halves, so far.
         fits: rows of its largest batch if it had the device's memory to itself.
@@ -99,9 +101,11 @@ class LoadedModel:
     follows: bool = field(init=False, default=False)
     refused: str | None = field(init=False, default=None)
     recent: Recent | None = field(init=False, default=None)
+    policy: PrecisionPolicy | None = field(init=False, default=None)
     degraded: LoadedModel | None = field(init=False, default=None)
     fits: int = field(init=False)
     _others: list[Executable] = field(init=False, default_factory=list)
+    _sent: Sent | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.fits = self.most
@@ -241,6 +245,25 @@ class LoadedModel:
                 raise
         staging.drain()
         return staging.launch(lambda rows: self.run(rows, place), [cat_rows(list(parts))])
+
+    def recipe(self) -> Recipe:
+        """What another process makes the same of.
+
+        Raises:
+            ModelError: it cannot be sent.
+        """
+        if self._sent is None:
+            self._sent = send(self.model, self.executable, self.policy, self.most)
+        return self._sent.recipe
+
+    def check(self, found: dict[str, Tensor] | None) -> None:
+        """Hold what another process made of the rows in the recipe against one's own answers.
+
+        Raises:
+            ModelError: they are others.
+        """
+        if self._sent is not None:
+            self._sent.check(found)
 
     def check_windows(self, grid: WindowGrid) -> None:
         """Refuse a volume whose logits would never fit, as far as the contract tells.

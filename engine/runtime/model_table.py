@@ -13,6 +13,7 @@ from plinth.engine.backends.variants import check_on, degraded_variant
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError, OutOfMemory, PlinthError, nearest
 from plinth.engine.flow import Sla
+from plinth.engine.lanes.process import HUNG_SECONDS
 from plinth.engine.models.store import Model, ModelStore
 from plinth.engine.precision.policy import resolve
 from plinth.engine.runtime.loaded_model import (
@@ -36,6 +37,7 @@ class Execution:
     Args:
         depth: batches that a lane of the device is given at once; ``None``: as the device has it.
         lanes: lanes of the device.
+        hung_seconds: a batch in a worker process is never taken for hung before.
     """
 
     precision: Precision = "fp32"
@@ -44,6 +46,7 @@ class Execution:
     graphs: bool | None = None
     depth: int | None = None
     lanes: int = 1
+    hung_seconds: float = HUNG_SECONDS
 
 
 class ModelTable:
@@ -143,6 +146,7 @@ class ModelTable:
                 lanes=execution.lanes,
             )
             loaded.asked, loaded.how, loaded.default = asked, how, default
+            loaded.policy = None if chosen else resolve(wanted)
             loaded.follows = not chosen and (backend or usual) == "auto" and resolve(wanted).auto
             if known and known.recent and known.spec.inputs == model.spec.inputs:
                 check_on(model, loaded.executable, known.recent.rows())

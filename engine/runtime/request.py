@@ -163,6 +163,9 @@ class Request:
 
     Attributes:
         over: answered or failed; what still comes of it is passed over.
+        mode: how it was given to the lanes: whole (``"async"``) or in shares (``"sync"``).
+        number: its place in the order of arrival, where answers come in order.
+        asked: when it came; ``due``: when its promise ends.
         lock: held by the lane that gives it rows; several may have some.
     """
 
@@ -177,6 +180,10 @@ class Request:
     total: int = field(init=False)
     done: int = 0
     over: bool = False
+    mode: str = "async"
+    number: int = 0
+    asked: float = 0.0
+    due: float = float("inf")
     timing: Timing = field(default_factory=Timing)
     works: list[Work] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)

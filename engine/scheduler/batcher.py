@@ -40,6 +40,7 @@ from plinth.engine.scheduler.background import PROMISE_MEMORY, Background
 from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.scheduler.deadline_queue import DeadlineQueue, rows_of
 from plinth.engine.scheduler.lane_table import LaneState, LaneTable, Start
+from plinth.engine.scheduler.rounds import Rounds
 from plinth.engine.scheduler.work import (
     Batch,
     BatchKey,
@@ -109,9 +110,11 @@ class Batcher:
         slice_share: blocking bound: a background slice may take this share of the tightest
             promise in use.
         idle_slice: blocking bound in seconds while no promise is known.
+        rounds: lanes work in rounds, one at a time; see :class:`Rounds`.
 
     Attributes:
         lanes: where batches run; there is one from the start.
+        rounds: who may take what in rounds; ``None``: any lane that has room takes the next batch.
 
     Raises:
         ConfigError: an impossible share.
@@ -125,8 +128,10 @@ class Batcher:
         background_share: float = 0.05,
         slice_share: float = 0.4,
         idle_slice: float = 0.1,
+        rounds: bool = False,
     ) -> None:
         self.latency = latency
+        self.rounds = Rounds() if rounds else None
         self.max_queue = max_queue
         self.lanes = LaneTable()
         self.lanes.add(latency)
@@ -214,10 +219,18 @@ class Batcher:
     def drop_lane(self, number: int) -> list[Batch]:
         """Give a lane nothing any more; returns what it runs and was not done with."""
         lane = self.lanes.drop(number)
+        unfetched = None if self.rounds is None else self.rounds.ready.pop(number, None)
+        if unfetched is not None and lane is not None:
+            lane.running.remove(unfetched)
+            for part in unfetched.parts:
+                if not part.work.gone:
+                    self._put_back(part, unfetched.urgent, part.work.arrival)
         return [] if lane is None else list(lane.running)
 
     def free_lane(self) -> int | None:
         """The lane to ask :meth:`next` for: one that has room, the fastest of the idle ones."""
+        if self.rounds is not None:
+            return self.rounds.lane(self.lanes)
         lane = self.lanes.with_room(None if self.lanes.kinds < 2 else self._first_key())
         return None if lane is None else lane.number
 
@@ -248,7 +261,8 @@ class Batcher:
         return self._background.bound
 
     def __bool__(self) -> bool:
-        return self._rows > 0 or bool(self._background)
+        unfetched = self.rounds is not None and bool(self.rounds.ready)
+        return self._rows > 0 or bool(self._background) or unfetched
 
     # -- arrival -----------------------------------------------------------------------------
     def admit(self, work: Work, now: float) -> Refusal | None:
@@ -291,7 +305,7 @@ class Batcher:
             not fit into one batch, or it would be late.
         """
         here, key, rows = self.lanes.get(lane), work.key, work.rows
-        if self or here is None or here.running or self.lanes.kinds > 1:
+        if self or here is None or here.running or self.lanes.kinds > 1 or self.rounds is not None:
             return None
         settings = self._settings_by_key.get(key)
         end = now + here.costs.predict(key, rows, 0.5)
@@ -332,6 +346,9 @@ class Batcher:
     def clear(self) -> list[Work]:
         """Forget all work that waits, and return it."""
         waiting = [work for queue in self._queues.values() for work in queue.works]
+        if self.rounds is not None:
+            unfetched, self.rounds.ready = self.rounds.ready.values(), {}
+            waiting += [part.work for batch in unfetched for part in batch.parts]
         self._queues.clear()
         self._rows = 0
         for lane in self.lanes:
@@ -357,13 +374,20 @@ class Batcher:
         here = self.lanes.get(lane)
         if here is None:
             return None, refused
+        if self.rounds is None:
+            return self._next(here, now, refused), refused
+        if not self.rounds.ready and not self.rounds.in_flight(self.lanes):
+            self._form_round(now, refused)
+        return self.rounds.ready.pop(here.number, None), refused
+
+    def _next(self, here: LaneState, now: float, refused: list[Refusal]) -> Batch | None:
         if len(here.running) >= here.depth:
             kept = here.running[len(here.running) - here.depth + 1 :]
             self.lanes.change(here, kept, here.busy_until)
         start = here.free_at(now)
         turn = _Turn(here, now, start, self.lanes.starts(now), self.lanes.spare(here, now))
         for queue in self._waiting():
-            self._sweep(queue, turn, refused)
+            self._sweep(queue, turn.starts, now, refused)
         batch = self._slice(turn) if self._background.in_deficit else None
         if batch is None:
             batch = self._urgent_batch(turn, refused) or self._slice(turn)
@@ -371,7 +395,40 @@ class Batcher:
             end = start + here.costs.predict(batch.key, batch.rows, 0.5)
             self.lanes.change(here, [*here.running, batch], end)
             self._background.account(batch)
-        return batch, refused
+        return batch
+
+    def _form_round(self, now: float, refused: list[Refusal]) -> None:
+        """One batch for every lane, of one key, as even as whole pieces of work allow."""
+        rounds = self.rounds
+        assert rounds is not None
+        rounds.key = None
+        for lane in list(self.lanes):
+            batch = self._next(lane, now, refused)
+            if batch is not None:
+                waiting = self._alike(batch.key, batch.urgent) + batch.rows
+                rounds.formed(batch, waiting, self.lanes)
+
+    def _alike(self, key: BatchKey, urgent: bool) -> int:
+        """Rows of a key that wait, of urgent work or of the other."""
+        return self._rows_of(key) if urgent else self._background.rows
+
+    def _max_rows(self, key: BatchKey, *, urgent: bool = True) -> int:
+        """Rows of a batch of a key: what fits, or a lane's share of a round."""
+        most, rounds = self._settings(key).max_rows, self.rounds
+        if rounds is None:
+            return most
+        share = rounds.share
+        if rounds.key is None:
+            share = -(-self._alike(key, urgent) // len(self.lanes))
+        return min(most, max(1, share))
+
+    def sweep(self, now: float) -> list[Refusal]:
+        """Take out what no lane can do in time any more, as :meth:`next` does; after one died."""
+        refused: list[Refusal] = []
+        starts = self.lanes.starts(now)
+        for queue in self._waiting():
+            self._sweep(queue, starts, now, refused)
+        return refused
 
     def finished(self, batch: Batch, seconds: float, now: float) -> None:
         """Learn what a batch really took; its lane is free from ``now`` on, or runs the next."""
@@ -442,15 +499,17 @@ class Batcher:
         self._add(queue, work)
 
     def _slice(self, turn: _Turn) -> Batch | None:
-        lane, ahead = turn.lane, 0.0
+        lane, ahead, rounds = turn.lane, 0.0, self.rounds
+        if rounds is not None and not rounds.may_slice(self._background.first_key):
+            return None
         if lane.running:
             ahead = lane.seconds(each for each in lane.running if not each.urgent)
-        return self._background.slice(lane, lambda key: self._settings(key).max_rows, ahead)
+        return self._background.slice(lane, lambda key: self._max_rows(key, urgent=False), ahead)
 
     # -- urgent ------------------------------------------------------------------------------
     def _urgent_batch(self, turn: _Turn, refused: list[Refusal]) -> Batch | None:
         left: list[DeadlineQueue] = []
-        while queues := self._waiting():
+        while queues := self._in_round():
             if left and not (queues := [queue for queue in queues if queue not in left]):
                 return None
             queues.sort(key=attrgetter("first_deadline"))
@@ -461,7 +520,7 @@ class Batcher:
             bound = self._bound(queue, turn)
             old, count = self._plan(queue, bound, turn)
             hopeless = self._hopeless(queue, old, turn)
-            self._drop(queue, hopeless, turn, refused)
+            self._drop(queue, hopeless, turn.starts, turn.now, refused)
             if count:
                 self._virtual_time = queue.service
                 return self._form(queue, (old - hopeless, count), bound, queues, turn)
@@ -518,7 +577,7 @@ class Batcher:
         bound this one.
         """
         key, quantile, costs, now = queue.key, queue.quantile, turn.costs, turn.start
-        bound = max_rows = self._settings(key).max_rows
+        bound = max_rows = self._max_rows(key)
         tighter = [
             other
             for other in self._queues.values()
@@ -561,7 +620,7 @@ class Batcher:
     def _plan(self, queue: DeadlineQueue, bound: int, turn: _Turn) -> tuple[int, int]:
         """(works that are too old for this lane, works to run behind them) of one queue."""
         alone = queue.works[0].rows  # urgent work is never divided, not even after shrink()
-        bound, max_rows = max(bound, alone), max(self._settings(queue.key).max_rows, alone)
+        bound, max_rows = max(bound, alone), max(self._max_rows(queue.key), alone)
         # Last resort, the median: a likely answer is better than a certain refusal.
         for rows, quantile in (
             (bound, queue.quantile),
@@ -615,20 +674,29 @@ class Batcher:
         self._rows -= rows
         return Batch(key, tuple(parts), rows, predicted, urgent=True, lane=turn.lane.number)
 
-    def _sweep(self, queue: DeadlineQueue, turn: _Turn, refused: list[Refusal]) -> None:
+    def _sweep(
+        self, queue: DeadlineQueue, starts: list[Start], now: float, refused: list[Refusal]
+    ) -> None:
         """Fail work that could not be in time even if it ran alone now, on any lane."""
         hopeless = 0
         for work in queue.works:
-            if self._finish(queue.key, work.rows, turn.starts) <= work.deadline:
+            if self._finish(queue.key, work.rows, starts) <= work.deadline:
                 break
             hopeless += 1
-        self._drop(queue, hopeless, turn, refused)
+        self._drop(queue, hopeless, starts, now, refused)
 
-    def _drop(self, queue: DeadlineQueue, count: int, turn: _Turn, refused: list[Refusal]) -> None:
+    def _drop(
+        self,
+        queue: DeadlineQueue,
+        count: int,
+        starts: list[Start],
+        now: float,
+        refused: list[Refusal],
+    ) -> None:
         """Take the first ``count`` works out of a queue: refused, degraded or late by their Sla."""
         for work in queue.take(0, count) if count else ():
             self._rows -= work.rows
-            refusal = self._overdue(work, turn.starts, turn.now)
+            refusal = self._overdue(work, starts, now)
             if refusal is not None:
                 refused.append(refusal)
 
@@ -686,6 +754,13 @@ class Batcher:
             queue = DeadlineQueue(work.key, work.sla.quantile, work.suspects)
             self._queues[name] = queue
         return queue
+
+    def _in_round(self) -> list[DeadlineQueue]:
+        """The queues that the next batch may be of."""
+        rounds = self.rounds
+        if rounds is None or rounds.key is None:
+            return self._waiting()
+        return [each for each in self._waiting() if rounds.urgent and each.key == rounds.key]
 
     def _waiting(self) -> list[DeadlineQueue]:
         return [queue for queue in self._queues.values() if queue.works]

@@ -117,6 +117,7 @@ class LaneTable:
         self._costs: dict[int, LatencyModel] = {}
         self._next_number = 0
         self._deep = False
+        self._expected = float("inf")
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -139,16 +140,26 @@ class LaneTable:
             return next(iter(self._lanes.values()), None)
         return self._lanes.get(number)
 
-    def add(self, costs: LatencyModel, depth: int = 1) -> LaneState:
+    def expect(self, at: float) -> None:
+        """While there is no lane, plan with one that is there at a time."""
+        self._expected = at
+
+    def add(self, costs: LatencyModel, depth: int = 1, number: int | None = None) -> LaneState:
         """Let one more lane take batches.
+
+        Args:
+            costs: what they cost there.
+            depth: how many it is given before the first is done.
+            number: of one that was dropped and is back.
 
         Raises:
             ConfigError: the depth is not 1 or more.
         """
         if depth < 1:
             raise ConfigError(f"a lane's depth is {depth}, expected 1 or more")
-        lane = LaneState(self._next_number, costs, depth)
-        self._next_number += 1
+        if number is None:
+            number, self._next_number = self._next_number, self._next_number + 1
+        lane = LaneState(number, costs, depth)
         self._lanes[lane.number] = lane
         self._costs[id(costs)] = costs
         self._deep = self._deep or depth > 1
@@ -203,7 +214,7 @@ class LaneTable:
         if lane is not None:
             return [(lane.costs, lane.free_at(now))]
         found = [(group.costs, group.earliest(now)) for group in self._groups.values()]
-        return found or [(costs, float("inf")) for costs in self._costs.values()]
+        return found or [(costs, max(now, self._expected)) for costs in self._costs.values()]
 
     def other_starts(self, lane: LaneState, now: float) -> list[Start]:
         """As :meth:`starts`, without one lane."""

@@ -98,6 +98,18 @@ class EngineConfig(Table):
         le=16,
         description="batches an accelerator is given before the first is done; none: 1, as on CPUs",
     )
+    modes: dict[str, Any] | None = Field(
+        default=None,
+        description="how several lanes share work: a table of `mode`, `sync_threshold`, "
+        "`pipeline_depth`, `communication_backend` ([scaling](scaling.md#modes)); none: a request "
+        "goes whole to the lanes that are free first",
+    )
+    hung_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        le=3600,
+        description="a batch in a worker process (`process:cpu`) is never taken for hung before",
+    )
     graphs: bool | None = Field(
         default=None,
         description="replay captured forwards on an accelerator where that is faster; none: with "

@@ -3,6 +3,8 @@
 ``PLINTH_TEST_DEVICE=fake`` runs all of it on the device made of Python, staged and in flight.
 """
 
+import gc
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -26,8 +28,11 @@ from plinth.engine import (
 from plinth.engine.devices.device import Device, pick
 from plinth.engine.lanes.base import Lane, LaneDied, Unit
 from plinth.engine.lanes.local import LocalLane
+from plinth.engine.lanes.process import ProcessLane
+from plinth.engine.runtime.lane_worker import serve
 from plinth.engine.runtime.loaded_model import load_model
 from plinth.engine.scheduler.cost_model import LatencyModel
+from tests.engine.lane_models import CARD, RAISE, ROOT, doubles, net, rows
 
 HERE = pick("auto")
 NAME = str(HERE)
@@ -35,35 +40,23 @@ WAIT = 60
 PATIENT = Sla(deadline_ms=60_000)
 
 
-class Net(nn.Module):
-    """Doubles."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, x):
-        return x * self.factor
-
-
-def net(name: str = "net", module: nn.Module | None = None, shape=(4,)) -> Model:
-    spec = ModelSpec(
-        name=name,
-        inputs=(TensorSpec(name="x", shape=shape),),
-        outputs=(TensorSpec(name="y", shape=shape),),
-    )
-    return Model(spec, (module or Net()).eval())
-
-
-def rows(number: int, many: int) -> torch.Tensor:
-    return torch.arange(many * 4.0).reshape(many, 4) + 1000.5 * (number + 1)
-
-
 # -- the contract of a lane -------------------------------------------------------------------
-@pytest.fixture(params=[1, 2] if HERE.kind != "cpu" else [1])
+@pytest.fixture(scope="module", autouse=True)
+def _importable():
+    """A worker process finds modules where its parent does: the tests' too."""
+    sys.path.append(ROOT)
+    yield
+    sys.path.remove(ROOT)
+
+
+KINDS = ["local", "process 2 deep"] if HERE.kind == "cpu" else ["local", "local 2 deep"]
+
+
+@pytest.fixture(params=KINDS, scope="module")
 def lane(request):
     """A started lane of each kind that there is."""
-    made = LocalLane(HERE, depth=request.param)
+    kind, depth = request.param.split()[0], int("".join(filter(str.isdigit, request.param)) or 1)
+    made = ProcessLane(HERE, serve, 1, depth) if kind == "process" else LocalLane(HERE, depth)
     made.start()
     yield made
     made.close()
@@ -96,19 +89,15 @@ def test_a_lane_takes_as_many_units_as_it_is_deep_and_answers_each_with_its_own(
         assert torch.equal(future.result(WAIT).outputs["y"], 2 * rows(n, 3))
 
 
-def test_what_a_model_raises_is_its_units_alone(lane, held):
-    class Raises(nn.Module):
-        broken = False
-
-        def forward(self, x):
-            if Raises.broken:
-                raise ValueError("no")
-            return x + 0
-
-    bad = load_model(net("bad", Raises()), Sla(), HERE, LatencyModel(), batch_range=(1, 8))
+def test_what_a_model_raises_is_its_units_alone(lane, held, tmp_path):
+    bad = load_model(doubles(tmp_path), Sla(), HERE, LatencyModel(), batch_range=(1, 8))
     lane.hold(bad)
-    Raises.broken = True
-    assert isinstance(lane.submit(Unit(1, bad.id, [{"x": rows(0, 1)}])).exception(WAIT), ValueError)
+    error = lane.submit(Unit(1, bad.id, [{"x": torch.full((1, 4), RAISE)}])).exception(WAIT)
+    if lane.inline or HERE.kind != "cpu":
+        assert isinstance(error, ValueError)
+    else:
+        assert str(error).startswith("model net failed in a worker process: ValueError")
+        assert CARD not in str(error)
     assert torch.equal(
         lane.submit(Unit(2, held.id, [{"x": rows(0, 1)}])).result(WAIT).outputs["y"],
         2 * rows(0, 1),
@@ -118,6 +107,7 @@ def test_what_a_model_raises_is_its_units_alone(lane, held):
 def test_a_lane_knows_a_model_for_as_long_as_somebody_holds_it(lane):
     loaded = load_model(net(), Sla(), HERE, LatencyModel(), batch_range=(1, 8))
     name = loaded.id
+    gc.collect()
     assert not lane.can_run(name)
     lane.hold(loaded)
     assert lane.can_run(name)

@@ -1,0 +1,129 @@
+"""How the lanes of one engine share work: the modes, as one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from plinth.engine.devices.device import Device
+from plinth.engine.errors import ConfigError, nearest
+from plinth.engine.scheduler.cost_model import LatencyModel
+from plinth.engine.scheduler.work import BatchKey
+
+Mode = Literal["sync", "async", "hybrid"]
+_WORTH = 0.8
+"""A request is shared out by ``"auto"`` if that takes at most this share of the time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Modes:
+    """How lanes share work.
+
+    Args:
+        mode: ``"sync"``: one global round in flight, of which every lane gets a share, and whose
+            answers come together, in order; ``"async"``: a request goes whole, in batches as large
+            as the model takes, to whichever lanes are free first; ``"hybrid"``: a request with a
+            deadline of ``sync_threshold`` items or more is shared out evenly over the lanes that
+            are well, where there are two or more, and others go as in ``"async"``.
+        sync_threshold: items (rows, or windows of a volume) of one request; ``"auto"``: those from
+            which its share takes at most 0.8 of the time of the whole, by what batches cost.
+        pipeline_depth: batches that a lane is given before the first of them is done; ``None``: 1.
+        communication_backend: what the lanes of one model would talk by; ``"auto"``: what torch
+            names for the device.
+
+    Raises:
+        ConfigError: a value that is none of these.
+    """
+
+    mode: Mode = "hybrid"
+    sync_threshold: int | Literal["auto"] = "auto"
+    pipeline_depth: int | None = None
+    communication_backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("sync", "async", "hybrid"):
+            raise ConfigError(
+                f"modes.mode is {self.mode!r}, expected sync, async or hybrid",
+                hint=nearest(str(self.mode), ["sync", "async", "hybrid"]),
+            )
+        threshold = self.sync_threshold
+        whole = isinstance(threshold, int) and not isinstance(threshold, bool) and threshold >= 1
+        if threshold != "auto" and not whole:
+            raise ConfigError(
+                f"modes.sync_threshold is {threshold!r}, expected a number of items of 1 or more, "
+                "or auto"
+            )
+        if self.mode == "sync" and self.pipeline_depth not in (None, 1):
+            raise ConfigError(
+                f"modes.pipeline_depth is {self.pipeline_depth}, expected 1 in mode sync: one "
+                "round is in flight",
+                hint="use mode hybrid or async",
+            )
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether lanes work in rounds."""
+        return self.mode == "sync"
+
+    @classmethod
+    def of(cls, table: Modes | Mapping[str, Any] | None) -> Modes:
+        """Modes from their table; none: ``"async"``.
+
+        Raises:
+            ConfigError: an unknown key, or an impossible value.
+        """
+        if isinstance(table, Modes):
+            return table
+        if table is None:
+            return cls(mode="async")
+        known = [each.name for each in fields(cls)]
+        for key in table:
+            if key not in known:
+                raise ConfigError(f"modes.{key} is unknown", hint=nearest(str(key), known))
+        return cls(**table)
+
+    def units(self, costs: LatencyModel, key: BatchKey, items: int, lanes: int) -> int:
+        """In how many parts a request with a deadline is given to the lanes.
+
+        Args:
+            costs: what its batches cost.
+            key: its batch key.
+            items: its rows or windows.
+            lanes: how many are well.
+        """
+        parts = min(lanes, items)
+        if parts < 2 or self.mode == "async":
+            return 1
+        if self.mode == "sync":
+            return parts
+        if self.sync_threshold != "auto":
+            return parts if items >= self.sync_threshold else 1
+        whole = costs.predict(key, items, 0.5)
+        return parts if 0 < costs.predict(key, -(-items // parts), 0.5) <= _WORTH * whole else 1
+
+    def backend(self, device: Device) -> str | None:
+        """What the lanes of one model would talk by; ``None``: this torch has nothing.
+
+        Raises:
+            ConfigError: what was named is not there, or not for this device.
+        """
+        there = torch.distributed.is_available()
+        if self.communication_backend == "auto":
+            if not there:
+                return None
+            return str(torch.distributed.get_default_backend_for_device(device.torch))
+        name = self.communication_backend
+        found = there and torch.distributed.is_backend_available(name)
+        able = torch.distributed.Backend.backend_capability.get(name, []) if found else []
+        if not found or (able and device.kind not in able):
+            usual = (
+                torch.distributed.get_default_backend_for_device(device.torch) if there else None
+            )
+            raise ConfigError(
+                f"modes.communication_backend is {name!r}, which torch does not have for {device}",
+                hint=f"use auto, which is {usual} here",
+            )
+        return name

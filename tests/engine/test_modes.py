@@ -1,0 +1,230 @@
+"""How lanes share work: rounds, whole requests, shares of large ones; the same bits in all."""
+
+from itertools import groupby, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from plinth.engine import Batcher, Call, ConfigError, Engine, LatencyModel, Sla, Work
+from plinth.engine.devices.device import pick
+from plinth.engine.runtime.modes import Modes
+from plinth.engine.scheduler.simulate import Change, Replay
+from tests.engine.lane_models import net, rows
+
+NAME, WAIT = str(pick("auto")), 60
+PATIENT = Sla(deadline_ms=60_000)
+COST = {"a": lambda n, _: 0.020 + 0.001 * n, "b": lambda n, _: 0.010 + 0.002 * n}
+
+
+def costs() -> LatencyModel:
+    latency = LatencyModel()
+    for key, cost in COST.items():
+        for many in (1, 128):
+            latency.seed(key, many, cost(many, 0))
+    return latency
+
+
+def in_rounds(lanes: int) -> Batcher:
+    made = Batcher(costs(), rounds=True)
+    for _ in range(lanes - 1):
+        made.add_lane()
+    return made
+
+
+# -- sync: rounds, in virtual time ------------------------------------------------------------
+ARRIVALS = st.lists(
+    st.tuples(
+        st.floats(0, 1),
+        st.sampled_from(["a", "b"]),
+        st.integers(1, 20),
+        st.sampled_from([200, 900, None]),
+    ),
+    min_size=1,
+    max_size=40,
+)
+EVENTS = st.lists(
+    st.tuples(st.floats(0, 1.5), st.sampled_from(["join", "drain", "die"])), max_size=4
+)
+
+
+def changed(kind: str):
+    """A lane joins, or the last one leaves or dies; lane 0 stays."""
+
+    def make(made: Batcher):
+        last = max(lane.number for lane in made.lanes)
+        if kind == "join":
+            made.add_lane()
+        elif last and kind == "drain":
+            made.drop_lane(last)
+        return [last] if last and kind == "die" else []
+
+    return make
+
+
+def expect_rounds(run: Replay, lanes: int) -> None:
+    """What started at one time is one round: of one key, one batch a lane, over before the next."""
+    rounds = [list(each) for _, each in groupby(run.trace.ran, key=lambda ran: ran.start)]
+    for one in rounds:
+        assert len({ran.batch.key for ran in one}) == 1
+        assert len({ran.batch.lane for ran in one}) == len(one) <= lanes
+    for before, after in pairwise(rounds):
+        assert max(ran.start + ran.seconds for ran in before) <= after[0].start + 1e-9
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), ARRIVALS, EVENTS)
+def test_rounds_never_overlap_hold_one_key_each_and_lose_nothing(lanes, arrivals, events):
+    queue = in_rounds(lanes)
+    works = [
+        Work(key, many, at, Sla(deadline_ms=due))
+        for at, key, many, due in sorted(arrivals, key=lambda each: each[0])
+    ]
+
+    run = Replay(queue, COST)
+    run.through(works, changes=[Change(at, changed(kind)) for at, kind in sorted(events)])
+    assert not queue
+    if not events:
+        expect_rounds(run, lanes)
+    done: dict[Work, list[int]] = {each: [] for each in works}
+    for ran in run.trace.ran:
+        if id(ran) not in run.lost:
+            for part in ran.batch.parts:
+                done[part.work] += range(part.first, part.first + part.rows)
+    for each in works:
+        finished = each in run.trace.finish
+        assert sorted(done[each]) == (list(range(each.rows)) if finished else [])
+        assert finished or each.sla.deadline_ms is not None
+
+
+@given(st.integers(2, 8), st.integers(1, 60))
+def test_every_lane_gets_an_even_share_of_a_round(lanes, many):
+    queue = in_rounds(lanes)
+    for _ in range(many):
+        queue.admit(Work("a", 1, 0.0, PATIENT), 0.0)
+    shares = []
+    while (lane := queue.free_lane()) is not None and len(shares) < lanes:
+        batch, refused = queue.next(0.0, lane)
+        assert not refused
+        shares.append(batch)
+    assert len(shares) == min(lanes, -(-many // -(-many // lanes)))
+    assert sum(each.rows for each in shares) == many
+    assert max(each.rows for each in shares) == -(-many // lanes)
+    assert queue.free_lane() is None, "the next round waits for all of this one"
+
+
+def test_a_share_whose_lane_leaves_before_it_fetched_it_waits_for_the_next_round():
+    queue = in_rounds(2)
+    works = [Work("a", 1, 0.0, PATIENT) for _ in range(4)]
+    for each in works:
+        queue.admit(each, 0.0)
+    first, _ = queue.next(0.0, 0)
+    queue.drop_lane(1)
+    assert (queue.free_lane(), queue.urgent_rows) == (None, 2)
+    queue.finished(first, 0.02, 0.02)
+    second, _ = queue.next(0.02, 0)
+    assert {part.work for part in (*first.parts, *second.parts)} == set(works)
+
+
+# -- hybrid: by the request alone -------------------------------------------------------------
+@given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 200))
+def test_hybrid_shares_out_by_the_number_of_items_and_lanes_alone(items, lanes, threshold):
+    modes = Modes("hybrid", threshold)
+    units = modes.units(costs(), "a", items, lanes)
+    assert units == (min(lanes, items) if items >= threshold and min(lanes, items) > 1 else 1)
+    assert Modes("async", threshold).units(costs(), "a", items, lanes) == 1
+    assert Modes("sync").units(costs(), "a", items, lanes) == min(lanes, items)
+
+
+@given(st.integers(2, 8))
+def test_auto_shares_out_from_where_it_pays_and_never_below(lanes):
+    units = [Modes("hybrid").units(costs(), "a", items, lanes) for items in range(1, 129)]
+    shared = [items for items, parts in enumerate(units, 1) if parts > 1]
+    assert shared == list(range(shared[0], 129)), "one threshold"
+    whole, share = COST["a"](shared[0], 0), COST["a"](-(-shared[0] // lanes), 0)
+    assert share <= 0.8 * whole
+
+
+@pytest.mark.parametrize(
+    ("table", "match"),
+    [
+        ({"mode": "hybird"}, "expected sync, async or hybrid"),
+        ({"mod": "sync"}, "modes.mod is unknown"),
+        ({"sync_threshold": 0}, "sync_threshold is 0"),
+        ({"sync_threshold": True}, "sync_threshold is True"),
+        ({"mode": "sync", "pipeline_depth": 2}, "expected 1 in mode sync"),
+        ({"communication_backend": "nccl"}, "does not have for cpu"),
+        ({"communication_backend": "smoke"}, "does not have for cpu"),
+    ],
+)
+@pytest.mark.cpu
+def test_an_impossible_table_is_refused_at_start(table, match):
+    with pytest.raises(ConfigError, match=match):
+        Engine(modes=table)
+
+
+def test_the_depth_is_named_once():
+    with pytest.raises(ConfigError, match="2 in modes"):
+        Engine(pipeline_depth=2, modes={"pipeline_depth": 2})
+
+
+# -- all modes on real lanes ------------------------------------------------------------------
+def flow(values: torch.Tensor):
+    doubled = yield Call("net", values)
+    return doubled
+
+
+class Rowwise(nn.Module):
+    """Bits of a row do not depend on its neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(1.7))
+
+    def forward(self, x):
+        return torch.tanh(x * self.factor) - x
+
+
+MODES = [
+    None,
+    {"mode": "async"},
+    {"mode": "sync"},
+    {"mode": "hybrid", "sync_threshold": 8},
+    {"mode": "hybrid"},
+]
+
+
+def test_the_same_flow_gives_the_same_bits_in_every_mode_and_the_answer_says_which():
+    answers, modes = [], []
+    module = Rowwise()
+    for table in MODES:
+        with Engine(devices=[NAME] * 3, threads=1, modes=table) as engine:
+            engine.add(net(module=module), batch_range=(1, 16), sla=PATIENT)
+            small = engine.run(flow(rows(0, 1)))
+            large = [engine.submit(Call("net", rows(n, 30))) for n in range(8)]
+            whole = engine.run(flow(rows(0, 30)))
+            values = [future.result(WAIT).value for future in large]
+            answers.append(torch.cat([small.value, whole.value, *values]))
+            modes.append((small.modes, whole.modes, engine.status()["mode"]))
+    assert all(torch.equal(answers[0], other) for other in answers[1:])
+    shared = {"net": "sync"}
+    assert modes[0] == modes[1] == ({}, {}, "async")
+    assert modes[2] == ({}, shared, "sync"), "one row has nothing to share out"
+    assert modes[3] == ({}, shared, "hybrid")
+
+
+def test_answers_of_a_round_come_in_the_order_of_their_requests():
+    told: list[int] = []
+    with Engine(devices=[NAME] * 3, threads=1, modes={"mode": "sync"}) as engine:
+        engine.add(net(), batch_range=(1, 4), sla=PATIENT)
+        futures = []
+        for n in range(60):
+            futures.append(engine.submit(Call("net", rows(n, 1 + n % 5))))
+            futures[-1].add_done_callback(lambda _, n=n: told.append(n))
+        for n, future in enumerate(futures):
+            assert torch.equal(future.result(WAIT).value, 2 * rows(n, 1 + n % 5))
+    assert sorted(told) == list(range(60))
+    ones = [n for n in told if n % 5 == 0]
+    assert ones == sorted(ones)
