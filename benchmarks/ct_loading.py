@@ -184,6 +184,11 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def share(part: float, whole: float) -> str:
+    """One over the other; a dash where the other is too small to be measured."""
+    return f"{part / whole:.2f}" if whole else "-"
+
+
 def show(told: dict[str, dict[str, dict[str, Any]]], given: argparse.Namespace) -> None:
     """Print one table."""
     from rich.console import Console
@@ -208,11 +213,11 @@ def show(told: dict[str, dict[str, dict[str, Any]]], given: argparse.Namespace) 
                 loader,
                 f"{one['seconds']:.2f}",
                 f"{one['cpu_seconds']:.2f}",
-                f"{one['seconds'] / reference['seconds']:.2f}, "
-                f"{one['cpu_seconds'] / reference['cpu_seconds']:.2f}",
+                f"{share(one['seconds'], reference['seconds'])}, "
+                f"{share(one['cpu_seconds'], reference['cpu_seconds'])}",
                 f"{one['peak_mb']}",
                 f"{one['added_mb']}",
-                f"{one['added_mb'] / one['volume_mb']:.2f}",
+                share(one["added_mb"], one["volume_mb"]),
             )
     console = Console(width=100)
     console.print(table)

@@ -1,14 +1,16 @@
 """A volume through a network: Plinth's plan beside naive eager windows and MONAI's own inferer.
 
     python benchmarks/volumes.py NETWORK [--side 160] [--window 96] [--overlap 0.5] [--json]
+    python benchmarks/volumes.py NETWORK --study T1_FOLDER --ways monai,plinth [--json]
 
 NETWORK is a MeshNet folder (exact windows at its halo), or any network that ``plinth batch
---model`` takes. Each way runs in a fresh process with one thread on the same volume of smooth
-noise (or ``--volume FILE.npy``): CPU seconds of the volume alone, the peak memory of the process
-above what it held after its imports, what loading and measuring the network takes included, and
-Dice of the worst class against one eager pass over the whole volume. Ways: ``naive`` (eager
-windows, all logits held, then argmax), ``monai`` (``monai.inferers.sliding_window_inference``,
-then argmax), ``plinth`` (the engine with ``--backend``).
+--model`` takes. Each way runs in a fresh process with one thread on the same volume: smooth
+noise, ``--volume FILE.npy``, or the series in the folder ``--study`` as the network takes it. Told
+are CPU seconds of the volume alone, the peak memory of the process above what it held after its
+imports, what loading and measuring the network takes included, and Dice of the worst class against
+the first of the ways: ``whole`` (one eager pass over the whole volume), ``naive`` (eager windows,
+all logits held, then argmax), ``monai`` (``monai.inferers.sliding_window_inference``, then argmax),
+``plinth`` (the engine with ``--backend``).
 """
 
 from __future__ import annotations
@@ -51,8 +53,10 @@ def run_one(way: str, given: argparse.Namespace) -> dict[str, Any]:
     from plinth.verticals.medical.networks.load import load_network
 
     torch.set_num_threads(1)
-    for library in {"monai": ["monai.inferers"], "plinth": [given.backend]}.get(way, []):
-        if library in ("monai.inferers", "openvino", "onnxruntime"):
+    exporters = ["torch.onnx", "torch._dynamo", "onnxscript"]
+    libraries = {"monai": ["monai.inferers"], "plinth": [given.backend, *exporters]}
+    for library in libraries.get(way, []):
+        if library not in ("auto", "eager", "inductor"):
             importlib.import_module(library)
     held = memory_mb("VmRSS")
     forget_peak()
@@ -61,7 +65,7 @@ def run_one(way: str, given: argparse.Namespace) -> dict[str, Any]:
     if way == "plinth":
         labels, spent, plan = by_engine(network, volume, given)
     else:
-        labels, spent, plan = by_torch(way, network.model.module, volume, given)
+        labels, spent, plan = by_torch(way, network.reference.module, volume, given)
     peak = memory_mb("VmHWM")
     np.save(given.out, labels.numpy())
     return {"cpu_s": round(spent, 2), "peak_mb": round(peak - held), "held_mb": round(held)} | plan
@@ -140,10 +144,12 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         path = given.volume or Path(scratch) / "volume.npy"
-        if given.volume is None:
+        if given.study is not None:
+            np.save(path, as_taken(given.study, given.network))
+        elif given.volume is None:
             np.save(path, made_up(given.side))
-        labels = {}
-        for way in ["whole", *given.ways.split(",")]:
+        labels: dict[str, Any] = {}
+        for way in given.ways.split(","):
             out = Path(scratch) / f"{way}.npy"
             options = ["--window", given.window, "--overlap", given.overlap]
             options += ["--backend", given.backend, "--memory-mb", given.memory_mb]
@@ -167,7 +173,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
             )
             found[way] = json.loads(done.stdout.splitlines()[-1])
             labels[way] = np.load(out)
-            truth = labels["whole"]
+            truth = next(iter(labels.values()))
             dice = (
                 2
                 * ((labels[way] == n) & (truth == n)).sum()
@@ -176,6 +182,25 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
             )
             found[way]["worst_dice"] = round(float(min(dice)), 5)
     return found
+
+
+def as_taken(study: Path, path: Path) -> Any:
+    """A series as a network takes it, (a, b, c) float32."""
+    import torch
+
+    from plinth.verticals.medical.dicom.loader import load_volume
+    from plinth.verticals.medical.networks.deepbet import narrowed
+    from plinth.verticals.medical.networks.load import load_network
+    from plinth.verticals.medical.networks.prepare import prepare
+
+    volume, network = load_volume(study), load_network(path)
+    recipe, finds = network.recipe, network.finds
+    if finds is not None:
+        rows = prepare(volume, finds.recipe).rows
+        with torch.inference_mode():
+            box = finds.reference.module(rows[None])[0].argmax(0).to(torch.uint8)
+        recipe = narrowed(volume, finds.recipe, recipe, box.numpy())
+    return prepare(volume, recipe).rows[0].numpy()
 
 
 def made_up(side: int) -> Any:
@@ -194,11 +219,12 @@ def main() -> None:
     parser.add_argument("network", type=Path)
     parser.add_argument("--side", type=int, default=160, help="voxels of the made-up volume")
     parser.add_argument("--volume", type=Path, help="a .npy file (z, y, x) instead")
+    parser.add_argument("--study", type=Path, help="a folder with one DICOM series instead")
     parser.add_argument("--window", type=int, default=96)
     parser.add_argument("--overlap", type=float, default=0.5)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--memory-mb", type=int, default=300, help="for one window")
-    parser.add_argument("--ways", default="naive,monai,plinth")
+    parser.add_argument("--ways", default="whole,naive,monai,plinth")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()

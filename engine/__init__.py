@@ -14,7 +14,7 @@ from plinth.engine.errors import (
     QueueFull,
     Refused,
 )
-from plinth.engine.flow import Answer, Call, Compute, Flow, Sla, Timing
+from plinth.engine.flow import Answer, Call, Compute, Flow, Sla, Timing, Told
 from plinth.engine.models.store import (
     Model,
     ModelSpec,
@@ -57,6 +57,7 @@ __all__ = [
     "TensorSpec",
     "Tiling",
     "Timing",
+    "Told",
     "Work",
     "architecture",
     "from_pretrained",

@@ -68,6 +68,7 @@ class Call:
         rows: tensor (n, ...) or mapping of input name to tensor (n, ...), host memory, dtypes
             as the model's inputs say. With ``tiling``: one tensor (c, z, y, x), the volume.
         tiling: cut the volume into windows, run each as a row, blend the results back.
+        told: the flow is also told how it was computed: it is sent a :class:`Told`.
 
     The flow is sent back a tensor (n, ...) (or a mapping when the model has several outputs);
     with ``tiling``, the blended and reduced volume (see :class:`plinth.engine.Tiling`).
@@ -76,6 +77,22 @@ class Call:
     model: str
     rows: Tensors
     tiling: Tiling | None = None
+    told: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a flow is sent for a :class:`Call` that asks how it was computed.
+
+    Args:
+        value: what it would have been sent.
+        precision: backend and precision of the model, such as ``"openvino/fp32"``.
+        exact: they are those of precision ``"exact"``, which others are held against.
+    """
+
+    value: Any
+    precision: str
+    exact: bool
 
 
 @dataclass(frozen=True, init=False, slots=True)

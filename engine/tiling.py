@@ -184,14 +184,19 @@ class WindowGrid:
             self.shape[axis] if last else starts[at + 1] + halo,
         )
 
+    @property
+    def direct(self) -> bool:
+        """Whether a window's outputs are reduced as they come: none is added to another's."""
+        return (self.tiling.exact or len(self) == 1) and self.tiling.onto is None
+
     def bytes(self, channels: int) -> int:
         """What a merger takes for outputs of so many channels: planes not done, and the result."""
         depth, height, width = self.shape
         tiling = self.tiling
         plane = (channels + (tiling.blend == "floored")) * height * width * 4
         slab = plane * min(tiling.window[0], depth)
-        if tiling.exact and tiling.onto is None:
-            slab = 0  # a window's outputs are reduced as they come
+        if self.direct:
+            slab = 0
         size = self.shape if tiling.onto is None else tiling.onto.size
         if tiling.onto is not None:
             slab += 3 * channels * size[1] * size[2] * 4
@@ -373,7 +378,7 @@ class WindowMerger:
             self._holder = _Holder()
             self._reserve(self._holder, grid, needed)
         try:
-            if not tiling.exact or tiling.onto is not None:
+            if not grid.direct:
                 rows = min(tiling.window[0], depth)
                 more = tiling.blend == "floored" and not tiling.exact  # sums of the weights
                 self._slab = torch.zeros(channels + more, rows, height, width)
@@ -390,7 +395,7 @@ class WindowMerger:
         return self._reducer
 
     def _cut(self, output: Tensor, reducer: _Reducer) -> None:
-        """Reduce what a window with a halo alone answers for, a few planes at a time."""
+        """Reduce what a window alone answers for, a few planes at a time."""
         corner, core = self.grid.corner(self._next), self.grid.core(self._next)
         z, y, x = (
             slice(span.start - at, span.stop - at) for span, at in zip(core, corner, strict=True)

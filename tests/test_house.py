@@ -43,7 +43,7 @@ FLAT = 14
 ENGINE_NAMES = """
     Answer Batch Batcher Call Cancelled Closed Compute ComputeError ConfigError DeadlineRefused
     DeviceError Engine EngineFailed Flow InputError LatencyModel Model ModelError ModelSpec
-    ModelStore PlinthError QueueFull Refused Sla TensorSpec Tiling Timing Work architecture
+    ModelStore PlinthError QueueFull Refused Sla TensorSpec Tiling Timing Told Work architecture
     from_pretrained
 """
 VERTICALS_NAMES = "Item LeftOut Query Settings Tally Vertical WithArtefacts"

@@ -64,6 +64,8 @@ class Model:
             computes; for modules that cannot be read, such as TorchScript.
         origin: what is known of the model of another library that it was made of.
         variants: other ways to compute it that a store has, if it has any.
+        exact: runs in precision ``"exact"``, whatever the engine runs others in: what these are
+            held against.
     """
 
     spec: ModelSpec
@@ -73,6 +75,7 @@ class Model:
     made_from: str | None = None
     origin: Mapping[str, Any] | None = None
     variants: Variants | None = None
+    exact: bool = False
 
     @classmethod
     def from_torch(

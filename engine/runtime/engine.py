@@ -1095,7 +1095,9 @@ class Engine:
         instead = variant or used.spec.name
         begun = now - seconds
         self._count(request, instead, _why_late(work, batch, begun) if late else None)
-        return Result(value, timing, used.model, late, ran.precision, variant, request.mode)
+        exact = ran.precision == used.exact
+        ways = (ran.precision, variant, request.mode, exact)
+        return Result(value, timing, used.model, late, *ways)
 
     def _count(self, request: Request, name: str, cause: str | None) -> None:
         asked = request.loaded.spec.name

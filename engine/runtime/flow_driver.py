@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from plinth.engine.flow import Answer, Call, Compute, Flow, Sla, Tensors, Timing
+from plinth.engine.flow import Answer, Call, Compute, Flow, Sla, Tensors, Timing, Told
 from plinth.engine.models.store import Model
 
 T = TypeVar("T")
@@ -27,6 +27,8 @@ class Result:
     """The variant that ran though another one was asked for."""
     mode: str = "async"
     """How it was given to the lanes: whole, or ``"sync"``: in shares that were awaited together."""
+    exact: bool = False
+    """Precision and backend are those of ``"exact"``."""
 
 
 class FlowDriver(Generic[T]):
@@ -48,7 +50,8 @@ class FlowDriver(Generic[T]):
 
     def send(self, result: Result) -> None:
         """Give the flow the result of its call."""
-        asked = self.call.model if isinstance(self.call, Call) else ""
+        call = self.call if isinstance(self.call, Call) else None
+        asked = "" if call is None else call.model
         ran = result.ran.spec
         self._models[ran.name] = ran.version
         self._precision[ran.name] = result.precision
@@ -62,7 +65,10 @@ class FlowDriver(Generic[T]):
         timing.device += added.device
         timing.co_batched += added.co_batched
         timing.batch_rows = max(timing.batch_rows, added.batch_rows)
-        self._step(lambda: self._flow.send(result.value))
+        value: Tensors | Told = result.value
+        if call is not None and call.told:
+            value = Told(value, result.precision, result.exact)
+        self._step(lambda: self._flow.send(value))
 
     def computed(self, value: object) -> None:
         """Give the flow what the function of its step returned."""

@@ -128,6 +128,11 @@ class LoadedModel:
         return f"{self.executable.backend}/{self.executable.precision}"
 
     @property
+    def exact(self) -> str:
+        """What :attr:`precision` is in precision ``"exact"``."""
+        return "onnxruntime/fp32" if self.model.onnx else "eager/fp32"
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """The prefixes of all its batch keys."""
         return (self.key,) if self.degraded is None else (self.key, self.degraded.key)

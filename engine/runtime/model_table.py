@@ -119,6 +119,8 @@ class ModelTable:
         execution = self._execution
         usual = execution.backend or ("onnxruntime" if model.onnx else "eager")
         wanted = execution.precision if precision is None else precision
+        if model.exact:
+            wanted, usual = "exact", "auto"
         chosen = isinstance(wanted, str) and wanted.startswith(VARIANT)
         with self._one_at_a_time:
             default = model.variants.default if model.variants else None

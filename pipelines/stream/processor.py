@@ -26,7 +26,7 @@ from plinth.engine import (
     Sla,
     Timing,
 )
-from plinth.engine.flow import Tensors, row_count
+from plinth.engine.flow import Tensors, Told, row_count
 from plinth.pipelines.formats.mapping import DeclaredMapping
 from plinth.pipelines.formats.registry import RegistryAway
 from plinth.pipelines.observability.tracing import HEADER as TRACE
@@ -397,7 +397,8 @@ class Processor:
                 yield min(max(refused.retry_after or 0.05, 0.005), 1.0)
             else:
                 del waiting[0]
-        return _joined(done)
+        value = _joined(done)
+        return Told(value, result.precision, result.exact) if call.told else value
 
     # -- encode ----------------------------------------------------------------------------
     def _encode(self, record: Record, request: Any, result: Any) -> Message:

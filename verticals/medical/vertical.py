@@ -19,6 +19,14 @@ from plinth.verticals.medical.ct.segment import BONE_HU, COARSE_MM, LUNG_HU, TIS
 from plinth.verticals.medical.dicom.choose import LISTED
 from plinth.verticals.medical.dicom.discover import SETTLED, Series, survey
 from plinth.verticals.medical.dicom.walk import Ignored
+from plinth.verticals.medical.mr.brain import (
+    SOURCE,
+    WORTH,
+    check_head,
+    check_labels,
+    check_tissue,
+)
+from plinth.verticals.medical.networks.agreement import Agreement
 from plinth.verticals.medical.networks.analysis import Segmentation, segment, window_of
 from plinth.verticals.medical.networks.load import Network as UserNetwork
 from plinth.verticals.medical.networks.load import load_network
@@ -72,6 +80,18 @@ class NetworkSettings(Settings):
     memory_mb: int = Field(default=1000, ge=50)
 
 
+class BrainSettings(Settings):
+    """The table ``[verticals.medical.brain]``: brain tissue of T1-weighted MR beside CT.
+
+    Args:
+        model: a MeshNet folder of brainchop that labels grey and white matter.
+        memory_mb: MB for the intermediate results of one window.
+    """
+
+    model: Path
+    memory_mb: int = Field(default=1000, ge=50)
+
+
 class CtSettings(Settings):
     """The table ``[verticals.medical]``.
 
@@ -105,6 +125,7 @@ class CtSettings(Settings):
         measurements: write ``measurements.dcm``, a structured report with the same identity.
         keep_uids: put the source's UIDs into the report instead of pseudonyms.
         network: a network of the user's own, which then runs instead of the CT analysis.
+        brain: T1-weighted MR of heads is analysed beside CT: grey and white matter.
     """
 
     store: Path | None = None
@@ -133,6 +154,7 @@ class CtSettings(Settings):
     measurements: bool = True
     keep_uids: bool = False
     network: NetworkSettings | None = None
+    brain: BrainSettings | None = None
 
     @field_validator("window")
     @classmethod
@@ -157,6 +179,35 @@ SegmentationResult = WithArtefacts[CtReport, Segmentation]
 """What the vertical answers where a network of the user's own runs."""
 
 
+@dataclass(eq=False)
+class Installed:
+    """A network, and what is known of it from one study to the next.
+
+    Args:
+        network: read once for all studies.
+        agreed: how its plan agreed with the reference on the first study.
+    """
+
+    network: UserNetwork
+    agreed: Agreement | None = None
+
+    def models(self) -> list[Model]:
+        """As the engine runs it, and the reference."""
+        finds = self.network.finds
+        models = [self.network.model, self.network.reference]
+        return models if finds is None else [*models, finds.reference]
+
+    def segment(
+        self, volume: Volume, uncertainty: bool = False, overlap: float | None = None
+    ) -> Flow[Segmentation]:
+        """A flow that labels a volume; see :func:`segment`."""
+        found = yield from segment(
+            volume, self.network, uncertainty=uncertainty, overlap=overlap, agreed=self.agreed
+        )
+        self.agreed = found.agreement or self.agreed
+        return found
+
+
 class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
     """Volumes, lung density, bone and nodule candidates of CT series, or anybody's network."""
 
@@ -175,29 +226,40 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
         self._found: dict[str, Series] = {}
         self._models: list[Model] | None = None
         self._network: Network | None = None
-        self._own: UserNetwork | None = None
+        self._own: Installed | None = None
+        self._brain: Installed | None = None
         # Windows fill a CPU one by one; more of them at once only cost memory.
         self.batch_range = (1, 4) if self.settings.network is None else (1, 1)
 
     # -- what it needs -----------------------------------------------------------------------
     def models(self) -> Sequence[Model]:
         if self.settings.network is not None:
-            return [self._user_network(self.settings.network).model]
+            return self._user_network(self.settings.network).models()
+        brain = [] if self.settings.brain is None else self._tissue(self.settings.brain).models()
         if not self.settings.nodules:
-            return []
+            return brain
         if self._models is None:
             store = ModelStore(self.settings.store or STORE)
             model = store.load(MODEL, self.settings.version)
             self._models, self._network = [model], _described(model)
-        return self._models
+        return [*self._models, *brain]
 
-    def _user_network(self, wanted: NetworkSettings) -> UserNetwork:
+    def _user_network(self, wanted: NetworkSettings) -> Installed:
         """The user's network, read once for all studies."""
         if self._own is None:
             found = load_network(wanted.model, flips=wanted.flips, uncertainty=wanted.uncertainty)
-            self._own = window_of(found, wanted.memory_mb)
-            self._network = _described(self._own.model)
+            self._own = Installed(window_of(found, wanted.memory_mb))
         return self._own
+
+    def _tissue(self, wanted: BrainSettings) -> Installed:
+        """The network for brain tissue, read once for all studies."""
+        if self._brain is None:
+            found = load_network(wanted.model)
+            check_labels(found.recipe.labels)
+            told = {"source": SOURCE, "worth": WORTH}
+            found = replace(found, recipe=found.recipe.model_copy(update=told))
+            self._brain = Installed(window_of(found, wanted.memory_mb))
+        return self._brain
 
     def example(self) -> StudyRequest:
         """A slab of the chest phantom, built in memory."""
@@ -224,7 +286,9 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
 
     def _survey(self, folder: Path, settled: int | None) -> Iterator[Item | LeftOut]:
         own = self.settings.network
-        modalities = ("CT",) if own is None else self._user_network(own).recipe.modality
+        modalities: tuple[str, ...] = ("CT",) if self.settings.brain is None else ("CT", "MR")
+        if own is not None:
+            modalities = self._user_network(own).network.recipe.modality
         left: dict[str, tuple[Series, LeftOut]] = {}
         fit = 0
         for found in survey(folder, settled=settled):
@@ -300,22 +364,34 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
                 if own is not None:
                     results.append((yield from self._segmented(request.volume, own)))
                     continue
+                brain = self.settings.brain
+                if brain is not None and request.volume.series.modality == "MR":
+                    results.append((yield from self._brain_tissue(request.volume, brain)))
+                    continue
                 results.append((yield from self._study(request.volume)))
             except InputError as error:
                 results.append(error)
         return results
 
     def _segmented(self, volume: Volume, own: NetworkSettings) -> Flow[SegmentationResult]:
-        network = self._user_network(own)
-        found = yield from segment(
-            volume, network, uncertainty=own.uncertainty, overlap=own.overlap
-        )
+        installed = self._user_network(own)
+        found = yield from installed.segment(volume, own.uncertainty, own.overlap)
+        return self._of_network(installed, found)
+
+    def _brain_tissue(self, volume: Volume, wanted: BrainSettings) -> Flow[SegmentationResult]:
+        installed = self._tissue(wanted)
+        limits = yield Compute(check_head, volume)
+        found = yield from installed.segment(volume)
+        yield Compute(check_tissue, volume, found.labels, found.recipe.labels)
+        found.warnings += limits
+        return self._of_network(installed, found)
+
+    def _of_network(self, installed: Installed, found: Segmentation) -> SegmentationResult:
+        volume = found.volume
         warnings = [issue.message for issue in volume.verdict.issues] + found.warnings
         report = self._report_of(volume, found.findings, found.plan, warnings)
-        return WithArtefacts(
-            report.model_copy(update={"network": self._network, "structures": found.structures}),
-            found,
-        )
+        told = {"network": _described(installed.network.model), "structures": found.structures}
+        return WithArtefacts(report.model_copy(update=told), found)
 
     def _study(self, volume: Volume) -> Flow[CtResult]:
         settings, clock = self.settings, StageClock()

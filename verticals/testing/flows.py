@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from plinth.engine import Call, Compute, Flow, Model, PlinthError
-from plinth.engine.flow import Tensors, as_mapping, row_count
+from plinth.engine.flow import Tensors, Told, as_mapping, row_count
 from plinth.engine.tiling import WindowGrid, WindowMerger
 from plinth.verticals.contract import Vertical
 
@@ -124,14 +124,15 @@ def run_with_models(
     """
     models = {model.spec.name: model for model in vertical.models()}
 
-    def answer(call: Call) -> Tensors:
+    def answer(call: Call) -> Tensors | Told:
         on_call(call)
         if call.model not in models:
             raise AssertionError(
                 f"the flow calls the model {call.model!r}, but models() brings only "
                 f"{', '.join(sorted(models)) or 'none'}: add it there, or call one of these"
             )
-        return _run(models[call.model], call)
+        value = _run(models[call.model], call)
+        return Told(value, "eager/fp32", exact=True) if call.told else value
 
     return drive(vertical.infer(requests), answer, around_steps)
 

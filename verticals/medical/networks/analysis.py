@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from plinth.engine import Call, Compute, Flow, InputError, Tiling
+from plinth.engine import Call, Compute, Flow, InputError, Tiling, Told
 from plinth.verticals.medical.ct.findings import Finding, finding
+from plinth.verticals.medical.networks.agreement import Agreement, agree
+from plinth.verticals.medical.networks.deepbet import narrowed
 from plinth.verticals.medical.networks.load import Network, with_window
 from plinth.verticals.medical.networks.prepare import Prepared, prepare
 from plinth.verticals.medical.networks.recipe import Orient, Recipe, Triple
@@ -39,6 +41,7 @@ class Segmentation:
         structures: size and values of each label that was found, by key.
         warnings: what limits it, one sentence each.
         plan: how it was done.
+        agreement: how the plan agreed with the reference, where it is another.
         seconds: wall time by stage.
     """
 
@@ -50,6 +53,7 @@ class Segmentation:
     structures: dict[str, Measured] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
+    agreement: Agreement | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -131,15 +135,24 @@ def _floats_per_voxel(network: Network) -> int:
 
 
 def segment(
-    volume: Volume, network: Network, *, uncertainty: bool = False, overlap: float | None = None
+    volume: Volume,
+    network: Network,
+    *,
+    uncertainty: bool = False,
+    overlap: float | None = None,
+    agreed: Agreement | None = None,
 ) -> Flow[Segmentation]:
     """A flow: prepare, run, bring back, measure.
+
+    What the engine computes in another way than the reference is held against it on windows of
+    this study, and done again by the reference where it does not agree.
 
     Args:
         volume: of a series the network was made for.
         network: which.
         uncertainty: a map of how sure it is goes with the labels.
         overlap: of blended windows, instead of the network's own.
+        agreed: what was found on another study, which then is not asked again for that plan.
 
     Raises:
         InputError: see :func:`check_modality` and :func:`prepare`.
@@ -147,20 +160,51 @@ def segment(
     recipe = network.recipe
     check_modality(volume, recipe)
     begun = time.perf_counter()
+    if network.finds is not None:
+        recipe = yield from _located(volume, network.finds, recipe)
     prepared: Prepared = yield Compute(prepare, volume, recipe)
     tiling = tiling_of(prepared, recipe, uncertainty, overlap)
     seconds = {"prepare": time.perf_counter() - begun}
     begun = time.perf_counter()
-    got = yield Call(network.model.spec.name, prepared.rows, tiling=tiling)
+    names = network.model.spec.name, network.reference.spec.name
+    failed = agreed is not None and not agreed.passed
+    told: Told = yield Call(names[failed], prepared.rows, tiling=tiling, told=True)
     seconds["network"] = time.perf_counter() - begun
+    exact = told.exact and (network.original is None or failed)
+    if not exact and (agreed is None or agreed.plan != told.precision):
+        begun = time.perf_counter()
+        labels, _ = yield Compute(_native, prepared, told.value, tiling)
+        agreed = yield from agree(names, prepared, recipe, tiling, labels)
+        seconds["agreement"] = time.perf_counter() - begun
+        if not agreed.passed:
+            begun = time.perf_counter()
+            told = yield Call(names[True], prepared.rows, tiling=tiling, told=True)
+            seconds["network"] += time.perf_counter() - begun
     begun = time.perf_counter()
     prepared.rows = torch.empty(0)
-    found = yield Compute(_bring_back, volume, recipe, prepared, got, tiling)
+    found = yield Compute(_bring_back, volume, recipe, prepared, told.value, tiling)
     done = Segmentation(volume, recipe, *found)
-    done.plan = _plan(prepared, network, tiling)
+    done.plan = _plan(prepared, replace(network, recipe=recipe), tiling) | {
+        "computed_in": told.precision
+    }
+    done.plan["computed"] = f"{told.precision}, the reference itself"
+    if agreed is not None:
+        done.agreement = agreed
+        done.plan |= {"agreement": agreed.as_dict(), "computed": agreed.sentence()}
+        if not agreed.passed:
+            done.warnings.append(agreed.sentence())
     seconds["measure"] = time.perf_counter() - begun
     done.seconds = {stage: round(spent, 3) for stage, spent in seconds.items()}
     return done
+
+
+def _located(volume: Volume, finds: Network, recipe: Recipe) -> Flow[Recipe]:
+    """The recipe for the box that a first network finds, which runs as the reference."""
+    seen: Prepared = yield Compute(prepare, volume, finds.recipe)
+    tiling = tiling_of(seen, finds.recipe)
+    labels = yield Call(finds.reference.spec.name, seen.rows, tiling=tiling)
+    found: Recipe = yield Compute(narrowed, volume, finds.recipe, recipe, labels.numpy())
+    return found
 
 
 def _bring_back(
@@ -176,6 +220,8 @@ def _bring_back(
         labels[k] = 0
     for label in recipe.largest:
         _keep_largest(labels, label)
+    for label in recipe.filled:
+        _fill_holes(labels, label)
     counts = np.bincount(labels.ravel(), minlength=256)
     titles = {value: (f"label_{value}", name) for value, name in sorted(recipe.labels.items())}
     sizes = measured(volume, labels, titles)
@@ -199,7 +245,7 @@ def tiling_of(
         halo=halo or ((1, 1, 1) if labels else (0, 0, 0)),
         even=window.even,
         activation=recipe.activation,
-        onto=None if labels else prepared.onto,
+        onto=None if labels or recipe.back == "nearest" else prepared.onto,
         uncertainty=uncertainty,
     )
 
@@ -209,11 +255,12 @@ def _native(
 ) -> tuple[Labels, Labels | None]:
     if isinstance(got, dict):
         labels, doubt = got["labels"].numpy(), got["uncertainty"].numpy()
-        return prepared.to_native(labels), prepared.to_native(doubt)
-    labels = got.numpy()
-    if tiling.reduce == "labels":
+    else:
+        labels, doubt = got.numpy(), None
+    if tiling.onto is None:
         labels = prepared.nearest(labels)
-    return prepared.to_native(labels), None
+        doubt = None if doubt is None else prepared.nearest(doubt)
+    return prepared.to_native(labels), None if doubt is None else prepared.to_native(doubt)
 
 
 def _keep_largest(labels: Labels, label: int) -> None:
@@ -226,6 +273,14 @@ def _keep_largest(labels: Labels, label: int) -> None:
     if count > 1:
         largest = int(np.bincount(components.ravel())[1:].argmax()) + 1
         part[(components > 0) & (components != largest)] = 0
+
+
+def _fill_holes(labels: Labels, label: int) -> None:
+    """What a label encloses, and no other label has, becomes part of it, in place."""
+    (box,) = ndimage.find_objects((labels == label).astype(np.uint8)) or (None,)
+    if box is not None:
+        part = labels[box]
+        part[ndimage.binary_fill_holes(part == label) & (part == 0)] = label
 
 
 def _findings(counts: npt.NDArray[np.int64], volume: Volume, recipe: Recipe) -> list[Finding]:
@@ -261,8 +316,9 @@ def _plan(prepared: Prepared, network: Network, tiling: Tiling) -> dict[str, Any
 
 def _warnings(volume: Volume, counts: npt.NDArray[np.int64], recipe: Recipe) -> list[str]:
     warnings = [
-        f"{recipe.name} is a network of the user's own: what it is worth on these images is not "
-        "known here"
+        recipe.worth
+        or f"{recipe.name} is a network of the user's own: what it is worth on these images is "
+        "not known here"
     ]
     warnings += recipe.notes
     if not recipe.modality:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from plinth.engine import Model, ModelError, ModelSpec, TensorSpec
 from plinth.engine.models.onnx import OnnxModule, read_contract
+from plinth.verticals.medical.networks.deepbet import is_deepbet, read_deepbet
 from plinth.verticals.medical.networks.meshnet import is_meshnet, read_meshnet
 from plinth.verticals.medical.networks.monai_bundle import is_bundle, read_bundle
 from plinth.verticals.medical.networks.nnunet import is_nnunet, read_nnunet
 from plinth.verticals.medical.networks.recipe import Recipe, Triple
-from plinth.verticals.medical.networks.weights import read_export, read_script
+from plinth.verticals.medical.networks.weights import graph_of, read_export, read_script
 
 INPUT, OUTPUT = "volume", "classes"
 SCRIPTS = (".ts", ".pt", ".torchscript")
@@ -34,12 +35,30 @@ class Network:
         recipe: what it needs and gives.
         digest: SHA-256 over the files it was read from.
         flips: its answers over flipped volumes are averaged.
+
+        original: the module as its file has it, where ``model`` runs a graph made of it.
+        finds: a network that finds the box which this one sees; see
+            :mod:`plinth.verticals.medical.networks.deepbet`.
+
+    Attributes:
+        reference: the same in float32 as its own library runs it, for windows of any size.
     """
 
     model: Model
     recipe: Recipe
     digest: str
     flips: bool = False
+    original: nn.Module | None = None
+    finds: Network | None = None
+    reference: Model = field(init=False)
+
+    def __post_init__(self) -> None:
+        free = self.recipe.window.model_copy(update={"size": None})
+        recipe = self.recipe.model_copy(update={"window": free})
+        module = self.model.module if self.original is None else self.original
+        made = _model(module, recipe, self.model.digest())
+        spec = made.spec.model_copy(update={"name": f"{made.spec.name[:58]}-exact"})
+        object.__setattr__(self, "reference", replace(made, spec=spec, exact=True))
 
 
 class Flipped(nn.Module):
@@ -84,7 +103,8 @@ def load_network(path: Path, *, flips: bool = False, uncertainty: bool = False) 
     """Read a network and what it says about itself.
 
     Args:
-        path: a MONAI bundle, an nnU-Net v2 results folder, a MeshNet folder of brainchop, or a
+        path: a MONAI bundle, an nnU-Net v2 results folder, a MeshNet folder of brainchop, the
+            folder of deepbet's networks, or a
             TorchScript, torch.export or ONNX file with a JSON file of the same name beside it
             (:class:`plinth.verticals.medical.networks.recipe.Recipe`).
         flips: average over flips.
@@ -96,8 +116,12 @@ def load_network(path: Path, *, flips: bool = False, uncertainty: bool = False) 
     path = Path(path)
     if not path.exists():
         raise ModelError(f"there is no network at {path}")
+    finds = None
     try:
-        if is_bundle(path):
+        if is_deepbet(path):
+            (module, recipe), (first, small) = read_deepbet(path)
+            finds = _network(first, small, files_digest(path))
+        elif is_bundle(path):
             module, recipe = read_bundle(path)
         elif is_nnunet(path):
             module, recipe = read_nnunet(path)
@@ -113,17 +137,31 @@ def load_network(path: Path, *, flips: bool = False, uncertainty: bool = False) 
             )
     except ValidationError as error:
         raise _invalid(path, error) from None
-    module = _First(module).eval()
-    if flips:
-        module = Flipped(module).eval()
-    digest = files_digest(path)
-    return Network(
-        _model(module, recipe, _made_from(digest, flips, uncertainty)), recipe, digest, flips
-    )
+    return _network(module, recipe, files_digest(path), flips, uncertainty, finds)
 
 
-def _made_from(digest: str, flips: bool, uncertainty: bool) -> str:
-    return hashlib.sha256(f"{digest} {flips} {uncertainty}".encode()).hexdigest()
+def _network(
+    module: nn.Module,
+    recipe: Recipe,
+    digest: str,
+    flips: bool = False,
+    uncertainty: bool = False,
+    finds: Network | None = None,
+) -> Network:
+    """TorchScript runs as a graph that every backend can take, where one can be made of it."""
+    original = None
+    if isinstance(module, torch.jit.ScriptModule):
+        graph = graph_of(module, recipe.window.size)
+        module, original = (module, None) if graph is None else (graph, module)
+    whole, plain = (None if each is None else _whole(each, flips) for each in (module, original))
+    made_from = hashlib.sha256(f"{recipe.name} {digest} {flips} {uncertainty}".encode())
+    model = _model(cast(nn.Module, whole), recipe, made_from.hexdigest())
+    return Network(model, recipe, digest, flips, plain, finds)
+
+
+def _whole(module: nn.Module, flips: bool) -> nn.Module:
+    first = _First(module).eval()
+    return Flipped(first).eval() if flips else first
 
 
 def _file(path: Path) -> tuple[nn.Module, Recipe]:
@@ -201,4 +239,4 @@ def with_window(network: Network, size: Triple) -> Network:
     window = recipe.window.model_copy(update={"size": size})
     recipe = recipe.model_copy(update={"window": window})
     model = _model(network.model.module, recipe, network.model.digest())
-    return Network(model, recipe, network.digest, network.flips)
+    return replace(network, model=model, recipe=recipe)

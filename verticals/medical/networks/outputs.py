@@ -52,10 +52,10 @@ def write_segmentation_outputs(
     """
     begun = time.perf_counter()
     files, outputs = [folder / "segmentation.nii.gz"], {"segmentation.nii.gz": "written"}
-    write_nifti(found.labels, found.volume, files[0])
+    write_nifti(found.labels, found.volume, files[0], _brief(found))
     if found.uncertainty is not None:
         files.append(folder / "uncertainty.nii.gz")
-        write_nifti(found.uncertainty, found.volume, files[-1])
+        write_nifti(found.uncertainty, found.volume, files[-1], _brief(found))
     files.append(folder / "volumes.csv")
     files[-1].write_text(_table(report, found), encoding="utf-8")
     seg, sr = folder / SEGMENTATION, folder / MEASUREMENTS
@@ -121,7 +121,13 @@ def write_seg(found: Segmentation, path: Path, kind: SegType) -> None:
     numbers = np.zeros(256, np.uint8)
     numbers[present] = np.arange(1, len(present) + 1)
     algorithm = highdicom.AlgorithmIdentificationSequence(
-        name=recipe.name[:64], version=recipe.version[:64], family=codes.DCM.ArtificialIntelligence
+        name=recipe.name[:64],
+        version=recipe.version[:64],
+        family=codes.DCM.ArtificialIntelligence,
+        parameters={
+            "computed by": found.plan["computed"],
+            "files": found.plan["network_files_sha256"],
+        },
     )
     segments = [
         highdicom.seg.SegmentDescription(
@@ -145,15 +151,25 @@ def _table(report: CtReport, found: Segmentation) -> str:
     rows = csv.writer(out, lineterminator="\n")
     sizes = [name for name in Measured.model_fields if name not in ("title", "unit", "values")]
     statistics = [field.name for field in fields(ValueStatistics)]
-    rows.writerow(["study", "series", "label", "name", *sizes, "unit", *statistics])
+    how = ["computed_in", "worst_dice"]
+    rows.writerow(["study", "series", "label", "name", *sizes, "unit", *statistics, *how])
+    agreed = found.agreement
+    said = [found.plan["computed_in"], "" if agreed is None else agreed.worst]
     for value, name in sorted(found.recipe.labels.items()):
         one = found.structures.get(f"label_{value}")
         cells: list[object] = [0, 0.0, *[""] * (len(sizes) + len(statistics) - 1)]
         if one is not None:
             cells = [getattr(one, size) for size in sizes]
             cells += [one.unit, *(getattr(one.values, key) for key in statistics)]
-        rows.writerow([report.study, report.series, value, name, *cells])
+        rows.writerow([report.study, report.series, value, name, *cells, *said])
     return out.getvalue()
+
+
+def _brief(found: Segmentation) -> str:
+    """How it was computed, in the 79 characters that a NIfTI header has for it."""
+    agreed = found.agreement
+    worst = "" if agreed is None or agreed.worst is None else f", Dice to fp32 {agreed.worst:.4f}"
+    return f"research use only; {found.plan['computed_in']}{worst}; {found.recipe.name}"
 
 
 def _colours(found: Segmentation) -> dict[int, tuple[int, int, int]]:

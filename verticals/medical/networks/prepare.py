@@ -21,10 +21,12 @@ from plinth.verticals.medical.networks.recipe import (
     Clip,
     Conform,
     Crop,
+    Cut,
     Normalise,
     Orient,
     Pad,
     Recipe,
+    Resize,
     Scale,
     Space,
     Transpose,
@@ -122,7 +124,7 @@ class Prepared:
         if onto is None:
             return labels
         at = [
-            np.clip(np.rint(first + np.arange(size) * scale), 0, n - 1).astype(np.intp)
+            np.clip(np.floor(first + np.arange(size) * scale + 0.5), 0, n - 1).astype(np.intp)
             for size, first, scale, n in zip(
                 onto.size, onto.first, onto.scale, labels.shape, strict=True
             )
@@ -334,6 +336,26 @@ def _along(array: Array, axis: int, places: npt.NDArray[np.float64], order: int)
     return total
 
 
+def _resize(state: _State, step: Resize) -> None:
+    _check_size(state, list(step.size))
+    scale = [n / m for n, m in zip(state.values.shape, step.size, strict=True)]
+    whole = state.values.float()[None, None]
+    state.values = F.interpolate(whole, step.size, mode="nearest-exact")[0, 0]
+    state.outside = None
+    state.axes = [
+        axis.moved((s - 1) / 2, m, s)
+        for axis, m, s in zip(state.axes, step.size, scale, strict=True)
+    ]
+
+
+def _cut(state: _State, step: Cut) -> None:
+    spans = list(zip(step.start, step.stop, strict=True))
+    box = tuple(slice(*span) for span in spans)
+    state.values = state.values[box]
+    _reshape_mask(state, lambda mask: mask[box])
+    state.axes = [axis.cropped(*span) for axis, span in zip(state.axes, spans, strict=True)]
+
+
 def _conform(state: _State, step: Conform) -> None:
     mm, shape = state.mm(), state.values.shape
     scale = [want / have for want, have in zip(step.mm, mm, strict=True)]
@@ -475,6 +497,8 @@ _STEPS: dict[type[Any], Callable[[_State, Any], None]] = {
     Orient: _orient,
     Transpose: _transpose,
     Space: _space,
+    Resize: _resize,
+    Cut: _cut,
     Conform: _conform,
     Crop: _crop,
     Pad: _pad,

@@ -70,6 +70,30 @@ class Space(_Step):
     coarse_order: Literal[0, 1, 3] | None = None
 
 
+class Resize(_Step):
+    """To a number of voxels, each the nearest one (torch's ``nearest-exact``).
+
+    Args:
+        size: voxels of each axis.
+    """
+
+    op: Literal["resize"] = "resize"
+    size: Triple
+
+
+class Cut(_Step):
+    """To a box of indices; what lies outside is background on the way back.
+
+    Args:
+        start: first index of each axis.
+        stop: index after the last.
+    """
+
+    op: Literal["cut"] = "cut"
+    start: Triple
+    stop: Triple
+
+
 class Conform(_Step):
     """A grid of fixed size and spacing around the middle of the field of view, linear.
 
@@ -172,7 +196,18 @@ class Affine(_Step):
 
 
 Step = Annotated[
-    Orient | Transpose | Space | Conform | Crop | Pad | Clip | Scale | Normalise | Affine,
+    Orient
+    | Transpose
+    | Space
+    | Resize
+    | Cut
+    | Conform
+    | Crop
+    | Pad
+    | Clip
+    | Scale
+    | Normalise
+    | Affine,
     Field(discriminator="op"),
 ]
 
@@ -217,7 +252,11 @@ class Recipe(BaseModel):
         reduce: how output becomes labels; see :class:`plinth.engine.Tiling`.
         channels: of the output, where they are known.
         largest: labels of which only the largest component is kept.
+        filled: labels whose holes are filled, after that.
+        back: how outputs come to the native grid: probabilities interpolated (``"linear"``), or
+            the label of the ``"nearest"`` voxel.
         notes: what a reader of the report should know.
+        worth: what is known of its quality; empty: nothing, and the report says so.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -236,7 +275,10 @@ class Recipe(BaseModel):
     reduce: Literal["argmax", "threshold", "labels"] = "argmax"
     channels: int | None = Field(default=None, ge=1, le=256)
     largest: tuple[int, ...] = ()
+    filled: tuple[int, ...] = ()
+    back: Literal["linear", "nearest"] = "linear"
     notes: tuple[str, ...] = ()
+    worth: str = ""
 
     @field_validator("labels")
     @classmethod

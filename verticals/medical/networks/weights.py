@@ -7,6 +7,7 @@ files.
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 import zipfile
@@ -20,8 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from plinth.engine import ModelError
+from plinth.engine.backends.export import quiet
 from plinth.engine.models import program
 
+TRACED = 64  # voxels along each axis of what a graph is made on, at most
 MOST_TEXT = 64 << 20  # bytes of code or graph that are looked through
 SCRIPT_CALL = re.compile(r"\b(torch|ops)\.([A-Za-z_][\w.]*)")
 SCRIPT_NAMES = re.compile(r"(aten|prim|quantized)\.\w+|nn\.[\w.]+|jit\.[\w.]+|\w+")
@@ -29,6 +32,9 @@ FORBIDDEN = re.compile(
     r"from_file|save|load|fopen|_?shared_filename|dist(ributed)?|rpc|c10d|classes|cuda|PythonOp"
     r"|_pickle\w*|open_registration\w*"
 )
+
+
+_log = logging.getLogger(__name__)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -43,7 +49,8 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(scalars), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the pickle's protocol
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # the bytes stay in the file until they are used
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise ModelError(f"{path.name} cannot be read as weights: {_first(error)}") from error
     except Exception as error:
@@ -91,7 +98,12 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
             f"{path.name} does not hold this network's weights ({what}; the first is {first})",
             hint="check that the configuration and the checkpoint belong together",
         )
-    network.load_state_dict(clean, strict=True)
+    found = {name: _like(value, wanted[name]) for name, value in clean.items()}
+    network.load_state_dict(found, strict=True, assign=True)  # no second copy of them
+
+
+def _like(value: Tensor, wanted: Tensor) -> Tensor:
+    return value if value.dtype == wanted.dtype else value.to(wanted.dtype)
 
 
 def _without(name: str, prefixes: tuple[str, ...]) -> str:
@@ -119,6 +131,33 @@ def read_script(path: Path) -> nn.Module:
         except RuntimeError as error:
             raise ModelError(f"torch cannot load {path.name}: {_first(error)}") from error
         return cast(nn.Module, module.eval())
+
+
+def graph_of(
+    script: torch.jit.ScriptModule, window: tuple[int, int, int] | None
+) -> nn.Module | None:
+    """A TorchScript network as a graph of torch's operators, which more backends can run.
+
+    It is to be held against the original on real windows before it is used.
+
+    Args:
+        script: in eval mode.
+        window: voxels that it takes; ``None``: any.
+
+    Returns:
+        ``None`` where torch cannot make one.
+    """
+    size = [min(TRACED, n) for n in window or (TRACED,) * 3]
+    try:
+        from torch._export.converter import TS2EPConverter  # of torch's own migration guide
+
+        with torch.inference_mode(False), torch.no_grad(), quiet():
+            converter = TS2EPConverter(script, (torch.rand(2, 1, *size),))
+            program = converter.convert()
+            return _Exported(program.module(check_guards=False))
+    except Exception as error:  # noqa: BLE001 - a converter raises errors of many kinds
+        _log.info("TorchScript runs as it is: %s", _first(error))
+        return None
 
 
 def _check_script(path: Path, text: str) -> None:

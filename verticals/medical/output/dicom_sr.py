@@ -178,12 +178,13 @@ def _group(
 ) -> Any:
     from highdicom import sr
 
+    how = [f"computed by {report.plan['computed']}"] if "computed" in report.plan else []
     common: dict[str, Any] = {
         "tracking_identifier": sr.TrackingIdentifier(uid=_uid(), identifier=title),
         "finding_type": _concept(part, title),
         "measurements": numbers,
         "algorithm_id": sr.AlgorithmIdentification(
-            name=model, version=__version__, parameters=[RESEARCH_USE, *report.warnings]
+            name=model, version=__version__, parameters=[RESEARCH_USE, *how, *report.warnings]
         ),
     }
     number = _segment_number(seg, title)

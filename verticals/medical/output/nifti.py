@@ -11,13 +11,16 @@ import numpy.typing as npt
 from plinth.verticals.medical.volumes.volume import Volume
 
 
-def write_nifti(values: npt.NDArray[Any], volume: Volume, path: Path) -> None:
+def write_nifti(
+    values: npt.NDArray[Any], volume: Volume, path: Path, description: str = ""
+) -> None:
     """Write values (z, y, x) on a volume's native grid as NIfTI-1, compressed.
 
     Args:
         values: uint8 for labels and shares, int16 or float32 for the volume's own.
         volume: whose affine says where they lie.
         path: ends with ``.nii.gz``.
+        description: the first 79 characters go into the header's ``descrip``.
     """
     import SimpleITK as sitk  # heavy: only when a file is written
 
@@ -26,4 +29,6 @@ def write_nifti(values: npt.NDArray[Any], volume: Volume, path: Path) -> None:
     image.SetSpacing([float(mm) for mm in spacing])
     image.SetDirection((volume.affine[:3, :3] / spacing).ravel().tolist())
     image.SetOrigin(volume.affine[:3, 3].tolist())
+    if description:
+        image.SetMetaData("ITK_FileNotes", description[:79])
     sitk.WriteImage(image, str(path), True, 1)

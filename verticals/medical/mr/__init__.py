@@ -1,0 +1,1 @@
+"""MR: brain tissue of T1-weighted heads."""
