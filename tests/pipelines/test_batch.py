@@ -7,9 +7,9 @@ import csv
 import io
 import json
 import os
+import re
 import resource
 import signal
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import until
 from tiny_verticals import GATE, Gate, Page, Shelf, install
 
 from plinth.engine import ConfigError, Engine, Flow, InputError, PlinthError
@@ -27,6 +28,9 @@ from plinth.pipelines.folders.batch import Batch, Progress, Summary
 from plinth.pipelines.folders.journal import Journal
 from plinth.pipelines.folders.storage import write_whole
 from plinth.verticals import Item, LeftOut, Settings
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from commands import Command
 
 PLAIN = Config.model_validate({"engine": {"backend": "eager", "precision": "fp32"}})
 
@@ -444,8 +448,8 @@ def test_a_full_disk_ends_the_run_and_the_next_goes_on(
 # -- through the command, in a process that is stopped or killed -------------------------------
 
 
-class Command:
-    """``plinth batch`` in a child process whose third item waits at the gate."""
+class Held:
+    """``plinth batch`` in a process of its own whose third item waits at the gate."""
 
     def __init__(self, tmp_path: Path) -> None:
         self.out = tmp_path / "out"
@@ -454,62 +458,60 @@ class Command:
         for name, text in {"a": "1", "b": "bad", "c": "hold", "d": "4"}.items():
             (self.folder / f"{name}.txt").write_text(text)
         self.gate = Gate(tmp_path)
-        self.env = {
-            **install(tmp_path / "site"),
+        self._site = tmp_path / "site"
+        install(self._site)
+        self._env = {
             GATE: str(tmp_path),
             "PLINTH_ENGINE__BACKEND": "eager",
             "PLINTH_ENGINE__PRECISION": "fp32",
         }
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[subprocess.Popen[str]]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "plinth", "batch", "shelf", self.folder,
-             "--out", self.out, "--json"],
-            env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    def running(self) -> Iterator[Command]:
+        words = ["plinth", "batch", "shelf", str(self.folder), "--out", str(self.out), "--json"]
+        command = Command(words, self._site, self._env, self._site / "said.txt")
         try:
-            yield process
+            yield command
         finally:
-            process.kill()
-            process.communicate()
+            command.end()
 
-    def await_lines(self, process: subprocess.Popen[str], count: int) -> None:
+    def await_items(self, command: Command, count: int) -> None:
         """Until the command has told of ``count`` finished items."""
-        assert process.stderr is not None
-        while count:
-            line = process.stderr.readline()
-            assert line, "the command ended too early"
-            count -= line.startswith(tuple("1234"))
+
+        def told() -> bool:
+            found = re.findall(r"(?m)^[1-4]/", command.said)
+            assert len(found) >= count or command.wait(0) is None, command.said
+            return len(found) >= count
+
+        until(told)
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Command:
-    return Command(tmp_path)
+def held(tmp_path: Path) -> Held:
+    return Held(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
 def test_a_stopped_run_goes_on_where_it_was(
-    command: Command, engine: Engine, number: signal.Signals, code: int
+    held: Held, engine: Engine, number: signal.Signals, code: int
 ) -> None:
-    with command.running() as process:
-        command.gate.await_arrival()
-        command.await_lines(process, 2)
-        process.send_signal(number)
+    with held.running() as command:
+        held.gate.await_arrival()
+        held.await_items(command, 2)
+        command.signal(number)
         if number != signal.SIGKILL:
-            command.gate.open()
-        process.communicate(timeout=60)
-    assert process.returncode == code
-    before = (command.out / "a" / "twice.txt").stat().st_mtime_ns
-    (command.folder / "c.txt").write_text("3")
-    states = run(engine, command.folder, command.out).states
+            held.gate.open()
+        assert command.wait(60) == code, command.said
+    before = (held.out / "a" / "twice.txt").stat().st_mtime_ns
+    (held.folder / "c.txt").write_text("3")
+    states = run(engine, held.folder, held.out).states
     assert states["a"] == "skipped"
     assert states["b"] == "failed before"
     assert states["c"] == "done"
-    assert (command.out / "a" / "twice.txt").stat().st_mtime_ns == before
-    assert not list(command.out.glob(".partial-*"))
+    assert (held.out / "a" / "twice.txt").stat().st_mtime_ns == before
+    assert not list(held.out.glob(".partial-*"))
 
 
 def test_the_journal_is_for_its_owner_to_read(engine: Engine, shelf: Path, tmp_path: Path) -> None:
