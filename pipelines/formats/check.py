@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
+
+import orjson
 
 from plinth.engine import InputError
 from plinth.pipelines.formats.fields import FieldMapping, found_at
@@ -15,6 +17,8 @@ from plinth.pipelines.formats.mapping import DeclaredMapping, Message
 from plinth.verticals.card_numbers import is_card_number
 from plinth.verticals.contract import Vertical
 
+RECEIVED = "received_time"
+"""The field of a record that says when a door received it, for training."""
 LONGEST = 40
 """Characters of an example that are shown."""
 
@@ -112,7 +116,7 @@ class Findings:
 def check_messages(
     mapping: DeclaredMapping,
     vertical: Vertical[Any, Any],
-    messages: Iterable[tuple[str, bytes]],
+    messages: Iterable[tuple[str, bytes, float | None]],
     findings: Findings,
 ) -> Iterator[bytes]:
     """Map messages one by one, and let the vertical read what they become.
@@ -120,16 +124,19 @@ def check_messages(
     Args:
         mapping: to try.
         vertical: that is to read the records.
-        messages: each with its place, such as a line.
+        messages: each with its place, such as a line, and when it was received, in seconds since
+            1970, where that is known.
         findings: gets what is found.
 
     Yields:
-        The records that the vertical takes, as JSON.
+        The records that the vertical takes, as JSON; with ``received_time``, where records have
+        that, nothing maps it and it is known.
 
     Raises:
         RegistryAway: the schema registry does not answer.
     """
-    for where, raw in messages:
+    timed = any(RECEIVED in kind.model_fields for kind in vertical.record_types())
+    for where, raw, received in messages:
         kind = "(none)"
         try:
             source = mapping.decode(raw)
@@ -141,9 +148,9 @@ def check_messages(
                 _look_at_fields(message, source, findings)
                 record = mapping.record(raw)
                 assert record is not None
-                request = vertical.parse_at(record, None)
+                request = vertical.parse_at(record, received)
                 findings.records[kind] += 1
-                yield record
+                yield record if received is None or not timed else _received(record, received)
                 refused = _refused(vertical, request)
                 if refused is not None:
                     refused = InputError(
@@ -153,6 +160,11 @@ def check_messages(
         except InputError as error:
             findings.note(kind, error, where)
         findings.kinds[kind] += 1
+
+
+def _received(record: bytes, at: float) -> bytes:
+    time = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+    return orjson.dumps({RECEIVED: time.replace("+00:00", "Z")} | orjson.loads(record))
 
 
 def _refused(vertical: Vertical[Any, Any], request: Any) -> InputError | None:

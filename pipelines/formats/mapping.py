@@ -34,6 +34,7 @@ from pydantic import (
 
 from plinth.engine import ConfigError, InputError
 from plinth.engine.errors import nearest
+from plinth.pipelines.formats.avro import AvroSchemas
 from plinth.pipelines.formats.fields import (
     FieldMapping,
     PathText,
@@ -42,6 +43,7 @@ from plinth.pipelines.formats.fields import (
     finder,
     shown,
 )
+from plinth.pipelines.formats.protobuf import ProtobufSchemas
 from plinth.pipelines.formats.registry import RegistryConfig, SchemaRegistry
 from plinth.verticals.contract import Vertical
 
@@ -60,20 +62,23 @@ class Format(BaseModel):
     """``[format]``: how messages are written.
 
     Args:
-        kind: ``type`` in the file: ``json``, or ``avro`` in the Confluent wire format (a zero
-            byte, four bytes of schema id, the value).
-        registry: where Avro schemas are.
+        kind: ``type`` in the file: ``json``, or ``avro`` or ``protobuf`` in the Confluent wire
+            format (a zero byte, four bytes of schema id, in Protobuf the path to the message, the
+            value).
+        registry: where the schemas are.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    kind: Literal["json", "avro"] = Field(default="json", alias="type")
+    kind: Literal["json", "avro", "protobuf"] = Field(default="json", alias="type")
     registry: RegistryConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Format:
-        if (self.kind == "avro") != (self.registry is not None):
-            raise ValueError("type = 'avro' and a table [format.registry] go together")
+        if (self.kind != "json") != (self.registry is not None):
+            raise ValueError(
+                "type = 'avro' or 'protobuf' and a table [format.registry] go together"
+            )
         return self
 
 
@@ -219,7 +224,10 @@ class DeclaredMapping:
     def __init__(self, declared: MappingFile) -> None:
         self.messages = [Message(one) for one in declared.message]
         config = declared.format.registry
-        self.registry = SchemaRegistry(config) if config is not None else None
+        self.registry = None
+        if config is not None:
+            kind = AvroSchemas if declared.format.kind == "avro" else ProtobufSchemas
+            self.registry = SchemaRegistry(config, kind())
 
     def prepare(self, raws: Iterable[bytes | None]) -> None:
         """Ask the registry for the schemas that these messages name and nobody asked for yet.
@@ -234,7 +242,7 @@ class DeclaredMapping:
         """A message as it was written, before any mapping.
 
         Raises:
-            InputError: it is no JSON object, or no Avro record of a schema that is known.
+            InputError: it is no JSON object, or no value of a schema that is known.
         """
         source = decoded_json(raw) if self.registry is None else self.registry.decode(raw)
         if not isinstance(source, dict):

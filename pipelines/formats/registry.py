@@ -1,10 +1,9 @@
-"""Avro in the Confluent wire format; its schemas come from a Schema Registry over HTTP."""
+"""The Confluent wire format: messages whose schemas come from a Schema Registry over HTTP."""
 
 from __future__ import annotations
 
 import base64
 import http.client
-import io
 import logging
 import os
 import ssl
@@ -12,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 from urllib.parse import quote, urlsplit
 
 import orjson
@@ -24,10 +23,6 @@ HEAD = 5
 """Bytes before the value: zero, then the id of the schema, most significant byte first."""
 MAX_REFERENCES = 100
 """Other schemas that one schema may need, theirs included."""
-MAX_DEPTH = 100
-"""Types within types, by which the library's reader calls itself."""
-MAX_VALUES = 100_000
-"""Values in one message, each array and map counted with one item."""
 NOT_FOUND = 404
 
 log = logging.getLogger("plinth.formats")
@@ -79,21 +74,45 @@ class RegistryAway(PlinthError):
     reason = "registry"
 
 
+class Schemas(Protocol):
+    """What reads the values of one kind of schema.
+
+    Attributes:
+        kind: as the registry names it.
+        word: for people.
+        query: of the requests, so that schemas come in the form that is read.
+    """
+
+    kind: str
+    word: str
+    query: str
+
+    def parsed(self, found: dict[str, Any], name: str, named: dict[str, Any]) -> Any:
+        """A schema from an answer of the registry; raises whatever is wrong with it.
+
+        Args:
+            found: the answer.
+            name: by which others refer to it.
+            named: holds what it refers to, and then itself too.
+        """
+
+    def read(self, schema: Any, body: bytes) -> Any:
+        """The value in what follows the schema's id; raises whatever is wrong with it."""
+
+
 class SchemaRegistry:
     """Reads messages by the schemas that they name; each schema is asked for once.
 
     Args:
         config: where the registry is.
+        schemas: reads values.
 
     Raises:
         ConfigError: the password is not there.
-        ModuleNotFoundError: fastavro is not installed.
     """
 
-    def __init__(self, config: RegistryConfig) -> None:
-        import fastavro
-
-        self._avro: Any = fastavro
+    def __init__(self, config: RegistryConfig, schemas: Schemas) -> None:
+        self._reader = schemas
         self._config = config
         self._schemas: OrderedDict[int, Any] = OrderedDict()
         self._unknown: OrderedDict[int, tuple[float, str]] = OrderedDict()
@@ -130,7 +149,7 @@ class SchemaRegistry:
         if not _wired(raw):
             raise InputError(
                 "the message is not in the Confluent wire format",
-                reason="not_avro",
+                reason=f"not_{self._reader.word.lower()}",
                 hint="it begins with a zero byte and four bytes of schema id; for JSON set "
                 "type = 'json' in [format]",
             )
@@ -140,21 +159,16 @@ class SchemaRegistry:
         if schema is None:
             why = self._unknown.get(number, (0.0, "is not known to the registry"))[1]
             raise InputError(f"schema {number} {why}", reason="unknown_schema")
-        body = io.BytesIO(raw)
-        body.seek(HEAD)
         try:
-            value = self._avro.schemaless_reader(body, schema, None)
+            return self._reader.read(schema, raw[HEAD:])
         except Exception as error:  # noqa: BLE001 - a hostile message may raise anything in there
             log.debug("schema %d: %s", number, type(error).__name__)
             raise self._damaged(number) from None
-        if body.tell() != len(raw):
-            raise self._damaged(number)
-        return value
 
     def _damaged(self, number: int) -> InputError:
         return InputError(
             f"the message is not a value of schema {number}",
-            reason="malformed_avro",
+            reason=f"malformed_{self._reader.word.lower()}",
             hint="was it written with another schema than the one it names?",
         )
 
@@ -163,15 +177,15 @@ class SchemaRegistry:
         return at is not None and time.monotonic() - at < self._config.retry_s
 
     def _learn(self, number: int) -> None:
-        found = self._get(f"/schemas/ids/{number}")
+        found = self._get(f"/schemas/ids/{number}{self._reader.query}")
         if found is None:
             return self._refuse(number, "is not known to the registry")
-        if found.get("schemaType", "AVRO") != "AVRO":
-            return self._refuse(number, "is not an Avro schema")
+        if found.get("schemaType", "AVRO") != self._reader.kind:
+            return self._refuse(number, f"is no schema of {self._reader.word}")
         try:
             named: dict[str, Any] = {}
             self._referenced(found, named, [MAX_REFERENCES])
-            schema = self._parsed(found, named)
+            schema = self._reader.parsed(found, f"schema {number}", named)
         except RegistryAway:
             raise
         except Exception as error:  # noqa: BLE001 - whatever the registry holds
@@ -198,21 +212,12 @@ class SchemaRegistry:
             if left[0] < 0:
                 raise ValueError("too many references")
             subject = quote(reference["subject"], safe="")
-            other = self._get(f"/subjects/{subject}/versions/{int(reference['version'])}")
+            path = f"/subjects/{subject}/versions/{int(reference['version'])}"
+            other = self._get(path + self._reader.query)
             if other is None:
                 raise ValueError("a reference is not known")
             self._referenced(other, named, left)
-            self._parsed(other, named)
-
-    def _parsed(self, found: dict[str, Any], named: dict[str, Any]) -> Any:
-        declared = orjson.loads(found["schema"])
-        if isinstance(declared, dict) and any(key.startswith("__") for key in declared):
-            raise ValueError("a key of the library's own")
-        schema = self._avro.parse_schema(declared, named_schemas=named)
-        shape = _shape(schema, named, {})
-        if shape.depth > MAX_DEPTH or shape.values > MAX_VALUES:
-            raise ValueError("the schema is too deep or too large")
-        return schema
+            self._reader.parsed(other, reference["name"], named)
 
     def _get(self, path: str) -> dict[str, Any] | None:
         """One answer; ``None`` for not found.
@@ -267,58 +272,3 @@ def _wired(raw: bytes) -> bool:
 
 def _id(raw: bytes) -> int:
     return int.from_bytes(raw[1:HEAD], "big")
-
-
-class _Shape(NamedTuple):
-    """Whether a value takes no bytes, how deep its type is, and how many values are in it."""
-
-    empty: bool
-    depth: int = 1
-    values: int = 1
-
-
-def _shape(schema: Any, named: dict[str, Any], known: dict[str, _Shape | None]) -> _Shape:
-    """Of a parsed schema, whose names are whole; each named type is looked at once.
-
-    Raises:
-        ValueError: a type contains itself, or an array has items of no bytes, of which five bytes
-            can say 2^34.
-    """
-    if isinstance(schema, str) and schema not in named:
-        return _Shape(empty=schema == "null")
-    name = schema if isinstance(schema, str) else _name(schema)
-    if name is None:
-        return _outline(schema, named, known)
-    if name not in known:
-        known[name] = None
-        known[name] = _outline(named.get(name, schema), named, known)
-    found = known[name]
-    if found is None:
-        raise ValueError("a schema that contains itself is not read")
-    return found
-
-
-def _name(schema: Any) -> str | None:
-    return schema.get("name") if isinstance(schema, dict) else None
-
-
-def _outline(schema: Any, named: dict[str, Any], known: dict[str, _Shape | None]) -> _Shape:
-    kind = "union" if isinstance(schema, list) else schema["type"]
-    if kind == "fixed":
-        return _Shape(empty=schema["size"] == 0)
-    if kind in ("record", "error"):
-        parts = [field["type"] for field in schema["fields"]]
-    elif kind in ("array", "map"):
-        parts = [schema["items" if kind == "array" else "values"]]
-    elif kind in ("union", "enum"):
-        parts = schema if kind == "union" else []
-    else:
-        return _shape(kind, named, known)
-    shapes = [_shape(part, named, known) for part in parts]
-    if kind == "array" and shapes[0].empty:
-        raise ValueError("an array of nothing may have any length in a few bytes")
-    return _Shape(
-        empty=kind in ("record", "error") and all(one.empty for one in shapes),
-        depth=1 + max((one.depth for one in shapes), default=0),
-        values=1 + sum(one.values for one in shapes),
-    )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
+import random
 import re
 import struct
 import threading
@@ -328,6 +331,14 @@ def test_check_mapping_shows_what_becomes_of_a_sample_and_writes_the_records(
     assert "currency: expected one of EUR" in found["problems"][0]["text"]
     sample.write_text(json.dumps(AUTH))
     assert check()[0] == 0
+    out.unlink()
+    stamped = f"CreateTime:1756728001500\t{json.dumps(AUTH)}"
+    sample.write_text(f"{stamped}\nLogAppendTime:1\t{json.dumps(AUTH)}\n{json.dumps(AUTH)}\n")
+    code, found = check("--json", "--out", str(out))
+    assert found["wrong"] == 1, "from so long before the payment, the second is of the future"
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        RECORD | {"received_time": "2025-09-01T12:00:01.500Z"}, RECORD,
+    ]  # fmt: skip
 
 
 def test_the_example_and_the_mappings_of_the_documentation_are_right(
@@ -342,11 +353,12 @@ def test_the_example_and_the_mappings_of_the_documentation_are_right(
         assert one is None or finance.parse_at(one, None)
     page = (root / "docs" / "own-messages.md").read_text()
     declared = [t for t in re.findall(r"(?ms)^```toml\n(.*?)^```", page) if "[[message]]" in t]
-    assert len(declared) == 2
+    assert len(declared) == 3
     assert mapping_of(tmp_path, declared[0], finance).messages
     if find_spec("fastavro") is not None:
         text = re.sub("(?m)^(username|cafile).*$", "", declared[1])
         assert mapping_of(tmp_path, text, finance).registry
+    assert mapping_of(tmp_path, declared[2], finance).registry
 
 
 # -- Avro ----------------------------------------------------------------------------------
@@ -607,3 +619,121 @@ def test_looking_at_records_of_others_does_without_a_registry(
         other: Any = SimpleNamespace(value=framed(), timestamp=9, topic="in", partition=1, offset=0)
         processor.look([other])
     assert registry.asked == ["/schemas/ids/7"]
+
+
+# -- Protobuf ------------------------------------------------------------------------------
+BUF = AVRO.replace('"avro"', '"protobuf"')
+
+
+def declared_in_protobuf() -> tuple[Any, Any]:
+    """Two files, as a compiler gives them: money, and payments with money and Google's time."""
+    from google.protobuf import descriptor_pb2
+
+    money = descriptor_pb2.FileDescriptorProto(name="bank/money.proto", package="bank")
+    money.syntax = "proto3"
+    one = money.message_type.add(name="Money")
+    one.field.add(name="value", number=1, type=9, label=1)
+    one.field.add(name="currency", number=2, type=14, type_name=".bank.Currency", label=1)
+    kinds = money.enum_type.add(name="Currency")
+    kinds.value.add(name="NONE", number=0)
+    kinds.value.add(name="EUR", number=1)
+    file = descriptor_pb2.FileDescriptorProto(name="default", package="bank", syntax="proto3")
+    file.dependency.extend(["bank/money.proto", "google/protobuf/timestamp.proto"])
+    file.message_type.add(name="Other")
+    outer = file.message_type.add(name="Event")
+    payment = outer.nested_type.add(name="Payment")
+    payment.field.add(name="id", number=1, type=9, label=1)
+    payment.field.add(name="at", number=2, type=11, type_name=".google.protobuf.Timestamp", label=1)
+    payment.field.add(name="money", number=3, type=11, type_name=".bank.Money", label=1)
+    payment.field.add(name="card", number=4, type=9, label=1)
+    payment.field.add(name="device", number=5, type=9, label=1, proto3_optional=True, oneof_index=0)
+    payment.oneof_decl.add(name="_device")
+    payment.field.add(name="count", number=6, type=3, label=1)
+    return money, file
+
+
+def serialized(file: Any) -> dict[str, Any]:
+    return {
+        "schemaType": "PROTOBUF", "schema": base64.b64encode(file.SerializeToString()).decode()
+    }  # fmt: skip
+
+
+@pytest.fixture
+def buf(registry: Registry) -> Registry:
+    """The registry, with schemas of Protobuf, compiled as they are asked for."""
+    money, file = declared_in_protobuf()
+    query = "?format=serialized"
+    reference = {"name": "bank/money.proto", "subject": "money", "version": 2}
+    registry.paths[f"/schemas/ids/7{query}"] = serialized(file) | {"references": [reference]}
+    registry.paths[f"/subjects/money/versions/2{query}"] = serialized(money)
+    registry.paths[f"/schemas/ids/9{query}"] = {"schemaType": "AVRO", "schema": '"string"'}
+    registry.paths[f"/schemas/ids/10{query}"] = serialized(file)
+    registry.paths[f"/schemas/ids/11{query}"] = {"schemaType": "PROTOBUF", "schema": "syntax"}
+    return registry
+
+
+def in_protobuf(number: int = 7, path: bytes = b"\x04\x02\x00", **more: Any) -> bytes:
+    """A message, behind the path to its type: the first within the second of the file."""
+    from google.protobuf import descriptor_pool, message_factory, timestamp_pb2
+
+    pool = descriptor_pool.DescriptorPool()
+    time = timestamp_pb2.DESCRIPTOR.serialized_pb
+    for raw in (time, *(one.SerializeToString() for one in declared_in_protobuf())):
+        pool.AddSerializedFile(raw)
+    kind = message_factory.GetMessageClass(pool.FindMessageTypeByName("bank.Event.Payment"))
+    value = kind(id="p1", card="tok_9", money={"value": "12.34", "currency": 1}, **more)
+    value.at.FromJsonString("2025-09-01T12:00:00.123Z")
+    return struct.pack(">bI", 0, number) + path + value.SerializeToString()
+
+
+@pytest.mark.needs("google.protobuf")
+def test_protobuf_is_read_by_the_schema_and_the_path_that_it_names(
+    tmp_path: Path, buf: Registry, finance: FraudScoring
+) -> None:
+    mapping = mapping_of(tmp_path, BUF.format(url=buf.url, more=""), finance)
+    for _ in range(3):
+        made = json.loads(mapping.record(in_protobuf(device="d1")) or b"")
+    assert made == {
+        "transaction_id": "p1", "event_time": "2025-09-01T12:00:00.123Z", "amount": 12.34,
+        "currency": "EUR", "card": "tok_9", "customer_id": "unknown", "terminal_id": "web",
+        "device_id": "d1",
+    }  # fmt: skip
+    assert "device_id" not in json.loads(mapping.record(in_protobuf()) or b"")
+    assert buf.asked == [
+        "/schemas/ids/7?format=serialized", "/subjects/money/versions/2?format=serialized",
+    ]  # fmt: skip
+    assert mapping.decode(in_protobuf(count=1 << 60))["count"] == str(1 << 60), "exact"
+
+
+@pytest.mark.needs("google.protobuf")
+def test_a_protobuf_message_at_fault_is_refused(
+    tmp_path: Path, buf: Registry, finance: FraudScoring
+) -> None:
+    mapping = mapping_of(tmp_path, BUF.format(url=buf.url, more=""), finance)
+    good = in_protobuf()
+    wrong = {
+        b'{"id": "p1"}': "not_protobuf",
+        in_protobuf(8): "unknown_schema",
+        in_protobuf(9): "unknown_schema",
+        in_protobuf(10): "unknown_schema",  # without the file that it imports
+        in_protobuf(11): "unknown_schema",
+        good[:-3]: "malformed_protobuf",
+        good[:6]: "malformed_protobuf",
+        in_protobuf(path=b"\x04\x02\x08"): "malformed_protobuf",  # no such type in there
+        in_protobuf(path=b"\x04\x06\x00"): "malformed_protobuf",
+        in_protobuf(path=b"\x01"): "malformed_protobuf",  # fewer than none
+        in_protobuf(path=b"\xff" * 9): "malformed_protobuf",
+        in_protobuf(path=b"\x7e"): "malformed_protobuf",
+    }
+    for raw, reason in wrong.items():
+        with pytest.raises(InputError) as refused:
+            mapping.record(raw)
+        assert refused.value.reason == reason
+    with pytest.raises(InputError) as refused:  # the first message of the file, which has no fields
+        mapping.record(in_protobuf(path=b"\x00"))
+    assert refused.value.reason == "missing"
+    draw = random.Random(0)
+    for _ in range(500):  # whatever comes is read or refused
+        raw = good[: draw.randrange(5, len(good))] + draw.randbytes(draw.randrange(12))
+        with contextlib.suppress(InputError):
+            assert mapping.decode(raw).keys() <= {"id", "at", "money", "card", "device", "count"}

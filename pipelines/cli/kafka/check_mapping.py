@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from plinth.pipelines.formats.check import Findings, check_messages
 from plinth.pipelines.formats.mapping import DeclaredMapping, load_mapping
 from plinth.pipelines.lines import MAX_LINE, lines_of, opened
 
+_STAMPED = re.compile(rb"(?:CreateTime|LogAppendTime):([0-9]{1,15})\t")
+"""How Kafka's console consumer writes a record's time before it (``print.timestamp=true``)."""
 SHOWN = 20
 """Problems, and paths that no field takes, in their tables."""
 
@@ -73,17 +76,22 @@ def run_check_mapping(config: Config, name: str, options: Options) -> int:
     return FAILED if findings.wrong else OK
 
 
-def _from_files(samples: Sequence[Path], mapping: DeclaredMapping) -> Iterator[tuple[str, bytes]]:
+Sample = tuple[str, bytes, float | None]
+
+
+def _from_files(samples: Sequence[Path], mapping: DeclaredMapping) -> Iterator[Sample]:
     for path in samples:
         with opened(path) as file:
             if mapping.registry is not None:
-                yield str(path), file.read(MAX_LINE)
+                yield str(path), file.read(MAX_LINE), None
             else:
                 for number, line in enumerate(lines_of(path, file), 1):
-                    yield f"{path}:{number}", line
+                    head = _STAMPED.match(line)
+                    received = int(head[1]) / 1e3 if head else None
+                    yield f"{path}:{number}", line[head.end() :] if head else line, received
 
 
-def _topic(config: Config, options: Options) -> Iterator[tuple[str, bytes]]:
+def _topic(config: Config, options: Options) -> Iterator[Sample]:
     if config.stream is None:
         raise ConfigError(
             "there are no messages to check",
@@ -92,7 +100,8 @@ def _topic(config: Config, options: Options) -> Iterator[tuple[str, bytes]]:
     from plinth.pipelines.stream.history.rebuild import newest
 
     for record in newest(config.stream, options.count):
-        yield f"{record.topic}[{record.partition}]@{record.offset}", record.value or b""
+        received = record.timestamp / 1e3 if record.timestamp > 0 else None
+        yield f"{record.topic}[{record.partition}]@{record.offset}", record.value or b"", received
 
 
 def _writer(stack: contextlib.ExitStack, out: Path | None) -> Any:
