@@ -1,7 +1,7 @@
 """Whether a stream's decisions are the same bits for any number of workers, and again from the log.
 
     python benchmarks/stream_equality.py [--payments 100000] [--workers 1 2 4 8] [--grown 20000]
-        [--max-records 512] [--json]
+        [--max-records 512] [--disk] [--json]
 
 Payments, a part of them late or repeated, and labels are written to a real Kafka (KAFKA_HOME, else
 ../shared/kafka), keyed so that whatever shares a card, customer, terminal or device meets in one of
@@ -9,8 +9,9 @@ eight partitions. Each number of workers (``plinth stream finance``, ``colocated
 the same log as a group of its own, while its workers join one after the other; every answer is
 compared, as bytes, with that of the first group. ``plinth stream finance --replay '*'`` makes those
 of the last group again. Then the input gets four partitions more, ``--grown`` payments more, and
-the groups go on. Exit code 1 if an answer without ``features_partial`` differs, if any before the
-growth has that flag, or if one made again differs.
+the groups go on. With ``--disk`` all but the first group keep their state on disk and next to
+nothing of it in memory. Exit code 1 if an answer without ``features_partial`` differs, if any
+before the growth has that flag, or if one made again differs.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ from plinth.pipelines.stream.kafka_clients import prepare  # noqa: E402
 from plinth.pipelines.stream.settings import StreamConfig  # noqa: E402
 
 REGIONS = 64
+IN_MEMORY = 200
+"""Cards, terminals, customers and devices in memory, of a worker whose state is on disk."""
 DAY = 86_400
 SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
@@ -99,6 +102,9 @@ def command(config: StreamConfig, *more: str) -> subprocess.Popen[str]:
     told = config.model_dump(mode="json", exclude_unset=True)
     settings = {f"PLINTH_STREAM__{k.upper()}": str(v) for k, v in told.items() if v is not None}
     settings["PLINTH_VERTICALS__FINANCE__COLOCATED"] = "true"
+    if config.state_store == "disk":
+        for table in ("CARDS", "TERMINALS", "CUSTOMERS", "DEVICES"):
+            settings[f"PLINTH_VERTICALS__FINANCE__MAX_{table}"] = str(IN_MEMORY)
     settings["PLINTH_ENGINE__BACKEND"] = "eager"  # the fastest may be another in each process
     return subprocess.Popen(
         [sys.executable, "-m", "plinth", "stream", "finance", *more],
@@ -109,10 +115,17 @@ def command(config: StreamConfig, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def answer(config: StreamConfig, workers: int) -> float:
+def answer(config: StreamConfig, workers: int, disk: Path | None) -> float:
     """Let so many workers answer what is there, until nothing comes; seconds."""
     began = time.monotonic()
-    running = [command(config, "--json") for _ in range(workers)]
+    configs = [config] * workers
+    if disk is not None:
+        kept = {"state_store": "disk", "snapshot_interval_s": 1.0}
+        configs = [
+            config.model_copy(update=kept | {"state_dir": disk / f"{config.group}-{number}"})
+            for number in range(workers)
+        ]
+    running = [command(one, "--json") for one in configs]
     try:
         for one in running:
             out, _ = one.communicate(timeout=1_800)
@@ -169,7 +182,8 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         report: dict[str, Any] = {"records": written}
         seconds = {}
         for n, config in configs.items():
-            seconds[n] = round(answer(config, n), 1)
+            disk = folder if given.disk and n != given.workers[0] else None
+            seconds[n] = round(answer(config, n, disk), 1)
             print(f"{n} workers: {seconds[n]} s", file=sys.stderr, flush=True)
         before = {n: answers(node, config) for n, config in configs.items()}
         report["seconds"] = seconds
@@ -188,7 +202,8 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 admin.create_partitions({base.input_topic: 12})
             write(base, records(given.grown, "y", 2, now - 2 * DAY, now))
             for n, config in configs.items():
-                answer(config, n)
+                disk = folder if given.disk and n != given.workers[0] else None
+                answer(config, n, disk)
             after = {n: answers(node, config) for n, config in configs.items()}
             report["with growth"] = compare(after, len(next(iter(before.values()))))
         return report
@@ -203,6 +218,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--grown", type=int, default=20_000, help="payments after the growth")
     parser.add_argument("--max-records", type=int, default=512, help="in one transaction")
+    parser.add_argument(
+        "--disk", action="store_true", help="all but the first keep their state on disk"
+    )
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = run(given, Path(folder))

@@ -17,8 +17,8 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, cast
 
 import orjson
 from pydantic import BaseModel, ValidationError
@@ -42,7 +42,7 @@ from plinth.engine import (
 from plinth.engine.metrics import SLA_MISSES
 from plinth.engine.runtime.flow_driver import FlowDriver
 from plinth.verticals import Query, Vertical
-from plinth.verticals.contract import invalid
+from plinth.verticals.contract import Pending, StateError, invalid
 
 log = logging.getLogger("plinth.records")
 
@@ -176,11 +176,12 @@ class RecordService:
         Raises:
             Refused: the engine does not do the work.
             EngineFailed: it cannot do any.
+            StateError: what was taken in is not durable.
         """
         begun = time.perf_counter()
         try:
             return [Part(len(records), await self._run(records, sla))]
-        except (Refused, EngineFailed):
+        except (Refused, EngineFailed, StateError):
             raise
         except FAULTS as error:
             if len(records) == 1:
@@ -194,7 +195,7 @@ class RecordService:
             try:
                 answer = await self._run(half, _rest(sla, begun))
                 parts.append(Part(len(half), answer))
-            except (Refused, EngineFailed) as error:
+            except (Refused, EngineFailed, StateError) as error:
                 parts.append(Part(len(half), error=error))
             except FAULTS as error:
                 if len(half) == 1:
@@ -209,6 +210,8 @@ class RecordService:
             answer = await self._stepped(flow, sla, self._pool)
         else:
             answer = await self._engine.run_async(flow, sla)
+        if self.vertical.settled is not None:
+            await _durable(self.vertical.settled())
         if len(answer.value) != len(records):
             raise RuntimeError(f"{len(answer.value)} results for {len(records)} records")
         return answer
@@ -354,6 +357,20 @@ def late_at_door(answer: Answer[Any], sla: Sla, seconds: float) -> bool:
     for model in answer.models:
         SLA_MISSES.labels(model, "door").inc()
     return True
+
+
+async def _durable(settled: Pending) -> None:
+    """Wait until what was taken in is durable; whoever stops waiting leaves the others to it."""
+    try:
+        if not settled.done():
+            await asyncio.shield(asyncio.wrap_future(cast(Future[None], settled)))
+        settled.result()
+    except StateError as error:
+        log.error("%s", error)  # it names a folder of ours
+        raise StateError(
+            "what was sent could not be kept here, so it is not answered",
+            hint="send it again, as it is: what was counted is not counted twice",
+        ) from None
 
 
 def _results(part: Part) -> Sequence[Any]:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from plinth.engine import ConfigError, InputError, PlinthError
+from plinth.pipelines.state_store import DiskStore, KeptState
 from plinth.verticals import Vertical
+from plinth.verticals.contract import StateError
 
 log = logging.getLogger(__name__)
 
@@ -143,40 +145,83 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def kept_states(folder: Path | None, verticals: Mapping[str, Vertical[Any, Any]]) -> Iterator[None]:
+def kept_states(
+    folder: Path | None, verticals: Mapping[str, Vertical[Any, Any]]
+) -> Iterator[list[KeptState]]:
     """Serve inside the block with the states that the last block left, and leave them to the next.
 
-    A damaged or foreign file is named in the log and its vertical begins anew.
+    A vertical that can keeps its state by parts in a folder of its name, and a log of what it takes
+    in, so that a killed process loses nothing that it answered; whoever serves looks after those.
+    The state of others is kept when the block ends. A damaged or foreign file is named in the log
+    and its vertical begins anew.
 
     Args:
-        folder: holds a file for each vertical that has state; ``None`` keeps nothing.
+        folder: holds a file or folder for each vertical that has state; ``None`` keeps nothing.
         verticals: by name; no request is in work when the block begins and ends.
 
     Raises:
-        ConfigError: another process holds the folder, or it cannot be written.
+        ConfigError: another process holds the folder, it cannot be written, or a state by parts is
+            of another version, vertical or declaration of features.
+        StateError: a state by parts is damaged.
         PlinthError: the block ended well, but a state could not be kept.
     """
     if folder is None:
-        yield
+        yield []
         return
-    with claim(folder, "serve.state_dir"):
-        files = {
-            name: folder / f"{name}.snapshot"
-            for name, vertical in verticals.items()
-            if vertical.snapshot() is not None
-        }
-        for name, path in files.items():
-            _restore(path, name, verticals[name])
+    with claim(folder, "serve.state_dir"), contextlib.ExitStack() as held:
+        kept: list[KeptState] = []
+        files: dict[str, Path] = {}
+        for name, vertical in verticals.items():
+            if vertical.snapshot() is None:
+                continue
+            path = folder / f"{name}.snapshot"
+            if type(vertical).keep_state_in is Vertical.keep_state_in:
+                files[name] = path
+                _restore(path, name, vertical)
+            else:
+                kept.append(held.enter_context(_by_parts(folder / name, path, name, vertical)))
         lost: list[str] = []
         try:
-            yield
+            yield kept
         finally:
             lost += [name for name, path in files.items() if not _save(path, name, verticals[name])]
+            lost += [state.vertical.name for state in kept if not _kept(state)]
         if lost:
             raise PlinthError(
                 f"the state of {', '.join(lost)} could not be kept in {folder}",
                 hint="make room there; the next run goes on with the state kept before",
             )
+
+
+@contextlib.contextmanager
+def _by_parts(
+    folder: Path, before: Path, name: str, vertical: Vertical[Any, Any]
+) -> Iterator[KeptState]:
+    """A state in a store; one that is empty begins with the snapshot of an earlier version."""
+    with contextlib.closing(DiskStore(folder, _origin(name), logs=True)) as store:
+        kept = KeptState(vertical, store)
+        try:
+            if not kept.load() and before.exists():
+                _restore(before, name, vertical)
+                kept.load()
+        except InputError as error:
+            raise ConfigError(
+                f"the state in {folder} cannot be used: {error.message}",
+                hint="move the folder away to begin anew; there is no log to build it from again",
+            ) from error
+        yield kept
+
+
+def _kept(state: KeptState) -> bool:
+    """Whether all of a state is in its parts; if not, its log still has it."""
+    try:
+        state.finish()
+        state.begin({})
+        state.finish()
+    except StateError as error:
+        log.error("the last checkpoint of %s: %s", state.vertical.name, error)
+        return False
+    return True
 
 
 def _restore(path: Path, name: str, vertical: Vertical[Any, Any]) -> None:

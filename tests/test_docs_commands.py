@@ -7,6 +7,7 @@ against its parser in ``test_docs.py``.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from typing import Any
 
 import httpx
 import pytest
-from kafka import KafkaProducer
+from kafka import KafkaConsumer, KafkaProducer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests" / name) for name in (".", "verticals", "pipelines")]
@@ -244,16 +246,32 @@ def test_a_plinth_command_runs_as_it_is_written(
 def decide(transaction: str, shop: Shop, said: Path) -> None:
     """Let a stream decide a payment of this id."""
     payment = json.loads((shop.folder / "payment.json").read_text())
-    stream = start(["plinth", "stream", "finance", "--idle-exit-s", "5"], shop, said)
+    stream = start(["plinth", "stream", "finance"], shop, said)
     try:
         await_words(stream, LASTING["stream"])
         producer = KafkaProducer(bootstrap_servers=shop.broker)
         value = json.dumps(payment | {"transaction_id": transaction}).encode()
         producer.send("payments", value, payment["card"].encode()).get(30)
         producer.close()
+        await_decision(transaction, shop)
+        stream.signal(signal.SIGTERM)
         assert stream.wait(SECONDS) == 0, stream.said
     finally:
         stream.end()
+
+
+def await_decision(transaction: str, shop: Shop) -> None:
+    """Until the topic of answers has one for this id."""
+    reader = KafkaConsumer(
+        "decisions", bootstrap_servers=shop.broker, auto_offset_reset="earliest", group_id=None
+    )
+    until = time.monotonic() + SECONDS
+    with contextlib.closing(reader):
+        while time.monotonic() < until:
+            for records in reader.poll(500).values():
+                if any(transaction.encode() in (one.value or b"") for one in records):
+                    return
+    raise AssertionError(f"no decision on {transaction} within {SECONDS:g} s")
 
 
 def await_answer(command: Command) -> None:

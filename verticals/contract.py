@@ -8,15 +8,16 @@ knows none of them, and no device, batch size, thread or socket.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from plinth.engine import ConfigError, Flow, InputError, Model, Sla, Timing
+from plinth.engine import ConfigError, Flow, InputError, Model, PlinthError, Sla, Timing
 
 Response = TypeVar("Response", bound=BaseModel)
 Artefacts = TypeVar("Artefacts")
@@ -163,6 +164,48 @@ class Tally:
         return {"records": self.records, "refused": self.refused}
 
 
+class StateError(PlinthError):
+    """The state of a vertical on disk cannot be read or written; nothing is answered without it."""
+
+    reason = "state"
+
+
+class Pending(Protocol):
+    """Something that a store does meanwhile: a future of :mod:`concurrent.futures`."""
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+
+    def result(self) -> None:
+        """Wait for its end; raises what went wrong."""
+
+
+class StateStore(Protocol):
+    """Where a vertical keeps a state that is larger than memory: parts by key, in checkpoints.
+
+    Attributes:
+        logs: what the vertical takes in is to be told to :meth:`append`, for there is no other log
+            that it could be read from again.
+    """
+
+    logs: bool
+
+    def get(self, key: bytes) -> bytes | None:
+        """A part as of the last checkpoint that is durable; StateError if it cannot be read."""
+
+    def put(self, key: bytes, part: bytes) -> None:
+        """Make a part belong to the checkpoint in progress."""
+
+    def append(self, entry: bytes) -> None:
+        """Log what was taken in; it is durable once :meth:`durable` says so."""
+
+    def entries(self) -> Iterable[bytes]:
+        """What was logged behind the last checkpoint that is durable, in order."""
+
+    def durable(self) -> Pending:
+        """Done once all that was appended up to now is durable; StateError where it is not."""
+
+
 class Vertical(ABC, Generic[Req, Res]):
     """A domain on the engine. Subclass it, register it as an entry point, and every door opens.
 
@@ -181,6 +224,8 @@ class Vertical(ABC, Generic[Req, Res]):
 
     Attributes:
         audited: set by a door that will ask for the :meth:`evidence` of each answer.
+        settled: gives what is done once all that was taken in up to now is durable; a door waits
+            for it before it answers. ``None``: answers wait for nothing.
     """
 
     name: ClassVar[str]
@@ -193,6 +238,7 @@ class Vertical(ABC, Generic[Req, Res]):
     batch_range: tuple[int, int] | None = None
     heavy: ClassVar[bool] = False
     audited: bool = False
+    settled: Callable[[], Pending] | None = None
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings if settings is not None else self.settings_type()
@@ -457,6 +503,51 @@ class Vertical(ABC, Generic[Req, Res]):
 
     def restore(self, state: bytes) -> None:
         """Replace the state by one from :meth:`snapshot`; raises InputError if unreadable."""
+        return
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Work inside the block on a state that nobody keeps; then it is as it was before."""
+        before = self.snapshot()
+        try:
+            yield
+        finally:
+            if before is not None:
+                self.restore(before)
+
+    def keep_state_in(self, store: StateStore) -> None:
+        """Keep the state in a store from now on, and begin with what its last checkpoint has.
+
+        A store without a checkpoint begins with the state as it is. Memory then holds what was used
+        lately and what no checkpoint has yet. The door makes checkpoints:
+        :meth:`begin_checkpoint`, :meth:`write_checkpoint` until it is done, flows in between, and
+        :meth:`end_checkpoint`. Where the store logs, set :attr:`settled`.
+
+        Raises:
+            ConfigError: this vertical cannot (it does not override this): its state is kept by
+                :meth:`snapshot`.
+            InputError: what is in the store is no state of this vertical.
+            StateError: it is damaged.
+        """
+        raise ConfigError(
+            f"{self.name} keeps its state in memory alone",
+            hint="leave stream.state_store = 'snapshot'",
+        )
+
+    def unsaved(self) -> float:
+        """What no durable checkpoint has yet, as a share of what may be in memory."""
+        return 0.0
+
+    def begin_checkpoint(self) -> None:
+        """The state as it is now, less what the last checkpoint has, belongs to the next one."""
+        return
+
+    def write_checkpoint(self, seconds: float) -> bool:
+        """Put parts into the store for about so long; true when all of the checkpoint is put."""
+        return True
+
+    def end_checkpoint(self, *, durable: bool) -> None:
+        """The checkpoint is durable; or it was given up, and its parts belong to the next one."""
         return
 
     def close(self) -> None:

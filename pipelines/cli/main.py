@@ -219,10 +219,10 @@ def serve(
     bound = door.bind(config.serve.host, config.serve.port)
     verticals = load_verticals(config, names or [])
     with (
-        kept_states(config.serve.state_dir, verticals),
+        kept_states(config.serve.state_dir, verticals) as states,
         running(config, verticals, follow=True) as engine,
     ):
-        server = door.Server(door.create_app(verticals, engine, config), config, bound)
+        server = door.Server(door.create_app(verticals, engine, config, states), config, bound)
         url = server.url
         server.run(
             lambda: say(
@@ -287,8 +287,8 @@ def check_mapping(
         list[Path] | None,
         typer.Argument(
             metavar="[FILE]...",
-            help="Messages: JSON, one a line (.gz is read), or one Avro message a file. Without: "
-            "the newest of the input topic.",
+            help="Messages: JSON, one a line (.gz is read), or one of Avro or Protobuf a file. "
+            "Without: the newest of the input topic.",
         ),
     ] = None,
     mapping: Annotated[

@@ -22,6 +22,7 @@ from plinth.engine import (
 )
 from plinth.pipelines.http.wire import answer
 from plinth.pipelines.records import InternalError
+from plinth.verticals.contract import StateError
 
 STATUS: dict[type[PlinthError], int] = {
     QueueFull: 429,
@@ -34,6 +35,7 @@ STATUS: dict[type[PlinthError], int] = {
     DeviceError: 503,
     ConfigError: 500,
     InternalError: 500,
+    StateError: 503,
 }
 
 REASON_STATUS = {

@@ -18,7 +18,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,7 +57,9 @@ from plinth.pipelines.live_tables import LiveTables
 from plinth.pipelines.observability.tracing import Tracing, tracing_from
 from plinth.pipelines.oip.service import ModelService, load_at_start
 from plinth.pipelines.records import RecordService
+from plinth.pipelines.state_store import STEP_S, KeptState
 from plinth.verticals import Vertical
+from plinth.verticals.contract import StateError
 
 if TYPE_CHECKING:
     from plinth.pipelines.grpc.server import GrpcDoor
@@ -76,7 +78,10 @@ LOOK = 1.0
 
 
 def create_app(
-    verticals: Mapping[str, Vertical[Any, Any]], engine: Engine, config: Config
+    verticals: Mapping[str, Vertical[Any, Any]],
+    engine: Engine,
+    config: Config,
+    states: Sequence[KeptState] = (),
 ) -> Application:
     """What answers requests, and what lives as long as the server.
 
@@ -84,6 +89,7 @@ def create_app(
         verticals: loaded verticals by name; their models are known to ``engine``.
         engine: started and closed by the caller.
         config: ``config.serve`` and the verticals' promises.
+        states: to look after, on the event loop, where flows run.
 
     Raises:
         ConfigError: keys, a certificate or a promise is wrong, or a variable is not set.
@@ -94,6 +100,7 @@ def create_app(
     identity, tls = identity_of(config), tls_files(config.files_of(serve.tls))
     life = _Life(verticals, engine, health)
     life.watched += [LiveTables(config, verticals), identity, *([] if tls is None else [tls])]
+    life.states = states
     life.jobs = jobs = Jobs(folders, engine, slas, serve.upload) if folders else None
     life.requests = requests = _request_log(config)
     life.tracing = tracing = tracing_from(os.environ)
@@ -173,6 +180,7 @@ class _Life:
     ) -> None:
         self.pool = ThreadPoolExecutor(8, thread_name_prefix="plinth-http")
         self.watched: list[_Watched] = []
+        self.states: Sequence[KeptState] = ()
         self.jobs: Jobs | None = None
         self.tensors: GrpcDoor | None = None
         self.requests: RequestLog | None = None
@@ -194,7 +202,8 @@ class _Life:
         with contextlib.ExitStack() as stack:
             if self.tensors is not None:
                 await self.tensors.start()
-            tasks = [asyncio.create_task(self._begin(stack))]
+            warming = asyncio.create_task(self._begin(stack))
+            tasks = [warming, asyncio.create_task(_checkpoints(self.states, warming))]
             tasks.append(asyncio.create_task(_look_after(self.watched)))
             if self.jobs is not None:
                 tasks.append(asyncio.create_task(_purge(self.jobs)))
@@ -356,15 +365,11 @@ async def warm_up(
 
 def _warm_one(vertical: Vertical[Any, Any], engine: Engine) -> None:
     """Run the example to its end: a library that loads its tables late would stop the others."""
-    state = vertical.snapshot()
-    try:
+    with vertical.aside():
         result = engine.run(vertical.infer([vertical.example()])).value[0]
         if is_folder_vertical(vertical) and not isinstance(result, InputError):
             with tempfile.TemporaryDirectory(prefix="plinth-warm-up-") as folder:
                 engine.run(vertical.writing(result, Path(folder)))
-    finally:
-        if state is not None:
-            vertical.restore(state)
 
 
 class _Watched(Protocol):
@@ -380,6 +385,19 @@ async def _look_after(watched: Collection[_Watched]) -> None:
                 one.look()
             except Exception:  # the others go on, and this one with its next change
                 log.exception("what changed could not be taken over")
+
+
+async def _checkpoints(states: Sequence[KeptState], warming: asyncio.Task[None]) -> None:
+    """Bring states to disk, little by little; what was answered is in their logs."""
+    await asyncio.wait([warming])  # it sets them aside
+    while states:
+        busy = False
+        for state in states:
+            try:
+                busy |= state.look_after(time.monotonic())
+            except StateError as error:
+                log.error("a checkpoint of %s: %s", state.vertical.name, error)
+        await asyncio.sleep(STEP_S if busy else LOOK)
 
 
 async def _purge(jobs: Jobs) -> None:

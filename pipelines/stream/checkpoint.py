@@ -16,6 +16,7 @@ from typing import Any
 
 from plinth.engine import InputError
 from plinth.pipelines.snapshots import read_header, read_snapshot, write_snapshot
+from plinth.pipelines.state_store import DiskStore, KeptState
 from plinth.pipelines.stream.chunks import UNKNOWN, Chunk, Layout, Partition
 from plinth.verticals.contract import Vertical
 
@@ -33,6 +34,8 @@ class Checkpoint:
         path: the snapshot file, or ``None`` to keep nothing.
         origin: what must match for a snapshot to be ours: vertical, topic, group.
         replay_max_records: bound of one partition's replay when nothing of it is known.
+        store: keeps the state by parts, in place of the snapshot; one that is empty begins with
+            what the snapshot has.
 
     Attributes:
         applied: position of each partition up to which records are in the state.
@@ -47,6 +50,7 @@ class Checkpoint:
     path: Path | None
     origin: dict[str, str]
     replay_max_records: int
+    store: DiskStore | None = None
     applied: Offsets = field(default_factory=dict, init=False)
     since: Offsets = field(default_factory=dict, init=False)
     lacks: dict[Partition, int] = field(default_factory=dict, init=False)
@@ -54,9 +58,12 @@ class Checkpoint:
     dirty: bool = field(default=False, init=False)
     _empty: bytes | None = field(default=None, init=False)
     _read: int = field(default=0, init=False)
+    _kept: KeptState | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._empty = self.vertical.snapshot()
+        if self.store is not None and self.stateful:
+            self._kept = KeptState(self.vertical, self.store)
         if self.stateful:
             self._load()
 
@@ -134,18 +141,60 @@ class Checkpoint:
         self.since |= {p: start for p, (start, _) in spans.items() if p not in self.applied}
         return spans
 
+    @property
+    def busy(self) -> bool:
+        """What :meth:`save` began is not at its end."""
+        return self._kept is not None and self._kept.busy
+
+    @property
+    def pressed(self) -> float:
+        """How much of its memory the state fills with what no checkpoint has yet."""
+        return 0.0 if self._kept is None else self.vertical.unsaved()
+
     def save(self) -> None:
-        """Write the state and its offsets; call only when all of it is committed."""
-        if self.path is None or not self.stateful or self.dirty or not self.applied:
+        """Write the state and its offsets, or begin to where it goes by parts to a store.
+
+        Call only when all of the state is committed.
+        """
+        if not self.stateful or self.dirty or not self.applied:
             return
-        started = time.perf_counter()
-        body = self.vertical.snapshot() or b""
-        offsets = [[p.topic, p.partition, at] for p, at in sorted(self.applied.items())]
-        since = [[p.topic, p.partition, at] for p, at in sorted(self.since.items())]
-        lacks = [[p.topic, p.partition, at] for p, at in sorted(self.lacks.items())]
-        more = {"offsets": offsets, "since": since, "layout": self.layout, "lacks": lacks}
-        write_snapshot(self.path, self.origin, body, more)
-        log.info("snapshot: %d bytes in %.2f s", len(body), time.perf_counter() - started)
+        if self._kept is not None:
+            if not self._kept.busy:
+                self._kept.begin(self._header())
+        elif self.path is not None:
+            started = time.perf_counter()
+            body = self.vertical.snapshot() or b""
+            write_snapshot(self.path, self.origin, body, self._header())
+            log.info("snapshot: %d bytes in %.2f s", len(body), time.perf_counter() - started)
+
+    def write(self) -> None:
+        """Go on for a moment with what :meth:`save` began.
+
+        Raises:
+            StateError: the disk does not take it.
+        """
+        if self._kept is not None and not self.dirty:
+            self._kept.step()
+
+    def finish(self) -> None:
+        """Bring to its end what :meth:`save` began.
+
+        Raises:
+            StateError: the disk does not take it.
+        """
+        if self._kept is not None and not self.dirty:
+            self._kept.finish()
+
+    def _header(self) -> dict[str, Any]:
+        def told(offsets: Mapping[Partition, int]) -> list[list[Any]]:
+            return [[p.topic, p.partition, at] for p, at in sorted(offsets.items())]
+
+        return {
+            "offsets": told(self.applied),
+            "since": told(self.since),
+            "layout": list(self.layout),
+            "lacks": told(self.lacks),
+        }
 
     def follow(self) -> bool:
         """Take over the snapshot on disk where it knows other partitions; whether there is a state.
@@ -192,24 +241,47 @@ class Checkpoint:
     def _clear(self) -> None:
         assert self._empty is not None
         self.vertical.restore(self._empty)
-        self.applied, self.since, self.lacks = {}, {}, {}
-        self.dirty = False
+        if self._kept is not None:
+            self._kept.wipe()
+        self._take({})
 
     def _load(self) -> None:
-        self._clear()
-        if self.path is None or not self.path.exists():
-            return
+        where: Path | None = self.path
         try:
-            header, body = read_snapshot(self.path, self.origin)
-            self.vertical.restore(body)
-            self.applied = {Partition(topic, p): at for topic, p, at in header["offsets"]}
-            self.since = {Partition(topic, p): at for topic, p, at in header.get("since", ())}
-            self.lacks = {Partition(topic, p): at for topic, p, at in header.get("lacks", ())}
-            self.layout = self.layout.joined(Layout(*header.get("layout", ())))
+            if self._kept is None:
+                self._take(self._from_file())
+            else:
+                where = self._kept.store.folder
+                self._take(self._from_store(self._kept))
         except (InputError, OSError) as error:
             log.warning(
-                "the snapshot %s cannot be used (%s); "
-                "the state is built again from the retained input",
-                self.path, error,
+                "the state in %s cannot be used (%s); it is built again from the retained input",
+                where, error,
             )  # fmt: skip
             self._clear()
+
+    def _from_file(self) -> Mapping[str, Any]:
+        """Restore what the snapshot has; its header, empty if there is none."""
+        assert self._empty is not None
+        self.vertical.restore(self._empty)
+        if self.path is None or not self.path.exists():
+            return {}
+        header, body = read_snapshot(self.path, self.origin)
+        self.vertical.restore(body)
+        return header
+
+    def _from_store(self, kept: KeptState) -> Mapping[str, Any]:
+        """The same of the store; one that is empty begins with the snapshot."""
+        header: Mapping[str, Any] = kept.load()
+        if not header and self.path is not None and self.path.exists():
+            header = self._from_file()
+            kept.load()
+        return header
+
+    def _take(self, header: Mapping[str, Any]) -> None:
+        def read(name: str) -> Offsets:
+            return {Partition(topic, p): at for topic, p, at in header.get(name, ())}
+
+        self.applied, self.since, self.lacks = read("offsets"), read("since"), read("lacks")
+        self.layout = self.layout.joined(Layout(*header.get("layout", ())))
+        self.dirty = False

@@ -113,7 +113,13 @@ class StreamConfig(BaseModel):
         description="wait, with all loaded and the state up to date, until the worker that "
         "holds state_dir has ended, then take over",
     )
-    snapshot_interval_s: float = Field(default=60.0, gt=0, description="time between snapshots")
+    state_store: Literal["snapshot", "disk"] = Field(
+        default="snapshot",
+        description="the state as one file, or by parts on disk: larger than memory, no pauses",
+    )
+    snapshot_interval_s: float = Field(
+        default=60.0, gt=0, description="time between snapshots or checkpoints"
+    )
     replay_max_records: int = Field(
         default=1_000_000,
         ge=0,
@@ -168,6 +174,8 @@ class StreamConfig(BaseModel):
                 raise ValueError(f"bootstrap_servers: {server.strip()!r} is not host:port")
         if self.transaction_timeout_ms < self.commit_timeout_ms:
             raise ValueError("transaction_timeout_ms must not be below commit_timeout_ms")
+        if self.state_store == "disk" and self.state_dir is None:
+            raise ValueError("state_store = 'disk' needs a state_dir")
         if self.standby and self.state_dir is None:
             raise ValueError("standby needs the state_dir of the worker it stands by for")
         if len(set(self.topics)) < len(self.topics):

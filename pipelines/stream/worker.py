@@ -6,6 +6,7 @@ default: answers, dead letters and offsets in one transaction. See ``docs/stream
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -22,6 +23,7 @@ from plinth.engine import ConfigError, Engine, Sla
 from plinth.pipelines.formats.mapping import load_mapping
 from plinth.pipelines.observability.tracing import Tracing
 from plinth.pipelines.snapshots import claim
+from plinth.pipelines.state_store import DiskStore
 from plinth.pipelines.stream import kafka_python
 from plinth.pipelines.stream.audit import AuditTrail, key_of
 from plinth.pipelines.stream.checkpoint import Checkpoint
@@ -60,6 +62,8 @@ IDLE_LOOK_S = 15.0
 """After so long without records, and as often, we look whether the topics are still there."""
 BACKLOG_LOOK_S = 5.0
 """After so long without a commit, and as often, we ask whether records wait unread."""
+BEGIN_AT = 0.5
+"""Share of its memory that the state fills with what is in no checkpoint: one begins early."""
 KEPT_TIMES = 100_000
 GRACE_S = 5.0
 
@@ -182,12 +186,15 @@ def run(
             rebuilt; nothing of the chunk in hand was committed.
     """
 
-    def state() -> tuple[Checkpoint, Processor]:
+    origin = {"vertical": vertical.name, "topic": config.input_topic, "group": config.group}
+
+    def state(store: DiskStore | None = None) -> tuple[Checkpoint, Processor]:
         checkpoint = Checkpoint(
             vertical,
             config.state_dir / "state.snapshot" if config.state_dir else None,
-            {"vertical": vertical.name, "topic": config.input_topic, "group": config.group},
+            origin,
             config.replay_max_records,
+            store,
         )
         places = KeyPlaces() if vertical.together(vertical.example()) else None
         promise = sla or vertical.sla
@@ -215,13 +222,19 @@ def run(
         standby = Standby(config, *ready, stop)
         log.info("standing by for the worker that holds %s", config.state_dir)
     try:
-        with claim(config.state_dir, while_held=standby) as name:
+        with (
+            claim(config.state_dir, while_held=standby) as name,
+            contextlib.ExitStack() as held,
+        ):
             if standby is None:
                 prepare(config)
             else:
                 standby.close()
                 log.info("taking over %s", config.state_dir)
             identity = config.instance_id or name or uuid.uuid4().hex
+            if config.state_store == "disk" and config.state_dir is not None:
+                store = DiskStore(config.state_dir / "parts", origin)
+                ready = state(held.enter_context(contextlib.closing(store)))
             checkpoint, processor = ready or state()
             consumer, sink = join(config, identity, vertical.name)
             worker = Worker(
@@ -276,6 +289,7 @@ class Worker:
 
     Attributes:
         step: what the loop does now, and since when (``monotonic``).
+        mine: partitions that the answers are of; of a changing group there may be others by now.
     """
 
     def __init__(
@@ -301,6 +315,7 @@ class Worker:
         self.consumer = consumer
         self.sink = sink
         self.step = ("start", time.monotonic())
+        self.mine = 0
         self._unsettled: deque[Outputs] = deque()
         self._times: deque[float] = deque(maxlen=KEPT_TIMES)
         self._began: tuple[float, float] | None = None
@@ -346,7 +361,7 @@ class Worker:
                 except Rewind as why:
                     self._recover(why)
             if not self._unsettled:
-                self._snapshot()
+                self._snapshot(last=True)
             self._report()
             return self._summarise()
         finally:
@@ -411,7 +426,7 @@ class Worker:
             self.consumer.learn(chunk.layout)
             self.checkpoint.layout = self.consumer.layout
         if self.config.positions:
-            outputs.position = self.checkpoint.position(chunk, self.consumer.partitions)
+            outputs.position = self.checkpoint.position(chunk, self.mine)
         if self.trail is not None:
             self.trail.add(outputs)
         self.checkpoint.advance(chunk.ends)
@@ -480,10 +495,14 @@ class Worker:
         self._ended = time.perf_counter(), time.process_time()
         self._alive = self._moved = time.monotonic()
 
-    def _snapshot(self) -> None:
+    def _snapshot(self, *, last: bool = False) -> None:
         self._at("snapshot")
         if not self._abandoned:
+            if last:
+                self.checkpoint.finish()
             self.checkpoint.save()
+            if last:
+                self.checkpoint.finish()
         self._saved = time.monotonic()
 
     # -- between rounds --------------------------------------------------------------------
@@ -516,9 +535,15 @@ class Worker:
             self._check_patience(now)
         if self.processor.watches:
             self.processor.look(self.consumer.elsewhere())
-        if now - self._saved >= self.config.snapshot_interval_s:
+        self.checkpoint.write()
+        pressed = self.checkpoint.pressed
+        due = now - self._saved >= self.config.snapshot_interval_s or pressed >= BEGIN_AT
+        if due and not self.checkpoint.busy:
             self._settle()
             self._snapshot()
+        if pressed >= 1.0:
+            self._at("snapshot")
+            self.checkpoint.finish()
         if now - self._reported >= PROGRESS_S:
             self._reported = now
             self._report()
@@ -604,8 +629,9 @@ class Worker:
         if self.trail is not None:
             self.trail.resume(notes)
         self.consumer.begin(self.checkpoint.plan(committed, first), owner)
-        mine, width = len(committed), max(self.consumer.width, len(committed))
-        self.processor.see_partitions(mine, width, layout.grown)
+        self.mine = len(committed)
+        width = max(self.consumer.width, self.mine)
+        self.processor.see_partitions(self.mine, width, layout.grown)
         self._moved = self._busy = time.monotonic()  # joining, however long, is not idling
 
     # -- patience --------------------------------------------------------------------------

@@ -48,15 +48,16 @@ def running(verticals: Mapping[str, Vertical[Any, Any]], /, **tables: Any) -> It
 
     Args:
         verticals: by name.
-        tables: such as ``serve={"max_items": 4}``; ``client``: options of the httpx client.
+        tables: such as ``serve={"max_items": 4}``; ``client``: options of the httpx client;
+            ``states``: those that are kept.
     """
-    options = tables.pop("client", {})
+    options, states = tables.pop("client", {}), tables.pop("states", ())
     serve = {"port": 0, "drain_seconds": 10.0} | tables.pop("serve", {})
     engine = {"backend": "eager", "precision": "fp32"} | tables.pop("engine", {})
     config = Config.model_validate({"engine": engine, "serve": serve, **tables})
     bound = bind(config.serve.host, config.serve.port)
     with build_engine(config, verticals) as engine:
-        server = Server(create_app(verticals, engine, config), config, bound)
+        server = Server(create_app(verticals, engine, config, states), config, bound)
         running = Running(server, engine, options)
         try:
             await_ready(running.client)

@@ -1,4 +1,6 @@
-"""A worker process for crash tests: ``stream_worker.py '<StreamConfig as JSON>' [finance]``.
+"""A worker process for crash tests: ``stream_worker.py '<StreamConfig as JSON>' [finance [...]]``.
+
+Behind ``finance`` may stand its settings as JSON.
 
 Prints one JSON line of progress per commit, and the summary at the end. SIGTERM stops it.
 """
@@ -15,14 +17,16 @@ from typing import Any
 from tally import TallyVertical, started_engine
 
 import plinth.pipelines.stream.worker as stream
-from plinth.verticals.finance import FraudScoring
+from plinth.verticals.finance import FraudScoring, FraudSettings
 
 
 def main() -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     stream.PROGRESS_S = 0.0
-    vertical: Any = FraudScoring() if sys.argv[2:] == ["finance"] else TallyVertical()
+    vertical: Any = TallyVertical()
+    if sys.argv[2:3] == ["finance"]:
+        vertical = FraudScoring(FraudSettings.model_validate_json((*sys.argv[3:], "{}")[0]))
     config = stream.StreamConfig.model_validate_json(sys.argv[1])
 
     def tell(progress: stream.StreamProgress) -> None:

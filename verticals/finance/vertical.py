@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from math import inf
@@ -19,6 +20,7 @@ from torch import Tensor
 import plinth.verticals.finance.model  # noqa: F401  (registers the architectures)
 from plinth.engine import (
     Call,
+    Closed,
     ConfigError,
     Flow,
     InputError,
@@ -27,7 +29,7 @@ from plinth.engine import (
     Sla,
     Timing,
 )
-from plinth.verticals.contract import Query, Settings, Vertical
+from plinth.verticals.contract import Query, Settings, StateError, StateStore, Vertical
 from plinth.verticals.finance.cases.case_book import CaseBook, Scored
 from plinth.verticals.finance.cases.heard import Heard, HeardPayment
 from plinth.verticals.finance.cases.questions import (
@@ -46,7 +48,7 @@ from plinth.verticals.finance.cases.questions import (
 from plinth.verticals.finance.cases.questions import Labelled as Marked
 from plinth.verticals.finance.cases.standing import standing
 from plinth.verticals.finance.drift import DriftWatch
-from plinth.verticals.finance.features import persistence
+from plinth.verticals.finance.features import parts, persistence
 from plinth.verticals.finance.features.online import (
     Batch,
     Event,
@@ -147,6 +149,7 @@ class FraudScoring(Vertical[Record, Decision]):
             ),
             self._features,
         )
+        self._store: StateStore | None = None
         self._shared = False
         self._moved = self._started = NEVER
         self.watch: Watch | None = None
@@ -241,6 +244,8 @@ class FraudScoring(Vertical[Record, Decision]):
             try:
                 asked_why = serving.reasons.masked_rows(rows[part])
                 masked: Tensor = yield Call(serving.name, asked_why)
+            except Closed:  # a decision of a server that ends would lack its reasons for ever
+                raise
             except Refused:
                 reasons |= {place: [NO_TIME] for place in part}
             else:
@@ -358,7 +363,19 @@ class FraudScoring(Vertical[Record, Decision]):
             raise noted
         if self.drift is not None:
             self.drift.label(len(frauds))
-        return marked
+        return self._once_durable(marked)
+
+    def _once_durable(self, marked: Marked) -> Marked | Callable[[], Marked]:
+        """The answer, or what waits until what it says is durable."""
+        if self.settled is None:
+            return marked
+        durable = self.settled()
+
+        def wait() -> Marked:
+            durable.result()
+            return marked
+
+        return wait
 
     def _reply(self, label: Label, reply: Callable[[bytes], None] | None, marked: Marked) -> Marked:
         """Send a label to the stream that decided, then note it."""
@@ -439,14 +456,53 @@ class FraudScoring(Vertical[Record, Decision]):
         self.state.update(self._taken_in(requests, [], []))
 
     def snapshot(self) -> bytes:
+        if self.state.shelves:
+            raise StateError(
+                "the state of finance is kept by parts, and is not in memory as a whole"
+            )
         return persistence.pack(self.state)
 
     def restore(self, state: bytes) -> None:
-        self.state = persistence.unpack(state, self.state.limits, self._features)
+        self._begin_with(persistence.unpack(state, self.state.limits, self._features))
+
+    def _begin_with(self, state: FeatureState) -> None:
+        """Go on with another state."""
+        self.state = state
         if self.drift is not None:
             self.drift.begin_anew()  # the example of a warm-up is no payment, and has a day
         if self._cases is not None:
             self._cases.clear()  # its alerts are of payments that this state may not have seen
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        kept = self.state
+        self.state = FeatureState(kept.limits, self._features)
+        try:
+            yield
+        finally:
+            self._begin_with(kept)
+
+    def keep_state_in(self, store: StateStore) -> None:
+        state = self.state
+        if state.shelves:
+            state = FeatureState(state.limits, self._features)
+        parts.keep_in(state, store)
+        self._begin_with(state)
+        self._store = store
+        self.settled = store.durable if store.logs else None
+
+    def unsaved(self) -> float:
+        return self.state.unsaved
+
+    def begin_checkpoint(self) -> None:
+        if self._store is not None:
+            parts.begin(self.state, self._store)
+
+    def write_checkpoint(self, seconds: float) -> bool:
+        return parts.write(self.state, seconds)
+
+    def end_checkpoint(self, *, durable: bool) -> None:
+        parts.end(self.state, durable=durable)
 
     def _taken_in(
         self,

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 from serving import Running, error, running
+from tally import TallyVertical
 
 from plinth.engine import ConfigError, PlinthError
-from plinth.pipelines.snapshots import kept_states
+from plinth.pipelines.snapshots import kept_states, write_snapshot
+from plinth.pipelines.state_store import DiskStore
 from plinth.verticals import registry
+from plinth.verticals.contract import StateError
+from plinth.verticals.finance import FraudScoring
 
 ROUTE = "/v1/finance/score"
 
@@ -82,31 +88,82 @@ def test_a_lone_payment_is_answered_within_10_ms(finance: Running, payment: dict
 def test_what_was_known_of_a_card_outlives_the_server(
     tmp_path: Path, payment: dict[str, Any]
 ) -> None:
-    def known(server: Running) -> bytes | None:
-        assert server.post(ROUTE, json=payment).status_code == 200
-        return vertical.snapshot()
+    tmp_path, copied = tmp_path / "state", tmp_path / "copied"
+    example, payment = payment, payment | {"card": "tok_another"}
 
-    vertical = registry.load("finance")
-    with kept_states(tmp_path, {"finance": vertical}), running({"finance": vertical}) as server:
-        once = known(server)
-    vertical = registry.load("finance")
+    def known(vertical: FraudScoring) -> bool:
+        card = vertical.state.cards.peek(payment["card"])
+        return card is not None and payment["transaction_id"] in card.known
+
+    vertical = FraudScoring()
+    with (
+        kept_states(tmp_path, {"finance": vertical}) as states,
+        running({"finance": vertical}, states=states) as server,
+    ):
+        assert server.post(ROUTE, json=payment).status_code == 200
+        assert known(vertical)
+        shutil.copytree(tmp_path, copied)  # what the disk has if the process ends here
+    for folder in (copied, tmp_path):
+        vertical = FraudScoring()
+        with kept_states(folder, {"finance": vertical}):
+            assert known(vertical)
+    vertical = FraudScoring()
     with kept_states(tmp_path, {"finance": vertical}):
-        assert vertical.snapshot() == once
+        assert known(vertical)
+        assert vertical.state.cards.peek(example["card"]) is None, "that is the warm-up's"
         with pytest.raises(ConfigError, match="in use"), kept_states(tmp_path, {}):
             pass
-    (tmp_path / "finance.snapshot.part").mkdir()  # where the next state would be written first
+    with closing(DiskStore(tmp_path / "else" / "finance", {"vertical": "other"})) as store:
+        store.commit({}).result(30)
     with (
-        pytest.raises(PlinthError, match="the state of finance could not be kept"),
-        kept_states(tmp_path, {"finance": vertical}),
+        pytest.raises(ConfigError, match="move the folder away"),
+        kept_states(tmp_path / "else", {"finance": FraudScoring()}),
     ):
         pass
-    (tmp_path / "finance.snapshot.part").rmdir()
-    damaged = tmp_path / "finance.snapshot"
+    with (tmp_path / "finance" / "parts.db").open("r+b") as file:
+        file.write(b"no longer")
+    with (
+        pytest.raises(ConfigError, match="cannot be opened"),
+        kept_states(tmp_path, {"finance": FraudScoring()}),
+    ):
+        pass
+
+
+def test_a_state_by_parts_begins_with_the_snapshot_of_an_earlier_version(tmp_path: Path) -> None:
+    before, example = FraudScoring(), FraudScoring().example()
+    before.observe([example])
+    origin = {"vertical": "finance", "door": "http"}
+    write_snapshot(tmp_path / "finance.snapshot", origin, before.snapshot())
+    for _ in range(2):
+        now = FraudScoring()
+        with kept_states(tmp_path, {"finance": now}):
+            card = now.state.cards.peek(example.card)
+            assert card is not None
+            assert card.known == {example.transaction_id}
+            with pytest.raises(StateError, match="by parts"):
+                now.snapshot()
+        (tmp_path / "finance.snapshot").unlink(missing_ok=True)
+
+
+def test_the_state_of_a_vertical_without_parts_is_kept_when_the_server_ends(tmp_path: Path) -> None:
+    vertical = TallyVertical()
+    with kept_states(tmp_path, {"tally": vertical}):
+        vertical.observe([vertical.example()])
+    (tmp_path / "tally.snapshot.part").mkdir()  # where the next state would be written first
+    with (
+        pytest.raises(PlinthError, match="the state of tally could not be kept"),
+        kept_states(tmp_path, {"tally": TallyVertical()}),
+    ):
+        pass
+    (tmp_path / "tally.snapshot.part").rmdir()
+    again = TallyVertical()
+    with kept_states(tmp_path, {"tally": again}):
+        assert again.snapshot() == vertical.snapshot() != TallyVertical().snapshot()
+    damaged = tmp_path / "tally.snapshot"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    vertical = registry.load("finance")
-    empty = vertical.snapshot()
-    with kept_states(tmp_path, {"finance": vertical}):
-        assert vertical.snapshot() == empty
+    again = TallyVertical()
+    with kept_states(tmp_path, {"tally": again}):
+        assert again.snapshot() == TallyVertical().snapshot()
 
 
 def test_a_record_of_a_list_is_read_as_it_is_alone(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import Future
 from contextlib import suppress
 
 import numpy as np
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from payments import DAY, HOUR, MINUTE, NOON, features, label, payment
 
 from plinth.engine import ConfigError, InputError
+from plinth.verticals.contract import StateError
 from plinth.verticals.finance import FraudScoring
-from plinth.verticals.finance.features import timeline
+from plinth.verticals.finance.features import parts, timeline
+from plinth.verticals.finance.features.language import KEYS, Declaration
 from plinth.verticals.finance.features.online import (
     FEATURES,
     Event,
@@ -24,6 +27,7 @@ from plinth.verticals.finance.features.online import (
     Limits,
 )
 from plinth.verticals.finance.features.persistence import pack, unpack
+from plinth.verticals.finance.features.program import STANDARD, Program, compiled
 from plinth.verticals.finance.training.simulator import Population, events, simulate
 
 INCOMPLETE = Flag.PARTIAL | Flag.UNCOUNTED
@@ -296,6 +300,174 @@ def test_a_repeat_with_another_amount_gets_the_row_it_would_have_had(
     row, _ = other.cards.items["k"].row(other.cards.items["k"].index("x1"))
     np.testing.assert_allclose(batch.rows[0], np.frombuffer(row, np.float32), rtol=1e-5, atol=1e-3)
     assert pack(state) == kept
+
+
+class Disk:
+    """A store of parts and a log, whose checkpoints become durable when they are told to."""
+
+    def __init__(self, *, logs: bool = False) -> None:
+        self.logs = logs
+        self.durable_parts: dict[bytes, bytes] = {}
+        self.open: dict[bytes, bytes] = {}
+        self.log: list[bytes] = []
+        self.logged = self.mark = 0
+
+    def get(self, key: bytes) -> bytes | None:
+        return self.durable_parts.get(key)
+
+    def put(self, key: bytes, part: bytes) -> None:
+        self.open[key] = part
+
+    def append(self, entry: bytes) -> None:
+        self.log.append(entry)
+
+    def entries(self) -> list[bytes]:
+        return self.log[self.logged :]
+
+    def durable(self) -> Future[None]:
+        raise NotImplementedError
+
+    def commit(self) -> None:
+        self.durable_parts |= self.open
+        self.open, self.logged = {}, self.mark
+
+
+def on_disk(disk: Disk, limits: Limits, features: Program = STANDARD) -> FeatureState:
+    state = FeatureState(limits, features)
+    parts.keep_in(state, disk)
+    return state
+
+
+def begin(state: FeatureState, disk: Disk) -> None:
+    disk.mark = len(disk.log)
+    parts.begin(state, disk)
+
+
+def checkpoint(state: FeatureState, disk: Disk) -> None:
+    """The rest of a checkpoint, entity by entity."""
+    while not parts.write(state, 0.0):
+        pass
+    disk.commit()
+    parts.end(state, durable=True)
+
+
+def taken(state: FeatureState, one: Event | Labelled) -> object:
+    """What the state makes of an event or a label, for comparison bit by bit."""
+    if isinstance(one, Event):
+        batch = state.update([one])
+        return batch.rows.tobytes(), batch.flags.tobytes()
+    try:
+        return state.label(one)
+    except InputError as error:
+        return error.reason
+
+
+MORE = compiled(
+    Declaration.model_validate(
+        {
+            "feature": [
+                {"name": "amount", "kind": "value", "of": "amount", "reason": "A1"},
+                *(
+                    {"name": f"{key}_{kind}", "kind": kind, "by": key, "over": "7d", "reason": "A1"}
+                    | more
+                    for key in KEYS
+                    for kind, more in (
+                        ("sum", {"of": "amount"}),
+                        ("distinct", {"of": "customer" if key == "card" else "card"}),
+                        ("speed", {}),
+                    )
+                ),
+            ],
+            "reasons": {"A1": "Some reason"},
+        }
+    )
+)
+"""Features that have every kind of column kept beside the rest."""
+
+
+@given(histories(cards=24), st.booleans(), st.sampled_from((STANDARD, MORE)), st.data())
+def test_a_state_on_disk_is_the_same_however_little_of_it_is_in_memory(
+    history: list[Event | Labelled], logs: bool, features: Program, data: st.DataObject
+) -> None:
+    """Also after kills: what no checkpoint has comes from its own log, or is read again."""
+    small = Limits(DAY, 8, 8, 8, 8, 12, 4096, 4096, 4096, 4096)
+    places = (None, (52.5, 13.4), (-33.9, 151.2))
+    whole, disk = FeatureState(Limits(lateness_ms=DAY), features), Disk(logs=logs)
+    state = on_disk(disk, small, features)
+    for number, one in enumerate(history):
+        if isinstance(one, Event):
+            # a customer, a card and a terminal of one name are three entities
+            place, customer = places[number % 3], f"k{1 + number % 2}"
+            history[number] = one._replace(place=place, customer=customer)
+    kept, expected = 0, [taken(whole, one) for one in history]
+    begun: int | None = None
+    place = 0
+    while place < len(history):
+        do = data.draw(st.sampled_from("gggbwcaxk"))
+        if do == "g":
+            assert taken(state, history[place]) == expected[place]
+            place += 1
+        elif do == "b" and begun is None:
+            begin(state, disk)
+            begun = place
+        elif do == "w" and begun is not None:
+            parts.write(state, 0.0)
+        elif do == "c" and begun is not None:
+            checkpoint(state, disk)
+            kept, begun = begun, None
+        elif do == "a" and begun is not None:
+            disk.open = {}
+            parts.end(state, durable=False)
+            begun = None
+        elif do == "k":
+            disk.open = {}
+            state, begun = on_disk(disk, small, features), None
+            for one in [] if logs else history[kept:place]:
+                taken(state, one)
+
+
+def test_what_a_checkpoint_holds_leaves_memory_beyond_the_bounds_and_comes_back() -> None:
+    disk = Disk()
+    state = on_disk(disk, Limits(max_cards=8))
+    first = [Event(f"x{n}", NOON + n, 1.0, f"k{n}", "c", "t") for n in range(60)]
+    state.update(first)
+    assert len(state.cards.items) == 60, "no checkpoint has them yet"
+    assert state.unsaved == 60 / 8, "and whoever makes checkpoints is told"
+    begin(state, disk)
+    checkpoint(state, disk)
+    assert len(state.cards.items) == 8
+    assert state.unsaved == 0
+    assert state.history("k0", 5)[0].transaction == "x0"
+    again = state.update([one._replace(transaction="y", time=NOON + HOUR) for one in first])
+    assert set(again.rows[:, FEATURES.index("card_count_24h")]) == {2.0}
+    assert not (again.flags & Flag.PARTIAL).any()
+    assert state.cards.evicted == 0
+
+
+@given(st.data())
+def test_a_damaged_part_is_refused(data: st.DataObject) -> None:
+    disk = Disk()
+    state = on_disk(disk, Limits())
+    event = Event("x", NOON, 1.0, "k", "c", "t", "d")
+    state.update([event])
+    state.label(labelled(event, NOON + DAY))
+    begin(state, disk)
+    checkpoint(state, disk)
+    key = data.draw(st.sampled_from(sorted(disk.durable_parts)))
+    raw = disk.durable_parts[key]
+    at = data.draw(st.integers(0, len(raw) - 1))
+    disk.durable_parts[key] = raw[:at] + bytes([raw[at] ^ 0x55]) + raw[at + 1 :]
+    with pytest.raises(StateError, match="damaged"):
+        on_disk(disk, Limits()).update([event._replace(transaction="y")])
+
+
+def test_a_state_on_disk_of_other_features_is_refused() -> None:
+    disk = Disk()
+    state = on_disk(disk, Limits())
+    begin(state, disk)
+    checkpoint(state, disk)
+    with pytest.raises(InputError, match="other features"):
+        on_disk(disk, Limits(), MORE)
 
 
 def test_a_label_names_its_payment_exactly() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from plinth.engine import (
     Call,
+    Closed,
     ConfigError,
     Engine,
     Flow,
@@ -387,6 +388,16 @@ def test_an_alert_without_time_for_reasons_says_so() -> None:
     with pytest.raises(StopIteration) as end:
         flow.throw(QueueFull("the queue is full"))
     assert [codes(decision) for decision in end.value.value] == [["X01"], ["R01", "X01"]]
+
+
+def test_reasons_that_are_sought_while_the_engine_closes_leave_no_decision_without() -> None:
+    """The stream answers the payment at its next start; over HTTP it is refused."""
+    vertical = FraudScoring(FraudSettings(review_threshold=0.0))
+    flow = vertical.infer([vertical.parse(payment(1))])
+    next(flow)
+    flow.send(torch.tensor([[0.5, 0.0]]))
+    with pytest.raises(Closed):
+        flow.throw(Closed("the engine was closed"))
 
 
 def test_a_refused_payment_that_comes_again_is_not_counted_twice() -> None:

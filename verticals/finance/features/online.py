@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from plinth.engine.errors import ConfigError, InputError
 from plinth.verticals.finance.features.language import KEYS, Key
@@ -30,6 +31,7 @@ from plinth.verticals.finance.features.timeline import (
     Card,
     Device,
     Entities,
+    Shelf,
     Terminal,
     Timeline,
 )
@@ -177,11 +179,13 @@ class FeatureState:
     Attributes:
         frauds: payments that became known as frauds since this was made or restored; a label that
             comes again is not counted again.
+        journal: is told what was taken in, so that :meth:`enter` can take it in again.
     """
 
     def __init__(self, limits: Limits | None = None, features: Program = STANDARD) -> None:
         self.limits = limits if limits is not None else Limits()
         self.frauds = 0
+        self.journal: Callable[[bytes], None] | None = None
         entries, lateness = self.limits.max_events, self.limits.lateness_ms
         self.features = features
         self._windows = tuple(map(features.window, KEYS))
@@ -205,6 +209,41 @@ class FeatureState:
             _entity(Device, features, "device"), limits.max_devices, entries
         )
 
+    @property
+    def tables(self) -> dict[str, Entities[Any]]:
+        """Its tables by name."""
+        return {
+            "cards": self.cards,
+            "terminals": self.terminals,
+            "customers": self.customers,
+            "devices": self.devices,
+        }
+
+    @property
+    def shelves(self) -> list[Shelf[Any]]:
+        """Of its tables, where they are kept on disk."""
+        return [table.shelf for table in self.tables.values() if table.shelf is not None]
+
+    @property
+    def unsaved(self) -> float:
+        """What no durable checkpoint has, as a share of what may be in memory."""
+        return max(table.unsaved for table in self.tables.values())
+
+    def clear(self) -> None:
+        """Forget all, as if nothing had come."""
+        for table in self.tables.values():
+            table.clear()
+
+    def enter(self, entry: bytes) -> None:
+        """Take in again what was told to the journal."""
+        kind, *told = orjson.loads(entry)
+        if kind == "label":
+            *fields, elsewhere = told
+            self.label(Labelled(*fields), elsewhere)
+        else:
+            event = Event(*told)
+            self._take(*event._replace(place=event.place and (event.place[0], event.place[1])))
+
     def update(self, events: Iterable[Event]) -> Batch:
         """Take events in, in this order, and return the features of each as of its time.
 
@@ -215,6 +254,8 @@ class FeatureState:
         flags = bytearray()
         for event in events:
             row, flag = self._take(*event)
+            if self.journal is not None:
+                self.journal(orjson.dumps(("event", *event)))
             rows.append(row)
             flags.append(flag)
         width = len(self.features.names)
@@ -237,7 +278,7 @@ class FeatureState:
         Raises:
             InputError: there was no such transaction, or the label may mean several.
         """
-        place = self.terminals.items.get(label.terminal)
+        place = self.terminals.find(label.terminal)
         if place is not None and label.time <= place.floor:
             self.terminals.sink(place)
         sure, forgotten = ([], []) if place is None else self._cards_of(label, place)
@@ -267,11 +308,13 @@ class FeatureState:
             place.mark(payment, label.time, label.known, label.fraud)
             self.terminals.entries += place.entries() - before
             self.terminals.hold()
+        if self.journal is not None:
+            self.journal(orjson.dumps(("label", *label, elsewhere)))
         return bool(sure)
 
     def history(self, card: str, limit: int) -> list[Past]:
         """The newest payments of a card that are remembered, newest first."""
-        found = self.cards.items.get(card)
+        found = self.cards.peek(card)
         if found is None:
             return []
         newest = range(len(found.times) - 1, max(-1, len(found.times) - 1 - limit), -1)
@@ -285,7 +328,7 @@ class FeatureState:
         """Cards with the labelled payment, and cards that may have had it and were forgotten."""
         sure, forgotten = [], []
         for card_id in sorted({c for c in place.cards_at(label.time) if label.card in (None, c)}):
-            card = self.cards.items.get(card_id)
+            card = self.cards.peek(card_id)
             if card is None or label.time <= card.floor:
                 forgotten.append(card_id)
             elif label.transaction in card.known:

@@ -10,11 +10,14 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from time import monotonic
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from plinth.verticals.contract import StateStore
 
 MINUTE = 60_000
 HOUR = 60 * MINUTE
@@ -32,6 +35,8 @@ MARK_LIMIT = 4096
 """Fraud labels remembered per terminal; the ones entered first are forgotten first."""
 MANY_MARKS = 24
 """From here on counting labels with numpy is faster than with a loop."""
+LEAVE_AT_ONCE = 64
+"""Entities that leave memory for the disk at a time."""
 UNITS = 10_000
 """Amounts are counted in 1/10000 of the base currency, the finest subdivision of ISO 4217."""
 
@@ -335,18 +340,97 @@ class Device(CardTimeline):
 E = TypeVar("E", bound=Timeline)
 
 
+class Shelf(Generic[E]):
+    """The entities of one table on disk, and which of them the next checkpoints must write.
+
+    An entity leaves memory only once a durable checkpoint holds it as it is. So what the disk has
+    is always one checkpoint, whole, and an entity that is not in memory is read from it.
+
+    Args:
+        store: holds parts by key.
+        prefix: begins the keys of this table.
+        pack: an entity as bytes.
+        unpack: and back.
+    """
+
+    def __init__(
+        self,
+        store: StateStore,
+        prefix: bytes,
+        pack: Callable[[E], bytes],
+        unpack: Callable[[bytes], E],
+    ) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._pack = pack
+        self._unpack = unpack
+        self._changed: set[str] = set()
+        self._due: set[str] = set()
+        self._written: set[str] = set()
+
+    def __len__(self) -> int:
+        """Entities that no durable checkpoint holds as they are."""
+        return len(self._changed) + len(self._due) + len(self._written)
+
+    def load(self, key: str) -> E | None:
+        """The entity as of the last durable checkpoint.
+
+        Raises:
+            StateError: it is damaged.
+        """
+        raw = self._store.get(self._prefix + key.encode())
+        return None if raw is None else self._unpack(raw)
+
+    def changing(self, key: str, entity: E) -> None:
+        """Told before an entity changes: a checkpoint in progress gets it as it was."""
+        if key in self._due:
+            self._due.discard(key)
+            self._put(key, entity)
+        self._changed.add(key)
+
+    def holds(self, key: str) -> bool:
+        """Whether the disk has an entity as it is in memory."""
+        return not (key in self._changed or key in self._due or key in self._written)
+
+    def begin(self) -> None:
+        """What has changed up to now belongs to the checkpoint that begins."""
+        self._due, self._changed = self._changed, set()
+
+    def write(self, entities: Mapping[str, E], until: float) -> bool:
+        """Put entities into the checkpoint until that time (``monotonic``); true when all are."""
+        while self._due:
+            key = self._due.pop()
+            self._put(key, entities[key])
+            if monotonic() >= until:
+                break
+        return not self._due
+
+    def end(self, *, durable: bool) -> None:
+        """The checkpoint is durable, or was given up."""
+        if not durable:
+            self._changed |= self._written | self._due
+            self._due = set()
+        self._written = set()
+
+    def _put(self, key: str, entity: E) -> None:
+        self._written.add(key)
+        self._store.put(self._prefix + key.encode(), self._pack(entity))
+
+
 class Entities(Generic[E]):
-    """Entities by id, within bounds; the one longest without an event is forgotten first.
+    """Entities by id, within bounds; the one longest without an event leaves memory first.
 
     Args:
         make: makes an entity that knows nothing up to a time.
-        limit: entities at most.
-        max_entries: entries of all entities together at most.
+        limit: entities in memory at most.
+        max_entries: entries of all entities in memory together at most.
 
     Attributes:
+        shelf: where an entity goes that leaves memory; ``None``: it is forgotten. With a shelf,
+            what has changed since the last checkpoint stays in memory beyond the bounds.
         floor: the latest event time of any entity that was forgotten; new entities start with
             it, because they may be old ones.
-        entries: entries of all entities together.
+        entries: entries of all entities in memory together.
         evicted: entities forgotten because of the bounds, ever.
     """
 
@@ -354,6 +438,7 @@ class Entities(Generic[E]):
         self.make = make
         self.limit = limit
         self.max_entries = max_entries
+        self.shelf: Shelf[E] | None = None
         self.floor = NEVER
         self.entries = 0
         self.evicted = 0
@@ -364,10 +449,57 @@ class Entities(Generic[E]):
         found = self.items.get(key)
         if found is not None:
             self.items.move_to_end(key)
+            if self.shelf is not None:
+                self.shelf.changing(key, found)
             return found
-        made = self.items[key] = self.make(self.floor)
+        found = None if self.shelf is None else self._fetch(key, self.shelf)
+        if found is None:
+            found = self.items[key] = self.make(self.floor)
+            if self.shelf is not None:
+                self.shelf.changing(key, found)
         self.hold()
-        return made
+        return found
+
+    def peek(self, key: str) -> E | None:
+        """The entity of this id, if there is one, to be read alone; memory stays as it is."""
+        found = self.items.get(key)
+        return found if found is not None or self.shelf is None else self.shelf.load(key)
+
+    @property
+    def unsaved(self) -> float:
+        """What no durable checkpoint has, as a share of what may be in memory."""
+        if self.shelf is None or not self.items:
+            return 0.0
+        share = len(self.shelf) / self.limit
+        if self.shelf.holds(next(iter(self.items))):
+            return share
+        return max(share, self.entries / self.max_entries)
+
+    def clear(self) -> None:
+        """Forget all, as if nothing had come."""
+        self.items.clear()
+        self.floor, self.entries, self.shelf = NEVER, 0, None
+
+    def find(self, key: str) -> E | None:
+        """The entity of this id, if there is one; it may be changed."""
+        found = self.items.get(key)
+        if self.shelf is None:
+            return found
+        if found is None:
+            found = self._fetch(key, self.shelf)
+            self.hold()
+        else:
+            self.items.move_to_end(key)
+            self.shelf.changing(key, found)
+        return found
+
+    def _fetch(self, key: str, shelf: Shelf[E]) -> E | None:
+        found = shelf.load(key)
+        if found is not None:
+            self.items[key] = found
+            self.entries += found.entries()
+            shelf.changing(key, found)
+        return found
 
     def reach(self, entity: E, time: int, keep: int, width: int) -> bool:
         """Make an entity ready for an event whose longest window has ``width`` milliseconds.
@@ -410,11 +542,19 @@ class Entities(Generic[E]):
             self.hold()
 
     def hold(self) -> None:
-        """Forget entities until the bounds hold; the one touched last stays."""
+        """Let entities go until the bounds hold; the one touched last stays.
+
+        With a shelf a few at once, so that nothing waits for it.
+        """
+        most = LEAVE_AT_ONCE
         while len(self.items) > self.limit or (
             self.entries > self.max_entries and len(self.items) > 1
         ):
+            if self.shelf is not None and not (most and self.shelf.holds(next(iter(self.items)))):
+                return  # nor does it hold the others, which were touched later
+            most -= 1
             _, gone = self.items.popitem(last=False)
-            self.evicted += 1
             self.entries -= gone.entries()
-            self.floor = max(self.floor, gone.newest())
+            if self.shelf is None:
+                self.evicted += 1
+                self.floor = max(self.floor, gone.newest())

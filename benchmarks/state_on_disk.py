@@ -1,0 +1,190 @@
+"""What a state on disk costs beside one in memory: throughput, pauses, restore; features equal.
+
+    python benchmarks/state_on_disk.py [--events 1000000] [--cards 200000] [--in-memory 20000]
+    python benchmarks/state_on_disk.py --events 10000000 --cards 2000000 --arms disk
+
+The same payments go in chunks of 512 to a state that is all in memory and to one of which at most
+``--in-memory`` cards, terminals, customers and devices are, in turns, each with checkpoints every
+``--interval`` seconds of its own time; their rows must be equal, bit for bit. Half of the payments
+are of a tenth of the cards. Told are CPU time a payment (of all threads), how long each chunk was
+held up by the checkpoints, what the snapshot of the whole takes instead, and how long a new process
+needs until it has answered its first chunk from either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from head import parser_of, print_json
+from rich.console import Console
+from rich.table import Table
+
+from plinth.pipelines.snapshots import read_snapshot, write_snapshot
+from plinth.pipelines.state_store import DiskStore, KeptState
+from plinth.verticals.finance import FraudScoring, FraudSettings
+from plinth.verticals.finance.features.online import Batch, Event
+
+CHUNK = 512
+TURN = 40
+"""Chunks of a turn: long enough to fill caches, short enough that both arms see the same load."""
+ORIGIN = {"vertical": "finance"}
+START = 1_700_000_000_000
+PER_SECOND = 500
+TABLES = ("cards", "terminals", "customers", "devices")
+
+
+def payments(count: int, cards: int, seed: int = 0) -> Iterator[list[Event]]:
+    """Payments in chunks: half of them of a tenth of the cards, ten cards to a terminal."""
+    draw = np.random.default_rng(seed)
+    for first in range(0, count, CHUNK):
+        size = min(CHUNK, count - first)
+        busy = draw.random(size) < 0.5
+        number = np.where(busy, draw.integers(0, cards // 10, size), draw.integers(0, cards, size))
+        place = draw.integers(0, max(cards // 10, 8), size)
+        amount = np.round(draw.gamma(2.0, 30.0, size), 2)
+        yield [
+            Event(
+                f"x{first + at}",
+                START + (first + at) * 1000 // PER_SECOND,
+                float(amount[at]),
+                f"tok_{number[at]:016x}",
+                f"c{number[at]}",
+                f"t{place[at]}",
+                f"d{number[at]}" if at % 2 else None,
+            )
+            for at in range(size)
+        ]
+
+
+class Arm:
+    """A state, and what it took."""
+
+    def __init__(self, folder: Path | None, limit: int, interval: float) -> None:
+        limits: dict[str, Any] = {f"max_{table}": limit for table in TABLES}
+        self.vertical = FraudScoring(FraudSettings(max_events=1_000_000_000, **limits))
+        self.kept: KeptState | None = None
+        if folder is not None:
+            self.kept = KeptState(self.vertical, DiskStore(folder, ORIGIN))
+            self.kept.load()
+        self.cpu = 0.0
+        self.pauses: list[float] = []
+        self.checkpoints: list[float] = []
+        self._interval = interval
+        self._since = self._began = 0.0
+
+    def take(self, events: list[Event]) -> Batch:
+        """Take a chunk in, and go on with the checkpoint as a worker does between chunks."""
+        began = time.perf_counter()
+        batch = self.vertical.state.update(events)
+        self._since += time.perf_counter() - began
+        if self.kept is not None:
+            self._look_after(self.kept)
+        return batch
+
+    def _look_after(self, kept: KeptState) -> None:
+        began, unsaved = time.perf_counter(), self.vertical.unsaved()
+        if not kept.busy and (self._since >= self._interval or unsaved >= 0.5):
+            self._since, self._began = 0.0, began
+            kept.begin({})
+        busy = kept.busy
+        if unsaved >= 1.0:
+            kept.finish()
+        if busy and not kept.step():
+            self.checkpoints.append(time.perf_counter() - self._began)
+        self.pauses.append(time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def timed(into: dict[str, float], name: str) -> Iterator[None]:
+    """Note seconds."""
+    began = time.perf_counter()
+    yield
+    into[name] = time.perf_counter() - began
+
+
+def restored(figures: dict[str, float], folder: Path, arms: dict[str, Arm], given: Any) -> None:
+    """How long a snapshot takes, and how long until a new state has answered a chunk."""
+    chunk = next(payments(CHUNK, given.cards, seed=1))
+    chunk = [one._replace(transaction=f"y{n}", time=START * 2) for n, one in enumerate(chunk)]
+    if (memory := arms.get("memory")) is not None:
+        with timed(figures, "snapshot pause s"):
+            write_snapshot(folder / "snapshot", ORIGIN, memory.vertical.snapshot())
+        expected = memory.take(chunk)
+        memory.vertical = FraudScoring(memory.vertical.settings)
+        with timed(figures, "restore of the snapshot s"):
+            memory.vertical.restore(read_snapshot(folder / "snapshot", ORIGIN)[1])
+            assert memory.take(chunk).rows.tobytes() == expected.rows.tobytes()
+    if (disk := arms.get("disk")) is not None and disk.kept is not None:
+        with timed(figures, "last checkpoint s"):
+            disk.kept.finish()
+            disk.kept.begin({})
+            disk.kept.finish()
+        figures["disk MiB"] = disk.kept.store.bytes_on_disk / (1 << 20)
+        disk.kept.store.close()
+        with timed(figures, "restore from disk s"):
+            again = Arm(folder / "state", given.in_memory, given.interval)
+            rows = again.take(chunk).rows.tobytes()
+        assert memory is None or rows == expected.rows.tobytes()
+        assert again.kept is not None
+        again.kept.store.close()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--events", type=int, default=1_000_000)
+    parser.add_argument("--cards", type=int, default=200_000)
+    parser.add_argument("--in-memory", type=int, default=20_000)
+    parser.add_argument("--interval", type=float, default=5.0, help="seconds between checkpoints")
+    parser.add_argument("--arms", nargs="+", default=["memory", "disk"], choices=["memory", "disk"])
+    given = parser.parse_args()
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+        folder = Path(name)
+        places = {"memory": (None, 100_000_000), "disk": (folder / "state", given.in_memory)}
+        arms = {one: Arm(*places[one], given.interval) for one in given.arms}
+        chunks, unequal = payments(given.events, given.cards), 0
+        while turn := list(islice(chunks, TURN)):
+            rows: set[bytes] = set()
+            for arm in random.sample(list(arms.values()), len(arms)):
+                began = time.process_time()
+                taken = [arm.take(chunk) for chunk in turn]
+                arm.cpu += time.process_time() - began
+                rows.add(b"".join(one.rows.tobytes() + one.flags.tobytes() for one in taken))
+            unequal += len(rows) > 1
+        for one, arm in arms.items():
+            figures[f"{one}: CPU us a payment"] = arm.cpu / given.events * 1e6
+            if arm.kept is not None:
+                pauses = np.sort(arm.pauses) * 1e3
+                figures["held up ms a chunk p99"] = float(pauses[int(len(pauses) * 0.99)])
+                figures["held up ms a chunk max"] = float(pauses[-1])
+                figures["checkpoints"] = len(arm.checkpoints)
+                figures["checkpoint s max"] = max(arm.checkpoints, default=0.0)
+        if len(arms) == 2:
+            figures["turns with other features"] = unequal
+        restored(figures, folder, arms, given)
+    figures["RSS MiB of the process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if given.json:
+        print_json(figures)
+        return
+    table = Table(title=f"{given.events:,} payments of {given.cards:,} cards")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for figure, value in figures.items():
+        table.add_row(figure, f"{value:,.2f}")
+    Console().print(table)
+    if unequal:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""State on disk by parts: a checkpoint is there whole, or not at all; what was logged is there."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import resource
+import shutil
+import signal
+import sqlite3
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from plinth.engine import ConfigError, InputError
+from plinth.pipelines.state_store import DiskStore
+from plinth.verticals.contract import StateError
+
+ORIGIN = {"vertical": "tests"}
+FORK = multiprocessing.get_context("fork")
+
+
+@contextlib.contextmanager
+def opened(
+    folder: Path, origin: dict[str, str] | None = None, *, logs: bool = False
+) -> Iterator[DiskStore]:
+    with contextlib.closing(DiskStore(folder, origin or ORIGIN, logs=logs)) as store:
+        yield store
+
+
+def test_what_was_put_is_there_with_its_commit_and_not_before(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        assert store.reopen() == {}
+        for number in range(600):
+            store.put(b"k%d" % number, b"one")
+        assert store.get(b"k0") is None
+        store.commit({"offsets": [1]}).result(30)
+        assert (store.get(b"k0"), store.get(b"k599")) == (b"one", b"one")
+        for number in range(600):
+            store.put(b"k%d" % number, b"two")
+        assert store.get(b"k0") == b"one"
+        assert store.reopen()["offsets"] == [1]
+        store.commit({"offsets": [2]}).result(30)
+        assert store.get(b"k0") == b"one", "what was dropped does not come with a later commit"
+        assert store.bytes_on_disk > 0
+    with opened(tmp_path) as store:
+        assert store.reopen()["offsets"] == [2]
+        assert store.get(b"k599") == b"one"
+        store.wipe()
+        assert store.reopen() == {}
+        assert store.get(b"k599") is None
+
+
+def test_the_log_is_read_behind_the_checkpoint(tmp_path: Path) -> None:
+    with opened(tmp_path, logs=True) as store:
+        store.reopen()
+        for number in range(1_000):
+            store.append(b"%d" % number)
+        store.durable().result(30)
+        mark = store.mark()
+        store.append(b"more")
+        store.commit(mark).result(30)
+    with opened(tmp_path, logs=True) as store:
+        store.reopen()
+        assert list(store.entries()) == [b"more"]
+        store.commit(store.mark()).result(30)
+    with opened(tmp_path, logs=True) as store:  # its numbers go on where no entry is left
+        store.reopen()
+        assert list(store.entries()) == []
+        store.append(b"last")
+    with opened(tmp_path, logs=True) as store:
+        store.reopen()
+        assert list(store.entries()) == [b"last"]
+        store.wipe()
+        assert list(store.entries()) == []
+
+
+def endless(folder: Path, told: Connection) -> None:
+    """Log and put for ever; of three checkpoints two are given up."""
+    store = DiskStore(folder, ORIGIN, logs=True)
+    store.reopen()
+    for turn in itertools.count():
+        for number in range(500):
+            store.put(b"k%d" % number, b"%d" % turn)
+            store.append(b"%d" % turn)
+        store.durable().result()
+        told.send(turn)
+        if turn % 3 == 0:
+            store.commit({"turn": turn, **store.mark()}).result()
+        else:
+            store.reopen()
+
+
+def test_a_killed_process_leaves_whole_checkpoints_and_all_that_was_said_durable(
+    tmp_path: Path,
+) -> None:
+    here, there = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=endless, args=(tmp_path, there), daemon=True)
+    process.start()
+    there.close()
+    told = [here.recv() for _ in range(8)][-1]
+    process.kill()
+    process.join()
+    with contextlib.suppress(EOFError):
+        while True:
+            told = here.recv()
+    with opened(tmp_path, logs=True) as store:
+        turn = store.reopen()["turn"]
+        assert {store.get(b"k%d" % number) for number in range(500)} == {b"%d" % turn}
+        assert turn >= told - 3
+        behind = [int(entry) for entry in store.entries()]
+        assert set(range(turn + 1, told + 1)) <= set(behind)
+        assert all(behind.count(one) == 500 for one in set(behind))
+
+
+def with_a_full_disk(folder: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    store = DiskStore(folder, ORIGIN, logs=True)
+    store.reopen()
+    store.put(b"k", b"one")
+    store.append(b"first")
+    store.durable().result()
+    store.commit({"turn": 1, **store.mark()}).result()
+    room = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, room[1]))
+    for number in range(1_000):
+        store.put(b"%d" % number, bytes(1_000))
+    failure = store.commit({"turn": 2, **store.mark()}).exception()
+    assert isinstance(failure, StateError), failure
+    assert (store.get(b"0"), store.get(b"k")) == (None, b"one")
+    store.append(bytes(1 << 19))
+    assert isinstance(store.durable().exception(), StateError)
+    resource.setrlimit(resource.RLIMIT_FSIZE, room)
+    assert store.durable().exception() is None
+    assert list(store.entries()) == [bytes(1 << 19)]
+    store.put(b"k", b"three")
+    store.commit({"turn": 3, **store.mark()}).result()
+    assert (store.get(b"0"), store.get(b"k")) == (None, b"three")
+    store.close()
+
+
+def test_a_full_disk_costs_the_checkpoint_alone_and_entries_wait(tmp_path: Path) -> None:
+    process = FORK.Process(target=with_a_full_disk, args=(tmp_path,))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def test_a_store_of_another_origin_is_refused_but_one_that_logs_begins_with_a_streams(
+    tmp_path: Path,
+) -> None:
+    stream = {**ORIGIN, "topic": "payments"}
+    with opened(tmp_path / "stream", stream) as store:
+        store.put(b"k", b"one")
+        store.commit({}).result(30)
+    with opened(tmp_path / "stream") as store, pytest.raises(InputError, match="another"):
+        store.reopen()
+    shutil.copytree(tmp_path / "stream", tmp_path / "serve")
+    with opened(tmp_path / "serve", {**ORIGIN, "door": "http"}, logs=True) as store:
+        store.reopen()
+        assert store.get(b"k") == b"one"
+    with (
+        opened(tmp_path / "serve", {"vertical": "other"}, logs=True) as store,
+        pytest.raises(InputError, match="another"),
+    ):
+        store.reopen()
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "parts.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        DiskStore(tmp_path, ORIGIN)
+    (tmp_path / "parts.db").unlink()
+    with opened(tmp_path) as store:
+        for number in range(2_000):
+            store.put(b"k%d" % number, bytes(300))
+        store.commit({}).result(30)
+    with contextlib.closing(sqlite3.connect(tmp_path / "parts.db")) as file:
+        file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    raw = (tmp_path / "parts.db").read_bytes()
+    (tmp_path / "parts.db").write_bytes(raw[: 8192 * 6] + b"\xff" * (len(raw) - 8192 * 6))
+    keys = [b"k%d" % number for number in range(2_000)]
+    with opened(tmp_path) as store, pytest.raises(StateError, match="cannot be read"):
+        list(map(store.get, keys))
