@@ -37,6 +37,8 @@ from rich.table import Table
 
 PART = 256
 MARK = b"mark"
+BUILD = Path(__file__).resolve().parent.parent / "build"
+"""On a disk: a folder for temporary files may be in memory."""
 PUT = "INSERT INTO state VALUES (?, ?) ON CONFLICT DO UPDATE SET v = excluded.v"
 NOISE = random.Random(0).randbytes(1 << 16)
 
@@ -290,8 +292,9 @@ def main() -> None:
     parser.add_argument("--store", nargs="+", default=list(STORES), choices=list(STORES))
     parser.add_argument("--one", choices=list(STORES), help="used by itself")
     given = parser.parse_args()
+    BUILD.mkdir(exist_ok=True)
     if given.one:
-        with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
             print(json.dumps(measure(given.one, given, Path(folder))))
         return
     report = {}

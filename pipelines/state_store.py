@@ -36,6 +36,10 @@ MAX_UNLOGGED = 100_000
 """Entries that could not be logged, beyond which nothing more is taken in."""
 STEP_S = 0.002
 """Time that a checkpoint takes at once from whoever scores."""
+PRESSED_S = 0.012
+"""The same where memory fills with what no checkpoint has: more is written than changes."""
+BEGIN_AT = 0.25
+"""Share of memory filled with what is in no checkpoint: one begins, whenever the last was."""
 EVERY_S = 15.0
 """Time between checkpoints of a state that has a log."""
 CACHE_KIB = 32 << 10
@@ -425,8 +429,11 @@ class KeptState:
         UNSAVED.labels(self.vertical.name).set(self.vertical.unsaved())
         self.vertical.begin_checkpoint()
 
-    def step(self, seconds: float = STEP_S) -> bool:
+    def step(self, seconds: float | None = None) -> bool:
         """Go on with a checkpoint for about so long; false where none is in progress.
+
+        Args:
+            seconds: by default as few as there is room in memory.
 
         Raises:
             StateError: the disk did not take it; its parts belong to the next one.
@@ -434,6 +441,8 @@ class KeptState:
         if self._about is None:
             return False
         began = time.perf_counter()
+        if seconds is None:
+            seconds = STEP_S if self.vertical.unsaved() < 0.5 else PRESSED_S
         try:
             if self._ending is None:
                 if not self.store.full and self.vertical.write_checkpoint(seconds):
@@ -454,7 +463,7 @@ class KeptState:
             StateError: as :meth:`step` does.
         """
         unsaved = self.vertical.unsaved()
-        if not self.busy and (unsaved >= 0.5 or (unsaved and now - self._last >= EVERY_S)):
+        if not self.busy and (unsaved >= BEGIN_AT or (unsaved and now - self._last >= EVERY_S)):
             self._last = now
             self.begin({})
         if unsaved >= 1.0:

@@ -23,7 +23,7 @@ from plinth.engine import ConfigError, Engine, Sla
 from plinth.pipelines.formats.mapping import load_mapping
 from plinth.pipelines.observability.tracing import Tracing
 from plinth.pipelines.snapshots import claim
-from plinth.pipelines.state_store import DiskStore
+from plinth.pipelines.state_store import BEGIN_AT, DiskStore
 from plinth.pipelines.stream import kafka_python
 from plinth.pipelines.stream.audit import AuditTrail, key_of
 from plinth.pipelines.stream.checkpoint import Checkpoint
@@ -62,8 +62,6 @@ IDLE_LOOK_S = 15.0
 """After so long without records, and as often, we look whether the topics are still there."""
 BACKLOG_LOOK_S = 5.0
 """After so long without a commit, and as often, we ask whether records wait unread."""
-BEGIN_AT = 0.5
-"""Share of its memory that the state fills with what is in no checkpoint: one begins early."""
 KEPT_TIMES = 100_000
 GRACE_S = 5.0
 
