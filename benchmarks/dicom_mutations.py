@@ -1,6 +1,6 @@
 """Damaged DICOM files: does one crash, hang or fill the loader, or give a wrong place or value?
 
-    python benchmarks/dicom_mutations.py [--files 10000] [--step 7] [--seed 7] [--json]
+    python benchmarks/dicom_mutations.py [--files 10000] [--step 7] [--seed 7] [--here] [--json]
 
 ``--files``: small files in every encoding that is read, multi-frame objects, archives and
 DICOMDIRs, each with one to six changes: bytes and bits flipped, cut out, doubled, moved, lengths
@@ -8,9 +8,10 @@ and counts set to extremes, pieces of other files. ``--step``: every file cut sh
 ``step`` bytes.
 
 Each is loaded in a child process that may hold 1 GiB more than it starts with and take 10 s a
-file. Wrong is whatever ends the child or raises anything but a refusal that names its reason; a
-volume whose places, spacing or values are not those that pydicom reads of the same bytes; and a
-file cut short that loads with other values than the whole one.
+file (with ``--here`` in this one, which starts no other). Wrong is
+whatever ends the child or raises anything but a refusal that names its reason; a volume whose
+places, spacing or values are not those that pydicom reads of the same bytes; and a file cut short
+that loads with other values than the whole one. Damage inside code streams: dicom_streams.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import io
 import json
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,8 +30,10 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +61,15 @@ from plinth.verticals.medical import Volume, load_volume
 from plinth.verticals.medical.phantom.chest import Phantom
 from plinth.verticals.medical.phantom.dicom import datasets
 
+Line = tuple[int, str, str, str | None]
+"""Number and encoding of a file, what became of it, and what is wrong."""
 SECONDS, MORE_BYTES = 10, 1 << 30
 FAR = 1e-3
 """mm, direction cosine or modality value beyond which a difference is one."""
+
+
+MEMORY = Path("/dev/shm")  # noqa: S108 - a folder of our own in it
+"""Where files are written that are read once."""
 
 
 # -- what is damaged -----------------------------------------------------------------------------
@@ -214,15 +222,18 @@ def _where(chance: random.Random, content: bytearray) -> int:
 # -- what is made of it ----------------------------------------------------------------------
 @dataclass(frozen=True)
 class Work:
-    """Files for a child process, from number ``first`` on.
+    """Files for one process, from number ``first`` on.
 
     Args:
+        first: number of the first.
+        count: number after the last; ``None``: all there are of those cut short.
+        seed: of the changes.
         cut: files cut short instead of changed ones.
         step: bytes between two cuts.
     """
 
     first: int
-    count: int
+    count: int | None
     seed: int
     cut: bool = False
     step: int = 1
@@ -231,29 +242,50 @@ class Work:
 def cases(work: Work, made: dict[str, bytes]) -> Iterator[tuple[int, str, bytes]]:
     """(number, encoding, bytes) of the files of some work."""
     if work.cut:
-        cuts = [(name, kept) for name in made for kept in range(0, len(made[name]), work.step)]
-        for number, (name, kept) in list(enumerate(cuts))[work.first : work.count]:
+        cuts = ((name, kept) for name in made for kept in range(0, len(made[name]), work.step))
+        for number, (name, kept) in islice(enumerate(cuts), work.first, work.count):
             yield number, name, made[name][:kept]
         return
+    assert work.count is not None
     for number in range(work.first, work.count):
         yield number, *mutated(random.Random(work.seed * 1_000_003 + number), made)
 
 
 def child(work: Work) -> None:
     """Load files, one line of JSON each; a file that takes too long ends the process."""
-    warnings.simplefilter("ignore")
-    made = originals()
-    folder = Path(tempfile.mkdtemp())
-    try:
+
+    def begin(first: bool) -> None:
+        if first:
+            print(json.dumps("ready"), flush=True)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+
+    for line in loaded(work, originals(), begin):
+        print(json.dumps(line), flush=True)
+
+
+def loaded(
+    work: Work, made: dict[str, bytes], begin: Callable[[bool], None] = lambda first: None
+) -> Iterator[Line]:
+    """Load files in this process: number, encoding, what became of each, and what is wrong.
+
+    Args:
+        work: which.
+        made: the whole files.
+        begin: called before each, told whether it is the first.
+    """
+    place = MEMORY if MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(dir=place) as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = Path(name)
         whole = _whole(made, folder)
-        print(json.dumps("ready"), flush=True)
-        _limit_memory()
-        for number, name, content in cases(work, made):
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
-            what, wrong = _taken(folder, name, content, whole.get(name) if work.cut else None)
-            print(json.dumps([number, name, what, wrong]), flush=True)
-    finally:
-        shutil.rmtree(folder)
+        with _memory_limited():
+            for nth, (number, kind, content) in enumerate(cases(work, made)):
+                begin(nth == 0)
+                since = time.perf_counter()
+                what, wrong = _taken(folder, kind, content, whole.get(kind) if work.cut else None)
+                if time.perf_counter() - since > SECONDS:
+                    wrong = wrong or "took too long"
+                yield number, kind, what, wrong
 
 
 def _whole(made: dict[str, bytes], folder: Path) -> dict[str, Any]:
@@ -274,11 +306,17 @@ def _written(folder: Path, name: str, content: bytes) -> Path:
     return path
 
 
-def _limit_memory() -> None:
+@contextmanager
+def _memory_limited() -> Iterator[None]:
+    """So much more than is held now; as before, afterwards."""
     with Path("/proc/self/status").open() as status:
         held = next(int(line.split()[1]) for line in status if line.startswith("VmData:"))
-    most = (held << 10) + MORE_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, ((held << 10) + MORE_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _taken(folder: Path, name: str, content: bytes, whole: Any) -> tuple[str, str | None]:
@@ -343,38 +381,47 @@ def _by_pydicom(image: Dataset, n: int) -> tuple[Any, Any, Any]:
 
 
 # -- the parent ------------------------------------------------------------------------------
-def check(work: Work) -> dict[str, Any]:
+def check(work: Work, here: bool = False) -> dict[str, Any]:
     """Load all files of some work in child processes, a new one after each that was ended.
+
+    Args:
+        work: which.
+        here: in this process instead: a decoder that crashes takes it along.
 
     Returns:
         How many there were, how many of them were loaded, refusals by reason, and what was wrong.
     """
-    made = originals()
-    total = sum(1 for _ in cases(work, made))
-    wrong: list[str] = []
-    counts: Counter[str] = Counter()
+    if here:
+        return _counted(list(loaded(work, originals())), [])
     first = work.first
-    while first < total:
-        told = Work(**(asdict(work) | {"first": first, "count": total}))
-        done = subprocess.run(
-            [sys.executable, __file__, "--child", json.dumps(asdict(told))],
-            capture_output=True,
-            text=True,
-        )
-        lines = [json.loads(line) for line in done.stdout.splitlines()]
-        if lines[:1] != ["ready"]:
+    lines: list[Line] = []
+    wrong: list[str] = []
+    while True:
+        done = _run(replace(work, first=first))
+        told = [json.loads(line) for line in done.stdout.splitlines()]
+        if told[:1] != ["ready"]:
             raise RuntimeError(f"the child did not start: {done.stderr[-2000:]}")
-        for number, name, what, problem in lines[1:]:
-            counts[what] += 1
-            if problem:
-                wrong.append(f"file {number}, {name}: {problem}")
-        first += len(lines) - 1
-        if done.returncode:
-            counts["ended"] += 1
-            how = "took too long" if done.returncode == -signal.SIGALRM else "ended the process"
-            wrong.append(f"file {first} {how} ({done.returncode}): {done.stderr[-300:]}")
-            first += 1
-    return {"files": total, **counts, "wrong": wrong}
+        lines += told[1:]
+        if not done.returncode:
+            return _counted(lines, wrong)
+        culprit = told[-1][0] + 1 if told[1:] else first
+        how = "took too long" if done.returncode == -signal.SIGALRM else "ended the process"
+        wrong.append(f"file {culprit} {how} ({done.returncode}): {done.stderr[-300:]}")
+        first = culprit + 1
+
+
+def _counted(lines: list[Line], ended: list[str]) -> dict[str, Any]:
+    counts = Counter(what for _, _, what, _ in lines)
+    wrong = [f"file {number}, {name}: {problem}" for number, name, _, problem in lines if problem]
+    return {"files": len(lines) + len(ended), **counts, "wrong": ended + wrong}
+
+
+def _run(work: Work) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(asdict(work))],
+        capture_output=True,
+        text=True,
+    )
 
 
 def main() -> None:
@@ -383,6 +430,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=10_000, help="changed files")
     parser.add_argument("--step", type=int, default=7, help="bytes between two cuts; 0: none")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--here", action="store_true", help="in this process")
     parser.add_argument("--child", help="work for this process; used by the command itself")
     given = parser.parse_args()
     if given.child:
@@ -391,12 +439,12 @@ def main() -> None:
     told: dict[str, Any] = {}
     for name, work in (
         ("changed", Work(0, given.files, given.seed)),
-        ("cut short", Work(0, sys.maxsize, given.seed, cut=True, step=given.step)),
+        ("cut short", Work(0, None, given.seed, cut=True, step=given.step)),
     ):
         if work.cut and not given.step:
             continue
         begun = time.perf_counter()
-        told[name] = check(work) | {"seconds": round(time.perf_counter() - begun, 1)}
+        told[name] = check(work, given.here) | {"seconds": round(time.perf_counter() - begun, 1)}
     if given.json:
         print_json(told)
     else:

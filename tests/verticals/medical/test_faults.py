@@ -13,7 +13,13 @@ import pytest
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
-from pydicom.uid import EnhancedCTImageStorage
+from pydicom.uid import (
+    UID,
+    EnhancedCTImageStorage,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+)
 
 from plinth.engine import InputError
 from plinth.verticals.medical.dicom.discover import discover, scan
@@ -22,6 +28,7 @@ from plinth.verticals.medical.dicom.loader import load_volume
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 from dicom_faults import check_series
 from dicom_mutations import Work, check, dicomdir
+from dicom_streams import counts
 
 Write = Callable[..., Path]
 Edit = Callable[..., None]
@@ -60,10 +67,20 @@ def test_the_units_of_pet_are_told(write: Write, edit: Edit) -> None:
 
 # -- damaged bytes -----------------------------------------------------------------------------
 def test_changed_files_neither_crash_hang_nor_lie() -> None:
-    """In child processes with limits of memory and time; 10,000 as a command."""
-    told = check(Work(first=0, count=150, seed=5))
+    """With limits of memory and time; 10,000 as a command, in a child process."""
+    told = check(Work(first=0, count=2000, seed=5), here=True)
     assert told["wrong"] == []
+    assert told["files"] == 2000
     assert min(told["loaded"], told["damaged"], told["damaged_pixels"], told["truncated"]) > 5
+
+
+@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless])
+def test_bytes_lost_or_doubled_inside_a_code_stream_are_found(tmp_path: Path, syntax: UID) -> None:
+    """End mark in place; of lossless JPEG a few leave the count of bits as it was."""
+    for how, found in counts(syntax, tmp_path, 60, seed=3):
+        if how in ("bytes lost", "bytes doubled"):
+            assert found["found"] >= 0.9 * (found["found"] + found["silent"]), how
+            assert found["found"] > 30
 
 
 def test_a_run_length_stream_that_a_decoder_panics_on_is_refused(write: Write) -> None:

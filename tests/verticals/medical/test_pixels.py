@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -296,6 +297,77 @@ def test_jpeg_lossless_keeps_every_slices_own_rescale(
     slopes = 1 + np.arange(10) / 8
     exact = (expected().astype(float) + 1024) * slopes[:, None, None] - 10.5
     assert np.array_equal(volume.voxels, exact.astype(np.float32))
+
+
+def restarted_jpeg(x: np.ndarray, precision: int, predictor: int, shift: int, every: int) -> bytes:
+    """A lossless JPEG as ITU-T T.81 annex H has it, with a restart marker after so many rows."""
+    x = x.astype(int) >> shift
+    rows, columns = x.shape
+    pieces, bits = [], ""
+    for r in range(rows):
+        for c in range(columns):
+            left, above = x[r, c - 1] if c else 0, x[r - 1, c] if r else 0
+            corner = x[r - 1, c - 1] if r and c else 0
+            choices = [left, above, corner, left + above - corner, left + (above - corner >> 1)]
+            choices += [above + (left - corner >> 1), left + above >> 1]
+            guess = choices[predictor - 1]
+            if r % every == 0:
+                guess = left if c else 1 << (precision - shift - 1)
+            elif c == 0:
+                guess = above
+            off = (int(x[r, c]) - int(guess) + 32767) % 65536 - 32767
+            size = abs(off).bit_length()
+            bits += f"{size:05b}"
+            if 0 < size < 16:
+                bits += f"{off if off > 0 else off + (1 << size) - 1:0{size}b}"
+        if (r + 1) % every == 0 or r + 1 == rows:
+            bits += "1" * (-len(bits) % 8)
+            data = int(bits, 2).to_bytes(len(bits) // 8, "big")
+            pieces.append(data.replace(b"\xff", b"\xff\0"))
+            bits = ""
+    coded = pieces[0]
+    for n, piece in enumerate(pieces[1:]):
+        coded += bytes([0xFF, 0xD0 + n % 8]) + piece
+    frame = struct.pack(">BHHBBBB", precision, rows, columns, 1, 1, 0x11, 0)
+    table = bytes([0, 0, 0, 0, 0, 17, *[0] * 11, *range(17)])
+    segments = [(0xC3, frame), (0xC4, table), (0xDA, bytes([1, 1, 0, predictor, 0, shift]))]
+    if every < rows:
+        segments.insert(0, (0xDD, struct.pack(">H", every * columns)))
+    head = b"".join(struct.pack(">BBH", 0xFF, m, len(body) + 2) + body for m, body in segments)
+    return b"\xff\xd8" + head + coded + b"\xff\xd9"
+
+
+def test_jpeg_lossless_of_every_prediction_shift_and_restart_is_read(write: Write) -> None:
+    """Smooth, random and extreme values; a stream that lost a whole interval is refused."""
+    path = write(shape=(7, 9, 1)) / "slice_0001.dcm"
+    image = pydicom.dcmread(path)
+    chance = np.random.default_rng(5)
+    image.file_meta.TransferSyntaxUID = UID("1.2.840.10008.1.2.4.57")
+    del image.RescaleSlope, image.RescaleIntercept, image.RescaleType
+
+    def values_of(stream: bytes) -> np.ndarray:
+        image.PixelData = encapsulate([stream])
+        image["PixelData"].VR = "OB"
+        image["PixelData"].is_undefined_length = True
+        image.save_as(path)
+        voxels: np.ndarray = load_volume(path).voxels[0]
+        return voxels
+
+    for number in range(42):
+        precision, shift = int(chance.integers(8, 17)), number % 3
+        image.BitsAllocated = 8 if precision == 8 else 16
+        image.BitsStored, image.HighBit = precision, precision - 1
+        top = 1 << precision
+        smooth = top // 2 + chance.integers(-3, 4, (9, 7)).cumsum(axis=1)
+        kinds = [smooth, chance.integers(0, top, (9, 7)), top - 1 - (smooth % 2) * (top - 1)]
+        stored = kinds[number // 7 % 3] >> shift << shift
+        every = (9, 1, 2, 4)[number % 4]
+        stream = restarted_jpeg(stored, precision, number % 7 + 1, shift, every)
+        assert np.array_equal(values_of(stream), stored)
+        if every == 2:
+            first, second = stream.index(b"\xff\xd0"), stream.index(b"\xff\xd1")
+            with pytest.raises(InputError, match="cannot be decoded"):
+                values_of(stream[:first] + stream[second:])
 
 
 # -- units ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pydicom.uid import UID
 
 from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.header import Header
+from plinth.verticals.medical.dicom.jpeg_lossless import FRAME_HEADERS, wrong_length
 from plinth.verticals.medical.volumes.volume import Array
 
 Decoder = Callable[[Any, bytes, Header], bytes | bytearray]
@@ -46,6 +47,7 @@ class Codec:
         decode: (module, frame, header) to the bytes of the stored values, little endian.
         facts: what the code stream itself states, if it does.
         end: marker at the end of a whole code stream, if the format has one.
+        check: why a code stream was not made of the values decoded from it, if that can be told.
     """
 
     package: str
@@ -53,6 +55,7 @@ class Codec:
     decode: Decoder
     facts: Callable[[bytes], StreamFacts] | None = None
     end: bytes = b""
+    check: Callable[[bytes, Array], str | None] | None = None
 
 
 def _jpeg_ls(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
@@ -67,10 +70,6 @@ def _jpeg_ls_facts(frame: bytes) -> StreamFacts:
     return StreamFacts(rows, columns, components, precision)
 
 
-SOF = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-"""Markers of a frame header of JPEG (ITU-T T.81, table B.1)."""
-
-
 def _jpeg_facts(frame: bytes) -> StreamFacts:
     """From the frame header, the first marker of SOF after segments of stated lengths.
 
@@ -81,7 +80,7 @@ def _jpeg_facts(frame: bytes) -> StreamFacts:
         mark, code, length = struct.unpack_from(">BBH", frame, at)
         if mark != 0xFF:
             raise ValueError("no marker")
-        if code in SOF:
+        if code in FRAME_HEADERS:
             _, rows, columns, components = struct.unpack_from(">BHHB", frame, at + 4)
             return StreamFacts(rows, columns, components)
         at += 1 if code == 0xFF else 2 + length  # 0xFF may be repeated before a marker
@@ -93,6 +92,23 @@ def _jpeg_2000_facts(frame: bytes) -> StreamFacts:
     right, bottom, left, top = struct.unpack_from(">IIII", frame, at)
     components, depth = struct.unpack_from(">HB", frame, at + 32)
     return StreamFacts(bottom - top, right - left, components, (depth & 0x7F) + 1)
+
+
+def _jpeg_2000_parts(frame: bytes, _: Array) -> str | None:
+    """Each tile-part states its length (marker SOT, A.4.2): they end where the code stream does."""
+    end = frame.rindex(b"\xff\xd9")
+    at = frame.index(b"\xff\x4f\xff\x51") + 2
+    try:
+        while frame[at : at + 2] != b"\xff\x90":
+            at += 2 + int(struct.unpack_from(">H", frame, at + 2)[0])
+        while at < end:
+            mark, _, _, length = struct.unpack_from(">HHHI", frame, at)
+            if mark != 0xFF90:
+                return "its tile-parts are not as long as they say"
+            at += length or end - at
+    except struct.error:
+        return "its tile-parts do not follow one another"
+    return None if at == end else "its tile-parts are not as long as they say"
 
 
 def _rle(module: Any, frame: bytes, header: Header) -> bytes | bytearray:
@@ -119,9 +135,11 @@ def _stored(values: Array) -> bytes:
     return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
-_JPEG = Codec("imagecodecs", "imagecodecs", _jpeg, _jpeg_facts, b"\xff\xd9")
+_JPEG = Codec("imagecodecs", "imagecodecs", _jpeg, _jpeg_facts, b"\xff\xd9", wrong_length)
 _JPEG_LS = Codec("pyjpegls", "jpeg_ls", _jpeg_ls, _jpeg_ls_facts, b"\xff\xd9")
-_JPEG_2000 = Codec("imagecodecs", "imagecodecs", _jpeg_2000, _jpeg_2000_facts, b"\xff\xd9")
+_JPEG_2000 = Codec(
+    "imagecodecs", "imagecodecs", _jpeg_2000, _jpeg_2000_facts, b"\xff\xd9", _jpeg_2000_parts
+)
 
 CODECS = {
     "1.2.840.10008.1.2.4.50": _JPEG,
@@ -237,6 +255,9 @@ def decode_frame(header: Header, fragments: bytes, index: int) -> tuple[Array, i
     if width not in (1, 2, 4) or len(decoded) != pixels * width:
         raise _broken(header, f"{len(decoded)} bytes decoded for {pixels} pixels")
     values = np.frombuffer(decoded, dtype=f"<u{width}").reshape(header.rows, header.columns)
+    wrong = codec.check(frame, values) if codec.check is not None else None
+    if wrong is not None:
+        raise _broken(header, wrong)
     return values, None if facts is None else facts.precision
 
 
