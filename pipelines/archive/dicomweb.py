@@ -154,6 +154,9 @@ class DicomWeb:
                 raise Unreachable(f"the archive could not store it (reason {reason:#06x})")
             raise NotWanted(f"the archive does not store it (reason {reason:#06x})")
 
+    def confirm(self, kind: str, image: str) -> None:
+        """Nothing more to ask for: the answer to STOW is the archive's word."""
+
     @contextmanager
     def _request(self, method: str, what: str, **rest: Any) -> Iterator[httpx.Response]:
         """A request; its answer's body is read in the block. Errors hold no URL: it has UIDs."""

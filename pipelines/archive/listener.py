@@ -18,10 +18,9 @@ from pynetdicom import (
     AE,
     ALL_TRANSFER_SYNTAXES,
     AllStoragePresentationContexts,
-    _config,
     evt,
 )
-from pynetdicom.sop_class import Verification
+from pynetdicom.sop_class import StorageCommitmentPushModel, Verification
 from pynetdicom.transport import (
     AssociationSocket,
     RequestHandler,
@@ -29,16 +28,13 @@ from pynetdicom.transport import (
 )
 
 from plinth.engine import ConfigError, PlinthError
+from plinth.pipelines.archive.dimse import silence
 from plinth.pipelines.archive.settings import Listen
 from plinth.pipelines.config.settings import TlsConfig
 from plinth.pipelines.folders.storage import StorageError
 from plinth.verticals.medical.source import MALFORMED
 
 log = logging.getLogger("plinth.archive")
-
-# Its messages quote data sets, and its default handlers log whole requests.
-_config.LOG_HANDLER_LEVEL = "none"
-logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)
 
 MAX_PDU = 256 << 10
 """Bytes of one message unit that we ask for."""
@@ -145,13 +141,21 @@ class Listener:
         settings: ``[listen]``.
         keep: puts (Study Instance UID, SOP Instance UID, file) where it outlives us; what it
             raises is told to the sender.
+        reported: what an archive says of the storage commitment that it was asked for.
 
     Raises:
         ConfigError: the address is taken, or a certificate cannot be read.
     """
 
-    def __init__(self, settings: Listen, keep: Keep) -> None:
+    def __init__(
+        self, settings: Listen, keep: Keep, reported: Callable[[Any], Any] | None = None
+    ) -> None:
+        silence()
         self._keep = keep
+        handlers: list[tuple[Any, Any]] = [
+            (evt.EVT_C_STORE, self._store),
+            (evt.EVT_REJECTED, _rejected),
+        ]
         entity = AE(ae_title=settings.title)
         entity.require_called_aet = True
         entity.require_calling_aet = [] if "*" in settings.callers else list(settings.callers)
@@ -162,11 +166,14 @@ class Listener:
         entity.add_supported_context(Verification)
         for context in AllStoragePresentationContexts:
             entity.add_supported_context(str(context.abstract_syntax), ALL_TRANSFER_SYNTAXES)
+        if reported is not None:  # the archive calls, and stays the provider of the service
+            entity.add_supported_context(StorageCommitmentPushModel, scu_role=False, scp_role=True)
+            handlers.append((evt.EVT_N_EVENT_REPORT, reported))
         try:
             self._server = entity.make_server(
                 (settings.host, settings.port),
                 ssl_context=_tls(settings.tls),
-                evt_handlers=[(evt.EVT_C_STORE, self._store), (evt.EVT_REJECTED, _rejected)],
+                evt_handlers=handlers,
                 server_class=_Server,
                 settings=settings,
             )

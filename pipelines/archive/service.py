@@ -8,6 +8,7 @@ Each may be killed at any moment: what was begun is done again, what was stored 
 from __future__ import annotations
 
 import datetime
+import io
 import logging
 import shutil
 import threading
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prometheus_client.core import GaugeMetricFamily
 from pydicom import dcmread
@@ -27,7 +28,7 @@ from plinth.engine.metrics import REGISTRY
 from plinth.pipelines.archive.dicomweb import DicomWeb, NotWanted, Unreachable
 from plinth.pipelines.archive.queue import Letter, Queue, Ready, digest
 from plinth.pipelines.archive.rules import chosen, facts_of, facts_of_answer, why_not
-from plinth.pipelines.archive.settings import Archive, Poll
+from plinth.pipelines.archive.settings import Archive, Peer, Poll
 from plinth.pipelines.folders.items import (
     SoftwareFault,
     analyse,
@@ -39,6 +40,9 @@ from plinth.pipelines.folders.storage import StorageError
 from plinth.pipelines.records import FAULTS
 from plinth.verticals import Item, LeftOut, Vertical
 
+if TYPE_CHECKING:
+    from plinth.pipelines.archive.dimse import DicomPeer
+
 log = logging.getLogger("plinth.archive")
 
 LOOK_SECONDS = 0.5
@@ -48,10 +52,30 @@ FIRST, LONGEST = 1.0, 60.0
 CLEAN_SECONDS = 60.0
 FIRST_SENT = ("segmentation.dcm", "structures.dcm", "measurements.dcm")
 """What others refer to goes first."""
+NAMED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")
 MAX_IMAGES = 20_000
 """Of one series."""
 
 Verticals = Mapping[str, Vertical[Any, Any]]
+
+
+class Target(Protocol):
+    """An archive that results go to; each method raises ``Unreachable`` when it cannot answer."""
+
+    def has(self, study: str, series: str, image: str) -> bool:
+        """Whether it has an object."""
+
+    def store(self, content: bytes) -> None:
+        """Store an object; raises ``NotWanted`` if it will not have it."""
+
+    def confirm(self, kind: str, image: str) -> None:
+        """Have it confirm that it keeps a stored object, of a SOP class."""
+
+
+def _peer(settings: Peer) -> DicomPeer:
+    from plinth.pipelines.archive.dimse import DicomPeer  # brings pynetdicom
+
+    return DicomPeer(settings)
 
 
 class Service:
@@ -90,9 +114,12 @@ class Service:
         settings = self._settings
         with ExitStack() as stack:
             tasks: list[Callable[[], None]] = [self._analyst]
+            peer = None if settings.store is None else _peer(settings.store)
+            target: Target | None = peer
             if settings.send is not None:
-                web = stack.enter_context(DicomWeb(settings.send))
-                tasks.append(lambda: self._sender(web))
+                target = stack.enter_context(DicomWeb(settings.send))
+            if target is not None:
+                tasks.append(lambda: self._sender(target))
             if settings.poll is not None:
                 asked, poll = stack.enter_context(DicomWeb(settings.poll)), settings.poll
                 tasks.append(lambda: self._poller(asked, poll))
@@ -108,7 +135,9 @@ class Service:
             if settings.listen is not None:
                 from plinth.pipelines.archive.listener import Listener
 
-                self.port = stack.enter_context(Listener(settings.listen, self._queue.put)).port
+                reported = None if peer is None else peer.reported
+                door = Listener(settings.listen, self._queue.put, reported)
+                self.port = stack.enter_context(door).port
             ready()
             self._stop.wait()
         if self._broken is not None:
@@ -222,12 +251,12 @@ class Service:
         return [folder / one for one in sorted(names, key=lambda n: (order.get(n, 9), n))]
 
     # -- sending -------------------------------------------------------------------------------
-    def _sender(self, web: DicomWeb) -> None:
+    def _sender(self, target: Target) -> None:
         pause = FIRST
         while not self._stop.wait(LOOK_SECONDS):
             while (letter := self._queue.next_letter()) and not self._stop.is_set():
                 try:
-                    self._send(web, letter)
+                    self._send(target, letter)
                     pause = FIRST
                 except Unreachable as error:
                     log.warning("%s; it is tried again in %.0f s", error.message, pause)
@@ -238,20 +267,18 @@ class Service:
                     log.error("a result is not taken: %s", error.message)
                     self._queue.refused(letter, error.message)
 
-    def _send(self, web: DicomWeb, letter: Letter) -> None:
+    def _send(self, target: Target, letter: Letter) -> None:
         """Store a file, unless the archive got it before this could be written down."""
         try:
             content = letter.path.read_bytes()
         except FileNotFoundError:
             raise NotWanted("its file is gone") from None
-        if letter.attempts:
-            header = dcmread(letter.path, stop_before_pixels=True)
-            places = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
-            if web.has(*(str(header[name].value) for name in places)):
-                self._queue.sent(letter)
-                return
-        self._queue.attempt(letter)
-        web.store(content)
+        header = dcmread(io.BytesIO(content), stop_before_pixels=True)
+        study, series, kind, image = (str(header[name].value) for name in NAMED)
+        if not (letter.attempts and target.has(study, series, image)):
+            self._queue.attempt(letter)
+            target.store(content)
+        target.confirm(kind, image)
         self._queue.sent(letter)
 
     # -- fetching ------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ url = "http://127.0.0.1:8042/dicom-web"
 every_seconds = 60
 days = 2                          # studies of today and the day before
 
-[send]                            # results go here by STOW
+[send]                            # results go here by STOW; [store] has it by C-STORE
 url = "http://127.0.0.1:8042/dicom-web"
 
 [analyses.lungs]                  # any name; the settings are those of [verticals.medical]
@@ -125,6 +125,47 @@ class Web(Table):
     timeout_seconds: float = Field(default=30.0, gt=0, le=3600)
 
 
+class Peer(Table):
+    """``[store]``: where results go by C-STORE, if the archive has no STOW.
+
+    Args:
+        title: AE title of the archive.
+        host: its address.
+        port: its port.
+        caller: our AE title.
+        tls: speak TLS.
+        ca: PEM file of who signs its certificate; none: those the system trusts.
+        certificate: PEM file of ours, if it wants one.
+        key: PEM file of our certificate's key.
+        timeout_seconds: longest silence of the archive.
+        commitment: ask it to commit itself to keep each result, if it offers that; a result counts
+            as sent once it has.
+        commitment_seconds: longest time until its report, by our association or ``[listen]``.
+    """
+
+    title: str
+    host: str
+    port: int = Field(ge=1, le=65_535)
+    caller: str = "PLINTH"
+    tls: bool = False
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    timeout_seconds: float = Field(default=30.0, gt=0, le=3600)
+    commitment: bool = False
+    commitment_seconds: float = Field(default=60.0, gt=0, le=3600)
+
+    _check_titles = field_validator("title", "caller")(_title)
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Peer:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together")
+        if not self.tls and (self.ca or self.certificate):
+            raise ValueError("ca and certificate need tls = true")
+        return self
+
+
 class Poll(Web):
     """``[poll]``: series that match the rules are fetched.
 
@@ -187,7 +228,8 @@ class Archive(Table):
         folder: what came in, the queue and the results.
         listen: the C-STORE door; none: nobody can send.
         poll: an archive to fetch from; none: only what is sent.
-        send: where results go; none: they stay in the folder.
+        send: where results go by STOW.
+        store: where they go by C-STORE instead; neither: they stay in the folder.
         analyses: by name.
         rules: in order; a series gets each analysis that a rule gives it, once.
         max_bytes: disk that images which came in may take; beyond it senders are told to wait.
@@ -198,6 +240,7 @@ class Archive(Table):
     listen: Listen | None = None
     poll: Poll | None = None
     send: Web | None = None
+    store: Peer | None = None
     analyses: dict[str, Analysis] = Field(min_length=1)
     rules: tuple[Rule, ...] = Field(min_length=1)
     max_bytes: Bytes = Field(default=100 << 30, ge=1 << 20)
@@ -207,6 +250,8 @@ class Archive(Table):
     def _whole(self) -> Archive:
         if self.listen is None and self.poll is None:
             raise ValueError("nothing can come in: add [listen] or [poll]")
+        if self.send is not None and self.store is not None:
+            raise ValueError("results go to one archive: give [send] or [store], not both")
         for rule in self.rules:
             if rule.analysis not in self.analyses:
                 raise ValueError(
@@ -246,6 +291,8 @@ def _tables(data: dict[str, Any]) -> list[tuple[dict[str, Any], tuple[str, ...]]
     for name in ("poll", "send"):
         if isinstance(data.get(name), dict):
             found.append((data[name], ("ca",)))
+    if isinstance(data.get("store"), dict):
+        found.append((data["store"], ("ca", "certificate", "key")))
     listen = data.get("listen")
     if isinstance(listen, dict) and isinstance(listen.get("tls"), dict):
         found.append((listen["tls"], ("certificate", "key", "client_ca")))

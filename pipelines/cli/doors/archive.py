@@ -78,7 +78,12 @@ def _said(settings: Archive, port: int | None, metrics: str | None) -> None:
         say(f"listening as {settings.listen.title} on {settings.listen.host}:{port} to {who}")
     if settings.poll is not None:
         say(f"fetching from {settings.poll.url} every {settings.poll.every_seconds:g} s")
-    say(f"results go to {settings.send.url if settings.send else settings.folder}")
+    to = str(settings.folder)
+    if settings.send is not None:
+        to = settings.send.url
+    elif settings.store is not None:
+        to = f"{settings.store.title} at {settings.store.host}:{settings.store.port} by C-STORE"
+    say(f"results go to {to}")
     if metrics is not None:
         say(f"metrics: {metrics}")
 

@@ -26,9 +26,12 @@ if not os.environ.get("PLINTH_REQUIRE_EXTRAS"):
 from commands import Command
 
 from plinth.engine import Engine
+from plinth.pipelines.archive.dicomweb import Unreachable
+from plinth.pipelines.archive.dimse import DicomPeer
+from plinth.pipelines.archive.listener import Listener
 from plinth.pipelines.archive.queue import Queue, connected, status_of
 from plinth.pipelines.archive.service import Service
-from plinth.pipelines.archive.settings import Archive
+from plinth.pipelines.archive.settings import Archive, Listen, Peer
 from plinth.verticals import registry
 
 pytestmark = [
@@ -94,6 +97,16 @@ def listening(orthanc: Orthanc) -> dict[str, Any]:
     return {"port": port_of(orthanc), "callers": ["ORTHANC"], "quiet_seconds": 4.0}
 
 
+def peer_of(orthanc: Orthanc) -> dict[str, Any]:
+    """How results go to it by C-STORE."""
+    return {
+        "title": "ORTHANC",
+        "host": "127.0.0.1",
+        "port": orthanc.dicom_port,
+        "commitment": True,
+    }
+
+
 def uid(files: list[Path]) -> str:
     return str(dcmread(files[0], specific_tags=["StudyInstanceUID"]).StudyInstanceUID)
 
@@ -101,6 +114,7 @@ def uid(files: list[Path]) -> str:
 def test_a_study_that_an_archive_has_is_fetched_and_one_that_no_rule_wants_is_not(
     orthanc: Orthanc, tmp_path: Path
 ) -> None:
+    """Results go back by C-STORE, and count as sent once the archive has committed itself."""
     files, other = study(tmp_path / "study", seed=2), study(tmp_path / "other", seed=3)
     for path in other:
         image = dcmread(path)
@@ -109,7 +123,8 @@ def test_a_study_that_an_archive_has_is_fetched_and_one_that_no_rule_wants_is_no
     orthanc.upload(files)
     orthanc.upload(other)
     table = {"url": orthanc.web, "days": 0, "every_seconds": 0.5, "quiet_seconds": 0.5}
-    wanted = settings(tmp_path / "archive", poll=table, send={"url": orthanc.web})
+    door = {**listening(orthanc), "quiet_seconds": 0.5}
+    wanted = settings(tmp_path / "archive", poll=table, listen=door, store=peer_of(orthanc))
     rules = [{"analysis": "lungs", "description": ["*", "!topogram"], "modality": "CT"}]
     wanted = Archive.model_validate({**wanted.model_dump(), "rules": rules})
     with service(wanted) as queue:
@@ -123,6 +138,37 @@ def test_a_study_that_an_archive_has_is_fetched_and_one_that_no_rule_wants_is_no
         assert result.get("FrameOfReferenceUID", source.FrameOfReferenceUID) == (
             source.FrameOfReferenceUID
         )
+
+
+def test_an_object_is_stored_once_and_the_archive_commits_itself(
+    orthanc: Orthanc, tmp_path: Path
+) -> None:
+    """By C-FIND, C-STORE and storage commitment, whose report comes by the door."""
+    files = study(tmp_path / "study", seed=5, shape=(20, 20, 3), spacing=(17.0, 17.0, 60.0))
+    image = dcmread(files[0])
+    names = (image.StudyInstanceUID, image.SeriesInstanceUID, image.SOPInstanceUID)
+    peer = DicomPeer(Peer.model_validate(peer_of(orthanc)))
+    with Listener(Listen.model_validate(listening(orthanc)), put_nowhere, peer.reported):
+        assert not peer.has(*names)
+        for _ in range(2):  # as after an answer that was lost
+            peer.store(files[0].read_bytes())
+        assert peer.has(*names)
+        assert orthanc.modalities(names[0]) == {"CT": 1}
+        peer.confirm(image.SOPClassUID, names[2])
+        other = dcmread(files[1]).SOPInstanceUID
+        with pytest.raises(Unreachable, match="does not commit itself"):
+            peer.confirm(image.SOPClassUID, other)
+    alone = DicomPeer(Peer.model_validate({**peer_of(orthanc), "commitment_seconds": 0.2}))
+    with pytest.raises(Unreachable, match="no report on storage commitment came in time"):
+        alone.confirm(image.SOPClassUID, names[2])
+    closed = DicomPeer(Peer.model_validate({**peer_of(orthanc), "port": free_port()}))
+    with pytest.raises(Unreachable, match="is not there"):
+        closed.store(files[0].read_bytes())
+
+
+def put_nowhere(study: str, image: str, content: bytes) -> None:
+    """Nothing is sent here."""
+    raise AssertionError
 
 
 class Lossy(BaseHTTPRequestHandler):

@@ -105,9 +105,16 @@ def test_the_example_is_whole_and_its_paths_start_from_its_folder(tmp_path: Path
 
 def test_the_file_of_the_page_is_whole(tmp_path: Path) -> None:
     page = Path(__file__).resolve().parents[3] / "docs" / "archive.md"
-    text = page.read_text().partition("```toml\n")[2].partition("```")[0]
-    (tmp_path / "archive.toml").write_text(text)
-    assert [rule.analysis for rule in read(tmp_path / "archive.toml").rules] == ["lungs", "spleen"]
+    whole, store = (part.partition("```")[0] for part in page.read_text().split("```toml\n")[1:])
+    path = tmp_path / "archive.toml"
+    path.write_text(whole)
+    assert [rule.analysis for rule in read(path).rules] == ["lungs", "spleen"]
+    send = re.search(r"\[send\].*?\n\n", whole, re.DOTALL)
+    assert send is not None
+    path.write_text(whole.replace(send[0], store))
+    found = read(path)
+    assert found.store is not None
+    assert (found.send, found.store.title, found.store.commitment) == (None, "PACS", True)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +126,11 @@ def test_the_file_of_the_page_is_whole(tmp_path: Path) -> None:
         ('callers = ["ORTHANC"]', 'callers = ["A\\\\B"]', "expected an AE title"),
         ('title = "PLINTH"', 'title = "SEVENTEEN LETTERS"', "expected an AE title"),
         ("port = 11112", "port = 70000", "listen.port"),
+        (
+            "[analyses.lungs]",
+            "[store]\ntitle = 'A'\nhost = 'b'\nport = 104\n[analyses.lungs]",
+            r"give \[send\] or \[store\], not both",
+        ),
         ("days = 2 ", "days = -1 ", "poll.days"),
         ('url = "http://127.0.0.1:8042/dicom-web"\nevery', 'url = "pacs"\nevery', "poll.url"),
         ("[analyses.lungs]", "[analyses.lungs", "archive.toml"),
