@@ -17,7 +17,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,8 +50,8 @@ from plinth.pipelines.observability.tracing import Begun
 from plinth.verticals import Item, LeftOut, Vertical
 
 AGAIN = "make room or change the permissions, then run it again: it goes on"
-MAX_NUMBERS = 200
-"""Numbers of one result that the cohort's table shows."""
+MAX_COLUMNS = 16_384
+"""Columns of the cohort's table: as many as a spreadsheet opens."""
 COLUMNS = ("id", "state", "source", "files", "seconds", "reason", "message")
 LEFT_OUT = ".partial-left-out.csv"
 """Rows of files that are no item, until they become part of the cohort's table."""
@@ -130,20 +130,32 @@ class Summary:
             "failures": [{"id": entry.id, **(entry.error or {})} for entry in self.failed],
         }
 
-    def cohort(self) -> str:
-        """A table as CSV: each item, its state, its source, and the numbers of its result."""
-        entries = [self.entries.get(name) for name in self.states]
-        numbers = sorted({key for entry in entries if entry for key in entry.numbers})
-        rows: list[list[Any]] = [[*COLUMNS, *numbers]]
-        for (name, state), entry in zip(self.states.items(), entries, strict=True):
+    def cohort(self, numbers: Callable[[str], Mapping[str, float]]) -> Iterator[str]:
+        """A table as CSV, line by line: each item, its state, its source, its result's numbers.
+
+        Args:
+            numbers: those of an item's result by name; asked for twice and never kept.
+        """
+        names: set[str] = set()
+        for name in self.states:
+            for key in numbers(name):
+                if len(names) < MAX_COLUMNS - len(COLUMNS):
+                    names.add(key)
+        columns = sorted(names)
+        yield _row([*COLUMNS, *columns])
+        for name, state in self.states.items():
+            entry = self.entries.get(name)
             error = (entry and entry.error) or {}
             source, files = self.sources.get(name, ("", 0))
-            cells = [name, state, source, files, entry and round(entry.seconds, 3)]
-            told = (error.get("reason"), error.get("message"))
-            cells += told if state != "skipped" else ("done_before", "done by an earlier run")
-            cells += [entry.numbers.get(key) if entry else None for key in numbers]
-            rows.append(cells)
-        return "".join(map(_row, rows))
+            found = numbers(name)
+            more = len(found.keys() - names)
+            reason, message = error.get("reason"), error.get("message")
+            if state == "skipped":
+                reason, message = "done_before", "done by an earlier run"
+            if more:
+                message = f"{more} more numbers stand in its own files alone"
+            cells = [name, state, source, files, entry and round(entry.seconds, 3), reason, message]
+            yield _row([*cells, *map(found.get, columns)])
 
 
 class Batch:
@@ -224,7 +236,7 @@ class Batch:
                 replace_file(self.out / "failed.jsonl", b"")
                 with os.fdopen(_owners_file(self.out / LEFT_OUT), "w") as left_out:
                     self._work_all(self._open_items(journal, left_out), journal)
-                self._finish(started)
+                self._finish(started, journal)
         except StorageError as error:
             self._broken = error
         except OSError as error:
@@ -353,13 +365,14 @@ class Batch:
         with self._lock, storing(), (self.out / "failed.jsonl").open("ab") as file:
             file.write(_failed_line(entry))
 
-    def _finish(self, started: float) -> None:
+    def _finish(self, started: float, journal: Journal) -> None:
         self.summary.seconds = time.perf_counter() - started
         self.summary.interrupted = self._stop.is_set()
         replace_file(self.out / "failed.jsonl", b"".join(map(_failed_line, self.summary.failed)))
         left_out = self.out / LEFT_OUT
         with left_out.open("rb") as rows:
-            table = itertools.chain((self.summary.cohort().encode(),), rows)
+            items = (row.encode() for row in self.summary.cohort(journal.numbers))
+            table = itertools.chain(items, rows)
             replace_file(self.out / "cohort.csv", table, mode=0o600)
         left_out.unlink()
         replace_file(
@@ -380,12 +393,11 @@ def check_folders(folder: Path, out: Path) -> None:
 
 
 def _success(done: Finished) -> dict[str, Any]:
-    numbers = list(_numbers(orjson.loads(done.encoded), ""))[:MAX_NUMBERS]
     return {
         "state": "done",
         "seconds": done.seconds,
         "files": done.files,
-        "numbers": dict(numbers),
+        "numbers": dict(_numbers(orjson.loads(done.encoded), "")),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -27,7 +27,8 @@ class Entry:
         seconds: how long it took.
         files: written files, relative to the item's output folder.
         facts: what the vertical says of the item, without personal data.
-        numbers: the numbers of the result by dotted name.
+        numbers: the numbers of the result by dotted name; on disk alone, see
+            :meth:`Journal.numbers`.
         error: the failure as ``PlinthError.as_dict()``.
         at: when, seconds since the epoch.
     """
@@ -47,6 +48,9 @@ class Entry:
 class Journal:
     """An append-only file that survives being killed at any byte.
 
+    ``entries`` has the latest word on each item, without the numbers of its result: of a cohort
+    they would fill the memory.
+
     Args:
         folder: the batch's output folder; the journal is ``journal.jsonl`` in it.
 
@@ -65,20 +69,21 @@ class Journal:
             raise ConfigError(
                 f"another run is writing to {folder}", hint="wait for it, or choose another --out"
             ) from None
+        self.entries: dict[str, Entry] = {}
+        self._places: dict[str, int] = {}
         try:
-            self.entries = self._read()
+            self._read()
         except PlinthError:
             self._file.close()
             raise
 
-    def _read(self) -> dict[str, Entry]:
+    def _read(self) -> None:
         self._file.seek(0)
-        data = self._file.read()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):  # the last line was being written when the run was killed
-            self._file.truncate(whole)
-        entries = {}
-        for number, line in enumerate(data[:whole].splitlines(), 1):
+        place = 0
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n"):  # it was being written when the run was killed
+                self._file.truncate(place)
+                return
             try:
                 entry = Entry(**orjson.loads(line))
             except (orjson.JSONDecodeError, TypeError):
@@ -86,15 +91,28 @@ class Journal:
                     f"{self.path}:{number}: this line is damaged",
                     hint="remove the line to have its item run again",
                 ) from None
-            entries[entry.id] = entry
-        return entries
+            self._keep(entry, place)
+            place += len(line)
+
+    def _keep(self, entry: Entry, place: int) -> None:
+        self.entries[entry.id] = replace(entry, numbers={})
+        self._places[entry.id] = place
 
     def add(self, entry: Entry) -> None:
         """Append an entry; when this returns, it is on disk."""
+        place = self._file.seek(0, os.SEEK_END)
         self._file.write(orjson.dumps(asdict(entry)) + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.entries[entry.id] = entry
+        self._keep(entry, place)
+
+    def numbers(self, item: str) -> dict[str, float]:
+        """The numbers of an item's latest result, read from the file; none if it has no entry."""
+        if item not in self._places:
+            return {}
+        self._file.seek(self._places[item])
+        found: dict[str, float] = orjson.loads(self._file.readline())["numbers"]
+        return found
 
     def close(self) -> None:
         """Let go of the file and its lock."""

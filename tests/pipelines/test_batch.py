@@ -24,6 +24,7 @@ from tiny_verticals import GATE, Gate, Page, Shelf, install
 from plinth.engine import ConfigError, Engine, Flow, InputError, PlinthError
 from plinth.pipelines.assembly import build_engine
 from plinth.pipelines.config.settings import Config
+from plinth.pipelines.folders import batch as batch_module
 from plinth.pipelines.folders.batch import Batch, Progress, Summary
 from plinth.pipelines.folders.journal import Journal
 from plinth.pipelines.folders.storage import write_whole
@@ -275,6 +276,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def _table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text())))
+
+
 # -- odd names, odd items --------------------------------------------------------------------
 
 
@@ -289,7 +294,7 @@ def test_any_name_of_a_file_is_an_item_like_others(engine: Engine, tmp_path: Pat
     assert summary.count("done") == len(ODD_NAMES)
     assert summary.exit_code == 0
     assert run(engine, folder, out).count("skipped") == len(ODD_NAMES)
-    rows = list(csv.DictReader(io.StringIO((out / "cohort.csv").read_text())))
+    rows = _table(out / "cohort.csv")
     assert {row["source"] for row in rows} >= {"\\udce9tude.txt", "患者甲/IM 1.txt", "x/a.txt"}
     assert "'=cmd()|x.txt" in {row["source"] for row in rows}
     twice = {float(row["twice"]): row["id"] for row in rows}
@@ -316,12 +321,41 @@ def test_the_cohort_leads_from_results_and_failures_to_files(
     run(engine, shelf, tmp_path / "out")
     table = tmp_path / "out" / "cohort.csv"
     assert table.stat().st_mode & 0o777 == 0o600
-    rows = {row["id"]: row for row in csv.DictReader(io.StringIO(table.read_text()))}
+    rows = {row["id"]: row for row in _table(table)}
     assert list(rows) == ["a", "b", "c", "d"]
     assert rows["a"]["source"] == "a.txt"
     assert float(rows["d"]["twice"]) == 8.0
     assert (rows["b"]["state"], rows["b"]["message"]) == ("failed", "b: expected a number")
     assert _lines(tmp_path / "out" / "failed.jsonl")[0]["step"] == "reading the files"
+
+
+def test_every_number_of_a_result_has_its_column_and_none_stays_in_memory(
+    engine: Engine, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5,000 numbers of each item; where a table has fewer columns, the rest is told."""
+
+    class Thorough(Shelf):
+        def infer(self, requests: Sequence[tuple[str, float]]) -> Flow[list[Page | InputError]]:
+            pages = yield from super().infer(requests)
+            for page in pages:
+                assert isinstance(page, Page)
+                page.found += [{"key": f"n{k}", "value": page.twice + k} for k in range(5000)]
+            return pages
+
+    out = tmp_path / "out"
+    batch = Batch(Thorough(), engine, shelf, out)
+    batch.run()
+    rows = {row["id"]: row for row in _table(out / "cohort.csv")}
+    for name, twice in (("a", 2.0), ("d", 8.0)):
+        numbers = [float(rows[name][f"found.n{k}"]) for k in range(5000)]
+        assert numbers == [twice + k for k in range(5000)]
+    assert rows["b"]["found.n0"] == rows["a"]["message"] == ""
+    assert not any(entry.numbers for entry in batch.summary.entries.values())
+    monkeypatch.setattr(batch_module, "MAX_COLUMNS", 3000)
+    Batch(Thorough(), engine, shelf, out).run()
+    rows = {row["id"]: row for row in _table(out / "cohort.csv")}
+    assert len(rows["a"]) == 3000
+    assert rows["a"]["message"] == "2009 more numbers stand in its own files alone"
 
 
 def test_the_first_result_does_not_wait_for_the_last_file(
@@ -355,7 +389,7 @@ def test_files_that_are_no_item_stand_in_the_cohort_with_their_reason(
 
     out = tmp_path / "out"
     summary = Batch(Wary(), engine, shelf, out).run()
-    rows = list(csv.DictReader(io.StringIO((out / "cohort.csv").read_text())))
+    rows = _table(out / "cohort.csv")
     assert (out / "cohort.csv").stat().st_mode & 0o777 == 0o600
     states = Counter(row["state"] for row in rows)
     assert [row["found.number"] for row in rows if row["state"] == "done"] == ["1.0", "4.0"]
@@ -389,7 +423,7 @@ def test_an_item_that_was_told_too_early_is_done_again_in_its_place(
         assert summary.states == {"d": "done"}
         assert not (out / "a").exists()
         assert (out / "d" / "twice.txt").read_text() == "8.0\n"
-        (row,) = csv.DictReader(io.StringIO((out / "cohort.csv").read_text()))
+        (row,) = _table(out / "cohort.csv")
         assert row["files"] == "2"
 
 
