@@ -12,6 +12,7 @@ from typing import Any
 import highdicom
 import pydicom
 import pytest
+from scipy import ndimage
 
 from plinth.verticals.contract import WithArtefacts
 from plinth.verticals.medical.phantom.chest import Phantom
@@ -19,7 +20,7 @@ from plinth.verticals.medical.phantom.dicom import write_series
 from plinth.verticals.medical.vertical import CtAnalysis, CtSettings
 from plinth.verticals.testing import feed
 
-NO_NUMBERS = ("title", "unit", "voxels", "values")
+NO_NUMBERS = ("title", "unit", "voxels", "values", "uncertainty")
 SMALL = {"shape": (76, 64, 48), "spacing": (4.6, 4.5, 4.5)}
 
 
@@ -76,6 +77,49 @@ def test_every_number_of_the_report_reads_back_with_its_unit(outputs: Path) -> N
     assert set(report["structures"]) == {"lung_right", "lung_left"}
     withheld = {f["key"] for f in report["findings"] if f["value"] is None}
     assert "lungs_laa950" in withheld, "indices of a sharp kernel are withheld"
+
+
+def test_volumes_diameters_and_means_say_how_far_they_may_be_off(outputs: Path) -> None:
+    """By TID 310, in the unit of the measurement; half of the voxels with a face on the surface."""
+    report = json.loads((outputs / "report.json").read_text())
+    right = report["structures"]["lung_right"]
+    names = {
+        "volume_ml": "Volume from Voxel Summation",
+        "mesh_volume_ml": "Volume of Mesh",
+        "diameter_mm": "Maximum 3D Diameter of a Mesh",
+        "diameter_slice_mm": "Maximum diameter in one slice",
+        "diameter_column_mm": "Maximum diameter at one row index",
+        "diameter_row_mm": "Maximum diameter at one column index",
+        "mean": "Mean intensity",
+    }
+    assert right["uncertainty"].keys() == names.keys()
+    group = next(
+        one
+        for one in groups_of(outputs / "measurements.dcm")
+        if one.tracking_identifier == "Right lung"
+    )
+    read = {}
+    for measured in group.get_measurements():
+        item = measured[0]
+        told = {
+            inner.name.value: inner
+            for inner in item.get("ContentSequence", [])
+            if inner.RelationshipType == "HAS PROPERTIES"
+        }
+        if told:
+            upper, lower = told["371886008"], told["371885007"]
+            assert upper.unit == lower.unit == measured.unit
+            read[measured.name.meaning] = {"lower": lower.value, "upper": upper.value}
+    assert read == {names[key]: apart for key, apart in right["uncertainty"].items()}
+    seg = highdicom.seg.segread(outputs / "segmentation.dcm")
+    inside = seg.get_volume(segment_numbers=[1], combine_segments=True).array > 0
+    ball = ndimage.generate_binary_structure(3, 1)
+    inner = inside & ~ndimage.binary_erosion(inside, ball, border_value=1)
+    outer = ndimage.binary_dilation(inside, ball) & ~inside
+    voxel = right["volume_ml"] / right["voxels"]
+    assert right["uncertainty"]["volume_ml"] == pytest.approx(
+        {"lower": inner.sum() / 2 * voxel, "upper": outer.sum() / 2 * voxel}, rel=1e-6
+    )
 
 
 def test_each_lung_refers_to_its_segment(outputs: Path) -> None:

@@ -299,13 +299,16 @@ def echoes(write: Write, edit: Edit, change: Callable[[pydicom.Dataset, int], No
     return folder
 
 
-def test_phases_are_split_by_what_tells_them_apart(write: Write, edit: Edit, expected: Any) -> None:
-    def mark(image: pydicom.Dataset, k: int) -> None:
-        image.TemporalPositionIdentifier = 1 + k // 10
-
-    folder = echoes(write, edit, mark)
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("TemporalPositionIdentifier", (1, 2)), ("TriggerTime", ("82.5", "410"))],
+)
+def test_phases_are_split_by_what_tells_them_apart(
+    write: Write, edit: Edit, expected: Any, name: str, values: tuple[Any, Any]
+) -> None:
+    folder = echoes(write, edit, lambda image, k: setattr(image, name, values[k // 10]))
     first, second = sorted(discover(folder), key=lambda one: one.part or "")
-    assert first.part == "part 1 of 2 by TemporalPositionIdentifier"
+    assert first.part == f"part 1 of 2 by {name}"
     assert first.id != second.id
     assert np.array_equal(load_volume(first, strict=True).voxels, expected(seed=1))
     assert np.array_equal(load_volume(second, strict=True).voxels, expected(seed=2))

@@ -139,6 +139,8 @@ def write_seg(found: Segmentation, path: Path, kind: SegType) -> None:
             ),
             algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=algorithm,
+            tracking_id=recipe.labels[value][:64],
+            tracking_uid=highdicom.UID(),
         )
         for number, value in enumerate(present, 1)
     ]
@@ -149,7 +151,8 @@ def write_seg(found: Segmentation, path: Path, kind: SegType) -> None:
 def _table(report: CtReport, found: Segmentation) -> str:
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
-    sizes = [name for name in Measured.model_fields if name not in ("title", "unit", "values")]
+    others = ("title", "unit", "values", "uncertainty")
+    sizes = [name for name in Measured.model_fields if name not in others]
     statistics = [field.name for field in fields(ValueStatistics)]
     how = ["computed_in", "worst_dice"]
     rows.writerow(["study", "series", "label", "name", *sizes, "unit", *statistics, *how])

@@ -169,13 +169,13 @@ def _description(label: int, number: int, report: CtReport) -> Any:
     network = report.network
     if label in (LUNG_RIGHT, LUNG_LEFT):
         right = label == LUNG_RIGHT
-        name, tracking = ("Right lung" if right else "Left lung"), None
+        name = "Right lung" if right else "Left lung"
         category = codes.SCT.AnatomicalStructure
         kind = highdicom.sr.CodedConcept("3341006" if right else "44029006", "SCT", name)
         method, version = RULES, __version__
         family = codes.DCM.MorphologicalOperations
     elif label >= NODULE and network is not None:
-        name = tracking = f"Nodule candidate {label - NODULE + 1}"
+        name = f"Nodule candidate {label - NODULE + 1}"
         category, kind = codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Nodule
         method, version = f"Plinth {network.name}", network.version
         family = codes.DCM.ArtificialIntelligence
@@ -190,6 +190,6 @@ def _description(label: int, number: int, report: CtReport) -> Any:
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
             name=method, version=version, family=family
         ),
-        tracking_id=tracking,
-        tracking_uid=highdicom.UID() if tracking else None,
+        tracking_id=name,
+        tracking_uid=highdicom.UID(),
     )

@@ -17,10 +17,12 @@ from plinth.verticals.medical.output.derived import (
     source_headers,
 )
 from plinth.verticals.medical.output.report import RESEARCH_USE, CtReport
-from plinth.verticals.medical.volumes.measured import Measured
+from plinth.verticals.medical.volumes.measured import Measured, Range
 from plinth.verticals.medical.volumes.volume import Volume
 
 SCHEME = "99PLINTH"
+LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.7"
+"""Label Map Segmentation Storage."""
 UCUM = {
     "mL": ("mL", "milliliter"),
     "mm": ("mm", "millimeter"),
@@ -73,8 +75,10 @@ def write_measurements(
     """Write every measured number as a measurement of a Comprehensive 3D SR.
 
     Each structure refers to its segment; what has none is a group of measurements of the source
-    images. Values that were withheld are left out. The file carries the patient's identity, as the
-    archive needs it.
+    images. A structure in a label map refers to the whole map and carries the Tracking UID of its
+    segment: validators and viewers of 2026 do not take segment numbers in references to that class.
+    Values that were withheld are left out. The file carries the patient's identity, as the archive
+    needs it.
 
     Args:
         report: the numbers.
@@ -150,8 +154,11 @@ def _parts(report: CtReport) -> list[tuple[str, str, list[Any]]]:
 
 
 def _of_structure(structure: Measured) -> list[Any]:
+    apart = structure.uncertainty
     numbers = [
-        _measurement(key.partition("_mm")[0], meaning, getattr(structure, key), unit, code)
+        _measurement(
+            key.partition("_mm")[0], meaning, getattr(structure, key), unit, code, apart.get(key)
+        )
         for key, (unit, code, meaning) in SIZES.items()
     ]
     numbers += [
@@ -161,6 +168,7 @@ def _of_structure(structure: Measured) -> list[Any]:
             getattr(structure.values, key),
             OWN_UNIT.get(key, structure.unit),
             code,
+            apart.get(key),
         )
         for key, (code, meaning) in STATISTICS.items()
     ]
@@ -179,30 +187,42 @@ def _group(
     from highdicom import sr
 
     how = [f"computed by {report.plan['computed']}"] if "computed" in report.plan else []
+    segment = _segment(seg, title)
     common: dict[str, Any] = {
-        "tracking_identifier": sr.TrackingIdentifier(uid=_uid(), identifier=title),
+        "tracking_identifier": sr.TrackingIdentifier(
+            uid=segment.TrackingUID if segment is not None else _uid(), identifier=title
+        ),
         "finding_type": _concept(part, title),
         "measurements": numbers,
         "algorithm_id": sr.AlgorithmIdentification(
             name=model, version=__version__, parameters=[RESEARCH_USE, *how, *report.warnings]
         ),
     }
-    number = _segment_number(seg, title)
-    if seg is None or number is None:
-        first = sr.SourceImageForMeasurementGroup.from_source_image(sources[0])
-        return sr.MeasurementsAndQualitativeEvaluations(**common, source_images=[first])
+    if seg is None or segment is None or seg.SOPClassUID == LABEL_MAP:
+        images = [sr.SourceImageForMeasurementGroup.from_source_image(sources[0])]
+        if seg is not None and segment is not None:
+            whole = sr.SourceImageForMeasurementGroup(seg.SOPClassUID, seg.SOPInstanceUID)
+            images.append(whole)
+        return sr.MeasurementsAndQualitativeEvaluations(**common, source_images=images)
     return sr.VolumetricROIMeasurementsAndQualitativeEvaluations(
         **common,
         referenced_segment=sr.ReferencedSegment(
             sop_class_uid=seg.SOPClassUID,
             sop_instance_uid=seg.SOPInstanceUID,
-            segment_number=number,
+            segment_number=int(segment.SegmentNumber),
             source_series=sr.SourceSeriesForSegmentation(sources[0].SeriesInstanceUID),
         ),
     )
 
 
-def _measurement(kind: str, meaning: str, value: float, unit: str, ibsi: str = "") -> Any:
+def _measurement(
+    kind: str,
+    meaning: str,
+    value: float,
+    unit: str,
+    ibsi: str = "",
+    apart: Range | None = None,
+) -> Any:
     from highdicom import sr
     from highdicom.sr import CodedConcept
     from pydicom.sr.codedict import codes
@@ -212,17 +232,30 @@ def _measurement(kind: str, meaning: str, value: float, unit: str, ibsi: str = "
         known["volume"] = codes.SCT.Volume
     name = CodedConcept(ibsi, "IBSI", meaning) if ibsi else None
     code, spelled = UCUM.get(unit, ("[arb'U]", "arbitrary unit"))
+    in_unit = CodedConcept(code, "UCUM", spelled)
     return sr.Measurement(
         name=name or known.get(kind) or _concept(kind, meaning),
         value=value,
-        unit=CodedConcept(code, "UCUM", spelled),
+        unit=in_unit,
+        properties=None if apart is None else _uncertainty(apart, in_unit),
     )
 
 
-def _segment_number(seg: Dataset | None, label: str) -> int | None:
+def _uncertainty(apart: Range, unit: Any) -> Any:
+    """Upper and lower range of uncertainty (TID 310), in the unit of the measurement."""
+    from highdicom import sr
+
+    properties = sr.MeasurementProperties(
+        upper_measurement_uncertainty=apart.upper, lower_measurement_uncertainty=apart.lower
+    )
+    for item in properties:  # highdicom writes them without a unit
+        item.MeasuredValueSequence[0].MeasurementUnitsCodeSequence = [unit]
+    return properties
+
+
+def _segment(seg: Dataset | None, label: str) -> Dataset | None:
     segments = seg.SegmentSequence if seg is not None else []
-    found = (int(one.SegmentNumber) for one in segments if one.SegmentLabel == label[:64])
-    return next(found, None)
+    return next((one for one in segments if one.SegmentLabel == label[:64]), None)
 
 
 def _concept(value: str, meaning: str) -> Any:

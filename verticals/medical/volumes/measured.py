@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 
@@ -10,11 +11,33 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 from scipy import ndimage
 
-from plinth.verticals.medical.volumes.shape import ValueStatistics, shape_of, values_of
+from plinth.verticals.medical.volumes.shape import (
+    Mask,
+    Shape,
+    ValueStatistics,
+    shape_of,
+    values_of,
+)
 from plinth.verticals.medical.volumes.volume import Volume
+
+Voxels = npt.NDArray[np.generic]
 
 DIGITS = 7
 """Significant digits of what is told."""
+
+
+class Range(BaseModel):
+    """How far a measured value may be off, in its own unit.
+
+    Args:
+        lower: below it.
+        upper: above it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lower: float
+    upper: float
 
 
 class Measured(BaseModel):
@@ -33,6 +56,11 @@ class Measured(BaseModel):
         diameter_column_mm: the largest at one row index.
         diameter_row_mm: the largest at one column index.
         values: statistics of its voxels' values, in ``unit``.
+        uncertainty: by name, of volumes, diameters and the mean: what half a voxel at the surface
+            makes. Whether a voxel at the surface belongs to the structure is known to half of it:
+            volumes lose or gain half of the voxels that have a face on the other side, the mean
+            is taken again with these counted half, and a diameter ends half a voxel away at
+            either end. It says nothing of whether the structure is the right one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +77,7 @@ class Measured(BaseModel):
     diameter_column_mm: float
     diameter_row_mm: float
     values: ValueStatistics
+    uncertainty: dict[str, Range]
 
 
 def measured(
@@ -69,16 +98,19 @@ def measured(
     for label, (key, title) in titles.items():
         box = boxes[label - 1] if boxes else None
         if box is not None:
-            inside = labels[box] == label
-            found[key] = _measured(title, volume, inside, volume.voxels[box][inside])
+            around = tuple(
+                slice(max(0, span.start - 1), min(size, span.stop + 1))
+                for span, size in zip(box, labels.shape, strict=True)
+            )
+            found[key] = _measured(title, volume, labels[around] == label, volume.voxels[around])
     return found
 
 
-def _measured(
-    title: str, volume: Volume, inside: npt.NDArray[np.bool_], values: npt.NDArray[np.generic]
-) -> Measured:
+def _measured(title: str, volume: Volume, inside: Mask, voxels: Voxels) -> Measured:
     shape = shape_of(inside, volume.spacing)
-    statistics = {name: _rounded(value) for name, value in asdict(values_of(values)).items()}
+    statistics = {
+        name: _rounded(value) for name, value in asdict(values_of(voxels[inside])).items()
+    }
     return Measured(
         title=title,
         unit=volume.series.units,
@@ -92,7 +124,64 @@ def _measured(
         diameter_column_mm=_rounded(shape.diameter_column_mm),
         diameter_row_mm=_rounded(shape.diameter_row_mm),
         values=ValueStatistics(**statistics),
+        uncertainty={
+            name: Range(lower=_rounded(lower), upper=_rounded(upper))
+            for name, (lower, upper) in _uncertain(shape, volume, inside, voxels).items()
+        },
     )
+
+
+def _uncertain(
+    shape: Shape, volume: Volume, inside: Mask, voxels: Voxels
+) -> dict[str, tuple[float, float]]:
+    """Below and above each value that depends on where the surface lies: half a voxel."""
+    (inner, inner_sum), (outer, outer_sum) = _at_surface(inside, voxels)
+    x, y, z = volume.spacing
+    ml = x * y * z / 1000
+    total = float(voxels.sum(where=inside, dtype=np.float64))
+    mean = total / shape.voxels
+    less = (total - inner_sum / 2) / (shape.voxels - inner / 2)
+    more = (total + outer_sum / 2) / (shape.voxels + outer / 2)
+    ends = {
+        "diameter_mm": math.hypot(x, y, z),
+        "diameter_slice_mm": math.hypot(x, y),
+        "diameter_column_mm": math.hypot(x, z),
+        "diameter_row_mm": math.hypot(y, z),
+    }
+    return {
+        "volume_ml": (inner / 2 * ml, outer / 2 * ml),
+        "mesh_volume_ml": (min(inner / 2 * ml, shape.mesh_volume_mm3 / 1000), outer / 2 * ml),
+        **{name: (min(end, getattr(shape, name)), end) for name, end in ends.items()},
+        "mean": (mean - min(mean, less, more), max(mean, less, more) - mean),
+    }
+
+
+def _at_surface(inside: Mask, voxels: Voxels) -> tuple[tuple[int, float], tuple[int, float]]:
+    """Voxels with a face on the surface, inside and outside of it: how many, and their sum.
+
+    Beyond the array everything goes on as at its border: where the images end is no surface.
+    """
+    counts, sums = [0, 0], [0.0, 0.0]
+    for z, plane in enumerate(inside):
+        above, below = inside[max(0, z - 1)], inside[min(len(inside) - 1, z + 1)]
+        near, full = plane.copy(), plane.copy()
+        for to, of in _STEPS:
+            near[to] |= plane[of]
+            full[to] &= plane[of]
+        near |= above | below
+        full &= above & below
+        for side, shell in enumerate((plane & ~full, near & ~plane)):
+            counts[side] += int(np.count_nonzero(shell))
+            sums[side] += float(voxels[z][shell].sum(dtype=np.float64))
+    return (counts[0], sums[0]), (counts[1], sums[1])
+
+
+_BEFORE, _AFTER, _ALL = slice(None, -1), slice(1, None), slice(None)
+_STEPS = (
+    *((_BEFORE, _AFTER), (_AFTER, _BEFORE)),
+    *(((_ALL, _BEFORE), (_ALL, _AFTER)), ((_ALL, _AFTER), (_ALL, _BEFORE))),
+)
+"""Rows and columns of a plane, and those beside them."""
 
 
 def _rounded(value: float) -> float:
