@@ -5,18 +5,24 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 from medical.chests import chest, dicom_of
+from medical.own_networks import Blobs, write_beside, write_script
 from pydantic import ValidationError
 
-from plinth.engine import Call, InputError, ModelStore
+from plinth.engine import Call, Engine, InputError, ModelStore
+from plinth.pipelines.folders.batch import Batch
 from plinth.verticals.contract import Item, LeftOut, WithArtefacts
 from plinth.verticals.medical.phantom.chest import Phantom
 from plinth.verticals.medical.vertical import MODEL, STORE, CtAnalysis, CtSettings, StudyRequest
 from plinth.verticals.testing import check_vertical, feed
 from plinth.verticals.testing.flows import run_with_models
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
+from dicom_series import SERIES, Told, told_of
 
 pytestmark = pytest.mark.slow
 SMALL = {"shape": (76, 64, 20), "spacing": (4.6, 4.5, 4.5)}
@@ -165,6 +171,26 @@ def test_strict_refuses_what_was_repaired(tmp_path: Path) -> None:
     assert refused(CtAnalysis(CtSettings(strict=True)), tmp_path).reason == "geometry_tilt"
 
 
+# -- a network of one's own --------------------------------------------------------------------
+def test_weights_are_read_once_for_all_studies(tmp_path: Path) -> None:
+    """Once the models are there, the network's files may be gone."""
+    steps = [{"op": "orient", "codes": "RAS"}, {"op": "space", "mm": [9.0, 9.0, 10.0]}]
+    model = write_beside(tmp_path / "blobs.ts", steps=steps)
+    write_script(Blobs(), model)
+    for seed in (1, 2):
+        thin = Phantom(shape=(32, 32, 12), spacing=(11.0, 11.0, 15.0), seed=seed)
+        dicom_of(thin, tmp_path / "studies" / str(seed))
+    vertical = CtAnalysis(CtSettings(network={"model": model}))
+    with Engine(threads=1) as engine:
+        for one in vertical.models():
+            engine.add(one, batch_range=vertical.batch_range)
+        model.unlink()
+        model.with_suffix(".json").unlink()
+        batch = Batch(vertical, engine, tmp_path / "studies", tmp_path / "out")
+        assert list(batch.run().states.values()) == ["done", "done"]
+    assert len(list((tmp_path / "out").glob("*/segmentation.dcm"))) == 2
+
+
 # -- real studies ------------------------------------------------------------------------------
 def test_a_real_head_ct_gets_an_honest_report(real: Callable[[str], Path], tmp_path: Path) -> None:
     vertical = CtAnalysis(CtSettings(nodules=True))
@@ -190,23 +216,36 @@ def test_a_real_head_ct_gets_an_honest_report(real: Callable[[str], Path], tmp_p
     assert (tmp_path / "report.html").exists()
 
 
-def test_a_real_abdomen_has_no_lungs(real: Callable[[str], Path]) -> None:
+Studied = Callable[[str], Told]
+
+
+@pytest.fixture(scope="module")
+def studied(real: Callable[[str], Path]) -> Studied:
+    """What the product says of a real series, analysed once: ``studied("chest-ct-64")``."""
+    return cache(lambda name: told_of(real(name)))
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_the_page_says_of_each_real_series_what_the_product_says(
+    studied: Studied, name: str
+) -> None:
+    """What benchmarks/dicom_series.py prints."""
+    page = Path(__file__).resolve().parents[3] / "docs" / "medical.md"
+    assert studied(name).row(name) in page.read_text().splitlines()
+
+
+def test_a_real_abdomen_has_no_lungs(studied: Studied) -> None:
     """With bowel gas, and with UIDs that an anonymiser emptied."""
-    vertical = CtAnalysis()
-    (item,) = vertical.discover(real("ct-abdomen-20"))
-    (result,) = feed(vertical.infer([vertical.load(item)]))
-    assert isinstance(result, WithArtefacts)
-    assert result.response.finding("lungs_volume").value is None
-    assert any("UID are empty" in warning for warning in result.response.warnings)
+    report = studied("ct-abdomen-20").report
+    assert report is not None
+    assert report.finding("lungs_volume").value is None
+    assert any("UID are empty" in warning for warning in report.warnings)
 
 
-def test_a_real_chest_is_measured_as_far_as_its_kernel_bears(real: Callable[[str], Path]) -> None:
+def test_a_real_chest_is_measured_as_far_as_its_kernel_bears(studied: Studied) -> None:
     """A lung kernel, and a mass of 5 to 6 cm in the left upper lobe."""
-    vertical = CtAnalysis()
-    (item,) = vertical.discover(real("chest-ct-64"))
-    (result,) = feed(vertical.infer([vertical.load(item)]))
-    assert isinstance(result, WithArtefacts)
-    report = result.response
+    report = studied("chest-ct-64").report
+    assert report is not None
     assert report.finding("lungs_volume").value == pytest.approx(5720, rel=0.02)
     assert report.finding("airway_volume").value == pytest.approx(22.5, rel=0.1)
     assert report.finding("lungs_laa950").value is None
@@ -216,20 +255,16 @@ def test_a_real_chest_is_measured_as_far_as_its_kernel_bears(real: Callable[[str
     assert not any("field of view" in warning for warning in report.warnings)
 
 
-def test_a_real_mr_is_refused(real: Callable[[str], Path]) -> None:
-    error = refused(CtAnalysis(), real("t1-mr-384"))
-    assert error.reason == "no_ct"
+def test_a_real_mr_is_refused(studied: Studied) -> None:
+    assert studied("t1-mr-384").limits[0].startswith("refused (`no_ct`)")
 
 
-def test_a_real_quality_phantom_is_no_chest(real: Callable[[str], Path]) -> None:
-    vertical = CtAnalysis(CtSettings(nodules=False))
-    for item in vertical.discover(real("philips-ct-s2010-28x5mm")):
-        (answer,) = feed(vertical.infer([vertical.load(item)]))
-        if isinstance(answer, WithArtefacts):
-            assert answer.response.finding("lungs_volume").value is None
-            assert any("no lungs" in warning for warning in answer.response.warnings)
-        else:
-            assert answer.hint or answer.field
+def test_a_real_quality_phantom_is_no_chest(studied: Studied) -> None:
+    for name in ("philips-ct-s2010-28x5mm", "philips-ct-tilt-s2010"):
+        report = studied(name).report
+        assert report is not None
+        assert report.finding("lungs_volume").value is None
+        assert any("no lungs" in warning for warning in report.warnings)
 
 
 # -- memory ------------------------------------------------------------------------------------
