@@ -110,20 +110,25 @@ class Modes:
         Raises:
             ConfigError: what was named is not there, or not for this device.
         """
-        there = torch.distributed.is_available()
+        usual = _usual(device)
         if self.communication_backend == "auto":
-            if not there:
-                return None
-            return str(torch.distributed.get_default_backend_for_device(device.torch))
+            return usual
         name = self.communication_backend
-        found = there and torch.distributed.is_backend_available(name)
+        found = torch.distributed.is_available() and torch.distributed.is_backend_available(name)
         able = torch.distributed.Backend.backend_capability.get(name, []) if found else []
         if not found or (able and device.kind not in able):
-            usual = (
-                torch.distributed.get_default_backend_for_device(device.torch) if there else None
-            )
             raise ConfigError(
                 f"modes.communication_backend is {name!r}, which torch does not have for {device}",
                 hint=f"use auto, which is {usual} here",
             )
         return name
+
+
+def _usual(device: Device) -> str | None:
+    """What torch names for a device; ``None``: nothing."""
+    if not torch.distributed.is_available():
+        return None
+    try:
+        return str(torch.distributed.get_default_backend_for_device(device.torch))
+    except ValueError:  # a kind of device that none is registered for
+        return None

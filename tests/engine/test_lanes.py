@@ -62,7 +62,7 @@ def lane(request):
     made.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def held(lane: Lane):
     """A model that the lane holds."""
     loaded = load_model(net(), Sla(), HERE, LatencyModel(), batch_range=(1, 64))
