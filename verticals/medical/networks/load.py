@@ -120,7 +120,8 @@ def load_network(path: Path, *, flips: bool = False, uncertainty: bool = False) 
     try:
         if is_deepbet(path):
             (module, recipe), (first, small) = read_deepbet(path)
-            finds = _network(first, small, files_digest(path))
+            digest = hashlib.sha256(f"{small.name} {files_digest(path)}".encode()).hexdigest()
+            finds = Network(_model(_whole(first, False), small, digest), small, digest)
         elif is_bundle(path):
             module, recipe = read_bundle(path)
         elif is_nnunet(path):

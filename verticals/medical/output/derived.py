@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from pydicom import Dataset
 from pydicom.uid import (
@@ -49,8 +50,14 @@ STORAGE = {
 """SOP class of an image that does not say its own, by modality."""
 
 
+_READ: WeakKeyDictionary[Volume, tuple[Dataset, ...]] = WeakKeyDictionary()
+"""Cleaned headers by the volume that lives."""
+
+
 def source_headers(volume: Volume) -> list[Dataset]:
     """The headers of a volume's images, in slice order: all fit to refer to, the first to copy.
+
+    They are read once for all objects that are made of a volume.
 
     Where anonymisers left an identifier empty stands one made of the series' id: the same in all
     objects made of the series, in every run, and of no other series.
@@ -61,6 +68,9 @@ def source_headers(volume: Volume) -> list[Dataset]:
     Raises:
         InputError: it was not, or does not say what kind of images they are.
     """
+    kept = _READ.get(volume)
+    if kept is not None:
+        return list(kept)
     facts = volume.series
     headers = facts.headers()
     if not headers:
@@ -73,7 +83,9 @@ def source_headers(volume: Volume) -> list[Dataset]:
             header.SOPInstanceUID = generate_uid(entropy_srcs=[facts.id, str(number)])
         if not header.get("SOPClassUID"):
             header.SOPClassUID = _storage(facts.modality)
-    return [clean_header(headers[0]), *headers[1:]]
+    clean_header(headers[0])
+    _READ[volume] = tuple(headers)
+    return headers
 
 
 def absent_uids(facts: SeriesFacts) -> str:
