@@ -102,7 +102,9 @@ def monai_says(study: Path, network: nn.Module) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore")  # MONAI's own
-@pytest.mark.parametrize("kind", ["safetensors", "TorchScript"])
+@pytest.mark.parametrize(
+    "kind", ["safetensors", pytest.param("TorchScript", marks=pytest.mark.soak)]
+)
 def test_a_monai_bundle_gives_what_monai_gives(kind, study, tmp_path):
     extra("monai")
     network = own_networks.unet() if kind == "safetensors" else Blobs().eval()
@@ -169,7 +171,7 @@ def in_a_bundle(study: Path, tmp_path_factory: pytest.TempPathFactory) -> np.nda
     return labels_of(out)
 
 
-@pytest.mark.parametrize("kind", [".ts", ".pt2", ".onnx"])
+@pytest.mark.parametrize("kind", [".ts", pytest.param(".pt2", marks=pytest.mark.soak), ".onnx"])
 def test_a_file_with_its_json_gives_what_the_same_network_gives_in_a_bundle(
     kind, study, in_a_bundle, tmp_path
 ):
