@@ -334,7 +334,8 @@ class ServeConfig(Table):
     )
     state_dir: Path | None = Field(
         default=None,
-        description="folder that keeps the verticals' state from one run to the next; none: lost",
+        description="folder that keeps the verticals' state from one run to the next, after "
+        "`kill -9` too; none: lost",
     )
     web: bool = Field(default=False, description="pages for people, under `/ui`")
     upload: UploadConfig = Field(default_factory=UploadConfig)
