@@ -180,6 +180,12 @@ class EngineMetrics:
                 "plinth_batch_seconds", "Device time of one batch.", ("model",), buckets=_SECONDS
             ),
         )
+        self._weights = Gauge(
+            "plinth_model_weight_bytes",
+            "Bytes of a model's weights; 0 while it has left memory for others.",
+            ("model",),
+            registry=registry,
+        )
         self._models: dict[str, ModelMetrics] = {}
         self._outcomes: dict[tuple[str, str], Counter] = {}
         rows = Gauge(
@@ -222,6 +228,13 @@ class EngineMetrics:
             rest = (family.labels(name) for family in self._families)
             found = self._models[name] = ModelMetrics(*seconds, *rest)
         return found
+
+    def weights(self, name: str, ask: Callable[[], float] | None) -> None:
+        """Show the bytes of a model's weights; ``None``: it has gone."""
+        if ask is None:
+            self._weights.remove(name)
+        else:
+            self._weights.labels(name).set_function(ask)
 
     def promise(self, name: str, seconds: float | None) -> None:
         """Let a bucket of a model's histograms end at its promise."""

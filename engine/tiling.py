@@ -3,13 +3,16 @@
 :class:`Tiling` says how a volume is cut. :class:`WindowGrid` is the cut of one volume.
 :class:`WindowMerger` puts window outputs together again and finishes planes as the windows pass,
 so that memory for logits is flat in the depth of the volume: windows with a ``halo`` are finished
-one by one, blended ones as soon as no later window touches a plane.
+one by one, blended ones as soon as no later window touches a plane. Planes that do not fit into
+memory are made in *pieces*, strips of their rows one after the other; windows that reach into two
+strips run once for each, and every voxel gets the same sums.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -125,19 +128,43 @@ def _profile(window: int, blend: str) -> Tensor:
     return weight if blend == "floored" else weight.clamp_min(_FLOOR)
 
 
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Some rows (y) of all planes, which are finished before the next strip begins.
+
+    Args:
+        out: the rows of the result.
+        rows: the rows of the windows' volume that they are made of.
+        windows: which windows along y reach into these.
+        first: number of the first window of the strip.
+    """
+
+    out: slice
+    rows: slice
+    windows: range
+    first: int
+
+    @property
+    def height(self) -> int:
+        """Rows of the windows' volume."""
+        return int(self.rows.stop - self.rows.start)
+
+
 class WindowGrid:
-    """The windows of one volume, ordered by z, then y, then x.
+    """The windows of one volume: strip by strip, in each by z, then y, then x.
 
     Args:
         tiling: how to cut.
         shape: (Z, Y, X) voxels of the volume.
+        pieces: strips of rows that planes are made in, at most as many as there are windows along
+            y; more take less memory, and the windows that reach into two of them run twice.
 
     Raises:
         InputError: the volume has no voxels.
         ConfigError: the halo leaves nothing of a window that the volume needs several of.
     """
 
-    def __init__(self, tiling: Tiling, shape: Size) -> None:
+    def __init__(self, tiling: Tiling, shape: Size, pieces: int = 1) -> None:
         if any(size < 1 for size in shape):
             raise InputError(f"a volume of shape {shape} has no voxels", field="rows")
         self.tiling = tiling
@@ -155,16 +182,63 @@ class WindowGrid:
                 )
             starts.append(_starts(size, window, step, tiling.even))
         self.starts = tuple(starts)
+        self.strips = tuple(self._strips(min(pieces, self.max_pieces)))
+        self._firsts = [strip.first for strip in self.strips]
+
+    @property
+    def max_pieces(self) -> int:
+        """Most strips that planes can be made in; 1 where planes are never held."""
+        return 1 if self.direct else len(self.starts[1])
+
+    def _strips(self, pieces: int) -> Iterator[Strip]:
+        onto, height = self.tiling.onto, self.shape[1]
+        total, first = height if onto is None else onto.size[1], 0
+        pieces = min(pieces, total)
+        for number in range(pieces):
+            out = slice(number * total // pieces, (number + 1) * total // pieces)
+            rows = out
+            if onto is not None:  # each row lies between two of the windows' volume
+                low, _ = _neighbours(height, total, onto.first[1], onto.scale[1])
+                last = int(low[out.stop - 1]) + 2
+                rows = slice(int(low[out.start]), min(last, height))
+            if pieces == 1:
+                rows = slice(0, height)
+            spans = [self._span(at) for at in range(len(self.starts[1]))]
+            reach = [at for at, (a, b) in enumerate(spans) if a < rows.stop and b > rows.start]
+            windows = range(reach[0], reach[-1] + 1)
+            yield Strip(out, rows, windows, first)
+            first += len(self.starts[0]) * len(windows) * len(self.starts[2])
+
+    def _span(self, at: int) -> tuple[int, int]:
+        """Rows that a window along y answers for: with a halo its core."""
+        if self.tiling.exact:
+            core = self._core(1, at)
+            return core.start, core.stop
+        start = self.starts[1][at]
+        return start, start + self.tiling.window[1]
 
     def __len__(self) -> int:
-        return math.prod(len(axis) for axis in self.starts)
+        last = self.strips[-1]
+        return last.first + len(self.starts[0]) * len(last.windows) * len(self.starts[2])
+
+    def within(self, limit: int, channels: int) -> WindowGrid:
+        """The same in 1, 2, 4 ... pieces, so that the merger fits into bytes; else in the most."""
+        found, before = self, 0
+        while found.bytes(channels) > limit and len(found.strips) > before:
+            before = len(found.strips)
+            found = WindowGrid(self.tiling, self.shape, 2 * before)
+        return found
+
+    def strip(self, number: int) -> Strip:
+        """The strip that window ``number`` is of."""
+        return self.strips[bisect_right(self._firsts, number) - 1]
 
     def index(self, number: int) -> Size:
         """Which window along each axis (z, y, x) window ``number`` is."""
-        _, ys, xs = self.starts
-        number, x = divmod(number, len(xs))
-        z, y = divmod(number, len(ys))
-        return z, y, x
+        strip = self.strip(number)
+        number, x = divmod(number - strip.first, len(self.starts[2]))
+        z, y = divmod(number, len(strip.windows))
+        return z, strip.windows[y], x
 
     def corner(self, number: int) -> Size:
         """First voxel (z, y, x) of window ``number``."""
@@ -187,19 +261,22 @@ class WindowGrid:
     @property
     def direct(self) -> bool:
         """Whether a window's outputs are reduced as they come: none is added to another's."""
-        return (self.tiling.exact or len(self) == 1) and self.tiling.onto is None
+        alone = math.prod(map(len, self.starts)) == 1
+        return (self.tiling.exact or alone) and self.tiling.onto is None
 
     def bytes(self, channels: int) -> int:
         """What a merger takes for outputs of so many channels: planes not done, and the result."""
         depth, height, width = self.shape
         tiling = self.tiling
-        plane = (channels + (tiling.blend == "floored")) * height * width * 4
+        rows = max(strip.height for strip in self.strips)
+        plane = (channels + (tiling.blend == "floored")) * rows * width * 4
         slab = plane * min(tiling.window[0], depth)
         if self.direct:
             slab = 0
         size = self.shape if tiling.onto is None else tiling.onto.size
         if tiling.onto is not None:
-            slab += 3 * channels * size[1] * size[2] * 4
+            most = max(strip.out.stop - strip.out.start for strip in self.strips)
+            slab += 3 * channels * most * size[2] * 4
         result = math.prod(size) * (4 * channels if tiling.reduce == "none" else 1)
         if tiling.uncertainty:
             result += math.prod(size)
@@ -262,12 +339,14 @@ class _Reducer:
 class _Between:
     """Interpolates planes that come in order onto another grid, two of them at a time."""
 
-    def __init__(self, onto: Onto, shape: Size) -> None:
-        self.onto = onto
+    def __init__(self, onto: Onto, shape: Size, strip: Strip) -> None:
+        self._out = strip.out
         self._taps = [
             _neighbours(n, size, first, scale)
             for n, size, first, scale in zip(shape, onto.size, onto.first, onto.scale, strict=True)
         ]
+        low, share = self._taps[1]
+        self._taps[1] = low[strip.out] - strip.rows.start, share[strip.out]
         self._before = torch.empty(0)
         self._next = 0
 
@@ -283,7 +362,7 @@ class _Between:
             value = plane if at == number else self._before
             if part > 0:
                 value = torch.lerp(self._before, plane, part)
-            reducer.put(value, (self._next, whole, whole))
+            reducer.put(value, (self._next, self._out, whole))
             self._next += 1
         self._before = plane.clone()  # the slab it may lie in moves on
 
@@ -327,8 +406,8 @@ class WindowMerger:
         self._reserve = reserve
         self._holder: _Holder | None = None
         self._reducer: _Reducer | None = None
-        tiling = grid.tiling
-        self._between = None if tiling.onto is None else _Between(tiling.onto, grid.shape)
+        self._between: _Between | None = None
+        self._strip = grid.strips[0]
         self._next = 0
         self._base = 0
         self._slab = torch.empty(0)
@@ -351,6 +430,9 @@ class WindowMerger:
             if not self._slab.numel():
                 self._cut(output, reducer)
             else:
+                if self._next == self._strip.first + self._windows:
+                    self._finish(self.grid.shape[0], reducer)
+                    self._begin(self.grid.strip(self._next))
                 self._finish(self.grid.corner(self._next)[0], reducer)
                 self._add(output)
             self._next += 1
@@ -367,9 +449,23 @@ class WindowMerger:
             return {"labels": self._reducer.result, "uncertainty": self._reducer.doubt}
         return self._reducer.result
 
+    @property
+    def _windows(self) -> int:
+        """Windows of the strip."""
+        zs, _, xs = self.grid.starts
+        return len(zs) * len(self._strip.windows) * len(xs)
+
+    def _begin(self, strip: Strip) -> None:
+        """Take up a strip: nothing of it is done."""
+        shape, self._slab = self._slab.shape, torch.empty(0)
+        self._slab = torch.zeros(*shape[:2], strip.height, shape[3])
+        self._strip, self._base = strip, 0
+        onto = self.grid.tiling.onto
+        self._between = None if onto is None else _Between(onto, self.grid.shape, strip)
+
     def _allocate(self, channels: int) -> _Reducer:
         grid, tiling = self.grid, self.grid.tiling
-        depth, height, width = grid.shape
+        depth, _, width = grid.shape
         most = 255 if tiling.reduce == "threshold" else 256
         if tiling.reduce in ("argmax", "threshold") and channels > most:
             raise InputError(f"{channels} classes do not fit labels of 8 bits")
@@ -379,9 +475,10 @@ class WindowMerger:
             self._reserve(self._holder, grid, needed)
         try:
             if not grid.direct:
-                rows = min(tiling.window[0], depth)
+                planes = min(tiling.window[0], depth)
                 more = tiling.blend == "floored" and not tiling.exact  # sums of the weights
-                self._slab = torch.zeros(channels + more, rows, height, width)
+                self._slab = torch.empty(channels + more, planes, 0, width)
+                self._begin(self._strip)
             size = grid.shape if tiling.onto is None else tiling.onto.size
             self._reducer = _Reducer(tiling, size, channels)
         except (RuntimeError, MemoryError) as error:
@@ -409,18 +506,25 @@ class WindowMerger:
     def _add(self, output: Tensor) -> None:
         """Add a window to the slab: weighted, or with a halo the part it answers for."""
         tiling, (z, y, x) = self.grid.tiling, self.grid.corner(self._next)
+        top = self._strip.rows.start
         if tiling.exact:
-            core = self.grid.core(self._next)
-            inside = tuple(
-                slice(span.start - at, span.stop - at)
-                for span, at in zip(core, (z, y, x), strict=True)
+            core_z, core_y, core_x = self.grid.core(self._next)
+            low, high = max(core_y.start, top), min(core_y.stop, self._strip.rows.stop)
+            inside = (
+                slice(core_z.start - z, core_z.stop - z),
+                slice(low - y, high - y),
+                slice(core_x.start - x, core_x.stop - x),
             )
-            self._slab[(slice(None), inside[0], *core[1:])] = output[(slice(None), *inside)].float()
+            place = (slice(None), inside[0], slice(low - top, high - top), core_x)
+            self._slab[place] = output[(slice(None), *inside)].float()
             return
         window = tiling.window
-        part = self._slab[:, : self.grid.shape[0] - z, y : y + window[1], x : x + window[2]]
+        low = max(y, top)
+        part = self._slab[
+            :, : self.grid.shape[0] - z, low - top : y + window[1] - top, x : x + window[2]
+        ]
         size = part.shape[1:]
-        crop = (slice(0, size[0]), slice(0, size[1]), slice(0, size[2]))
+        crop = (slice(0, size[0]), slice(low - y, low - y + size[1]), slice(0, size[2]))
         weights = _weights(window, tiling.blend)[crop]
         part[: len(output)].addcmul_(output[(slice(None), *crop)].float(), weights)
         if len(part) > len(output):
@@ -436,7 +540,7 @@ class WindowMerger:
         raw = tiling.exact or (bare and tiling.onto is None and not tiling.uncertainty)
         floored = tiling.blend == "floored" and not tiling.exact
         sz, sy, sx = _totals(self.grid) if not raw and not floored else (torch.empty(0),) * 3
-        whole = slice(None)
+        sy, whole = sy[self._strip.rows], slice(None)
         for number in range(done):  # one by one: what is allocated on the way is one plane
             target = self._base + number
             plane = self._slab[:, number]
@@ -448,7 +552,7 @@ class WindowMerger:
             if self._between is not None:
                 self._between.put(target, plane, reducer)
             else:
-                reducer.put(plane, (target, whole, whole))
+                reducer.put(plane, (target, self._strip.out, whole))
         keep = max(self._slab.shape[1] - done, 0)
         for number in range(keep):
             self._slab[:, number] = self._slab[:, number + done]

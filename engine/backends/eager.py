@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from plinth.engine.backends.base import Availability, named
+from plinth.engine.compression.packed_layers import has_packed, unpack_layers
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
 from plinth.engine.models.binding import Binding
@@ -110,7 +111,7 @@ class TorchExecutable:
             count = len(_first(watched))
             output = named(self._spec, self._binding.call(self._compiled, watched), count)
             second = named(self._spec, self._binding.call(self._compiled, again), count)
-        kept = _storages((*_tensors(self.module), *watched.values(), *second.values()))
+        kept = _storages((*held_tensors(self.module), *watched.values(), *second.values()))
         self._copies_inputs = before != _versions(watched)
         self._copies_outputs = not kept.isdisjoint(_storages(output.values()))
         return output
@@ -123,13 +124,24 @@ class TorchExecutable:
         if self._compiled is not self.module:
             return None
         try:
-            shared = {id(tensor): tensor for tensor in _tensors(self.module)}
+            shared = {id(tensor): tensor for tensor in held_tensors(self.module)}
             module = whole_copy(self.module, shared)
         except (TypeError, RuntimeError, AttributeError) as error:
             _log.warning("model %s has one lane at a time: %s", self._spec.name, error)
             return None
+        return self.over(module)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its module runs as it is, in float32, on the host."""
+        plain = self._compiled is self.module and self.precision == "fp32"
+        return plain and self.device.kind == "cpu"
+
+    def over(self, module: nn.Module) -> TorchExecutable:
+        """The same with a module that computes the same in the place of its own."""
         other = copy.copy(self)
         other.module = other._compiled = module
+        other.report = dict(self.report)
         return other
 
     def release(self) -> bool:
@@ -162,7 +174,7 @@ def _storages(tensors: Iterable[Tensor]) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
-def _tensors(module: nn.Module) -> Iterable[Tensor]:
+def held_tensors(module: nn.Module) -> Iterable[Tensor]:
     """All tensors a module holds, those in plain attributes included."""
     yield from module.parameters()
     yield from module.buffers()
@@ -216,12 +228,14 @@ def realised(
         compiled: makes of the placed module what is called in its place.
     """
     module = in_eval_mode(model)
+    if not policy.plain:
+        module = unpacked_copy(module)
     if isinstance(module, ProgramModule) and not policy.plain:
         module = with_layers(sharing_copy(module))
     last = None if policy.plain else _run_last(model, module)
     placed = apply(module, policy, last)
     precision = "fp32" if placed is module else policy.name
-    if device.kind != "cpu" and any(True for _ in _tensors(placed)):
+    if device.kind != "cpu" and any(True for _ in held_tensors(placed)):
         placed = whole_copy(placed).to(device.torch)  # to() would move the model's own
     executable = TorchExecutable(
         backend, model, placed, device, precision, compiled(placed) if compiled else None
@@ -230,6 +244,11 @@ def realised(
     if precision != "fp32":
         executable.report["flops"] = _flops(model, placed, device)
     return executable
+
+
+def unpacked_copy(module: nn.Module) -> nn.Module:
+    """The module, or a copy whose packed layers have plain weights."""
+    return unpack_layers(sharing_copy(module)) if has_packed(module) else module
 
 
 def in_eval_mode(model: Model) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from plinth.distribution import version
 from plinth.engine.backends.base import installed
-from plinth.engine.backends.eager import in_eval_mode, stored_bytes
+from plinth.engine.backends.eager import in_eval_mode, stored_bytes, unpacked_copy
 from plinth.engine.cache import cache_folder
 from plinth.engine.errors import ModelError
 from plinth.engine.models.binding import Binding, outputs_by_name
@@ -48,7 +48,7 @@ class _Positional(nn.Module):
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.module = in_eval_mode(model)
+        self.module = unpacked_copy(in_eval_mode(model))
         self.eval()
         self._spec = model.spec
         self._binding = Binding(model.spec, model.module)

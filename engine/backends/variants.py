@@ -22,7 +22,7 @@ from plinth.engine.models.variants import Variant, Variants
 from plinth.engine.models.weights import PACKED
 from plinth.engine.precision.onnx_graph import saturates
 from plinth.engine.precision.policy import PRESETS, PrecisionPolicy
-from plinth.engine.precision.transforms import whole_copy
+from plinth.engine.precision.transforms import sharing_copy
 
 CHECKED_ROWS = 8
 DRIFT = 3.0  # times as far off on recent rows as on those it was measured on
@@ -87,7 +87,7 @@ def unpacked(model: Model, path: Path) -> Model:
     """
     if model.onnx is not None:
         raise ModelError(f"{path} holds weights of a module; {model.spec.name} is an ONNX file")
-    module = whole_copy(model.module)
+    module = sharing_copy(model.module)  # whose tensors are replaced, not written to
     weights.fill(module, path, model.spec.name, {}, narrow=True)
     return replace(model, module=module, made_from=None, variants=None)
 

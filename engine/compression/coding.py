@@ -47,7 +47,7 @@ def encode(codes: Codes, *, fast: bool = False) -> tuple[str, bytes]:
     """
     low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
     plain = "t5" if low >= -1 and high <= 1 else "i4" if low >= -8 and high <= 7 else "i8"
-    data = _plain(plain, codes.ravel())
+    data = as_plain(plain, codes.ravel())
     squeezed = [(f"{plain}z", squeeze(data))]
     if plain != "i8":  # zstd's Huffman codes one byte at a time: either may be the better byte
         squeezed.append(("i8z", squeeze(codes.tobytes())))
@@ -124,7 +124,8 @@ def _plain_bytes(layout: str, count: int) -> int:
     return {"i8": count, "i4": -(-count // 2), "t5": -(-count // 5)}.get(layout, -1)
 
 
-def _plain(layout: str, codes: Codes) -> bytes:
+def as_plain(layout: str, codes: Codes) -> bytes:
+    """Codes in a layout without coding: one (``i8``), two (``i4``) or five (``t5``) a byte."""
     if layout == "i8":
         return codes.tobytes()
     width, shift = (2, 8) if layout == "i4" else (5, 1)

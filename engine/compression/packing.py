@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -39,6 +38,7 @@ from plinth.engine.compression import coding
 from plinth.engine.compression.coding import CodingError
 from plinth.engine.errors import ModelError
 from plinth.engine.files import replace_file
+from plinth.engine.mapped import map_file
 
 MAGIC = b"PLNTPACK"
 VERSION = 1
@@ -231,13 +231,10 @@ class PackedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
-                self.size = path.stat().st_size
-                if self.size < _START.size:
-                    self._refuse(
-                        self.size, f"the file ends here, its start has {_START.size} bytes"
-                    )
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self.size = path.stat().st_size
+            if self.size < _START.size:
+                self._refuse(self.size, f"the file ends here, its start has {_START.size} bytes")
+            self._map = map_file(path)
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error}") from error
         self._bytes = memoryview(self._map)
@@ -278,6 +275,17 @@ class PackedFile:
             return self._tensor(entry, data)
         except (CodingError, ValueError) as error:
             self._refuse(entry.offset, f"tensor {name}: {error}")
+
+    def nibbles(self, name: str) -> Tensor | None:
+        """The codes of a tensor that lies there two a byte, as it lies there; else ``None``.
+
+        Raises:
+            ModelError: as :meth:`read`.
+        """
+        entry = self._entry(name)
+        if entry.kind != "coded" or entry.layout != "i4" or entry.inside:
+            return None
+        return _torch(np.frombuffer(self._data(entry), np.uint8))
 
     def dense(self, name: str) -> Tensor:
         """One tensor in the dtype of its table.

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from plinth.engine.compression import packing, pruning, quantization_aware
 from plinth.engine.compression.distillation import Distillation, apart
 from plinth.engine.compression.graph import NORMS, chains
+from plinth.engine.compression.packed_layers import unpack_layers
 from plinth.engine.compression.packing import Coded
 from plinth.engine.compression.registry import Recipe, Weight
 from plinth.engine.errors import ConfigError, InputError
@@ -114,7 +115,7 @@ class _Training:
         self.transforms = recipe.build()
         with warnings.catch_warnings():  # torch's own, of how it copies an exported program
             warnings.filterwarnings("ignore", "`isinstance", FutureWarning)
-            self.module = copy.deepcopy(module).eval()
+            self.module = unpack_layers(copy.deepcopy(module)).eval()
         with torch.no_grad():
             self.teacher = _outputs(self.forward, self.module, rows, recipe.batch)
         self.labels = labels if _has_classes(self.teacher, labels) else None

@@ -364,7 +364,7 @@ class ModelStore:
             return Model(spec, _read(path, spec), path, variants=variants)
         if _PROGRAM in data["files"]:
             return Model(spec, _read(folder / _PROGRAM, spec), variants=variants)
-        built = _build(spec, data.get("factory"))
+        built = weights.uninitialised(lambda: _build(spec, data.get("factory")))
         (file,) = data["files"]
         weights.fill(built, folder / file, name, data.get("shared") or {})
         return Model(spec, built.eval(), variants=variants)
@@ -373,6 +373,16 @@ class ModelStore:
         """Bytes of a version's file, without its variants."""
         (facts,) = self._manifest(name, self._choose(name, version))[1]["files"].values()
         return int(facts["bytes"])
+
+    def memory(self, name: str, version: str | None = None) -> int:
+        """Bytes that a version's weights take in memory while torch runs it, by its file alone.
+
+        Raises:
+            ModelError: there is no such model or version, or its file is damaged.
+        """
+        chosen = self._choose(name, version)
+        (file,) = self._manifest(name, chosen)[1]["files"]
+        return weights.held_bytes(self.root / name / chosen / file)
 
     def variants(self, name: str, version: str | None = None) -> Variants:
         """Other ways to compute a version, the newest unless one is named, and the default.

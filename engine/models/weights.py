@@ -1,21 +1,55 @@
-"""Weights on disk: safetensors with a bounded header or packed; shared tensors stored once."""
+"""Weights on disk: safetensors with a bounded header or packed; shared tensors stored once.
+
+Files are mapped into memory: weights take memory as they are read, and clean pages, which the
+system may drop. Tensors that are equal to those of another model that is loaded lie in its file.
+"""
 
 from __future__ import annotations
 
+import json
+import threading
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from plinth.engine.compression import pruning
+from plinth.engine.compression.packed_layers import pack_layers, packed_bytes
 from plinth.engine.compression.packing import PackedFile
 from plinth.engine.errors import ModelError
+from plinth.engine.mapped import Mapping, Pages, map_file
 
 PACKED = Path("weights.packed")
 """The name of packed weights, in a version or a variant."""
 
 MAX_HEADER_BYTES = 16 << 20
+SHARED_BYTES = 64 << 10
+"""Tensors of so many bytes are looked for among those of other models."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_RANDOM = frozenset(("uniform_", "normal_"))
+_LOCK = threading.Lock()
+_LOADED: WeakValueDictionary[tuple[Any, ...], Mapping] = WeakValueDictionary()
+_PLACES: dict[tuple[Any, ...], int] = {}
+M = TypeVar("M")
 
 
 def write(module: nn.Module, path: Path) -> dict[str, str]:
@@ -59,7 +93,10 @@ def fill(
             if narrow:
                 pruning.narrow(module, {key: shape for key, (shape, _) in facts.items()})
             _hold(module, {key: _said(*fact) for key, fact in facts.items()}, name)
-            module.load_state_dict({key: file.dense(key) for key in facts})
+            packed = pack_layers(module, file)
+            rest = {key: file.dense(key) for key in facts if key not in packed}
+            _assign(module, rest)
+            Pages(module.buffers()).give_back()  # they were read to be checked
         return
     weights = _read(path)
     for alias, stored in shared.items():
@@ -70,7 +107,61 @@ def fill(
             )
     weights |= {alias: weights[stored] for alias, stored in shared.items() if stored in weights}
     _hold(module, {key: _facts(value) for key, value in weights.items()}, name)
-    module.load_state_dict(weights)
+    _assign(module, weights)
+    Pages(weights.values()).give_back()  # they were read to be compared
+
+
+def held_bytes(path: Path) -> int:
+    """Bytes of the weights in memory while torch runs them, by the file alone.
+
+    Raises:
+        ModelError: its head is damaged.
+    """
+    size = path.stat().st_size
+    if path.suffix == PACKED.suffix:
+        with PackedFile(path) as file:
+            return sum(packed_bytes(entry) for entry in file.entries.values())
+    if path.suffix != ".safetensors":
+        return size
+    with path.open("rb") as opened:
+        return size - 8 - int.from_bytes(opened.read(8), "little")
+
+
+def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Let a module's state be these tensors themselves; parameters that were one stay one."""
+    before = dict(module.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    module.load_state_dict(tensors, assign=True, strict=False)  # names were held before
+    for name, old in before.items():
+        kept = first.setdefault(id(old), name)
+        if kept != name:
+            path, _, own = name.rpartition(".")
+            setattr(module.get_submodule(path), own, module.get_parameter(kept))
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves parameters as they are allocated, for what they are filled from."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        initialises = getattr(func, "__module__", "") == "torch.nn.init"
+        if initialises or getattr(func, "__name__", "") in _RANDOM:
+            target = args[0] if args else kwargs.get("tensor")
+            if isinstance(target, nn.Parameter):
+                return target
+        return func(*args, **kwargs)
+
+
+def uninitialised(build: Callable[[], M]) -> M:
+    """What builds a module, its parameters without values, so that they take no memory yet.
+
+    Code that needs values in them to build it gets them.
+    """
+    try:
+        with _Uninitialised():
+            return build()
+    except Exception:  # noqa: BLE001 - what is wrong however it is built is raised below
+        return build()
 
 
 def _hold(module: nn.Module, theirs: dict[str, str], name: str) -> None:
@@ -99,6 +190,59 @@ def _read(path: Path) -> dict[str, Tensor]:
     if header > MAX_HEADER_BYTES:
         raise ModelError(f"{path}: its header has {header} bytes, at most {MAX_HEADER_BYTES}")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:  # checks that sizes and places fit
+            count = len(file.keys())
+        table = _table(path, header)
+        if count != len(table) or any(kind not in _DTYPES for kind, _, _ in table.values()):
+            return load_file(path)
+        return _mapped(map_file(path), 8 + header, table)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _table(path: Path, header: int) -> dict[str, tuple[str, list[int], int]]:
+    """Dtype, shape and place behind the header of each tensor."""
+    with path.open("rb") as file:
+        lines = json.loads(file.read(8 + header)[8:])
+    return {
+        name: (line["dtype"], line["shape"], line["data_offsets"][0])
+        for name, line in lines.items()
+        if name != "__metadata__"
+    }
+
+
+def _mapped(
+    mapping: Mapping, start: int, table: dict[str, tuple[str, list[int], int]]
+) -> dict[str, Tensor]:
+    found = {}
+    for name, (kind, shape, at) in table.items():
+        tensor = _at(mapping, start + at, _DTYPES[kind], tuple(shape))
+        found[name] = tensor if tensor.nbytes < SHARED_BYTES else _shared(tensor, mapping)
+    return found
+
+
+def _at(mapping: Mapping, place: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    count = torch.Size(shape).numel()
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    if place % dtype.itemsize:
+        data = bytearray(mapping[place : place + count * dtype.itemsize])
+        return torch.frombuffer(data, dtype=dtype).reshape(shape)
+    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=place).reshape(shape)
+
+
+def _shared(tensor: Tensor, mapping: Mapping) -> Tensor:
+    """The same tensor where another model has it already, bit for bit; else itself."""
+    own = tensor.reshape(-1).view(torch.uint8)
+    key = (zlib.crc32(own.numpy().data), str(tensor.dtype), tuple(tensor.shape))
+    with _LOCK:
+        there, place = _LOADED.get(key), _PLACES.get(key, 0)
+    if there is not None:
+        other = _at(there, place, tensor.dtype, tuple(tensor.shape))
+        if torch.equal(other.reshape(-1).view(torch.uint8), own):
+            return other
+    with _LOCK:
+        _LOADED[key], _PLACES[key] = mapping, tensor.data_ptr() - mapping.address
+        for gone in [known for known in _PLACES if known not in _LOADED]:
+            del _PLACES[gone]
+    return tensor

@@ -16,10 +16,11 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import Tensor
 
@@ -95,6 +96,8 @@ class Engine:
         max_queue: rows of urgent work that may wait (without a batcher of your own).
         memory_budget: bytes all models may take together on each device; ``None``: a share of
             what is available when the first is added.
+        evict_idle: let models that are idle leave the memory of the CPU while others need it; the
+            next call brings them back.
         latency_file: where learned costs are kept between runs; ``None`` forgets them.
         pipeline_depth: batches that an accelerator is given before the first is done, so that the
             host prepares one while the device runs another; ``None``: 1. The CPU has 1, a worker
@@ -129,6 +132,7 @@ class Engine:
         threads: int | None = None,
         max_queue: int = 4096,
         memory_budget: int | None = None,
+        evict_idle: bool = False,
         latency_file: Path | None = None,
         pipeline_depth: int | None = None,
         modes: Modes | Mapping[str, Any] | None = None,
@@ -149,7 +153,15 @@ class Engine:
         self._lock = threading.RLock()
         self._lanes = LaneSet(
             self._batcher,
-            Execution(precision, backend, threads, graphs, depth, hung_seconds=hung_seconds),
+            Execution(
+                precision,
+                backend,
+                threads,
+                graphs,
+                depth,
+                hung_seconds=hung_seconds,
+                evict_idle=evict_idle,
+            ),
             "auto" if memory_budget is None else memory_budget,
             clock,
             self._thread_of,
@@ -230,6 +242,7 @@ class Engine:
             due = promise.deadline_ms
             self.metrics.promise(loaded.spec.name, None if due is None else due / 1e3)
             before = self._lanes.put(loaded)
+            self.metrics.weights(loaded.spec.name, partial(_weights_in_memory, ref(loaded)))
             for key in () if before is None else before.keys:
                 if key not in loaded.keys:
                     self._batcher.forget(key)
@@ -283,6 +296,7 @@ class Engine:
         with self._lock:
             for key in self._lanes.pop(name).keys:
                 self._batcher.forget(key)
+            self.metrics.weights(name, None)
             self._register_models()
 
     # -- life --------------------------------------------------------------------------------
@@ -1174,3 +1188,8 @@ def _model_error(
     )
     told.__cause__ = error if alone else None
     return told
+
+
+def _weights_in_memory(loaded: ReferenceType[LoadedModel]) -> float:
+    model = loaded()
+    return 0.0 if model is None else float(model.resident_weights)

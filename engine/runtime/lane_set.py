@@ -20,11 +20,11 @@ from plinth.engine.lanes.base import Lane
 from plinth.engine.lanes.local import LocalLane
 from plinth.engine.lanes.process import ProcessLane
 from plinth.engine.lanes.thread import LaneThread
+from plinth.engine.memory.plan import SHARE, budget
 from plinth.engine.models.store import Model
 from plinth.engine.runtime.flow_driver import Clock
 from plinth.engine.runtime.lane_worker import serve
 from plinth.engine.runtime.loaded_model import LoadedModel, Precision, Range
-from plinth.engine.runtime.memory_plan import SHARE, budget
 from plinth.engine.runtime.model_table import Execution, ModelTable
 from plinth.engine.scheduler.batcher import Batcher
 from plinth.engine.scheduler.cost_model import LatencyModel

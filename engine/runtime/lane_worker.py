@@ -18,8 +18,8 @@ from plinth.engine.devices.device import pick
 from plinth.engine.errors import ModelError, PlinthError
 from plinth.engine.flow import Sla
 from plinth.engine.lanes import process, worker
+from plinth.engine.memory.plan import Room
 from plinth.engine.runtime.loaded_model import LoadedModel
-from plinth.engine.runtime.memory_plan import Room
 from plinth.engine.runtime.recipe import Recipe, cook
 
 _CPU = pick("cpu")

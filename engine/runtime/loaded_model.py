@@ -17,26 +17,29 @@ from plinth.engine.backends import registry
 from plinth.engine.backends.base import Executable, OneAtATime, another, cpu_threads
 from plinth.engine.backends.blocks import Blocks
 from plinth.engine.backends.choice import prepare
-from plinth.engine.backends.eager import TorchExecutable
+from plinth.engine.backends.eager import TorchExecutable, held_tensors
 from plinth.engine.backends.planner import Planned
 from plinth.engine.backends.variants import best_variant, load_variant
 from plinth.engine.devices.device import Device
 from plinth.engine.devices.staging import Launched, Staging
 from plinth.engine.errors import ConfigError, OutOfMemory, PlinthError
 from plinth.engine.flow import Sla, cat_rows
+from plinth.engine.mapped import Pages
+from plinth.engine.memory.plan import MemoryPlan, Room, measure
+from plinth.engine.memory.plan import budget as budget_of
+from plinth.engine.memory.residency import Evictable, seats_status
+from plinth.engine.memory.streaming import streamed
 from plinth.engine.models.store import Model, ModelSpec
 from plinth.engine.precision.policy import PrecisionPolicy, resolve
 from plinth.engine.runtime import batch_range as ranges
 from plinth.engine.runtime import graphs as captured
 from plinth.engine.runtime.graphs import Graphed
-from plinth.engine.runtime.memory_plan import MemoryPlan, Room, measure
-from plinth.engine.runtime.memory_plan import budget as budget_of
 from plinth.engine.runtime.padding import Padding
 from plinth.engine.runtime.padding import found as find_padding
 from plinth.engine.runtime.recent import Recent
 from plinth.engine.runtime.recipe import Recipe, Sent, send
 from plinth.engine.scheduler.cost_model import LatencyModel
-from plinth.engine.tiling import WindowGrid
+from plinth.engine.tiling import Size, Tiling, WindowGrid
 
 Range = tuple[int, int] | Literal["auto"]
 Precision = PrecisionPolicy | str | Mapping[str, Any]
@@ -142,6 +145,13 @@ class LoadedModel:
         """Bytes of the weights of all that it runs."""
         return self.executable.weights + (self.degraded.weights if self.degraded else 0)
 
+    @property
+    def resident_weights(self) -> int:
+        """Bytes of them, without those that have left memory for other models."""
+        runs = self.executable
+        gone = runs.seat.bytes if isinstance(runs, Evictable) and not runs.seat.resident else 0
+        return self.weights - gone
+
     def bucket(self, rows: Mapping[str, Tensor]) -> str:
         """The batch key of rows: one for each model, and shape or range of lengths."""
         if not self.free:
@@ -196,7 +206,7 @@ class LoadedModel:
         return self.executable if place == 0 else self._others[place - 1]
 
     def run(self, rows: dict[str, Tensor], place: int = 0) -> dict[str, Tensor]:
-        """Run rows; what does not fit into memory is run in halves. Outputs lie on the host.
+        """Run rows; what does not fit into memory is run in parts. Outputs lie on the host.
 
         Args:
             rows: (n, ...) by input name.
@@ -206,7 +216,10 @@ class LoadedModel:
             OutOfMemory: not even one row fits.
             BaseException: whatever the model raises.
         """
-        executable = self._at(place)
+        executable, count = self._at(place), len(next(iter(rows.values())))
+        fit = count if self.plan is None else self.room.rows(self.plan, count)
+        if fit < count:
+            return self._in_parts(rows, fit, place)
         try:
             outputs = executable.run(rows)
             if executable.device.kind == "cpu":
@@ -215,7 +228,6 @@ class LoadedModel:
         except Exception as error:
             if isinstance(error, PlinthError) or not _is_out_of_memory(error):
                 raise
-            count = len(next(iter(rows.values())))
             if count == 1:
                 raise self._too_large(error) from error
         if executable.device.kind != "cpu":
@@ -223,11 +235,16 @@ class LoadedModel:
             executable.device.give_back_memory()
         self.halvings += 1
         self.fits = self.most = min(self.most, max(1, count // 2))
-        halves = [
-            self.run({name: part[span] for name, part in rows.items()}, place)
-            for span in (slice(0, count // 2), slice(count // 2, count))
+        return self._in_parts(rows, -(-count // 2), place)
+
+    def _in_parts(self, rows: dict[str, Tensor], size: int, place: int) -> dict[str, Tensor]:
+        """Run rows, so many at once."""
+        spans = {name: torch.split(tensor, size) for name, tensor in rows.items()}
+        parts = [
+            self.run(dict(zip(spans, each, strict=True)), place)
+            for each in zip(*spans.values(), strict=True)
         ]
-        return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def launch(
         self, staging: Staging, parts: Sequence[dict[str, Tensor]], place: int = 0
@@ -270,15 +287,19 @@ class LoadedModel:
         if self._sent is not None:
             self._sent.check(found)
 
-    def check_windows(self, grid: WindowGrid) -> None:
-        """Refuse a volume whose logits would never fit, as far as the contract tells.
+    def windows(self, tiling: Tiling, shape: Size) -> WindowGrid:
+        """The windows of a volume, in as many pieces as its logits need to fit into memory.
 
         Raises:
-            OutOfMemory: names the bytes.
+            OutOfMemory: they never would, as far as the contract tells; names the bytes.
         """
+        grid = WindowGrid(tiling, shape)
         channels = self.spec.outputs[0].shape[0] if self.spec.outputs[0].shape else None
-        if channels is not None:
-            self.room.check(grid.bytes(channels), self._volume(grid))
+        if channels is None:
+            return grid
+        grid = grid.within(self.room.free, channels)
+        self.room.check(grid.bytes(channels), self._volume(grid))
+        return grid
 
     def reserve_windows(self, holder: object, grid: WindowGrid, needed: int) -> None:
         """Set aside the logits of a volume for as long as the holder lives.
@@ -318,6 +339,8 @@ class LoadedModel:
             "plan": self.executable.report.get("plan"),
             "weights_bytes": self.executable.weights,
             "row_bytes": plan.per_row if plan else None,
+            "memory": self.executable.report.get("memory"),
+            **seats_status(self.executable),
             "padding": None if self.padding is None else self.padding.status(),
         }
 
@@ -373,6 +396,7 @@ def load_model(
         probe = min(_MEASURED_ROWS, high)
         executable = _made(model, device, precision, backend, threads, (probe, high))
         module = executable.module if isinstance(executable, TorchExecutable) else None
+        executable = _fitted(executable, budget_of(device, budget))
         if model.spec.block is not None:
             executable = Blocks(executable, model.spec.block)
         if executable.report.get("untried"):  # a batch of several rows was never seen to be right
@@ -385,9 +409,8 @@ def load_model(
                 padding = find_padding(model, executable)
             return LoadedModel(model, sla, executable, high, room, padding=padding)
         plan = _plan(executable, model, probe, budget)
-        if plan.max_rows < low and isinstance(executable, Planned):
-            executable = executable.smallest()
-            plan = _plan(executable, model, probe, budget)
+        if plan.max_rows < low:
+            executable, plan = _smaller(executable, plan, model, probe, budget)
         if device.kind != "cpu":
             plan = _in_flight(plan, executable, model, depth)
         plan = replace(plan, fixed=plan.fixed * lanes, per_row=plan.per_row * lanes)
@@ -395,9 +418,12 @@ def load_model(
         if backend == "auto" if graphs is None else graphs:
             executable, plan = _graphed(executable, model, plan, high)
         most, cost = _range(executable, model, plan, high if batch_range != "auto" else None)
-    loaded = LoadedModel(model, sla, executable, most, Room(plan.budget - plan.peak(1)), plan)
+    room = Room(plan.budget - plan.peak(1), plan.fixed + plan.per_row)
+    loaded = LoadedModel(model, sla, executable, most, room, plan)
     for rows, seconds in cost.items():
         latency.seed(loaded.key, rows, seconds)
+    if module is None:  # the backend has weights of its own
+        Pages(held_tensors(model.module)).give_back()
     if module is not None:  # in bf16, say: the float32 weights can go
         loaded.model = replace(model, module=module)
     return loaded
@@ -420,6 +446,30 @@ def _made(
         precision, backend = _one_way(model, device, precision, backend)
     tried, most = sizes
     return prepare(model, device, precision, backend, threads, rows=tried, most=most)
+
+
+def _fitted(executable: Executable, budget: int) -> Executable:
+    """The executable, layer by layer if its weights do not fit otherwise.
+
+    Raises:
+        OutOfMemory: they do not fit at all.
+    """
+    if executable.weights > budget and not isinstance(executable, Planned):  # see _smaller
+        executable = streamed(executable) or executable
+        MemoryPlan(executable.weights, 0, 0, budget).check(1)
+    return executable
+
+
+def _smaller(
+    executable: Executable, plan: MemoryPlan, model: Model, probe: int, budget: int | str
+) -> tuple[Executable, MemoryPlan]:
+    """What takes less memory than an executable that does not fit, and its plan."""
+    if isinstance(executable, Planned):
+        executable = executable.smallest()
+        plan = _plan(executable, model, probe, budget)
+    if plan.max_rows < 1 and (small := streamed(executable)) is not None:
+        return small, _plan(small, model, probe, budget)
+    return executable, plan
 
 
 def _one_way(

@@ -6,14 +6,22 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from plinth.engine.backends.eager import stored_bytes
+from torch import nn
+
+from plinth.engine.backends import registry
+from plinth.engine.backends.choice import compiled
+from plinth.engine.backends.eager import TorchExecutable, held_tensors, stored_bytes
 from plinth.engine.backends.variants import check_on, degraded_variant
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError, OutOfMemory, PlinthError, nearest
 from plinth.engine.flow import Sla
 from plinth.engine.lanes.process import HUNG_SECONDS
+from plinth.engine.mapped import Pages
+from plinth.engine.memory.plan import Room, budget
+from plinth.engine.memory.residency import Evictable, Residency, evictable
 from plinth.engine.models.store import Model, ModelStore
 from plinth.engine.precision.policy import resolve
 from plinth.engine.runtime.loaded_model import (
@@ -23,7 +31,6 @@ from plinth.engine.runtime.loaded_model import (
     Range,
     load_model,
 )
-from plinth.engine.runtime.memory_plan import budget
 from plinth.engine.runtime.recent import Recent
 from plinth.engine.scheduler.cost_model import LatencyModel
 
@@ -38,6 +45,7 @@ class Execution:
         depth: batches that a lane of the device is given at once; ``None``: as the device has it.
         lanes: lanes of the device.
         hung_seconds: a batch in a worker process is never taken for hung before.
+        evict_idle: let models that are idle leave memory while others need it.
     """
 
     precision: Precision = "fp32"
@@ -47,13 +55,15 @@ class Execution:
     depth: int | None = None
     lanes: int = 1
     hung_seconds: float = HUNG_SECONDS
+    evict_idle: bool = False
 
 
 class ModelTable:
     """Loads models one at a time, and keeps them inside one budget.
 
     The device runs one batch at a time, so models add up by their weights, and share the room
-    that is left: ``sum(weights) + max(fixed + per_row * rows) <= budget``.
+    that is left: ``sum(weights) + max(fixed + per_row * rows) + held <= budget``, where calls hold
+    the logits of volumes between their batches.
 
     Args:
         device: where they run.
@@ -72,6 +82,9 @@ class ModelTable:
         self._setting = setting
         self._budget: int | None = None
         self._models: dict[str, LoadedModel] = {}
+        self._room = Room(0)
+        self._stays = 0  # bytes of the weights that never leave
+        self._residency = Residency(lambda: (self._budget or 0) - self._stays - self._room.held)
         self._one_at_a_time = threading.Lock()
 
     def get(self, name: str) -> LoadedModel:
@@ -131,15 +144,17 @@ class ModelTable:
                 return known
             if self._budget is None:
                 self._budget = budget(self.device, self._setting)
-            held = sum(loaded.weights for loaded in self.all())
-            self._check(model, held)
+            runs = backend or usual
+            held = self._staying(model.module if runs == "eager" else None)
+            if self._check(model, held, runs in ("auto", "eager")):
+                runs, wanted = "eager", "fp32" if resolve(wanted).auto else wanted
             loaded = load_model(
                 model,
                 sla,
                 self.device,
                 self._latency,
                 precision=wanted,
-                backend=backend or usual,
+                backend=runs,
                 threads=execution.threads,
                 batch_range=batch_range,
                 budget=self._budget - held,
@@ -149,6 +164,8 @@ class ModelTable:
             )
             loaded.asked, loaded.how, loaded.default = asked, how, default
             loaded.policy = None if chosen else resolve(wanted)
+            if execution.evict_idle and self.device.kind == "cpu":
+                self._let_leave(loaded, runs, wanted)
             loaded.follows = not chosen and (backend or usual) == "auto" and resolve(wanted).auto
             if known and known.recent and known.spec.inputs == model.spec.inputs:
                 check_on(model, loaded.executable, known.recent.rows())
@@ -158,6 +175,37 @@ class ModelTable:
             if sla.on_overload == "degrade" and (chosen or loaded.follows):
                 loaded.degraded = self._coarser(loaded, model, self._budget - held)
             return loaded
+
+    def _let_leave(self, loaded: LoadedModel, backend: str, wanted: Precision) -> None:
+        """Let a model leave memory while it is idle, if it can come back."""
+        model, threads, make = loaded.model, self._execution.threads, None
+        named = not (isinstance(wanted, str) and wanted.startswith(VARIANT)) and backend != "auto"
+        policy = resolve(wanted) if named else None
+        if policy is not None and not policy.auto and model.spec.block is None:
+            found = registry.find(backend)
+            make = partial(compiled, found, model, self.device, policy, threads)
+        seat = evictable(loaded.executable, self._residency, loaded.plan, make)
+        loaded.executable = loaded.executable if seat is None else seat
+
+    def _staying(self, beside: nn.Module | None = None) -> int:
+        """Bytes of the weights that never leave; tensors that models share count once.
+
+        Args:
+            beside: a module that is to run on the host; what it shares is not counted.
+        """
+        total, shared = 0, dict[int, int]()
+        for each in self.all():
+            runs = each.executable
+            if isinstance(runs, Evictable):
+                total += each.weights - runs.seat.bytes
+            elif isinstance(runs, TorchExecutable) and self.device.kind == "cpu":
+                here = _places(runs.module) if not runs.report.get("memory") else {}
+                total += each.weights - min(runs.weights, sum(here.values()))
+                shared |= here
+            else:
+                total += each.weights
+        own = _places(beside) if beside is not None and self.device.kind == "cpu" else {}
+        return total + sum(size for place, size in shared.items() if place not in own)
 
     def _coarser(self, loaded: LoadedModel, model: Model, budget: int) -> LoadedModel | None:
         """A faster variant of a model, for work that would rather be coarse than late."""
@@ -205,14 +253,21 @@ class ModelTable:
                 continue
             yield loaded, replace(fresh, spec=model.spec, example=model.example)
 
-    def _check(self, model: Model, held: int) -> None:
-        """Refuse a model whose weights do not fit, or leave another no room for one row."""
+    def _check(self, model: Model, held: int, streams: bool) -> bool:
+        """Refuse a model whose weights do not fit, or leave another no room for one row.
+
+        Returns:
+            Whether it fits only layer by layer, which ``streams`` allows.
+        """
         total, own = self._budget or 0, weight_bytes(model)
+        by_layers = streams and own > total - held and self.device.kind == "cpu"
+        if by_layers:
+            own -= Pages(held_tensors(model.module)).bytes
         room = total - held - own
         plans = {loaded.spec.name: loaded.plan for loaded in self.all() if loaded.plan}
         tight = [name for name, plan in plans.items() if plan.peak(1) - plan.weights > room]
         if room > 0 and not tight:
-            return
+            return by_layers
         beside = f", of which {', '.join(sorted(self._models))} hold {held}" if held else ""
         raise OutOfMemory(
             f"model {model.spec.name} has {own} bytes of weights, the budget is {total}{beside}"
@@ -226,13 +281,22 @@ class ModelTable:
         """Let a model answer to its name; returns the one that did so far."""
         name = loaded.spec.name
         before, self._models = self._models.get(name), {**self._models, name: loaded}
+        if before is not loaded:
+            self._part(before)
+            if isinstance(loaded.executable, Evictable):
+                self._residency.join(loaded.executable.seat)
         self._share_room()
         return before
 
     def _share_room(self) -> None:
         """Cut the largest batches of all to the room that the weights leave, or widen them."""
-        room = (self._budget or 0) - sum(each.weights for each in self.all())
+        self._stays = self._staying()
+        room = (self._budget or 0) - self._stays - self._residency.largest
+        plans = [each.plan for each in self.all() if each.plan]
+        self._room.forward = max((plan.fixed + plan.per_row for plan in plans), default=0)
+        self._room.limit = max(0, room - self._room.forward)
         for each in self.all():
+            each.room = self._room
             plan = each.plan
             if plan is not None and plan.per_row:
                 each.most = min(each.fits, max(1, (room - plan.fixed) // plan.per_row))
@@ -245,8 +309,13 @@ class ModelTable:
         """
         loaded = self.get(name)
         self._models = {key: each for key, each in self._models.items() if key != name}
+        self._part(loaded)
         self._share_room()
         return loaded
+
+    def _part(self, gone: LoadedModel | None) -> None:
+        if gone is not None and isinstance(gone.executable, Evictable):
+            self._residency.part(gone.executable.seat)
 
     def status(self) -> dict[str, Any]:
         """Every model's status by name."""
@@ -256,3 +325,9 @@ class ModelTable:
 def weight_bytes(model: Model) -> int:
     """Bytes of a model's weights in float32; tied ones count once."""
     return model.onnx.stat().st_size if model.onnx else stored_bytes(model.module)
+
+
+def _places(module: nn.Module) -> dict[int, int]:
+    """Bytes of a module's tensors on the host by their place."""
+    storages = [tensor.untyped_storage() for tensor in held_tensors(module)]
+    return {one.data_ptr(): one.nbytes() for one in storages}

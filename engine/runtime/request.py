@@ -277,8 +277,7 @@ def request_of(
     channels, z, y, x = volume.shape
     window = {names[0]: volume.new_empty((1, channels, *call.tiling.window), device="meta")}
     spec.check(window)
-    grid, other = WindowGrid(call.tiling, (z, y, x)), _degraded(cheaper, window)
-    loaded.check_windows(grid)
+    grid, other = loaded.windows(call.tiling, (z, y, x)), _degraded(cheaper, window)
     return Request(loaded, rows, loaded.bucket(window), waiter, other, grid)
 
 

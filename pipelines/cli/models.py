@@ -64,6 +64,7 @@ def show(
     if report := target.report(spec.name, spec.version):
         facts["converted"] = report
     facts["bytes"] = target.size(spec.name, spec.version)
+    facts["memory_bytes"] = target.memory(spec.name, spec.version)
     variants = _variant_facts(target, spec)
     if as_json:
         show_json(facts | {"variants": variants})

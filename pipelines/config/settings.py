@@ -89,6 +89,11 @@ class EngineConfig(Table):
         ge=1 << 20,
         description="bytes all models may take together; none: a share of what is free",
     )
+    evict_idle: bool = Field(
+        default=False,
+        description="let idle models leave the CPU's memory while others need it ([memory]"
+        "(memory.md))",
+    )
     latency_file: Path | None = Field(
         default=None, description="where learned costs are kept; none: forgotten at exit"
     )

@@ -1,5 +1,8 @@
 """How much fits: the arithmetic for all numbers, the measurement where the need is known."""
 
+import gc
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from plinth.engine import ConfigError, Model, ModelSpec, TensorSpec
+from plinth.engine import ConfigError, Engine, Model, ModelSpec, TensorSpec, Tiling
 from plinth.engine.backends import prepare
 from plinth.engine.devices.device import pick
 from plinth.engine.errors import OutOfMemory
-from plinth.engine.runtime.memory_plan import MOST_ROWS, MemoryPlan, budget, measure
+from plinth.engine.memory.plan import MOST_ROWS, MemoryPlan, budget, measure
+from plinth.engine.tiling import WindowMerger
 
 CPU = pick("cpu")
 BYTES = st.integers(0, 1 << 40)
@@ -86,3 +90,122 @@ def test_the_peak_of_a_forward_is_measured():
     assert 5 <= plan.max_rows <= 10
     with pytest.raises(ConfigError, match="small < large"):
         measure(executable, lambda rows: {"x": torch.ones(rows, 1)}, (4, 4))
+
+
+class Volumes(nn.Module):
+    """Four classes of every voxel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.expand(-1, 4, -1, -1, -1)
+
+
+class Seen(nn.Module):
+    """Notes how many rows came at once; takes 1 MiB for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows.append(len(x))
+        return x.repeat(1, 1 << 18).sum(1, keepdim=True)
+
+
+def contract(name: str, given: tuple[int, ...], made: tuple[int, ...]) -> ModelSpec:
+    x, y = TensorSpec(name="x", shape=given), TensorSpec(name="y", shape=made)
+    return ModelSpec(name=name, inputs=(x,), outputs=(y,))
+
+
+@pytest.mark.cpu  # storages of the fake device hold no bytes
+def test_what_a_volume_holds_is_not_there_for_batches_and_volumes_of_other_models():
+    engine = Engine(backend="eager", threads=1, memory_budget=100 << 20)
+    window = (8, 8, 8)
+    for name in ("ct", "mr"):
+        spec = contract(name, (1, *window), (4, *window))
+        engine.add(Model(spec, Volumes()), batch_range=(1, 1))
+    seen = Seen()
+    engine.add(Model(contract("rows", (1,), (1,)), seen.eval()), batch_range=(1, 32))
+    served = next(each for each in engine._models.all() if each.spec.name == "rows")
+    grid = served.windows(Tiling(window, 0), (8, 64, 64))
+    holder = WindowMerger(grid, engine._models.get("ct").reserve_windows)
+    free = served.room.free
+    served.room.take(free - (4 << 20), "a volume", holder)  # 4 MiB are left
+    with pytest.raises(OutOfMemory, match="are held by other calls"):
+        served.room.take(8 << 20, "another", holder)
+    seen.rows.clear()
+    out = served.run({"x": torch.arange(32.0)[:, None]})["y"]
+    assert torch.equal(out[:, 0], torch.arange(32.0) * (1 << 18))
+    assert served.plan is not None
+    assert max(seen.rows) == served.room.rows(served.plan, 32) < 32, "in parts beside what is held"
+    del holder
+    gc.collect()
+    assert served.room.free > free - 1
+    seen.rows.clear()
+    served.run({"x": torch.ones(32, 1)})
+    assert seen.rows == [32]
+
+
+FRESH = """
+import gc, resource, sys
+from pathlib import Path
+import psutil, torch
+from torch import Tensor, nn
+from plinth.engine import (
+    Call, Engine, Model, ModelSpec, ModelStore, Sla, TensorSpec, architecture
+)
+
+@architecture("wide-mlp")
+def wide(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 64))
+
+class Widening(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat(1, 2 << 20).sum(1, keepdim=True)  # 8 MiB a row
+
+def contract(name, version, size, out, **how):
+    x, y = TensorSpec(name="x", shape=(size,)), TensorSpec(name="y", shape=(out,))
+    return ModelSpec(name=name, version=version, inputs=(x,), outputs=(y,), **how)
+
+store = ModelStore(Path(sys.argv[1]))
+for version in ("1", "2"):
+    torch.manual_seed(int(version))
+    how = dict(architecture="wide-mlp", config={"width": 4_000})
+    store.save(contract("net", version, 64, 64, **how), wide(4_000))
+me = psutil.Process()
+with Engine(backend="eager", threads=1) as engine:
+    def swap(version):
+        engine.add(store.load("net", version), batch_range=(1, 1))
+        engine.submit(Call("net", torch.ones(1, 64))).result(30)
+    for number in range(6):  # until what libraries keep is there
+        swap(str(1 + number % 2))
+    gc.collect()
+    before = me.memory_info().rss
+    for number in range(int(sys.argv[2])):
+        swap(str(1 + number % 2))
+    gc.collect()
+    after = me.memory_info().rss
+    print("swaps", before, after)
+    engine.remove("net")
+
+    engine.add(Model(contract("much", "1", 1, 1), Widening()), batch_range=(1, 64))
+    used = me.memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
+    rows = torch.arange(64.0)[:, None]
+    got = engine.submit(Call("much", rows), Sla(deadline_ms=60_000)).result(60).value
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    facts = engine.status()["models"]["much"]
+    print("halved", torch.equal(got, rows * (2 << 20)), facts["largest_batch"])
+"""
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+@pytest.mark.parametrize("swaps", [25, pytest.param(100, marks=pytest.mark.soak)])
+def test_swaps_leak_nothing_and_a_limit_of_the_system_loses_nothing(swaps, tmp_path):
+    fresh = [sys.executable, "-c", FRESH, str(tmp_path), str(swaps)]
+    done = subprocess.run(fresh, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    leaked, halved = (line.split() for line in done.stdout.splitlines())
+    assert int(leaked[2]) <= 1.05 * int(leaked[1])
+    assert halved[1] == "True"
+    assert int(halved[2]) < 32

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -87,6 +87,7 @@ def merged(tiling: Tiling, volume: torch.Tensor, model) -> torch.Tensor | dict[s
     st.tuples(*[st.integers(7, 9)] * 3),
     st.sampled_from(["none", "argmax"]),
 )
+@settings(max_examples=30)
 def test_a_halo_gives_what_one_pass_over_the_whole_volume_gives(size, window, reduce):
     torch.manual_seed(0)
     first, second = torch.randn(4, 2, 3, 3, 3), torch.randn(3, 4, 3, 3, 3)
@@ -124,6 +125,47 @@ def test_outputs_are_interpolated_as_torch_interpolates_a_whole_volume(size, ont
         lambda rows: rows,
     )
     assert labels.shape == onto
+
+
+@given(
+    st.tuples(*[st.integers(1, 9)] * 3),
+    st.tuples(*[st.integers(2, 5)] * 3),
+    st.integers(2, 5),
+    st.sampled_from(["gaussian", "constant", "floored"]),
+    st.sampled_from([None, (7, 11, 5)]),
+    st.booleans(),
+)
+@settings(max_examples=30)
+def test_planes_in_pieces_give_what_whole_ones_give(size, window, pieces, kind, onto, halo):
+    volume = torch.randn(3, *size)
+    scale = tuple(n / m for n, m in zip(size, onto or size, strict=True))
+    tiling = Tiling(
+        window,
+        0.5,
+        kind,
+        activation="softmax",
+        halo=(1, 1, 1) if halo and min(window) > 2 else (0, 0, 0),
+        onto=onto and Onto(onto, tuple(s / 2 - 0.5 for s in scale), scale),
+    )
+    grid = WindowGrid(tiling, size, pieces)
+    merger = WindowMerger(grid)
+    for number in range(len(grid)):
+        rows = grid.cut(volume, number, number + 1)
+        merger.put(rows)
+    torch.testing.assert_close(merger.result(), blend(tiling, volume), rtol=1e-6, atol=1e-6)
+    assert grid.bytes(3) <= WindowGrid(tiling, size).bytes(3)
+
+
+def test_a_whole_body_of_104_classes_is_made_in_pieces_that_fit():
+    grid = WindowGrid(Tiling((96, 96, 96), 0.5, reduce="argmax"), (300, 512, 512))
+    assert grid.bytes(104) > 10.4e9
+    small = grid.within(4 << 30, 104)
+    assert len(small.strips) == 4
+    assert small.bytes(104) < 4 << 30
+    assert len(small) <= 1.5 * len(grid)
+    assert grid.within(11 << 30, 104) is grid
+    most = grid.within(0, 104)
+    assert len(most.strips) == grid.max_pieces == 10
 
 
 def test_uncertainty_is_none_where_one_class_is_sure_and_all_where_classes_are_even():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,8 +77,21 @@ def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return x * cosine + torch.cat((-second, first), -1) * sine
 
 
+def by_tokens(layer: Callable[[Tensor], Tensor], x: Tensor, at_once: int) -> Tensor:
+    """A layer that takes each token by itself, on so many at once; 0: on all."""
+    if not at_once or x.shape[1] <= at_once:
+        return layer(x)
+    found = torch.empty_like(x)
+    for first in range(0, x.shape[1], at_once):
+        found[:, first : first + at_once] = layer(x[:, first : first + at_once])
+    return found
+
+
 class Residual(nn.Module):
     """A block of a transformer with its norms before (``pre``) or after its parts.
+
+    Attributes:
+        tokens_at_once: how many the fully connected layers take at once; 0: all, and fastest.
 
     Args:
         width: of the tokens.
@@ -93,6 +107,7 @@ class Residual(nn.Module):
     ) -> None:
         super().__init__()
         self.pre = pre
+        self.tokens_at_once = 0
         self.attention = Attention(width, heads)
         self.norm_1 = nn.LayerNorm(width, eps=eps)
         self.up = nn.Linear(width, inner)
@@ -104,11 +119,14 @@ class Residual(nn.Module):
         """Tokens (n, length, width) to tokens."""
         if self.pre:
             x = x + self.attention(self.norm_1(x), added)
-            found: Tensor = x + self.down(self.activation(self.up(self.norm_2(x))))
-            return found
+            return x + by_tokens(self._full, self.norm_2(x), self.tokens_at_once)
         x = self.norm_1(x + self.attention(x, added))
-        after: Tensor = self.norm_2(x + self.down(self.activation(self.up(x))))
+        after: Tensor = self.norm_2(x + by_tokens(self._full, x, self.tokens_at_once))
         return after
+
+    def _full(self, x: Tensor) -> Tensor:
+        found: Tensor = self.down(self.activation(self.up(x)))
+        return found
 
 
 def convolved(dims: int, inside: int, outside: int, size: int, **options: Any) -> nn.Sequential:

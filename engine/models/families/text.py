@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from plinth.engine.models.families.layers import Attention, Residual, visible
+from plinth.engine.models.families.layers import Attention, Residual, by_tokens, visible
 
 
 class Bert(nn.Module):
@@ -113,12 +113,15 @@ class LlamaBlock(nn.Module):
         self.activation = nn.SiLU()
         self.norm_1 = nn.RMSNorm(width, eps=1e-6)
         self.norm_2 = nn.RMSNorm(width, eps=1e-6)
+        self.tokens_at_once = 0  # of the gated layer; 0: all
 
     def forward(self, x: Tensor, added: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """Tokens (n, length, width) to tokens."""
         x = x + self.attention(self.norm_1(x), added, rotation)
-        y = self.norm_2(x)
-        found: Tensor = x + self.down(self.activation(self.gate(y)) * self.up(y))
+        return x + by_tokens(self._gated, self.norm_2(x), self.tokens_at_once)
+
+    def _gated(self, x: Tensor) -> Tensor:
+        found: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
         return found
 
 

@@ -109,14 +109,36 @@ def budget(device: Device, setting: int | str = "auto", *, share: float = SHARE)
 class Room:
     """Bytes for what calls hold between their batches, such as the logits of a volume.
 
+    The models of a device share one: what calls of one hold, calls and batches of another do not
+    have.
+
     Args:
         limit: bytes that all calls may hold together.
+        forward: bytes kept for the forward of one row, beside these.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, forward: int = 0) -> None:
         self.limit = limit
+        self.forward = forward
         self._held = 0
         self._lock = threading.Lock()
+
+    @property
+    def held(self) -> int:
+        """Bytes that calls hold now."""
+        return self._held
+
+    @property
+    def free(self) -> int:
+        """Bytes of the limit that no call holds now."""
+        return max(0, self.limit - self._held)
+
+    def rows(self, plan: MemoryPlan, rows: int) -> int:
+        """How many of so many rows may run at once beside what calls hold now; at least one."""
+        if not self._held or not plan.per_row:
+            return rows
+        spare = self.free + self.forward - plan.fixed
+        return max(1, min(rows, spare // plan.per_row))
 
     def check(self, needed: int, what: str) -> None:
         """Refuse what would not fit even if it were alone.
@@ -251,7 +273,7 @@ class _Kernel(_Meter):
         self._base: int | None = None
 
     def start(self, *, anew: bool) -> None:
-        _trim()
+        trim()
         Path("/proc/self/clear_refs").write_text("5")
         if self._base is None or anew:
             self._base = _status("VmRSS")
@@ -321,7 +343,7 @@ def _status(field: str) -> int:
     raise LookupError(field)
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give freed memory back to the system, so that it does not hide growth (glibc only)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

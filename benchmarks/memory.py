@@ -1,0 +1,559 @@
+"""Memory in fresh processes: what is planned against what is measured, and what it takes to fit.
+
+    python benchmarks/memory.py plan [--backends eager onnxruntime openvino] [--json]
+    python benchmarks/memory.py texts [--runs 3] [--models bert gpt2] [--json]
+    python benchmarks/memory.py idle [--backends eager] [--seconds 20] [--rate 40] [--json]
+    python benchmarks/memory.py volumes [--json]
+
+Every figure is of a process of its own: the largest memory it had (sampled every millisecond and
+held against the kernel's own peak), less what it had after its imports. *Dirty* bytes are those
+that the system could only write to swap; the rest are pages of files, which it may drop.
+
+``plan``: bytes that the engine's plan says for one batch, with the weights, against those measured.
+``texts``: BERT-base on 8 x 256 tokens and GPT-2 Medium on 4 x 256, random weights through
+transformers: as transformers runs them with and without autograd, and by the engine, whole and in
+a memory budget smaller than the weights, which streams them layer by layer; answers are compared.
+``idle``: 20 models in a budget of 5, called at random in an open loop, against all in memory.
+``volumes``: a 3-D U-Net on 256^3 voxels, whole and by windows with a halo; an encoder of CT with
+117 million weights (a ResNet-152 inflated to three dimensions, its weights random) on
+160 x 224 x 224 voxels, as it is and in a budget of 1 GB.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from head import parser_of, print_json
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from plinth.engine import (
+    Call,
+    Engine,
+    Model,
+    ModelSpec,
+    ModelStore,
+    Sla,
+    TensorSpec,
+    Tiling,
+    architecture,
+)
+from plinth.engine.models.families import find
+
+TEXTS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
+    "bert": ({}, (8, 256)),
+    "gpt2": ({"width": 1024, "depth": 24, "heads": 16}, (4, 256)),
+}
+WAYS = ("naive", "inference_mode", "engine", "streamed")
+PLANNED: dict[str, tuple[dict[str, Any], int]] = {
+    "resnet": ({}, 8),
+    "unet3d": ({"widths": [8, 16, 32]}, 2),
+    "gated-mlp": ({"features": 512, "width": 2048, "depth": 4}, 128),
+}
+
+
+# -- measuring ---------------------------------------------------------------------------------
+def status(*fields: str) -> list[int]:
+    """Bytes that the kernel counts of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = {line.split(":")[0]: line for line in lines}
+    return [int(found[field].split()[1]) * 1024 for field in fields]
+
+
+@dataclass(slots=True)
+class Peak:
+    """Largest bytes above the start: all, and the dirty ones."""
+
+    whole: int = 0
+    dirty: int = 0
+
+
+@contextmanager
+def peak() -> Iterator[Peak]:
+    """The peaks of a block."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    found, over = Peak(), threading.Event()
+    base, base_dirty = status("VmRSS", "RssAnon")
+
+    def look() -> None:
+        while not over.wait(0.001):
+            found.dirty = max(found.dirty, status("RssAnon")[0] - base_dirty)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
+        (most,) = status("VmHWM")
+        found.whole = max(most - base, found.dirty)
+
+
+def fresh(*words: str) -> Any:
+    """What a process of its own prints for these arguments, from JSON."""
+    called = [sys.executable, __file__, *words]
+    done = subprocess.run(called, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# -- plan --------------------------------------------------------------------------------------
+def plan(options: Namespace) -> list[dict[str, Any]]:
+    """A line for each model and backend."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = ModelStore(Path(folder))
+        for name, (config, _) in PLANNED.items():
+            model = find(name).model(config, name=name)
+            store.save(model.spec, model.module)
+        return [
+            fresh("--inside", "plan", folder, name, backend)
+            for name in PLANNED
+            for backend in options.backends
+        ]
+
+
+def plan_inside(folder: str, name: str, backend: str) -> dict[str, Any]:
+    """The plan of one model on one backend, and what it takes."""
+    rows = PLANNED[name][1]
+    store = ModelStore(Path(folder))
+    with Engine(backend=backend, threads=1) as engine:
+        small = find("gated-mlp").model(find("gated-mlp").small, name="libraries")
+        engine.add(small, batch_range=(1, 2))  # what a library loads is no model's
+        base, base_dirty = status("VmRSS", "RssAnon")
+        with peak() as adding:
+            engine.add(store.load(name), batch_range=(1, rows))
+        loaded = next(each for each in engine._models.all() if each.spec.name == name)
+        given = loaded.model.rows(rows)
+        loaded.executable.release()
+        Path("/proc/self/clear_refs").write_text("5")
+        for _ in range(2):
+            loaded.run(dict(given))
+        whole, dirty = status("VmHWM", "RssAnon")
+    assert loaded.plan is not None
+    planned = loaded.plan.peak(rows)
+    moved = sum(tensor.nbytes for tensor in given.values())
+    return {
+        "model": name,
+        "backend": backend,
+        "rows": rows,
+        "planned": planned,
+        "measured": whole - base + moved,
+        "dirty": dirty - base_dirty,
+        "adding": adding.whole,
+        "off": planned / (whole - base + moved) - 1,
+    }
+
+
+# -- texts -------------------------------------------------------------------------------------
+def texts(options: Namespace) -> list[dict[str, Any]]:
+    """A line for each model and way to run it."""
+    lines = []
+    for name in options.models:
+        with tempfile.TemporaryDirectory() as folder:
+            fresh("--inside", "weights", folder, name)
+            for way in WAYS:
+                runs = [fresh("--inside", "text", folder, name, way) for _ in range(options.runs)]
+                line = {key: median(run[key] for run in runs) for key in runs[0]}
+                lines.append({"model": name, "way": way, **line})
+    return lines
+
+
+def theirs(name: str) -> Any:
+    """The model of transformers, as small as it can be made to run."""
+    import transformers as t
+
+    if name == "bert":
+        return t.BertModel(t.BertConfig(attn_implementation="eager"))
+    config = t.GPT2Config(n_embd=1024, n_layer=24, n_head=16, attn_implementation="eager")
+    return t.GPT2LMHeadModel(config)
+
+
+def ours(name: str) -> Model:
+    """The same of the engine's families."""
+    return find(name).model(TEXTS[name][0], name=name)
+
+
+def weights_inside(folder: str, name: str) -> dict[str, Any]:
+    """Random weights of transformers, and the same as a model of a store."""
+    torch.manual_seed(0)
+    module = theirs(name).eval()
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    save_file(state, Path(folder) / "theirs.safetensors")
+    model = ours(name)
+    copied(model.module, module, name)
+    ModelStore(Path(folder) / "store").save(model.spec, model.module)
+    return {}
+
+
+def copied(mine: torch.nn.Module, module: torch.nn.Module, name: str) -> None:
+    """Weights of transformers into a family's module."""
+    found, width = dict(module.state_dict()), mine.words.weight.shape[1]  # type: ignore[union-attr, index]
+    if name == "gpt2":
+        found = {key: v.T if v.ndim == 2 and ".h." in key else v for key, v in found.items()}
+        top = {"transformer.wte": "words", "transformer.wpe": "positions", "lm_head": "head"}
+        top["transformer.ln_f"] = "norm"
+        parts = {"attn.c_proj": "attention.out", "mlp.c_fc": "up", "mlp.c_proj": "down"}
+        parts |= {"ln_1": "norm_1", "ln_2": "norm_2"}
+        block = "transformer.h.{}."
+        keys: tuple[str, ...] = ("query", "key", "value")
+    else:
+        top = {"embeddings.word_embeddings": "words", "embeddings.LayerNorm": "norm"}
+        top |= {"embeddings.position_embeddings": "positions", "pooler.dense": "pooler"}
+        top["embeddings.token_type_embeddings"] = "segments"
+        parts = {f"attention.self.{key}": f"attention.{key}" for key in ("query", "key", "value")}
+        parts |= {"attention.output.dense": "attention.out", "intermediate.dense": "up"}
+        parts |= {"attention.output.LayerNorm": "norm_1", "output.LayerNorm": "norm_2"}
+        parts["output.dense"] = "down"
+        block, keys = "encoder.layer.{}.", ()
+    state: dict[str, Tensor] = {}
+    for kind in ("weight", "bias"):
+        state |= {
+            f"{b}.{kind}": found[f"{a}.{kind}"] for a, b in top.items() if f"{a}.{kind}" in found
+        }
+        for number in range(len(mine.blocks)):  # type: ignore[arg-type]
+            at = block.format(number)
+            state |= {
+                f"blocks.{number}.{b}.{kind}": found[f"{at}{a}.{kind}"] for a, b in parts.items()
+            }
+            for index, key in enumerate(keys):
+                span = slice(index * width, (index + 1) * width)
+                state[f"blocks.{number}.attention.{key}.{kind}"] = found[f"{at}attn.c_attn.{kind}"][
+                    span
+                ]
+    mine.load_state_dict(state)
+
+
+def ids_of(name: str) -> dict[str, Tensor]:
+    """Tokens without padding."""
+    vocabulary = 30_000
+    noise = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, vocabulary, TEXTS[name][1], generator=noise)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def text_inside(folder: str, name: str, way: str) -> dict[str, Any]:
+    """Peaks, CPU seconds and the cosine of the answer to the naive one."""
+    torch.set_num_threads(1)
+    rows = ids_of(name)
+    if way in ("naive", "inference_mode"):
+        import transformers  # noqa: F401 - what is imported is no model's
+
+        run = by_transformers
+    else:
+        run = by_engine
+    with peak() as found:
+        output, seconds = run(Path(folder), name, way, rows)
+    kept = Path(folder) / "naive.npy"
+    if way == "naive":
+        np.save(kept, output.numpy())
+    want = torch.from_numpy(np.load(kept)).double().reshape(-1)
+    got = output.double().reshape(-1)
+    cosine = float(want @ got / (want.norm() * got.norm()))
+    return asdict(found) | {"seconds": seconds, "cosine": cosine}
+
+
+def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """The answer, and the CPU seconds of the second run."""
+    took = []
+    for _ in range(2):
+        output = None
+        begun = time.process_time()
+        output = run()
+        took.append(time.process_time() - begun)
+    return output.detach(), took[-1]  # type: ignore[union-attr]
+
+
+def by_transformers(
+    folder: Path, name: str, way: str, rows: dict[str, Tensor]
+) -> tuple[Tensor, float]:
+    """As a script does it: made, filled, run."""
+    module = theirs(name).eval()
+    module.load_state_dict(load_file(folder / "theirs.safetensors"))
+
+    def run() -> Tensor:
+        found = module(**rows)
+        answer: Tensor = found.logits[:, -1] if name == "gpt2" else found.last_hidden_state
+        return answer
+
+    if way == "naive":
+        return timed(run)
+    with torch.inference_mode():
+        return timed(run)
+
+
+def by_engine(folder: Path, name: str, way: str, rows: dict[str, Tensor]) -> tuple[Tensor, float]:
+    """From the store, with a budget above or below the weights."""
+    budget = 200 << 20 if way == "streamed" else 8 << 30
+    with Engine(backend="eager", precision="fp32", threads=1, memory_budget=budget) as engine:
+        engine.add(ModelStore(folder / "store").load(name), batch_range=(1, 16), example=rows)
+        streams = engine.status()["models"][name]["memory"]
+        assert (streams is not None) == (way == "streamed"), streams
+
+        def run() -> Tensor:
+            found: Any = engine.submit(Call(name, rows)).result(600).value
+            answer: Tensor = found[:, -1] if name == "gpt2" else found["tokens"]
+            return answer
+
+        return timed(run)
+
+
+# -- idle --------------------------------------------------------------------------------------
+def idle(options: Namespace) -> list[dict[str, Any]]:
+    """A line for each way to hold 20 models."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = ModelStore(Path(folder))
+        for number in range(20):
+            model = find("gated-mlp").model(
+                {"features": 256, "width": 1024, "depth": 4}, name=f"m{number}", seed=number
+            )
+            store.save(model.spec, model.module)
+        words = (str(options.seconds), str(options.rate))
+        return [
+            fresh("--inside", "idle", folder, backend, held, *words)
+            for backend in options.backends
+            for held in ("all", "five")
+        ]
+
+
+def answered(took: list[float], due: float, _: object) -> None:
+    """Keep how long after it was due a call was over."""
+    took.append(time.perf_counter() - due)
+
+
+def idle_inside(folder: str, backend: str, held: str, seconds: str, rate: str) -> dict[str, Any]:
+    """20 models called at random: how many were answered, and how late."""
+    store, choose = ModelStore(Path(folder)), np.random.default_rng(0)
+    one = sum(t.nbytes for t in store.load("m0").module.state_dict().values())
+    budget = 5 * one + (16 << 20) if held == "five" else 4 << 30
+    engine = Engine(backend=backend, threads=1, memory_budget=budget, evict_idle=held == "five")
+    with peak() as found, engine:
+        for number in range(20):
+            engine.add(store.load(f"m{number}"), batch_range=(1, 8))
+        gc.collect()
+        (loaded,) = status("VmRSS")
+        took: list[float] = []
+        failed = 0
+        calls: list[Future[Any]] = []
+        begun = time.perf_counter()
+        for turn in range(int(float(seconds) * float(rate))):
+            due = begun + turn / float(rate)
+            time.sleep(max(0.0, due - time.perf_counter()))
+            name = f"m{min(19, int(choose.exponential(6.0)))}"
+            rows = torch.randn(1, 256)
+            future = engine.submit(Call(name, rows), Sla(deadline_ms=None))
+            future.add_done_callback(partial(answered, took, due))
+            calls.append(future)
+        for future in calls:
+            failed += future.exception(60) is not None
+        models = engine.status()["models"].values()
+        returns = sum(each.get("returns", 0) for each in models)
+    return {
+        "backend": backend,
+        "held": held,
+        "budget": budget,
+        "weights": 20 * one,
+        "calls": len(calls),
+        "answered": len(calls) - failed,
+        "returns": returns,
+        "p50_ms": 1e3 * float(np.quantile(took, 0.5)),
+        "p99_ms": 1e3 * float(np.quantile(took, 0.99)),
+        "loaded": loaded,
+        **asdict(found),
+    }
+
+
+# -- volumes -----------------------------------------------------------------------------------
+class Bottleneck3d(nn.Module):
+    """Three convolutions beside a shortcut (He et al., 2015), in three dimensions."""
+
+    def __init__(self, inside: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv3d(inside, width, 1, bias=False),
+            nn.BatchNorm3d(width),
+            nn.ReLU(),
+            nn.Conv3d(width, width, 3, stride, 1, bias=False),
+            nn.BatchNorm3d(width),
+            nn.ReLU(),
+            nn.Conv3d(width, 4 * width, 1, bias=False),
+            nn.BatchNorm3d(4 * width),
+        )
+        self.short = None
+        if stride > 1 or inside != 4 * width:
+            self.short = nn.Sequential(
+                nn.Conv3d(inside, 4 * width, 1, stride, bias=False), nn.BatchNorm3d(4 * width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, inside, z, y, x) to (n, 4 * width, ...)."""
+        found: Tensor = self.body(x)
+        return found.add_(x if self.short is None else self.short(x)).relu_()
+
+
+class Encoder3d(nn.Module):
+    """A ResNet-152 inflated to three dimensions: (n, 1, z, y, x) to (n, 2048) features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv3d(3, 64, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False),
+            nn.BatchNorm3d(64),
+            nn.ReLU(),
+            nn.MaxPool3d(3, 2, 1),
+        )
+        blocks, inside = [], 64
+        for width, depth, stride in ((64, 3, 1), (128, 8, 2), (256, 36, 2), (512, 3, 2)):
+            for number in range(depth):
+                blocks.append(Bottleneck3d(inside, width, 1 if number else stride))
+                inside = 4 * width
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """Features: the mean over all places."""
+        found: Tensor = self.blocks(self.stem(volume.expand(-1, 3, -1, -1, -1))).mean((2, 3, 4))
+        return found
+
+
+@architecture("ct-encoder-152")
+def encoder() -> nn.Module:
+    """The encoder, in random weights."""
+    torch.manual_seed(0)
+    return Encoder3d()
+
+
+def volumes(_: Namespace) -> list[dict[str, Any]]:
+    """A line for each network and way."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [fresh("--inside", "volume", folder, way) for way in ("whole", "windows")]
+        fresh("--inside", "encoder", folder, "save")
+        ways = ("whole", "streamed")
+        return lines + [fresh("--inside", "encoder", folder, way) for way in ways]
+
+
+def encoder_inside(folder: str, way: str) -> dict[str, Any]:
+    """Peaks of the encoder on one CT."""
+    torch.set_num_threads(1)
+    store = ModelStore(Path(folder) / "store")
+    x, y = TensorSpec(name="volume", shape=(1, 160, 224, 224)), TensorSpec(name="y", shape=(2048,))
+    spec = ModelSpec(name="encoder", architecture="ct-encoder-152", inputs=(x,), outputs=(y,))
+    if way == "save":
+        store.save(spec, encoder().eval())
+        return {}
+    rows = torch.rand(1, 1, 160, 224, 224, generator=torch.Generator().manual_seed(2))
+    with peak() as found:
+        if way == "whole":
+            module = encoder().eval()
+            begun = time.process_time()
+            with torch.inference_mode():
+                output = module(rows)
+            seconds = time.process_time() - begun
+        else:
+            budget = 1_000_000_000
+            with Engine(backend="eager", threads=1, memory_budget=budget) as engine:
+                engine.add(store.load("encoder"), batch_range=(1, 1))
+                streams = engine.status()["models"]["encoder"]["memory"]
+                begun = time.process_time()
+                output = tensor_of(engine.submit(Call("encoder", rows)).result(3600).value)
+                seconds = time.process_time() - begun
+            assert streams is not None
+    kept = Path(folder) / "encoder.npy"
+    if way == "whole":
+        np.save(kept, output.numpy())
+    want = torch.from_numpy(np.load(kept))
+    cosine = float(torch.nn.functional.cosine_similarity(want, output).min())
+    return {"way": f"encoder {way}", **asdict(found), "seconds": seconds, "cosine": cosine}
+
+
+def tensor_of(value: Any) -> Tensor:
+    """The answer of a model with one output."""
+    assert isinstance(value, Tensor)
+    return value
+
+
+def volume_inside(folder: str, way: str) -> dict[str, Any]:
+    """Peaks of a 3-D U-Net on 256^3 voxels, its labels against those of a whole pass."""
+    torch.set_num_threads(1)
+    model = find("unet3d").model({"widths": [8, 16, 32]}, name="unet", seed=3)
+    volume = torch.randn(1, 256, 256, 256, generator=torch.Generator().manual_seed(2))
+    kept = Path(folder) / "labels.npy"
+    with peak() as found:
+        begun = time.process_time()
+        if way == "whole":
+            labels = model.run({"volume": volume[None]})["logits"][0].argmax(0).byte()
+        else:
+            tiling = Tiling((96, 96, 96), halo=(24, 24, 24), reduce="argmax")
+            with Engine(backend="eager", threads=1) as engine:
+                engine.add(model, batch_range=(1, 1))
+                labels = tensor_of(engine.submit(Call("unet", volume, tiling)).result(3600).value)
+        seconds = time.process_time() - begun
+    if way == "whole":
+        np.save(kept, labels.numpy())
+    same = float((torch.from_numpy(np.load(kept)) == labels).double().mean())
+    return {"way": way, **asdict(found), "seconds": seconds, "same_labels": same}
+
+
+def shown(lines: list[dict[str, Any]]) -> None:
+    """Lines as a table; bytes as MB."""
+    for line in lines:
+        cells = []
+        for key, value in line.items():
+            if (isinstance(value, int) and value > 1 << 16) or key in ("whole", "dirty"):
+                cells.append(f"{key} {value / 1e6:.0f} MB")
+            else:
+                cells.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+        print(" | ".join(cells))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--inside"]:
+        inside = {
+            "plan": plan_inside,
+            "weights": weights_inside,
+            "text": text_inside,
+            "idle": idle_inside,
+            "volume": volume_inside,
+            "encoder": encoder_inside,
+        }
+        print(json.dumps(inside[sys.argv[2]](*sys.argv[3:])))  # type: ignore[operator]
+        return
+    parser = parser_of(__doc__)
+    parser.add_argument("what", choices=("plan", "texts", "idle", "volumes"))
+    parser.add_argument("--backends", nargs="+", default=["eager", "onnxruntime", "openvino"])
+    parser.add_argument("--models", nargs="+", default=list(TEXTS), choices=list(TEXTS))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--rate", type=float, default=40.0)
+    options = parser.parse_args()
+    kinds = {"plan": plan, "texts": texts, "idle": idle, "volumes": volumes}
+    lines = kinds[options.what](options)
+    if options.json:
+        print_json(lines)
+    else:
+        shown(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Which models' weights lie in memory: together inside the budget; who was idle longest leaves.
+
+A model that leaves is brought back by the next batch that asks for it, whose callers wait a little
+longer. Weights in a mapped file leave by giving their clean pages back, a compiled model by being
+let go of; that one is compiled again.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from plinth.engine.backends.base import Executable, Wrapped, another
+from plinth.engine.backends.eager import TorchExecutable, held_tensors
+from plinth.engine.errors import ModelError, OutOfMemory
+from plinth.engine.mapped import Pages
+from plinth.engine.memory.plan import MemoryPlan, trim
+
+MOST_WAIT = 30.0
+"""Seconds that a batch waits for the memory of others that run."""
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """The place of one model's weights.
+
+    Args:
+        bytes: how many they are.
+        leave: gives their memory back.
+        back: brings them back.
+    """
+
+    bytes: int
+    leave: Callable[[], None]
+    back: Callable[[], None]
+    resident: bool = True
+    users: int = 0
+    returns: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Residency:
+    """The seats of one device.
+
+    Args:
+        free: bytes of the budget beside weights that always stay and what calls hold, now.
+    """
+
+    def __init__(self, free: Callable[[], int]) -> None:
+        self._free = free
+        self._seats: list[Seat] = []  # who was used longest ago comes first
+        self._running: list[int] = []  # bytes of each batch that runs
+        self._changed = threading.Condition()
+
+    def join(self, seat: Seat) -> None:
+        """Take in a model; others leave until all fit."""
+        with self._changed:
+            self._seats.append(seat)
+            self._make_room(seat, 0)
+
+    def part(self, seat: Seat) -> None:
+        """Forget a model."""
+        with self._changed:
+            if seat in self._seats:
+                self._seats.remove(seat)
+            self._changed.notify_all()
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest, which has to fit beside whatever runs."""
+        return max((seat.bytes for seat in self._seats), default=0)
+
+    @contextmanager
+    def using(self, seat: Seat, forward: int) -> Iterator[None]:
+        """Keep weights in memory for a block, and room for what it takes beside them.
+
+        Raises:
+            OutOfMemory: others ran for half a minute and left no room.
+        """
+        with self._changed:
+            seat.users += 1
+            if seat in self._seats:
+                self._seats.remove(seat)
+                self._seats.append(seat)
+        begun = False
+        try:
+            with self._changed:
+                self._wait_for(seat, forward)
+                self._running.append(forward)
+                begun = True
+                seat.returns += not seat.resident
+                seat.resident = True
+            with seat.lock:
+                seat.back()
+            yield
+        finally:
+            with self._changed:
+                seat.users -= 1
+                if begun:
+                    self._running.remove(forward)
+                self._changed.notify_all()
+
+    def _wait_for(self, seat: Seat, forward: int) -> None:
+        until = time.monotonic() + MOST_WAIT
+        while (missing := self._make_room(seat, forward)) > 0 and self._running:
+            if not self._changed.wait(until - time.monotonic()):
+                raise OutOfMemory(
+                    f"{missing} bytes are missing beside the batches that run",
+                    needed=seat.bytes + forward,
+                    available=seat.bytes + forward - missing,
+                    hint="raise memory_budget, or use fewer lanes",
+                )
+
+    def _make_room(self, seat: Seat, forward: int) -> int:
+        """Let idle models leave; bytes that are missing still."""
+        while True:
+            taken = sum(each.bytes for each in self._seats if each.resident and each is not seat)
+            taken += sum(self._running)
+            missing = taken + seat.bytes + forward - self._free()
+            idle = [s for s in self._seats if s.resident and not s.users and s is not seat]
+            if missing <= 0 or not idle:
+                return missing
+            idle[0].resident = False
+            idle[0].leave()
+
+
+class Away:
+    """What is known of an executable that has left memory.
+
+    Args:
+        gone: the executable.
+    """
+
+    def __init__(self, gone: Executable) -> None:
+        self.backend, self.precision, self.device = gone.backend, gone.precision, gone.device
+        self.weights, self.report = gone.weights, gone.report
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """It has to come back first.
+
+        Raises:
+            ModelError: always.
+        """
+        del inputs
+        raise ModelError("a model that has left memory was run", hint="report it")
+
+    def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As :meth:`run`."""
+        return self.run(inputs)
+
+    def release(self) -> bool:
+        """Nothing is kept."""
+        return False
+
+    def is_native(self, rows: int) -> bool:
+        """Not while it is away."""
+        del rows
+        return False
+
+
+class Evictable(Wrapped):
+    """An executable whose weights leave memory while others need it.
+
+    Args:
+        inner: what runs.
+        residency: the seats of its device.
+        plan: what a batch takes.
+        make: compiles it again; ``None``: its weights lie in a mapped file.
+    """
+
+    def __init__(
+        self,
+        inner: Executable,
+        residency: Residency,
+        plan: MemoryPlan | None,
+        make: Callable[[], Executable] | None,
+    ) -> None:
+        super().__init__(inner)
+        self._made: Executable | None = inner
+        self._make = make
+        self._plan = plan
+        self._residency = residency
+        self._pages = Pages(held_tensors(inner.module)) if make is None else None  # type: ignore[attr-defined]
+        size = inner.weights if self._pages is None else self._pages.bytes
+        self.seat = Seat(size, self._leave, self._back)
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`Executable`; brings the weights back first."""
+        rows = len(next(iter(inputs.values())))
+        plan = self._plan
+        with self._residency.using(self.seat, plan.fixed + plan.per_row * rows if plan else 0):
+            return self.inner.run(inputs)
+
+    def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`Executable`."""
+        with self._residency.using(self.seat, 0):
+            return self.inner.probe(inputs)
+
+    def release(self) -> bool:
+        """See :class:`Executable`."""
+        made = self._made
+        return made is not None and made.release()
+
+    def is_native(self, rows: int) -> bool:
+        """Not while it would have to be brought back first."""
+        made = self._made
+        return self.seat.resident and made is not None and made.is_native(rows)
+
+    def another(self) -> Evictable | None:
+        """One more for another thread over the same weights, in the same seat."""
+        made = another(self.inner) if self._pages is not None else None
+        if made is None:
+            return None
+        other = copy.copy(self)
+        other.inner = other._made = made
+        return other
+
+    def _leave(self) -> None:
+        if self._pages is not None:
+            self._pages.give_back()
+            return
+        self._made, self.inner = None, Away(self.inner)
+        trim()
+
+    def _back(self) -> None:
+        if self._pages is not None:
+            self._pages.check()
+        elif self._made is None and self._make is not None:
+            self._made = self.inner = self._make()
+
+
+def evictable(
+    executable: Executable,
+    residency: Residency,
+    plan: MemoryPlan | None,
+    make: Callable[[], Executable] | None,
+) -> Evictable | None:
+    """An executable that can leave memory; ``None`` where it cannot.
+
+    Args:
+        executable: what runs on the host.
+        residency: the seats of its device.
+        plan: what a batch takes.
+        make: compiles it again, where that is known.
+    """
+    if isinstance(executable, TorchExecutable):
+        pages = Pages(held_tensors(executable.module))
+        if 2 * pages.bytes > executable.weights:
+            return Evictable(executable, residency, plan, None)
+        return None
+    return None if make is None else Evictable(executable, residency, plan, make)
+
+
+def seats_status(executable: Any) -> dict[str, Any]:
+    """Of a model that can leave memory: whether it lies there, and how often it came back."""
+    seat = executable.seat if isinstance(executable, Evictable) else None
+    return {} if seat is None else {"resident": seat.resident, "returns": seat.returns}

@@ -1,0 +1,277 @@
+"""Weights that lie in their files: shared, streamed, packed, and leaving memory while idle."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from plinth.engine import Call, Engine, Model, ModelSpec, ModelStore, TensorSpec, architecture
+from plinth.engine.backends import prepare
+from plinth.engine.compression.registry import Recipe
+from plinth.engine.compression.training import compress
+from plinth.engine.devices.device import pick
+from plinth.engine.errors import ModelError, OutOfMemory
+from plinth.engine.mapped import Pages, is_mapped, mappings
+from plinth.engine.memory.streaming import by_planes
+from plinth.engine.models.families import find
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="Linux only"),
+]
+CPU = pick("cpu")
+WIDTH = 768
+"""So that weights, 18 MB, are far more than what an allocator happens to keep."""
+
+
+class Deep(nn.Module):
+    """Tied layers, a look-up table of numbers, a buffer and a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(40, width)
+        self.conv = nn.Conv1d(width, width, 1, bias=False)
+        self.norm = nn.BatchNorm1d(width)
+        self.first = nn.Linear(width, width)
+        self.second = nn.Linear(width, width)
+        self.second.weight = self.first.weight
+        self.more = nn.ModuleList(nn.Linear(width, width) for _ in range(6))
+        self.last = nn.Linear(width, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.conv(self.table(ids).transpose(1, 2))).mean(-1)
+        x = self.second(self.first(x).relu()).relu()
+        for layer in self.more:
+            x = layer(x).relu()
+        return self.last(x)
+
+
+@architecture("deep-layers")
+def deep(width: int) -> nn.Module:
+    return Deep(width)
+
+
+def spec_of(name: str, version: str = "1", width: int = WIDTH) -> ModelSpec:
+    return ModelSpec(
+        name=name,
+        version=version,
+        architecture="deep-layers",
+        config={"width": width},
+        inputs=(TensorSpec(name="ids", shape=(6,), dtype="int64", bounds=(0, 39)),),
+        outputs=(TensorSpec(name="y", shape=(4,)),),
+    )
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> ModelStore:
+    """Two versions that differ in one layer, and six models that differ in all."""
+    made = ModelStore(tmp_path_factory.mktemp("store"))
+    torch.manual_seed(0)
+    module = deep(WIDTH).eval()
+    made.save(spec_of("net"), module)
+    with torch.no_grad():
+        module.last.weight.add_(1.0)
+    made.save(spec_of("net", "2"), module)
+    for number in range(6):
+        torch.manual_seed(number)
+        made.save(spec_of(f"m{number}"), deep(WIDTH))
+    return made
+
+
+def whole(model: Model) -> Model:
+    """The same with weights of its own in memory."""
+    copy = deep(**model.spec.config)
+    copy.load_state_dict({k: v.clone() for k, v in model.module.state_dict().items()})
+    return Model(model.spec, copy.eval())
+
+
+def test_weights_lie_in_their_file_and_come_back_from_it(store):
+    model = store.load("net")
+    assert model.module.first.weight is model.module.second.weight
+    assert is_mapped(model.module.first.weight)
+    rows = model.rows(3)
+    want = whole(model).run(rows)["y"]
+    pages = Pages(model.module.parameters())
+    assert pages.bytes > 0.9 * sum(p.nbytes for p in model.module.parameters())
+    for _ in range(2):
+        assert torch.equal(model.run(rows)["y"], want)
+        assert pages.give_back() == pages.bytes
+
+
+def test_what_was_written_to_is_never_given_back(store):
+    model = store.load("net")
+    with torch.no_grad():
+        model.module.conv.weight.mul_(2.0)
+    want = model.module.conv.weight.clone()
+    Pages([model.module.conv.weight]).give_back()
+    assert torch.equal(model.module.conv.weight, want)
+    assert torch.equal(store.load("net").module.conv.weight * 2, want), "the file is as it was"
+
+
+def test_equal_weights_of_versions_are_one_in_memory(store):
+    first, second = store.load("net", "1"), store.load("net", "2")
+    same = first.module.state_dict(), second.module.state_dict()
+    for name in ("first.weight", "conv.weight"):
+        assert same[0][name].data_ptr() == same[1][name].data_ptr()
+    assert not torch.equal(same[0]["last.weight"], same[1]["last.weight"])
+    assert len(mappings(second.module.parameters())) == 2
+    rows = first.rows(2)
+    with Engine(backend="eager", threads=1, memory_budget=30_000_000) as engine:
+        engine.add(first)
+        engine.add(Model(spec_of("other", "2"), second.module))  # beside the first: one more layer
+        assert torch.equal(engine.submit(Call("net", rows)).result(30).value, first.run(rows)["y"])
+        with pytest.raises(OutOfMemory, match="m0 has"):
+            engine.add(whole(store.load("m0")))
+
+
+def test_a_model_larger_than_the_budget_runs_layer_by_layer(store):
+    model = store.load("m1")
+    rows = model.rows(4)
+    want = whole(model).run(rows)["y"]
+    with Engine(backend="auto", precision="auto", threads=1, memory_budget=15_000_000) as engine:
+        engine.add(model, batch_range=(1, 4))
+        facts = engine.status()["models"]["m1"]
+        assert "layer by layer" in facts["memory"]
+        assert facts["weights_bytes"] < 1_000_000
+        got = engine.submit(Call("m1", rows)).result(30).value
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        with pytest.raises(OutOfMemory, match="weights, the budget is 15000000"):
+            engine.add(whole(store.load("m2")))  # of which no file is there
+
+
+def test_texts_are_streamed_with_their_wide_layers_cut(tmp_path):
+    family = find("bert")
+    model = family.model({**family.small, "width": 64, "inner": 512, "vocabulary": 4000})
+    store = ModelStore(tmp_path)
+    store.save(model.spec, model.module)
+    ids = torch.randint(0, 4000, (2, 64))
+    rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    want = model.run(rows)
+    with Engine(backend="eager", precision="fp32", threads=1, memory_budget=1 << 20) as engine:
+        engine.add(store.load("bert"))
+        assert "layer by layer" in engine.status()["models"]["bert"]["memory"]
+        got = engine.submit(Call("bert", rows)).result(30).value
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@given(
+    depth=st.integers(5, 20),
+    kernel=st.sampled_from([1, 2, 3]),
+    stride=st.sampled_from([1, 2]),
+    padding=st.sampled_from([0, 1]),
+    dilation=st.sampled_from([1, 2]),
+    at_once=st.integers(1, 6),
+)
+@settings(max_examples=40, deadline=None)
+def test_convolutions_some_planes_at_once_give_what_all_at_once_give(
+    depth, kernel, stride, padding, dilation, at_once
+):
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv3d(2, 3, (kernel, 3, 3), (stride, 1, 2), (padding, 1, 0), (dilation, 1, 1)),
+        nn.BatchNorm3d(3),
+        nn.ReLU(inplace=True),
+        nn.MaxPool3d(3, 2, 1),
+        nn.Conv3d(3, 2, 1, bias=False),
+    ).eval()
+    volume = torch.randn(2, 2, depth, 9, 9) - 3.0
+    with torch.inference_mode():
+        want = layers(volume)
+        got = by_planes(list(layers), volume, at_once)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["eager", pytest.param("onnxruntime", marks=pytest.mark.soak)],  # six exports
+)
+def test_six_models_in_the_memory_of_two_answer_every_call(store, backend):
+    models = [store.load(f"m{number}") for number in range(6)]
+    rows = models[0].rows(1)
+    want = {model.spec.name: whole(model).run(rows)["y"] for model in models}
+    one = sum(t.nbytes for t in models[0].module.parameters())
+    budget = int(2.6 * one)
+    with Engine(backend=backend, threads=1, memory_budget=budget, evict_idle=True) as engine:
+        for model in models:
+            engine.add(model, batch_range=(1, 2))
+
+        def ask(number: int) -> tuple[str, Tensor]:
+            name = f"m{number % 6}"
+            return name, engine.submit(Call(name, rows)).result(60).value
+
+        with ThreadPoolExecutor(4) as callers:
+            for name, got in callers.map(ask, range(36)):
+                torch.testing.assert_close(got, want[name], rtol=1e-4, atol=1e-5)
+        facts = engine.status()["models"]
+        resident = sum(each["weights_bytes"] for each in facts.values() if each["resident"])
+        assert resident <= budget
+        assert sum(each["returns"] for each in facts.values()) >= 6
+        shown = engine.metrics.registry
+        values = [shown.get_sample_value("plinth_model_weight_bytes", {"model": n}) for n in facts]
+        assert min(values) < 0.1 * one < max(values)
+
+
+def test_two_lanes_never_have_more_in_memory_than_the_budget(store):
+    models = [store.load(f"m{number}") for number in range(3)]
+    rows = models[0].rows(1)
+    one = sum(t.nbytes for t in models[0].module.parameters())
+    with Engine(
+        backend="eager", devices=["cpu", "cpu"], memory_budget=int(1.8 * one), evict_idle=True
+    ) as engine:
+        for model in models:
+            engine.add(model, batch_range=(1, 1))
+        calls = [engine.submit(Call(f"m{turn % 3}", rows)) for turn in range(30)]
+        for turn, call in enumerate(calls):
+            want = models[turn % 3].run(rows)["y"]
+            torch.testing.assert_close(call.result(60).value, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_that_was_written_to_while_its_model_was_away_is_not_served(tmp_path):
+    store = ModelStore(tmp_path)
+    for name in ("one", "two"):
+        store.save(spec_of(name), deep(WIDTH))
+    path = tmp_path / "one" / "1" / "weights.safetensors"
+    with Engine(backend="eager", threads=1, memory_budget=30_000_000, evict_idle=True) as engine:
+        for name in ("one", "two"):
+            engine.add(store.load(name), batch_range=(1, 1))
+        rows = store.load("two").rows(1)
+        engine.submit(Call("two", rows)).result(30)
+        with path.open("r+b") as file:
+            file.seek(-4, 2)
+            file.write(b"\0\0\0\0")
+        with pytest.raises(ModelError, match=r"weights.safetensors was written to while"):
+            engine.submit(Call("one", rows)).result(30)
+        assert engine.submit(Call("two", rows)).result(30).value.shape == (1, 4)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4", "ternary"])
+def test_packed_weights_stay_packed_until_they_are_used(tmp_path, bits):
+    torch.manual_seed(0)
+    module = deep(256).eval()
+    rows = {"ids": torch.randint(0, 40, (32, 6))}
+    recipe = Recipe({"quantization_aware": {"bits": bits, "ends": bits}}, epochs=0)
+    small = compress(module, rows, recipe, lambda m, given: {"y": m(given["ids"])})
+    store = ModelStore(tmp_path)
+    store.save(spec_of("packed", width=256), small)
+    model = store.load("packed")
+    assert type(model.module.conv).__name__ == "PackedConv1d"
+    assert isinstance(model.module.conv, nn.Conv1d)
+    got = model.run(rows)["y"]
+    assert torch.equal(got, whole(model).run(rows)["y"]), "the same bits as unpacked"
+    ready = prepare(model, CPU, "fp32", "eager")
+    dense = sum(t.nbytes for t in whole(model).module.parameters())
+    tied = model.module.first.weight.nbytes  # two names of one tensor are unpacked
+    packed = 1 if bits == "int8" else 0.5
+    assert ready.weights < tied + (dense - tied) * packed / 4 + 60_000
+    assert set(model.module.state_dict()) == set(module.state_dict())
+    if bits != "int4":
+        return
+    exported = prepare(model, CPU, "fp32", "onnxruntime")
+    torch.testing.assert_close(exported.run(rows)["y"], got, rtol=1e-4, atol=1e-5)
+    again = compress(model.module, rows, recipe, lambda m, given: {"y": m(given["ids"])})
+    torch.testing.assert_close(again.module(rows["ids"]), got, rtol=0.2, atol=0.05)
