@@ -5,7 +5,7 @@ READY  := $(VENV)/.ready
 EXTRAS := $(VENV)/.extras
 JOBS   ?= 3
 
-.PHONY: help setup extras demo lint fix test soak fuzz bench-compute coverage wheel-test sbom site clean
+.PHONY: help setup extras demo lint fix test soak fuzz bench-compute coverage image-test wheel-test sbom site clean
 
 help:                  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -50,7 +50,7 @@ test: extras lint      ## everything: style, types, tests
 	$(BIN)/pytest -m clock || { test $$? = 1 && $(ALONE) -m clock; }
 
 soak: extras           ## what make test leaves out: more kills, outages, memory and whole runs (ten minutes)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -n 2 --dist loadfile --ignore tests/deploy/test_image.py
 
 fuzz: extras           ## new examples for every property, 500 requests for each route (an hour)
 	HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/pytest -m "hypothesis and not clock" -n $(JOBS) --timeout 3000
@@ -62,6 +62,9 @@ bench-compute: extras  ## models and families on all backends, into docs/benchma
 
 coverage: setup        ## lines the quick tests of engine and verticals run; fails below the floor
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine tests/verticals -m "not slow and not clock" -n $(JOBS) --cov --cov-report=term
+
+image-test: extras     ## the container image: built, started, asked, and beside a Kafka (root, buildah; 20 minutes)
+	$(BIN)/pytest tests/deploy/test_image.py -m soak --timeout 3000
 
 wheel-test: setup      ## the wheel and all it needs, in an empty environment of PYTHON (downloads)
 	PLINTH_FRESH_PYTHON=$$(command -v $(PYTHON)) $(BIN)/pytest tests/test_package.py --timeout 3000

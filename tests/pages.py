@@ -7,6 +7,11 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from typer.main import get_command
+
+from plinth.pipelines.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -79,3 +84,18 @@ def assigned(text: str) -> Iterator[str]:
             if not (found := ASSIGNED.fullmatch(word)):
                 break
             yield found[1]
+
+
+def check_plinth(words: list[str], where: str) -> None:
+    """A command line has only options and commands that there are; ``where`` says whose it is."""
+    command: Any = get_command(app)
+    known: set[str] = set()
+    for word in words:
+        known |= {opt for param in command.params for opt in (*param.opts, *param.secondary_opts)}
+        known |= {"--help", "-h"}
+        if word.startswith("-") and not re.fullmatch(r"-\d+(\.\d+)?", word):
+            option = word.partition("=")[0]
+            assert option in known, f"{where}: `plinth {' '.join(words)}` has no option {option}"
+        elif hasattr(command, "commands"):
+            assert word in command.commands, f"{where}: there is no `plinth {word}`"
+            command = command.commands[word]

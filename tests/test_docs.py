@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from typer.main import get_command
 
 import plinth
 from plinth.engine import ConfigError
@@ -25,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from commands import Command  # noqa: E402
-from pages import BLOCKS, PAGES, Block, blocks_of, commands  # noqa: E402
+from pages import BLOCKS, PAGES, Block, blocks_of, check_plinth, commands  # noqa: E402
 
 BUILT_IN = registry.names()
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -110,21 +109,6 @@ def test_commands_and_their_options_exist(block: Block) -> None:
                 assert target in targets, f"{block}: the Makefile has no target {target!r}"
             case ["python" | "python3", "-m", module, *_]:
                 assert importlib.util.find_spec(module), f"{block}: there is no module {module}"
-
-
-def check_plinth(words: list[str], where: str) -> None:
-    cli = pytest.importorskip("plinth.pipelines.cli.main")
-    command: Any = get_command(cli.app)
-    known: set[str] = set()
-    for word in words:
-        known |= {opt for param in command.params for opt in (*param.opts, *param.secondary_opts)}
-        known |= {"--help", "-h"}
-        if word.startswith("-") and not re.fullmatch(r"-\d+(\.\d+)?", word):
-            option = word.partition("=")[0]
-            assert option in known, f"{where}: `plinth {' '.join(words)}` has no option {option}"
-        elif hasattr(command, "commands"):
-            assert word in command.commands, f"{where}: there is no `plinth {word}`"
-            command = command.commands[word]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tomllib
 import zipfile
@@ -15,6 +17,9 @@ from typing import Any
 
 import pytest
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from pages import check_plinth
 
 from plinth.pipelines.config.settings import load
 
@@ -51,7 +56,7 @@ def render(helm: Path, *words: str) -> list[dict[str, Any]]:
     return [one for one in yaml.safe_load_all(done.stdout) if one]
 
 
-@pytest.fixture(params=["insecure=true", EVERYTHING], ids=["least", "everything"])
+@pytest.fixture(scope="module", params=["insecure=true", EVERYTHING], ids=["least", "everything"])
 def rendered(helm: Path, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return render(helm, "--set", request.param)
 
@@ -101,6 +106,10 @@ class TestChart:
                 wanted = one["spec"]["selector"].items()
                 assert sum(wanted <= found for found in labels) == 1
 
+    def test_its_commands_exist(self, rendered: list[dict[str, Any]]) -> None:
+        for words in words_of_plinth(rendered):
+            check_plinth(words, "deploy/helm")
+
     def test_without_keys_it_is_not_installed(self, helm: Path) -> None:
         with pytest.raises(subprocess.CalledProcessError) as refused:
             render(helm)
@@ -118,6 +127,31 @@ class TestChart:
                 serve = load(tmp_path / "plinth.toml", env=env).serve
                 assert (serve.port, serve.grpc.port, serve.admin.port) == (8000, 8001, 9090)
                 assert serve.drain_seconds == 30
+
+
+def words_of_plinth(rendered: list[dict[str, Any]]) -> list[list[str]]:
+    """The command lines of what a chart makes."""
+    templates = [one["spec"]["template"] for one in rendered if "template" in one.get("spec", {})]
+    return [template["spec"]["containers"][0]["args"] for template in templates]
+
+
+def test_commands_of_compose_systemd_and_the_image_exist() -> None:
+    services = yaml.safe_load((DEPLOY / "compose" / "compose.yml").read_text())["services"]
+    lines = [services[name]["command"] for name in ("serve", "stream")]
+    for unit in (DEPLOY / "systemd").iterdir():
+        found = re.search(r"(?m)^ExecStart=\S+/plinth (.*)$", unit.read_text())
+        assert found is not None
+        lines.append(found[1].split())
+    image = (DEPLOY / "Dockerfile").read_text()
+    lines.append(json.loads(image.rpartition("\nCMD ")[2]))
+    for words in lines:
+        check_plinth(words, "deploy")
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="not installed: promtool")
+def test_prometheus_understands_the_config_of_compose() -> None:
+    config = DEPLOY / "compose" / "prometheus.yml"
+    subprocess.run(["promtool", "check", "config", config], check=True, capture_output=True)
 
 
 def test_the_config_of_compose_is_one_and_its_files_are_there() -> None:
@@ -173,5 +207,7 @@ def test_the_container_installs_what_was_tested() -> None:
         assert name in names or name == "torch", f"{name}: run deploy/lock.py"
     torch = (DEPLOY / "torch.txt").read_text().strip().partition("==")[2]
     assert pinned["torch"].partition("+")[0] == torch
-    last = (DEPLOY / "Dockerfile").read_text().rpartition("\nFROM ")[2]
-    assert "USER 10001:10001" in last
+    image = (DEPLOY / "Dockerfile").read_text()
+    assert "USER 10001:10001" in image.rpartition("\nFROM ")[2]
+    for accelerator in ("cpu", "cuda", "rocm"):
+        assert re.search(rf"(?m)^ +{accelerator}\) +index=https://\S+ ;;", image), accelerator

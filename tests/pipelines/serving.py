@@ -152,14 +152,14 @@ class Raw:
         return status, headers, json.loads(body) if body else None
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool], minutes: int = 1) -> None:
     """Look until the condition holds; at most a minute, for a machine with other things to do."""
     pause = threading.Event()
-    for _ in range(6000):
+    for _ in range(6000 * minutes):
         if condition():
             return
         pause.wait(0.01)
-    raise AssertionError("it did not come true within a minute")
+    raise AssertionError(f"it did not come true within {minutes} min")
 
 
 def settle(path: Path) -> None:
