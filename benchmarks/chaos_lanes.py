@@ -97,6 +97,12 @@ class Ledger:
         return taken == IN_FLIGHT
 
 
+def workers() -> set[int]:
+    """The worker processes of this one."""
+    children = psutil.Process().children()
+    return {each.pid for each in children if "worker.py" in " ".join(each.cmdline())}
+
+
 class Chaos:
     """An engine under load, and the blows that fall on it.
 
@@ -116,6 +122,7 @@ class Chaos:
         self._factors = {2.0}
         self._version = 1
         self._over = threading.Event()
+        self._others = workers()  # of other engines of this process
         self.engine = Engine(devices=["process:cpu"] * lanes, threads=1, hung_seconds=HUNG_SECONDS)
         self.engine.add(doubles(store, "1", 2.0), batch_range=(1, 8), sla=URGENT)
 
@@ -162,7 +169,9 @@ class Chaos:
         self.recoveries.setdefault(blow, []).append(time.monotonic() - begun)
 
     def _deaths(self) -> int:
-        return sum(lane["deaths"] for lane in self.engine.status()["lanes"])
+        labels = {"device": "process:cpu"}  # also of lanes that were drained since
+        registry = self.engine.metrics.registry
+        return int(registry.get_sample_value("plinth_lane_deaths_total", labels) or 0)
 
     def _well(self, lanes: int) -> bool:
         states = [lane["state"] for lane in self.engine.status()["lanes"]]
@@ -170,9 +179,7 @@ class Chaos:
 
     # -- blows ---------------------------------------------------------------------------------
     def _signal(self, number: int) -> None:
-        children = psutil.Process().children()
-        pids = [each.pid for each in children if "worker.py" in " ".join(each.cmdline())]
-        os.kill(self._random.choice(pids), number)
+        os.kill(self._random.choice(sorted(workers() - self._others)), number)
 
     def _kill(self) -> None:
         self._signal(signal.SIGKILL)
