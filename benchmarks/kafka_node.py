@@ -125,6 +125,11 @@ class Kafka:
         with contextlib.closing(KafkaAdminClient(bootstrap_servers=self.servers)) as admin:
             admin.create_topics({topic: asked}, wait_for_metadata=True)
 
+    def grow(self, topic: str, partitions: int) -> None:
+        """Have so many partitions in a topic, more than before."""
+        with contextlib.closing(KafkaAdminClient(bootstrap_servers=self.servers)) as admin:
+            admin.create_partitions({topic: partitions})
+
     def delete(self, topic: str, seconds: float = 60.0) -> None:
         """Delete a topic, and wait until the node no longer tells of it."""
         until = time.monotonic() + seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kafka import KafkaProducer
 from kafka_fixtures import KafkaNode
 from serving import running, until
 from tally import started_engine
@@ -369,3 +371,17 @@ def test_a_desk_shows_what_workers_decided_and_they_hear_its_labels(
     until(lambda: late.told.heard > 20)
     late.close(60)
     assert late.told.heard <= 30, "what is older is not read at a start"
+
+    monkeypatch.setattr(follow, "MOST", 5_000)
+    monkeypatch.setattr(follow, "LOOK_SECONDS", 0.1)
+    again = follow.Follower(config, {"finance": FraudScoring(FraudSettings(**looked_at))})
+    again.start(lambda take: take())
+    kept = len(kafka_node.read("audit-of-a-desk"))
+    until(lambda: again.told.heard + again.told.unusable == kept)
+    heard, unusable = again.told.heard, again.told.unusable
+    kafka_node.grow("audit-of-a-desk", 2)
+    with contextlib.closing(KafkaProducer(bootstrap_servers=kafka_node.servers)) as producer:
+        producer.send("audit-of-a-desk", b"no record", partition=1).get(60)
+    until(lambda: again.told.unusable > unusable)
+    again.close(60)
+    assert again.told.heard == heard, "the next consumer hears nothing again"

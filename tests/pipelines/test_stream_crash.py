@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import stream_chaos
 from kafka import KafkaProducer
-from kafka.admin import KafkaAdminClient
 from kafka_fixtures import CLIENTS_OF_KAFKA, KafkaNode, eventually
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
@@ -387,8 +386,7 @@ def test_a_standby_follows_the_log_and_takes_over_when_the_worker_is_killed(
     # far below both time-outs: it neither waits for the group nor for the open transaction
     assert time.monotonic() - killed < 10
     # it leads the group now, though the broker does not tell it so
-    with contextlib.closing(KafkaAdminClient(bootstrap_servers=kafka_node.servers)) as admin:
-        admin.create_partitions({config.input_topic: 6})
+    kafka_node.grow(config.input_topic, 6)
     others = [(b"d" + k, v.replace(b': "c', b': "dc')) for k, v in spends(400, start=11_000)]
     kafka_node.fill(config, others)
     eventually(lambda: second.progress.partitions == 6, 30, "the new partitions are read")

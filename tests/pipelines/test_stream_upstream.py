@@ -115,9 +115,7 @@ def test_partitions_added_while_running_are_read(kafka_node: KafkaNode) -> None:
     def grow(progress: StreamProgress) -> None:
         if progress.records >= 400 and not grown.is_set():
             grown.set()
-            options = {"bootstrap_servers": kafka_node.servers}
-            with contextlib.closing(KafkaAdminClient(**options)) as admin:
-                admin.create_partitions({config.input_topic: 6})
+            kafka_node.grow(config.input_topic, 6)
             send(config, spends(400, start=400), metadata_max_age_ms=100)
 
     vertical = TallyVertical()

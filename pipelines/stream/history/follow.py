@@ -125,6 +125,8 @@ class Follower:
         places = [TopicPartition(topic, number) for number in sorted(known)]
         consumer.assign(places)
         self._take_places(consumer, places)
+        for place in places:
+            consumer.seek(place, self._at[place])
         self.told, self._pause = replace(self.told, away=None), AGAIN_SECONDS[0]
         looked = time.monotonic()
         while not self._stop.is_set():
