@@ -1,6 +1,5 @@
 """MR brain tissue: which series it is for, what it refuses, and what it says of a real head."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +77,10 @@ def test_a_result_that_cannot_be_a_brain_in_t1_is_refused():
         with pytest.raises(InputError, match=said) as refused:
             check_tissue(*case, NAMES)
         assert refused.value.reason == "not_t1_head"
+    little = labels.copy()
+    little[:32][little[:32] == 1] = 2  # as where bright fat presses the values of tissue together
+    with pytest.raises(InputError, match=r"white matter would be 2\d% of grey and white"):
+        check_tissue(volume, little, NAMES)
     with pytest.raises(InputError, match="a brain has 500 to 2000"):
         check_tissue(volume, np.where(labels == 1, labels, 0).astype(np.uint8), NAMES)
 
@@ -120,7 +123,8 @@ def test_series_of_another_kind_are_refused_before_the_network_runs(real, tmp_pa
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_a_real_head_is_measured(real, tmp_path):
+def test_a_real_head_that_the_network_cannot_tell_apart_is_refused(real):
+    """By smallest and largest value its white matter would be 130 mL, a fifth of both."""
     if not MODELS.is_dir():
         pytest.skip("no real networks beside the checkout")
     vertical = CtAnalysis(CtSettings(brain={"model": MODELS / "model5_gw_ae"}))
@@ -129,12 +133,9 @@ def test_a_real_head_is_measured(real, tmp_path):
         for model in vertical.models():
             engine.add(model, batch_range=(1, 1))
         (result,) = engine.run(vertical.infer([vertical.load(item)])).value
-    vertical.write(result, tmp_path)
-    report = json.loads((tmp_path / "report.json").read_text())
-    ml = {one["title"]: one["value"] for one in report["findings"]}
-    assert 350 <= ml["White Matter, volume"] <= 900
-    assert 450 <= ml["Grey Matter, volume"] <= 1100
-    assert any("Dice" in warning for warning in report["warnings"])
+    assert isinstance(result, InputError)
+    assert result.reason == "not_t1_head"
+    assert "does not tell them apart" in result.message
 
 
 class Bright(nn.Module):

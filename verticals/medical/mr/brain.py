@@ -30,6 +30,8 @@ INVERSION_MS = (300.0, 1400.0)
 SMALLEST_EXTENT_MM = 120.0
 LARGEST_STEP_MM = 3.0
 PLAUSIBLE_ML = (500.0, 2000.0)
+PLAUSIBLE_WHITE = (0.28, 0.6)
+"""White matter's share of both: about 0.4 in adults of any age (Ge et al., AJNR 23:1327, 2002)."""
 LABELLED = 1000  # voxels of a tissue whose values are compared, at least
 
 
@@ -152,7 +154,7 @@ def _too_small(volume: Volume) -> str | None:
 
 
 def check_tissue(volume: Volume, labels: npt.NDArray[np.uint8], names: dict[int, str]) -> None:
-    """Refuse a result that cannot be a brain in T1: too small, too large, or grey brighter.
+    """Refuse a result that cannot be a brain in T1: its size, the share of white, grey brighter.
 
     Args:
         volume: MR.
@@ -171,6 +173,12 @@ def check_tissue(volume: Volume, labels: npt.NDArray[np.uint8], names: dict[int,
         why = (
             f"grey and white matter would have {ml:.0f} mL together, a brain has "
             f"{PLAUSIBLE_ML[0]:g} to {PLAUSIBLE_ML[1]:g}"
+        )
+    elif not PLAUSIBLE_WHITE[0] <= (share := counts[1] / sum(counts)) <= PLAUSIBLE_WHITE[1]:
+        why = (
+            f"white matter would be {share:.0%} of grey and white matter, a brain has "
+            f"{PLAUSIBLE_WHITE[0]:.0%} to {PLAUSIBLE_WHITE[1]:.0%}: the network does not tell them "
+            "apart in these images"
         )
     else:
         grey, white = (float(np.median(volume.voxels[mask])) for mask in masks)
