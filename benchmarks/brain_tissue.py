@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from head import parser_of, print_json
+from head import parser_of, print_found
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
@@ -75,11 +75,7 @@ def main() -> None:
     parser.add_argument("--memory-mb", type=int, default=600)
     given = parser.parse_args()
     told = measure(given)
-    if given.json:
-        print_json(told)
-        return
-    for name, facts in told.items():
-        print(name, facts)
+    print_found(told, given.json)
 
 
 if __name__ == "__main__":

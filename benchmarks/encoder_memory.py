@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from head import parser_of, print_json
+from head import fresh_process, parser_of, print_found
 from volumes import forget_peak, memory_mb
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,22 +158,11 @@ def main() -> None:
             out = Path(folder) / f"{way}.npy"
             words = [__file__, given.weights, "--one", way, "--out", out, "--size", given.size]
             words += ["--backend", given.backend]
-            done = subprocess.run(
-                [sys.executable, *map(str, words)],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-            told[way] = json.loads(done.stdout.splitlines()[-1])
+            told[way] = fresh_process(*words)
             features.append(np.load(out))
             off = np.abs(features[-1] - features[0]).max() / np.abs(features[0]).max()
             told[way]["off"] = float(off)
-    if given.json:
-        print_json(told)
-        return
-    for way, facts in told.items():
-        print(way, facts)
+    print_found(told, given.json)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plinth.pipelines.bench.environment import describe
@@ -19,6 +22,27 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
         "--json", action="store_true", help="print JSON with the facts of the machine, no table"
     )
     return parser
+
+
+def fresh_process(*words: object) -> Any:
+    """What a script prints as the JSON of its last line, run in a process of one thread."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_found(found: Mapping[str, Any], as_json: bool) -> None:
+    """A line for each name, or all as JSON."""
+    if as_json:
+        print_json(found)
+        return
+    for name, facts in found.items():
+        print(name, facts)
 
 
 def print_json(results: Any) -> None:

@@ -18,15 +18,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from head import parser_of, print_json
+from head import fresh_process, parser_of, print_found
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
@@ -164,14 +162,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
                 out,
                 *options,
             ]
-            done = subprocess.run(
-                [sys.executable, *map(str, words)],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-            found[way] = json.loads(done.stdout.splitlines()[-1])
+            found[way] = fresh_process(*words)
             labels[way] = np.load(out)
             truth = next(iter(labels.values()))
             dice = (
@@ -232,11 +223,7 @@ def main() -> None:
         print(json.dumps(run_one(given.one, given)))
         return
     told = compare(given)
-    if given.json:
-        print_json(told)
-        return
-    for way, facts in told.items():
-        print(way, facts)
+    print_found(told, given.json)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Models for lanes: one that doubles, and one that may end, stop or fail the process it runs in."""
+"""Models for lanes: one that doubles, and one that may end its process; and lanes that change."""
 
 import ctypes
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from plinth.engine import Model, ModelSpec, ModelStore, TensorSpec
+from plinth.engine import Batcher, Model, ModelSpec, ModelStore, TensorSpec
 from plinth.engine.models.store import architecture
 
 SEGFAULT, STOP, RAISE = -11.0, -19.0, -1.0
@@ -77,3 +78,17 @@ def doubles(folder: Path, version: str = "1", factor: float = 2.0) -> Model:
         module.factor.fill_(factor)
     ModelStore(folder).save(spec, module.eval())
     return ModelStore(folder).load("net", version)
+
+
+def changed(kind: str) -> Callable[[Batcher], list[int]]:
+    """A lane joins, or the last one leaves or dies; lane 0 stays."""
+
+    def make(made: Batcher) -> list[int]:
+        last = max(lane.number for lane in made.lanes)
+        if kind == "join":
+            made.add_lane()
+        elif last and kind == "drain":
+            made.drop_lane(last)
+        return [last] if last and kind == "die" else []
+
+    return make

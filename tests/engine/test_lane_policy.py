@@ -19,6 +19,7 @@ from plinth.engine.scheduler.simulate import (
     two_choices,
     warmed_lanes,
 )
+from tests.engine.lane_models import changed
 
 SCENE = Setting()
 URGENT = Sla(deadline_ms=200)
@@ -193,18 +194,7 @@ def test_nothing_is_lost_or_runs_twice_while_lanes_come_and_go(speeds, arrivals,
     by_lane = {n: dict.fromkeys(("a", "volume"), each.cost) for n, each in enumerate(scaled)}
     usual = dict.fromkeys(("a", "volume"), scaled[0].cost)
 
-    def change(kind: str):
-        def make(made: Batcher):
-            last = max(lane.number for lane in made.lanes)
-            if kind == "join":
-                made.add_lane()
-            elif last and kind == "drain":
-                made.drop_lane(last)
-            return [last] if last and kind == "die" else []
-
-        return make
-
-    changes = [Change(at, change(kind)) for at, kind in sorted(events)]
+    changes = [Change(at, changed(kind)) for at, kind in sorted(events)]
     run = Replay(queue, usual, by_lane)
     run.through(everything, changes=changes)
     assert not queue

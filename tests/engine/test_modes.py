@@ -12,7 +12,7 @@ from plinth.engine import Batcher, Call, ConfigError, Engine, LatencyModel, Sla,
 from plinth.engine.devices.device import pick
 from plinth.engine.runtime.modes import Modes
 from plinth.engine.scheduler.simulate import Change, Replay
-from tests.engine.lane_models import net, rows
+from tests.engine.lane_models import changed, net, rows
 
 NAME, WAIT = str(pick("auto")), 60
 PATIENT = Sla(deadline_ms=60_000)
@@ -48,20 +48,6 @@ ARRIVALS = st.lists(
 EVENTS = st.lists(
     st.tuples(st.floats(0, 1.5), st.sampled_from(["join", "drain", "die"])), max_size=4
 )
-
-
-def changed(kind: str):
-    """A lane joins, or the last one leaves or dies; lane 0 stays."""
-
-    def make(made: Batcher):
-        last = max(lane.number for lane in made.lanes)
-        if kind == "join":
-            made.add_lane()
-        elif last and kind == "drain":
-            made.drop_lane(last)
-        return [last] if last and kind == "die" else []
-
-    return make
 
 
 def expect_rounds(run: Replay, lanes: int) -> None:
