@@ -1,10 +1,12 @@
 """What the engine does on an accelerator: how models run, what a call adds, a mixed scene.
 
-    python benchmarks/accelerator.py [--parts models calls scene] [--seconds 5] [--json]
+    python benchmarks/accelerator.py [--parts models calls firsts scene] [--seconds 5] [--json]
 
 ``models``: milliseconds of one forward, rows and outputs on the device, the median of runs timed by
 its events; how far outputs are off those of eager float32 without TF32. ``calls``: microseconds of
-the MLP from rows on the host to outputs on the host, bare and through ``Engine.run``. ``scene``:
+the MLP from rows on the host to outputs on the host, bare and through ``Engine.run``. ``firsts``:
+milliseconds of the first forward of so many rows and of the median of the next ones, in the thread
+that made the model ready and then in another one; and of taking pinned memory. ``scene``:
 payments of one row, due in 50 ms, at a fixed rate on an open loop, beside a 3D network that always
 has work; latencies count from the scheduled arrival. Weights are random: they show speed.
 """
@@ -31,6 +33,7 @@ from plinth.engine import Call, Engine, Flow, Model, PlinthError, Sla
 from plinth.engine.backends import Executable, prepare
 from plinth.engine.backends.choice import difference
 from plinth.engine.devices.device import Device, pick
+from plinth.engine.lanes.local import LocalLane
 from plinth.engine.runtime.graphs import Graphed
 
 NAMES = {
@@ -203,6 +206,41 @@ def calls(device: Device) -> list[dict[str, Any]]:
     return found
 
 
+# -- first batches -----------------------------------------------------------------------------
+def firsts(device: Device) -> list[dict[str, Any]]:
+    """What the first batch of each size costs in one thread, and then in another."""
+    found: list[dict[str, Any]] = []
+    executable = prepare(built("3D U-Net, 64x128x128"), device, "bf16", "eager")
+    model = built("3D U-Net, 64x128x128")
+    inputs = {count: model.rows(count) for count in (1, 2, 3, 4)}
+
+    def forward(count: int) -> float:
+        begun = time.perf_counter()
+        executable.run(inputs[count])
+        device.synchronize()
+        return 1e3 * (time.perf_counter() - begun)
+
+    def measure(where: str) -> None:
+        for count in inputs:
+            first, later = forward(count), median(forward(count) for _ in range(5))
+            found.append({"where": where, "rows": count, "first_ms": first, "later_ms": later})
+
+    measure("one thread")
+    other = threading.Thread(target=measure, args=("another thread",))
+    other.start()
+    other.join()
+    for size in (1 << 20, 16 << 20, 64 << 20):
+        begun = time.perf_counter()
+        taken = device.pinned(size)
+        found.append(
+            {"where": "pinned", "bytes": size, "first_ms": 1e3 * (time.perf_counter() - begun)}
+        )
+        del taken
+    for line in found:
+        print(line, flush=True)
+    return found
+
+
 # -- a mixed scene -----------------------------------------------------------------------------
 @dataclass
 class Scene:
@@ -327,6 +365,18 @@ def pageable() -> Any:
         changed.pinned = usual
 
 
+@contextmanager
+def unrehearsed() -> Any:
+    """Batches of a size run for the first time when somebody waits for them."""
+    usual = LocalLane.rehearsals
+    changed: Any = LocalLane
+    changed.rehearsals = lambda *_: iter(())
+    try:
+        yield
+    finally:
+        changed.rehearsals = usual
+
+
 def scenes(device: Device, seconds: float, rate: float) -> list[Scene]:
     """The scene with one thing changed at a time."""
     bf16 = {"precision": "bf16"}
@@ -340,6 +390,8 @@ def scenes(device: Device, seconds: float, rate: float) -> list[Scene]:
     show("network alone, bf16, depth 2", 0, pipeline_depth=2, graphs=False, **bf16)
     with pageable():
         show("bf16, depth 1, ordinary memory", rate, pipeline_depth=1, graphs=False, **bf16)
+    with unrehearsed():
+        show("bf16, depth 1, unrehearsed", rate, pipeline_depth=1, graphs=False, **bf16)
     show("bf16, depth 1", rate, pipeline_depth=1, graphs=False, **bf16)
     show("bf16, depth 2", rate, pipeline_depth=2, graphs=False, **bf16)
     show("bf16, depth 1, graphs", rate, pipeline_depth=1, graphs=True, **bf16)
@@ -351,7 +403,7 @@ def scenes(device: Device, seconds: float, rate: float) -> list[Scene]:
 def main() -> None:
     """Run and print."""
     parser = parser_of(__doc__)
-    parts = ["models", "calls", "scene"]
+    parts = ["models", "calls", "firsts", "scene"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--models", nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -369,6 +421,8 @@ def main() -> None:
     if "calls" in given.parts:
         with tf32(False):
             found["calls"] = calls(device)
+    if "firsts" in given.parts:
+        found["firsts"] = firsts(device)
     if "scene" in given.parts:
         found["scenes"] = [asdict(e) for e in scenes(device, given.seconds, given.rate)]
     if given.json:

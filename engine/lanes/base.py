@@ -75,6 +75,11 @@ class Held(Protocol):
     halvings: int
 
     @property
+    def convolves(self) -> bool:
+        """Whether it has convolutions, for which libraries look for a plan at each size."""
+        ...
+
+    @property
     def precision(self) -> str:
         """Backend and precision that it computes in."""
         ...

@@ -12,14 +12,17 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from weakref import WeakValueDictionary
 
 from plinth.engine.backends.base import cpu_threads
 from plinth.engine.devices.device import Device
 from plinth.engine.devices.staging import Staging
 from plinth.engine.errors import ConfigError
-from plinth.engine.lanes.base import Held, Lane, LaneDied, Ran, Unit
+from plinth.engine.lanes.base import Held, Lane, LaneDied, Ran, Rows, Unit
 
+_REHEARSAL_SECONDS = 5.0
+"""Of the rehearsals of a model; none is begun later."""
 _COLLECT_SECONDS = 60.0
 """For which the end of a lane waits for what its device still runs, at most."""
 
@@ -78,6 +81,34 @@ class LocalLane(Lane):
     def can_run(self, model: str) -> bool:
         """See :class:`Lane`."""
         return model in self._models
+
+    def rehearsals(
+        self, make_rows: Callable[[int], Rows], model: Held
+    ) -> Iterator[Callable[[], None]]:
+        """Batches for the lane's thread to run before a model serves here; none on the CPU.
+
+        A thread's first batches are slow on an accelerator: each stream has memory of its own,
+        pinned memory grows, and cuDNN keeps the plans of convolutions by thread and number of rows
+        (torch, aten/src/ATen/native/cudnn/Conv_v8.cpp). So they are of 1, 2, 4 ... rows, and
+        where a model has convolutions of every number of rows.
+
+        Args:
+            make_rows: valid rows, so many.
+            model: held here.
+        """
+        if self.device.kind == "cpu":
+            return
+        most, until = model.most, [0.0]
+        doubled = [*(1 << power for power in range(most.bit_length())), most]
+        others = range(1, most + 1) if model.convolves else ()
+        for count in dict.fromkeys((*doubled, *others)):
+            yield partial(self._rehearse, model.id, partial(make_rows, count), until)
+
+    def _rehearse(self, model: str, make_rows: Callable[[], Rows], until: list[float]) -> None:
+        now = self._clock()
+        until[0] = until[0] or now + _REHEARSAL_SECONDS
+        if now < until[0] and self.can_run(model):
+            self._launch(Unit(-1, model, [make_rows()]))()
 
     def submit(self, unit: Unit) -> Future[Ran]:
         """See :class:`Lane`."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Any
 
 from plinth.engine.backends.base import check_cpu_threads, cpu_threads, thread_state
@@ -46,6 +48,7 @@ class LaneThread:
         deaths: how often it died.
         died_at: when it last did.
         over: the thread has ended, or is about to.
+        chores: what the thread does before its next step, one behind each.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class LaneThread:
         self.deaths = 0
         self.died_at = 0.0
         self.over = True
+        self.chores: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._step = step
         self._ended = ended
         self._back = back
@@ -138,6 +142,28 @@ class LaneThread:
         self._thread = threading.Thread(target=self._run, name="plinth-device", daemon=True)
         self._thread.start()
 
+    def do(self, chores: Iterable[Callable[[], None]]) -> list[Future[None]]:
+        """Let the thread do something between its steps, or once it is started.
+
+        Returns:
+            For each the end of it, which tells what it raised; none ends the thread.
+        """
+        made = [(chore, Future[None]()) for chore in chores]
+        with self.wake:
+            self.chores.extend(made)
+            self.wake.notify()
+        return [future for _, future in made]
+
+    def _do_chore(self) -> None:
+        if self.chores:
+            chore, future = self.chores.popleft()
+            try:
+                chore()
+            except BaseException as error:  # noqa: BLE001 - told to whoever asked for it
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+
     def join(self) -> None:
         """Wait until the thread has ended; several callers may wait at once."""
         thread = self._thread
@@ -148,8 +174,9 @@ class LaneThread:
     def _steps(self) -> bool:
         """Run steps until one is the last, or the lane dies; True when it is well again."""
         try:
+            self._do_chore()
             while self._step(self):
-                pass
+                self._do_chore()
             return False
         except LaneDied as error:
             if error is not self.died or not self._revived():
@@ -192,5 +219,7 @@ class LaneThread:
             name = type(raised).__name__
             _log.critical("the device thread of %s ended: %s\n%s", self.name, name, frames)
         finally:
+            while self.chores:
+                self.chores.popleft()[1].cancel()
             self.lane.close()
             self._ended(self, error)

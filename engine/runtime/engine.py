@@ -233,6 +233,7 @@ class Engine:
         model = model if example is None else replace(model, example=example)
         with self._lanes.changing:
             loaded = self._lanes.load(model, promise, batch_range, backend, precision)
+            self._lanes.await_rehearsals()
             self._put(loaded, promise)
 
     def _put(self, loaded: LoadedModel, promise: Sla) -> None:
@@ -326,6 +327,7 @@ class Engine:
                 self._broken = None
                 self._lanes.start()
                 self._state, self._failure = "running", None
+        self._lanes.await_rehearsals()
         return self
 
     def add_lane(self, lane: str | Lane) -> str:
@@ -804,6 +806,8 @@ class Engine:
                 thread.wake.wait()
             if (error := self._broken or thread.died) is not None:
                 raise error
+            if thread.chores and not (self._batcher and thread.has_room):
+                return True
             if thread.draining or not self._batcher:
                 return False
             batch, outcomes = self._next(thread)
@@ -824,6 +828,8 @@ class Engine:
 
     def _is_idle(self, thread: LaneThread) -> bool:
         """Whether a lane has nothing to begin, or no room for it; with the lock held."""
+        if thread.chores:
+            return False
         if thread.draining:
             return thread.in_flight > 0
         if not thread.has_room:

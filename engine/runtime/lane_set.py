@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -29,6 +31,8 @@ from plinth.engine.runtime.model_table import Execution, ModelTable
 from plinth.engine.scheduler.batcher import Batcher
 from plinth.engine.scheduler.cost_model import LatencyModel
 
+_log = logging.getLogger("plinth.engine")
+_REHEARSED_SECONDS = 30.0
 PROCESS = "process:"
 """Before the name of a device: its lane is a worker process."""
 MakeThread = Callable[[Lane, "int | None"], LaneThread]
@@ -70,6 +74,7 @@ class LaneSet:
         self._processes = 0
         self._tables: dict[str, ModelTable] = {}
         self._costs: dict[tuple[str, str], LatencyModel] = {}
+        self._rehearsals: list[Future[None]] = []
 
     def __iter__(self) -> Iterator[LaneThread]:
         return iter(self.threads)
@@ -139,7 +144,10 @@ class LaneSet:
             for other in self._replicate(loaded, lane.device):
                 self._tables[str(lane.device)].put(other)
             self._hold(lane, loaded)
-        return self._make_thread(lane, self._execution.threads)
+        thread = self._make_thread(lane, self._execution.threads)
+        for loaded in self.models.all():
+            self._rehearse(thread, loaded)
+        return thread
 
     def join_in(self, thread: LaneThread) -> None:
         """Let a lane take batches; with the engine's lock held."""
@@ -228,6 +236,7 @@ class LaneSet:
         for thread in self.threads:
             self._replicate(loaded, thread.lane.device)
             self._hold(thread.lane, loaded)
+            self._rehearse(thread, loaded)
         return loaded
 
     def _replicate(self, loaded: LoadedModel, device: Device) -> list[LoadedModel]:
@@ -260,6 +269,27 @@ class LaneSet:
                 place = lane.place if isinstance(lane, LocalLane) else 0
                 held.share(max(lanes, place + 1))
                 lane.hold(held)
+
+    def _rehearse(self, thread: LaneThread, loaded: LoadedModel) -> None:
+        """Have a lane run each size of batch once in its own thread; see :class:`LocalLane`."""
+        lane = thread.lane
+        if not isinstance(lane, LocalLane) or lane.device.kind == "cpu":
+            return
+        for first in (loaded, loaded.degraded):
+            if first is not None and not first.free and first.plan is not None:
+                held = first.on(lane.device)
+                self._rehearsals += thread.do(lane.rehearsals(held.model.rows, held))
+
+    def await_rehearsals(self) -> None:
+        """Wait for what lanes that run rehearse, without the engine's lock; at most 30 s."""
+        pending, self._rehearsals = self._rehearsals, []
+        if not self.alive or self.is_current:
+            self._rehearsals = pending
+            return
+        for future in wait(pending, _REHEARSED_SECONDS).done:
+            error = None if future.cancelled() else future.exception()
+            if error is not None:
+                _log.warning("a batch that was tried before it serves: %s", type(error).__name__)
 
     def _send(self, lane: ProcessLane, loaded: LoadedModel) -> None:
         """Let a worker process hold a model; it is planned with what was measured here at first."""

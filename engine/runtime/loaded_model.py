@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 
 from plinth.engine.backends import registry
 from plinth.engine.backends.base import Executable, OneAtATime, another, cpu_threads
@@ -129,6 +130,11 @@ class LoadedModel:
     def precision(self) -> str:
         """Backend and precision that answers are computed in, such as ``"eager/fp32"``."""
         return f"{self.executable.backend}/{self.executable.precision}"
+
+    @property
+    def convolves(self) -> bool:
+        """Whether it has convolutions, for which libraries look for a plan at each size."""
+        return any(isinstance(each, _ConvNd) for each in self.model.module.modules())
 
     @property
     def exact(self) -> str:

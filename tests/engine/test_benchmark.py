@@ -67,8 +67,8 @@ def setup() -> Iterator[Setup]:
     module = Counting()
     engine = Engine()
     engine.add(Model(spec, module.eval()), batch_range=(1, 64))
-    module.seen.clear()  # the warm-up
     with engine:
+        module.seen.clear()  # the warm-up
         yield Setup(engine, module)
 
 

@@ -131,9 +131,9 @@ def test_every_caller_gets_its_own_rows_and_pinned_memory_is_used_again(monkeypa
 
 
 def test_so_many_batches_are_in_flight_and_no_more(monkeypatch):
-    gate, launched = Gate(monkeypatch), launches(monkeypatch)
     with Engine(pipeline_depth=2) as engine:
         engine.add(model(Double()), batch_range=(1, 4))
+        gate, launched = Gate(monkeypatch), launches(monkeypatch)
         futures = [engine.submit(Call("net", rows(n, 4)), Sla(60_000)) for n in range(5)]
         for _ in range(2):
             assert launched.acquire(timeout=WAIT)
@@ -146,9 +146,9 @@ def test_so_many_batches_are_in_flight_and_no_more(monkeypatch):
 
 
 def test_cancelled_and_refused_work_behind_a_batch_in_flight(monkeypatch):
-    gate, launched = Gate(monkeypatch), launches(monkeypatch)
     with Engine(pipeline_depth=1) as engine:
         engine.add(model(Double()), batch_range=(1, 4))
+        gate, launched = Gate(monkeypatch), launches(monkeypatch)
         first = engine.submit(Call("net", rows(0, 4)), Sla(60_000))
         assert launched.acquire(timeout=WAIT)
         gone = engine.submit(Call("net", rows(1, 4)), Sla(60_000))
@@ -288,3 +288,38 @@ def test_an_index_outside_a_table_ends_the_engine_and_is_said_to_everybody(depth
     )
     assert "does nothing any more in this process" in done.stdout, done.stderr[-2000:]
     assert "give integers bounds" in done.stdout
+
+
+class Sizes(nn.Module):
+    """Notes how many rows came, and in which thread."""
+
+    seen: list[tuple[str, int]] = []  # noqa: RUF012 - copies on the device share it
+
+    def __init__(self, convolves):
+        super().__init__()
+        self.seen.clear()
+        if convolves:
+            self.unused = nn.Conv1d(1, 1, 1)
+
+    def forward(self, x):
+        self.seen.append((threading.current_thread().name, len(x)))
+        return x * 2
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize(
+    ("convolves", "sizes"), [(True, [1, 2, 4, 6, 3, 5]), (False, [1, 2, 4, 6])]
+)
+def test_sizes_have_run_in_the_lanes_thread_before_a_model_serves(running, convolves, sizes):
+    net = Sizes(convolves)
+    engine = Engine(device="auto", threads=1)
+    try:
+        if running:
+            engine.start()
+        engine.add(model(net), batch_range=(1, 6))
+        engine.start()
+        there = [count for name, count in net.seen if name == "plinth-device"]
+        assert there == sizes
+        assert engine.submit(Call("net", rows(0, 3))).result(WAIT).value[2, 3] == 22
+    finally:
+        engine.close()
