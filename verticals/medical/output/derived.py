@@ -33,6 +33,8 @@ COPIED = (
     *("DeidentificationMethod", "FrameOfReferenceUID"),
 )
 """What an object made by hand takes over from its first image."""
+SHORT_TEXT = 1024
+"""Characters of a value of VR ST."""
 VALID = {
     "PatientAge": re.compile(r"\d{3}[DWMY]"),
     "PatientBirthDate": re.compile(r"\d{8}"),

@@ -13,7 +13,7 @@ from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless
 from plinth import __version__
 from plinth.engine import InputError
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
-from plinth.verticals.medical.output.derived import derived, made_by, source_headers
+from plinth.verticals.medical.output.derived import SHORT_TEXT, derived, made_by, source_headers
 from plinth.verticals.medical.output.report import (
     RESEARCH_USE,
     RULES,
@@ -188,7 +188,10 @@ def _description(label: int, number: int, report: CtReport) -> Any:
         segmented_property_type=kind,
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name=method, version=version, family=family
+            name=method,
+            version=version,
+            family=family,
+            parameters={"made": report.origin().text(SHORT_TEXT)},
         ),
         tracking_id=name,
         tracking_uid=highdicom.UID(),

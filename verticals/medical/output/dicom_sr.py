@@ -16,7 +16,7 @@ from plinth.verticals.medical.output.derived import (
     made_by,
     source_headers,
 )
-from plinth.verticals.medical.output.report import RESEARCH_USE, CtReport
+from plinth.verticals.medical.output.report import CtReport
 from plinth.verticals.medical.volumes.measured import Measured, Range
 from plinth.verticals.medical.volumes.volume import Volume
 
@@ -187,7 +187,6 @@ def _group(
 ) -> Any:
     from highdicom import sr
 
-    how = [f"computed by {report.plan['computed']}"] if "computed" in report.plan else []
     segment = _segment(seg, title)
     common: dict[str, Any] = {
         "tracking_identifier": sr.TrackingIdentifier(
@@ -196,7 +195,7 @@ def _group(
         "finding_type": _concept(part, title),
         "measurements": numbers,
         "algorithm_id": sr.AlgorithmIdentification(
-            name=model, version=__version__, parameters=[RESEARCH_USE, *how, *report.warnings]
+            name=model, version=__version__, parameters=[*report.origin().told, *report.warnings]
         ),
     }
     if seg is None or segment is None or seg.SOPClassUID == LABEL_MAP:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +18,7 @@ from plinth.verticals.medical.output.dicom_sr import write_measurements
 from plinth.verticals.medical.output.nifti import write_nifti
 from plinth.verticals.medical.output.page import page
 from plinth.verticals.medical.output.pictures import key_image, overview, png
-from plinth.verticals.medical.output.report import RULES, CtResult
+from plinth.verticals.medical.output.report import RULES, CtResult, Origin
 from plinth.verticals.medical.output.rtstruct import Structure, write_rtstruct
 from plinth.verticals.medical.volumes.volume import Volume
 
@@ -104,13 +105,14 @@ def write_outputs(result: CtResult, folder: Path, wanted: Wanted) -> list[Path]:
     labels = artefacts.analysis.labels
     if wanted.nifti:
         files.append(folder / "segmentation.nii.gz")
-        write_nifti(labels, artefacts.volume, files[-1])
+        write_nifti(labels, artefacts.volume, files[-1], report.origin().brief)
         outputs[files[-1].name] = "written"
     named = [Structure(LUNG_RIGHT, "Right lung"), Structure(LUNG_LEFT, "Left lung")]
     for nodule in report.nodules or []:
         name = f"Nodule candidate {nodule.number}"
         named.append(Structure(NODULE + nodule.number - 1, name))
-    files += for_archives(artefacts.volume, labels, named, drawn, RULES, folder, wanted, outputs)
+    found = Found(artefacts.volume, labels, named, drawn, RULES, report.origin())
+    files += for_archives(found, folder, wanted, outputs)
     outputs |= {PAGE: "written"} if wanted.page else {}
     seconds = {**artefacts.seconds, "outputs": round(time.perf_counter() - begun, 3)}
     final = report.model_copy(
@@ -124,17 +126,9 @@ def write_outputs(result: CtResult, folder: Path, wanted: Wanted) -> list[Path]:
     return files
 
 
-def for_archives(
-    volume: Volume,
-    labels: Labels,
-    structures: list[Structure],
-    pictures: dict[str, bytes],
-    model: str,
-    folder: Path,
-    wanted: Wanted,
-    outputs: dict[str, str],
-) -> list[Path]:
-    """Write the volume, and contours and pictures as DICOM, where wanted; returns the files.
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What contours and pictures as DICOM are made of.
 
     Args:
         volume: whose images they are of.
@@ -142,6 +136,22 @@ def for_archives(
         structures: the labels that become contours.
         pictures: PNG files by name.
         model: the rules or the network that made them.
+        origin: how they did.
+    """
+
+    volume: Volume
+    labels: Labels
+    structures: list[Structure]
+    pictures: dict[str, bytes]
+    model: str
+    origin: Origin
+
+
+def for_archives(found: Found, folder: Path, wanted: Wanted, outputs: dict[str, str]) -> list[Path]:
+    """Write the volume, and contours and pictures as DICOM, where wanted; returns the files.
+
+    Args:
+        found: what they are made of.
         folder: exists.
         wanted: what to write.
         outputs: told, by name, what was written or why not.
@@ -149,26 +159,38 @@ def for_archives(
     files: list[Path] = []
     if wanted.volume:
         files.append(folder / "volume.nii.gz")
-        write_nifti(volume.voxels, volume, files[-1])
+        write_nifti(
+            found.volume.voxels, found.volume, files[-1], "images as read; research use only"
+        )
         outputs[files[-1].name] = "written"
     structure_set = folder / STRUCTURES
     if wanted.contours:
         outputs[STRUCTURES] = tried(
-            lambda: write_rtstruct(volume, labels, structures, model, structure_set)
+            lambda: write_rtstruct(
+                found.volume,
+                found.labels,
+                found.structures,
+                found.model,
+                found.origin,
+                structure_set,
+            )
         )
         files += [structure_set] if structure_set.exists() else []
     if wanted.captures:
         outputs["captures"] = tried(
-            lambda: files.extend(write_captures(volume, pictures, model, folder))
+            lambda: files.extend(
+                write_captures(found.volume, found.pictures, found.model, found.origin, folder)
+            )
         )
     return files
 
 
 def _pictures(result: CtResult, count: int) -> dict[str, bytes]:
     artefacts = result.artefacts
-    drawn = {name: png(picture) for name, picture in overview(artefacts)}
+    origin = result.response.origin()
+    drawn = {name: png(picture, origin) for name, picture in overview(artefacts)}
     for nodule in (result.response.nodules or [])[:count]:
-        drawn[f"nodule-{nodule.number}"] = png(key_image(artefacts, nodule))
+        drawn[f"nodule-{nodule.number}"] = png(key_image(artefacts, nodule), origin)
     return drawn
 
 

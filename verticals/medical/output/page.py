@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from plinth.verticals.medical.output.pictures import COLOURS
-from plinth.verticals.medical.output.report import CtReport
+from plinth.verticals.medical.output.report import CtReport, words
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -67,12 +66,3 @@ def _template(name: str) -> Template:
     )
     environment.filters["words"] = words
     return environment.get_template(name)
-
-
-def words(value: Any) -> str:
-    """A setting as people write it: sizes with times, names without underscores."""
-    if isinstance(value, dict):
-        return ", ".join(f"{words(key)} {words(one)}" for key, one in value.items())
-    if isinstance(value, list | tuple):
-        return " × ".join(map(words, value))
-    return value.replace("_", " ") if isinstance(value, str) else f"{value:g}"

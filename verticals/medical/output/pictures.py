@@ -10,11 +10,12 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
 from plinth.verticals.medical.nodules.candidates import Nodule
-from plinth.verticals.medical.output.report import RESEARCH_USE, CtArtefacts
+from plinth.verticals.medical.output.report import RESEARCH_USE, CtArtefacts, Origin
 
 LUNG_WINDOW, TISSUE_WINDOW = (-600.0, 1500.0), (40.0, 400.0)
 SIZE, CROP_SIZE, CROP_MM, FONT = 512, 256, 60.0, 13
@@ -77,10 +78,11 @@ def key_image(artefacts: CtArtefacts, nodule: Nodule) -> Image.Image:
     return sheet
 
 
-def png(picture: Image.Image) -> bytes:
-    """A picture as a PNG file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+def png(picture: Image.Image, origin: Origin) -> bytes:
+    """A picture as a PNG file, whose ``Description`` says how it was made."""
+    buffer, said = io.BytesIO(), PngInfo()
+    said.add_itxt("Description", " ".join(origin.told))
+    picture.save(buffer, "PNG", pnginfo=said)
     return buffer.getvalue()
 
 
@@ -162,13 +164,20 @@ def _draw(plane: Plane, window: tuple[float, float], size: int, note: str = "") 
         (nodules, COLOURS["nodule"]),
     ):
         coloured[mask & ~ndimage.binary_erosion(mask, border_value=1)] = colour
+    return lettered(Image.fromarray(coloured), size, plane.name, note)
+
+
+def lettered(picture: Image.Image, size: int, name: str, note: str = "") -> Image.Image:
+    """A plane in the middle of a square, with its directions and its use.
+
+    Args:
+        picture: no larger than the square.
+        size: of the square, pixels.
+        name: of the plane, one of PLANES.
+        note: said beside it.
+    """
     sheet = Image.new("RGB", (size, size))
-    sheet.paste(Image.fromarray(coloured), ((size - across) // 2, (size - height) // 2))
-    _letter(sheet, plane.name, note)
-    return sheet
-
-
-def _letter(sheet: Image.Image, name: str, note: str) -> None:
+    sheet.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT)
     side, middle = sheet.width, sheet.width // 2
     left, right, top, bottom = EDGES[name]
@@ -182,3 +191,4 @@ def _letter(sheet: Image.Image, name: str, note: str) -> None:
         ((5, side - 5), use, "ld"),
     ):  # a black edge keeps them readable on bone and padding alike
         draw.text(place, text, (255, 220, 120), font, anchor, stroke_width=2, stroke_fill=(0, 0, 0))
+    return sheet

@@ -24,6 +24,33 @@ SYNTHETIC = (
 )
 
 
+PLAN = (
+    *("coarse_grid_mm", "thresholds_hu", "lungs_told_apart_by", "working_spacing_mm"),
+    *("window_zyx", "network_grid", "window", "cut", "flips"),
+)
+"""What of a plan every output names; all of it stands in the report."""
+BRIEF = 79
+"""Characters that the header of a NIfTI file has for a description."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How a result was made, as every output of it says.
+
+    Args:
+        told: research use, algorithm and version, network and digest of its weights, how it was
+            computed and agreed with the reference, and the plan; a sentence each.
+        brief: the same in at most 79 characters.
+    """
+
+    told: tuple[str, ...]
+    brief: str
+
+    def text(self, most: int) -> str:
+        """All sentences in at most ``most`` characters."""
+        return " ".join(self.told)[:most]
+
+
 class Network(BaseModel):
     """The network that ran.
 
@@ -101,6 +128,26 @@ class CtReport(BaseModel):
     structures: dict[str, Measured] = Field(default_factory=dict)
     outputs: dict[str, str] = Field(default_factory=dict)
 
+    def origin(self) -> Origin:
+        """How the result was made."""
+        told = [self.statement, f"Algorithm: {words(self.algorithm)}."]
+        brief = ["research use only"]
+        if self.network is not None:
+            by = f"{self.network.name} {self.network.version}"
+            told.append(f"Network: {by}, weights SHA-256 {self.network.digest}.")
+        if "computed" in self.plan:
+            told.append(f"Computed by {self.plan['computed']}.")
+            worst = self.plan.get("agreement", {}).get("worst")
+            dice = "" if worst is None else f" Dice {worst:.4f}"
+            brief.append(f"{self.plan['computed_in']}{dice}")
+        if self.network is not None:
+            brief += [f"weights {self.network.digest[:12]}", by]
+        else:
+            brief.append(words(self.algorithm))
+        plan = {name: self.plan[name] for name in PLAN if name in self.plan}
+        told.append(f"Plan: {words(plan)}.")
+        return Origin(tuple(told), "; ".join(brief)[:BRIEF])
+
     def finding(self, key: str) -> Finding:
         """One finding by its key.
 
@@ -115,6 +162,15 @@ class CtReport(BaseModel):
 
 CtResult = WithArtefacts[CtReport, CtArtefacts]
 """What the vertical answers: the report, and what its files are drawn from."""
+
+
+def words(value: Any) -> str:
+    """A setting as people write it: sizes with times, names without underscores."""
+    if isinstance(value, dict):
+        return ", ".join(f"{words(key)} {words(one)}" for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return " × ".join(map(words, value))
+    return value.replace("_", " ") if isinstance(value, str) else f"{value:g}"
 
 
 def pseudonym(uid: str) -> str:

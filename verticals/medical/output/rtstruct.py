@@ -24,12 +24,13 @@ from pydicom.uid import ImplicitVRLittleEndian, RTStructureSetStorage
 from plinth.engine import InputError
 from plinth.verticals.medical.output.derived import (
     COPIED,
+    SHORT_TEXT,
     derived,
     made_by,
     slice_headers,
     source_headers,
 )
-from plinth.verticals.medical.output.report import RESEARCH_USE
+from plinth.verticals.medical.output.report import Origin
 from plinth.verticals.medical.volumes.volume import Volume
 
 Labels = npt.NDArray[np.uint8]
@@ -50,7 +51,12 @@ class Structure:
 
 
 def write_rtstruct(
-    volume: Volume, labels: Labels, structures: Sequence[Structure], model: str, path: Path
+    volume: Volume,
+    labels: Labels,
+    structures: Sequence[Structure],
+    model: str,
+    origin: Origin,
+    path: Path,
 ) -> None:
     """Write structures as contours on a volume's native grid.
 
@@ -61,6 +67,7 @@ def write_rtstruct(
         labels: (z, y, x).
         structures: those that have voxels are written.
         model: the rules or the network that made them.
+        origin: how they did.
         path: the file.
 
     Raises:
@@ -68,7 +75,7 @@ def write_rtstruct(
     """
     sources = source_headers(volume)
     with derived("RT Structure Set"):
-        document = _head(sources[0], model)
+        document = _head(sources[0], model, origin)
         document.ReferencedFrameOfReferenceSequence = DicomSequence([_frame_of_reference(sources)])
         _add_structures(document, volume, labels, structures, slice_headers(volume, sources))
     if not document.StructureSetROISequence:
@@ -119,7 +126,7 @@ def _keyholed(rings: list[Points]) -> Points:
     return outer
 
 
-def _head(source: Dataset, model: str) -> Dataset:
+def _head(source: Dataset, model: str, origin: Origin) -> Dataset:
     about = made_by(model, 902, "Structures, research use only")
     now = datetime.now()
     made = Dataset()
@@ -137,7 +144,7 @@ def _head(source: Dataset, model: str) -> Dataset:
     made.Manufacturer, made.ManufacturerModelName = "Plinth", model[:64]
     made.SoftwareVersions, made.OperatorsName = about["software_versions"], ""
     made.StructureSetLabel = "RESEARCH_ONLY"
-    made.StructureSetDescription = RESEARCH_USE
+    made.StructureSetDescription = origin.text(SHORT_TEXT)
     made.StructureSetDate, made.StructureSetTime = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
     made.StructureSetROISequence = DicomSequence()
     made.ROIContourSequence = DicomSequence()
