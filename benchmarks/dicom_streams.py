@@ -6,8 +6,8 @@ A slice of the chest phantom, 13 bits deep, is packed in each transfer syntax. E
 changed in its coded data alone, headers and end mark untouched, as if a sender had packed damaged
 bytes: bytes lost, bytes doubled, bytes replaced, a bit turned. A change is *found* when the image
 is refused, *harmless* when the values stay the same, *silent* when they are others. For lossless
-JPEG the values are counted against the length of the stream; the other formats have nothing to
-count, and what their decoders do not object to is not found.
+JPEG the values are counted against the length of the stream, for lossy JPEG each warning of the
+decoder counts; what the decoders of the other formats do not object to is not found.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pydicom.uid import (
     UID,
     HTJ2KLossless,
     JPEG2000Lossless,
+    JPEGBaseline8Bit,
     JPEGExtended12Bit,
     JPEGLossless,
     JPEGLosslessSV1,
@@ -51,6 +52,7 @@ SYNTAXES = {
     "HTJ2K": HTJ2KLossless,
     "RLE": RLELossless,
     "JPEG extended, 12 bits": JPEGExtended12Bit,
+    "JPEG baseline, 8 bits": JPEGBaseline8Bit,
 }
 
 
@@ -64,6 +66,8 @@ def packed(image: Dataset, syntax: UID) -> bytes:
         return bytes(library.jpeg8_encode(stored, **how))
     if syntax == JPEGExtended12Bit:
         return bytes(library.jpeg8_encode(stored >> 1, level=95, bitspersample=12))
+    if syntax == JPEGBaseline8Bit:
+        return bytes(library.jpeg8_encode((stored >> 5).astype(np.uint8), level=95))
     if syntax == JPEGLSLossless:
         return bytes(importlib.import_module("jpeg_ls").encode(stored).tobytes())
     if syntax == JPEG2000Lossless:
@@ -135,6 +139,8 @@ def counts(
     """
     image = next(iter(datasets(Phantom(shape=(128, 112, 3), spacing=(2.6, 2.6, 60.0)))))
     image.BitsStored, image.HighBit = 16, 15
+    if syntax == JPEGBaseline8Bit:
+        image.BitsAllocated, image.BitsStored, image.HighBit = 8, 8, 7
     stream = packed(image, syntax)
     image.PixelData = encapsulate([stream])
     image["PixelData"].VR = "OB"

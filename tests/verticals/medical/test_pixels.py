@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import UID, ExplicitVRBigEndian, JPEGLosslessSV1
 
 from plinth.engine.errors import InputError
+from plinth.verticals.medical.dicom.jpeg.lossless import frame_header
+from plinth.verticals.medical.dicom.jpeg.lossy import DamagedStream, decode_lossy
 from plinth.verticals.medical.dicom.loader import load_volume
 
 Write = Callable[..., Path]
@@ -284,6 +286,63 @@ def test_jpeg_lossless_of_every_precision(
     folder = write()
     edit(folder, pack)
     assert np.array_equal(load_volume(folder, strict=True).voxels, expected())
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+def test_lossy_jpeg_that_its_decoder_doubts_is_refused(write: Write, edit: Edit, bits: int) -> None:
+    """Whole it loads as pydicom has it; short of coded data it would be grey from there on."""
+    encode = pytest.importorskip("imagecodecs").jpeg8_encode
+    cut = 0
+
+    def pack(image: pydicom.Dataset, _: int) -> None:
+        stored = np.clip(image.pixel_array >> (12 - bits), 0, 2**bits - 1)
+        stored = stored.astype(np.uint8 if bits == 8 else np.uint16)
+        stream = encode(stored, level=95, **({} if bits == 8 else {"bitspersample": bits}))
+        stream = stream[: -2 - cut] + stream[-2:]
+        image.BitsAllocated, image.BitsStored, image.HighBit = (
+            8 if bits == 8 else 16,
+            bits,
+            bits - 1,
+        )
+        image.PixelData = encapsulate([stream])
+        image["PixelData"].is_undefined_length = True
+        image["PixelData"].VR = "OB"
+        image.file_meta.TransferSyntaxUID = UID(f"1.2.840.10008.1.2.4.{50 if bits == 8 else 51}")
+
+    folder = write(compression="none")
+    edit(folder, pack)
+    image = pydicom.dcmread(sorted(folder.glob("*.dcm"))[0])
+    stored = imagecodecs_decoded(image)
+    volume = load_volume(folder)
+    assert np.array_equal(volume.voxels[0] - float(image.RescaleIntercept), stored)
+    cut = 40
+    folder = write("cut", compression="none")
+    edit(folder, pack)
+    with pytest.raises(InputError, match="premature end of data segment") as refusal:
+        load_volume(folder)
+    assert refusal.value.reason == "damaged_pixels"
+    assert "slice_0001.dcm" in str(refusal.value)
+
+
+def imagecodecs_decoded(image: pydicom.Dataset) -> np.ndarray:
+    """The values of a file's only code stream, by libjpeg as another library binds it."""
+    frame = next(generate_frames(image.PixelData, number_of_frames=1))
+    return pytest.importorskip("imagecodecs").jpeg8_decode(frame)
+
+
+@pytest.mark.parametrize("end", [b"\0", b"\xff", b"\0\0\0"])
+def test_padding_before_the_end_mark_is_no_damage(end: bytes) -> None:
+    encode = pytest.importorskip("imagecodecs").jpeg8_encode
+    stored = np.arange(48 * 40, dtype=np.uint16).reshape(48, 40) % 211
+    stream = encode(stored.astype(np.uint8), level=90)
+    whole = decode_lossy(None, stream, frame_header(stream))
+    padded = stream[:-2] + end + stream[-2:]
+    assert np.array_equal(decode_lossy(None, padded, frame_header(padded)), whole)
+    scan = stream.index(b"\xff\xda") + 8  # another end of spectrum, as some encoders write it
+    odd = stream[:scan] + b"\0" + stream[scan + 1 :]
+    assert np.array_equal(decode_lossy(None, odd, frame_header(odd)), whole)
+    with pytest.raises(DamagedStream):
+        decode_lossy(None, stream[:-2] + b"\1\2\3\4" + stream[-2:], frame_header(stream))
 
 
 def test_jpeg_lossless_keeps_every_slices_own_rescale(

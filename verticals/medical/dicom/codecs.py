@@ -14,7 +14,8 @@ from pydicom.uid import UID
 
 from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.header import Header
-from plinth.verticals.medical.dicom.jpeg_lossless import FRAME_HEADERS, wrong_length
+from plinth.verticals.medical.dicom.jpeg.lossless import LOSSLESS, frame_header, wrong_length
+from plinth.verticals.medical.dicom.jpeg.lossy import PACKAGE, DamagedStream, decode_lossy
 from plinth.verticals.medical.volumes.volume import Array
 
 Decoder = Callable[[Any, bytes, Header], bytes | bytearray]
@@ -71,19 +72,12 @@ def _jpeg_ls_facts(frame: bytes) -> StreamFacts:
 
 
 def _jpeg_facts(frame: bytes) -> StreamFacts:
-    """From the frame header, the first marker of SOF after segments of stated lengths.
+    """From the frame header.
 
     The precision is left to the header: encoders write 16 where 12 bits are stored.
     """
-    at = 2
-    while True:
-        mark, code, length = struct.unpack_from(">BBH", frame, at)
-        if mark != 0xFF:
-            raise ValueError("no marker")
-        if code in FRAME_HEADERS:
-            _, rows, columns, components = struct.unpack_from(">BHHB", frame, at + 4)
-            return StreamFacts(rows, columns, components)
-        at += 1 if code == 0xFF else 2 + length  # 0xFF may be repeated before a marker
+    _, rows, columns, components = struct.unpack_from(">BHHB", frame, frame_header(frame) + 4)
+    return StreamFacts(rows, columns, components)
 
 
 def _jpeg_2000_facts(frame: bytes) -> StreamFacts:
@@ -124,7 +118,10 @@ def _rle(module: Any, frame: bytes, header: Header) -> bytes | bytearray:
 
 def _jpeg(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
     """JPEG baseline, extended and lossless, of up to 16 bits."""
-    return _stored(module.jpeg8_decode(frame))
+    at = frame_header(frame)
+    if frame[at + 1] == LOSSLESS:
+        return _stored(module.jpeg8_decode(frame))
+    return _stored(decode_lossy(module, frame, at))
 
 
 def _jpeg_2000(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
@@ -199,6 +196,8 @@ def check_decoder(header: Header) -> None:
     codec = CODECS.get(header.syntax)
     if codec is not None:
         _library(codec.module, codec.package, header)
+        if codec is _JPEG:
+            _library(PACKAGE, PACKAGE, header)
     elif header.syntax in UNCOMPRESSED:
         raise _broken(header, "its pixel data are compressed and its transfer syntax is not")
     else:
@@ -249,7 +248,8 @@ def decode_frame(header: Header, fragments: bytes, index: int) -> tuple[Array, i
     except BaseException as error:
         if not isinstance(error, CODEC_ERRORS) and type(error).__module__ != PANICS:
             raise
-        raise _broken(header, f"{type(error).__name__} in the decoder") from None
+        told = str(error) if isinstance(error, DamagedStream) else type(error).__name__
+        raise _broken(header, f"{told} in the decoder") from None
     pixels = header.rows * header.columns
     width = len(decoded) // pixels
     if width not in (1, 2, 4) or len(decoded) != pixels * width:

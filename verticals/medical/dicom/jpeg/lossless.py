@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,9 +26,6 @@ NO_CODE = 255
 PADDING = 3
 """Bytes of zeros or ones that may follow the last one: some encoders end on a whole word."""
 
-_CATEGORIES = np.array([1, *(1 << np.arange(15)), 1])
-"""How many magnitudes, from 0 to 32768, are of each category 0 to 16 (table H.2)."""
-
 
 @dataclass(slots=True)
 class _Scan:
@@ -42,6 +39,35 @@ class _Scan:
     table: int = 0
     start: int = 0
     codes: dict[int, Array] = field(default_factory=dict)
+
+
+def frame_header(frame: bytes) -> int:
+    """Where the frame header (marker SOF) is (B.2.2).
+
+    Raises:
+        ValueError, struct.error: there is none.
+    """
+    return segment(frame, FRAME_HEADERS, 2)
+
+
+def segment(frame: bytes, codes: Collection[int], at: int) -> int:
+    """Where the first segment with one of these markers is, after segments of stated lengths.
+
+    Args:
+        frame: the code stream.
+        codes: second byte of the markers.
+        at: where a segment begins.
+
+    Raises:
+        ValueError, struct.error: there is none.
+    """
+    while True:
+        mark, code, length = struct.unpack_from(">BBH", frame, at)
+        if mark != 0xFF:
+            raise ValueError("no marker")
+        if code in codes:
+            return at
+        at += 1 if code == 0xFF else 2 + length  # 0xFF may be repeated before a marker
 
 
 def wrong_length(frame: bytes, values: Array) -> str | None:
@@ -68,8 +94,7 @@ def wrong_length(frame: bytes, values: Array) -> str | None:
     every = scan.restart // columns if scan.restart else rows
     if not every or scan.restart % columns or len(pieces) != -(-rows // every):
         return f"its code stream has {len(pieces) - 1} restart markers where they do not belong"
-    needed = np.add.reduceat(_bits(scan, values, every), np.arange(0, rows, every))
-    for piece, bits in zip(pieces, needed.tolist(), strict=True):
+    for piece, bits in zip(pieces, _bits(scan, values, every), strict=True):
         coded = np.frombuffer(piece, np.uint8)
         full = coded == 255
         stuffed = int(np.count_nonzero(full))  # a zero follows each byte of ones (B.1.1.5)
@@ -128,12 +153,25 @@ def _add_tables(codes: dict[int, Array], body: bytes) -> None:
         at += 17 + len(symbols)
 
 
-def _bits(scan: _Scan, values: Array, every: int) -> Array:
-    """Bits that each row needs; every so many rows the prediction begins anew."""
-    magnitudes = np.abs(_differences(scan, values, every).view(np.int16)).view(np.uint16)
-    by_magnitude = np.repeat(scan.codes[scan.table], _CATEGORIES)
-    bits: Array = np.take(by_magnitude, magnitudes, mode="clip").sum(axis=1, dtype=np.int64)
-    return bits
+def _bits(scan: _Scan, values: Array, every: int) -> list[int]:
+    """Bits that each so many rows need, where the prediction begins anew.
+
+    For each category the magnitudes of it and above are counted: some passes over small numbers
+    are cheaper than looking each of them up.
+    """
+    differences = _differences(scan, values, every).view(np.int16)
+    magnitudes = np.abs(differences, out=differences).view(np.uint16)
+    codes = scan.codes[scan.table].astype(np.int64).tolist()
+    needed, buffer = [], np.empty(magnitudes[:every].shape, np.bool_)
+    for first in range(0, len(magnitudes), every):
+        part = magnitudes[first : first + every]
+        above = buffer[: len(part)]
+        bits = codes[0] * part.size
+        for category in range(1, int(part.max()).bit_length() + 1):
+            np.greater_equal(part, 1 << (category - 1), out=above)
+            bits += (codes[category] - codes[category - 1]) * int(np.count_nonzero(above))
+        needed.append(bits)
+    return needed
 
 
 def _differences(scan: _Scan, values: Array, every: int) -> Array:

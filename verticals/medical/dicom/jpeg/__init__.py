@@ -1,0 +1,1 @@
+"""JPEG code streams: what of their damage can be told."""
