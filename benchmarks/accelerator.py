@@ -35,6 +35,7 @@ from plinth.engine.backends.choice import difference
 from plinth.engine.devices.device import Device, pick
 from plinth.engine.lanes.local import LocalLane
 from plinth.engine.runtime.graphs import Graphed
+from plinth.pipelines.interpreter import set_for_serving
 
 NAMES = {
     "MLP 64-256x3-1": (1, 8, 32, 128),
@@ -379,24 +380,26 @@ def unrehearsed() -> Any:
 
 def scenes(device: Device, seconds: float, rate: float) -> list[Scene]:
     """The scene with one thing changed at a time."""
-    bf16 = {"precision": "bf16"}
     found = []
 
-    def show(way: str, rate: float, **options: Any) -> None:
+    def show(way: str, rate: float, depth: int = 1, graphs: bool = False, **options: Any) -> None:
+        options = {"pipeline_depth": depth, "graphs": graphs, "precision": "bf16", **options}
         found.append(scene(device, way, rate, seconds, **options))
         print(found[-1], flush=True)
 
-    show("network alone, bf16, depth 1", 0, pipeline_depth=1, graphs=False, **bf16)
-    show("network alone, bf16, depth 2", 0, pipeline_depth=2, graphs=False, **bf16)
-    with pageable():
-        show("bf16, depth 1, ordinary memory", rate, pipeline_depth=1, graphs=False, **bf16)
-    with unrehearsed():
-        show("bf16, depth 1, unrehearsed", rate, pipeline_depth=1, graphs=False, **bf16)
-    show("bf16, depth 1", rate, pipeline_depth=1, graphs=False, **bf16)
-    show("bf16, depth 2", rate, pipeline_depth=2, graphs=False, **bf16)
-    show("bf16, depth 1, graphs", rate, pipeline_depth=1, graphs=True, **bf16)
-    show("bf16, depth 2, graphs", rate, pipeline_depth=2, graphs=True, **bf16)
-    show("fp32, depth 2, graphs", rate, pipeline_depth=2, graphs=True)
+    show("bf16, depth 1, garbage collected as by default", rate)
+    with set_for_serving():
+        show("network alone, bf16, depth 1", 0)
+        show("network alone, bf16, depth 2", 0, depth=2)
+        with pageable():
+            show("bf16, depth 1, ordinary memory", rate)
+        with unrehearsed():
+            show("bf16, depth 1, unrehearsed", rate)
+        show("bf16, depth 1", rate)
+        show("bf16, depth 2", rate, depth=2)
+        show("bf16, depth 1, graphs", rate, graphs=True)
+        show("bf16, depth 2, graphs", rate, depth=2, graphs=True)
+        show("fp32, depth 2, graphs", rate, depth=2, graphs=True, precision="fp32")
     return found
 
 
