@@ -11,6 +11,7 @@ import pytest
 
 from plinth.engine import ConfigError, InputError
 from plinth.verticals.finance.training.public_sets import SETS, load
+from plinth.verticals.finance.training.quality import auc
 
 V = {f"V{number}": -0.5 * number for number in range(1, 29)}
 CARD = "4111111111111111"
@@ -60,6 +61,18 @@ ROWS: dict[str, list[dict[str, Any]]] = {
          "Errors?": "Bad PIN", "Is Fraud?": "No"},
     ],
 }  # fmt: skip
+AFTERWARDS: dict[str, list[str]] = {
+    "ulb": ["Class"],
+    "ieee-cis": ["isFraud"],
+    "baf": ["fraud_bool"],
+    "sparkov": ["is_fraud"],
+    "paysim": ["isFraud", "isFlaggedFraud", "oldbalanceOrg", "newbalanceOrig", "oldbalanceDest",
+               "newbalanceDest"],
+    "tabformer": ["Is Fraud?"],
+}  # fmt: skip
+"""What is known only with the answer."""
+TIMES = {"ulb": "Time", "ieee-cis": "TransactionDT", "baf": "month", "sparkov": "unix_time",
+         "paysim": "step", "tabformer": "Year"}  # fmt: skip
 AMOUNT = {"ulb": "Amount", "ieee-cis": "TransactionAmt", "sparkov": "amt", "paysim": "amount"}
 
 
@@ -86,6 +99,30 @@ def test_a_set_is_read_in_order_of_time_and_without_answers_and_persons(
         amounts = [row[column] for row in ROWS[name]][::-1]
         np.testing.assert_allclose(found.rows[:, found.columns.index(column)], amounts)
     assert not np.any(found.rows == float(CARD)), "no card number"
+
+
+def history(name: str, count: int = 400) -> list[dict[str, Any]]:
+    """Payments of chance, of which only the answer and the time tell a fraud: those come last."""
+    dice = np.random.default_rng(0)
+    made = []
+    for number in range(count):
+        row = {column: dice.random() for column in ROWS[name][0]}
+        fraud = number >= count // 2
+        answer = ("Yes" if fraud else "No") if name == "tabformer" else int(fraud)
+        row |= dict.fromkeys(AFTERWARDS[name], answer) | {TIMES[name]: number}
+        if name == "tabformer":
+            row |= {"Year": 1900 + number, "Month": 9, "Day": 1, "Time": "06:21"}
+        made.append(row)
+    return made
+
+
+@pytest.mark.parametrize("name", list(SETS))
+def test_no_column_tells_the_answer_or_the_time(name: str, tmp_path: Path) -> None:
+    found = load(name, write(tmp_path / "set.csv", history(name)))
+    assert found.fraud.sum() == 200 and len(found.columns) >= 2
+    told = {c: auc(row, found.fraud) for c, row in zip(found.columns, found.rows.T, strict=True)}
+    leaks = {column: value for column, value in told.items() if not 0.35 < value < 0.65}
+    assert not leaks, "these tell a fraud, though only what comes with or after the answer does"
 
 
 def test_texts_and_cards_become_numbers_and_gaps_are_told(tmp_path: Path) -> None:
