@@ -174,6 +174,16 @@ def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:
         TINY.check(simulated(calm, 1, ignore))
 
 
+def test_a_week_without_both_kinds_is_refused_and_nothing_stored(tmp_path: Path) -> None:
+    """Cards known as defrauded leave the tests: where all have been, nothing could be measured."""
+    data = simulated(PEOPLE, 3, ignore)
+    data.table["fraud"][data.day < TINY.first_day + 7] = True
+    told = {"seed": 0, "version": "1", "source": "", "console": Console(quiet=True)}
+    with pytest.raises(ConfigError, match="0 frauds in"):
+        run(TINY, lambda advance: data, tmp_path, **told)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
 def test_longer_histories_are_used_up_to_their_newest_days() -> None:
     data = simulated(Population(customers=5, terminals=5, days=100, radius=60), 1, ignore)
     plan = TINY.ending(data)

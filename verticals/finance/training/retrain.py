@@ -197,9 +197,11 @@ def _measured(
     model, review, decline, _ = _train(recipe, before, plan, end, advance)
     test = data.test(first, known_from=end - plan.days + 1)
     fraud = data.table["fraud"][test]
-    if not fraud.any():
+    if not 0 < int(fraud.sum()) < len(fraud):
         raise ConfigError(
-            f"the week from day {first} of the history on has no fraud labels",
+            f"the week from day {first} of the history on has {int(fraud.sum()):,} frauds in "
+            f"{len(fraud):,} payments with cards not known as defrauded before; both kinds are "
+            "needed",
             hint="do labels come? see plinth_finance_missing_label_share",
         )
     scores = score(model, data, test)

@@ -186,6 +186,23 @@ def score(model: FraudScorer, data: Data, chosen: Rows) -> npt.NDArray[np.float6
     return torch.cat([model(part)[:, 0] for part in parts]).double().numpy()
 
 
+def _week_of(data: Data, first: int, known_from: int) -> Rows:
+    """Rows of a week without cards known as defrauded before, frauds and genuine ones among them.
+
+    Raises:
+        ConfigError: there are not both; nothing could be measured on it.
+    """
+    rows = data.test(first, known_from=known_from)
+    frauds = int(data.table["fraud"][rows].sum())
+    if not 0 < frauds < len(rows):
+        raise ConfigError(
+            f"days {first} to {first + WEEK - 1} have {frauds:,} frauds in {len(rows):,} payments "
+            "with cards not known as defrauded before; both kinds are needed",
+            hint="bring payments of more cards, and all their labels",
+        )
+    return rows
+
+
 def folds(
     recipe: Recipe, data: Data, plan: Plan, seed: int, advance: Callable[[int], None]
 ) -> Quality:
@@ -193,6 +210,7 @@ def folds(
     found: list[Quality] = []
     for number in range(FOLDS):
         first = plan.first_day + number * WEEK
+        test = _week_of(data, first + 2 * WEEK, known_from=first)
         model = fit(
             recipe,
             data,
@@ -201,7 +219,6 @@ def folds(
             seed=seed + number,
             advance=advance,
         )
-        test = data.test(first + 2 * WEEK, known_from=first)
         found.append(measure(score(model, data, test), data, test, plan.alert_budget))
     values = {name: [quality[name] for quality in found] for name in found[0]}
     means = {f"fold_{name}_mean": float(np.mean(of)) for name, of in values.items()}
@@ -217,8 +234,9 @@ def final(
     """
     first, days = plan.first_day, plan.final_days
     epochs = max(plan.epochs * 2 // 3, 1)
+    week = _week_of(data, first + days + WEEK, known_from=first)
+    test = _week_of(data, first + days + 2 * WEEK, known_from=first)
     model = fit(recipe, data, data.between(first, days), epochs=epochs, seed=seed, advance=advance)
-    week = data.test(first + days + WEEK, known_from=first)
     with torch.inference_mode():
         logits = model.logits(torch.from_numpy(data.rows[week]))
     model.calibration.fit(logits, torch.from_numpy(data.table["fraud"][week]))
@@ -226,7 +244,6 @@ def final(
     review = review_threshold(scores, data, week, plan.alert_budget)
     decline = decline_threshold(scores, data, week, plan.decline_cost)
 
-    test = data.test(first + days + 2 * WEEK, known_from=first)
     scores, fraud = score(model, data, test), data.table["fraud"][test]
     alerts = card_days(data, test)[scores >= review]
     refused = scores >= decline
