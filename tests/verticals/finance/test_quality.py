@@ -14,6 +14,7 @@ from plinth.engine import ModelStore
 from plinth.verticals.finance import FraudScoring
 from plinth.verticals.finance.features.online import MODEL_FEATURES
 from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
+from plinth.verticals.finance.model import Calibration
 from plinth.verticals.finance.schema import Decision
 from plinth.verticals.finance.settings import STORE
 from plinth.verticals.finance.training.quality import (
@@ -58,6 +59,29 @@ def test_average_precision_sums_precision_over_recall_steps(
         total += (recall - seen) * fraud[chosen].mean()
         seen = recall
     assert average_precision(scores, fraud) == pytest.approx(total)
+
+
+@pytest.mark.parametrize(("spread", "centre", "gain"), [(1, -5, 2), (4, -20, 3), (2, 30, 5)])
+def test_calibration_finds_the_best_line_wherever_the_logits_lie(
+    spread: float, centre: float, gain: float
+) -> None:
+    """At the largest likelihood as many frauds are expected as there are, at each end of scores."""
+    dice = torch.Generator().manual_seed(1)
+    fraud = torch.rand(20_000, generator=dice) < 0.01
+    logits = spread * (torch.randn(20_000, generator=dice) + gain * fraud) + centre
+    made = Calibration()
+    made.fit(logits, fraud)
+    chance = made(logits).double()
+    assert float(chance.sum()) == pytest.approx(int(fraud.sum()), rel=1e-3)
+    expected = float((chance * logits).sum())
+    assert expected == pytest.approx(float((fraud * logits).sum()), rel=1e-3)
+
+
+def test_calibration_of_frauds_that_all_score_higher_is_not_certain() -> None:
+    made = Calibration()
+    made.fit(torch.tensor([-3.0, -2.0, -1.0, 4.0, 5.0]), torch.tensor([0, 0, 0, 1, 1]))
+    chance = made(torch.tensor([-2.0, 1.0, 4.5]))
+    assert 0.1 < float(chance[0]) < float(chance[1]) < float(chance[2]) < 0.9
 
 
 def test_card_precision_by_hand() -> None:
