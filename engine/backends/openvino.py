@@ -35,6 +35,7 @@ INT32 = np.iinfo(np.int32)
 _LOOKUPS = ("Gather", "GatherElements", "GatherND")
 _REFUSED = ("ScatterNDUpdate", "ScatterElementsUpdate", "EmbeddingBagOffsetsSum")
 _WIDE = ("Multiply", "Power", "ShiftLeft")
+_LAID_OUT = ("MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData")
 
 
 class OpenVinoExecutable:
@@ -66,7 +67,7 @@ class OpenVinoExecutable:
     ) -> None:
         self.device = device
         self.precision = precision
-        self.weights = _constant_bytes(graph)
+        self.weights = _weight_bytes(graph)
         self.report: dict[str, Any] = {"threads": threads or torch.get_num_threads()}
         self.files: dict[str, Path] = {}
         self._spec = spec
@@ -258,9 +259,15 @@ def _places(ports: Any, names: list[str]) -> dict[str, int]:
     }
 
 
-def _constant_bytes(graph: Any) -> int:
-    constants = (op for op in graph.get_ops() if op.get_type_name() == "Constant")
-    return sum(op.get_byte_size() for op in constants)
+def _weight_bytes(graph: Any) -> int:
+    """Of all constants; of those that a kernel lays out anew twice, for both stay in memory."""
+    total = 0
+    for op in graph.get_ops():
+        if op.get_type_name() == "Constant":
+            readers = [to.get_node() for port in op.outputs() for to in port.get_target_inputs()]
+            anew = any(reader.get_type_name() in _LAID_OUT for reader in readers)
+            total += op.get_byte_size() * (2 if anew else 1)
+    return total
 
 
 def _check_range(model: str, name: str, array: Any) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from plinth.engine.backends.base import Executable, Wrapped, another
 from plinth.engine.backends.eager import TorchExecutable, held_tensors
@@ -173,6 +173,7 @@ class Evictable(Wrapped):
         residency: the seats of its device.
         plan: what a batch takes.
         make: compiles it again; ``None``: its weights lie in a mapped file.
+        beside: a module whose pages are given back when what was compiled of it leaves.
     """
 
     def __init__(
@@ -181,6 +182,7 @@ class Evictable(Wrapped):
         residency: Residency,
         plan: MemoryPlan | None,
         make: Callable[[], Executable] | None,
+        beside: nn.Module | None = None,
     ) -> None:
         super().__init__(inner)
         self._made: Executable | None = inner
@@ -188,6 +190,7 @@ class Evictable(Wrapped):
         self._plan = plan
         self._residency = residency
         self._pages = Pages(held_tensors(inner.module)) if make is None else None  # type: ignore[attr-defined]
+        self._beside = Pages(() if beside is None else held_tensors(beside))
         size = inner.weights if self._pages is None else self._pages.bytes
         self.seat = Seat(size, self._leave, self._back)
 
@@ -227,6 +230,7 @@ class Evictable(Wrapped):
             self._pages.give_back()
             return
         self._made, self.inner = None, Away(self.inner)
+        self._beside.give_back()
         trim()
 
     def _back(self) -> None:
@@ -241,6 +245,7 @@ def evictable(
     residency: Residency,
     plan: MemoryPlan | None,
     make: Callable[[], Executable] | None,
+    beside: nn.Module,
 ) -> Evictable | None:
     """An executable that can leave memory; ``None`` where it cannot.
 
@@ -249,13 +254,14 @@ def evictable(
         residency: the seats of its device.
         plan: what a batch takes.
         make: compiles it again, where that is known.
+        beside: the model's module.
     """
     if isinstance(executable, TorchExecutable):
         pages = Pages(held_tensors(executable.module))
         if 2 * pages.bytes > executable.weights:
             return Evictable(executable, residency, plan, None)
         return None
-    return None if make is None else Evictable(executable, residency, plan, make)
+    return None if make is None else Evictable(executable, residency, plan, make, beside)
 
 
 def seats_status(executable: Any) -> dict[str, Any]:

@@ -399,8 +399,8 @@ def load_model(
     if not 1 <= low <= high:
         raise ConfigError(f"batch_range is {batch_range}, expected 1 <= smallest <= largest")
     with cpu_threads(threads):
-        probe = min(_MEASURED_ROWS, high)
-        executable = _made(model, device, precision, backend, threads, (probe, high))
+        sizes = min(_MEASURED_ROWS, high), high
+        executable = _made(model, device, precision, backend, threads, sizes)
         module = executable.module if isinstance(executable, TorchExecutable) else None
         executable = _fitted(executable, budget_of(device, budget))
         if model.spec.block is not None:
@@ -414,9 +414,9 @@ def load_model(
             if high > 1 and model.spec.block is None and not _is_exact(precision):
                 padding = find_padding(model, executable)
             return LoadedModel(model, sla, executable, high, room, padding=padding)
-        plan = _plan(executable, model, probe, budget)
+        plan = _plan(executable, model, sizes, budget)
         if plan.max_rows < low:
-            executable, plan = _smaller(executable, plan, model, probe, budget)
+            executable, plan = _smaller(executable, plan, model, sizes, budget)
         if device.kind != "cpu":
             plan = _in_flight(plan, executable, model, depth)
         plan = replace(plan, fixed=plan.fixed * lanes, per_row=plan.per_row * lanes)
@@ -467,14 +467,18 @@ def _fitted(executable: Executable, budget: int) -> Executable:
 
 
 def _smaller(
-    executable: Executable, plan: MemoryPlan, model: Model, probe: int, budget: int | str
+    executable: Executable,
+    plan: MemoryPlan,
+    model: Model,
+    rows: tuple[int, int],
+    budget: int | str,
 ) -> tuple[Executable, MemoryPlan]:
     """What takes less memory than an executable that does not fit, and its plan."""
     if isinstance(executable, Planned):
         executable = executable.smallest()
-        plan = _plan(executable, model, probe, budget)
+        plan = _plan(executable, model, rows, budget)
     if plan.max_rows < 1 and (small := streamed(executable)) is not None:
-        return small, _plan(small, model, probe, budget)
+        return small, _plan(small, model, rows, budget)
     return executable, plan
 
 
@@ -530,14 +534,29 @@ def _variant(
     return best_variant(model, device, threads)
 
 
-def _plan(executable: Executable, model: Model, probe: int, budget: int | str) -> MemoryPlan:
-    """The memory of up to ``probe`` rows, fewer where they would take seconds."""
+def _plan(
+    executable: Executable, model: Model, rows: tuple[int, int], budget: int | str
+) -> MemoryPlan:
+    """The memory of up to ``rows[0]`` rows, fewer where they would take seconds.
+
+    Of up to ``rows[1]``, the largest batch, where those take little time and much memory is left.
+    """
+    probe, high = rows
     one = model.rows(1)
     seconds = executable.report.get("row_seconds") or _seconds(executable, one)
     if seconds < _SAMPLE_SECONDS:
         seconds = max(_seconds(executable, one), 1e-9)  # the first may have been slow for once
-    large = min(max(2, probe), int(_SAMPLE_SECONDS / seconds))
-    sizes = (1, large) if large > 1 else (1, 1)
+    affordable = int(_SAMPLE_SECONDS / seconds)
+    large = min(max(2, probe), affordable)
+    plan = _measured(executable, model, large, budget)
+    if large < high // 2 and high <= affordable and 2 * plan.peak(high) < plan.budget:
+        plan = _measured(executable, model, high, budget)  # rather than eight times what was seen
+    return plan
+
+
+def _measured(executable: Executable, model: Model, rows: int, budget: int | str) -> MemoryPlan:
+    """The memory of an executable by one row and by so many."""
+    sizes = (1, rows) if rows > 1 else (1, 1)
     plans = [
         measure(member, model.rows, sizes, weights=executable.weights, limit=budget)
         for member in (executable.members if isinstance(executable, Planned) else (executable,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 from torch import nn
 
 from plinth.engine.backends import registry
+from plinth.engine.backends.base import Executable
 from plinth.engine.backends.choice import compiled
 from plinth.engine.backends.eager import TorchExecutable, held_tensors, stored_bytes
-from plinth.engine.backends.variants import check_on, degraded_variant
+from plinth.engine.backends.planner import Planned
+from plinth.engine.backends.variants import check_on, degraded_variant, load_variant
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError, OutOfMemory, PlinthError, nearest
 from plinth.engine.flow import Sla
@@ -23,7 +25,7 @@ from plinth.engine.mapped import Pages
 from plinth.engine.memory.plan import Room, budget
 from plinth.engine.memory.residency import Evictable, Residency, evictable
 from plinth.engine.models.store import Model, ModelStore
-from plinth.engine.precision.policy import resolve
+from plinth.engine.precision.policy import PRESETS, PrecisionPolicy, resolve
 from plinth.engine.runtime.loaded_model import (
     VARIANT,
     LoadedModel,
@@ -165,7 +167,7 @@ class ModelTable:
             loaded.asked, loaded.how, loaded.default = asked, how, default
             loaded.policy = None if chosen else resolve(wanted)
             if execution.evict_idle and self.device.kind == "cpu":
-                self._let_leave(loaded, runs, wanted)
+                self._let_leave(loaded, model, wanted)
             loaded.follows = not chosen and (backend or usual) == "auto" and resolve(wanted).auto
             if known and known.recent and known.spec.inputs == model.spec.inputs:
                 check_on(model, loaded.executable, known.recent.rows())
@@ -176,15 +178,14 @@ class ModelTable:
                 loaded.degraded = self._coarser(loaded, model, self._budget - held)
             return loaded
 
-    def _let_leave(self, loaded: LoadedModel, backend: str, wanted: Precision) -> None:
+    def _let_leave(self, loaded: LoadedModel, model: Model, wanted: Precision) -> None:
         """Let a model leave memory while it is idle, if it can come back."""
-        model, threads, make = loaded.model, self._execution.threads, None
-        named = not (isinstance(wanted, str) and wanted.startswith(VARIANT)) and backend != "auto"
-        policy = resolve(wanted) if named else None
-        if policy is not None and not policy.auto and model.spec.block is None:
-            found = registry.find(backend)
-            make = partial(compiled, found, model, self.device, policy, threads)
-        seat = evictable(loaded.executable, self._residency, loaded.plan, make)
+        chosen = isinstance(wanted, str) and wanted.startswith(VARIANT)
+        policy = None if chosen else resolve(wanted)
+        make = None
+        if model.spec.block is None:
+            make = made_again(loaded.executable, model, policy, self._execution.threads)
+        seat = evictable(loaded.executable, self._residency, loaded.plan, make, model.module)
         loaded.executable = loaded.executable if seat is None else seat
 
     def _staying(self, beside: nn.Module | None = None) -> int:
@@ -320,6 +321,37 @@ class ModelTable:
     def status(self) -> dict[str, Any]:
         """Every model's status by name."""
         return {name: loaded.status() for name, loaded in self._models.items()}
+
+
+def made_again(
+    runs: Executable, model: Model, policy: PrecisionPolicy | None, threads: int | None
+) -> Callable[[], Executable] | None:
+    """What makes an executable once more, from caches; ``None`` where that is not known.
+
+    Args:
+        runs: the executable.
+        model: what it was made of.
+        policy: what it was asked for in; ``None``: a variant.
+        threads: CPU threads of a forward.
+    """
+    device = runs.device
+    if (variant := runs.report.get("variant")) is not None:
+        return partial(load_variant, model, device, threads, variant)
+    if isinstance(runs, Planned):
+        makes = {id(part): made_again(part, model, policy, threads) for part in runs.members}
+        known = {place: make for place, make in makes.items() if make is not None}
+        places = [(first, id(part)) for first, part in runs.parts]
+        return partial(_planned, places, known) if len(known) == len(makes) else None
+    if policy is None or policy.auto:
+        policy = PRESETS.get(runs.precision)
+    if policy is None:
+        return None
+    return partial(compiled, registry.find(runs.backend), model, device, policy, threads)
+
+
+def _planned(places: list[tuple[int, int]], makes: dict[int, Callable[[], Executable]]) -> Planned:
+    made = {place: make() for place, make in makes.items()}
+    return Planned([(first, made[place]) for first, place in places])
 
 
 def weight_bytes(model: Model) -> int:

@@ -188,7 +188,10 @@ def test_convolutions_some_planes_at_once_give_what_all_at_once_give(
 
 @pytest.mark.parametrize(
     "backend",
-    ["eager", pytest.param("onnxruntime", marks=pytest.mark.soak)],  # six exports
+    [
+        "eager",
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("onnxruntime", "auto")),
+    ],  # six exports
 )
 def test_six_models_in_the_memory_of_two_answer_every_call(store, backend):
     models = [store.load(f"m{number}") for number in range(6)]
@@ -196,7 +199,8 @@ def test_six_models_in_the_memory_of_two_answer_every_call(store, backend):
     want = {model.spec.name: whole(model).run(rows)["y"] for model in models}
     one = sum(t.nbytes for t in models[0].module.parameters())
     budget = int(2.6 * one)
-    with Engine(backend=backend, threads=1, memory_budget=budget, evict_idle=True) as engine:
+    how = {"precision": "auto"} if backend == "auto" else {}
+    with Engine(backend=backend, threads=1, memory_budget=budget, evict_idle=True, **how) as engine:
         for model in models:
             engine.add(model, batch_range=(1, 2))
 
@@ -206,7 +210,8 @@ def test_six_models_in_the_memory_of_two_answer_every_call(store, backend):
 
         with ThreadPoolExecutor(4) as callers:
             for name, got in callers.map(ask, range(36)):
-                torch.testing.assert_close(got, want[name], rtol=1e-4, atol=1e-5)
+                near = 1e-3 * float(want[name].abs().max())  # what "auto" allows its backends
+                torch.testing.assert_close(got, want[name], rtol=1e-4, atol=near)
         facts = engine.status()["models"]
         resident = sum(each["weights_bytes"] for each in facts.values() if each["resident"])
         assert resident <= budget
