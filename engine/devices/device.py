@@ -274,29 +274,47 @@ def cgroup_memory(
 ) -> tuple[int, int]:
     """Tightest memory limit on this process's cgroups and what it uses, bytes; (0, 0) for none.
 
+    Pages of files that were not read lately are not counted as used: the kernel drops them.
+
     Args:
         root: where the cgroup file system is mounted.
         own: the file that names the cgroup of this process.
     """
-    path = ""
-    if own.exists():
-        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
-        path = next((parts[2] for parts in lines if len(parts) == 3 and parts[0] == "0"), "")
-    folder = root / path.lstrip("/")
     found: list[tuple[int, int]] = []
-    for level in [folder, *folder.parents]:
-        if root in (level, *level.parents):
-            found += _limit(level / "memory.max", level / "memory.current")
-    old = root / "memory"
-    found += _limit(old / "memory.limit_in_bytes", old / "memory.usage_in_bytes")
+    for controllers, path in _cgroups(own):
+        old = "memory" in controllers.split(",")
+        top = root / "memory" if old else root
+        folder = top / path.lstrip("/")
+        for level in [folder, *folder.parents]:
+            if top in (level, *level.parents):
+                found += _limit(level, *(_OLD if old else _NEW))
     return min(found, key=lambda pair: pair[0] - pair[1], default=(0, 0))
 
 
-def _limit(limit: Path, used: Path) -> list[tuple[int, int]]:
+_NEW = "memory.max", "memory.current", "inactive_file"
+_OLD = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+"""Of cgroup v2 and v1: files of a limit and of what is used, and the statistic of pages of files
+that the kernel drops when memory is asked for."""
+
+
+def _cgroups(own: Path) -> list[tuple[str, str]]:
+    """Controllers (none in v2) and path of each cgroup of this process that may limit memory."""
+    lines = [line.split(":", 2) for line in own.read_text().splitlines()] if own.exists() else []
+    found = [(each[1], each[2]) for each in lines if len(each) == 3]
+    kept = [each for each in found if each[0] == "" or "memory" in each[0].split(",")]
+    return [*kept, ("memory", "/")]
+
+
+def _limit(folder: Path, limit: str, used: str, idle: str) -> list[tuple[int, int]]:
     try:
-        most, now = limit.read_text().strip(), used.read_text().strip()
+        most, now = ((folder / name).read_text().strip() for name in (limit, used))
     except OSError:
         return []
     if not (most.isdecimal() and now.isdecimal()) or int(most) >= 1 << 60:
         return []
-    return [(int(most), int(now))]
+    return [(int(most), max(0, int(now) - _statistic(folder / "memory.stat", idle)))]
+
+
+def _statistic(path: Path, name: str) -> int:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)

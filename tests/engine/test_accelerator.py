@@ -84,6 +84,14 @@ def test_the_tightest_cgroup_limit_above_a_process_counts(tmp_path):
     assert cgroup_memory(root, own) == (1000, 900)
     limit(root / "pod" / "box", "500", 10)
     assert cgroup_memory(root, own) == (1000, 900)
+    (root / "pod" / "memory.stat").write_text("anon 100\ninactive_file 350\nactive_file 200\n")
+    assert cgroup_memory(root, own) == (1000, 550), "pages of files that the kernel would drop"
+    own.write_text("4:cpu,memory:/box\n0::/\n")
+    old = root / "memory" / "box"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("400\n")
+    (old / "memory.usage_in_bytes").write_text("350\n")
+    assert cgroup_memory(root, own) == (400, 350), "of the first version"
 
 
 def test_a_network_is_placed_on_an_accelerator_and_the_original_stays():

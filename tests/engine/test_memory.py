@@ -1,6 +1,7 @@
 """How much fits: the arithmetic for all numbers, the measurement where the need is known."""
 
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -209,3 +210,69 @@ def test_swaps_leak_nothing_and_a_limit_of_the_system_loses_nothing(swaps, tmp_p
     assert int(leaked[2]) <= 1.05 * int(leaked[1])
     assert halved[1] == "True"
     assert int(halved[2]) < 32
+
+
+LIMITED = """
+import sys
+from pathlib import Path
+Path(sys.argv[1], "cgroup.procs").write_text("0")
+import os, torch
+from torch import Tensor, nn
+from plinth.engine import Call, Engine, Model, ModelSpec, Sla, TensorSpec
+from plinth.engine.errors import OutOfMemory
+from plinth.engine.devices.device import pick
+
+class Widening(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.repeat(1, 2 << 20).sum(1, keepdim=True)  # 8 MiB a row
+
+x, y = TensorSpec(name="x", shape=(1,)), TensorSpec(name="y", shape=(1,))
+model = Model(ModelSpec(name="much", inputs=(x,), outputs=(y,)), Widening())
+memory = pick("cpu").memory()
+assert memory.available < memory.total == int(sys.argv[2]), memory
+try:
+    Engine(backend="eager", threads=1, memory_budget=2 * memory.total).add(model)
+except OutOfMemory as refusal:
+    print("refused", refusal.needed, refusal.available)
+rows = torch.arange(256.0)[:, None]
+with Engine(backend="eager", threads=1) as engine:
+    engine.add(model, batch_range=(1, 256))
+    calls = [engine.submit(Call("much", rows), Sla(deadline_ms=None)) for _ in range(4)]
+    same = all(torch.equal(call.result(100).value, rows * (2 << 20)) for call in calls)
+    print("answered", same, engine.status()["models"]["much"]["largest_batch"])
+"""
+
+
+def cgroup(limit: int) -> Path:
+    """A new cgroup whose processes may take so many bytes; skips where none can be made."""
+    for top, name in (
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+        (Path("/sys/fs/cgroup"), "memory.max"),
+    ):
+        folder = top / f"plinth-test-{os.getpid()}"
+        try:
+            folder.mkdir()
+            (folder / name).write_text(str(limit))
+        except OSError:
+            if folder.is_dir():
+                folder.rmdir()
+            continue
+        return folder
+    pytest.skip("no cgroup of the memory controller can be made here")
+
+
+@pytest.mark.cpu
+@pytest.mark.soak
+def test_inside_the_limit_of_a_cgroup_batches_are_cut_and_nothing_is_killed():
+    limit = 640 << 20
+    folder = cgroup(limit)
+    try:
+        fresh = [sys.executable, "-c", LIMITED, str(folder), str(limit)]
+        done = subprocess.run(fresh, capture_output=True, text=True, timeout=200, check=False)
+    finally:
+        folder.rmdir()
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    refused, answered = (line.split() for line in done.stdout.splitlines())
+    assert refused == ["refused", str(2 * limit), str(limit)]
+    assert answered[:2] == ["answered", "True"]
+    assert int(answered[2]) < 60, "256 rows take 2 GiB"
