@@ -239,7 +239,7 @@ def replace_weights(net: nn.Module, path: Path) -> nn.Module:
     from plinth.engine.models.weights import fill
 
     found = copy.deepcopy(net)
-    fill(found, path, "copy", {}, narrow=True)
+    fill(found, path, "copy", {})
     return found.eval()
 
 

@@ -88,7 +88,7 @@ def unpacked(model: Model, path: Path) -> Model:
     if model.onnx is not None:
         raise ModelError(f"{path} holds weights of a module; {model.spec.name} is an ONNX file")
     module = sharing_copy(model.module)  # whose tensors are replaced, not written to
-    weights.fill(module, path, model.spec.name, {}, narrow=True)
+    weights.fill(module, path, model.spec.name, {})
     return replace(model, module=module, made_from=None, variants=None)
 
 

@@ -132,6 +132,8 @@ class Recipe:
         for name, settings in self.steps.items():
             if name == "pruning":
                 words += [f"{share:.0%} {what}" for what, share in _shares(settings)]
+            elif name == "low_rank":
+                words.append(f"rank of {settings.get('energy', 0.9):.0%}")
             elif name == "quantization_aware":
                 words.append(str(settings.get("bits", "int8")))
             elif name != "distillation":

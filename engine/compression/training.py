@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from plinth.engine.compression import packing, pruning, quantization_aware
+from plinth.engine.compression import low_rank, packing, pruning, quantization_aware
 from plinth.engine.compression.distillation import Distillation, apart
 from plinth.engine.compression.graph import NORMS, chains
 from plinth.engine.compression.packed_layers import unpack_layers
@@ -22,7 +22,12 @@ from plinth.engine.compression.packing import Coded
 from plinth.engine.compression.registry import Recipe, Weight
 from plinth.engine.errors import ConfigError, InputError
 
-ALGORITHMS = (pruning.Pruning, quantization_aware.QuantizationAware, Distillation)
+ALGORITHMS = (
+    low_rank.Factors,
+    pruning.Pruning,
+    quantization_aware.QuantizationAware,
+    Distillation,
+)
 """Of this room, in the order in which they work; others register when they are imported."""
 
 Rows = Mapping[str, Tensor]

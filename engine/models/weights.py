@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from plinth.engine.compression import pruning
+from plinth.engine.compression import low_rank, pruning
 from plinth.engine.compression.packed_layers import pack_layers, packed_bytes
 from plinth.engine.compression.packing import PackedFile
 from plinth.engine.errors import ModelError
@@ -72,17 +72,15 @@ def write(module: nn.Module, path: Path) -> dict[str, str]:
     return shared
 
 
-def fill(
-    module: nn.Module, path: Path, name: str, shared: dict[str, str], *, narrow: bool = False
-) -> None:
+def fill(module: nn.Module, path: Path, name: str, shared: dict[str, str]) -> None:
     """Load a file, safetensors or packed, into a module.
 
     Args:
-        module: gets the weights.
+        module: gets the weights; from a packed file its layers may become the smaller ones, or the
+            products, that the file has.
         path: the file; packed if it ends in ``.packed``.
         name: the model's, for errors.
         shared: what :func:`write` returned; a packed file says it itself.
-        narrow: whether layers may lose the channels that the file does not have.
 
     Raises:
         ModelError: not such a file, or names the first tensor that does not fit.
@@ -90,8 +88,9 @@ def fill(
     if path.suffix == PACKED.suffix:
         with PackedFile(path) as file:
             facts = {key: file.facts(key) for key in file.entries}
-            if narrow:
-                pruning.narrow(module, {key: shape for key, (shape, _) in facts.items()})
+            shapes = {key: shape for key, (shape, _) in facts.items()}
+            low_rank.factor(module, shapes)
+            pruning.narrow(module, shapes)
             _hold(module, {key: _said(*fact) for key, fact in facts.items()}, name)
             packed = pack_layers(module, file)
             rest = {key: file.dense(key) for key in facts if key not in packed}

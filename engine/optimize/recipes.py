@@ -48,7 +48,10 @@ LADDER: tuple[tuple[float, str], ...] = (
 
 
 def ladder(
-    settings: Recipe, channels: float = 0.0, rungs: Sequence[tuple[float, str]] = LADDER
+    settings: Recipe,
+    channels: float = 0.0,
+    rungs: Sequence[tuple[float, str]] = LADDER,
+    energy: float = 0.0,
 ) -> list[Recipe]:
     """Recipes of sparsity and bits, each distilled, with these epochs, batch, rate and seed.
 
@@ -56,12 +59,14 @@ def ladder(
         settings: whose epochs, batch, rate and seed they have.
         channels: share of channels that each removes besides.
         rungs: sparsity and bits of each.
+        energy: of the singular values that each keeps besides; 0: layers stay one.
     """
     found = []
     for sparsity, bits in rungs:
         cut = {"sparsity": sparsity, "channels": channels}
         pruning = {"pruning": {key: share for key, share in cut.items() if share}}
         steps: dict[str, Mapping[str, Any]] = {
+            **({"low_rank": {"energy": energy}} if energy else {}),
             **(pruning if pruning["pruning"] else {}),
             "quantization_aware": {"bits": bits},
             "distillation": {},

@@ -174,6 +174,41 @@ def test_channels_that_are_gone_make_the_layers_smaller_and_load_again(trained, 
     assert right(found.module, images, truth) > right(module, images, truth) - 0.06
 
 
+def test_layers_become_products_that_compose_with_the_others_and_load_again(trained, tmp_path):
+    module, images, truth = trained
+    steps = {
+        "low_rank": {"energy": 0.8},
+        "pruning": {"sparsity": 0.3},
+        "quantization_aware": {"bits": "int4"},
+        "distillation": {},
+    }
+    said: list[str] = []
+    found = compress(module, {"x": images}, recipe(6, **steps), forward, truth, said.append)
+    rank = found.module[4].down.weight.shape[0]
+    assert found.module[4].down.weight.shape == (rank, 16, 3, 3)
+    assert found.module[4].up.weight.shape == (32, rank, 1, 1)
+    assert f"4: rank {rank} of 32" in said
+    assert rank * (16 * 9 + 32) < 0.9 * module[4].weight.numel()
+    assert found.module[4].weight.shape == module[4].weight.shape
+    assert right(found.module, images, truth) > right(module, images, truth) - 0.06
+    store = ModelStore(tmp_path)
+    store.save(SPEC, found)
+    loaded = store.load("shapes").module
+    assert type(loaded[9]) is nn.Linear, "which would not become smaller"
+    assert torch.equal(loaded(images[:5]), found.module(images[:5]))
+    plain = compress(module, {"x": images}, recipe(0, low_rank={"energy": 0.8}), forward).module
+    want = module[4].weight.flatten(1)
+    off = (plain[4].weight.flatten(1) - want).square().sum() / want.square().sum()
+    assert 0.1 < off <= 0.2 + 1e-4, "the best product of its rank keeps 80 %"
+    with pytest.raises(ConfigError, match="no layer becomes smaller"):
+        compress(
+            nn.Sequential(nn.Linear(8, 8)),
+            {"x": torch.ones(4, 8)},
+            recipe(0, low_rank={"energy": 0.99}),
+            forward,
+        )
+
+
 def test_a_compressed_model_is_one_more_kind_of_version_in_the_store(trained, tmp_path):
     module, images, _ = trained
     steps = {"quantization_aware": {"bits": "int4"}}

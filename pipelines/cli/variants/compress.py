@@ -53,6 +53,10 @@ def compress(
     channels: Annotated[
         float, typer.Option(min=0, max=0.99, help="Share of channels to remove: faster too.")
     ] = 0.0,
+    low_rank: Annotated[
+        float,
+        typer.Option(min=0, max=0.999, help="Layers as products that keep this share: faster too."),
+    ] = 0.0,
     epochs: Annotated[int, typer.Option(min=0, help="How often training sees the rows.")] = 6,
     step: Annotated[int, typer.Option(min=2, help="Rows of a step of training.")] = 64,
     rate: Annotated[float, typer.Option(min=0, help="Of training, at its highest.")] = 1e-3,
@@ -74,7 +78,7 @@ def compress(
         bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")
     ] = False,
 ) -> None:
-    """Prune, quantise and distil a model until its file is small; keep what nothing beats.
+    """Prune, factor, quantise and distil a model until its file is small; keep what nothing beats.
 
     Recipes are trained on four fifths of the rows, with the model itself as teacher; the others
     judge. The best becomes the default of the model, those that nothing beats in size and loss are
@@ -103,7 +107,10 @@ def compress(
         pick("cpu" if settings.engine.device == "auto" else settings.engine.device),
         None if target is None else bytes_of(target, size),
         labels,
-        _recipes(Recipe(epochs=epochs, batch=step, rate=rate, seed=seed), sparsity, bits, channels),
+        _recipes(
+            Recipe(epochs=epochs, batch=step, rate=rate, seed=seed),
+            *(sparsity, bits, channels, low_rank),
+        ),
         backend,
         batch=batch,
         threads=threads,
@@ -160,15 +167,20 @@ def bytes_of(target: str, reference: int) -> int:
 
 
 def _recipes(
-    settings: Recipe, sparsity: list[float] | None, bits: list[str] | None, channels: float
+    settings: Recipe,
+    sparsity: list[float] | None,
+    bits: list[str] | None,
+    channels: float,
+    energy: float,
 ) -> list[Recipe]:
     from plinth.engine.optimize.recipes import LADDER, ladder
 
     if sparsity is None and bits is None:
-        return ladder(settings, channels)
+        return ladder(settings, channels, energy=energy)
     shares = sorted(set(sparsity or [share for share, _ in LADDER]))
     words = bits or sorted({word for _, word in LADDER})
-    return ladder(settings, channels, [(share, word) for share in shares for word in words])
+    rungs = [(share, word) for share in shares for word in words]
+    return ladder(settings, channels, rungs, energy)
 
 
 def _facts(point: Small, reference: int) -> dict[str, Any]:
