@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -140,7 +140,7 @@ def plan(options: Namespace) -> list[dict[str, Any]]:
         ]
 
 
-def sized(name: str, config: dict[str, Any], shape: tuple[int, ...]) -> Model:
+def sized(name: str, config: Mapping[str, Any], shape: tuple[int, ...]) -> Model:
     """A model of a family whose rows have one size."""
     model = find(name).model(config, name=name)
     (given,), (made,) = model.spec.inputs, model.spec.outputs

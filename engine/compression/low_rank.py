@@ -52,7 +52,8 @@ class LowRank(nn.Module):
     def weight(self) -> Tensor:
         """The product, of the shape of the weight that it stands for."""
         up, down = self.up.weight.flatten(1), self.down.weight
-        return (up @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+        found: Tensor = (up @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+        return found
 
     @property
     def bias(self) -> Tensor | None:
