@@ -108,7 +108,7 @@ def build_engine(config: Config, verticals: Mapping[str, Vertical[Any, Any]]) ->
         ModelError: a model is missing or damaged.
         DeviceError: the device is not there.
     """
-    engine = Engine(**config.engine.model_dump())
+    engine = Engine(**config.engine.model_dump(), cluster=config.cluster.model_dump())
     brought: dict[str, tuple[str, Model, object]] = {}
     for vertical in verticals.values():
         rows = _batch_range(vertical, config)

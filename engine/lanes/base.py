@@ -112,6 +112,14 @@ class Held(Protocol):
         """
         ...
 
+    def check_outputs(self, outputs: dict[str, Tensor], rows: int) -> None:
+        """Hold what came from elsewhere against the contract.
+
+        Raises:
+            ModelError: an output is missing, or has another shape.
+        """
+        ...
+
 
 class Lane(ABC):
     """A place where batches run; one thread at a time gives it units.
@@ -146,6 +154,11 @@ class Lane(ABC):
     def label(self) -> str:
         """What status pages call it: its device, or what is told apart from that."""
         return str(self.device)
+
+    @property
+    def where(self) -> str | None:
+        """The machine that it runs on, where that is not this one."""
+        return None
 
     def launch(self) -> None:
         """Begin with what :meth:`start` does, without waiting for it."""

@@ -20,15 +20,24 @@ from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary, finalize
 
+from torch import Tensor
+
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, DeviceError, ModelError
 from plinth.engine.lanes import worker as child
 from plinth.engine.lanes.base import Held, Lane, LaneDied, Ran, Unit
+from plinth.engine.lanes.worker import (
+    ENDED,
+    FORGET,
+    LOAD,
+    LOGGED,
+    READY,
+    REPLY,
+    UNIT,
+)
 from plinth.engine.lanes.worker_process import KILL_SECONDS, WorkerProcess
 from plinth.engine.scheduler.cost_model import LatencyModel
 
-READY, UNIT, LOAD, FORGET, REPLY, LOGGED = b"r", b"u", b"l", b"f", b"a", b"g"
-"""Kinds of messages: it serves; a unit; a recipe; a model's name; an answer; a log record."""
 HUNG_SECONDS = 10.0
 """A batch that takes no longer is never taken for hung, however fast it usually is."""
 HUNG_TIMES = 20.0
@@ -74,11 +83,15 @@ class ProcessLane(Lane):
         hung_seconds: a batch is taken for hung after the longer of this and 20 times what it is
             predicted to take, or 120 s where that is unknown; its process is killed.
 
+    Attributes:
+        alone: messages lie in one piece of memory each.
+
     Raises:
         ConfigError: another device than the CPU, or an impossible depth or bound.
     """
 
     revives = True
+    alone = False
 
     def __init__(
         self,
@@ -91,8 +104,8 @@ class ProcessLane(Lane):
     ) -> None:
         if device.kind != "cpu":
             raise ConfigError(
-                f"process:{device} is no lane: worker processes run on the CPU",
-                hint=f"name {device} itself, or process:cpu",
+                f"{self.kind}:{device} is no lane: its processes run on the CPU",
+                hint=f"name {device} itself, or {self.kind}:cpu",
             )
         if depth is not None and not 1 <= depth <= MAX_DEPTH:
             raise ConfigError(f"pipeline_depth is {depth}, expected 1 to {MAX_DEPTH}")
@@ -101,11 +114,11 @@ class ProcessLane(Lane):
         super().__init__(device, depth or 1, costs)
         self.hung_seconds = hung_seconds
         self._serve = serve
-        self._threads = threads
+        self.threads = threads
         self._models: WeakValueDictionary[str, Held] = WeakValueDictionary()
         self._gone: deque[str] = deque()
         self._changing = threading.RLock()
-        self._link: _Link | None = None
+        self._link: Link | None = None
 
     @property
     def kind(self) -> str:
@@ -115,7 +128,7 @@ class ProcessLane(Lane):
     @property
     def label(self) -> str:
         """See :class:`Lane`."""
-        return f"process:{self.device}"
+        return f"{self.kind}:{self.device}"
 
     @property
     def pid(self) -> int | None:
@@ -127,14 +140,14 @@ class ProcessLane(Lane):
         """See :class:`Lane`."""
         with self._changing:
             if self._link is None:
-                self._link = _Link(self)
+                self._link = Link(self)
 
     def start(self) -> None:
         """See :class:`Lane`."""
         with self._changing:
             link = self._link
             if link is None or link.why is not None:
-                link = self._link = _Link(self)
+                link = self._link = Link(self)
             link.await_ready()
             for model in list(self._models.values()):
                 try:
@@ -161,11 +174,12 @@ class ProcessLane(Lane):
             self._models[model.id] = model
             finalize(model, self._gone.append, model.id)
 
-    def _load(self, link: _Link, model: Held) -> None:
+    def _load(self, link: Link, model: Held) -> None:
         if model.id in link.loaded:
             return
         recipe = model.recipe()
         try:
+            self.bring(link, recipe)
             found, _ = link.ask(LOAD, (model.id, recipe), START_SECONDS).result()
         except LaneDied as error:
             raise ModelError(
@@ -175,6 +189,13 @@ class ProcessLane(Lane):
             ) from error
         model.check(found)
         link.loaded.add(model.id)
+
+    def bring(self, link: Link, recipe: object) -> None:
+        """Let the process have the files that a recipe names, before it loads it.
+
+        Raises:
+            ModelError, LaneDied: it cannot.
+        """
 
     def can_run(self, model: str) -> bool:
         """See :class:`Lane`."""
@@ -189,13 +210,23 @@ class ProcessLane(Lane):
                 raise LaneDied(f"the lane {self.label} was not started")
             while self._gone:
                 link.tell(FORGET, self._gone.popleft())
-            rows = self._models[unit.model].joined(list(unit.parts))
+            model = self._models[unit.model]
+            rows = model.joined(list(unit.parts))
+            self.weigh(link, rows)
             asked = link.ask(UNIT, (unit.model, rows), self._limit(unit), unit=True)
         except BaseException as error:  # noqa: BLE001 - the future's, whatever it is
             future.set_exception(error)
         else:
-            asked.add_done_callback(lambda done: _settle(future, done))
+            many = len(next(iter(rows.values())))
+            asked.add_done_callback(lambda done: _settle(future, done, model, many))
         return future
+
+    def weigh(self, link: Link, rows: dict[str, Tensor]) -> None:
+        """Refuse rows that cannot cross.
+
+        Raises:
+            ModelError: they are too large.
+        """
 
     def _limit(self, unit: Unit) -> float:
         return max(
@@ -212,22 +243,43 @@ class ProcessLane(Lane):
         if link is not None:
             link.close()
 
-    def run_worker(self) -> tuple[Serve, int]:
-        """What its process is to do: the function, and the CPU threads it is given."""
-        return self._serve, self._threads
+    def open_process(self) -> WorkerProcess:
+        """A process that serves, or is about to."""
+        process = WorkerProcess(0)
+        child.send(process.socket, b"p", sys.path)
+        given = (self._serve, (process.descriptor, self.threads))
+        child.send(process.socket, child.STEP, given)
+        return process
+
+    def accept(self, about: object) -> None:
+        """Refuse a process by what it said of itself when it was ready.
+
+        Raises:
+            DeviceError: it is another than it should be.
+        """
+
+    def is_over(self, link: Link) -> None:
+        """Told when a process has ended, before anybody else is."""
 
 
-class _Link:
+class Link:
     """One process of a lane and what was sent to it; its thread reads what comes back.
+
+    Args:
+        lane: whose.
 
     Attributes:
         why: how the process ended; ``None``: it has not.
+        about: what it said of itself when it was ready.
+        silent: machines that did not answer.
         loaded: the models that it holds.
     """
 
     def __init__(self, lane: ProcessLane) -> None:
         self.pid: int | None = None
         self.why: str | None = None
+        self.about: Any = None
+        self.silent: list[str] = []
         self.loaded: set[str] = set()
         self._lane = lane
         self._process: WorkerProcess | None = None
@@ -236,6 +288,7 @@ class _Link:
         self._numbers = count()
         self._last = 0.0
         self._closing: float | None = None
+        self._reason: str | None = None
         self._ready = threading.Event()
         self.thread = threading.Thread(target=self._live, name="plinth-process-lane", daemon=True)
         self.thread.start()
@@ -253,6 +306,11 @@ class _Link:
                 f"a worker process of {self._lane.label} did not start: {self.why or 'too slow'}",
                 hint="see the log",
             )
+        try:
+            self._lane.accept(self.about)
+        except DeviceError:
+            self.kill()
+            raise
 
     def ask(
         self, kind: bytes, value: tuple[Any, ...], limit: float, *, unit: bool = False
@@ -269,7 +327,8 @@ class _Link:
             number = next(self._numbers)
             self._asked[number] = asked
             try:
-                child.send(self._process.socket, kind, (number, *value))
+                sent, alone = (number, *value), self._lane.alone
+                child.send(self._process.socket, kind, sent, alone=alone)
             except OSError:
                 self.kill()  # who reads tells what becomes of it
             except BaseException:
@@ -282,7 +341,7 @@ class _Link:
         with self._lock:
             if self._process is not None and self.why is None:
                 try:
-                    child.send(self._process.socket, kind, value)
+                    child.send(self._process.socket, kind, value, alone=self._lane.alone)
                 except OSError:
                     self.kill()
 
@@ -310,11 +369,8 @@ class _Link:
     def _live(self) -> None:
         why = "it was not started"
         try:
-            process = WorkerProcess(0)
-            serve, threads = self._lane.run_worker()
+            process = self._lane.open_process()
             process.socket.settimeout(min(1.0, self._lane.hung_seconds / 4))
-            child.send(process.socket, b"p", sys.path)
-            child.send(process.socket, child.STEP, (serve, (process.descriptor, threads)))
             with self._lock:
                 self._process, self.pid = process, process.pid
             why = self._read(process)
@@ -337,7 +393,7 @@ class _Link:
             except ConnectionResetError:
                 message = None
             if message is None:
-                return process.how_it_ended()
+                return self._reason or process.how_it_ended()
             self._handle(*message)
 
     def _overdue(self) -> str | None:
@@ -356,7 +412,10 @@ class _Link:
 
     def _handle(self, kind: bytes, read: Callable[[], Any]) -> None:
         if kind == READY:
+            self.about = read()
             self._ready.set()
+        elif kind == ENDED:
+            self._reason, self.silent = read()
         elif kind == LOGGED:
             name, level, text = read()
             logging.getLogger(name).log(level, "%s", text)
@@ -381,6 +440,7 @@ class _Link:
         with self._lock:
             self.why = why
             lost, self._asked = list(self._asked.values()), {}
+        self._lane.is_over(self)
         self._ready.set()
         died = LaneDied(f"the process of {self._lane.label} ended: {why}")
         for asked in lost:
@@ -389,11 +449,16 @@ class _Link:
             self._lane.lost(died)
 
 
-def _settle(future: Future[Ran], done: Future[tuple[Any, float]]) -> None:
+def _settle(future: Future[Ran], done: Future[tuple[Any, float]], model: Held, rows: int) -> None:
     error = done.exception()
     if error is not None:
         future.set_exception(error)
         return
     (outputs, largest, halvings, precision), seconds = done.result()
+    try:
+        model.check_outputs(outputs, rows)
+    except ModelError as wrong:
+        future.set_exception(wrong)
+        return
     kept = {name: each.clone() if each.nbytes < _KEPT else each for name, each in outputs.items()}
     future.set_result(Ran(kept, seconds, largest, halvings, precision))

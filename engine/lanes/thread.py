@@ -123,6 +123,7 @@ class LaneThread:
             "name": self.name,
             "kind": self.lane.kind,
             "device": str(self.lane.device),
+            "machine": self.lane.where,
             "state": draining if self.is_well else dead,
             "deaths": self.deaths,
             "in_flight": self.in_flight,

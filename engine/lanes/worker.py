@@ -25,13 +25,19 @@ import struct
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 STEP, TAKEN, DONE = b"s", b"t", b"d"
 """Kinds of messages: a step to run; it arrived; what it came to."""
+
+READY, UNIT, LOAD, FORGET, REPLY, LOGGED, ENDED = b"r", b"u", b"l", b"f", b"a", b"g", b"e"
+"""Messages of a lane: it serves; a unit; a recipe; a model's name; an answer; a log record; why it
+ends."""
+NEED, PIECE = b"n", b"p"
+"""And on the way to another machine: files of a model; a piece of one."""
 
 Outcome = tuple[Any, BaseException | None, str, list[tuple[str, int, str]]]
 """The value; or the exception and where it was raised; and what was logged meanwhile."""
@@ -60,50 +66,114 @@ _segments: WeakSet[Segment] = WeakSet()
 """What this process received and kept the descriptors of: sent on, it is not copied again."""
 
 
-def send(sock: socket.socket, kind: bytes, value: Any) -> None:
+def send(sock: socket.socket, kind: bytes, value: Any, *, alone: bool = False) -> None:
     """Send a value; arrays and tensors keep dtype, shape, order and bits.
+
+    Args:
+        sock: where to.
+        kind: of message.
+        value: what.
+        alone: in one piece of memory, with nothing that lies elsewhere.
 
     Raises:
         OSError: the other end is gone, or there is no memory.
         Exception: whatever pickling raises.
     """
-    views: list[memoryview] = []
+    layout = _Layout(value, alone)
+    descriptor = _memory(layout.size)
+    try:
+        layout.fill(memoryview(mmap.mmap(descriptor, layout.size)))
+        descriptors = [descriptor, *(other.descriptor for other in layout.others)]
+        socket.send_fds(sock, [_HEAD.pack(kind, layout.size, len(descriptors))], descriptors)
+    finally:
+        os.close(descriptor)
 
-    def apart(buffer: pickle.PickleBuffer) -> bool:
+
+def pass_on(sock: socket.socket, kind: bytes, packed: Any) -> None:
+    """Send what was packed elsewhere.
+
+    Args:
+        sock: where to.
+        kind: of message.
+        packed: bytes, or what has them in one piece.
+    """
+    view = memoryview(packed).cast("B")
+    descriptor = _memory(len(view))
+    try:
+        _copy(memoryview(mmap.mmap(descriptor, len(view))), view)
+        socket.send_fds(sock, [_HEAD.pack(kind, len(view), 1)], [descriptor])
+    finally:
+        os.close(descriptor)
+
+
+def pack(value: Any) -> mmap.mmap:
+    """A value in one piece, as :func:`send` would send it.
+
+    Raises:
+        Exception: whatever pickling raises.
+    """
+    layout = _Layout(value, alone=True)
+    memory = mmap.mmap(-1, layout.size)
+    layout.fill(memoryview(memory))
+    return memory
+
+
+def unpack(packed: Any) -> Any:
+    """The value in a copy of what :func:`pack` made, which the value may change."""
+    view = memoryview(packed).cast("B")
+    memory = mmap.mmap(-1, len(view))
+    _copy(memoryview(memory), view)
+    return _read([memory])
+
+
+class _Layout:
+    """Where each part of a value lies in the memory that carries it.
+
+    Args:
+        value: what.
+        alone: nothing of it lies in memory that came from another process.
+
+    Attributes:
+        size: bytes of the memory.
+        others: segments that hold the rest.
+    """
+
+    def __init__(self, value: Any, alone: bool) -> None:
+        self._views: list[memoryview] = []
+        out = io.BytesIO()
+        _Pickler(out, protocol=5, buffer_callback=self._apart).dump(value)
+        self._data = out.getbuffer()
+        known = [None if alone else _known(view) for view in self._views]
+        self.others = list(dict.fromkeys(found[0] for found in known if found is not None))[:200]
+        end = _TABLE.size + len(self._views) * _ENTRY.size
+        self._table: list[tuple[int, int, int, bool]] = []
+        self._begin = end
+        end += len(self._data)
+        for view, found in zip(self._views, known, strict=True):
+            if found is not None and found[0] in self.others:
+                entry = (self.others.index(found[0]) + 1, found[1])
+            else:
+                offset = -(-end // _ALIGN) * _ALIGN
+                entry, end = (0, offset), offset + view.nbytes
+            self._table.append((*entry, view.nbytes, view.readonly))
+        self.size = end
+
+    def _apart(self, buffer: pickle.PickleBuffer) -> bool:
         view = buffer.raw()
         if view.nbytes < _APART:
             return True
-        views.append(view)
+        self._views.append(view)
         return False
 
-    out = io.BytesIO()
-    _Pickler(out, protocol=5, buffer_callback=apart).dump(value)
-    data = out.getbuffer()
-    known = [_known(view) for view in views]
-    others = list(dict.fromkeys(found[0] for found in known if found is not None))[:200]
-    end = _TABLE.size + len(views) * _ENTRY.size
-    table, begin = [], end
-    end += len(data)
-    for view, found in zip(views, known, strict=True):
-        if found is not None and found[0] in others:
-            entry = (others.index(found[0]) + 1, found[1])
-        else:
-            offset = -(-end // _ALIGN) * _ALIGN
-            entry, end = (0, offset), offset + view.nbytes
-        table.append((*entry, view.nbytes, view.readonly))
-    descriptor = _memory(end)
-    try:
-        memory = memoryview(mmap.mmap(descriptor, end))
+    def fill(self, memory: memoryview) -> None:
+        """Write it there."""
+        begin, data, table = self._begin, self._data, self._table
         head = [_TABLE.pack(len(data), len(table)), *(_ENTRY.pack(*entry) for entry in table)]
         memory[:begin] = b"".join(head)
         memory[begin : begin + len(data)] = data
-        for view, (number, offset, size, _) in zip(views, table, strict=True):
+        for view, (number, offset, size, _) in zip(self._views, table, strict=True):
             if number == 0:
                 _copy(memory[offset : offset + size], view)
-        descriptors = [descriptor, *(other.descriptor for other in others)]
-        socket.send_fds(sock, [_HEAD.pack(kind, end, len(descriptors))], descriptors)
-    finally:
-        os.close(descriptor)
 
 
 def receive(sock: socket.socket, *, keep: bool) -> tuple[bytes, Callable[[], Any]] | None:
@@ -112,6 +182,26 @@ def receive(sock: socket.socket, *, keep: bool) -> tuple[bytes, Callable[[], Any
     Args:
         sock: where from.
         keep: the arrays share memory with whoever gets them sent on; otherwise a change stays here.
+
+    Raises:
+        TimeoutError: nothing came within the socket's timeout.
+    """
+    message = receive_packed(sock, keep=keep)
+    if message is None:
+        return None
+    kind, mapped = message
+
+    def read() -> Any:
+        segments = mapped()
+        return _read(segments) if segments else None
+
+    return kind, read
+
+
+def receive_packed(
+    sock: socket.socket, *, keep: bool
+) -> tuple[bytes, Callable[[], list[Segment]]] | None:
+    """The next message as it came: its kind, and what maps its memory; see :func:`receive`.
 
     Raises:
         TimeoutError: nothing came within the socket's timeout.
@@ -127,12 +217,10 @@ def receive(sock: socket.socket, *, keep: bool) -> tuple[bytes, Callable[[], Any
     if len(descriptors) != count:
         raise OSError(f"{len(descriptors)} of {count} descriptors of a message came")
 
-    def read() -> Any:
-        if not descriptors:
-            return None
-        return _read([_mapped(fd, size if n == 0 else 0, keep) for n, fd in enumerate(descriptors)])
+    def mapped() -> list[Segment]:
+        return [_mapped(fd, size if n == 0 else 0, keep) for n, fd in enumerate(descriptors)]
 
-    return kind, read
+    return kind, mapped
 
 
 def tell(sock: socket.socket, kind: bytes) -> None:
@@ -140,7 +228,7 @@ def tell(sock: socket.socket, kind: bytes) -> None:
     sock.sendall(_HEAD.pack(kind, 0, 0))
 
 
-def _read(segments: list[Segment]) -> Any:
+def _read(segments: Sequence[mmap.mmap]) -> Any:
     first = memoryview(segments[0])
     size, count = _TABLE.unpack_from(first, 0)
     buffers = []

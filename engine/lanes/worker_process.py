@@ -26,15 +26,16 @@ class WorkerProcess:
 
     Args:
         niceness: how far others go first where the machine is short of CPU.
+        script: what it runs.
     """
 
-    def __init__(self, niceness: int) -> None:
+    def __init__(self, niceness: int, script: Path = Path(child.__file__)) -> None:
         ours, theirs = socket.socketpair()
         self.socket = ours
         self.descriptor = theirs.fileno()
         level = logging.getLogger().getEffectiveLevel()
         given = map(str, (self.descriptor, os.getpid(), level, niceness))
-        command = [sys.executable, "-P", "-X", "faulthandler", str(Path(child.__file__)), *given]
+        command = [sys.executable, "-P", "-X", "faulthandler", str(script), *given]
         try:
             self._process = subprocess.Popen(
                 command,

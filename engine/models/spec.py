@@ -79,7 +79,15 @@ class TensorSpec(BaseModel):
 
     def fits(self, rows: Tensor) -> bool:
         """Whether rows (n, ...) have the shape and the dtype."""
-        if rows.dtype is not _TORCH_DTYPES[self.dtype] or rows.ndim != len(self.shape) + 1:
+        return rows.dtype is _TORCH_DTYPES[self.dtype] and self._is_shaped(rows)
+
+    def is_like(self, rows: Tensor) -> bool:
+        """Whether rows (n, ...) have the shape, and are floats where the dtype is one of floats."""
+        floats = _TORCH_DTYPES[self.dtype].is_floating_point
+        return rows.is_floating_point() == floats and self._is_shaped(rows)
+
+    def _is_shaped(self, rows: Tensor) -> bool:
+        if rows.ndim != len(self.shape) + 1:
             return False
         sizes = rows.shape[1:]
         return sizes == self.shape or all(

@@ -36,6 +36,7 @@ from plinth.engine.errors import (
 )
 from plinth.engine.flow import Answer, Call, Compute, Flow, Sla
 from plinth.engine.lanes.base import Lane, LaneDied, Ran, Unit
+from plinth.engine.lanes.cluster.settings import Cluster
 from plinth.engine.lanes.compute_pool import ComputePool
 from plinth.engine.lanes.process import HUNG_SECONDS
 from plinth.engine.lanes.thread import LaneThread, StoppedFromOutside
@@ -86,7 +87,8 @@ class Engine:
         device: ``"auto"``, or a name; see :func:`plinth.engine.devices.device.pick`.
         devices: a lane for each name, in the place of ``device``; a name may come twice. Weights
             are loaded once for each device. Lanes of the CPU share its threads out. A lane
-            ``"process:cpu"`` is a worker process, with weights of its own.
+            ``"process:cpu"`` is a worker process, with weights of its own, and ``"ray:cpu"`` an
+            actor on a machine of a cluster.
         lanes: further lanes, made elsewhere.
         precision: for models that name none: a preset, a policy, or its table; see
             :class:`plinth.engine.precision.policy.PrecisionPolicy`.
@@ -110,6 +112,8 @@ class Engine:
             the first of them; 0: the thread that drives a flow runs its steps.
         compute_seconds: in which a step in a process has to be done, unless it says other.
         hung_seconds: a batch in a worker process is never taken for hung before.
+        cluster: where lanes ``"ray:cpu"`` are placed, as
+            :class:`plinth.engine.lanes.cluster.settings.Cluster` or its table.
 
     Attributes:
         device: what it runs on; the first, where there are several.
@@ -140,6 +144,7 @@ class Engine:
         compute_workers: int = 0,
         compute_seconds: float = 900.0,
         hung_seconds: float = HUNG_SECONDS,
+        cluster: Cluster | Mapping[str, Any] | None = None,
     ) -> None:
         self._modes, depth = _modes_of(modes, pipeline_depth)
         if batcher is None:
@@ -161,6 +166,7 @@ class Engine:
                 depth,
                 hung_seconds=hung_seconds,
                 evict_idle=evict_idle,
+                cluster=Cluster.of(cluster),
             ),
             "auto" if memory_budget is None else memory_budget,
             clock,

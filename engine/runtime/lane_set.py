@@ -19,6 +19,8 @@ from plinth.engine.devices.device import Device, pick
 from plinth.engine.errors import ConfigError, DeviceError
 from plinth.engine.flow import Sla
 from plinth.engine.lanes.base import Lane
+from plinth.engine.lanes.cluster.lane import RayLane
+from plinth.engine.lanes.cluster.settings import Cluster
 from plinth.engine.lanes.local import LocalLane
 from plinth.engine.lanes.process import ProcessLane
 from plinth.engine.lanes.thread import LaneThread
@@ -33,8 +35,8 @@ from plinth.engine.scheduler.cost_model import LatencyModel
 
 _log = logging.getLogger("plinth.engine")
 _REHEARSED_SECONDS = 30.0
-PROCESS = "process:"
-"""Before the name of a device: its lane is a worker process."""
+PROCESS, RAY = "process:", "ray:"
+"""Before the name of a device: its lane is a worker process, or one on a machine of a cluster."""
 MakeThread = Callable[[Lane, "int | None"], LaneThread]
 """The thread of a lane: the lane, CPU threads of a forward."""
 
@@ -91,7 +93,7 @@ class LaneSet:
         Raises:
             ConfigError, DeviceError: there is no such device, or none is named.
         """
-        devices = [pick(name.removeprefix(PROCESS)) for name in names]
+        devices = [pick(device_of(name)) for name in names]
         devices = devices or [lane.device for lane in lanes[:1]]
         if not devices:
             raise ConfigError("an engine has no lane", hint="name a device, such as cpu")
@@ -100,11 +102,13 @@ class LaneSet:
         if own is None and many["cpu"] > 1:
             share = max(1, torch.get_num_threads() // many["cpu"])
             self._execution = replace(self._execution, threads=share)
-        here = Counter(str(pick(name)) for name in names if not name.startswith(PROCESS))
+        here = Counter(str(pick(name)) for name in names if not name.startswith((PROCESS, RAY)))
         if names and not here:
             self._batcher.latency.restore()
-            self._costs[PROCESS, ""] = self._batcher.latency
-        self._processes = len(names) - sum(here.values())
+            self._costs[PROCESS if names[0].startswith(PROCESS) else RAY, ""] = (
+                self._batcher.latency
+            )
+        self._processes = sum(name.startswith(PROCESS) for name in names)
         for device in devices:
             self._table(device, max(1, here[str(device)]))
         for name in names:
@@ -113,18 +117,20 @@ class LaneSet:
             self.join_in(self.prepare(lane))
 
     def make(self, name: str) -> Lane:
-        """A lane on a device of this process, or in a worker process: ``process:cpu``.
+        """A lane on a device of this process, in a worker process, or in a cluster.
 
         Raises:
             ConfigError, DeviceError: there is no such device, or an impossible depth.
         """
-        execution, device = self._execution, pick(name.removeprefix(PROCESS))
+        execution, device = self._execution, pick(device_of(name))
+        threads = execution.threads or torch.get_num_threads()
+        how = (threads, execution.depth)
         if name.startswith(PROCESS):
-            threads = execution.threads or torch.get_num_threads()
-            costs = self._costs_of_processes()
-            return ProcessLane(
-                device, serve, threads, execution.depth, costs, execution.hung_seconds
-            )
+            costs = self._costs_by((PROCESS, ""))
+            return ProcessLane(device, serve, *how, costs, execution.hung_seconds)
+        if name.startswith(RAY):
+            cluster, costs = Cluster.of(execution.cluster), self._costs_by((RAY, ""))
+            return RayLane(device, cluster, *how, costs, execution.hung_seconds)
         lanes = (each.lane for each in self.threads)
         taken = {
             each.place for each in lanes if isinstance(each, LocalLane) and each.device == device
@@ -156,7 +162,7 @@ class LaneSet:
 
     def rejoin(self, thread: LaneThread) -> None:
         """Let a lane that died take batches again; with the engine's lock held."""
-        costs = thread.lane.costs or self._costs_of(thread.lane.device)
+        costs = self._costs_on(thread.lane)
         self._batcher.lanes.add(costs, thread.lane.depth, thread.number)
         thread.died, thread.reviving = None, False
 
@@ -182,7 +188,7 @@ class LaneSet:
                 self._batcher.pipeline_depth = lane.depth
                 return
             self._batcher.drop_lane(0)
-        costs = lane.costs or self._costs_of(lane.device)
+        costs = self._costs_on(lane)
         thread.number = self._batcher.add_lane(costs, lane.depth)
 
     def _table(self, device: Device, lanes: int) -> ModelTable:
@@ -200,13 +206,13 @@ class LaneSet:
                 self.models = table
         return table
 
+    def _costs_on(self, lane: Lane) -> LatencyModel:
+        """What batches cost on a lane; a model that has learned nothing yet is one too."""
+        return self._costs_of(lane.device) if lane.costs is None else lane.costs
+
     def _costs_of(self, device: Device) -> LatencyModel:
         """What batches cost on devices of this kind and name."""
         return self._costs_by((device.kind, device.name))
-
-    def _costs_of_processes(self) -> LatencyModel:
-        """What batches cost in worker processes, the way there and back included."""
-        return self._costs_by((PROCESS, ""))
 
     def _costs_by(self, kind: tuple[str, str]) -> LatencyModel:
         if kind not in self._costs:
@@ -293,7 +299,8 @@ class LaneSet:
 
     def _send(self, lane: ProcessLane, loaded: LoadedModel) -> None:
         """Let a worker process hold a model; it is planned with what was measured here at first."""
-        costs, measured = self._costs_of_processes(), self._costs_of(lane.device)
+        measured = self._costs_of(lane.device)
+        costs = self._costs_on(lane)
         for first in (loaded, loaded.degraded):
             if first is None:
                 continue
@@ -410,3 +417,8 @@ class LaneSet:
     def status(self, elapsed: float) -> list[dict[str, Any]]:
         """Each lane: what it is, whether it is well, what it has, its busy share."""
         return [thread.status(elapsed) for thread in self.threads]
+
+
+def device_of(name: str) -> str:
+    """The name of a lane's device, without the kind of lane before it."""
+    return name.removeprefix(PROCESS).removeprefix(RAY)

@@ -17,7 +17,7 @@ from plinth.engine.backends.base import cpu_threads
 from plinth.engine.devices.device import pick
 from plinth.engine.errors import ModelError, PlinthError
 from plinth.engine.flow import Sla
-from plinth.engine.lanes import process, worker
+from plinth.engine.lanes import worker
 from plinth.engine.memory.plan import Room
 from plinth.engine.runtime.loaded_model import LoadedModel
 from plinth.engine.runtime.recipe import Recipe, cook
@@ -37,82 +37,115 @@ def serve(descriptor: int, threads: int) -> None:
         _Server(sock, threads).run()
 
 
+class Models:
+    """The models of one lane in this process.
+
+    Args:
+        threads: CPU threads of a forward.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._loaded: dict[str, LoadedModel] = {}
+
+    def run(self, name: str, rows: dict[str, Tensor]) -> tuple[Any, ...]:
+        """Outputs for rows; rows of the largest batch; how often it was halved; the precision."""
+        model = self._loaded[name]
+        before = model.halvings
+        outputs = model.run(rows)
+        return outputs, model.most, model.halvings - before, model.precision
+
+    def load(self, name: str, recipe: Recipe) -> dict[str, Tensor] | None:
+        """Make a model, and answer its example rows.
+
+        Raises:
+            ModelError, ConfigError: it is not there, another one, or cannot run here.
+        """
+        model, executable = cook(recipe, _CPU, self.threads)
+        outputs = None
+        if recipe.example is not None:
+            executable.probe(recipe.example)
+            outputs = executable.run(recipe.example)
+        self._loaded[name] = LoadedModel(model, Sla(), executable, recipe.most, Room(0))
+        return outputs
+
+    def forget(self, name: str) -> None:
+        """Let a model go."""
+        self._loaded.pop(name, None)
+
+
+def reply(number: int, told: str, work: Callable[[], Any]) -> tuple[Any, ...]:
+    """What came of a message, as it is sent back: number, value, error, where it was raised.
+
+    Args:
+        number: of the message.
+        told: the name of a model, as the engine has it.
+        work: what it asks for.
+    """
+    try:
+        return number, work(), None, ""
+    except PlinthError as raised:
+        error = raised.with_traceback(None)
+        error.__cause__ = error.__context__ = None
+        return number, None, error, ""
+    except BaseException as raised:  # noqa: BLE001 - whatever a model raises is its unit's alone
+        frames = "".join(traceback.format_list(traceback.extract_tb(raised.__traceback__)))
+        failed = ModelError(
+            f"model {told.partition('@')[0]} failed in a worker process: {type(raised).__name__}",
+            hint="the log says where; are the values in the range that the model takes?",
+        )
+        return number, None, failed, frames
+
+
 class _Server:
     """One connection: units run one after the other, models are loaded beside them."""
 
     def __init__(self, sock: socket.socket, threads: int) -> None:
         self._socket = sock
-        self._threads = threads
-        self._models: dict[str, LoadedModel] = {}
+        self._models = Models(threads)
         self._sending = threading.Lock()
 
     def run(self) -> None:
         """Serve until the other end ends."""
         root = logging.getLogger()
-        root.handlers[:] = [_Forward(self._send)]
-        self._send(process.READY, None)
+        root.handlers[:] = [Forward(lambda record: self._send(worker.LOGGED, record))]
+        self._send(worker.READY, None)
         while (message := worker.receive(self._socket, keep=False)) is not None:
             kind, read = message
-            if kind == process.UNIT:
-                self._answer(self._run, *read())
-            elif kind == process.LOAD:
+            if kind == worker.UNIT:
+                self._answer(self._models.run, *read())
+            elif kind == worker.LOAD:
                 threading.Thread(target=self._load_beside, args=read(), daemon=True).start()
-            elif kind == process.FORGET:
-                self._models.pop(read(), None)
+            elif kind == worker.FORGET:
+                self._models.forget(read())
             del message, read
 
     def _load_beside(self, number: int, name: str, recipe: Recipe) -> None:
-        with cpu_threads(self._threads):
-            self._answer(self._load, number, name, recipe)
-
-    def _run(self, name: str, rows: dict[str, Tensor]) -> tuple[Any, ...]:
-        model = self._models[name]
-        before = model.halvings
-        outputs = model.run(rows)
-        return outputs, model.most, model.halvings - before, model.precision
-
-    def _load(self, name: str, recipe: Recipe) -> dict[str, Tensor] | None:
-        model, executable = cook(recipe, _CPU, self._threads)
-        outputs = None
-        if recipe.example is not None:
-            executable.probe(recipe.example)
-            outputs = executable.run(recipe.example)
-        self._models[name] = LoadedModel(model, Sla(), executable, recipe.most, Room(0))
-        return outputs
+        with cpu_threads(self._models.threads):
+            self._answer(self._models.load, number, name, recipe)
 
     def _answer(
         self, work: Callable[[str, Any], Any], number: int, name: str, given: object
     ) -> None:
-        value: Any = None
-        error: PlinthError | None = None
-        frames = ""
-        try:
-            value = work(name, given)
-        except PlinthError as raised:
-            error = raised.with_traceback(None)
-            error.__cause__ = error.__context__ = None
-        except BaseException as raised:  # noqa: BLE001 - whatever a model raises is its unit's alone
-            frames = "".join(traceback.format_list(traceback.extract_tb(raised.__traceback__)))
-            told = name.partition("@")[0]
-            error = ModelError(
-                f"model {told} failed in a worker process: {type(raised).__name__}",
-                hint="the log says where; are the values in the range that the model takes?",
-            )
-        self._send(process.REPLY, (number, value, error, frames))
+        self._send(worker.REPLY, reply(number, name, lambda: work(name, given)))
 
     def _send(self, kind: bytes, value: Any) -> None:
         with self._sending:
             worker.send(self._socket, kind, value)
 
 
-class _Forward(logging.Handler):
-    """Gives what is logged here to the log of the engine's process."""
+class Forward(logging.Handler):
+    """Gives what is logged here to the log of the engine's process.
 
-    def __init__(self, send: Callable[[bytes, Any], None]) -> None:
+    Args:
+        give: takes the logger's name, the level and the text.
+    """
+
+    def __init__(self, give: Callable[[tuple[str, int, str]], None]) -> None:
         super().__init__()
-        self._give = send
+        self._give = give
 
     def emit(self, record: logging.LogRecord) -> None:
         """See :class:`logging.Handler`."""
         with contextlib.suppress(OSError):  # nobody reads it any more
-            self._give(process.LOGGED, (record.name, record.levelno, self.format(record)))
+            self._give((record.name, record.levelno, self.format(record)))

@@ -23,7 +23,7 @@ from plinth.engine.backends.planner import Planned
 from plinth.engine.backends.variants import best_variant, load_variant
 from plinth.engine.devices.device import Device
 from plinth.engine.devices.staging import Launched, Staging
-from plinth.engine.errors import ConfigError, OutOfMemory, PlinthError
+from plinth.engine.errors import ConfigError, ModelError, OutOfMemory, PlinthError
 from plinth.engine.flow import Sla, cat_rows
 from plinth.engine.mapped import Pages
 from plinth.engine.memory.plan import MemoryPlan, Room, measure
@@ -292,6 +292,23 @@ class LoadedModel:
         """
         if self._sent is not None:
             self._sent.check(found)
+
+    def check_outputs(self, outputs: dict[str, Tensor], rows: int) -> None:
+        """Hold what came from elsewhere against the contract; see :class:`Held`.
+
+        Raises:
+            ModelError: an output is missing, or has another shape or kind of numbers.
+        """
+        for want in self.spec.outputs:
+            found = outputs.get(want.name)
+            if found is not None and len(found) == rows and want.is_like(found):
+                continue
+            got = "nothing" if found is None else f"{tuple(found.shape)} {found.dtype}"
+            raise ModelError(
+                f"model {self.spec.name}: a lane gave {got} as {want.name} of {rows} rows, "
+                f"expected {(rows, *want.shape)} {want.dtype}",
+                hint="do the lane's process and this one run the same version of Plinth?",
+            )
 
     def windows(self, tiling: Tiling, shape: Size) -> WindowGrid:
         """The windows of a volume, in as many pieces as its logits need to fit into memory.

@@ -20,6 +20,7 @@ from plinth.engine.backends.variants import check_on, degraded_variant, load_var
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError, OutOfMemory, PlinthError, nearest
 from plinth.engine.flow import Sla
+from plinth.engine.lanes.cluster.settings import Cluster
 from plinth.engine.lanes.process import HUNG_SECONDS
 from plinth.engine.mapped import Pages
 from plinth.engine.memory.plan import Room, budget
@@ -48,6 +49,7 @@ class Execution:
         lanes: lanes of the device.
         hung_seconds: a batch in a worker process is never taken for hung before.
         evict_idle: let models that are idle leave memory while others need it.
+        cluster: where lanes on other machines are placed; ``None``: as it is by default.
     """
 
     precision: Precision = "fp32"
@@ -58,6 +60,7 @@ class Execution:
     lanes: int = 1
     hung_seconds: float = HUNG_SECONDS
     evict_idle: bool = False
+    cluster: Cluster | None = None
 
 
 class ModelTable:

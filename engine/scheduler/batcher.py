@@ -231,14 +231,18 @@ class Batcher:
         """The lane to ask :meth:`next` for: one that has room, the fastest of the idle ones."""
         if self.rounds is not None:
             return self.rounds.lane(self.lanes)
-        lane = self.lanes.with_room(None if self.lanes.kinds < 2 else self._first_key())
+        lane = self.lanes.with_room(None if self.lanes.kinds < 2 else self._first())
         return None if lane is None else lane.number
 
-    def _first_key(self) -> BatchKey | None:
+    def _first(self) -> tuple[BatchKey, int, float] | None:
+        """Key, rows and quantile that lanes are compared by: as when one leaves work to another."""
         waiting = self._waiting()
         if waiting:
-            return min(waiting, key=attrgetter("first_deadline")).key
-        return self._background.first_key
+            queue = min(waiting, key=attrgetter("first_deadline"))
+            rows = min(queue.rows, self._settings(queue.key).max_rows)
+            return queue.key, rows, queue.quantile
+        key = self._background.first_key
+        return None if key is None else (key, 1, 0.5)
 
     @property
     def urgent_rows(self) -> int:

@@ -230,8 +230,12 @@ class LaneTable:
                 found.append((group.costs, now))
         return found
 
-    def with_room(self, key: BatchKey | None) -> LaneState | None:
-        """The lane to give a batch to: idle before busy, the faster one for a key first."""
+    def with_room(self, batch: tuple[BatchKey, int, float] | None) -> LaneState | None:
+        """The lane to give a batch to: idle before busy, the faster one first.
+
+        Args:
+            batch: its key, rows, and the quantile of their cost; ``None``: any.
+        """
         lane = self._only
         if lane is not None:
             return lane if len(lane.running) < lane.depth else None
@@ -240,6 +244,6 @@ class LaneTable:
             for group in self._groups.values()
             if (group.idle or self._deep) and (lane := group.with_room()) is not None
         ]
-        if len(found) < 2 or key is None:
+        if len(found) < 2 or batch is None:
             return found[0] if found else None
-        return min(found, key=lambda lane: (bool(lane.running), lane.costs.predict(key, 1, 0.5)))
+        return min(found, key=lambda lane: (bool(lane.running), lane.costs.predict(*batch)))

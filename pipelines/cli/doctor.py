@@ -114,6 +114,7 @@ def _packages(config: Config) -> Iterator[Finding]:
 def _devices(config: Config) -> Iterator[Finding]:
     from plinth.engine import PlinthError
     from plinth.engine.devices.device import Absent, devices, pick
+    from plinth.engine.runtime.lane_set import device_of
 
     for device in devices():
         if not isinstance(device, Absent):
@@ -126,7 +127,7 @@ def _devices(config: Config) -> Iterator[Finding]:
     key = "engine.device" if config.engine.devices is None else "engine.devices"
     try:
         for name in config.engine.devices or (config.engine.device,):
-            yield Finding(key, "fine", f"{name}: {pick(name)}")
+            yield Finding(key, "fine", f"{name}: {pick(device_of(name))}")
     except PlinthError as error:
         yield Finding(key, "wrong", error.message, error.hint or "")
 

@@ -113,7 +113,8 @@ class EngineConfig(Table):
         default=10.0,
         gt=0,
         le=3600,
-        description="a batch in a worker process (`process:cpu`) is never taken for hung before",
+        description="a batch in a worker process (`process:cpu`, `ray:cpu`) is never taken for "
+        "hung before",
     )
     graphs: bool | None = Field(
         default=None,
@@ -136,6 +137,39 @@ class EngineConfig(Table):
         if self.devices is not None and self.device != "auto":
             raise ValueError(f"device is {self.device} and devices are given: keep one of them")
         return self
+
+
+class ClusterConfig(Table):
+    """``[cluster]``: where lanes on other machines are placed."""
+
+    address: str = Field(
+        default="127.0.0.1:6379", description="host and port of the head of the cluster"
+    )
+    token_file: Path | None = Field(
+        default=None,
+        description="the token that every machine of the cluster has; none: that of "
+        "`RAY_AUTH_TOKEN_PATH`, else `~/.ray/auth_token`",
+    )
+    cpus: float = Field(
+        default=1.0, ge=0, le=1024, description="cores that each lane takes, fractions too"
+    )
+    gpus: float = Field(default=0.0, ge=0, le=64, description="the same of accelerators")
+    resources: dict[str, float] = Field(
+        default={}, description="others that its machine has to have, by name"
+    )
+    labels: dict[str, str] = Field(
+        default={}, description='of its machine, such as `{ zone = "a" }`'
+    )
+    start_seconds: float = Field(
+        default=60.0, ge=1, le=110, description="in which a lane has to be placed and to answer"
+    )
+    silent_seconds: float = Field(
+        default=5.0,
+        ge=0.5,
+        le=600,
+        description="a lane that says nothing at all for so long is given up, and its machine "
+        "avoided for 30 s",
+    )
 
 
 class UploadConfig(Table):
@@ -421,6 +455,7 @@ class Config(Table):
     """The whole file. Build it with :func:`load`."""
 
     engine: EngineConfig = Field(default_factory=EngineConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     serve: ServeConfig = Field(default_factory=ServeConfig)
     stream: StreamConfig | None = None
     batch: BatchConfig = Field(default_factory=BatchConfig)

@@ -49,6 +49,19 @@ def work(arrival: float = 0.0, key: str = "a", rows: int = 1, sla: Sla = URGENT)
     return Work(key, rows, arrival, sla)
 
 
+def test_a_lane_that_leaves_work_to_a_faster_one_is_not_the_one_that_is_asked():
+    """What is faster for one row may be slower for all that wait; both must mean the same lane."""
+    latencies = [LatencyModel(), LatencyModel()]
+    for latency, one, eight in zip(latencies, (0.010, 0.012), (0.080, 0.020), strict=True):
+        latency.seed("a", 1, one)
+        latency.seed("a", 8, eight)
+    made = Batcher(latencies[0])
+    made.add_lane(latencies[1])
+    made.register("a", max_rows=8)
+    made.admit(work(rows=8), 0.0)
+    assert made.next(0.0, made.free_lane())[0] is not None
+
+
 def test_a_lone_request_goes_to_the_fastest_lane_that_is_idle():
     queue = batcher(1.0, 4.0, 2.0)
     queue.admit(work(), 0.0)

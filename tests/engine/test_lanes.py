@@ -8,6 +8,8 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -27,11 +29,13 @@ from plinth.engine import (
 )
 from plinth.engine.devices.device import Device, pick
 from plinth.engine.lanes.base import Lane, LaneDied, Unit
+from plinth.engine.lanes.cluster.lane import RayLane
 from plinth.engine.lanes.local import LocalLane
 from plinth.engine.lanes.process import ProcessLane
 from plinth.engine.runtime.lane_worker import serve
 from plinth.engine.runtime.loaded_model import load_model
 from plinth.engine.scheduler.cost_model import LatencyModel
+from tests.engine.cluster_nodes import cluster
 from tests.engine.lane_models import CARD, RAISE, ROOT, doubles, net, rows
 
 HERE = pick("auto")
@@ -49,14 +53,26 @@ def _importable():
     sys.path.remove(ROOT)
 
 
-KINDS = ["local", "process 2 deep"] if HERE.kind == "cpu" else ["local", "local 2 deep"]
+KINDS = ["local", "local 2 deep"]
+if HERE.kind == "cpu":
+    KINDS = ["local", "process 2 deep", pytest.param("ray 2 deep", marks=pytest.mark.needs("ray"))]
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """A cluster of this machine alone."""
+    with TemporaryDirectory(prefix="plr") as folder, cluster(Path(folder)) as made:
+        yield made
 
 
 @pytest.fixture(params=KINDS, scope="module")
 def lane(request):
     """A started lane of each kind that there is."""
     kind, depth = request.param.split()[0], int("".join(filter(str.isdigit, request.param)) or 1)
-    made = ProcessLane(HERE, serve, 1, depth) if kind == "process" else LocalLane(HERE, depth)
+    if kind == "ray":
+        made = RayLane(HERE, request.getfixturevalue("nodes").settings(), 1, depth)
+    else:
+        made = ProcessLane(HERE, serve, 1, depth) if kind == "process" else LocalLane(HERE, depth)
     made.start()
     yield made
     made.close()

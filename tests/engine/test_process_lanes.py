@@ -61,6 +61,10 @@ def deaths(engine: Engine) -> int:
     return sum(lane["deaths"] for lane in engine.status()["lanes"])
 
 
+def test_lanes_that_are_alike_share_one_model_of_costs_also_before_it_learned_anything():
+    assert Engine(devices=["process:cpu", "process:cpu"])._batcher.lanes.kinds == 1
+
+
 def test_every_caller_gets_its_own_rows_as_in_this_process(engine):
     asked = [ask(engine, rows(n, 1 + n % 7), None if n % 3 else PATIENT) for n in range(100)]
     for n, future in enumerate(asked):

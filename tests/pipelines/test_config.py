@@ -17,6 +17,7 @@ from plinth.pipelines.assembly import sla_of
 from plinth.pipelines.config.settings import (
     AdminConfig,
     BatchConfig,
+    ClusterConfig,
     EngineConfig,
     GrpcConfig,
     ModelsConfig,
@@ -229,6 +230,7 @@ def test_a_config_does_not_change() -> None:
 
 TABLES = {
     "engine": EngineConfig,
+    "cluster": ClusterConfig,
     "serve": ServeConfig,
     "serve.upload": UploadConfig,
     "serve.oip": OipConfig,

@@ -51,7 +51,7 @@ def test_no_table_and_no_key_is_left_out() -> None:
     text = commented_config()
     tables = set(re.findall(r"(?m)^(?:# )?\[([\w.]+)\]$", text))
     inner = {f"serve.{name}" for name in ("upload", "oip", "grpc", "tls", "oidc", "admin")}
-    wanted = {"engine", "serve", "stream", "batch", "models"} | inner
+    wanted = {"engine", "cluster", "serve", "stream", "batch", "models"} | inner
     assert wanted == set(Config.model_fields) - {"verticals"} | inner
     for listing in registry.describe():
         if listing.error is None:

@@ -1,0 +1,119 @@
+"""One machine's node of a Ray cluster, for as long as this process lives.
+
+Run by its path with its settings as JSON. It starts Ray's own processes, says on standard output
+that they run, and ends them when it is told to, or when one of them ends. ``ray start`` is not
+used because it puts an outside address in the place of 127.0.0.1, on which it listens then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_LOOK_SECONDS = 1.0
+
+
+def main(told: dict[str, Any]) -> int:
+    """Start a node and keep it.
+
+    Args:
+        told: ``head``; ``address`` of the head; ``host`` of this machine; ``cpus``, ``gpus``,
+            ``resources``, ``labels``; ``store_bytes``; ``folder`` for Ray's files;
+            ``environment``.
+
+    Returns:
+        The exit code: 0 when it was told to end.
+    """
+    os.environ.update(told["environment"])
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        node = _start(told)
+    except Exception as error:  # noqa: BLE001 - it is told to who started this
+        _say({"error": f"{type(error).__name__}: {_told(error)}"})
+        return 1
+    _say({"pid": os.getpid(), "address": node.address, "node": node.node_id})
+    code, below = 0, _below({})
+    while signal.sigtimedwait(signals, _LOOK_SECONDS) is None:
+        below = _below(below)
+        dead = node.dead_processes()
+        if dead:
+            names = ", ".join(str(name) for name, _ in dead)
+            logging.getLogger("plinth").error("this node ends, because these did: %s", names)
+            code = 1
+            break
+    for process in _below(below).values():
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    return code
+
+
+def _below(known: dict[int, psutil.Process]) -> dict[int, psutil.Process]:
+    """All that was started here and runs, also what has outlived its parent."""
+    children = {each.pid: each for each in psutil.Process().children(recursive=True)}
+    return {**{pid: each for pid, each in known.items() if each.is_running()}, **children}
+
+
+def _start(told: dict[str, Any]) -> Any:
+    host, _, port = told["address"].rpartition(":")
+    if told["head"]:
+        _refuse_taken(host, int(port))
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    folder = Path(told["folder"])
+    params = RayParams(
+        node_ip_address=told["host"],
+        num_cpus=told["cpus"],
+        num_gpus=told["gpus"],
+        resources=told["resources"] or None,
+        labels=told["labels"] or None,
+        object_store_memory=told["store_bytes"],
+        include_dashboard=False,
+        include_log_monitor=False,
+        no_monitor=True,
+        temp_dir=str(folder),
+        min_worker_port=0,
+        max_worker_port=0,
+        dashboard_agent_listen_port=0,
+    )
+    if told["head"]:
+        params.gcs_server_port = int(port)
+        # A study that does not fit is refused; it is never written to a disk.
+        params._system_config = {"automatic_object_spilling_enabled": False}
+    else:
+        params.gcs_address = told["address"]
+    return Node(params, head=told["head"], shutdown_at_exit=False, spawn_reaper=True)
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((host, port))
+        except OSError as error:
+            raise OSError(f"{host}:{port} cannot be listened on: {error.strerror}") from None
+
+
+def _say(said: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        sys.stdout.write(json.dumps(said) + "\n")
+        sys.stdout.flush()
+    os.dup2(2, 1)
+
+
+def _told(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))
