@@ -9,7 +9,7 @@ one that scores without a rest. Told are how long that one was kept from going o
 how much slower it was (the interpreter's lock), how long a round and its commit took, the
 time to read an entity that is not in memory, and what it takes: CPU, disk, memory.
 
-Stores whose package is not installed are left out: ``pip install rocksdict lmdb``.
+Stores whose package is not installed are left out: ``pip install rocksdict``.
 """
 
 from __future__ import annotations
@@ -109,9 +109,8 @@ class Lmdb:
         """See :class:`Store`."""
         if self._open is None:
             self._open = self._env.begin(write=True)
-        put = self._open.put
-        for key, value in pairs:
-            put(key, value)
+        with self._open.cursor() as cursor:
+            cursor.putmulti(pairs)
 
     def commit(self, mark: bytes) -> None:
         """See :class:`Store`."""

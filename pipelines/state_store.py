@@ -1,13 +1,14 @@
-"""State on disk by parts, in checkpoints that are whole or not there, by SQLite.
+"""State on disk by parts, in checkpoints that are whole or not there, by LMDB.
 
 What is put belongs to the checkpoint in progress, an open transaction of a thread that writes; the
 thread that scores reads what the last one committed. Where nothing else remembers what came (HTTP),
-it is logged as well, synced before it is answered.
+it is logged as well, by SQLite, since that syncs once where LMDB does twice, before it is answered.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import sqlite3
@@ -18,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import lmdb
 from prometheus_client import Gauge, Histogram
 
 from plinth.engine import ConfigError, InputError
@@ -29,7 +31,12 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 PART_BATCH = 256
-"""Parts written by one statement: the interpreter's lock changes hands once for all of them."""
+"""Parts, or entries of the log, written by one call."""
+ROOM = 1 << 40
+"""Address space of a state, beyond which it cannot grow; it takes neither memory nor disk."""
+MAX_KEY = 511
+"""Bytes of a key; of a longer one, a digest stands for the end."""
+ABOUT = b"about"
 MAX_WAITING = 16
 """Of these batches, beyond which a checkpoint is held up."""
 MAX_UNLOGGED = 100_000
@@ -42,13 +49,10 @@ BEGIN_AT = 0.25
 """Share of memory filled with what is in no checkpoint: one begins, whenever the last was."""
 EVERY_S = 15.0
 """Time between checkpoints of a state that has a log."""
-CACHE_KIB = 32 << 10
-PAGE_BYTES = 8192
 LOG_PAGES = 4096
-"""Pages of the write-ahead log, beyond which they go into the file."""
+"""Pages of the log's write-ahead log, beyond which they go into the file."""
 
 _PAIR = "(?, ?)"
-_PUT = "INSERT INTO parts VALUES (?, ?) ON CONFLICT DO UPDATE SET part = excluded.part"
 _APPEND = "INSERT INTO log VALUES (?, ?)"
 
 STATE_BYTES = Gauge(
@@ -96,21 +100,19 @@ class DiskStore:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="plinth-state")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._written = _open(folder / "parts.db")
-            self._written.execute(
-                "CREATE TABLE IF NOT EXISTS parts (key BLOB PRIMARY KEY, part BLOB)"
-            )
-            self._written.execute(
-                "CREATE TABLE IF NOT EXISTS about (one INTEGER PRIMARY KEY, text)"
-            )
-            self._read = _open(folder / "parts.db")
+            if (folder / "parts.db").exists():
+                raise OSError("parts.db there was written by an earlier version")
+            self._file = _mapped(folder / "parts.lmdb")
+            self._about = self._file.open_db(b"about")
+            self._held = self._file.open_db(b"parts")
             self._log = _Log(folder / "log.db") if logs else None
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, lmdb.Error, sqlite3.Error) as error:
             raise ConfigError(
                 f"the state in {folder} cannot be opened: {error}",
                 hint="check the folder's rights and the room on its disk; a damaged one may be "
                 "removed: the state is then built again from the retained input, or begins anew",
             ) from error
+        self._open: lmdb.Transaction | None = None
         self._parts: list[tuple[bytes, bytes]] = []
         self._waiting: list[Future[None]] = []
         self._failure: Exception | None = None
@@ -124,14 +126,15 @@ class DiskStore:
             StateError: the disk does not give it.
         """
         try:
-            found = self._read.execute("SELECT part FROM parts WHERE key = ?", (key,)).fetchone()
-        except sqlite3.Error as error:
+            with self._file.begin(db=self._held) as reading:
+                found: bytes | None = reading.get(key if len(key) <= MAX_KEY else _short(key))
+        except lmdb.Error as error:
             raise _unreadable(self.folder, error) from error
-        return found[0] if found else None
+        return found
 
     def put(self, key: bytes, part: bytes) -> None:
         """Make a part belong to the checkpoint in progress."""
-        self._parts.append((key, part))
+        self._parts.append((key if len(key) <= MAX_KEY else _short(key), part))
         if len(self._parts) >= PART_BATCH:
             self._hand_over()
 
@@ -196,10 +199,11 @@ class DiskStore:
         """
         self._drop()
         try:
-            found = self._read.execute("SELECT text FROM about").fetchone()
-        except sqlite3.Error as error:
+            with self._file.begin(db=self._about) as reading:
+                found = reading.get(ABOUT)
+        except lmdb.Error as error:
             raise _unreadable(self.folder, error) from error
-        about: dict[str, Any] = json.loads(found[0]) if found else {}
+        about: dict[str, Any] = json.loads(found) if found else {}
         if found and not self._ours(about):
             raise InputError(f"it belongs to another format or origin than {self._origin}")
         self._logged = int(about.get("logged", 0))
@@ -229,9 +233,9 @@ class DiskStore:
 
     def close(self) -> None:
         """Close it; what is not durable is dropped."""
+        self._drop()
         self._writer.shutdown(wait=True)
-        for one in (self._read, self._written):
-            one.close()
+        self._file.close()
         if self._log is not None:
             self._log.close()
 
@@ -245,24 +249,25 @@ class DiskStore:
         if self._failure is not None:
             return
         try:
-            if not self._written.in_transaction:
-                self._written.execute("BEGIN IMMEDIATE")
-            _insert(self._written, _PUT, parts)
-        except sqlite3.Error as error:
+            with self._transaction().cursor(self._held) as cursor:
+                cursor.putmulti(parts)
+        except lmdb.Error as error:
             self._failure = error
+
+    def _transaction(self) -> lmdb.Transaction:
+        """The one that becomes the next checkpoint."""
+        if self._open is None:
+            self._open = self._file.begin(write=True)
+        return self._open
 
     def _commit(self, about: Mapping[str, Any]) -> None:
         failure, self._failure = self._failure, None
         try:
             if failure is not None:
                 raise failure
-            if not self._written.in_transaction:
-                self._written.execute("BEGIN IMMEDIATE")
-            self._written.execute(
-                "INSERT OR REPLACE INTO about VALUES (1, ?)", (json.dumps(about),)
-            )
-            self._written.execute("COMMIT")
-        except sqlite3.Error as error:
+            self._transaction().put(ABOUT, json.dumps(about).encode(), db=self._about)
+            self._end()
+        except lmdb.Error as error:
             self._forget()
             raise StateError(
                 f"the state could not be kept in {self.folder}: {error}",
@@ -272,6 +277,11 @@ class DiskStore:
             self._logged = int(about["logged"])
             self._log.trim(self._logged)
 
+    def _end(self) -> None:
+        """Commit; whether it succeeds or not, the transaction is over."""
+        ending, self._open = self._transaction(), None
+        ending.commit()
+
     def _drop(self) -> None:
         """Wait for the writing thread, and forget what it has not committed."""
         self._parts.clear()
@@ -279,16 +289,16 @@ class DiskStore:
 
     def _forget(self) -> None:
         self._failure = None
-        if self._written.in_transaction:
-            self._written.execute("ROLLBACK")
+        ending, self._open = self._open, None
+        if ending is not None:
+            ending.abort()
 
     def _wipe(self) -> None:
         try:
-            self._written.execute("BEGIN IMMEDIATE")
-            self._written.execute("DELETE FROM parts")
-            self._written.execute("DELETE FROM about")
-            self._written.execute("COMMIT")
-        except sqlite3.Error as error:
+            for one in (self._held, self._about):
+                self._transaction().drop(one, delete=False)
+            self._end()
+        except lmdb.Error as error:
             self._forget()
             raise _unreadable(self.folder, error) from error
 
@@ -493,15 +503,23 @@ class KeptState:
             raise failure
 
 
+def _mapped(path: Path) -> lmdb.Environment:
+    """The parts; a file that was cut off is refused, for reading beyond its end kills a process."""
+    found = lmdb.open(str(path), map_size=ROOM, max_dbs=2, subdir=False, readahead=False)
+    whole = (found.info()["last_pgno"] + 1) * found.stat()["psize"]
+    if (there := path.stat().st_size) < whole:
+        found.close()
+        raise OSError(f"{path.name} has {there} bytes, expected {whole}")
+    return found
+
+
 def _open(path: Path) -> sqlite3.Connection:
     found = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
     for pragma in (
-        f"page_size = {PAGE_BYTES}",
         "journal_mode = WAL",
         "synchronous = FULL",
-        f"cache_size = -{CACHE_KIB}",
         f"wal_autocheckpoint = {LOG_PAGES}",
-        f"journal_size_limit = {2 * LOG_PAGES * PAGE_BYTES}",
+        f"journal_size_limit = {2 * LOG_PAGES * 4096}",
     ):
         found.execute(f"PRAGMA {pragma}")
     return found
@@ -511,6 +529,11 @@ def _insert(file: sqlite3.Connection, statement: str, pairs: Sequence[tuple[Any,
     """Insert pairs by one statement."""
     rows = ",".join([_PAIR] * len(pairs))
     file.execute(statement.replace(_PAIR, rows), [one for pair in pairs for one in pair])
+
+
+def _short(key: bytes) -> bytes:
+    """A key that is too long, as one that is not."""
+    return key[: MAX_KEY - 64] + hashlib.sha256(key).hexdigest().encode()
 
 
 def _unreadable(folder: Path, error: Exception) -> StateError:

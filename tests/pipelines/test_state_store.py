@@ -8,7 +8,6 @@ import multiprocessing
 import resource
 import shutil
 import signal
-import sqlite3
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -170,18 +169,31 @@ def test_a_store_of_another_origin_is_refused_but_one_that_logs_begins_with_a_st
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
-    (tmp_path / "parts.db").write_bytes(b"no database" * 1000)
+    path = tmp_path / "parts.lmdb"
+    path.write_bytes(b"no database" * 1000)
     with pytest.raises(ConfigError, match="cannot be opened"):
         DiskStore(tmp_path, ORIGIN)
-    (tmp_path / "parts.db").unlink()
+    path.unlink()
     with opened(tmp_path) as store:
         for number in range(2_000):
             store.put(b"k%d" % number, bytes(300))
         store.commit({}).result(30)
-    with contextlib.closing(sqlite3.connect(tmp_path / "parts.db")) as file:
-        file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    raw = (tmp_path / "parts.db").read_bytes()
-    (tmp_path / "parts.db").write_bytes(raw[: 8192 * 6] + b"\xff" * (len(raw) - 8192 * 6))
+    raw = path.read_bytes()
+    path.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(ConfigError, match=f"has {len(raw) // 2} bytes"):
+        DiskStore(tmp_path, ORIGIN)
+    path.write_bytes(raw[: 4096 * 8] + b"\xff" * (len(raw) - 4096 * 8))
     keys = [b"k%d" % number for number in range(2_000)]
-    with opened(tmp_path) as store, pytest.raises(StateError, match="cannot be read"):
+    with pytest.raises((ConfigError, StateError)), opened(tmp_path) as store:
         list(map(store.get, keys))
+    (tmp_path / "parts.db").touch()
+    with pytest.raises(ConfigError, match="earlier version"):
+        DiskStore(tmp_path, ORIGIN)
+
+
+def test_keys_longer_than_the_store_takes_stay_apart(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        for end in "ab":
+            store.put(b"cards:" + b"x" * 1_000 + end.encode(), end.encode())
+        store.commit({}).result(30)
+        assert [store.get(b"cards:" + b"x" * 1_000 + end) for end in (b"a", b"b")] == [b"a", b"b"]

@@ -120,8 +120,7 @@ def test_what_was_known_of_a_card_outlives_the_server(
         kept_states(tmp_path / "else", {"finance": FraudScoring()}),
     ):
         pass
-    with (tmp_path / "finance" / "parts.db").open("r+b") as file:
-        file.write(b"no longer")
+    (tmp_path / "finance" / "parts.lmdb").write_bytes(bytes(10_000))
     with (
         pytest.raises(ConfigError, match="cannot be opened"),
         kept_states(tmp_path, {"finance": FraudScoring()}),

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Iterable
-from itertools import pairwise
-from struct import Struct, error, pack, unpack_from
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain, pairwise
+from struct import Struct, error
 from sys import intern
 from time import monotonic
 from typing import Any
@@ -26,6 +26,8 @@ from plinth.verticals.finance.features.timeline import Shelf, Sums
 
 META = b"meta"
 _HEAD = Struct("<IB")
+_NUMBER = Struct("<q")
+_NUMBERS = Struct("<qq")
 _INTERNED = ("card", "customer", "terminal", "device")
 
 
@@ -39,7 +41,7 @@ def keep_in(state: FeatureState, store: StateStore) -> None:
     raw = store.get(META)
     if raw is not None:
         state.clear()
-        meta = orjson.loads(_opened(raw, "its header")[0])
+        meta = orjson.loads(_META.open(raw, "its header")[0])
         floors = meta.pop("floors")
         if meta != _about(state.features):
             raise InputError(
@@ -65,7 +67,7 @@ def keep_in(state: FeatureState, store: StateStore) -> None:
 def begin(state: FeatureState, store: StateStore) -> None:
     """The state as it is now belongs to the checkpoint that begins."""
     floors = {name: table.floor for name, table in state.tables.items()}
-    store.put(META, _sealed([orjson.dumps(_about(state.features) | {"floors": floors})]))
+    store.put(META, _META.close([orjson.dumps(_about(state.features) | {"floors": floors})]))
     for shelf in state.shelves:
         shelf.begin()
 
@@ -109,18 +111,19 @@ class _Form:
 
     def __init__(self, table: str, features: Program, make: Callable[[int], Any]) -> None:
         self._make = make
-        self._table = table
+        self._what = f"one of the {table}"
         self._width = len(features.names)
         self._columns = features.columns[table.removesuffix("s")]
-        self._pack, self._fill = _KINDS[table]
+        own, self._pack, self._fill = _KINDS[table]
+        self._seal = _Seal(1 + len(self._columns) + own)
 
     def pack(self, entity: Any) -> bytes:
         """An entity as bytes."""
-        columns = [
-            one.values.tobytes() if name == "sums" else orjson.dumps(one)
-            for name, one in zip(self._columns, entity.columns, strict=True)
-        ]
-        return _sealed([entity.times.tobytes(), *columns, *self._pack(entity)])
+        sections = [entity.times.tobytes()]
+        for name, one in zip(self._columns, entity.columns, strict=True):
+            sections.append(one.values.tobytes() if name == "sums" else orjson.dumps(one))
+        sections += self._pack(entity)
+        return self._seal.close(sections)
 
     def unpack(self, raw: bytes) -> Any:
         """And back.
@@ -128,24 +131,26 @@ class _Form:
         Raises:
             StateError: it is damaged.
         """
-        times, *rest = _opened(raw, f"one of the {self._table}")
-        count = len(times) // 8
+        sections = self._seal.open(raw, self._what)
         many = len(self._columns)
         try:
             made = self._make(0)
-            made.times = _array("q", times)
-            for column, name, section in zip(made.columns, self._columns, rest, strict=False):
-                _fill_column(column, name, section, count)
-            self._fill(made, rest[many:], count, self._width)
-        except (ValueError, TypeError) as why:
-            raise _damaged(f"one of the {self._table}") from why
+            made.times = array("q", sections[0])
+            count = len(made.times)
+            if many:
+                named = zip(made.columns, self._columns, sections[1 : 1 + many], strict=True)
+                for column, name, section in named:
+                    _fill_column(column, name, section, count)
+            self._fill(made, sections[1 + many :], count, self._width)
+        except (ValueError, TypeError, error) as why:
+            raise _damaged(self._what) from why
         return made
 
 
-def _fill_column(column: Any, name: str, section: memoryview, count: int) -> None:
+def _fill_column(column: Any, name: str, section: bytes, count: int) -> None:
     if name == "sums":
         assert isinstance(column, Sums)
-        column.values = _array("q", section)
+        column.values = array("q", section)
         _require(len(column.values) == count + 1)
         return
     values = orjson.loads(section)
@@ -157,80 +162,75 @@ def _fill_column(column: Any, name: str, section: memoryview, count: int) -> Non
     _require(len(column) == count)
 
 
-def _pack_timeline(line: Any) -> list[bytes]:
-    return [pack("<q", line.floor)]
+def _pack_timeline(line: Any) -> tuple[bytes, ...]:
+    return (_NUMBER.pack(line.floor),)
 
 
-def _fill_timeline(made: Any, rest: list[memoryview], count: int, width: int) -> None:
-    (floor,) = rest
-    made.floor = _number(floor)
+def _fill_timeline(made: Any, rest: list[bytes], count: int, width: int) -> None:
+    (made.floor,) = _NUMBER.unpack(rest[0])
 
 
-def _pack_device(device: Any) -> list[bytes]:
-    return [pack("<q", device.floor), orjson.dumps(device.cards)]
+def _pack_device(device: Any) -> tuple[bytes, ...]:
+    return _NUMBER.pack(device.floor), orjson.dumps(device.cards)
 
 
-def _fill_device(made: Any, rest: list[memoryview], count: int, width: int) -> None:
+def _fill_device(made: Any, rest: list[bytes], count: int, width: int) -> None:
     floor, cards = rest
-    made.floor, made.cards = _number(floor), _names(cards, count)
+    (made.floor,) = _NUMBER.unpack(floor)
+    made.cards = _names(cards, count)
 
 
-def _pack_card(card: Any) -> list[bytes]:
-    texts = orjson.dumps(card.ids), orjson.dumps(card.terminals)
-    numbers = pack("<q", card.floor), card.sums.tobytes(), card.rows.tobytes(), bytes(card.flags)
-    return [*numbers, *texts]
+def _pack_card(card: Any) -> tuple[bytes, ...]:
+    return (
+        _NUMBER.pack(card.floor),
+        card.sums.tobytes(),
+        card.rows.tobytes(),
+        bytes(card.flags),
+        orjson.dumps(card.ids),
+        orjson.dumps(card.terminals),
+    )
 
 
-def _fill_card(made: Any, rest: list[memoryview], count: int, width: int) -> None:
+def _fill_card(made: Any, rest: list[bytes], count: int, width: int) -> None:
     floor, sums, rows, flags, ids, terminals = rest
-    made.floor = _number(floor)
-    made.sums, made.rows = _array("q", sums), _array("f", rows)
+    (made.floor,) = _NUMBER.unpack(floor)
+    made.sums, made.rows = array("q", sums), array("f", rows)
     made.flags, made.ids = bytearray(flags), orjson.loads(ids)
     made.terminals, made.known = _names(terminals, count), set(made.ids)
-    sizes = len(made.sums) - 1, len(made.flags), len(made.ids), len(made.known)
-    _require(set(sizes) == {count} and len(made.rows) == count * width)
+    _require(len(made.sums) - 1 == len(made.flags) == len(made.ids) == len(made.known) == count)
+    _require(len(made.rows) == count * width)
 
 
-def _pack_terminal(terminal: Any) -> list[bytes]:
-    times = array("q", [time for mark in terminal.marks.values() for time in mark])
-    floors = pack("<qq", terminal.floor, terminal.blind)
-    names = orjson.dumps(list(terminal.marks))
-    return [floors, orjson.dumps(terminal.cards), times.tobytes(), names]
+def _pack_terminal(terminal: Any) -> tuple[bytes, ...]:
+    marks = terminal.marks
+    times = array("q", chain.from_iterable(marks.values())).tobytes() if marks else b""
+    floors = _NUMBERS.pack(terminal.floor, terminal.blind)
+    return floors, orjson.dumps(terminal.cards), times, orjson.dumps(list(marks))
 
 
-def _fill_terminal(made: Any, rest: list[memoryview], count: int, width: int) -> None:
+def _fill_terminal(made: Any, rest: list[bytes], count: int, width: int) -> None:
     floors, cards, times, names = rest
-    _require(len(floors) == 16)
-    made.floor, made.blind = unpack_from("<qq", floors)
+    made.floor, made.blind = _NUMBERS.unpack(floors)
     made.cards = _names(cards, count)
-    marks = iter(_array("q", times))
-    made.marks = dict(zip(orjson.loads(names), zip(marks, marks, marks, strict=True), strict=True))
+    if times:
+        marks = iter(array("q", times))
+        triples = zip(marks, marks, marks, strict=True)
+        made.marks = dict(zip(orjson.loads(names), triples, strict=True))
 
 
-_KINDS: dict[str, tuple[Callable[[Any], list[bytes]], Callable[..., None]]] = {
-    "cards": (_pack_card, _fill_card),
-    "terminals": (_pack_terminal, _fill_terminal),
-    "customers": (_pack_timeline, _fill_timeline),
-    "devices": (_pack_device, _fill_device),
+_KINDS: dict[str, tuple[int, Callable[[Any], tuple[bytes, ...]], Callable[..., None]]] = {
+    "cards": (6, _pack_card, _fill_card),
+    "terminals": (4, _pack_terminal, _fill_terminal),
+    "customers": (1, _pack_timeline, _fill_timeline),
+    "devices": (2, _pack_device, _fill_device),
 }
+"""Of each table: sections of its own, and how they are made and read."""
 
 
-def _names(section: memoryview, count: int) -> list[str]:
-    found = [intern(name) for name in orjson.loads(section)]
+def _names(section: bytes, count: int) -> list[str]:
+    found = list(map(intern, orjson.loads(section)))
     _require(len(found) == count)
     return found
-
-
-def _number(section: memoryview) -> int:
-    _require(len(section) == 8)
-    (found,) = unpack_from("<q", section)
-    return int(found)
-
-
-def _array(code: str, section: memoryview) -> array[Any]:
-    made: array[Any] = array(code)
-    made.frombytes(section)
-    return made
 
 
 def _require(holds: bool) -> None:
@@ -238,25 +238,39 @@ def _require(holds: bool) -> None:
         raise ValueError("contradicts itself")
 
 
-def _sealed(sections: Iterable[bytes]) -> bytes:
-    parts = list(sections)
-    body = pack(f"<{len(parts)}I", *map(len, parts)) + b"".join(parts)
-    return _HEAD.pack(crc32(body, len(parts)), len(parts)) + body
+class _Seal:
+    """Sections as one piece of bytes with a checksum, and back.
 
+    Args:
+        count: of the sections.
+    """
 
-def _opened(raw: bytes, what: str) -> list[memoryview]:
-    try:
-        told, count = _HEAD.unpack_from(raw)
-        body = memoryview(raw)[_HEAD.size :]
-        sizes = unpack_from(f"<{count}I", body)
-    except error:
-        raise _damaged(what) from None
-    ends = [4 * count]
-    for size in sizes:
-        ends.append(ends[-1] + size)
-    if told != crc32(body, count) or ends[-1] != len(body):
-        raise _damaged(what)
-    return [body[begin:end] for begin, end in pairwise(ends)]
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._sizes = Struct(f"<{count}I")
+        self._start = _HEAD.size + self._sizes.size
+
+    def close(self, sections: Sequence[bytes]) -> bytes:
+        """One piece."""
+        body = self._sizes.pack(*map(len, sections)) + b"".join(sections)
+        return _HEAD.pack(crc32(body, self._count), self._count) + body
+
+    def open(self, raw: bytes, what: str) -> list[bytes]:
+        """And back.
+
+        Raises:
+            StateError: it is damaged.
+        """
+        try:
+            told, count = _HEAD.unpack_from(raw)
+            sizes = self._sizes.unpack_from(raw, _HEAD.size)
+        except error:
+            raise _damaged(what) from None
+        ends = list(accumulate(sizes, initial=self._start))
+        whole = count == self._count and ends[-1] == len(raw)
+        if not whole or told != crc32(memoryview(raw)[_HEAD.size :], count):
+            raise _damaged(what)
+        return [raw[begin:end] for begin, end in pairwise(ends)]
 
 
 def _damaged(what: str) -> StateError:
@@ -265,3 +279,6 @@ def _damaged(what: str) -> StateError:
         hint="remove the state's folder: it is then built again from the retained input, or begins "
         "anew",
     )
+
+
+_META = _Seal(1)
