@@ -30,7 +30,10 @@ from plinth.pipelines.stream.settings import StreamConfig
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "kafka"
 USER, PASSWORD = "plinth", "a password of tests"
 SECURITY = """\
-sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512
+sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512,OAUTHBEARER
+listener.name.secure.oauthbearer.sasl.jaas.config=\
+org.apache.kafka.common.security.oauthbearer.OAuthBearerLoginModule required \
+unsecuredLoginStringClaim_sub="{user}";
 listener.name.secure.plain.sasl.jaas.config=\
 org.apache.kafka.common.security.plain.PlainLoginModule required user_{user}="{password}";
 listener.name.secure.scram-sha-256.sasl.jaas.config=\

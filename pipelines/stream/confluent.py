@@ -107,6 +107,15 @@ def _said(error: Any) -> None:
     log.debug("librdkafka: %s", error)
 
 
+def has_kerberos() -> bool:
+    """Whether this librdkafka was built with GSSAPI."""
+    try:
+        Producer({"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "GSSAPI"})
+    except KafkaException:
+        return False
+    return True
+
+
 def _options(config: StreamConfig, identity: str) -> dict[str, Any]:
     """What every client is told, in librdkafka's words."""
     given = config.client_options()
@@ -124,6 +133,7 @@ def _options(config: StreamConfig, identity: str) -> dict[str, Any]:
     }
     names = {
         "sasl_mechanism": "sasl.mechanism",
+        "sasl_kerberos_service_name": "sasl.kerberos.service.name",
         "sasl_plain_username": "sasl.username",
         "sasl_plain_password": "sasl.password",
         "ssl_cafile": "ssl.ca.location",
@@ -132,6 +142,8 @@ def _options(config: StreamConfig, identity: str) -> dict[str, Any]:
         "ssl_password": "ssl.key.password",
     }
     options |= {word: given[name] for name, word in names.items() if given.get(name) is not None}
+    if (tokens := given.get("sasl_oauth_token_provider")) is not None:
+        options["oauth_cb"] = tokens.with_end
     if "ssl_check_hostname" in given:
         checked = "https" if given["ssl_check_hostname"] else "none"
         options["ssl.endpoint.identification.algorithm"] = checked

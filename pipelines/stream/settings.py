@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -153,10 +154,18 @@ class StreamConfig(BaseModel):
     max_events: int | None = Field(default=None, ge=1, description="end after so many records")
 
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    sasl_mechanism: (
+        Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER", "GSSAPI"] | None
+    ) = None
     sasl_username: str | None = None
     sasl_password_env: str = Field(
         default="PLINTH_KAFKA_PASSWORD", description="environment variable that holds the password"
+    )
+    sasl_token_file: Path | None = Field(
+        default=None, description="file with the token of OAUTHBEARER, read for every connection"
+    )
+    sasl_kerberos_service: str = Field(
+        default="kafka", description="name of the brokers' service for GSSAPI (Kerberos)"
     )
     ssl_cafile: Path | None = None
     ssl_certfile: Path | None = None
@@ -184,11 +193,16 @@ class StreamConfig(BaseModel):
             )
         if self.audit_topic is not None and self.guarantee != "exactly_once":
             raise ValueError("audit_topic needs guarantee = 'exactly_once'")
-        if self.security_protocol.startswith("SASL") and not (
-            self.sasl_mechanism and self.sasl_username
-        ):
-            raise ValueError(f"{self.security_protocol} needs sasl_mechanism and sasl_username")
+        if self.security_protocol.startswith("SASL"):
+            self._check_sasl()
         return self
+
+    def _check_sasl(self) -> None:
+        if self.sasl_mechanism == "OAUTHBEARER":
+            if self.sasl_token_file is None:
+                raise ValueError("sasl_mechanism = 'OAUTHBEARER' needs sasl_token_file")
+        elif self.sasl_mechanism != "GSSAPI" and not (self.sasl_mechanism and self.sasl_username):
+            raise ValueError(f"{self.security_protocol} needs sasl_mechanism and sasl_username")
 
     @property
     def dead_letters(self) -> str:
@@ -206,13 +220,30 @@ class StreamConfig(BaseModel):
         """How often a worker tells the group that it lives."""
         return max(250, min(3_000, self.session_timeout_ms // 5))
 
+    def _sasl_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"sasl_mechanism": self.sasl_mechanism}
+        if self.sasl_mechanism == "OAUTHBEARER":
+            assert self.sasl_token_file is not None
+            return options | {"sasl_oauth_token_provider": _token_of(self.sasl_token_file)}
+        if self.sasl_mechanism == "GSSAPI":
+            if find_spec("gssapi") is None:
+                raise ConfigError(
+                    "stream.sasl_mechanism = 'GSSAPI' (Kerberos) needs the package gssapi",
+                    hint="pip install gssapi (it needs libkrb5), and have a ticket or a keytab",
+                )
+            return options | {"sasl_kerberos_service_name": self.sasl_kerberos_service}
+        return options | {
+            "sasl_plain_username": self.sasl_username,
+            "sasl_plain_password": _secret(self.sasl_password_env),
+        }
+
     def client_options(self) -> dict[str, Any]:
         """Connection options of every Kafka client, secrets read from the environment.
 
         The words are kafka-python's.
 
         Raises:
-            ConfigError: a password is needed and its variable is not set.
+            ConfigError: a password, a token or a package is needed and not there.
         """
         options: dict[str, Any] = {
             "bootstrap_servers": [s.strip() for s in self.bootstrap_servers.split(",")],
@@ -221,17 +252,28 @@ class StreamConfig(BaseModel):
             "reconnect_backoff_max_ms": 1_000,
         }
         if self.security_protocol.startswith("SASL"):
-            options |= {
-                "sasl_mechanism": self.sasl_mechanism,
-                "sasl_plain_username": self.sasl_username,
-                "sasl_plain_password": _secret(self.sasl_password_env),
-            }
+            options |= self._sasl_options()
         if self.security_protocol.endswith("SSL"):
             files = ("ssl_cafile", "ssl_certfile", "ssl_keyfile")
             options |= {name: str(path) for name in files if (path := getattr(self, name))}
             options["ssl_check_hostname"] = self.ssl_check_hostname
             options["ssl_password"] = os.environ.get(self.ssl_password_env)
         return options
+
+
+def _token_of(path: Path) -> Any:
+    from kafka.errors import KafkaError
+
+    from plinth.pipelines.stream.tokens import TokenFile
+
+    found = TokenFile(path)
+    try:
+        found.token()
+    except KafkaError as error:
+        raise ConfigError(
+            str(error), hint="stream.sasl_token_file names the file; whoever renews it writes it"
+        ) from None
+    return found
 
 
 def _secret(name: str) -> str:

@@ -258,7 +258,7 @@ def chosen_client(config: StreamConfig) -> Client:
     """The Kafka client of the settings.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not installed, or lacks what is asked of it.
     """
     if config.client == "kafka-python":
         return kafka_python.CLIENT
@@ -267,8 +267,13 @@ def chosen_client(config: StreamConfig) -> Client:
             "stream.client = 'confluent' needs the package confluent-kafka",
             hint="pip install 'plinth-engine[kafka-fast]', or set stream.client = 'kafka-python'",
         )
-    from plinth.pipelines.stream.confluent import CLIENT
+    from plinth.pipelines.stream.confluent import CLIENT, has_kerberos
 
+    if config.sasl_mechanism == "GSSAPI" and not has_kerberos():
+        raise ConfigError(
+            "this build of confluent-kafka has no GSSAPI (Kerberos)",
+            hint="set stream.client = 'kafka-python', or build confluent-kafka with libsasl2",
+        )
     return CLIENT
 
 
@@ -384,7 +389,7 @@ class Worker:
             self._settle()
             return True
         self._at("poll")
-        chunk = self.consumer.poll()
+        chunk = self.consumer.poll(self.sink.settled)
         if chunk is None:
             self._settle()
             self._when_idle()

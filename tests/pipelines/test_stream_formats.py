@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +117,39 @@ def test_a_records_trace_goes_on_in_its_answer(kafka_node: KafkaNode) -> None:
     assert "4012888888881881" not in "".join(span.to_json() for span in told)
 
 
+def unsigned_token(seconds: float) -> str:
+    """What a Kafka takes that validates no signature."""
+    now = time.time()
+    told = {"alg": "none"}, {"sub": USER, "iat": now, "exp": now + seconds}
+    parts = [
+        base64.urlsafe_b64encode(json.dumps(one).encode()).decode().rstrip("=") for one in told
+    ]
+    return ".".join([*parts, ""])
+
+
 @pytest.mark.parametrize(
     ("mechanism", "client"),
     [
-        *((mechanism, "kafka-python") for mechanism in ("SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN")),
+        ("SCRAM-SHA-512", "kafka-python"),
+        pytest.param("SCRAM-SHA-256", "kafka-python", marks=pytest.mark.soak),
+        ("PLAIN", "kafka-python"),
+        ("OAUTHBEARER", "kafka-python"),
         (None, "kafka-python"),
+        pytest.param(
+            "OAUTHBEARER",
+            "confluent",
+            marks=[pytest.mark.soak, pytest.mark.needs("confluent_kafka")],
+        ),
         pytest.param("SCRAM-SHA-512", "confluent", marks=pytest.mark.needs("confluent_kafka")),
         pytest.param(None, "confluent", marks=pytest.mark.needs("confluent_kafka")),
     ],
 )
-def test_a_stream_runs_behind_tls_with_a_password_or_a_certificate(
-    kafka_node: KafkaNode, mechanism: str | None, client: str, monkeypatch: pytest.MonkeyPatch
+def test_a_stream_runs_behind_tls_with_a_password_a_token_or_a_certificate(
+    kafka_node: KafkaNode,
+    mechanism: str | None,
+    client: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     if not kafka_node.secure:
         pytest.skip("needs openssl for the certificate")
@@ -136,6 +160,9 @@ def test_a_stream_runs_behind_tls_with_a_password_or_a_certificate(
         "sasl_mechanism": mechanism,
         "sasl_username": USER,
     }
+    if mechanism == "OAUTHBEARER":
+        files["sasl_token_file"] = tmp_path / "token"
+        files["sasl_token_file"].write_text(f"{unsigned_token(60)}\n")
     if mechanism is None:
         files |= {"ssl_certfile": files["ssl_cafile"], "ssl_keyfile": kafka_node.folder / "key.pem"}
         security = {"bootstrap_servers": kafka_node.certified, "security_protocol": "SSL"}
