@@ -264,7 +264,7 @@ class StreamConfig(BaseModel):
 def _token_of(path: Path) -> Any:
     from kafka.errors import KafkaError
 
-    from plinth.pipelines.stream.tokens import TokenFile
+    from plinth.pipelines.tokens import TokenFile
 
     found = TokenFile(path)
     try:
