@@ -12,6 +12,8 @@ from plinth.verticals.medical.output.pictures import COLOURS
 from plinth.verticals.medical.output.report import CtReport, words
 
 TEMPLATES = Path(__file__).parent / "templates"
+UNITS = {"mm": "mm", "hu": "HU", "zyx": "z × y × x"}
+"""How the last part of a setting's name is written."""
 
 
 Legend = list[tuple[str, tuple[int, int, int]]]
@@ -31,7 +33,8 @@ def page(report: CtReport, pictures: dict[str, bytes]) -> str:
         report: what was found.
         pictures: PNG files by name; names that start with ``nodule`` are shown by the nodules.
     """
-    return _rendered("report.html", report, pictures, CT_LEGEND)
+    legend = CT_LEGEND if report.nodules else CT_LEGEND[:2]
+    return _rendered("report.html", report, pictures, legend)
 
 
 def segmentation_page(report: CtReport, pictures: dict[str, bytes], legend: Legend) -> str:
@@ -65,4 +68,17 @@ def _template(name: str) -> Template:
         lstrip_blocks=True,
     )
     environment.filters["words"] = words
+    environment.filters["figure"] = figure
+    environment.filters["named"] = named
     return environment.get_template(name)
+
+
+def figure(value: float) -> str:
+    """A measurement as people read it: whole from a thousand on, else one decimal."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}"
+
+
+def named(key: str) -> str:
+    """What a setting is called: its unit or its order of axes behind a comma."""
+    name, _, last = key.rpartition("_")
+    return f"{words(name)}, {UNITS[last]}" if name and last in UNITS else words(key)
