@@ -37,9 +37,10 @@ class Orthanc:
     Args:
         folder: for its data.
         plinth_port: where it sends images to.
+        tls: speak DICOM over TLS alone: folder of ``ca.pem``, ``orthanc.pem`` and ``orthanc.key``.
     """
 
-    def __init__(self, folder: Path, plinth_port: int) -> None:
+    def __init__(self, folder: Path, plinth_port: int, tls: Path | None = None) -> None:
         self.folder = folder
         self.http_port, self.dicom_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.http_port}"
@@ -55,9 +56,23 @@ class Orthanc:
             "RemoteAccessAllowed": False,
             "AuthenticationEnabled": False,
             "DicomAlwaysAllowStore": True,
-            "DicomModalities": {"plinth": ["PLINTH", "127.0.0.1", plinth_port]},
+            "DicomModalities": {
+                "plinth": {
+                    "AET": "PLINTH",
+                    "Host": "127.0.0.1",
+                    "Port": plinth_port,
+                    "UseDicomTls": tls is not None,
+                }
+            },
             "Plugins": [str(PLUGIN)],
         }
+        if tls is not None:
+            settings |= {
+                "DicomTlsEnabled": True,
+                "DicomTlsCertificate": str(tls / "orthanc.pem"),
+                "DicomTlsPrivateKey": str(tls / "orthanc.key"),
+                "DicomTlsTrustedCertificates": str(tls / "ca.pem"),
+            }
         folder.mkdir(exist_ok=True)
         (folder / "orthanc.json").write_text(json.dumps(settings))
 

@@ -5,6 +5,7 @@ Outages, lost answers and kills in between: each result is stored once.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from certificates import signed
 from orthanc import Orthanc, eventually, free_port, study
 from pydicom import dcmread
 
@@ -89,7 +91,7 @@ def service(wanted: Archive) -> Iterator[Queue]:
 def port_of(orthanc: Orthanc) -> int:
     """Where the archive sends."""
     settings = json.loads((orthanc.folder / "orthanc.json").read_text())
-    found: int = settings["DicomModalities"]["plinth"][2]
+    found: int = settings["DicomModalities"]["plinth"]["Port"]
     return found
 
 
@@ -140,15 +142,35 @@ def test_a_study_that_an_archive_has_is_fetched_and_one_that_no_rule_wants_is_no
         )
 
 
+@pytest.fixture
+def secure(tmp_path: Path) -> Iterator[Orthanc]:
+    """An archive that speaks TLS alone, and wants a certificate of who calls."""
+    signed(tmp_path, "orthanc", rsa=True)
+    (tmp_path / "archive").mkdir()
+    server = Orthanc(tmp_path / "archive", free_port(), tls=tmp_path).start()
+    yield server
+    server.kill()
+
+
 def test_an_object_is_stored_once_and_the_archive_commits_itself(
-    orthanc: Orthanc, tmp_path: Path
+    secure: Orthanc, tmp_path: Path
 ) -> None:
-    """By C-FIND, C-STORE and storage commitment, whose report comes by the door."""
+    """By C-FIND, C-STORE and storage commitment, whose report comes by the door; all over TLS."""
+    orthanc = secure
+    certificate, key = signed(tmp_path, "plinth", rsa=True)
+    ours = {"certificate": certificate, "key": key}
+    over = {"tls": True, "ca": tmp_path / "ca.pem", **ours}
+    taken: list[bytes] = []
+
+    def keep(study: str, image: str, content: bytes) -> None:
+        taken.append(content)
+
+    door = {**listening(orthanc), "tls": {**ours, "client_ca": tmp_path / "ca.pem"}}
     files = study(tmp_path / "study", seed=5, shape=(20, 20, 3), spacing=(17.0, 17.0, 60.0))
     image = dcmread(files[0])
     names = (image.StudyInstanceUID, image.SeriesInstanceUID, image.SOPInstanceUID)
-    peer = DicomPeer(Peer.model_validate(peer_of(orthanc)))
-    with Listener(Listen.model_validate(listening(orthanc)), put_nowhere, peer.reported):
+    peer = DicomPeer(Peer.model_validate(peer_of(orthanc) | over))
+    with Listener(Listen.model_validate(door), keep, peer.reported):
         assert not peer.has(*names)
         for _ in range(2):  # as after an answer that was lost
             peer.store(files[0].read_bytes())
@@ -158,17 +180,19 @@ def test_an_object_is_stored_once_and_the_archive_commits_itself(
         other = dcmread(files[1]).SOPInstanceUID
         with pytest.raises(Unreachable, match="does not commit itself"):
             peer.confirm(image.SOPClassUID, other)
-    alone = DicomPeer(Peer.model_validate({**peer_of(orthanc), "commitment_seconds": 0.2}))
+        assert not taken
+        orthanc.send_to_plinth(orthanc.upload(files[1:2]))
+        assert {dcmread(io.BytesIO(one)).SOPInstanceUID for one in taken} == {names[2], other}
+    for wrong in ({}, {"tls": True, "ca": tmp_path / "ca.pem"}):  # in the open; without our name
+        stranger = DicomPeer(Peer.model_validate(peer_of(orthanc) | wrong))
+        with pytest.raises(Unreachable, match="is not there"):
+            stranger.store(files[0].read_bytes())
+    alone = DicomPeer(Peer.model_validate(peer_of(orthanc) | over | {"commitment_seconds": 0.2}))
     with pytest.raises(Unreachable, match="no report on storage commitment came in time"):
         alone.confirm(image.SOPClassUID, names[2])
     closed = DicomPeer(Peer.model_validate({**peer_of(orthanc), "port": free_port()}))
     with pytest.raises(Unreachable, match="is not there"):
         closed.store(files[0].read_bytes())
-
-
-def put_nowhere(study: str, image: str, content: bytes) -> None:
-    """Nothing is sent here."""
-    raise AssertionError
 
 
 class Lossy(BaseHTTPRequestHandler):
