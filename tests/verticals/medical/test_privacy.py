@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import os
 import struct
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,15 +17,20 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from medical.own_networks import Blobs, write_beside, write_script
 from pydicom import DataElement, Dataset
 from pydicom.datadict import DicomDictionary
 from pydicom.sequence import Sequence
 from pydicom.tag import Tag
 
+from plinth.verticals.contract import WithArtefacts
+from plinth.verticals.medical import CtAnalysis, CtSettings
 from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.mr.brain import weighting
 from plinth.verticals.medical.privacy.deidentify import Deidentifier
 from plinth.verticals.medical.privacy.folder import Row, deidentify
 from plinth.verticals.medical.privacy.kept import NUMBERS
+from plinth.verticals.testing import run_with_models
 
 KEY = "a secret of the tests, 32 characters"
 NAME, NUMBER, DATE = "Zanzibar", 48151623, "19230704"
@@ -58,7 +65,7 @@ NEEDED = {
         "DataSetTrailingPadding",
     ),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "SeriesDescription"),
-    *("ModalityLUTSequence", "ConvolutionKernel", "AcquisitionNumber", "KVP", "Units"),
+    *("ModalityLUTSequence", "AcquisitionNumber", "KVP", "Units"),
 }
 """Without these, or with others, a file is another image or none."""
 
@@ -159,6 +166,47 @@ def test_no_canary_is_found_in_copies_results_or_what_is_printed(
     for path in [*public, *results.rglob("*.png")]:
         texts = CANARIES[:3] if path.suffix == ".png" else CANARIES
         assert not [canary for canary in texts if canary in path.read_bytes().lower()], path
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("always")
+def test_no_canary_is_in_what_a_network_writes_logs_or_warns_of(
+    canaries: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Every output there is, by a network; and a refusal of brain tissue by the headers."""
+    caplog.set_level("DEBUG", "plinth")
+    model = write_beside(tmp_path / "blobs.ts")
+    write_script(Blobs(), model)
+    every = {"contours": True, "captures": True, "volume": True}
+    own = {"model": model, "uncertainty": True}
+    vertical = CtAnalysis(CtSettings(network=own, **every))
+    out = tmp_path / "out"
+    out.mkdir()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        (item,) = vertical.discover(canaries)
+        (result,) = run_with_models(vertical, [vertical.load(item)])
+        assert isinstance(result, WithArtefacts), result
+        written = {path.name for path in vertical.write(result, out)}
+        why = weighting(load_volume(canaries).series).why_not_t1()
+    assert why is not None
+    assert "another part (Body Part Examined)" in why
+    assert {"structures.dcm", "uncertainty.nii.gz", "volume.nii.gz", "axial.png"} <= written
+    texts = [str(one.message) for one in warned] + [why, caplog.text, *capfd.readouterr()]
+    assert not found_in("\n".join(texts).encode())
+    for path in all_files(out):
+        data = path.read_bytes()
+        if path.suffix == ".dcm":  # carries the identity, as an archive needs it, in headers alone
+            image = pydicom.dcmread(path)
+            assert image.PatientID == f"{NAME}-{NUMBER}"
+            assert image.get("BurnedInAnnotation", "NO") == "NO"
+            continue
+        data = gzip.decompress(data)[:352] if path.suffix == ".gz" else data
+        texts_of = CANARIES[:3] if path.suffix in (".png", ".gz") else CANARIES
+        assert not [canary for canary in texts_of if canary in data.lower()], path
 
 
 def copied(

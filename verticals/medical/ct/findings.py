@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
+from plinth.verticals.medical.volumes.terms import KERNEL
+
 EMPHYSEMA_HU = -950
 PERCENTILE = 15.0
 MAX_NOISE_HU = 45.0
@@ -58,7 +60,8 @@ def withheld(kernel: str | None, noise_hu: float | None) -> str | None:
     """
     name = (kernel or "").partition("\\")[0].strip()
     if SHARP.fullmatch(name):
-        return f"the kernel {name} is sharp"
+        told = f" {name}" if KERNEL.fullmatch(name) else ""
+        return f"the kernel{told} is sharp"
     if noise_hu is not None and noise_hu > MAX_NOISE_HU:
         return f"the noise is {noise_hu:.0f} HU (more than {MAX_NOISE_HU:.0f})"
     return None

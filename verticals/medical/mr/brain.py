@@ -15,6 +15,7 @@ import numpy.typing as npt
 from pydicom import Dataset
 
 from plinth.engine import InputError, ModelError
+from plinth.verticals.medical.volumes.terms import BODY_PART
 from plinth.verticals.medical.volumes.volume import SeriesFacts, Volume
 
 SOURCE = "Plinth MR brain tissue (MeshNet)"
@@ -63,7 +64,10 @@ class Weighting:
         and Zhou, Handbook of MRI Pulse Sequences, 2004.
         """
         if self.place and self.place not in PLACES:
-            return f"it is of the {self.place.lower()} (Body Part Examined), not of a head"
+            place = (
+                f"the {self.place.lower()}" if BODY_PART.fullmatch(self.place) else "another part"
+            )
+            return f"it is of {place} (Body Part Examined), not of a head"
         if self.angiography:
             return "it is an angiography"
         if self.echo_ms is not None and self.echo_ms > LONGEST_ECHO_MS:

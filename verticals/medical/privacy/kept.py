@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from plinth.verticals.medical.volumes.terms import BODY_PART, KERNEL
+
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -81,12 +83,6 @@ SEQUENCES = _names(
 )
 """Sequences whose items are gone through by the same lists."""
 
-KERNEL = re.compile(
-    r"[A-Z]{1,2}[a-z]?\d{2}[a-z]{0,3}(\\[1-5])?|[ABCDELY]|Y[A-D]|EB|FC\d{2}|HD ?LUNG|"
-    r"(STANDARD|SOFT|DETAIL|LUNG|BONE|BONEPLUS|EDGE|CHEST|ULTRA)"
-)
-"""Convolution kernels of the makers."""
-
 TERMS = {
     "Modality": re.compile("CT|MR|PT"),
     "PhotometricInterpretation": re.compile("MONOCHROME[12]"),
@@ -108,9 +104,7 @@ TERMS = {
     "BurnedInAnnotation": re.compile("NO"),
     "ConvolutionKernel": KERNEL,
     "VOILUTFunction": re.compile("LINEAR|LINEAR_EXACT|SIGMOID"),
-    "BodyPartExamined": re.compile(
-        "ABDOMEN|BRAIN|CHEST|HEAD|NECK|PELVIS|SPINE|CSPINE|LSPINE|TSPINE|HEART|LIVER|KNEE|WHOLEBODY"
-    ),
+    "BodyPartExamined": BODY_PART,
     "ScanningSequence": re.compile("SE|IR|GR|EP|RM"),
     "SequenceVariant": re.compile("SK|MTC|SS|TRSS|SP|MP|OSP|TOF|NONE"),
     "MRAcquisitionType": re.compile("2D|3D"),

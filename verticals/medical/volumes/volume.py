@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from plinth.verticals.medical.volumes.terms import KERNEL, known
+
 if TYPE_CHECKING:
     from pydicom import Dataset
 
@@ -205,7 +207,7 @@ class SeriesFacts:
             "units": self.units,
             "spacing_mm": [round(value, 4) for value in self.spacing],
             "slice_thickness_mm": self.slice_thickness,
-            "kernel": self.kernel,
+            "kernel": known(self.kernel, KERNEL) if self.kernel else self.kernel,
             "contrast": self.contrast,
         }
 
