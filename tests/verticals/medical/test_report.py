@@ -245,7 +245,7 @@ def test_the_page_has_words_and_no_python(written: Path, report: dict[str, Any])
     text = (written / "report.html").read_text()
     made = text[text.index("How it was made") :]
     assert "tissue -500, lung -400, bone 226" in made
-    assert "coarse grid zyx" in made
+    assert "coarse grid, z × y × x" in made
     assert not set("{}[]_'") & set(re.sub(r"<[^>]*>|Plinth.*", "", made))
     assert "Plinth CT rules" in made
     assert report["algorithm"] == {"Plinth CT rules": __version__}
