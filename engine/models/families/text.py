@@ -7,10 +7,47 @@ no cache of keys and values, and no generation.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from plinth.engine.models.families.layers import Attention, Residual, by_tokens, visible
+
+
+class Step(nn.Module):
+    """A part of a text model that takes and gives what travels between its parts.
+
+    Args:
+        work: what it takes, the mask and the modules by name, to what it gives.
+        parts: modules by name; they stay those of the model.
+        last: it gives the outputs alone, else the mask goes on too.
+    """
+
+    def __init__(
+        self,
+        work: Callable[..., Any],
+        parts: Mapping[str, nn.Module | None],
+        *,
+        last: bool = False,
+    ) -> None:
+        super().__init__()
+        self._work, self._last = work, last
+        self._names = tuple(parts)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        """Ids or tokens and the mask, to tokens and the mask, or the outputs by name."""
+        found = self._work(x, mask, **{name: getattr(self, name) for name in self._names})
+        return found if self._last else (found, mask)
+
+
+def _attends(x: Tensor, mask: Tensor, block: Any, *, causal: bool = False) -> Tensor:
+    found: Tensor = block(x, visible(mask, x.dtype, causal=causal))
+    return found
 
 
 class Bert(nn.Module):
@@ -39,18 +76,20 @@ class Bert(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """``tokens`` (n, length, width), 0 where there is none; ``pooled`` (n, width) of BERT."""
-        place = torch.arange(input_ids.shape[1], device=input_ids.device)
-        x = self.words(input_ids) + self.positions(place)
-        if self.segments is not None:
-            x = x + self.segments(torch.zeros_like(input_ids))
-        x = self.norm(x)
+        x = _bert_words(input_ids, attention_mask, self.words, self.positions, self.norm, self.segments)
         added = visible(attention_mask, x.dtype)
         for block in self.blocks:
             x = block(x, added)
-        found = {"tokens": x * (attention_mask != 0)[..., None]}
-        if self.pooler is not None:
-            found["pooled"] = torch.tanh(self.pooler(x[:, 0]))
-        return found
+        return _bert_found(x, attention_mask, self.pooler)
+
+    def steps(self) -> list[nn.Module]:
+        """The same one after the other: words, blocks, outputs; tokens and mask travel between."""
+        first = {"words": self.words, "positions": self.positions, "norm": self.norm}
+        return [
+            Step(_bert_words, first | {"segments": self.segments}),
+            *(Step(_attends, {"block": block}) for block in self.blocks),
+            Step(_bert_found, {"pooler": self.pooler}, last=True),
+        ]
 
 
 class DistilBert(Bert):
@@ -66,6 +105,23 @@ class DistilBert(Bert):
         positions: int = 512,
     ) -> None:
         super().__init__(vocabulary, width, depth, heads, inner, positions, segments=0)
+
+
+def _bert_words(
+    ids: Tensor, _: Tensor, words: Any, positions: Any, norm: Any, segments: Any
+) -> Tensor:
+    x = words(ids) + positions(torch.arange(ids.shape[1], device=ids.device))
+    if segments is not None:
+        x = x + segments(torch.zeros_like(ids))
+    found: Tensor = norm(x)
+    return found
+
+
+def _bert_found(x: Tensor, mask: Tensor, pooler: Any) -> dict[str, Tensor]:
+    found = {"tokens": x * (mask != 0)[..., None]}
+    if pooler is not None:
+        found["pooled"] = torch.tanh(pooler(x[:, 0]))
+    return found
 
 
 class Gpt2(nn.Module):
@@ -92,13 +148,28 @@ class Gpt2(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """``logits`` (n, length, vocabulary) of the token after each; 0 where there is none."""
-        place = torch.arange(input_ids.shape[1], device=input_ids.device)
-        x = self.words(input_ids) + self.positions(place)
+        x = _placed(input_ids, attention_mask, self.words, self.positions)
         added = visible(attention_mask, x.dtype, causal=True)
         for block in self.blocks:
             x = block(x, added)
-        logits = self.head(self.norm(x))
-        return {"logits": logits * (attention_mask != 0)[..., None]}
+        return _logits(x, attention_mask, self.norm, self.head)
+
+    def steps(self) -> list[nn.Module]:
+        """The same one after the other: words, blocks, outputs; tokens and mask travel between."""
+        return [
+            Step(_placed, {"words": self.words, "positions": self.positions}),
+            *(Step(partial(_attends, causal=True), {"block": block}) for block in self.blocks),
+            Step(_logits, {"norm": self.norm, "head": self.head}, last=True),
+        ]
+
+
+def _placed(ids: Tensor, _: Tensor, words: Any, positions: Any) -> Tensor:
+    found: Tensor = words(ids) + positions(torch.arange(ids.shape[1], device=ids.device))
+    return found
+
+
+def _logits(x: Tensor, mask: Tensor, norm: Any, head: Any) -> dict[str, Tensor]:
+    return {"logits": head(norm(x)) * (mask != 0)[..., None]}
 
 
 class LlamaBlock(nn.Module):
@@ -153,11 +224,33 @@ class Llama(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """``logits`` (n, length, vocabulary) of the token after each; 0 where there is none."""
         x = self.words(input_ids)
-        place = torch.arange(input_ids.shape[1], device=input_ids.device, dtype=torch.float32)
-        angle = (place[:, None] * self.speed).repeat(1, 2)
-        rotation = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        rotation = _rotation(x, self.speed)
         added = visible(attention_mask, x.dtype, causal=True)
         for block in self.blocks:
             x = block(x, added, rotation)
-        logits = self.head(self.norm(x))
-        return {"logits": logits * (attention_mask != 0)[..., None]}
+        return _logits(x, attention_mask, self.norm, self.head)
+
+    def steps(self) -> list[nn.Module]:
+        """The same one after the other: words, blocks, outputs; tokens and mask travel between."""
+        turned = partial(_turned, speed=self.speed)
+        return [
+            Step(_words, {"words": self.words}),
+            *(Step(turned, {"block": block}) for block in self.blocks),
+            Step(_logits, {"norm": self.norm, "head": self.head}, last=True),
+        ]
+
+
+def _words(ids: Tensor, _: Tensor, words: Any) -> Tensor:
+    found: Tensor = words(ids)
+    return found
+
+
+def _turned(x: Tensor, mask: Tensor, block: Any, speed: Tensor) -> Tensor:
+    found: Tensor = block(x, visible(mask, x.dtype, causal=True), _rotation(x, speed))
+    return found
+
+
+def _rotation(x: Tensor, speed: Tensor) -> tuple[Tensor, Tensor]:
+    place = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
+    angle = (place[:, None] * speed).repeat(1, 2)
+    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
