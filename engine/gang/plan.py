@@ -88,6 +88,30 @@ class ParallelPlan:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What a process is told to be one rank.
+
+    Args:
+        plan: of the gang.
+        rank: which of its ranks, from 0.
+        meeting: where the ranks of one copy find each other, as ``init_process_group`` of torch
+            takes it: ``file:///...`` on one machine, ``tcp://host:port`` across several.
+        device: where it runs, as torch spells it.
+        backend: of torch.distributed.
+        seconds: in which any exchange between ranks has to be done.
+        micro_batches: parts of a batch that take turns; ``None``: 2 for each stage or share.
+    """
+
+    plan: ParallelPlan
+    rank: int
+    meeting: str
+    device: str
+    backend: str
+    seconds: float
+    micro_batches: int | None = None
+
+
 def parse(name: str) -> tuple[str, ParallelPlan]:
     """The kind of device and the plan that the name of a lane says.
 

@@ -6,7 +6,6 @@ It runs in whatever process it is made in, one to a process: a worker of a lane,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from inspect import signature
@@ -17,37 +16,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from plinth.engine.errors import ModelError
-from plinth.engine.gang import pipeline, tensor
 from plinth.engine.gang.exchange import Exchange, GroupLost
-from plinth.engine.gang.plan import ParallelPlan
+from plinth.engine.gang.plan import Seat
+from plinth.engine.gang.steps import shared_out, steps_of
 from plinth.engine.models.binding import Binding, outputs_by_name
 from plinth.engine.models.store import Model
 
 Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """What a process is told to be one rank.
-
-    Args:
-        plan: of the gang.
-        rank: which of its ranks, from 0.
-        meeting: where the ranks of one copy find each other, as ``init_process_group`` of torch
-            takes it: ``file:///...`` on one machine, ``tcp://host:port`` across several.
-        device: where it runs, as torch spells it.
-        backend: of torch.distributed.
-        seconds: in which any exchange between ranks has to be done.
-        micro_batches: parts of a batch that take turns; ``None``: 2 for each stage or share.
-    """
-
-    plan: ParallelPlan
-    rank: int
-    meeting: str
-    device: str
-    backend: str
-    seconds: float
-    micro_batches: int | None = None
+def held_bytes(module: nn.Module) -> int:
+    """Bytes of weights, those of a tied tensor once."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sum({each.data_ptr(): each.nbytes for each in tensors}.values())
 
 
 class Rank:
@@ -70,7 +51,9 @@ class Rank:
         self._seat = seat
         self._place = seat.plan.place(seat.rank)
         self._device = torch.device(seat.device)
-        self._micro = seat.micro_batches or 2 * (seat.plan.pipeline if seat.plan.pipeline > 1 else 1)
+        self._micro = seat.micro_batches or 2 * (
+            seat.plan.pipeline if seat.plan.pipeline > 1 else 1
+        )
         self._models: dict[str, Run] = {}
         if self._device.type != "cpu":
             torch.accelerator.set_device_index(self._device)
@@ -110,15 +93,17 @@ class Rank:
         """
         plan, module, told = self._seat.plan, model.module, model.spec.name
         if plan.tensor > 1:
+            from plinth.engine.gang import tensor  # DTensor takes half a second to import
+
             tensor.check(module, plan.tensor, told)
         kept = module
         if plan.pipeline > 1:
-            steps = pipeline.steps_of(module, plan.pipeline, told)
-            kept = nn.ModuleList(pipeline.shared_out(steps, plan.pipeline)[self._place.stage])
+            steps = steps_of(module, plan.pipeline, told)
+            kept = nn.ModuleList(shared_out(steps, plan.pipeline)[self._place.stage])
         if plan.tensor > 1:
             tensor.shard(kept, self._mesh["tensor"], self._exchange)
         kept.to(self._device)
-        self.held[name] = tensor.held(kept)
+        self.held[name] = held_bytes(kept)
         if isinstance(kept, nn.ModuleList):
             self._models[name] = self._staged(model, list(kept))
         else:
@@ -180,7 +165,9 @@ class Rank:
             count = len(next(iter(rows.values())))
             parts = min(self._micro, count) if self._seat.plan.tensor > 1 else 1
             cut = {key: each.tensor_split(parts) for key, each in rows.items()}
-            works = [partial(part, {key: each[n] for key, each in cut.items()}) for n in range(parts)]
+            works = [
+                partial(part, {key: each[n] for key, each in cut.items()}) for n in range(parts)
+            ]
             made = self._exchange.in_turns(works)
             if parts == 1:
                 return made[0]
@@ -190,12 +177,14 @@ class Rank:
 
     def _staged(self, model: Model, steps: list[nn.Module]) -> Run:
         """Runs the steps of this rank's stage, between those before and after."""
+        from plinth.engine.gang.pipeline import Pipeline  # torch's takes a second to import
+
         spec = model.spec
         Binding(spec, model.module)  # its inputs have the names of forward's parameters
         names = [tensor.name for tensor in spec.inputs]
         taken = signature(model.module.forward).parameters
         order = [name for name in taken if name in names] or names
-        stages = pipeline.Pipeline(
+        stages = Pipeline(
             steps,
             self._place.stage,
             self._seat.plan.pipeline,

@@ -1,7 +1,7 @@
 """Tensor parallelism of the families' transformers (Shoeybi et al., 2019), by torch's DTensor.
 
-DTensor cuts the weights; what runs are the local shares in plain layers, since a DTensor in inference
-mode finds the layout of each operation anew, which takes milliseconds.
+DTensor cuts the weights; what runs are the local shares in plain layers, since a DTensor in
+inference mode finds the layout of each operation anew, which takes milliseconds.
 
 Heads of attention and the inner width of fully connected layers are shared out; their outputs are
 summed over the ranks, twice a block. The table of words and the layer that gives a number for each
@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn import functional
 
 from plinth.engine.errors import ModelError
 from plinth.engine.gang.exchange import Exchange
@@ -82,7 +82,9 @@ def check(module: nn.Module, shares: int, name: str) -> None:
     Raises:
         ModelError: it has no layers that can be shared out, or numbers that do not divide.
     """
-    parts = [each for each in module.modules() if isinstance(each, Attention | Residual | LlamaBlock)]
+    parts = [
+        each for each in module.modules() if isinstance(each, Attention | Residual | LlamaBlock)
+    ]
     if not parts:
         raise ModelError(
             f"model {name} has no layers that tensor={shares} could share out",
@@ -156,9 +158,3 @@ def _shard_vocabulary(model: Any, mesh: DeviceMesh, exchange: Exchange) -> None:
             model.words = _Words(whole[own], own.start, exchange)
         else:
             model.head = _Scores(whole[own], len(whole), exchange)
-
-
-def held(module: nn.Module) -> int:
-    """Bytes of the weights that a rank has, those of a tied tensor once."""
-    tensors = (*module.parameters(), *module.buffers())
-    return sum({each.data_ptr(): each.nbytes for each in tensors}.values())

@@ -160,6 +160,10 @@ class Lane(ABC):
         """The machine that it runs on, where that is not this one."""
         return None
 
+    def facts(self) -> dict[str, Any]:
+        """More that status pages tell of it."""
+        return {}
+
     def launch(self) -> None:
         """Begin with what :meth:`start` does, without waiting for it."""
         return

@@ -140,18 +140,18 @@ class ProcessLane(Lane):
         """See :class:`Lane`."""
         with self._changing:
             if self._link is None:
-                self._link = Link(self)
+                self._link = self.connect()
 
     def start(self) -> None:
         """See :class:`Lane`."""
         with self._changing:
             link = self._link
             if link is None or link.why is not None:
-                link = self._link = Link(self)
+                link = self._link = self.connect()
             link.await_ready()
             for model in list(self._models.values()):
                 try:
-                    self._load(link, model)
+                    self.load(link, model)
                 except ModelError as error:
                     link.kill()
                     raise DeviceError(error.message, hint=error.hint) from error
@@ -170,11 +170,20 @@ class ProcessLane(Lane):
             assert link is not None
             if link.why is None:
                 link.await_ready()
-                self._load(link, model)
+                self.load(link, model)
             self._models[model.id] = model
             finalize(model, self._gone.append, model.id)
 
-    def _load(self, link: Link, model: Held) -> None:
+    def connect(self) -> Link:
+        """Start its process."""
+        return Link(self)
+
+    def load(self, link: Link, model: Held) -> None:
+        """Let its process load a model, and hold its answers against the engine's.
+
+        Raises:
+            ModelError: it cannot be sent, loaded there, or gives other answers there.
+        """
         if model.id in link.loaded:
             return
         recipe = model.recipe()
@@ -235,7 +244,7 @@ class ProcessLane(Lane):
 
     def is_current(self) -> bool:
         """See :class:`Lane`."""
-        return self._link is not None and threading.current_thread() is self._link.thread
+        return self._link is not None and self._link.is_current
 
     def close(self) -> None:
         """See :class:`Lane`."""
@@ -292,6 +301,11 @@ class Link:
         self._ready = threading.Event()
         self.thread = threading.Thread(target=self._live, name="plinth-process-lane", daemon=True)
         self.thread.start()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the calling thread is its own."""
+        return threading.current_thread() is self.thread
 
     def await_ready(self) -> None:
         """Wait until the process serves.

@@ -128,6 +128,7 @@ class LaneThread:
             "deaths": self.deaths,
             "in_flight": self.in_flight,
             "utilisation": self.busy / max(elapsed, 1e-9),
+            **self.lane.facts(),
         }
 
     def start(self) -> None:

@@ -88,7 +88,8 @@ class Engine:
         devices: a lane for each name, in the place of ``device``; a name may come twice. Weights
             are loaded once for each device. Lanes of the CPU share its threads out. A lane
             ``"process:cpu"`` is a worker process, with weights of its own, and ``"ray:cpu"`` an
-            actor on a machine of a cluster.
+            actor on a machine of a cluster; ``"gang:cpu:tensor=2"`` are worker processes that hold
+            a share of each model.
         lanes: further lanes, made elsewhere.
         precision: for models that name none: a preset, a policy, or its table; see
             :class:`plinth.engine.precision.policy.PrecisionPolicy`.
@@ -167,6 +168,7 @@ class Engine:
                 hung_seconds=hung_seconds,
                 evict_idle=evict_idle,
                 cluster=Cluster.of(cluster),
+                communication=self._modes.communication_backend,
             ),
             "auto" if memory_budget is None else memory_budget,
             clock,
@@ -176,7 +178,7 @@ class Engine:
             devices = () if lanes and device == "auto" else (device,)
         self._lanes.open(devices, lanes)
         self.device = self._lanes.device
-        self._modes.backend(self.device)  # refused now, not when somebody looks
+        self._modes.backend(self._lanes.talks_on)  # refused now, not when somebody looks
         self._requests: set[Request] = set()
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
         self._state: State = "new"
@@ -461,7 +463,7 @@ class Engine:
                 "lanes": lanes,
                 "mode": self._modes.mode,
                 "sync_threshold": self._modes.sync_threshold,
-                "communication_backend": self._modes.backend(self.device),
+                "communication_backend": self._modes.backend(self._lanes.talks_on),
             }
 
     def costs(self) -> dict[str, dict[int, float]]:

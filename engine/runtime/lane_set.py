@@ -18,18 +18,22 @@ import torch
 from plinth.engine.devices.device import Device, pick
 from plinth.engine.errors import ConfigError, DeviceError
 from plinth.engine.flow import Sla
+from plinth.engine.gang.plan import GANG, parse
 from plinth.engine.lanes.base import Lane
 from plinth.engine.lanes.cluster.lane import RayLane
 from plinth.engine.lanes.cluster.settings import Cluster
+from plinth.engine.lanes.gang import GangLane
 from plinth.engine.lanes.local import LocalLane
 from plinth.engine.lanes.process import ProcessLane
 from plinth.engine.lanes.thread import LaneThread
 from plinth.engine.memory.plan import SHARE, budget
 from plinth.engine.models.store import Model
 from plinth.engine.runtime.flow_driver import Clock
+from plinth.engine.runtime.gang_worker import serve_rank
 from plinth.engine.runtime.lane_worker import serve
 from plinth.engine.runtime.loaded_model import LoadedModel, Precision, Range
 from plinth.engine.runtime.model_table import Execution, ModelTable
+from plinth.engine.runtime.modes import Modes
 from plinth.engine.scheduler.batcher import Batcher
 from plinth.engine.scheduler.cost_model import LatencyModel
 
@@ -86,6 +90,12 @@ class LaneSet:
         """The first device."""
         return self.threads[0].lane.device
 
+    @property
+    def talks_on(self) -> Device:
+        """The device whose lanes talk to each other: of the first gang, else the first."""
+        gangs = (each.lane for each in self.threads)
+        return next((lane.devices[0] for lane in gangs if isinstance(lane, GangLane)), self.device)
+
     # -- made --------------------------------------------------------------------------------
     def open(self, names: Sequence[str], lanes: Sequence[Lane]) -> None:
         """Make a lane on a device for each name, and take in others that were made elsewhere.
@@ -98,17 +108,17 @@ class LaneSet:
         if not devices:
             raise ConfigError("an engine has no lane", hint="name a device, such as cpu")
         many = Counter(map(str, devices))
+        many["cpu"] += sum(_ranks(name) - 1 for name in names)
         own = self._execution.threads
         if own is None and many["cpu"] > 1:
             share = max(1, torch.get_num_threads() // many["cpu"])
             self._execution = replace(self._execution, threads=share)
-        here = Counter(str(pick(name)) for name in names if not name.startswith((PROCESS, RAY)))
+        apart = (PROCESS, RAY, GANG)
+        here = Counter(str(pick(name)) for name in names if not name.startswith(apart))
         if names and not here:
             self._batcher.latency.restore()
-            self._costs[PROCESS if names[0].startswith(PROCESS) else RAY, ""] = (
-                self._batcher.latency
-            )
-        self._processes = sum(name.startswith(PROCESS) for name in names)
+            self._costs[_alike(names[0])] = self._batcher.latency
+        self._processes = sum(name.startswith((PROCESS, GANG)) for name in names)
         for device in devices:
             self._table(device, max(1, here[str(device)]))
         for name in names:
@@ -117,7 +127,7 @@ class LaneSet:
             self.join_in(self.prepare(lane))
 
     def make(self, name: str) -> Lane:
-        """A lane on a device of this process, in a worker process, or in a cluster.
+        """A lane on a device of this process, in a worker process or a gang, or in a cluster.
 
         Raises:
             ConfigError, DeviceError: there is no such device, or an impossible depth.
@@ -125,11 +135,13 @@ class LaneSet:
         execution, device = self._execution, pick(device_of(name))
         threads = execution.threads or torch.get_num_threads()
         how = (threads, execution.depth)
+        if name.startswith(GANG):
+            return self._gang(name, execution)
         if name.startswith(PROCESS):
-            costs = self._costs_by((PROCESS, ""))
+            costs = self._costs_by(_alike(name))
             return ProcessLane(device, serve, *how, costs, execution.hung_seconds)
         if name.startswith(RAY):
-            cluster, costs = Cluster.of(execution.cluster), self._costs_by((RAY, ""))
+            cluster, costs = Cluster.of(execution.cluster), self._costs_by(_alike(name))
             return RayLane(device, cluster, *how, costs, execution.hung_seconds)
         lanes = (each.lane for each in self.threads)
         taken = {
@@ -137,6 +149,18 @@ class LaneSet:
         }
         place = next(number for number in count() if number not in taken)
         return LocalLane(device, execution.depth, place, execution.threads, self._clock)
+
+    def _gang(self, name: str, execution: Execution) -> GangLane:
+        return GangLane(
+            name,
+            serve_rank,
+            execution.threads or max(1, torch.get_num_threads() // _ranks(name)),
+            _talks_by(execution.communication, name),
+            self._budget if isinstance(self._budget, int) else None,
+            depth=execution.depth,
+            costs=self._costs_by(_alike(name)),
+            hung_seconds=execution.hung_seconds,
+        )
 
     def prepare(self, lane: Lane) -> LaneThread:
         """Load on a lane what is loaded on the others; it takes no batches before it joins.
@@ -420,5 +444,38 @@ class LaneSet:
 
 
 def device_of(name: str) -> str:
-    """The name of a lane's device, without the kind of lane before it."""
+    """The name of a lane's device, without the kind of lane before it.
+
+    That of a gang is the host, on which the engine itself has what the ranks take shares of.
+    """
+    if name.startswith(GANG):
+        return "cpu"
     return name.removeprefix(PROCESS).removeprefix(RAY)
+
+
+def _ranks(name: str) -> int:
+    """Processes of a lane that compute on the CPU, or 1."""
+    if not name.startswith(GANG):
+        return 1
+    kind, plan = parse(name)
+    return plan.ranks if kind == "cpu" else 1
+
+
+def _alike(name: str) -> tuple[str, str]:
+    """Whose costs are learned together: worker processes, gangs of one plan, or a cluster."""
+    if name.startswith(GANG):
+        return GANG, name
+    return (PROCESS if name.startswith(PROCESS) else RAY), ""
+
+
+def _talks_by(wanted: str, name: str) -> str:
+    """What the ranks of a gang talk by.
+
+    Raises:
+        ConfigError: torch has nothing for the device, or not what is wanted.
+    """
+    device = pick(parse(name)[0])
+    found = Modes(communication_backend=wanted).backend(device)
+    if found is None:
+        raise ConfigError(f"torch.distributed has no backend for {device}, so there is no {name}")
+    return found

@@ -9,7 +9,7 @@ import socket
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def serve(descriptor: int, threads: int) -> None:
     """
     sock = socket.socket(fileno=os.dup(descriptor))
     with cpu_threads(threads):
-        _Server(sock, threads).run()
+        Server(sock, Models(threads)).run()
 
 
 class Models:
@@ -97,12 +97,35 @@ def reply(number: int, told: str, work: Callable[[], Any]) -> tuple[Any, ...]:
         return number, None, failed, frames
 
 
-class _Server:
-    """One connection: units run one after the other, models are loaded beside them."""
+class Runs(Protocol):
+    """What a process does with what it is sent; see :class:`Models`."""
 
-    def __init__(self, sock: socket.socket, threads: int) -> None:
+    threads: int
+
+    def run(self, name: str, rows: dict[str, Tensor]) -> tuple[Any, ...]:
+        """Outputs for rows; rows of the largest batch; how often it was halved; the precision."""
+        ...
+
+    def load(self, name: str, recipe: Recipe) -> Any:
+        """Make a model; what is told of it."""
+        ...
+
+    def forget(self, name: str) -> None:
+        """Let a model go."""
+        ...
+
+
+class Server:
+    """One connection: units run one after the other, models are loaded beside them.
+
+    Args:
+        sock: whose other end asks.
+        models: what answers.
+    """
+
+    def __init__(self, sock: socket.socket, models: Runs) -> None:
         self._socket = sock
-        self._models = Models(threads)
+        self._models = models
         self._sending = threading.Lock()
 
     def run(self) -> None:

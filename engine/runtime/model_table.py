@@ -50,6 +50,7 @@ class Execution:
         hung_seconds: a batch in a worker process is never taken for hung before.
         evict_idle: let models that are idle leave memory while others need it.
         cluster: where lanes on other machines are placed; ``None``: as it is by default.
+        communication: what the ranks of a gang talk by; ``"auto"``: what torch names.
     """
 
     precision: Precision = "fp32"
@@ -61,6 +62,7 @@ class Execution:
     hung_seconds: float = HUNG_SECONDS
     evict_idle: bool = False
     cluster: Cluster | None = None
+    communication: str = "auto"
 
 
 class ModelTable:

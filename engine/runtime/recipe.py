@@ -208,7 +208,7 @@ def cook(recipe: Recipe, device: Device, threads: int) -> tuple[Model, Executabl
     Raises:
         ModelError, ConfigError: it is not there, another one, or cannot run here.
     """
-    model = replace(_model(recipe), spec=recipe.spec, example=recipe.example)
+    model = replace(read(recipe), spec=recipe.spec, example=recipe.example)
     if recipe.variant is not None:
         executable = load_variant(model, device, threads, recipe.variant)
     else:
@@ -224,7 +224,12 @@ def cook(recipe: Recipe, device: Device, threads: int) -> tuple[Model, Executabl
     return model, executable
 
 
-def _model(recipe: Recipe) -> Model:
+def read(recipe: Recipe) -> Model:
+    """The model that a recipe is of.
+
+    Raises:
+        ModelError: it is not there, or another one.
+    """
     if recipe.source == "store":
         if recipe.module:
             import_module(recipe.module)

@@ -63,19 +63,30 @@ def rows(number: int, many: int) -> torch.Tensor:
     return torch.arange(many * 4.0).reshape(many, 4) + 1000.5 * (number + 1)
 
 
-def doubles(folder: Path, version: str = "1", factor: float = 2.0) -> Model:
+@architecture("doubles-in-steps")
+def doubles_in_steps(home: int) -> nn.Module:
+    """Doubles, then keeps its rows: one step for each of two processes."""
+    last = Net()
+    last.factor.data.fill_(1.0)
+    return nn.Sequential(Doubles(home), last)
+
+
+def doubles(
+    folder: Path, version: str = "1", factor: float = 2.0, architecture: str = "doubles"
+) -> Model:
     """One that lies in a store."""
     spec = ModelSpec(
         name="net",
         version=version,
-        architecture="doubles",
+        architecture=architecture,
         config={"home": os.getpid()},
         inputs=(TensorSpec(name="x", shape=(4,)),),
         outputs=(TensorSpec(name="y", shape=(4,)),),
     )
-    module = Doubles(os.getpid())
+    steps = architecture == "doubles-in-steps"
+    module = doubles_in_steps(os.getpid()) if steps else Doubles(os.getpid())
     with torch.no_grad():
-        module.factor.fill_(factor)
+        next(module.parameters()).fill_(factor)
     ModelStore(folder).save(spec, module.eval())
     return ModelStore(folder).load("net", version)
 

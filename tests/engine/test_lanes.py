@@ -23,6 +23,7 @@ from plinth.engine import (
     Model,
     ModelError,
     ModelSpec,
+    ModelStore,
     Sla,
     TensorSpec,
     Tiling,
@@ -30,8 +31,10 @@ from plinth.engine import (
 from plinth.engine.devices.device import Device, pick
 from plinth.engine.lanes.base import Lane, LaneDied, Unit
 from plinth.engine.lanes.cluster.lane import RayLane
+from plinth.engine.lanes.gang import GangLane
 from plinth.engine.lanes.local import LocalLane
 from plinth.engine.lanes.process import ProcessLane
+from plinth.engine.runtime.gang_worker import serve_rank
 from plinth.engine.runtime.lane_worker import serve
 from plinth.engine.runtime.loaded_model import load_model
 from plinth.engine.scheduler.cost_model import LatencyModel
@@ -55,7 +58,12 @@ def _importable():
 
 KINDS = ["local", "local 2 deep"]
 if HERE.kind == "cpu":
-    KINDS = ["local", "process 2 deep", pytest.param("ray 2 deep", marks=pytest.mark.needs("ray"))]
+    KINDS = [
+        "local",
+        "process 2 deep",
+        "gang 2 deep",
+        pytest.param("ray 2 deep", marks=pytest.mark.needs("ray")),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +77,10 @@ def nodes():
 def lane(request):
     """A started lane of each kind that there is."""
     kind, depth = request.param.split()[0], int("".join(filter(str.isdigit, request.param)) or 1)
-    if kind == "ray":
+    made: Lane
+    if kind == "gang":
+        made = GangLane("gang:cpu:pipeline=2", serve_rank, 1, "gloo", depth=depth)
+    elif kind == "ray":
         made = RayLane(HERE, request.getfixturevalue("nodes").settings(), 1, depth)
     else:
         made = ProcessLane(HERE, serve, 1, depth) if kind == "process" else LocalLane(HERE, depth)
@@ -79,9 +90,19 @@ def lane(request):
 
 
 @pytest.fixture(scope="module")
-def held(lane: Lane):
+def doubling(lane: Lane, tmp_path_factory):
+    """A model that doubles, of a kind that the lane takes; a gang takes one in steps, stored."""
+    if lane.kind != "gang":
+        return net
+    folder = tmp_path_factory.mktemp("store")
+    doubles(folder, architecture="doubles-in-steps")
+    return lambda: ModelStore(folder).load("net")
+
+
+@pytest.fixture(scope="module")
+def held(lane: Lane, doubling):
     """A model that the lane holds."""
-    loaded = load_model(net(), Sla(), HERE, LatencyModel(), batch_range=(1, 64))
+    loaded = load_model(doubling(), Sla(), HERE, LatencyModel(), batch_range=(1, 64))
     lane.hold(loaded)
     return loaded
 
@@ -106,7 +127,10 @@ def test_a_lane_takes_as_many_units_as_it_is_deep_and_answers_each_with_its_own(
 
 
 def test_what_a_model_raises_is_its_units_alone(lane, held, tmp_path):
-    bad = load_model(doubles(tmp_path), Sla(), HERE, LatencyModel(), batch_range=(1, 8))
+    kind = "doubles-in-steps" if lane.kind == "gang" else "doubles"
+    bad = load_model(
+        doubles(tmp_path, architecture=kind), Sla(), HERE, LatencyModel(), batch_range=(1, 8)
+    )
     lane.hold(bad)
     error = lane.submit(Unit(1, bad.id, [{"x": torch.full((1, 4), RAISE)}])).exception(WAIT)
     if lane.inline or HERE.kind != "cpu":
@@ -120,8 +144,8 @@ def test_what_a_model_raises_is_its_units_alone(lane, held, tmp_path):
     )
 
 
-def test_a_lane_knows_a_model_for_as_long_as_somebody_holds_it(lane):
-    loaded = load_model(net(), Sla(), HERE, LatencyModel(), batch_range=(1, 8))
+def test_a_lane_knows_a_model_for_as_long_as_somebody_holds_it(lane, doubling):
+    loaded = load_model(doubling(), Sla(), HERE, LatencyModel(), batch_range=(1, 8))
     name = loaded.id
     gc.collect()
     assert not lane.can_run(name)

@@ -76,7 +76,9 @@ class Bert(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """``tokens`` (n, length, width), 0 where there is none; ``pooled`` (n, width) of BERT."""
-        x = _bert_words(input_ids, attention_mask, self.words, self.positions, self.norm, self.segments)
+        x = _bert_words(
+            input_ids, attention_mask, self.words, self.positions, self.norm, self.segments
+        )
         added = visible(attention_mask, x.dtype)
         for block in self.blocks:
             x = block(x, added)
