@@ -41,6 +41,7 @@ class Rank:
 
     Attributes:
         held: bytes of the weights of each model that this rank has.
+        micro_batches: parts of a batch that take turns; may be set to fewer than it was made with.
 
     Raises:
         GroupLost: the others do not come.
@@ -51,7 +52,7 @@ class Rank:
         self._seat = seat
         self._place = seat.plan.place(seat.rank)
         self._device = torch.device(seat.device)
-        self._micro = seat.micro_batches or 2 * (
+        self.micro_batches = seat.micro_batches or 2 * (
             seat.plan.pipeline if seat.plan.pipeline > 1 else 1
         )
         self._models: dict[str, Run] = {}
@@ -71,7 +72,7 @@ class Rank:
             )
         except RuntimeError as error:
             raise GroupLost(f"rank {seat.rank}: {error}") from error
-        self._exchange = Exchange(self._mesh.get_group("tensor"), self._device, self._micro)
+        self._exchange = Exchange(self._mesh.get_group("tensor"), self._device, self.micro_batches)
 
     @property
     def blocked(self) -> float:
@@ -163,7 +164,7 @@ class Rank:
 
         def run(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
             count = len(next(iter(rows.values())))
-            parts = min(self._micro, count) if self._seat.plan.tensor > 1 else 1
+            parts = min(self.micro_batches, count) if self._seat.plan.tensor > 1 else 1
             cut = {key: each.tensor_split(parts) for key, each in rows.items()}
             works = [
                 partial(part, {key: each[n] for key, each in cut.items()}) for n in range(parts)
@@ -195,7 +196,7 @@ class Rank:
 
         def run(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
             with torch.inference_mode():
-                found = stages.run(tuple(rows[name] for name in order), self._micro)
+                found = stages.run(tuple(rows[name] for name in order), self.micro_batches)
             return {each.name: made for each, made in zip(spec.outputs, found or (), strict=False)}
 
         return run

@@ -121,11 +121,11 @@ def shard(module: nn.Module, mesh: DeviceMesh, exchange: Exchange) -> None:
             each.key_heads //= mesh.size()
             for wide in (each.query, each.key, each.value):
                 _widen(wide, mesh)
-            each.out = _Summed(each.out, mesh, exchange)
+            setattr(each, "out", _Summed(each.out, mesh, exchange))  # noqa: B010
         elif isinstance(each, Residual | LlamaBlock):
             for wide in (each.gate, each.up) if isinstance(each, LlamaBlock) else (each.up,):
                 _widen(wide, mesh)
-            each.down = _Summed(each.down, mesh, exchange)
+            setattr(each, "down", _Summed(each.down, mesh, exchange))  # noqa: B010
         elif isinstance(each, Bert | Gpt2 | Llama | Step):
             _shard_vocabulary(each, mesh, exchange)
 
