@@ -29,8 +29,7 @@ from plinth.engine.lanes.thread import LaneThread
 from plinth.engine.memory.plan import SHARE, budget
 from plinth.engine.models.store import Model
 from plinth.engine.runtime.flow_driver import Clock
-from plinth.engine.runtime.gang_worker import serve_rank
-from plinth.engine.runtime.lane_worker import serve
+from plinth.engine.runtime.lane_worker import serve, serve_rank
 from plinth.engine.runtime.loaded_model import LoadedModel, Precision, Range
 from plinth.engine.runtime.model_table import Execution, ModelTable
 from plinth.engine.runtime.modes import Modes

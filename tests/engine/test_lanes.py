@@ -34,8 +34,7 @@ from plinth.engine.lanes.cluster.lane import RayLane
 from plinth.engine.lanes.gang import GangLane
 from plinth.engine.lanes.local import LocalLane
 from plinth.engine.lanes.process import ProcessLane
-from plinth.engine.runtime.gang_worker import serve_rank
-from plinth.engine.runtime.lane_worker import serve
+from plinth.engine.runtime.lane_worker import serve, serve_rank
 from plinth.engine.runtime.loaded_model import load_model
 from plinth.engine.scheduler.cost_model import LatencyModel
 from tests.engine.cluster_nodes import cluster
