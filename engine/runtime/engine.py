@@ -671,7 +671,8 @@ class Engine:
     def _share(self, request: Request) -> int:
         """Rows of a request that one lane gets; all of them where it is not shared out."""
         costs, lanes = self._batcher.latency, len(self._batcher.lanes)
-        parts = self._modes.units(costs, request.key, request.total, lanes)
+        most = request.loaded.most
+        parts = self._modes.units(costs, request.key, request.total, lanes, most)
         if parts > 1:
             request.mode = "sync"
         return -(-request.total // parts)
@@ -823,7 +824,11 @@ class Engine:
             if several and self._batcher:
                 self._wake_one()
             if batch is None and not outcomes and (several or thread.in_flight):
-                # What waits is not to be queued behind what runs, or is left to another lane.
+                # What waits is not to be queued behind what runs, or is left to another lane, which
+                # is not always the one that is woken first.
+                for other in self._lanes.others(thread):
+                    if other.takes_more:
+                        other.wake.notify()
                 thread.wake.wait(None if thread.in_flight else _LEFT)
         self._settle(outcomes)
         if batch is None:

@@ -328,6 +328,29 @@ def test_what_ends_lanes_is_found_and_fails_alone():
         assert 3 <= states.count("dead") < 12
 
 
+def test_what_the_lane_that_is_woken_leaves_to_another_is_done_by_that_one():
+    """The first lane is the faster one for a lone row, the second one for four."""
+    lanes = [LocalLane(HERE, 1, 0), LocalLane(HERE, 1, 1)]
+    lanes[1].costs = second = LatencyModel()
+    engine = Engine(lanes=lanes)
+    first = engine._batcher.latency
+    engine.add(net(), batch_range=(1, 4), sla=PATIENT)
+    with engine:
+        assert ask(engine, 0, 1).result(WAIT)
+        key = next(each.key for each in engine._models.all())
+        for costs, seconds in ((first, (0.010, 0.050)), (second, (0.020, 0.021))):
+            costs.forget(key)
+            for many, cost in zip((1, 4), seconds, strict=True):
+                costs.seed(key, many, cost)
+        assert torch.equal(ask(engine, 1, 4).result(10).value, 2 * rows(1, 4))
+
+
+def test_lanes_that_are_alike_are_planned_with_the_same_costs_before_any_are_known():
+    engine = Engine(devices=["process:cpu", "process:cpu"])
+    assert engine._batcher.lanes.kinds == 1
+    engine.close()
+
+
 def test_lanes_join_and_leave_while_calls_run():
     with Engine(devices=[NAME], threads=1) as engine:
         engine.add(net(), batch_range=(1, 8))
