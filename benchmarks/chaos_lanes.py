@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from plinth.engine import Call, Engine, ModelError, Refused, Sla  # noqa: E402
+from plinth.engine.lanes.fork_server import NAME  # noqa: E402
 from tests.engine.lane_models import SEGFAULT, doubles  # noqa: E402
 
 URGENT, PATIENT = Sla(deadline_ms=500), Sla()
@@ -99,8 +100,8 @@ class Ledger:
 
 def workers() -> set[int]:
     """The worker processes of this one."""
-    children = psutil.Process().children()
-    return {each.pid for each in children if "worker.py" in " ".join(each.cmdline())}
+    children = psutil.Process().children(recursive=True)
+    return {each.pid for each in children if each.name() == NAME}
 
 
 class Chaos:

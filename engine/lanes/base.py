@@ -204,6 +204,10 @@ class Lane(ABC):
         """Whether the calling thread is one that finishes this lane's futures."""
         return False
 
+    def discard(self) -> None:
+        """Let what died end, before :meth:`start`."""
+        self.close()
+
     @abstractmethod
     def close(self) -> None:
         """Wait for what it was given, and end."""

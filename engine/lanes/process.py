@@ -24,6 +24,7 @@ from torch import Tensor
 
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, DeviceError, ModelError
+from plinth.engine.lanes import fork_server
 from plinth.engine.lanes import worker as child
 from plinth.engine.lanes.base import Held, Lane, LaneDied, Ran, Unit
 from plinth.engine.lanes.worker import (
@@ -119,6 +120,8 @@ class ProcessLane(Lane):
         self._gone: deque[str] = deque()
         self._changing = threading.RLock()
         self._link: Link | None = None
+        self._leasing = threading.Lock()
+        self._server: fork_server.ForkServer | None = None
 
     @property
     def kind(self) -> str:
@@ -246,19 +249,36 @@ class ProcessLane(Lane):
         """See :class:`Lane`."""
         return self._link is not None and self._link.is_current
 
-    def close(self) -> None:
-        """See :class:`Lane`."""
+    def discard(self) -> None:
+        """See :class:`Lane`; the server that forks the next process stays."""
         link = self._link
         if link is not None:
             link.close()
 
+    def close(self) -> None:
+        """See :class:`Lane`."""
+        self.discard()
+        with self._leasing:
+            server, self._server = self._server, None
+        if server is not None:
+            server.give_back()
+
     def open_process(self) -> WorkerProcess:
         """A process that serves, or is about to."""
-        process = WorkerProcess(0)
+        process = WorkerProcess(0, server=self._leased())
         child.send(process.socket, b"p", sys.path)
         given = (self._serve, (process.descriptor, self.threads))
         child.send(process.socket, child.STEP, given)
         return process
+
+    def _leased(self) -> fork_server.ForkServer | None:
+        """What forks its processes, until it is closed; ``None``: nothing does, here."""
+        with self._leasing:
+            if self._server is None and fork_server.is_possible():
+                server = fork_server.shared(self._serve.__module__)
+                server.lease()
+                self._server = server
+            return self._server
 
     def accept(self, about: object) -> None:
         """Refuse a process by what it said of itself when it was ready.

@@ -190,7 +190,7 @@ class LaneThread:
         try:
             if not self.reviving:
                 return False
-            self.lane.close()
+            self.lane.discard()
             for number in range(_TRIES):
                 with self.wake:
                     if number and not self.draining:

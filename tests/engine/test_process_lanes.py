@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from plinth.engine import Call, ConfigError, DeadlineRefused, Engine, ModelError, Sla
+from plinth.engine.lanes import fork_server
 from tests.engine.lane_models import CARD, RAISE, ROOT, SEGFAULT, STOP, doubles, net, rows
 
 pytestmark = pytest.mark.cpu
@@ -29,8 +30,9 @@ def _importable():
 
 def pids() -> list[int]:
     """The worker processes of this one, oldest first."""
-    found = psutil.Process().children()
-    return [each.pid for each in found if "worker.py" in " ".join(each.cmdline())]
+    found = psutil.Process().children(recursive=True)
+    own = [each for each in found if each.name() == fork_server.NAME]
+    return [each.pid for each in sorted(own, key=psutil.Process.create_time)]
 
 
 def ask(engine: Engine, values: torch.Tensor, sla: Sla | None = PATIENT):
@@ -95,6 +97,29 @@ def test_one_that_is_killed_while_idle_costs_nothing(engine):
     for pid in pids():
         os.kill(pid, signal.SIGKILL)
     until_running(engine, before + 2)
+
+
+@pytest.mark.soak
+def test_all_lanes_come_back_when_the_server_that_forked_them_is_killed(engine):
+    before, first = deaths(engine), pids()
+    (server,) = {psutil.Process(pid).ppid() for pid in first}
+    assert server != os.getpid(), "they are forked, not started anew"
+    os.kill(server, signal.SIGKILL)
+    until_running(engine, before + 2)
+    assert not set(pids()) & set(first)
+
+
+@pytest.mark.soak
+def test_where_nothing_can_be_forked_a_lane_is_started_anew(tmp_path, monkeypatch):
+    def refuses(*_: object) -> None:
+        raise OSError("the fork server has 2 threads")
+
+    before = pids()
+    monkeypatch.setattr(fork_server.ForkServer, "fork", refuses)
+    with Engine(devices=["process:cpu"], threads=1) as engine:
+        engine.add(doubles(tmp_path), sla=PATIENT)
+        assert torch.equal(ask(engine, rows(2, 2)).result(WAIT).value, 2 * rows(2, 2))
+        assert pids() == before
 
 
 @pytest.mark.soak
