@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -15,7 +16,8 @@ from plinth.engine.scheduler.work import BatchKey
 
 Mode = Literal["sync", "async", "hybrid"]
 _WORTH = 0.8
-"""A request is shared out by ``"auto"`` if that takes at most this share of the time."""
+"""A request is shared out by ``"auto"`` if that takes at most this share of the time, and a row of
+a full batch costs the lanes at least this share of what a row of its shares does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,9 @@ class Modes:
             deadline of ``sync_threshold`` items or more is shared out evenly over the lanes that
             are well, where there are two or more, and others go as in ``"async"``.
         sync_threshold: items (rows, or windows of a volume) of one request; ``"auto"``: those from
-            which its share takes at most 0.8 of the time of the whole, by what batches cost.
+            which its share takes at most 0.8 of the time of the whole, by what batches cost, in
+            as many shares as keep a row from costing the lanes more than 1.25 of what it costs
+            in a full batch: under load, lanes have that much less to give.
         pipeline_depth: batches that a lane is given before the first of them is done; ``None``: 1.
         communication_backend: what the lanes of one model would talk by; ``"auto"``: what torch
             names for the device.
@@ -85,7 +89,7 @@ class Modes:
                 raise ConfigError(f"modes.{key} is unknown", hint=nearest(str(key), known))
         return cls(**table)
 
-    def units(self, costs: LatencyModel, key: BatchKey, items: int, lanes: int) -> int:
+    def units(self, costs: LatencyModel, key: BatchKey, items: int, lanes: int, most: int) -> int:
         """In how many parts a request with a deadline is given to the lanes.
 
         Args:
@@ -93,6 +97,7 @@ class Modes:
             key: its batch key.
             items: its rows or windows.
             lanes: how many are well.
+            most: rows of its largest batch.
         """
         parts = min(lanes, items)
         if parts < 2 or self.mode == "async":
@@ -101,8 +106,18 @@ class Modes:
             return parts
         if self.sync_threshold != "auto":
             return parts if items >= self.sync_threshold else 1
+
+        def is_dear(rows: int) -> bool:
+            return _WORTH * most * costs.predict(key, rows, 0.5) > full * rows
+
+        full = costs.predict(key, most, 0.5)
+        half = min(items // 2, most)
+        if not full or is_dear(half):
+            return 1
+        least = bisect_left(range(1, half), True, key=lambda rows: not is_dear(rows)) + 1
+        parts = min(parts, items // least)
         whole = costs.predict(key, items, 0.5)
-        return parts if 0 < costs.predict(key, -(-items // parts), 0.5) <= _WORTH * whole else 1
+        return parts if costs.predict(key, -(-items // parts), 0.5) <= _WORTH * whole else 1
 
     def backend(self, device: Device) -> str | None:
         """What the lanes of one model would talk by; ``None``: this torch has nothing.

@@ -118,19 +118,23 @@ def test_a_share_whose_lane_leaves_before_it_fetched_it_waits_for_the_next_round
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 200))
 def test_hybrid_shares_out_by_the_number_of_items_and_lanes_alone(items, lanes, threshold):
     modes = Modes("hybrid", threshold)
-    units = modes.units(costs(), "a", items, lanes)
+    units = modes.units(costs(), "a", items, lanes, 128)
     assert units == (min(lanes, items) if items >= threshold and min(lanes, items) > 1 else 1)
-    assert Modes("async", threshold).units(costs(), "a", items, lanes) == 1
-    assert Modes("sync").units(costs(), "a", items, lanes) == min(lanes, items)
+    assert Modes("async", threshold).units(costs(), "a", items, lanes, 128) == 1
+    assert Modes("sync").units(costs(), "a", items, lanes, 128) == min(lanes, items)
 
 
 @given(st.integers(2, 8))
 def test_auto_shares_out_from_where_it_pays_and_never_below(lanes):
-    units = [Modes("hybrid").units(costs(), "a", items, lanes) for items in range(1, 129)]
+    units = [Modes("hybrid").units(costs(), "a", items, lanes, 128) for items in range(1, 129)]
     shared = [items for items, parts in enumerate(units, 1) if parts > 1]
     assert shared == list(range(shared[0], 129)), "one threshold"
-    whole, share = COST["a"](shared[0], 0), COST["a"](-(-shared[0] // lanes), 0)
-    assert share <= 0.8 * whole
+    assert units == sorted(units), "more items, no fewer shares"
+    assert max(units) <= lanes
+    for items in shared:
+        share = -(-items // units[items - 1])
+        assert COST["a"](share, 0) <= 0.8 * COST["a"](items, 0)
+        assert COST["a"](share, 0) / share <= 1.25 * COST["a"](128, 0) / 128
 
 
 @pytest.mark.parametrize(
