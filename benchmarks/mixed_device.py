@@ -17,7 +17,8 @@ loop. Latency runs from when a payment was due to its whole answer. Device figur
 of ``/metrics`` over the same seconds.
 
 With ``--plan`` each run ends with what ``plinth plan`` foretells for it: its rate, and studies
-without end where there are some, on one lane, by the costs that its own engine learned.
+without end where there are some, on one lane, by the costs that its own engine learned and by what
+payments took outside of the engine, which their answers tell.
 """
 
 from __future__ import annotations
@@ -276,7 +277,6 @@ def measure(arm: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
         done = sum(at > begun for at in studies.finished)
     if studies.failed:
         raise SystemExit(f"{arm}: a study failed: {studies.failed[0]}")
-    planned = foretold(given, beside=arm != "alone") if given.plan else {}
 
     def grown(name: str) -> float:
         return sum(value - before.get(key, 0.0) for key, value in after.items() if name in key)
@@ -287,6 +287,8 @@ def measure(arm: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
         return 1e3 * grown(f"plinth_batch_seconds_sum{of}") / max(count, 1.0)
 
     told = result.as_dict(given.sla_ms / 1e3)
+    outside = [each / 1e3 for each in told["outside_ms"]]
+    planned = foretold(given, outside, beside=arm != "alone") if given.plan else {}
     return {
         "arm": arm,
         "payments_per_second": told["throughput"],
@@ -309,9 +311,17 @@ def measure(arm: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
     }
 
 
-def foretold(given: argparse.Namespace, *, beside: bool) -> dict[str, float]:
-    """What a plan on the costs that the server learned says of the same load."""
+def foretold(given: argparse.Namespace, outside: list[float], *, beside: bool) -> dict[str, float]:
+    """What a plan on the costs that the server learned says of the same load.
+
+    Args:
+        given: the command line.
+        outside: what payments took beside their batches, seconds.
+        beside: whether there were studies.
+    """
     costs = read_costs(given.costs, "fraud", "nodules" if beside else None, 1 if beside else None)
+    urgent = costs.urgent.model_copy(update={"outside": tuple(outside)})
+    costs = costs.model_copy(update={"urgent": urgent})
     patient = Patient(1.0, 1.0, "windows") if beside else None
     question = Question(costs, given.sla_ms / 1e3, given.rate, patient=patient, seconds=60.0)
     found = point(question, 1)

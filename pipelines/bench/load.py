@@ -40,6 +40,8 @@ from plinth.pipelines.bench.load_client import (
 Floats = NDArray[np.float64]
 
 PERCENTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
+OUTSIDE = 200
+"""Quantiles that are kept of the time outside of the engine."""
 MAX_LAG = 0.002  # seconds a client may look late at its schedule (p99), or a tenth of the SLA
 START_SECONDS = 60  # for the processes to start and connect
 
@@ -173,6 +175,7 @@ class LoadResult:
         latencies: seconds from due to whole answer, of any status; nan without an answer.
         lags: seconds by which the client itself looked late at its schedule.
         waits: seconds for a free connection, inside the latency; nan if never sent.
+        outsides: seconds of the latency that were not spent in an engine of Plinth; nan if unknown.
         outcomes: ``OK``, ``REFUSED`` ... of :mod:`plinth.pipelines.bench.load_client`.
         statuses: HTTP status of each answer, 0 without one.
         failures: what went wrong and how often, warm-up included.
@@ -186,6 +189,7 @@ class LoadResult:
     latencies: Floats
     lags: Floats
     waits: Floats
+    outsides: Floats
     outcomes: NDArray[np.uint8]
     statuses: NDArray[np.uint16]
     failures: Mapping[str, int]
@@ -307,6 +311,7 @@ class LoadResult:
             "throughput": self.throughput,
             "latency_ms": self._spread(answered=False),
             "latency_of_ok_ms": self._spread(answered=True),
+            "outside_ms": self._outside(),
             "statuses": self._statuses(),
             "failures": dict(self.failures),
             "client": {
@@ -323,6 +328,13 @@ class LoadResult:
     def _statuses(self) -> dict[str, int]:
         found, counts = np.unique(self.statuses[self.statuses > 0], return_counts=True)
         return {str(status): int(count) for status, count in zip(found, counts, strict=True)}
+
+    def _outside(self) -> list[float]:
+        """Evenly chosen quantiles of the time outside of the engine, milliseconds."""
+        known = self.outsides[np.isfinite(self.outsides)]
+        shares = (np.arange(OUTSIDE) + 0.5) / OUTSIDE
+        found = np.quantile(known, shares) * 1e3 if len(known) else np.empty(0)
+        return [round(float(each), 4) for each in found]
 
     def _spread(self, *, answered: bool) -> dict[str, float | None]:
         named = {f"p{q * 100:g}": self.percentile(q, answered=answered) for q in PERCENTILES}
@@ -413,6 +425,7 @@ def _result(load: Load, times: Floats, records: list[Record]) -> LoadResult:
         latencies=woven("latency", np.float64),
         lags=woven("lag", np.float64),
         waits=woven("waited", np.float64),
+        outsides=woven("outside", np.float64),
         outcomes=woven("outcome", np.uint8),
         statuses=woven("status", np.uint16),
         failures=sum((record.failures for record in records), Counter()),

@@ -37,6 +37,10 @@ _WHOLE = re.compile(
     re.IGNORECASE,
 )
 """The head of an answer that needs no parser if its body came with it."""
+ENGINE = re.compile(
+    rb'x-plinth-timing:[^\r\n]*"queue_ms": ?([\d.]+), ?"device_ms": ?([\d.]+)', re.I
+)
+"""What an answer of Plinth says of its time in the engine."""
 _ACCEPT = 0.0002  # seconds a server may need to accept a connection
 _SPREAD = 0x9E3779B97F4A7C15  # odd: numbers that follow one another look unlike
 _TOGETHER = 64  # connections opened at once, so that no backlog overflows
@@ -75,6 +79,8 @@ class Record:
         latency: from when the request was due to its whole answer; nan without one.
         lag: from when it was due until this process came to look at it.
         waited: from then until a connection was free; nan if it was never sent.
+        outside: the latency less what the answer says of its time in the engine: door, network and
+            this client; nan where it says nothing.
         outcome: ``OK`` ... ``UNSENT``.
         status: HTTP status of the answer, 0 without one.
         failures: what went wrong and how often, in words.
@@ -86,6 +92,7 @@ class Record:
     latency: array[float]
     lag: array[float]
     waited: array[float]
+    outside: array[float]
     outcome: bytearray
     status: array[int]
     failures: Counter[str] = field(default_factory=Counter)
@@ -237,6 +244,7 @@ class Client:
             latency=array("d", [float("nan")]) * count,
             lag=array("d", [0.0]) * count,
             waited=array("d", [float("nan")]) * count,
+            outside=array("d", [float("nan")]) * count,
             outcome=bytearray(count),
             status=array("H", [0]) * count,
         )
@@ -345,6 +353,9 @@ class Client:
         self._busy.pop(connection, None)
         if 200 <= status < 300:
             outcome = OK
+            if told := ENGINE.search(first):
+                engine = (float(told[1]) + float(told[2])) / 1e3
+                record.outside[number] = record.latency[number] - engine
         elif status in (429, 503):
             outcome = REFUSED
             record.refused_blind += b"\r\nretry-after:" not in first.lower()

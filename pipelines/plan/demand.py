@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,11 @@ class Costs(Table):
     delays: tuple[float, ...] = Field(
         default=(0.0,), min_length=1, description="what single batches took beyond that, seconds"
     )
+    outside: tuple[float, ...] = Field(
+        default=(0.0,),
+        min_length=1,
+        description="what requests take beside their batches: network, door, encoding; seconds",
+    )
     max_rows: int | None = Field(
         default=None, ge=1, description="rows of the largest batch; none: the largest measured"
     )
@@ -164,6 +169,42 @@ def read_costs(
     if rows is not None and isinstance(data.get("background"), dict):
         data["background"] = data["background"] | {"rows": rows}
     return validated(CostFile, data, (), origin)
+
+
+def read_outside(path: Path) -> tuple[float, ...]:
+    """What requests took outside of the engine, seconds, in what ``plinth benchmark`` has measured.
+
+    Args:
+        path: of what ``plinth benchmark URL --json`` printed.
+
+    Raises:
+        ConfigError: there is none of it.
+    """
+    try:
+        found = next(_outsides(json.loads(path.read_text(encoding="utf-8"))), None)
+        seconds = () if found is None else tuple(float(each) / 1e3 for each in found)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is no result of a benchmark: {type(error).__name__}") from None
+    if not seconds or not np.isfinite(seconds).all():
+        raise ConfigError(
+            f"{path} does not say what requests took outside of the engine",
+            hint="run plinth benchmark URL --json against a server of Plinth",
+        )
+    return seconds
+
+
+def _outsides(value: Any) -> Iterator[list[Any]]:
+    """The lists under ``outside_ms``, at any depth, that are not empty."""
+    if isinstance(value, dict):
+        own = value.get("outside_ms")
+        if isinstance(own, list) and own:
+            yield own
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from _outsides(each)
 
 
 def _measured(path: Path, text: str, urgent: str | None, background: str | None) -> dict[str, Any]:

@@ -12,8 +12,10 @@ import pytest
 from moody_server import STALL_SECONDS, running
 from scipy import stats
 
-from plinth.engine import ConfigError
+from plinth.engine import ConfigError, Timing
 from plinth.pipelines.bench.load import Load, LoadResult, poisson
+from plinth.pipelines.bench.load_client import ENGINE
+from plinth.pipelines.http.record_routes import timing_json
 
 pytestmark = pytest.mark.clock
 PARALLEL = 2
@@ -162,6 +164,13 @@ def test_a_real_engine_answers_and_the_client_is_cheap(base: str) -> None:
     assert summary["latency_ms"]["p50"] <= summary["latency_ms"]["max"]
     assert 0 < result.client_us < 400
     json.dumps(summary)
+
+
+def test_an_answer_tells_its_time_in_the_engine():
+    timing = Timing(queue=0.0125, device=0.002, total=0.1)
+    found = ENGINE.search(b"HTTP/1.1 200 OK\r\nX-Plinth-Timing: " + timing_json(timing) + b"\r\n")
+    assert found is not None
+    assert found.groups() == (b"12.500", b"2.000")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from plinth.pipelines.plan.demand import (
     parse_lanes,
     parse_patient,
     read_costs,
+    read_outside,
     read_trace,
 )
 from plinth.pipelines.plan.planner import Question, plan
@@ -44,6 +45,37 @@ def test_a_lane_is_needed_for_as_much_as_one_can_do_and_two_for_more():
     assert one.refused == pytest.approx(1 - one.in_time)
     assert two.p50 <= two.p99 <= two.p999 <= 200
     assert 0.5 < two.busy <= 1
+
+
+def test_what_requests_take_beside_their_batches_is_added_to_each():
+    found = plan(question(), [1]).points[0]
+    costs = CostFile(urgent=URGENT.model_copy(update={"outside": (0.010, 0.010)}))
+    later = plan(Question(costs, 0.2, 300.0, seconds=4.0), [1]).points[0]
+    for name in ("p50", "p99", "p999"):
+        assert getattr(later, name) == pytest.approx(getattr(found, name) + 10)
+    late = CostFile(urgent=URGENT.model_copy(update={"outside": (0.0, 0.2)}))
+    half = plan(Question(late, 0.2, 300.0, seconds=4.0), [1]).points[0]
+    assert half.in_time == pytest.approx(0.5, abs=0.05)
+    assert half.refused == found.refused
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{}", "does not say"),
+        ('{"outside_ms": []}', "does not say"),
+        ('{"outside_ms": ["x"]}', "no result of a benchmark"),
+        ('{"outside_ms": [NaN]}', "does not say"),
+        ("[", "no result of a benchmark"),
+    ],
+)
+def test_a_benchmark_that_says_nothing_of_that_is_refused(tmp_path, text, problem):
+    file = tmp_path / "run.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=problem):
+        read_outside(file)
+    file.write_text('{"runs": [{"outside_ms": []}, {"load": {"outside_ms": [5.0, 7.5]}}]}')
+    assert read_outside(file) == (0.005, 0.0075)
 
 
 def test_background_work_takes_the_time_that_requests_leave():

@@ -44,6 +44,12 @@ def plan(
     study_rows: Annotated[
         int | None, typer.Option(min=1, help="Rows, or windows, of one background job.")
     ] = None,
+    outside: Annotated[
+        Path | None,
+        typer.Option(
+            help="What requests take beside their batches: the JSON of plinth benchmark URL --json."
+        ),
+    ] = None,
     quantile: Annotated[
         float, typer.Option(min=0.5, max=0.9999, help="Share of requests to be in time.")
     ] = 0.99,
@@ -58,13 +64,19 @@ def plan(
 ) -> None:
     """Say how many lanes hold a load: the batcher that serves, in virtual time.
 
-    Costs are those of the lanes alone: what a door spends on a request comes on top.
+    Costs are those of the lanes alone; what a request takes beside them comes on top: --outside.
     """
     from plinth.engine.errors import ConfigError
     from plinth.pipelines.config.settings import load
     from plinth.pipelines.console import FAILED, show_json
     from plinth.pipelines.plan import report
-    from plinth.pipelines.plan.demand import parse_lanes, parse_patient, read_costs, read_trace
+    from plinth.pipelines.plan.demand import (
+        parse_lanes,
+        parse_patient,
+        read_costs,
+        read_outside,
+        read_trace,
+    )
     from plinth.pipelines.plan.planner import Question
     from plinth.pipelines.plan.planner import plan as planned
 
@@ -78,8 +90,10 @@ def plan(
                 "there is no table of costs", hint="give --costs, or set engine.latency_file"
             )
         costs = settings.beside(file)
+    requests = {} if outside is None else {"outside": read_outside(outside)}
     patient = None if background is None else parse_patient(background, night_hours)
     table = read_costs(costs, model, study_model, study_rows)
+    table = table.model_copy(update={"urgent": table.urgent.model_copy(update=requests)})
     if patient is not None and table.background is None:
         raise ConfigError(
             f"{costs} has no costs of background work",
