@@ -150,6 +150,7 @@ def everything_said(files: Path) -> dict[str, str]:
         if path.suffix == ".dcm":
             image = pydicom.dcmread(path, stop_before_pixels=True)
             told[path.name] = "\n".join(str(e.value) for e in image.iterall() if e.VR != "SQ")
+            assert told[path.name].isascii(), "whatever the character set of the source is"
         elif path.suffix == ".png":
             told[path.name] = Image.open(path).text["Description"]
         elif path.name.endswith("segmentation.nii.gz"):

@@ -195,7 +195,7 @@ def _group(
         "finding_type": _concept(part, title),
         "measurements": numbers,
         "algorithm_id": sr.AlgorithmIdentification(
-            name=model, version=__version__, parameters=[*report.origin().told, *report.warnings]
+            name=model, version=__version__, parameters=[*report.origin().plain, *report.warnings]
         ),
     }
     if seg is None or segment is None or seg.SOPClassUID == LABEL_MAP:

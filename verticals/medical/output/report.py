@@ -46,9 +46,14 @@ class Origin:
     told: tuple[str, ...]
     brief: str
 
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The sentences in ASCII: an object in DICOM has the character set of its source."""
+        return tuple(one.replace("×", "x").encode("ascii", "replace").decode() for one in self.told)
+
     def text(self, most: int) -> str:
-        """All sentences in at most ``most`` characters."""
-        return " ".join(self.told)[:most]
+        """All sentences in ASCII, in at most ``most`` characters."""
+        return " ".join(self.plain)[:most]
 
 
 class Network(BaseModel):
@@ -146,7 +151,8 @@ class CtReport(BaseModel):
             brief.append(words(self.algorithm))
         plan = {name: self.plan[name] for name in PLAN if name in self.plan}
         told.append(f"Plan: {words(plan)}.")
-        return Origin(tuple(told), "; ".join(brief)[:BRIEF])
+        short = "; ".join(brief).encode("ascii", "replace").decode()
+        return Origin(tuple(told), short[:BRIEF])
 
     def finding(self, key: str) -> Finding:
         """One finding by its key.
