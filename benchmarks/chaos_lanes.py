@@ -1,12 +1,15 @@
-"""Chaos on lanes in worker processes: what is lost, what is answered twice, and who recovers when.
+"""Chaos on lanes in other processes: what is lost, what is answered twice, and who recovers when.
 
-    python benchmarks/chaos_lanes.py [--seconds 600] [--lanes 3] [--seed 7] [--every 4] [--json]
+    python benchmarks/chaos_lanes.py [--lane ray:cpu] [--seconds 600] [--lanes 3] [--seed 7]
+        [--every 4] [--json]
 
 Callers ask an engine of so many worker processes for rows of their own, urgent ones with a deadline
 and patient ones without, while a seeded list of blows falls on it: kill -9, a segmentation fault
 and SIGSTOP of a process, a row that crashes whichever process runs it, a lane added, one drained,
-and the model replaced under load. Every answer is held against its row and the versions that may
-have given it. Lost: a call that was never told anything. Duplicated: one that was told twice.
+and the model replaced under load. With ``--lane ray:cpu`` they are actors on two nodes of a cluster
+on this machine, and one more blow is kill -9 of a node's raylet, after which another node joins.
+Every answer is held against its row and the versions that may have given it. Lost: a call that was
+never told anything. Duplicated: one that was told twice.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from plinth.engine import Call, Engine, ModelError, Refused, Sla  # noqa: E402
+from plinth.engine.lanes.cluster.lane import RayLane  # noqa: E402
 from plinth.engine.lanes.fork_server import NAME  # noqa: E402
+from tests.engine.cluster_nodes import Nodes, cluster  # noqa: E402
 from tests.engine.lane_models import SEGFAULT, doubles  # noqa: E402
 
 URGENT, PATIENT = Sla(deadline_ms=500), Sla()
@@ -111,9 +117,10 @@ class Chaos:
         lanes: worker processes.
         seed: of the blows and of the rows.
         store: a folder for the versions of the model.
+        nodes: a cluster that the lanes are in; ``None``: they are worker processes.
     """
 
-    def __init__(self, lanes: int, seed: int, store: Path) -> None:
+    def __init__(self, lanes: int, seed: int, store: Path, nodes: Nodes | None = None) -> None:
         self.ledger = Ledger()
         self.blows: Counter[str] = Counter()
         self.recoveries: dict[str, list[float]] = {}
@@ -124,7 +131,14 @@ class Chaos:
         self._version = 1
         self._over = threading.Event()
         self._others = workers()  # of other engines of this process
-        self.engine = Engine(devices=["process:cpu"] * lanes, threads=1, hung_seconds=HUNG_SECONDS)
+        self._nodes = nodes
+        self._device = "process:cpu" if nodes is None else "ray:cpu"
+        self.engine = Engine(
+            devices=[self._device] * lanes,
+            threads=1,
+            hung_seconds=HUNG_SECONDS,
+            cluster=None if nodes is None else nodes.settings(),
+        )
         self.engine.add(doubles(store, "1", 2.0), batch_range=(1, 8), sla=URGENT)
 
     def run(self, seconds: float, every: float) -> None:
@@ -146,7 +160,8 @@ class Chaos:
 
     def _plan(self) -> Iterator[str]:
         while True:
-            yield from self._random.sample(BLOWS, len(BLOWS))
+            blows = BLOWS if self._nodes is None else (*BLOWS, "node")
+            yield from self._random.sample(blows, len(blows))
 
     def _call(self, number: int) -> None:
         choose = random.Random(number)
@@ -161,7 +176,7 @@ class Chaos:
         deaths = self._deaths()
         begun = time.monotonic()
         getattr(self, f"_{blow}")()
-        hurts = blow in ("kill", "segfault", "stop")
+        hurts = blow in ("kill", "segfault", "stop", "node")
         until = begun + TELL_SECONDS
         while time.monotonic() < until:
             if self._well(self._lanes) and (not hurts or self._deaths() > deaths):
@@ -170,7 +185,7 @@ class Chaos:
         self.recoveries.setdefault(blow, []).append(time.monotonic() - begun)
 
     def _deaths(self) -> int:
-        labels = {"device": "process:cpu"}  # also of lanes that were drained since
+        labels = {"device": self._device}  # also of lanes that were drained since
         registry = self.engine.metrics.registry
         return int(registry.get_sample_value("plinth_lane_deaths_total", labels) or 0)
 
@@ -180,7 +195,24 @@ class Chaos:
 
     # -- blows ---------------------------------------------------------------------------------
     def _signal(self, number: int) -> None:
-        os.kill(self._random.choice(sorted(workers() - self._others)), number)
+        os.kill(self._random.choice(self._pids()), number)
+
+    def _pids(self) -> list[int]:
+        if self._nodes is None:
+            return sorted(workers() - self._others)
+        well = [each for each in self.engine._lanes.threads if each.is_well]
+        lanes = [each.lane for each in well if isinstance(each.lane, RayLane)]
+        return sorted(lane.about["pid"] for lane in lanes)
+
+    def _node(self) -> None:
+        """Kill a raylet that has lanes, never the head's; another node takes its place."""
+        nodes = self._nodes
+        assert nodes is not None
+        node = nodes.all.pop()
+        for process in psutil.Process(node.pid).children(recursive=True):
+            if process.name() == "raylet":
+                process.kill()
+        nodes.add()
 
     def _kill(self) -> None:
         self._signal(signal.SIGKILL)
@@ -197,7 +229,7 @@ class Chaos:
 
     def _add(self) -> None:
         self._lanes += 1
-        self.engine.add_lane("process:cpu")
+        self.engine.add_lane(self._device)
 
     def _drain(self) -> None:
         names = [lane["name"] for lane in self.engine.status()["lanes"]]
@@ -238,10 +270,16 @@ def is_right(result: dict[str, Any]) -> bool:
     return not lost and not bad and bool(result["all_lanes_well_at_the_end"])
 
 
-def chaos(seconds: float, lanes: int, seed: int, every: float) -> dict[str, Any]:
+def chaos(
+    seconds: float, lanes: int, seed: int, every: float, lane: str = "process:cpu"
+) -> dict[str, Any]:
     """One run; see :meth:`Chaos.result`."""
-    with tempfile.TemporaryDirectory() as store:
-        made = Chaos(lanes, seed, Path(store))
+    with ExitStack() as stack:
+        store = stack.enter_context(tempfile.TemporaryDirectory(prefix="plc"))
+        nodes = None
+        if lane == "ray:cpu":
+            nodes = stack.enter_context(cluster(Path(store), 2))
+        made = Chaos(lanes, seed, Path(store) / "models", nodes)
         made.run(seconds, every)
         return made.result()
 
@@ -249,12 +287,13 @@ def chaos(seconds: float, lanes: int, seed: int, every: float) -> dict[str, Any]
 def main() -> None:
     """The command line."""
     parser = parser_of(__doc__)
+    parser.add_argument("--lane", choices=("process:cpu", "ray:cpu"), default="process:cpu")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--lanes", type=int, default=3)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--every", type=float, default=4.0, help="seconds between blows, at most")
     given = parser.parse_args()
-    result = chaos(given.seconds, given.lanes, given.seed, given.every)
+    result = chaos(given.seconds, given.lanes, given.seed, given.every, given.lane)
     if given.json:
         print_json(result)
     else:

@@ -20,6 +20,7 @@ from plinth.pipelines.cli.convert import convert
 from plinth.pipelines.cli.doctor import EPILOG as DOCTOR_EPILOG
 from plinth.pipelines.cli.doctor import doctor
 from plinth.pipelines.cli.doors.archive import archive
+from plinth.pipelines.cli.doors.cluster import cluster
 from plinth.pipelines.cli.doors.deidentify import EPILOG as DEIDENTIFY_EPILOG
 from plinth.pipelines.cli.doors.deidentify import deidentify
 from plinth.pipelines.cli.doors.keys import keys
@@ -70,6 +71,7 @@ app = typer.Typer(
 )
 app.add_typer(models, name="models")
 app.add_typer(archive, name="archive")
+app.add_typer(cluster, name="cluster")
 app.add_typer(audit, name="audit")
 app.add_typer(keys, name="keys")
 app.add_typer(finance, name="finance")

@@ -239,6 +239,71 @@ def test_a_lane_that_lies_about_its_outputs_is_refused():
             loaded.check_outputs(lie, 2)
 
 
+@pytest.mark.soak
+def test_a_cluster_that_lets_in_whoever_asks_is_refused(monkeypatch):
+    environment = nodes_module.environment
+    monkeypatch.setattr(
+        nodes_module,
+        "environment",
+        lambda *given: environment(*given) | {"RAY_AUTH_MODE": "disabled"},
+    )
+    with TemporaryDirectory(prefix="plr") as folder, cluster(Path(folder)) as unguarded:
+        assert "lets in whoever asks" in why_not(unguarded.settings())
+
+
+# -- who dies ---------------------------------------------------------------------------------
+MASTER = """
+import sys, time
+from pathlib import Path
+from plinth.engine import Engine
+from plinth.engine.lanes.cluster.settings import Cluster
+from tests.engine.lane_models import doubles
+cluster = Cluster(address=sys.argv[1], token_file=Path(sys.argv[2]), cpus=0.25)
+with Engine(devices=["ray:cpu"], threads=1, cluster=cluster) as engine:
+    engine.add(doubles(Path(sys.argv[3])))
+    print(engine._lanes.threads[0].lane.about["pid"], flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.soak
+def test_actors_end_with_an_engine_that_is_killed(nodes, tmp_path):
+    path = os.pathsep.join((f"{ROOT}/src", ROOT))
+    master = subprocess.Popen(
+        [sys.executable, "-c", MASTER, nodes.address, str(nodes.token), str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    with master:
+        assert master.stdout is not None
+        actor = psutil.Process(int(master.stdout.readline()))
+        master.kill()
+        _, alive = psutil.wait_procs([actor], 30)
+    assert not alive
+
+
+@pytest.mark.soak
+def test_a_cut_link_is_noticed_within_seconds_and_nothing_is_lost():
+    import cut_link
+
+    if os.geteuid() != 0 or subprocess.run(["ip", "netns"], check=False).returncode:
+        pytest.skip("needs root and ip(8), to make hosts of network namespaces")
+    found = cut_link.run(30)
+    assert set(found["outcomes"]) <= {"answered", "refused", "late"}
+    assert (found["lost"], found["outcomes"]["late"]) == (0, 0)
+    assert 0 < found["noticed_after_seconds"] < 2 * cut_link.SILENT_SECONDS + 4
+
+
+@pytest.mark.soak
+def test_half_a_minute_of_seeded_chaos_loses_nothing_and_tells_nobody_twice():
+    import chaos_lanes
+
+    result = chaos_lanes.chaos(seconds=30, lanes=2, seed=7, every=1.0, lane="ray:cpu")
+    assert chaos_lanes.is_right(result), result
+    assert result["deaths"] > 0
+
+
 @pytest.mark.parametrize(
     ("table", "match"),
     [

@@ -28,12 +28,15 @@ def main(told: dict[str, Any]) -> int:
     Args:
         told: ``head``; ``address`` of the head; ``host`` of this machine; ``cpus``, ``gpus``,
             ``resources``, ``labels``; ``store_bytes``; ``folder`` for Ray's files;
-            ``environment``.
+            ``environment``. Or ``members_of``, an address: who is in that cluster is said.
 
     Returns:
         The exit code: 0 when it was told to end.
     """
     os.environ.update(told["environment"])
+    if "members_of" in told:
+        _say({"members": _members(told["members_of"])})
+        return 0
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -93,6 +96,35 @@ def _start(told: dict[str, Any]) -> Any:
     else:
         params.gcs_address = told["address"]
     return Node(params, head=told["head"], shutdown_at_exit=False, spawn_reaper=True)
+
+
+def _members(address: str) -> list[dict[str, Any]]:
+    import ray
+    from ray._private.state import GlobalState
+
+    state = GlobalState()
+    options = ray._raylet.GcsClientOptions.create(
+        address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False
+    )
+    state._initialize_global_state(options)
+    free = state.available_resources_per_node()
+    return [
+        {
+            "node": node["NodeID"],
+            "host": node["NodeManagerAddress"],
+            "alive": node["Alive"],
+            "cpus": node["Resources"].get("CPU", 0.0),
+            "cpus_free": free.get(node["NodeID"], {}).get("CPU", 0.0),
+            "gpus": node["Resources"].get("GPU", 0.0),
+            "store_mb": int(node["Resources"].get("object_store_memory", 0.0)) >> 20,
+            "labels": {
+                name: label
+                for name, label in node["Labels"].items()
+                if not name.startswith("ray.io/")
+            },
+        }
+        for node in state.node_table()
+    ]
 
 
 def _refuse_taken(host: str, port: int) -> None:

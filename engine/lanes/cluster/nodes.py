@@ -8,6 +8,7 @@ import os
 import secrets
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ import psutil
 
 from plinth.engine.errors import ConfigError, DeviceError
 from plinth.engine.lanes.cluster import node as script
+from plinth.engine.lanes.cluster.link import PROBE_SECONDS
 from plinth.engine.lanes.cluster.settings import (
     Cluster,
     environment,
@@ -123,9 +125,10 @@ def start(wanted: Wanted, folder: Path | None = None) -> Running:
         "resources": dict(wanted.resources),
         "labels": dict(wanted.labels),
         "store_bytes": wanted.store_mb << 20,
-        "folder": str(folder),
+        "folder": str(folder / "ray"),  # which Ray lets everybody write to, but not reach
         "environment": environment(token, cluster.loopback),
     }
+    (folder / "ray").mkdir(mode=0o700, exist_ok=True)
     log = (folder / f"node-{host}-{port if wanted.head else 'joined'}.log").open("ab")
     with log:
         process = subprocess.Popen(
@@ -163,6 +166,42 @@ def running(folder: Path | None = None) -> list[Running]:
             found.append(each)
         else:
             path.unlink(missing_ok=True)
+    return found
+
+
+def members(cluster: Cluster) -> list[dict[str, Any]]:
+    """The machines of a cluster, as its head sees them; it takes a minute to miss a silent one.
+
+    Raises:
+        ConfigError: no Ray, or no token.
+        DeviceError: nobody answers, or the token is another.
+    """
+    need_ray()
+    host, port = split_address(cluster.address)
+    try:
+        socket.create_connection((host, port), PROBE_SECONDS).close()
+    except OSError as error:
+        raise DeviceError(
+            f"nothing answers at {host}:{port}: {error.strerror or error}",
+            hint="plinth cluster start, or name its address: --address",
+        ) from None
+    told = {
+        "members_of": f"{host}:{port}",
+        "environment": environment(cluster.token(), cluster.loopback),
+    }
+    done = subprocess.run(
+        [sys.executable, "-P", str(Path(script.__file__)), json.dumps(told)],
+        capture_output=True,
+        timeout=START_SECONDS,
+        check=False,
+    )
+    if done.returncode != 0:
+        token = "AuthenticationError" in done.stderr.decode(errors="replace")
+        raise DeviceError(
+            f"the cluster at {host}:{port} does not say who is in it",
+            hint=f"is {cluster.token()} its token?" if token else "see its log",
+        )
+    found: list[dict[str, Any]] = json.loads(done.stdout)["members"]
     return found
 
 
@@ -220,8 +259,6 @@ def _make_token(named: Path | None) -> None:
 
 def _towards(host: str) -> str:
     """The address of this machine on the way to another."""
-    import socket
-
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
             sock.connect((host, 9))  # sends nothing
