@@ -53,7 +53,12 @@ SHORT = (
     *("--seconds", "0.05", "--quantile", "0.5", "--start-rate", "100", "--max-rate", "200"),
     *("--repeats", "1", "--confirm", "0"),
 )
-ELSEWHERE = {"demo", "finance", "archive"}  # run by test_package, test_versions, archive/
+ELSEWHERE = {
+    "demo",
+    "finance",
+    "archive",
+    "cluster",
+}  # test_package, test_versions, archive/, test_cluster
 SECONDS = 100.0
 EXAMPLES = ROOT / "examples"
 

@@ -4,10 +4,12 @@ actors, nodes or the way there end."""
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import pytest
 import torch
 
@@ -281,6 +283,21 @@ def test_actors_end_with_an_engine_that_is_killed(nodes, tmp_path):
         master.kill()
         _, alive = psutil.wait_procs([actor], 30)
     assert not alive
+
+
+@pytest.mark.soak
+def test_when_the_head_ends_other_lanes_go_on(tmp_path):
+    with TemporaryDirectory(prefix="plr") as folder, cluster(Path(folder)) as alone:
+        engine = Engine(devices=["cpu", "ray:cpu"], threads=1, cluster=alone.settings())
+        engine.add(net(), batch_range=(1, 4), sla=PATIENT)
+        with engine:
+            alone.stop()
+            number = 0
+            while engine.status()["lanes"][1]["state"] != "dead":
+                number += 1
+                asked = ask(engine, rows(number, 2))
+                assert torch.equal(asked.result(WAIT).value, 2 * rows(number, 2))
+        assert number
 
 
 @pytest.mark.soak
