@@ -55,6 +55,7 @@ def measured(calls: int) -> dict[str, dict[str, dict[str, float]]]:
                     value = engine.submit(call, PATIENT).result(60).value
                     if number >= 5:
                         took[kind].append((time.perf_counter() - begun) * 1e3)
+                    assert isinstance(value, torch.Tensor)
                     assert torch.equal(value, 2 * row)
             found[name] = {kind: _spread(each) for kind, each in took.items()}
     return found

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from plinth.engine.lanes.cluster import nodes
 from plinth.engine.lanes.cluster.settings import Cluster
@@ -48,9 +49,16 @@ class Nodes:
         self.shelf = folder / "shelf"
         self.all: list[nodes.Running] = []
 
-    def add(self, python_path: tuple[str, ...] = (f"{ROOT}/src", ROOT), **has) -> nodes.Running:
+    def add(
+        self, python_path: tuple[str, ...] = (f"{ROOT}/src", ROOT), **has: Any
+    ) -> nodes.Running:
         """Start one more node; the first is the head."""
-        given = {"head": not self.all, "token_file": self.token, "cpus": 1, "gpus": 0}
+        given: dict[str, Any] = {
+            "head": not self.all,
+            "token_file": self.token,
+            "cpus": 1,
+            "gpus": 0,
+        }
         wanted = nodes.Wanted(self.address, **{**given, "store_mb": 100, **has})
         os.environ["PLINTH_CLUSTER_CACHE"] = str(self.shelf)
         try:
@@ -60,9 +68,9 @@ class Nodes:
             del os.environ["PLINTH_CLUSTER_CACHE"]
         return self.all[-1]
 
-    def settings(self, **more) -> Cluster:
+    def settings(self, **more: Any) -> Cluster:
         """For an engine whose lanes are to run there."""
-        given = {"address": self.address, "token_file": self.token, "cpus": 0.25}
+        given: dict[str, Any] = {"address": self.address, "token_file": self.token, "cpus": 0.25}
         return Cluster(**{**given, "silent_seconds": 2.0, **more})
 
     def stop(self) -> None:
