@@ -34,6 +34,7 @@ import torch
 from plinth.engine import Engine, ModelStore, Sla
 from plinth.pipelines.assembly import running
 from plinth.pipelines.config.settings import Config
+from plinth.pipelines.interpreter import set_for_serving
 from plinth.verticals.finance import FraudScoring, FraudSettings
 from plinth.verticals.finance.champion import Champion
 from plinth.verticals.finance.settings import STORE
@@ -128,7 +129,10 @@ def main() -> None:
         store = two_versions(Path(folder))
         settings = FraudSettings(store=store, max_ahead_seconds=None)
         vertical = FraudScoring(settings)
-        with running(Config(), {"finance": vertical}, follow=True) as engine:
+        with (
+            running(Config(), {"finance": vertical}, follow=True) as engine,
+            set_for_serving(),
+        ):
             drive(vertical, engine, raws[: chunk * 200], chunk, gap)
             at = chunk * 200
             for _ in range(given.runs):

@@ -5,12 +5,43 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import threading
 from collections.abc import Iterator
 
 GC_THRESHOLD = 50_000
 """Objects allocated and not freed before a collection of the youngest generation; default 700."""
 SWITCH_INTERVAL_S = 0.001
 """Longest time a thread holds the interpreter while others wait; default 0.005."""
+BESIDE_S = 0.0002
+"""The same while a thread works that nobody waits for."""
+_DEFAULT_S = sys.getswitchinterval()
+_asked: list[float] = []
+_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _switching(seconds: float) -> Iterator[None]:
+    """Inside the block threads hold the interpreter so long at most, or shorter if others ask."""
+    with _lock:
+        _asked.append(seconds)
+        sys.setswitchinterval(min(_asked))
+    try:
+        yield
+    finally:
+        with _lock:
+            _asked.remove(seconds)
+            sys.setswitchinterval(min(_asked, default=_DEFAULT_S))
+
+
+@contextlib.contextmanager
+def beside_others() -> Iterator[None]:
+    """Inside the block threads give the interpreter up sooner to those that somebody waits for.
+
+    A payment takes the interpreter back some ten times, each time after up to the switch interval
+    of a thread that does not let go of it, such as one that loads a model.
+    """
+    with _switching(BESIDE_S):
+        yield
 
 
 @contextlib.contextmanager
@@ -22,14 +53,13 @@ def set_for_serving() -> Iterator[None]:
     default threshold looking for them takes an eighth of the CPU. A payment waits several times
     for threads that analyse a CT, each time for up to the switch interval.
     """
-    threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+    threshold = gc.get_threshold()
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD, *threshold[1:])
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
-        yield
+        with _switching(SWITCH_INTERVAL_S):
+            yield
     finally:
-        sys.setswitchinterval(interval)
         gc.set_threshold(*threshold)
         gc.unfreeze()

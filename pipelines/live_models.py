@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from plinth.engine import Closed, Engine, Model, PlinthError, Sla
+from plinth.pipelines.interpreter import beside_others
 from plinth.verticals import Vertical
 
 LOOK = 1.0
@@ -96,7 +97,8 @@ class Follower:
                 pause = PAUSE if found else min(2 * pause, LOOK)
                 if time.monotonic() - looked >= LOOK:
                     looked = time.monotonic()
-                    self.look()
+                    with beside_others():
+                        self.look()
             except Closed:
                 return
             except Exception:

@@ -1,0 +1,23 @@
+"""How soon threads give the interpreter up: the shortest that is asked for, and as before after."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+
+import pytest
+
+from plinth.pipelines.interpreter import BESIDE_S, SWITCH_INTERVAL_S, beside_others, set_for_serving
+
+
+def test_the_shortest_interval_holds_whoever_ends_first() -> None:
+    before = sys.getswitchinterval()
+    with ExitStack() as loading:
+        loading.enter_context(beside_others())
+        serving = ExitStack()
+        serving.enter_context(set_for_serving())
+        assert sys.getswitchinterval() == pytest.approx(BESIDE_S)
+        loading.close()
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL_S)
+        serving.close()
+    assert sys.getswitchinterval() == pytest.approx(before)
