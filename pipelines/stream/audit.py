@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import orjson
@@ -63,6 +64,14 @@ class Link(NamedTuple):
         return cls(int(number), digest) if number.isdecimal() and len(digest) == 64 else cls()
 
 
+_BEGINNING = Link()
+_PLACE = attrgetter("record.partition", "record.offset")
+_HEAD = (
+    b'{"version":%d,"chain":%%b,"number":%%d,"previous":"%%b","offset":%%d,"received":%%d,'
+    b'"decided":%%d,"software":%%b,' % VERSION
+)
+
+
 def key_of(variable: str | None) -> bytes | None:
     """The key of the chain, from the environment; ``None``: it has none.
 
@@ -90,9 +99,10 @@ class AuditTrail:
     """
 
     def __init__(self, vertical: str, key: bytes | None) -> None:
-        self._vertical = vertical
+        self._software = orjson.dumps(f"{vertical} {__version__}")
         self._key = key
         self._ends: dict[Partition, Link] = {}
+        self._chains: dict[tuple[str, int], tuple[Partition, bytes]] = {}
 
     def resume(self, notes: Mapping[Partition, str]) -> None:
         """Go on behind what is committed, as the notes beside the group's offsets say."""
@@ -101,12 +111,15 @@ class AuditTrail:
     def add(self, outputs: Outputs) -> None:
         """Make the records of a chunk, and note where each chain ends behind it."""
         now = round(time.time() * 1e3)
-        for message in sorted(outputs.messages, key=_place):
+        for message in sorted(outputs.messages, key=_PLACE):
             record = message.record
-            place = Partition(record.topic, record.partition)
-            end = self._ends.get(place, Link())
-            told = _content(message)
-            body = orjson.dumps(self._head(message, end, now))[:-1] + b"," + told[1:]
+            place, chain = self._chain(record.topic, record.partition)
+            end = self._ends.get(place, _BEGINNING)
+            head = _HEAD % (
+                *(chain, end.number + 1, end.digest.encode()),
+                *(record.offset, record.timestamp, now, self._software),
+            )
+            body = head + _content(message)[1:]
             digest = digest_of(body, self._key)
             self._ends[place] = Link(end.number + 1, digest)
             outputs.audit.append((place, body[:-1] + b',"hash":"' + digest.encode() + b'"}'))
@@ -114,18 +127,13 @@ class AuditTrail:
             place: self._ends[place].note() for place in outputs.chunk.ends if place in self._ends
         }
 
-    def _head(self, message: Message, end: Link, now: int) -> dict[str, Any]:
-        record = message.record
-        return {
-            "version": VERSION,
-            "chain": f"{record.topic}[{record.partition}]",
-            "number": end.number + 1,
-            "previous": end.digest,
-            "offset": record.offset,
-            "received": record.timestamp,
-            "decided": now,
-            "software": f"{self._vertical} {__version__}",
-        }
+    def _chain(self, topic: str, partition: int) -> tuple[Partition, bytes]:
+        """A partition, and the name of its chain as JSON."""
+        found = self._chains.get((topic, partition))
+        if found is None:
+            name = orjson.dumps(f"{topic}[{partition}]")
+            found = self._chains[topic, partition] = Partition(topic, partition), name
+        return found
 
 
 def _content(message: Message) -> bytes:
@@ -139,8 +147,8 @@ def _content(message: Message) -> bytes:
     for name, value in (message.evidence or {}).items():
         plain = type(value) is dict and _are_measures(value)
         (numbers if plain else texts)[name] = value
-    answer = orjson.Fragment(message.value)
-    told = _cleaned(orjson.dumps({"answer": answer, "evidence": texts}))
+    made_from = orjson.dumps(texts)
+    told = _cleaned(b'{"answer":%b,"evidence":%b}' % (message.value, made_from))
     if not numbers:
         return told
     more = orjson.dumps(numbers)[1:] + b"}"
@@ -156,10 +164,6 @@ def _are_measures(values: dict[Any, Any]) -> bool:
 def _are_words(names: tuple[str, ...]) -> bool:
     told = orjson.dumps(names)
     return _cleaned(told) == told
-
-
-def _place(message: Message) -> tuple[int, int]:
-    return message.record.partition, message.record.offset
 
 
 def _cleaned(body: bytes) -> bytes:
