@@ -49,7 +49,8 @@ class Source:
 def polled(source: Source, written: list[bool], **settings: Any) -> list[int]:
     """Offsets of the chunk, while the one before is or is not being written, look by look."""
     config = StreamConfig(input_topic="in", output_topic="out", linger_ms=5_000, **settings)
-    client = Client("source", lambda *_: source, lambda *_: None)  # type: ignore[arg-type,return-value]
+    made: Any = lambda *_: source  # noqa: E731
+    client = Client("source", made, made)
     consumer = GroupConsumer(config, "me", client)
     consumer.begin({P: (0, 0)}, source)
     chunk = consumer.poll(lambda seconds: written.pop(0))
