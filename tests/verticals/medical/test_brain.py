@@ -58,9 +58,9 @@ def test_windows_cut_at_the_halo_give_the_labels_of_one_pass(name):
 
 @needs_models
 def test_values_are_scaled_as_each_network_says_of_itself():
-    by_extremes = load_network(MODELS / "model5_gw_ae").recipe.steps[-1]
+    robust = load_network(MODELS / "model5_gw_ae").recipe.steps[-1]
     by_quantiles = load_network(MODELS / "model20chan3cls").recipe.steps[-1]
-    assert by_extremes.low is None
+    assert (robust.low, robust.high, robust.percentiles, robust.clip) == (0, 99.9, True, True)
     assert (by_quantiles.low, by_quantiles.high, by_quantiles.percentiles) == (5, 95, True)
 
 

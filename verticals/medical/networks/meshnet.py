@@ -38,6 +38,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 SIDE = 256
 CHUNK = 8  # planes whose classes are there at once
 MOST_BYTES = 256 << 20
+ROBUST = 99.9
+"""Percentile that becomes 1."""
 
 
 class MeshNet(nn.Module):
@@ -172,11 +174,15 @@ def _fill(network: MeshNet, path: Path, manifest: list[dict[str, Any]]) -> None:
 
 
 def _scale(comment: str) -> Scale:
-    """From the smallest to the largest value, or between the quantiles that a comment names."""
+    """From the smallest value to the robust maximum, or between the quantiles a comment names.
+
+    brainchop conforms as FreeSurfer does, which cuts the brightest thousandth off (``f_high`` of
+    ``mri_convert --conform``): without that, bright vessels and fat press tissue together.
+    """
     named = re.findall(r"(\d+)\s*% quantile", comment)
     if len(named) == 2:
         return Scale(low=float(named[0]), high=float(named[1]), percentiles=True)
-    return Scale()
+    return Scale(low=0.0, high=ROBUST, percentiles=True, clip=True)
 
 
 def _labels(folder: Path, classes: int) -> dict[int, str]:
