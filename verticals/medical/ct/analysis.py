@@ -6,15 +6,14 @@ Gevenois et al. (AJRCCM 1996) and Parr et al. (Respir Res 2008).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from plinth.engine import InputError
+from plinth.engine.parallel import spread
 from plinth.verticals.medical.ct.findings import (
     NO_KERNEL,
     Finding,
@@ -50,6 +49,9 @@ LUNG_RIGHT, LUNG_LEFT, BONE_LABEL, NODULE = 1, 2, 3, 4
 LOWEST = -1100
 MIN_SLICES, MIN_EXTENT_MM = 8, 30.0
 AIRY_HU, MIN_AIR = -300, 0.001
+TOGETHER = 16
+"""Planes that one thread counts before it takes others."""
+
 
 NOISE_METHOD = (
     "median distance of a pixel between -20 and 120 HU from its four neighbours, as the standard "
@@ -153,18 +155,30 @@ def analyse(volume: Volume, max_slice_spacing_mm: float = 3.0) -> Analysis:
     check_ct(volume)
     orientation = Orientation.of(volume.affine)
     found = regions(volume, orientation)
-    bits = found.grid.to_native(found.bits)
-    if not (bits & INSIDE).any():
+    z, y, x = found.grid.nearest()
+    flat = np.bitwise_or.reduce(found.bits[np.unique(z)], axis=0)[y][:, x]
+    if not (flat & INSIDE).any():
         raise InputError(
             f"no body was found in series {volume.series.id}", field="PixelData", reason="no_body"
         )
-    counts = _Counts()
+    parts: list[_Counts] = []
     labels = np.zeros(volume.shape, np.uint8)
-    box = _box(bits)
-    for k, hu in enumerate(volume.voxels):
-        if k in volume.filled:
-            continue
-        counts.add(hu[box], bits[k][box], labels[k][box])
+    rows, columns = _box(flat)
+    y, x = y[rows], x[columns]
+
+    def add(planes: list[int]) -> None:
+        part = _Counts()
+        for k in planes:
+            bits = found.bits[z[k]].take(y, 0).take(x, 1)
+            part.add(volume.voxels[k, rows, columns], bits, labels[k, rows, columns])
+        parts.append(part)
+
+    filled = set(volume.filled)
+    seen = [k for k in range(len(labels)) if k not in filled]
+    spread(add, [seen[n : n + TOGETHER] for n in range(0, len(seen), TOGETHER)])
+    counts = _Counts()
+    for part in parts:
+        counts.merge(part)
     analysis = Analysis(labels, orientation, found)
     noise = tissue_noise(volume.voxels[:: max(1, volume.shape[0] // 8)])
     analysis.findings = [
@@ -190,69 +204,49 @@ class _Counts:
         }
     )
 
+    def merge(self, other: _Counts) -> None:
+        """Add what was counted elsewhere."""
+        self.body += other.body
+        self.bone += other.bone
+        self.airway += other.airway
+        for side in self.lung:
+            self.lung[side] += other.lung[side]
+            self.air[side] += other.air[side]
+
     def add(self, hu: npt.NDArray[Any], bits: Labels, labels: Labels) -> None:
-        """Count one native plane (y, x) and write its labels.
+        """Count one native plane (y, x) and write its labels, which are 0.
 
-        A voxel's label and counts follow from its bits and from which thresholds it passes, so
-        they are looked up in a table of all cases.
+        A value that is not a number passes no threshold.
         """
-        case = (hu >= TISSUE_HU).view(np.uint8)
-        for passed in (
-            hu > TISSUE_HU,
-            hu >= LUNG_HU,
-            hu >= LUNG_EDGE_HU,
-            hu >= BONE_HU,
+
+        def has(bit: int) -> npt.NDArray[np.bool_]:
+            found: npt.NDArray[np.bool_] = (bits & np.uint8(bit)) != 0
+            return found
+
+        body = has(INSIDE) | (has(BODY) & (hu > TISSUE_HU))
+        bone = has(BONE)
+        bone &= body
+        bone &= hu >= BONE_HU
+        tubes = has(AIRWAY)
+        low, airy = (hu < LUNG_EDGE_HU) & ~tubes, hu < LUNG_HU
+        sides = np.zeros_like(body)
+        for side, may, core in (
+            (LUNG_RIGHT, RIGHT, RIGHT_CORE),
+            (LUNG_LEFT, LEFT, LEFT_CORE),
         ):
-            case += passed.view(np.uint8)
-        if hu.dtype.kind == "f":
-            case[np.isnan(hu)] = len(_LEVELS) - 1
-        index = case.astype(np.uint16)
-        index <<= 8
-        index |= bits
-        found = _cases().take(index, mode="clip")
-        labels[...] = found >> 8
-        self.body += _count(found, _IS_BODY)
-        self.bone += _count(found, _IS_BONE)
-        self.airway += _count(found, _IS_AIRWAY)
-        for side, (is_lung, is_air) in _OF_SIDE.items():
-            self.lung[side] += _count(found, is_lung)
-            self.air[side] += _histogram(hu[(found & is_air) != 0])
-
-
-_IS_BODY, _IS_BONE, _IS_AIRWAY = 1, 2, 4
-_OF_SIDE = {LUNG_RIGHT: (8, 16), LUNG_LEFT: (32, 64)}
-"""Flags of a voxel: part of a lung, and air-filled part of it."""
-
-_LEVELS = (TISSUE_HU - 1, TISSUE_HU, LUNG_HU - 1, LUNG_EDGE_HU - 1, BONE_HU - 1, BONE_HU, math.nan)
-"""A value for each set of thresholds that a voxel can pass, by how many of them it passes."""
-
-
-@cache
-def _cases() -> npt.NDArray[np.uint16]:
-    """256 * label + flags, by 256 * thresholds passed + bits of the region."""
-    hu = np.repeat(np.array(_LEVELS, np.float32), 256)
-    bits = np.tile(np.arange(256, dtype=np.uint8), len(_LEVELS))
-    labels, flags = np.zeros(len(hu), np.uint8), np.zeros(len(hu), np.uint8)
-    body = ((bits & INSIDE) > 0) | (((bits & BODY) > 0) & (hu > TISSUE_HU))
-    flags[body] |= _IS_BODY
-    labels[(hu >= BONE_HU) & ((bits & BONE) > 0) & body] = BONE_LABEL
-    low = (hu < LUNG_EDGE_HU) & ((bits & AIRWAY) == 0)
-    for side, may, core in (
-        (LUNG_RIGHT, RIGHT, RIGHT_CORE),
-        (LUNG_LEFT, LEFT, LEFT_CORE),
-    ):
-        whole = (((bits & may) > 0) & low) | ((bits & core) > 0)
-        labels[whole] = side
-        is_lung, is_air = _OF_SIDE[side]
-        flags[whole] |= is_lung
-        flags[whole & (hu < LUNG_HU)] |= is_air
-    flags[labels == BONE_LABEL] |= _IS_BONE
-    flags[(hu < TISSUE_HU) & ((bits & AIRWAY) > 0) & (labels == 0)] |= _IS_AIRWAY
-    return (labels.astype(np.uint16) << 8 | flags).astype(np.uint16)
-
-
-def _count(found: npt.NDArray[np.uint16], flag: int) -> int:
-    return int(np.count_nonzero(found & flag))
+            whole = has(core) | (has(may) & low)
+            self.lung[side] += int(np.count_nonzero(whole))
+            labels[whole] = side
+            sides |= whole
+            whole &= airy
+            self.air[side] += _histogram(hu[whole])
+        bone &= ~sides
+        labels[bone] = BONE_LABEL
+        tubes &= hu < TISSUE_HU
+        tubes &= ~(sides | bone)
+        self.body += int(np.count_nonzero(body))
+        self.bone += int(np.count_nonzero(bone))
+        self.airway += int(np.count_nonzero(tubes))
 
 
 def _histogram(hu: npt.NDArray[Any]) -> Bins:
@@ -262,9 +256,8 @@ def _histogram(hu: npt.NDArray[Any]) -> Bins:
 
 
 def _box(bits: Labels) -> tuple[slice, slice]:
-    """Rows and columns outside of which no plane (z, y, x) has a bit."""
-    flat = np.bitwise_or.reduce(bits, axis=0)
-    rows, columns = np.flatnonzero(np.any(flat, axis=1)), np.flatnonzero(np.any(flat, axis=0))
+    """Rows and columns outside of which a plane (y, x) has no bit."""
+    rows, columns = np.flatnonzero(np.any(bits, axis=1)), np.flatnonzero(np.any(bits, axis=0))
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 

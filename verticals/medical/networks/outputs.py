@@ -18,7 +18,7 @@ from scipy import ndimage
 from plinth.engine import InputError
 from plinth.verticals.medical.networks.analysis import Segmentation
 from plinth.verticals.medical.output.derived import SHORT_TEXT, made_by
-from plinth.verticals.medical.output.dicom_seg import SegType, label_counts, save_seg
+from plinth.verticals.medical.output.dicom_seg import SegType, save_seg
 from plinth.verticals.medical.output.dicom_sr import write_measurements
 from plinth.verticals.medical.output.nifti import write_nifti
 from plinth.verticals.medical.output.outputs import (
@@ -34,6 +34,7 @@ from plinth.verticals.medical.output.page import segmentation_page
 from plinth.verticals.medical.output.pictures import lettered, png
 from plinth.verticals.medical.output.report import CtReport, Origin
 from plinth.verticals.medical.output.rtstruct import Structure
+from plinth.verticals.medical.output.seg_frames import slices_with
 from plinth.verticals.medical.volumes.measured import Measured
 from plinth.verticals.medical.volumes.orientation import Orientation
 from plinth.verticals.medical.volumes.shape import ValueStatistics
@@ -115,12 +116,11 @@ def write_seg(found: Segmentation, origin: Origin, path: Path, kind: SegType) ->
     from pydicom.sr.codedict import codes
 
     recipe, volume = found.recipe, found.volume
-    counts = label_counts(found.labels)
-    present = [value for value in sorted(recipe.labels) if counts[value]]
+    known = np.array(sorted(recipe.labels), np.uint8)
+    values = known[slices_with(found.labels, known).any(axis=1)]
+    present = values.tolist()
     if not present:
         raise InputError("none of the network's labels was found", reason="empty")
-    numbers = np.zeros(256, np.uint8)
-    numbers[present] = np.arange(1, len(present) + 1)
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name=recipe.name[:64],
         version=recipe.version[:64],
@@ -146,7 +146,7 @@ def write_seg(found: Segmentation, origin: Origin, path: Path, kind: SegType) ->
         for number, value in enumerate(present, 1)
     ]
     about = made_by(recipe.source, 901, f"{recipe.name[:30]}, research use only")
-    save_seg(volume, numbers[found.labels], segments, about, path, kind)
+    save_seg(volume, found.labels, values, segments, about, path, kind)
 
 
 def _table(report: CtReport, found: Segmentation) -> str:

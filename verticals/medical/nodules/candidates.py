@@ -99,8 +99,8 @@ def prepare_input(volume: Volume, analysis: Analysis, spacing_mm: float) -> Netw
         analysis: its lungs.
         spacing_mm: the network's working spacing, isotropic.
     """
-    found = ndimage.find_objects(_lungs(analysis.labels).astype(np.uint8))
-    if not found:
+    lungs = _lungs(analysis.labels)
+    if not any(span.stop for span in lungs):
         return None
     x, y, z = volume.spacing
     mm = (z, y, x)
@@ -108,7 +108,7 @@ def prepare_input(volume: Volume, analysis: Analysis, spacing_mm: float) -> Netw
         Box,
         tuple(
             slice(max(0, s.start - round(PAD_MM / d)), min(n, s.stop + round(PAD_MM / d)))
-            for s, n, d in zip(found[0], volume.shape, mm, strict=True)
+            for s, n, d in zip(lungs, volume.shape, mm, strict=True)
         ),
     )
     part = volume.voxels[box]
@@ -116,8 +116,21 @@ def prepare_input(volume: Volume, analysis: Analysis, spacing_mm: float) -> Netw
     return NetworkInput(box, grid, windowed(resample(part, grid, "area"))[None])
 
 
-def _lungs(labels: Labels) -> Bool:
-    return np.isin(labels, (LUNG_RIGHT, LUNG_LEFT))
+def _lungs(labels: Labels) -> Box:
+    """The box of the lungs, found plane by plane; of no voxels where there are none."""
+    flat = np.zeros(labels.shape[1:], bool)
+    planes = []
+    for k, plane in enumerate(labels):
+        lung = (plane == LUNG_RIGHT) | (plane == LUNG_LEFT)
+        if lung.any():
+            planes.append(k)
+            flat |= lung
+    rows, columns = np.flatnonzero(flat.any(axis=1)), np.flatnonzero(flat.any(axis=0))
+    z, y, x = (
+        slice(int(hit[0]), int(hit[-1]) + 1) if len(hit) else slice(0, 0)
+        for hit in (np.array(planes), rows, columns)
+    )
+    return z, y, x
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,20 +238,21 @@ def measure(
     """
     if not found.boxes:
         return []
-    native = network_input.grid.to_native(found.labels)
-    lung = _lung_region(analysis, network_input.box)
     told: list[tuple[Box, Bool, dict[str, Any]]] = []
-    spacing = volume.spacing[::-1]
-    for number, box in enumerate(ndimage.find_objects(native), start=1):
+    spacing, grid = volume.spacing[::-1], network_input.grid
+    lungs = _sides(analysis)
+    for number, at in enumerate(found.boxes, start=1):
+        box = _on_native(grid, found.labels, number, at)
         if box is None or probabilities[number - 1] < thresholds.confidence:
             continue
-        candidate = native[box] == number
-        if np.count_nonzero(candidate & (lung[box] > 0)) < 0.5 * np.count_nonzero(candidate):
-            continue
-        wide = _widened(box, native.shape, spacing)
+        wide = _widened(box, grid.native, spacing)
         here = _absolute(wide, network_input.box)
-        mask = _half_maximum(volume.voxels[here], native[wide] == number, lung[wide] > 0, spacing)
-        facts = _facts(volume, here, mask, lung[wide])
+        lung = analysis.regions.grid.to_native(lungs, here)
+        candidate = grid.to_native(found.labels, wide) == number
+        if np.count_nonzero(candidate & (lung > 0)) < 0.5 * np.count_nonzero(candidate):
+            continue
+        mask = _half_maximum(volume.voxels[here], candidate, lung > 0, spacing)
+        facts = _facts(volume, here, mask, lung)
         if facts["diameter_mm"] >= thresholds.diameter_mm:
             told.append((here, mask, facts | {"confidence": round(probabilities[number - 1], 3)}))
     told.sort(key=lambda one: -one[2]["volume_mm3"])
@@ -247,12 +261,32 @@ def measure(
     return [Nodule(number=n, **facts) for n, (*_, facts) in enumerate(told, start=1)]
 
 
-def _lung_region(analysis: Analysis, box: Box) -> Labels:
-    """Lungs with their edges on the native grid of a box: 1 right, 2 left."""
+def _sides(analysis: Analysis) -> Labels:
+    """Lungs with their edges on the coarse grid: 1 right, 2 left."""
     coarse = np.zeros_like(analysis.regions.bits)
     coarse[(analysis.regions.bits & LEFT) > 0] = 2
     coarse[(analysis.regions.bits & RIGHT) > 0] = 1
-    return cast(Labels, analysis.regions.grid.to_native(coarse)[box])
+    return coarse
+
+
+def _on_native(grid: Grid, labels: Labels, number: int, box: Box) -> Box | None:
+    """The native voxels whose nearest one of a grid has a label; ``None`` where there are none.
+
+    Args:
+        grid: of the labels.
+        labels: (Z, Y, X) on it.
+        number: the label.
+        box: around it, on the grid.
+    """
+    spans = []
+    for nearest, span in zip(grid.nearest(), box, strict=True):
+        within = np.flatnonzero((nearest >= span.start) & (nearest < span.stop))
+        if not len(within):
+            return None
+        spans.append(slice(int(within[0]), int(within[-1]) + 1))
+    around = (spans[0], spans[1], spans[2])
+    found = ndimage.find_objects((grid.to_native(labels, around) == number).astype(np.uint8))
+    return _absolute(cast(Box, found[0]), around) if found else None
 
 
 def _widened(box: tuple[slice, ...], shape: tuple[int, ...], spacing: tuple[float, ...]) -> Box:

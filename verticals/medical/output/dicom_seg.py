@@ -8,18 +8,31 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pydicom
+from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless
 
 from plinth import __version__
 from plinth.engine import InputError
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
-from plinth.verticals.medical.output.derived import SHORT_TEXT, derived, made_by, source_headers
+from plinth.verticals.medical.output.derived import (
+    SHORT_TEXT,
+    derived,
+    made_by,
+    slice_headers,
+    source_headers,
+)
 from plinth.verticals.medical.output.report import (
     RESEARCH_USE,
     RULES,
     CtArtefacts,
     CtReport,
     CtResult,
+)
+from plinth.verticals.medical.output.seg_frames import (
+    matched,
+    places_in,
+    slices_with,
+    write_frames,
 )
 from plinth.verticals.medical.volumes.volume import Volume
 
@@ -44,16 +57,17 @@ def write_segmentation(result: CtResult, path: Path, kind: SegType = "binary") -
             are not good enough for an object that refers to them.
     """
     report, artefacts = result.response, result.artefacts
-    numbers, segments = _segments(artefacts, report)
+    values, segments = _segments(artefacts, report)
     if not segments:
         raise InputError("neither lungs nor nodules were found", reason="empty")
     about = made_by(RULES, 900, "CT analysis, research use only")
-    save_seg(artefacts.volume, numbers[artefacts.analysis.labels], segments, about, path, kind)
+    save_seg(artefacts.volume, artefacts.analysis.labels, values, segments, about, path, kind)
 
 
 def save_seg(
     volume: Volume,
     labels: Labels,
+    values: Labels,
     segments: list[Any],
     about: dict[str, Any],
     path: Path,
@@ -63,7 +77,8 @@ def save_seg(
 
     Args:
         volume: whose images the segments are of.
-        labels: (z, y, x), 0 or the number of a segment.
+        labels: (z, y, x).
+        values: in ``labels``, by segment.
         segments: their descriptions, in the order of their numbers from 1.
         about: from :func:`made_by`.
         path: the file.
@@ -73,27 +88,56 @@ def save_seg(
     Raises:
         InputError: there are no source images, or their headers do not allow a SEG.
     """
+    sources = source_headers(volume)
+    images = slice_headers(volume, sources)
+    with derived("DICOM SEG"):
+        if kind == "binary" and images is not None and matched(volume, images):
+            sample = np.zeros((2, *volume.shape[1:]), np.uint8)  # two have a spacing
+            sample.flat[: len(segments)] = np.arange(1, len(segments) + 1)
+            head = _made(volume, images[:2], sample, segments, about, kind)
+            write_frames(head, images, labels, values, path)
+        else:
+            numbers = np.zeros(256, np.uint8)
+            numbers[values] = np.arange(1, len(values) + 1)
+            _made(volume, sources, numbers[labels], segments, about, kind).save_as(path)
+    check_geometry(path, volume)
+
+
+def _made(
+    volume: Volume,
+    sources: list[Dataset],
+    numbered: Labels,
+    segments: list[Any],
+    about: dict[str, Any],
+    kind: SegType,
+) -> Any:
+    """A ``highdicom.seg.Segmentation``.
+
+    Args:
+        volume: of whose grid ``numbered`` are the first slices.
+        sources: headers of the images.
+        numbered: (z, y, x), 0 or the number of a segment.
+        segments: as :func:`save_seg`.
+        about: as :func:`save_seg`.
+        kind: as :func:`save_seg`.
+    """
     import highdicom  # heavy: only when a SEG is written
 
-    sources = source_headers(volume)
-    with derived("DICOM SEG"):
-        seg = highdicom.seg.Segmentation(
-            source_images=sources,
-            pixel_array=highdicom.Volume(
-                labels,
-                highdicom_affine(volume),
-                "PATIENT",
-                frame_of_reference_uid=sources[0].FrameOfReferenceUID,
-            ),
-            segmentation_type=kind.upper(),
-            transfer_syntax_uid=ExplicitVRLittleEndian if kind == "binary" else JPEGLSLossless,
-            segment_descriptions=segments,
-            content_label="SEGMENTATION",
-            content_description=RESEARCH_USE[:64],
-            **about,
-        )
-    seg.save_as(path)
-    check_geometry(path, volume)
+    return highdicom.seg.Segmentation(
+        source_images=sources,
+        pixel_array=highdicom.Volume(
+            numbered,
+            highdicom_affine(volume),
+            "PATIENT",
+            frame_of_reference_uid=sources[0].FrameOfReferenceUID,
+        ),
+        segmentation_type=kind.upper(),
+        transfer_syntax_uid=ExplicitVRLittleEndian if kind == "binary" else JPEGLSLossless,
+        segment_descriptions=segments,
+        content_label="SEGMENTATION",
+        content_description=RESEARCH_USE[:64],
+        **about,
+    )
 
 
 def highdicom_affine(volume: Volume) -> npt.NDArray[np.float64]:
@@ -109,17 +153,13 @@ def check_geometry(path: Path, volume: Volume) -> None:
     Raises:
         InputError: a frame does not lie on a slice; the file is removed.
     """
-    seg = pydicom.dcmread(path, stop_before_pixels=True)
-    shared = seg.SharedFunctionalGroupsSequence[0]
+    head = pydicom.dcmread(
+        path, stop_before_pixels=True, specific_tags=["SharedFunctionalGroupsSequence"]
+    )
+    shared = head.SharedFunctionalGroupsSequence[0]
     measures = shared.PixelMeasuresSequence[0]
     cosines = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, float)
-    places = np.array(
-        [
-            frame.PlanePositionSequence[0].ImagePositionPatient
-            for frame in seg.PerFrameFunctionalGroupsSequence
-        ],
-        float,
-    )
+    places = np.array(list(places_in(path)), float)
     index = volume.lps_to_index(places)
     off = np.abs(index - np.rint(index * [0, 0, 1])) * volume.spacing
     row, column = (float(value) for value in measures.PixelSpacing)
@@ -136,29 +176,17 @@ def check_geometry(path: Path, volume: Volume) -> None:
         )
 
 
-def label_counts(labels: Labels) -> npt.NDArray[np.int64]:
-    """(256,) voxels of each label, slice by slice: nothing as large as the volume is held.
-
-    Args:
-        labels: (z, y, x).
-    """
-    counts = np.zeros(256, np.int64)
-    for plane in labels:
-        counts += np.bincount(plane.ravel(), minlength=256)
-    return counts
-
-
-def _segments(artefacts: CtArtefacts, report: CtReport) -> tuple[npt.NDArray[np.uint8], list[Any]]:
-    """Segment number by label, and the segments' descriptions in the order of their numbers."""
-    present = np.flatnonzero(label_counts(artefacts.analysis.labels))
-    numbers = np.zeros(256, np.uint8)
+def _segments(artefacts: CtArtefacts, report: CtReport) -> tuple[Labels, list[Any]]:
+    """Label of each segment, and the segments' descriptions in the order of their numbers."""
+    values: list[int] = []
     segments: list[Any] = []
-    for label in present[present > 0]:
-        description = _description(int(label), len(segments) + 1, report)
+    known = np.arange(1, NODULE + len(report.nodules or []), dtype=np.uint8)
+    for label in known[slices_with(artefacts.analysis.labels, known).any(axis=1)].tolist():
+        description = _description(label, len(segments) + 1, report)
         if description is not None:
             segments.append(description)
-            numbers[label] = len(segments)
-    return numbers, segments
+            values.append(label)
+    return np.array(values, np.uint8), segments
 
 
 def _description(label: int, number: int, report: CtReport) -> Any:

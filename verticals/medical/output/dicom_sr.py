@@ -97,6 +97,8 @@ def write_measurements(
         raise InputError("nothing was measured", reason="empty")
     sources = source_headers(volume)
     seg = pydicom.dcmread(segmentation, stop_before_pixels=True) if segmentation else None
+    if seg is not None:
+        del seg.PerFrameFunctionalGroupsSequence  # long, and nothing here refers to a frame
     # A SEG refers to every image; beside it the first one stands for them.
     evidence = [sources[0], clean_header(seg)] if seg is not None else sources
     with derived("DICOM SR"):

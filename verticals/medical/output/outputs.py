@@ -11,6 +11,7 @@ from typing import Protocol
 import psutil
 
 from plinth.engine import InputError
+from plinth.engine.parallel import spread
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
 from plinth.verticals.medical.output.captures import write_captures
 from plinth.verticals.medical.output.dicom_seg import Labels, SegType, write_segmentation
@@ -84,23 +85,29 @@ def write_outputs(result: CtResult, folder: Path, wanted: Wanted) -> list[Path]:
     outputs: dict[str, str] = {}
     drawn: dict[str, bytes] = {}
     files: list[Path] = []
-    if wanted.page or wanted.pictures or wanted.captures:
-        drawn = _pictures(result, wanted.key_images)
+    seg, sr = folder / SEGMENTATION, folder / MEASUREMENTS
+
+    def draw() -> None:
+        if wanted.page or wanted.pictures or wanted.captures:
+            drawn.update(_pictures(result, wanted.key_images))
+
+    def encode() -> None:
+        if wanted.segmentation:
+            outputs[SEGMENTATION] = tried(
+                lambda: write_segmentation(result, seg, wanted.segmentation_type)
+            )
+        if wanted.measurements:
+            beside = seg if seg.exists() else None
+            outputs[MEASUREMENTS] = tried(
+                lambda: write_measurements(report, artefacts.volume, RULES, beside, sr)
+            )
+
+    spread(lambda step: step(), (draw, encode))
     if wanted.pictures:
         for name, data in drawn.items():
             files.append(folder / f"{name}.png")
             files[-1].write_bytes(data)
-        outputs["pictures"] = "written"
-    seg, sr = folder / SEGMENTATION, folder / MEASUREMENTS
-    if wanted.segmentation:
-        outputs[SEGMENTATION] = tried(
-            lambda: write_segmentation(result, seg, wanted.segmentation_type)
-        )
-    if wanted.measurements:
-        beside = seg if seg.exists() else None
-        outputs[MEASUREMENTS] = tried(
-            lambda: write_measurements(report, artefacts.volume, RULES, beside, sr)
-        )
+        outputs = {"pictures": "written", **outputs}
     files += [path for path in (seg, sr) if path.exists()]
     labels = artefacts.analysis.labels
     if wanted.nifti:

@@ -20,6 +20,9 @@ from plinth.verticals.medical.output.report import RESEARCH_USE, CtArtefacts, Or
 LUNG_WINDOW, TISSUE_WINDOW = (-600.0, 1500.0), (40.0, 400.0)
 SIZE, CROP_SIZE, CROP_MM, FONT = 512, 256, 60.0, 13
 COLOURS = {"right": (80, 200, 255), "left": (120, 230, 120), "nodule": (255, 90, 70)}
+PACKED = 3
+"""Level of a PNG's compression: 4 % larger than by the usual one, in under half the time."""
+
 PLANES = ("axial", "coronal", "sagittal")
 EDGES = {
     "axial": ("R", "L", "A", "P"),
@@ -56,7 +59,8 @@ def overview(artefacts: CtArtefacts) -> Iterator[tuple[str, Image.Image]]:
         artefacts: the volume and its labels.
     """
     middle = _middle(artefacts)
-    lungs = bool(np.isin(artefacts.analysis.labels[::4], (LUNG_RIGHT, LUNG_LEFT)).any())
+    thin = artefacts.analysis.labels[::4]
+    lungs = bool((thin == LUNG_RIGHT).any() or (thin == LUNG_LEFT).any())
     for name in PLANES:
         plane = _plane(artefacts, name, middle)
         yield name, _draw(plane, LUNG_WINDOW if lungs else TISSUE_WINDOW, SIZE)
@@ -82,7 +86,7 @@ def png(picture: Image.Image, origin: Origin) -> bytes:
     """A picture as a PNG file, whose ``Description`` says how it was made."""
     buffer, said = io.BytesIO(), PngInfo()
     said.add_itxt("Description", " ".join(origin.told))
-    picture.save(buffer, "PNG", pnginfo=said)
+    picture.save(buffer, "PNG", pnginfo=said, compress_level=PACKED)
     return buffer.getvalue()
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 from scipy import ndimage
 
+from plinth.engine.parallel import spread
 from plinth.verticals.medical.volumes.shape import (
     Mask,
     Shape,
@@ -94,16 +95,20 @@ def measured(
         By key, in the order of ``titles``.
     """
     boxes = ndimage.find_objects(labels, max_label=max(titles, default=0))
-    found = {}
-    for label, (key, title) in titles.items():
-        box = boxes[label - 1] if boxes else None
-        if box is not None:
-            around = tuple(
-                slice(max(0, span.start - 1), min(size, span.stop + 1))
-                for span, size in zip(box, labels.shape, strict=True)
-            )
-            found[key] = _measured(title, volume, labels[around] == label, volume.voxels[around])
-    return found
+    told = [(label, boxes[label - 1]) for label in titles if boxes and boxes[label - 1]]
+    found: dict[int, Measured] = {}
+
+    def measure(one: tuple[int, tuple[slice, ...]]) -> None:
+        label, box = one
+        around = tuple(
+            slice(max(0, span.start - 1), min(size, span.stop + 1))
+            for span, size in zip(box, labels.shape, strict=True)
+        )
+        inside, voxels = labels[around] == label, volume.voxels[around]
+        found[label] = _measured(titles[label][1], volume, inside, voxels)
+
+    spread(measure, told)
+    return {titles[label][0]: found[label] for label, _ in told}
 
 
 def _measured(title: str, volume: Volume, inside: Mask, voxels: Voxels) -> Measured:

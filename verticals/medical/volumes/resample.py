@@ -10,9 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from plinth.engine.parallel import spread
 from plinth.verticals.medical.volumes.volume import Affine, Array
 
 Interpolation = Literal["linear", "area"]
+Indices = npt.NDArray[np.intp]
+TOGETHER = 32
+"""Planes that one thread makes before it takes others."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,8 @@ class Grid:
         placed: Affine = native @ step
         return placed
 
-    def to_native(self, labels: npt.NDArray[np.generic]) -> Array:
-        """Nearest-neighbour values of this grid at every native voxel.
-
-        Args:
-            labels: (z, y, x) on this grid, any dtype.
-
-        Returns:
-            (z, y, x) on the native grid, same dtype.
-        """
+    def nearest(self) -> tuple[Indices, Indices, Indices]:
+        """Index of this grid nearest to each native one, by axis (z, y, x)."""
         at = []
         for axis, (n, m, scale) in enumerate(zip(self.native, self.size, self.scale, strict=True)):
             if self.first is None:
@@ -66,7 +63,24 @@ class Grid:
             else:
                 place = (np.arange(n) - self.first[axis]) / scale
             at.append(np.clip(np.rint(place), 0, m - 1).astype(np.intp))
-        native: Array = labels[at[0]][:, at[1]][:, :, at[2]]
+        return at[0], at[1], at[2]
+
+    def to_native(
+        self, labels: npt.NDArray[np.generic], box: tuple[slice, slice, slice] | None = None
+    ) -> Array:
+        """Nearest-neighbour values of this grid at native voxels.
+
+        Args:
+            labels: (z, y, x) on this grid, any dtype.
+            box: the part of the native grid that is wanted; all of it by default.
+
+        Returns:
+            (z, y, x) on that part, same dtype.
+        """
+        z, y, x = self.nearest()
+        if box is not None:
+            z, y, x = z[box[0]], y[box[1]], x[box[2]]
+        native: Array = labels[z][:, y][:, :, x]
         return native
 
 
@@ -133,7 +147,7 @@ def _along(image: Tensor, dim: int, index: Tensor, weight: Tensor) -> Tensor:
 def resample(voxels: Array, grid: Grid, mode: Interpolation = "linear") -> Tensor:
     """Resample (z, y, x) voxels onto a grid.
 
-    Holds two or a few reduced planes at a time besides the result.
+    Each thread holds two or a few reduced planes at a time besides the result.
 
     Args:
         voxels: (z, y, x) int16 or float32, modality units.
@@ -147,17 +161,24 @@ def resample(voxels: Array, grid: Grid, mode: Interpolation = "linear") -> Tenso
         taps(n, m, scale, mode, None if grid.first is None else grid.first[axis])
         for axis, (n, m, scale) in enumerate(zip(grid.native, grid.size, grid.scale, strict=True))
     )
-    source = torch.from_numpy(np.ascontiguousarray(voxels))
+    if any(step < 0 for step in voxels.strides):
+        voxels = np.ascontiguousarray(voxels)
+    source = torch.from_numpy(voxels)
     out = torch.empty(grid.size, dtype=torch.float32)
-    planes: dict[int, Tensor] = {}
-    for k in range(grid.size[0]):
-        used = _merge(z[0][k], z[1][k])
-        planes = {n: plane for n, plane in planes.items() if n in used}
-        target = out[k].zero_()
-        for n, share in used.items():
-            if n not in planes:
-                planes[n] = _along(_along(source[n], 0, *y), 1, *x)
-            target.add_(planes[n], alpha=share)
+
+    def fill(ks: range) -> None:
+        planes: dict[int, Tensor] = {}
+        for k in ks:
+            used = _merge(z[0][k], z[1][k])
+            planes = {n: plane for n, plane in planes.items() if n in used}
+            target = out[k].zero_()
+            for n, share in used.items():
+                if n not in planes:
+                    planes[n] = _along(_along(source[n], 0, *y), 1, *x)
+                target.add_(planes[n], alpha=share)
+
+    depth = grid.size[0]
+    spread(fill, [range(k, min(k + TOGETHER, depth)) for k in range(0, depth, TOGETHER)])
     return out
 
 

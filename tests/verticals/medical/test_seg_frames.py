@@ -1,0 +1,84 @@
+"""Frames that are put together as bytes are those that highdicom writes, element by element."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+
+from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.output import dicom_seg
+from plinth.verticals.medical.output.derived import made_by
+from plinth.verticals.medical.output.seg_frames import slices_with
+from plinth.verticals.medical.phantom.chest import Phantom
+from plinth.verticals.medical.phantom.dicom import write_series
+
+OWN = ("UID", "Date", "Time")
+"""What is new in every file."""
+
+
+def _segment(number: int) -> Any:
+    import highdicom
+    from pydicom.sr.codedict import codes
+
+    return highdicom.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=f"part {number}",
+        segmented_property_category=codes.SCT.AnatomicalStructure,
+        segmented_property_type=codes.SCT.Lung,
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name="test", version="1", family=codes.DCM.ArtificialIntelligence
+        ),
+    )
+
+
+def _told(dataset: pydicom.Dataset) -> list[Any]:
+    """Elements with what they hold, but for what is new in every file."""
+    found: list[Any] = []
+    for element in dataset:
+        if element.VR == "SQ":
+            found.append((element.tag, [_told(item) for item in element.value]))
+        elif element.keyword.startswith("Referenced") or not element.keyword.endswith(OWN):
+            found.append((element.tag, element.VR, element.value))
+    return found
+
+
+@pytest.mark.parametrize("columns", [20, 21])
+def test_frames_are_those_of_highdicom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    phantom = Phantom(shape=(columns, 11, 9), spacing=(7.3, 9.1, 1.7))
+    write_series(phantom, tmp_path / "series")
+    volume = load_volume(tmp_path / "series")
+    labels = np.random.default_rng(1).integers(0, 5, volume.shape).astype(np.uint8)
+    labels[2], labels[4] = 0, 2  # a slice without a segment, and one with a single one
+    values = np.array([2, 4], np.uint8)
+    segments = [_segment(1), _segment(2)]
+    calls = []
+
+    def never(*given: object) -> bool:
+        calls.append(given)
+        return False
+
+    given = (volume, labels, values, segments, made_by("test", 900, "test"))
+    dicom_seg.save_seg(*given, tmp_path / "own.dcm", "binary")
+    monkeypatch.setattr(dicom_seg, "matched", never)
+    dicom_seg.save_seg(*given, tmp_path / "library.dcm", "binary")
+    assert len(calls) == 1
+    own, library = (pydicom.dcmread(tmp_path / f"{name}.dcm") for name in ("own", "library"))
+    assert np.array_equal(own.pixel_array, library.pixel_array)
+    assert len(own.PixelData) == len(library.PixelData)
+    del own.PixelData, library.PixelData  # highdicom fills an odd length up with "0"
+    assert _told(own) == _told(library)
+    assert own.NumberOfFrames == 8 + 7
+
+
+def test_slices_that_hold_a_label() -> None:
+    labels = np.zeros((3, 2, 2), np.uint8)
+    labels[1, 0, 0], labels[2, 1, 1] = 7, 9
+    held = slices_with(labels, np.array([7, 8, 9], np.uint8))
+    assert held.tolist() == [[False, True, False], [False] * 3, [False, False, True]]
