@@ -392,7 +392,7 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
         warnings = [issue.message for issue in volume.verdict.issues] + found.warnings
         report = self._report_of(volume, found.findings, found.plan, warnings)
         told = {
-            "algorithm": {f"Plinth, {found.recipe.source}": __version__},
+            "algorithm": {"Plinth": __version__},
             "network": _described(installed.network.model),
             "structures": found.structures,
         }
