@@ -24,6 +24,10 @@ that runs it; rows that another lane can still do in time are left to it, and no
 before no lane can. A lane that would do the work later than a faster one that is soon free
 leaves it there, unless that one could not take all of it. A batch need not be kept short
 (rule 3) while another lane is free in time for the tighter queue.
+
+Up to sixteen lanes that are alike, and get more rows of one queue than nine tenths of what they can
+do, start one after the other: 1/k of the time of a batch apart, if no row is late for it. Two that
+start together would share what waits, and pay twice what a batch costs whatever its rows.
 """
 
 from __future__ import annotations
@@ -68,6 +72,10 @@ _MAX_CULPRITS = 8
 """Callers at fault that the search in one failed batch finds at least."""
 _MAX_FAILURES = 32
 """Batches of one key that fail in a row before none of them is searched any more."""
+_BUSY = 0.9
+"""Share of what the lanes can do from which on they start one after the other."""
+_MAX_SPACED, _MIN_GAP = 16, 0.01
+"""Lanes that do so at most; seconds between two starts below which it is not worth a wait."""
 _MAX_DEATHS = 3
 """Lanes that may end while they run the same batch before it is searched for what ends them."""
 
@@ -115,6 +123,7 @@ class Batcher:
     Attributes:
         lanes: where batches run; there is one from the start.
         rounds: who may take what in rounds; ``None``: any lane that has room takes the next batch.
+        held_until: when to ask :meth:`next` again, after it held back what waits; seconds.
 
     Raises:
         ConfigError: an impossible share.
@@ -140,6 +149,8 @@ class Batcher:
         self._queues: dict[QueueName, DeadlineQueue] = {}
         self._rows = 0
         self._virtual_time = 0.0
+        self._last_start = float("-inf")
+        self.held_until = float("inf")
 
     # -- settings and state ------------------------------------------------------------------
     def register(
@@ -389,6 +400,7 @@ class Batcher:
             kept = here.running[len(here.running) - here.depth + 1 :]
             self.lanes.change(here, kept, here.busy_until)
         start = here.free_at(now)
+        self.held_until = float("inf")
         turn = _Turn(here, now, start, self.lanes.starts(now), self.lanes.spare(here, now))
         for queue in self._waiting():
             self._sweep(queue, turn.starts, now, refused)
@@ -526,11 +538,39 @@ class Batcher:
             hopeless = self._hopeless(queue, old, turn)
             self._drop(queue, hopeless, turn.starts, turn.now, refused)
             if count:
-                self._virtual_time = queue.service
+                if self._holds(queue, old - hopeless, count, turn):
+                    return None
+                self._virtual_time, self._last_start = queue.service, turn.now
                 return self._form(queue, (old - hopeless, count), bound, queues, turn)
             if old > hopeless:
                 left.append(queue)
         return None
+
+    def _holds(self, queue: DeadlineQueue, first: int, count: int, turn: _Turn) -> bool:
+        """Whether a batch is better begun later, for more rows; see the top of this module."""
+        lanes, key, quantile = len(self.lanes), queue.key, queue.quantile
+        if lanes < 2 or lanes > _MAX_SPACED or self.lanes.kinds > 1 or self.rounds is not None:
+            return False
+        settings = self._settings(key)
+        full = turn.costs.predict(key, settings.max_rows, 0.5)
+        alone = len(self._queues) == 1 and not self._background and turn.start <= turn.now
+        gap = min(full, queue.promise * lanes / (lanes + 1)) / lanes
+        wait = self._last_start + gap - turn.now
+        if not alone or gap < _MIN_GAP or wait <= 1e-6:
+            return False
+        rate = queue.rate(turn.now)
+        works = queue.works[first : first + count]
+        rows = rows_of(works)
+        if rate * full < _BUSY * lanes * settings.max_rows or rows >= settings.max_rows:
+            return False
+        later = min(settings.max_rows, rows + 1 + round(rate * wait))
+        now, then = (turn.costs.predict(key, each, quantile) for each in (rows + 1, later))
+        slack = works[0].deadline - turn.now - now
+        wait = min(wait, slack / (1 + (then - now) / wait))
+        if wait <= 1e-6:
+            return False
+        self.held_until = turn.now + wait
+        return True
 
     def _choose(self, queues: list[DeadlineQueue], turn: _Turn) -> DeadlineQueue:
         """The earliest deadline, unless a queue with less service would miss because of it."""

@@ -159,6 +159,7 @@ class Replay:
         self._costs = costs
         self._lane_costs = lane_costs or {}
         self._ends: list[tuple[float, int, Ran]] = []
+        self._held = float("inf")
         self._left: dict[Work, int] = {}
         self._dead: set[int] = set()
         self.lost: set[int] = set()
@@ -170,12 +171,14 @@ class Replay:
 
     def start(self, now: float) -> None:
         """Give batches to all lanes that are free, as far as there are any."""
+        self._held = float("inf")
         while self.batcher and (lane := self.batcher.free_lane()) is not None:
             waiting = self.batcher.urgent_rows + self.batcher.background_rows
             batch, _ = self.batcher.next(now, lane)
             if batch is None:
                 if self.batcher.urgent_rows + self.batcher.background_rows == waiting:
-                    return  # what waits is left to a lane that is busy
+                    self._held = self.batcher.held_until
+                    return  # what waits is left to a lane that is busy, or for later
                 continue
             seconds = self._lane_costs.get(lane, self._costs)[batch.key](batch.rows, now)
             ran = Ran(now, seconds, batch)
@@ -217,7 +220,7 @@ class Replay:
         while True:
             arrival = coming[0].arrival if coming else float("inf")
             changed = changing[0].at if changing else float("inf")
-            now = min(arrival, changed, self.next_end)
+            now = min(arrival, changed, self.next_end, self._held)
             if now == float("inf") or now >= until:
                 while self.next_end < float("inf"):
                     self.end()
@@ -228,7 +231,7 @@ class Replay:
             elif now == arrival:
                 while coming and coming[0].arrival <= now:
                     self.batcher.admit(coming[0], coming.popleft().arrival)
-            else:
+            elif now == self.next_end:
                 self.end()
             self.start(now)
 

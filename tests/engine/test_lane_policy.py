@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plinth.engine import Batcher, LatencyModel, Sla, Work
+from plinth.engine.scheduler import batcher as policy
 from plinth.engine.scheduler.simulate import (
     Change,
     Replay,
@@ -234,6 +235,19 @@ def test_so_many_lanes_reach_98_percent_of_the_fluid_bound(lanes, load):
     arrivals = poisson(rate, scene.duration, SEED)
     made = pooled(scene, arrivals, [1.0] * lanes).goodput(0.4, scene.duration)
     assert made >= 0.98 * fluid(scene, len(arrivals) / scene.duration, [1.0] * lanes)
+
+
+@pytest.mark.parametrize("lanes", [2, 4])
+def test_lanes_that_are_just_enough_do_more_when_they_start_one_after_the_other(lanes, monkeypatch):
+    rate = lanes * SCENE.capacity
+    scene = Setting(duration=12_000 / rate)
+    arrivals = poisson(rate, scene.duration, SEED)
+    bound = fluid(scene, len(arrivals) / scene.duration, [1.0] * lanes)
+    apart = pooled(scene, arrivals, [1.0] * lanes).goodput(0.4, scene.duration)
+    monkeypatch.setattr(policy, "_MAX_SPACED", 0)
+    together = pooled(scene, arrivals, [1.0] * lanes).goodput(0.4, scene.duration)
+    assert apart >= 0.965 * bound
+    assert apart > together
 
 
 @pytest.mark.parametrize("load", [0.5, 1.5])
