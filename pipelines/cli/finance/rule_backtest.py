@@ -107,41 +107,19 @@ def _show(vertical: FraudScoring, tally: RuleTally, known: dict[str, float], as_
         about = {"rules_version": vertical.rules.version, "model": vertical.variants[0].version}
         show_json({**about, "history": known, "stopped": told})
         return
-    rows = []
+    stopped, frauds = [], []
     for name, one in figures.items():
         found = rules.get(name)
         action = "" if found is None else found.action + (" (shadow)" if found.shadow else "")
-        rows.append(
-            (
-                name,
-                action,
-                f"{one.payments:,}",
-                f"{one.amount:,.2f}",
-                f"{one.payments_per_day:,.1f}",
-                f"{one.frauds:,}",
-                f"{one.amount_of_frauds:,.2f}",
-                f"{one.genuine:,}",
-                _share(one.precision),
-                _share(one.recall),
-                _share(one.recall_of_amount),
-                f"{one.alone:,}",
-            )
-        )
-    columns = (
-        "",
-        "action",
-        "stopped",
-        "amount",
-        "a day",
-        "frauds",
-        "their amount",
-        "genuine",
-        "precision",
-        "recall",
-        "of amount",
-        "nothing else",
-    )
-    show_table("What would have been stopped", columns, rows)
+        counts = f"{one.payments:,}", f"{one.payments_per_day:,.1f}", f"{one.amount:,.2f}"
+        stopped.append((name, action, *counts, f"{one.alone:,}"))
+        shares = _share(one.precision), _share(one.recall), _share(one.recall_of_amount)
+        amount = f"{one.amount_of_frauds:,.2f}"
+        frauds.append((name, f"{one.frauds:,}", amount, f"{one.genuine:,}", *shares))
+    counted = "", "action", "stopped", "a day", "amount", "by nothing else"
+    show_table("What would have been stopped", counted, stopped)
+    known_of = "", "frauds", "amount", "genuine", "precision", "recall", "of amount"
+    show_table("Of what is known", known_of, frauds)
     say(
         f"{known['payments']:,} payments over {known['days']:.1f} days, {known['frauds']:,} known "
         f"frauds of {known['amount_of_frauds']:,.2f}, {known['refused']:,} records refused"
