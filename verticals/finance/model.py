@@ -9,6 +9,7 @@ all features are >= 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -160,6 +161,73 @@ def fraud_mlp(
     return FraudScorer(features, nn.Sequential(*layers), variant=0)
 
 
+class Trees(nn.Module):
+    """Sum of the leaves that rows fall into, one of each decision tree.
+
+    All conditions of a tree are asked at once; a row is in the leaf on whose path those that hold
+    are the ones it passes to the left (Nakandala et al., A tensor compiler for unified machine
+    learning prediction serving, 2020).
+
+    Args:
+        trees: how many.
+        nodes: inner nodes of each.
+
+    Attributes:
+        shape: what it was made with.
+        feature, threshold: (trees, nodes): a row goes left where its column is at most this.
+        path: (trees, nodes, nodes + 1): 1 where a leaf lies left below a node, -1 where right.
+        lefts: (trees, nodes + 1): how often the path of a leaf goes left; -1: no such leaf.
+        leaf: (trees, nodes + 1) values.
+
+    Shapes: (n, features) float32 to (n, 1) float32.
+    """
+
+    def __init__(self, trees: int, nodes: int) -> None:
+        super().__init__()
+        self.feature: Tensor
+        self.threshold: Tensor
+        self.path: Tensor
+        self.lefts: Tensor
+        self.leaf: Tensor
+        self.shape = {"trees": trees, "nodes": nodes}
+        self.register_buffer("feature", torch.zeros(trees, nodes, dtype=torch.int64))
+        self.register_buffer("threshold", torch.zeros(trees, nodes))
+        self.register_buffer("path", torch.zeros(trees, nodes, nodes + 1, dtype=torch.int8))
+        self.register_buffer("lefts", torch.full((trees, nodes + 1), -1.0))
+        self.register_buffer("leaf", torch.zeros(trees, nodes + 1))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        trees, nodes = self.feature.shape
+        asked = rows.index_select(1, self.feature.flatten()).view(-1, trees, nodes)
+        holds = (asked <= self.threshold).float().transpose(0, 1)
+        found = torch.bmm(holds, self.path.float()) == self.lefts[:, None]
+        return (found.float() * self.leaf[:, None]).sum((0, 2))[:, None]
+
+
+class FraudEnsemble(FraudScorer):
+    """The gated network and boosted trees: their log-odds are added, then calibrated.
+
+    Args:
+        network: the scorer of its body and standardisation.
+        trees: over the features as they are; one that is not told is its training mean.
+    """
+
+    def __init__(self, network: FraudScorer, trees: Trees) -> None:
+        super().__init__(len(network.standardise.mean) // 2, network.body, variant=0)
+        self.standardise = network.standardise
+        self.trees = trees
+
+    def logits(self, rows: Tensor) -> Tensor:
+        told = torch.where(rows >= 0, rows, self.standardise.mean[: rows.shape[1]])
+        grown: Tensor = self.trees(told)
+        return super().logits(rows) + grown
+
+
+def fraud_ensemble(trees: int, nodes: int, **network: Any) -> FraudEnsemble:
+    """The gated network of :func:`fraud_mlp`, and boosted trees beside it."""
+    return FraudEnsemble(fraud_mlp(**network), Trees(trees, nodes))
+
+
 def fraud_lite(features: int = 21) -> FraudScorer:
     """Logistic regression over the same standardised features: the cheaper variant."""
     return FraudScorer(features, nn.Linear(2 * features, 1), variant=1)
@@ -167,3 +235,4 @@ def fraud_lite(features: int = 21) -> FraudScorer:
 
 architecture("fraud-mlp")(fraud_mlp)
 architecture("fraud-lite")(fraud_lite)
+architecture("fraud-ensemble")(fraud_ensemble)

@@ -92,6 +92,9 @@ def retrain(
     alert_budget: Annotated[int, typer.Option(min=1, help="Cards per day to look at.")] = 100,
     decline_cost: Annotated[float, typer.Option(help="Base currency, of a mistake.")] = 50.0,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
+    trees: Annotated[
+        bool, typer.Option("--trees", help="Boosted ones beside the network; needs LightGBM.")
+    ] = False,
     config_file: ConfigOption = None,
 ) -> None:
     """Train the next version on the newest days whose labels are due; what answers stays.
@@ -102,7 +105,7 @@ def retrain(
     from plinth.verticals.finance.training.retrain import Plan
 
     seconds = None if every is None else seconds_of(every)
-    plan = Plan(days, label_days, epochs, alert_budget, decline_cost, seed)
+    plan = Plan(days, label_days, epochs, alert_budget, decline_cost, seed, trees)
     settings = _settings(config_file)
     if seconds is None:
         train_once(settings, history, plan)

@@ -31,10 +31,10 @@ from plinth.verticals.finance.training.quality import (
 )
 from plinth.verticals.finance.training.train import (
     FIRST_RECORDED,
-    RECIPES,
     Quality,
     Recipe,
     fit,
+    recipes,
     score,
     specification,
 )
@@ -54,6 +54,7 @@ class Plan:
         alert_budget: cards per day that people can look at; sets the review threshold.
         decline_cost: base currency lost by refusing a genuine payment.
         seed: of weights, order and dropout.
+        trees: boosted ones beside the network.
     """
 
     days: int = 3 * WEEK
@@ -62,6 +63,7 @@ class Plan:
     alert_budget: int = 100
     decline_cost: float = 50.0
     seed: int = 0
+    trees: bool = False
 
     @property
     def shift(self) -> int:
@@ -135,7 +137,7 @@ def retrain(
     """
     last, window = plan.last(data), window_of(data, plan)
     made = []
-    for recipe in RECIPES:
+    for recipe in recipes(plan.trees):
         quality = _measured(recipe, data, plan, last, advance)
         trained = _train(recipe, data, plan, last, advance)
         found = score(trained.model, data, trained.held)
@@ -143,7 +145,8 @@ def retrain(
         names = data.features.model_names
         reference = Reference.of(data.rows[trained.held], found, fraud, names)
         thresholds = {"review_threshold": trained.review, "decline_threshold": trained.decline}
-        spec = specification(recipe, version, source, quality | thresholds, data.features)
+        found_all = quality | thresholds
+        spec = specification(recipe, version, source, found_all, data.features, trained.model)
         facts = {FACT: reference.model_dump(), WINDOW: window, SEEN: definitions(data.features)}
         made.append((spec, trained.model, facts))
     _keep(store)

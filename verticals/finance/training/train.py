@@ -36,7 +36,8 @@ from plinth.verticals.finance.features.columns import FACT as SEEN
 from plinth.verticals.finance.features.columns import definitions
 from plinth.verticals.finance.features.language import Declaration
 from plinth.verticals.finance.features.program import STANDARD, Program, compiled
-from plinth.verticals.finance.model import BLOCK, FraudScorer, fraud_lite, fraud_mlp
+from plinth.verticals.finance.model import BLOCK, FraudEnsemble, FraudScorer, fraud_lite, fraud_mlp
+from plinth.verticals.finance.training.boosting import with_trees
 from plinth.verticals.finance.training.history import WEEK, Data, Rows, recorded, simulated
 from plinth.verticals.finance.training.quality import (
     calibration_error,
@@ -68,6 +69,7 @@ class Plan:
         epochs: passes over a fold's 7 days.
         alert_budget: cards per day that people can look at; sets the review threshold.
         decline_cost: EUR lost by refusing a genuine payment; sets the decline threshold.
+        trees: boosted ones beside the network.
     """
 
     first_day: int = FIRST_SIMULATED
@@ -75,6 +77,7 @@ class Plan:
     epochs: int = 12
     alert_budget: int = 100
     decline_cost: float = 50.0
+    trees: bool = False
 
     @property
     def days(self) -> int:
@@ -108,7 +111,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One kind of model and how it is fitted."""
+    """One kind of model and how it is fitted; with ``trees`` boosted ones stand beside it."""
 
     name: str
     make: Callable[..., FraudScorer]
@@ -116,6 +119,7 @@ class Recipe:
     description: str
     rate: float
     cheaper: str | None = None
+    trees: bool = False
 
 
 RECIPES = (
@@ -176,7 +180,15 @@ def fit(
             optimiser.step()
             schedule.step()
         advance(1)
-    return model.eval()
+    model.eval()
+    if not recipe.trees:
+        return model
+    return with_trees(model, data.rows[chosen], data.table["fraud"][chosen], seed)
+
+
+def recipes(trees: bool) -> tuple[Recipe, ...]:
+    """What is trained: the model, with trees or without, and its cheaper variant."""
+    return tuple(replace(one, trees=trees and one.cheaper is not None) for one in RECIPES)
 
 
 @torch.inference_mode()
@@ -267,14 +279,22 @@ def final(
 
 
 def specification(
-    recipe: Recipe, version: str, source: str, metrics: Quality, features: Program = STANDARD
+    recipe: Recipe,
+    version: str,
+    source: str,
+    metrics: Quality,
+    features: Program = STANDARD,
+    model: FraudScorer | None = None,
 ) -> ModelSpec:
-    """What the manifest says."""
+    """What the manifest says; ``model`` where it has trees beside the network."""
+    config, kind = dict(recipe.config), "fraud-mlp" if recipe.make is fraud_mlp else "fraud-lite"
+    if isinstance(model, FraudEnsemble):
+        kind, config = "fraud-ensemble", config | model.trees.shape
     return ModelSpec(
         name=recipe.name,
         version=version,
-        architecture="fraud-mlp" if recipe.make is fraud_mlp else "fraud-lite",
-        config={"features": features.model, **recipe.config},
+        architecture=kind,
+        config={"features": features.model, **config},
         inputs=(TensorSpec(name="features", shape=(features.model,), dtype="float32"),),
         outputs=(TensorSpec(name="probability_and_variant", shape=(2,), dtype="float32"),),
         description=recipe.description,
@@ -326,14 +346,15 @@ def run(
         data = read(partial(progress.advance, bar))
         plan = plan.ending(data) if newest else plan
         plan.check(data)
-        for recipe in RECIPES:
+        for recipe in recipes(plan.trees):
             total = plan.epochs * FOLDS + max(plan.epochs * 2 // 3, 1)
             bar = progress.add_task(recipe.name, total=total)
             metrics = folds(recipe, data, plan, seed, partial(progress.advance, bar))
             model, quality, reference = final(
                 recipe, data, plan, seed, partial(progress.advance, bar)
             )
-            spec = specification(recipe, version, source, metrics | quality, data.features)
+            found = metrics | quality
+            spec = specification(recipe, version, source, found, data.features, model)
             used = data.between(plan.first_day, plan.final_days + 2 * WEEK)
             times = data.table["time"][used]
             window = {"from": int(times[0]), "to": int(times[-1])}
@@ -418,6 +439,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=12, help="per fold")
     parser.add_argument("--alert-budget", type=int, default=100, help="cards per day")
     parser.add_argument("--decline-cost", type=float, default=50.0, help="base currency, a mistake")
+    parser.add_argument(
+        "--trees", action="store_true", help="boosted trees beside the network; needs LightGBM"
+    )
     given = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     first = FIRST_RECORDED if given.records else FIRST_SIMULATED
@@ -426,6 +450,7 @@ def main(arguments: list[str] | None = None) -> int:
         epochs=given.epochs,
         alert_budget=given.alert_budget,
         decline_cost=given.decline_cost,
+        trees=given.trees,
     )
     console = Console()
     try:
