@@ -16,7 +16,7 @@ from plinth.engine.backends import planner, registry
 from plinth.engine.backends.base import Backend, Executable, Wrapped, cpu_threads
 from plinth.engine.backends.planner import Bounded, Planned, Stretch
 from plinth.engine.devices.device import Device
-from plinth.engine.errors import ConfigError, ModelError, PlinthError
+from plinth.engine.errors import ConfigError, ModelError, OutOfMemory, PlinthError
 from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PRESETS, PrecisionPolicy, resolve
 from plinth.engine.precision.transforms import sharing_copy
@@ -51,6 +51,7 @@ def prepare(
     rows: int = 16,
     most: int | None = None,
     example: Mapping[str, Tensor] | None = None,
+    room: int | None = None,
 ) -> Executable:
     """Make a model ready to run, the fastest way that is right.
 
@@ -72,11 +73,13 @@ def prepare(
         rows: rows of the comparison with the reference, fewer where they would take seconds.
         most: rows of the largest batch that is planned for; ``None``: ``rows``.
         example: valid rows (n, ...) by input name, where made-up ones would not do.
+        room: bytes that compiling may take at its peak; ``"auto"`` leaves out what takes more.
 
     Raises:
         ConfigError: unknown or impossible backend or precision, with the reason.
         InputError: the example rows are not what the spec says.
         ModelError: nothing can run the model, or it mixes the rows of a batch.
+        OutOfMemory: the backend that is named would take more than ``room`` to compile.
     """
     wanted = resolve(policy)
     kind = registry.find("onnxruntime" if model.onnx else "eager")
@@ -85,8 +88,13 @@ def prepare(
         backends = _exact(kind, backend)
     elif backend == "auto":
         backends, absent = registry.automatic()
+        large = {each.name: why for each in backends if (why := _too_large(each, model, room))}
+        backends = [each for each in backends if each.name not in large]
+        absent |= {name: why.message for name, why in large.items()}
     else:
         backends = [registry.find(backend)]
+        if (error := _too_large(backends[0], model, room)) is not None:
+            raise error
     with cpu_threads(threads):
         reference = compiled(kind, model, device, PRESETS["fp32"], threads)
         given = model.example if example is None else example
@@ -107,6 +115,36 @@ def prepare(
         executable = _planned(asked, absent)
     _warn(executable, trial)
     return executable
+
+
+def _too_large(backend: Backend, model: Model, room: int | None) -> OutOfMemory | None:
+    """Why compiling does not fit; ``None`` if it does."""
+    if room is None or (needed := _peak_of(backend, model)) <= room:
+        return None
+    return OutOfMemory(
+        f"compiling {model.spec.name} with {backend.name} takes about {needed} bytes at its peak, "
+        f"{room} are left in the memory budget",
+        needed=needed,
+        available=room,
+        hint="raise memory_budget, or use backend eager",
+    )
+
+
+def compile_peak(model: Model, backend: str) -> int:
+    """Bytes that making a model ready takes at its peak, about, beside the model itself.
+
+    Args:
+        model: the model.
+        backend: a name, or ``"auto"``: the most that one of its backends takes.
+    """
+    some = registry.automatic()[0] if backend == "auto" else [registry.find(backend)]
+    return max((_peak_of(each, model) for each in some), default=0)
+
+
+def _peak_of(backend: Backend, model: Model) -> int:
+    """What a backend tells by a method ``compile_peak``; 0 where it has none."""
+    tell = getattr(backend, "compile_peak", None)
+    return 0 if tell is None else int(tell(model))
 
 
 class Turns(Wrapped):

@@ -43,6 +43,15 @@ def why_not_onnx(model: Model) -> str | None:
     return None
 
 
+def compile_peak(model: Model) -> int:
+    """Bytes that are taken at most while a graph of a model is made and loaded, about.
+
+    Of a module a graph with all weights is made, written, and read into what runs; measured by
+    ``benchmarks/memory.py plan``.
+    """
+    return 2 * model.onnx.stat().st_size if model.onnx else 3 * stored_bytes(model.module)
+
+
 class _Positional(nn.Module):
     """A module with its inputs and outputs in the order of the contract, as ONNX labels them."""
 

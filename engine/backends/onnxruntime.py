@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from plinth.engine.backends.base import Availability, installed, named
-from plinth.engine.backends.export import onnx_file, why_not_onnx
+from plinth.engine.backends.export import compile_peak, onnx_file, why_not_onnx
 from plinth.engine.backends.quantised import quantised_file
 from plinth.engine.devices.device import Device
 from plinth.engine.models.onnx import session
@@ -165,6 +165,10 @@ class OnnxRuntime:
         if not policy.plain and (reason := installed("onnx", "onnx").reason):
             return reason
         return missing("onnx", policy) or why_not_onnx(model)
+
+    def compile_peak(self, model: Model) -> int:
+        """Bytes that :meth:`compile` takes at its peak, about."""
+        return compile_peak(model)
 
     def compile(
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from plinth.engine.backends.base import Availability, installed, named
-from plinth.engine.backends.export import onnx_file, why_not_onnx
+from plinth.engine.backends.export import compile_peak, onnx_file, why_not_onnx
 from plinth.engine.backends.quantised import openvino_file
 from plinth.engine.cache import cache_folder
 from plinth.engine.devices.device import Device
@@ -190,6 +190,10 @@ class OpenVino:
         if "int8_static" in policy.used and (why := installed("openvino", "nncf", "onnx").reason):
             return why
         return missing("openvino", policy) or why_not_onnx(model)
+
+    def compile_peak(self, model: Model) -> int:
+        """Bytes that :meth:`compile` takes at its peak, about."""
+        return compile_peak(model)
 
     def compile(
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None

@@ -65,6 +65,11 @@ class Residency:
             self._seats.append(seat)
             self._make_room(seat, 0)
 
+    def let_leave(self, needed: int) -> None:
+        """Let idle models leave until so many bytes are free, or none is left that could."""
+        with self._changed:
+            self._make_room(Seat(needed, _nothing, _nothing), 0)
+
     def part(self, seat: Seat) -> None:
         """Forget a model."""
         with self._changed:
@@ -129,6 +134,10 @@ class Residency:
                 return missing
             idle[0].resident = False
             idle[0].leave()
+
+
+def _nothing() -> None:
+    """Of a seat that nobody takes."""
 
 
 class Away:

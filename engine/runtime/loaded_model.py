@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from plinth.engine.backends import registry
 from plinth.engine.backends.base import Executable, OneAtATime, another, cpu_threads
 from plinth.engine.backends.blocks import Blocks
-from plinth.engine.backends.choice import prepare
+from plinth.engine.backends.choice import Turns, prepare
 from plinth.engine.backends.eager import TorchExecutable, held_tensors
 from plinth.engine.backends.planner import Planned
 from plinth.engine.backends.variants import best_variant, load_variant
@@ -382,6 +382,7 @@ def load_model(
     graphs: bool | None = None,
     depth: int = 1,
     lanes: int = 1,
+    compile_room: int | None = None,
 ) -> LoadedModel:
     """Compile a model, measure its memory and its cost, and seed the latency model.
 
@@ -405,19 +406,20 @@ def load_model(
             backend ``"auto"``. Not for models whose inputs have free sizes.
         depth: batches on their way at once to and from each lane; each holds its rows and outputs.
         lanes: lanes of the device that run it at the same time.
+        compile_room: bytes that compiling may take at its peak; ``None``: whatever there is.
 
     Raises:
         ConfigError: an impossible range, backend or precision.
         InputError: the example rows are not what the spec says.
         ModelError: nothing can run the model.
-        OutOfMemory: not even one row fits into the budget.
+        OutOfMemory: not even one row fits into the budget, or compiling does not.
     """
     low, high = (1, _MOST) if batch_range == "auto" else batch_range
     if not 1 <= low <= high:
         raise ConfigError(f"batch_range is {batch_range}, expected 1 <= smallest <= largest")
     with cpu_threads(threads):
         sizes = min(_MEASURED_ROWS, high), high
-        executable = _made(model, device, precision, backend, threads, sizes)
+        executable = _made(model, device, (precision, backend), threads, sizes, compile_room)
         module = executable.module if isinstance(executable, TorchExecutable) else None
         executable = _fitted(executable, budget_of(device, budget))
         if model.spec.block is not None:
@@ -455,12 +457,13 @@ def load_model(
 def _made(
     model: Model,
     device: Device,
-    precision: Precision,
-    backend: str,
+    how: tuple[Precision, str],
     threads: int | None,
     sizes: tuple[int, int],
+    room: int | None,
 ) -> Executable:
     """A stored variant, or the model prepared for ``sizes``: rows to compare, and at most."""
+    precision, backend = how
     found = _variant(model, device, precision, backend, threads)
     if found is not None:
         return found
@@ -468,7 +471,7 @@ def _made(
         sizes = block, block
         precision, backend = _one_way(model, device, precision, backend)
     tried, most = sizes
-    return prepare(model, device, precision, backend, threads, rows=tried, most=most)
+    return prepare(model, device, precision, backend, threads, rows=tried, most=most, room=room)
 
 
 def _fitted(executable: Executable, budget: int) -> Executable:
@@ -478,7 +481,9 @@ def _fitted(executable: Executable, budget: int) -> Executable:
         OutOfMemory: they do not fit at all.
     """
     if executable.weights > budget and not isinstance(executable, Planned):  # see _smaller
-        executable = streamed(executable) or executable
+        # A trial that was given up may still run, on a module of its own.
+        inner = executable.inner if isinstance(executable, Turns) else executable
+        executable = streamed(inner) or executable
         MemoryPlan(executable.weights, 0, 0, budget).check(1)
     return executable
 

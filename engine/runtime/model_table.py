@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from plinth.engine.backends import registry
+from plinth.engine.backends import choice, registry
 from plinth.engine.backends.base import Executable
 from plinth.engine.backends.choice import compiled
 from plinth.engine.backends.eager import TorchExecutable, held_tensors, stored_bytes
@@ -155,6 +155,7 @@ class ModelTable:
             held = self._staying(model.module if runs == "eager" else None)
             if self._check(model, held, runs in ("auto", "eager")):
                 runs, wanted = "eager", "fp32" if resolve(wanted).auto else wanted
+            self._residency.let_leave(choice.compile_peak(model, runs))
             loaded = load_model(
                 model,
                 sla,
@@ -168,6 +169,7 @@ class ModelTable:
                 graphs=execution.graphs,
                 depth=execution.depth or 1,
                 lanes=execution.lanes,
+                compile_room=self._compile_room(held),
             )
             loaded.asked, loaded.how, loaded.default = asked, how, default
             loaded.policy = None if chosen else resolve(wanted)
@@ -182,6 +184,18 @@ class ModelTable:
             if sla.on_overload == "degrade" and (chosen or loaded.follows):
                 loaded.degraded = self._coarser(loaded, model, self._budget - held)
             return loaded
+
+    def _compile_room(self, held: int) -> int | None:
+        """Bytes that compiling may take on the host; ``None``: no bound is known.
+
+        A budget in bytes bounds it as it does what runs, without models that may leave. Where the
+        budget is a share of what was free, the rest of that is there for it.
+        """
+        if self.device.kind != "cpu":
+            return None
+        if self._setting == "auto":
+            return self.device.memory().available
+        return max(0, (self._budget or 0) - held - self._room.held)
 
     def _let_leave(self, loaded: LoadedModel, model: Model, wanted: Precision) -> None:
         """Let a model leave memory while it is idle, if it can come back."""

@@ -32,9 +32,15 @@ def storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+CAPACITY: list[int] = []
+"""Bytes of the largest tensor that the device has room for; none: of any."""
+
+
 def wrap(raw: Any) -> Any:
     if not isinstance(raw, torch.Tensor) or raw.device.type != "cpu":
         return raw
+    if CAPACITY and raw.nbytes > CAPACITY[-1]:
+        raise torch.OutOfMemoryError(f"fakeacc out of memory: tried to allocate {raw.nbytes} bytes")
     raw = raw.contiguous()  # as the device's own tensor is
     with torch.inference_mode(False):
         remote = torch._C._acc.create_empty_tensor(raw.shape, raw.dtype)

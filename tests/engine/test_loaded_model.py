@@ -25,6 +25,8 @@ from plinth.engine.devices.device import pick
 from plinth.engine.errors import OutOfMemory
 from plinth.engine.metrics import REGISTRY
 from plinth.engine.runtime.batch_range import find
+from tests.engine import fake_accelerator
+from tests.engine.conftest import DEVICE
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +121,32 @@ def test_what_does_not_fit_is_run_in_halves_and_nothing_is_lost():
             engine.run(call("small", rows))
 
 
+class Widening(nn.Module):
+    """Takes 4 KiB a row on the way."""
+
+    def forward(self, x):
+        return x.repeat(1, 256).reshape(len(x), 256, -1).mean(1)
+
+
+@pytest.mark.skipif(DEVICE != "fake", reason="fills the fake device")
+def test_a_device_that_is_full_is_given_halves_and_nothing_is_lost():
+    engine = Engine()
+    engine.add(model("widening", Widening()), batch_range=(1, 64))
+    rows = torch.arange(256.0).reshape(64, 4)
+    fake_accelerator.CAPACITY.append(20 << 10)
+    try:
+        with engine:
+            calls = [engine.submit(Call("widening", rows)) for _ in range(4)]
+            assert all(torch.equal(call.result(60).value, rows) for call in calls)
+            assert engine.status()["models"]["widening"]["largest_batch"] <= 5
+            assert metric("plinth_out_of_memory_total", model="widening") >= 1
+            fake_accelerator.CAPACITY[-1] = 1 << 10
+            with pytest.raises(OutOfMemory, match="one row does not fit"):
+                engine.submit(Call("widening", rows[:1])).result(60)
+    finally:
+        fake_accelerator.CAPACITY.clear()
+
+
 @pytest.mark.cpu
 def test_the_automatic_way_of_a_model_of_blocks_is_the_same_in_every_process():
     plain = model("by-rule", nn.Linear(4, 4))
@@ -168,6 +196,19 @@ class Wide(nn.Module):
 
     def forward(self, x):
         return x + 0 * (x @ self.weight).sum(1, keepdim=True)
+
+
+@pytest.mark.cpu
+def test_what_compiling_takes_at_its_peak_is_part_of_the_budget():
+    wide = model("wide", nn.Linear(4, 400_000))
+    weights = 4 * 5 * 400_000
+    with Engine(backend="onnxruntime", memory_budget=5 * weights // 2) as engine:
+        said = rf"compiling wide with onnxruntime takes about {3 * weights} bytes at its peak"
+        with pytest.raises(OutOfMemory, match=said) as refusal:
+            engine.add(wide)
+        assert (refusal.value.needed, refusal.value.available) == (3 * weights, 5 * weights // 2)
+        engine.add(wide, backend="auto", batch_range=(1, 1))
+        assert engine.status()["models"]["wide"]["backend"] == "eager"
 
 
 @pytest.mark.cpu

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from plinth.engine import Call, Engine, Model, ModelSpec, ModelStore, TensorSpec, architecture
-from plinth.engine.backends import prepare
+from plinth.engine.backends import choice, prepare
 from plinth.engine.compression.registry import Recipe
 from plinth.engine.compression.training import compress
 from plinth.engine.devices.device import pick
@@ -143,6 +143,18 @@ def test_a_model_larger_than_the_budget_runs_layer_by_layer(store):
             engine.add(whole(store.load("m2")))  # of which no file is there
 
 
+def test_a_model_too_slow_to_be_tried_is_streamed_all_the_same(store, monkeypatch):
+    monkeypatch.setattr(choice, "CHECK_SECONDS", 0.0)
+    model = store.load("m1")
+    rows = model.rows(2)
+    want = whole(model).run(rows)["y"]
+    with Engine(backend="eager", threads=1, memory_budget=15_000_000) as engine:
+        engine.add(model)
+        assert "layer by layer" in engine.status()["models"]["m1"]["memory"]
+        got = engine.submit(Call("m1", rows)).result(30).value
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_texts_are_streamed_with_their_wide_layers_cut(tmp_path):
     family = find("bert")
     model = family.model({**family.small, "width": 64, "inner": 512, "vocabulary": 4000})
@@ -198,9 +210,8 @@ def test_six_models_in_the_memory_of_two_answer_every_call(store, backend):
     rows = models[0].rows(1)
     want = {model.spec.name: whole(model).run(rows)["y"] for model in models}
     one = sum(t.nbytes for t in models[0].module.parameters())
-    budget = int(2.6 * one)
-    how = {"precision": "auto"} if backend == "auto" else {}
-    with Engine(backend=backend, threads=1, memory_budget=budget, evict_idle=True, **how) as engine:
+    budget = int((2.6 if backend == "eager" else 3.3) * one)  # to compile takes three times one
+    with Engine(backend=backend, threads=1, memory_budget=budget, evict_idle=True) as engine:
         for model in models:
             engine.add(model, batch_range=(1, 2))
 
