@@ -400,7 +400,8 @@ def check(work: Work, here: bool = False) -> dict[str, Any]:
         done = _run(replace(work, first=first))
         told = [json.loads(line) for line in done.stdout.splitlines()]
         if told[:1] != ["ready"]:
-            raise RuntimeError(f"the child did not start: {done.stderr[-2000:]}")
+            how = f"ended with {done.returncode}"
+            raise RuntimeError(f"the child did not start, it {how}: {done.stderr[-2000:]}")
         lines += told[1:]
         if not done.returncode:
             return _counted(lines, wrong)
