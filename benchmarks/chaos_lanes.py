@@ -175,8 +175,8 @@ class Chaos:
         self.blows[blow] += 1
         deaths = self._deaths()
         begun = time.monotonic()
+        hurts = blow in ("kill", "segfault", "stop") or (blow == "node" and self._is_used())
         getattr(self, f"_{blow}")()
-        hurts = blow in ("kill", "segfault", "stop", "node")
         until = begun + TELL_SECONDS
         while time.monotonic() < until:
             if self._well(self._lanes) and (not hurts or self._deaths() > deaths):
@@ -204,8 +204,14 @@ class Chaos:
         lanes = [each.lane for each in well if isinstance(each.lane, RayLane)]
         return sorted(lane.about["pid"] for lane in lanes)
 
+    def _is_used(self) -> bool:
+        """Whether the node that is killed next has a lane."""
+        lanes = [each.lane for each in self.engine._lanes.threads]
+        last = self._nodes.all[-1].node if self._nodes is not None else None
+        return any(isinstance(lane, RayLane) and lane.about["node"] == last for lane in lanes)
+
     def _node(self) -> None:
-        """Kill a raylet that has lanes, never the head's; another node takes its place."""
+        """Kill the raylet of a node, never the head's; another node takes its place."""
         nodes = self._nodes
         assert nodes is not None
         node = nodes.all.pop()
