@@ -1,10 +1,13 @@
 """CT studies per hour of ``plinth batch medical`` by worker processes, and what each takes.
 
-    python benchmarks/batch_processes.py [--studies 8] [--processes 0 1 2] [--repeats 1] [--json]
+    python benchmarks/batch_processes.py [--studies 8] [--processes 0 1 2] [--repeats 1]
+        [--one-core] [--json]
 
 Studies are chest phantoms as DICOM CT, each of its own. Every run is a ``plinth batch`` of its own;
 its seconds are those of its summary, the start of the processes included. CPU is that of the whole
 tree; memory is the largest proportional set size (PSS) seen of the command, and of a worker.
+With ``--one-core`` there is a run without worker processes on one core (Linux), first in each turn:
+what the others are to be so many times as fast as.
 """
 
 from __future__ import annotations
@@ -35,11 +38,27 @@ from plinth.verticals.medical.phantom.dicom import write_series  # noqa: E402
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
+ONE_CORE = -1
+"""In the place of a number of processes: none, on one core."""
+
+
 def measure(folder: Path, processes: int) -> dict[str, Any]:
     """One batch over all studies, watched."""
+    cores = sorted(os.sched_getaffinity(0))
+    taskset = ["taskset", "--cpu-list", str(cores[0])] if processes == ONE_CORE else []
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "plinth", "batch", "medical", str(folder), "--out", out]
-        command += ["--processes", str(processes), "--json"]
+        command = [
+            *taskset,
+            sys.executable,
+            "-m",
+            "plinth",
+            "batch",
+            "medical",
+            str(folder),
+            "--out",
+            out,
+        ]
+        command += ["--processes", str(max(0, processes)), "--json"]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | ONE_THREAD
         )
@@ -93,20 +112,27 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=8)
     parser.add_argument("--processes", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=1, help="of each, in turns")
+    parser.add_argument("--one-core", action="store_true", help="also without processes, on one")
     given = parser.parse_args()
+    arms = [ONE_CORE] * given.one_core + given.processes
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(given.studies):
             write_series(Phantom(seed=seed), Path(folder) / f"study-{seed}")
-        runs = [measure(Path(folder), n) for _ in range(given.repeats) for n in given.processes]
+        runs = [measure(Path(folder), n) for _ in range(given.repeats) for n in arms]
     if given.json:
         print_json(runs)
         return
-    table = Table("processes", "studies/h", "CPU s a study", "command, MB", "worker, MB")
-    for number in given.processes:
+    table = Table(
+        "processes", "studies/h", "of the first", "CPU s a study", "command, MB", "worker, MB"
+    )
+    base = statistics.median(run["studies_per_hour"] for run in runs if run["processes"] == arms[0])
+    for number in arms:
         own = [run for run in runs if run["processes"] == number]
         names = ("studies_per_hour", "cpu_seconds_per_study", "command_mb", "worker_mb")
         cells = [f"{statistics.median(run[name] for run in own):,.1f}" for name in names]
-        table.add_row(str(number), *cells)
+        share = statistics.median(run["studies_per_hour"] for run in own) / base
+        name = "0, one core" if number == ONE_CORE else str(number)
+        table.add_row(name, cells[0], f"{share:.2f}", *cells[1:])
     Console(width=100).print(table)
 
 
