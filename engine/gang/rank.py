@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from plinth.engine.errors import ModelError
+from plinth.engine.gang import tensor
 from plinth.engine.gang.exchange import Exchange, GroupLost
 from plinth.engine.gang.plan import Seat
 from plinth.engine.gang.steps import shared_out, steps_of
@@ -94,8 +95,6 @@ class Rank:
         """
         plan, module, told = self._seat.plan, model.module, model.spec.name
         if plan.tensor > 1:
-            from plinth.engine.gang import tensor  # DTensor takes half a second to import
-
             tensor.check(module, plan.tensor, told)
         kept = module
         if plan.pipeline > 1:

@@ -1,11 +1,11 @@
-"""Tensor parallelism of the families' transformers (Shoeybi et al., 2019), by torch's DTensor.
-
-DTensor cuts the weights; what runs are the local shares in plain layers, since a DTensor in
-inference mode finds the layout of each operation anew, which takes milliseconds.
+"""Tensor parallelism of the families' transformers (Shoeybi et al., 2019).
 
 Heads of attention and the inner width of fully connected layers are shared out; their outputs are
 summed over the ranks, twice a block. The table of words and the layer that gives a number for each
 word are cut along the vocabulary.
+
+Shares are plain tensors in plain layers, not torch's DTensor: that copies rows which can stay in
+their mapped file, and in inference mode finds the layout of each operation anew, in milliseconds.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional
 
 from plinth.engine.errors import ModelError
 from plinth.engine.gang.exchange import Exchange
+from plinth.engine.mapped import Pages
 from plinth.engine.models.families.layers import Attention, Residual
 from plinth.engine.models.families.text import Bert, Gpt2, Llama, LlamaBlock, Step
 
@@ -139,9 +139,13 @@ def _widen(layer: nn.Linear, mesh: DeviceMesh) -> None:
 
 
 def _share(whole: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
-    """This rank's part of a weight that every rank can read; nothing is sent."""
-    cut = distribute_tensor(whole, mesh, [Shard(dim)], src_data_rank=None)
-    return nn.Parameter(cut.to_local(), requires_grad=False)
+    """This rank's part of a weight that every rank can read; rows stay in their file."""
+    size = whole.shape[dim] // mesh.size()
+    part = whole.detach().narrow(dim, mesh.get_local_rank() * size, size)
+    if not part.is_contiguous():
+        part = part.contiguous()
+        Pages([whole]).give_back()  # they were read to be copied
+    return nn.Parameter(part, requires_grad=False)
 
 
 def _shard_vocabulary(model: Any, mesh: DeviceMesh, exchange: Exchange) -> None:

@@ -197,6 +197,7 @@ def serve_rank(descriptor: int, threads: int, seat: Seat) -> None:
         except GroupLost as error:
             _leave(error)
         Server(sock, Shares(threads, seat, rank)).run()
+    os._exit(0)  # threads of the group would end after what they use
 
 
 def _leave(error: GroupLost) -> NoReturn:
