@@ -60,7 +60,7 @@ def measure(rounds: int, batches: int) -> dict[str, Any]:
             for layout in LAYOUTS:
                 engines[layout], pids[layout] = started(layout, store)
                 found[layout] = {"rows_a_second": []}
-            answers = {}
+            answers: dict[str, Any] = {}
             for layout in LAYOUTS * (1 + rounds):
                 begun = perf_counter()
                 asked = [engines[layout].submit(Call("bert", rows)) for _ in range(batches)]
