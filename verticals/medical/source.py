@@ -194,7 +194,7 @@ def open_archive(path: Path, limits: Limits = DEFAULT_LIMITS) -> list[Source]:
     """
     try:
         archive = _opened(path, path.stat().st_mtime_ns)
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:
         raise InputError(
             f"{path} cannot be read as a zip archive: {error}",
             field=str(path),

@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -365,3 +366,16 @@ def test_every_reason_for_a_refusal_is_documented() -> None:
     reasons |= {f"geometry_{kind}" for kind in STATUS_OF}
     assert len(reasons) > 25
     assert {reason for reason in reasons if f"`{reason}`" not in page} == set()
+
+
+def test_an_archive_of_a_version_to_come_is_refused(tmp_path: Path) -> None:
+    """As a flipped bit in its directory makes one; ``zipfile`` says it with another error."""
+    path = tmp_path / "study.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.dcm", b"")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 6] = 189
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"zip file version 18\.9") as refusal:
+        load_volume(path)
+    assert refusal.value.reason == "bad_archive"
