@@ -68,8 +68,8 @@ class EngineConfig(Table):
         min_length=1,
         max_length=64,
         description='a lane for each name, such as `["cuda:0", "cuda:1"]`; a name may come '
-        "twice, and be of worker processes, a gang or a cluster ([scaling](scaling.md)); none: one, "
-        "on `device`",
+        "twice, and be of worker processes, a gang or a cluster ([scaling](scaling.md)); none: "
+        "one, on `device`",
     )
     precision: str | dict[str, Any] = Field(
         default="auto",
