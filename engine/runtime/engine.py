@@ -912,7 +912,11 @@ class Engine:
         return None
 
     def _unit(self, batch: Batch, loaded: LoadedModel, rows: Any, thread: LaneThread) -> Unit:
-        name = loaded.on(thread.lane.device).id
+        lane = thread.lane
+        name = loaded.on(lane.device).id
+        here = lane.device == self.device or str(lane.device) in loaded.elsewhere
+        if here and not lane.can_run(name):  # replaced before the lane joined, with calls waiting
+            self._lanes.hold(lane, loaded)
         return Unit(next(self._numbers), name, rows, batch.predicted)
 
     def _submit(self, batch: Batch, thread: LaneThread) -> None:

@@ -172,7 +172,7 @@ class LaneSet:
         for loaded in self.models.all():
             for other in self._replicate(loaded, lane.device):
                 self._tables[str(lane.device)].put(other)
-            self._hold(lane, loaded)
+            self.hold(lane, loaded)
         thread = self._make_thread(lane, self._execution.threads)
         for loaded in self.models.all():
             self._rehearse(thread, loaded)
@@ -264,7 +264,7 @@ class LaneSet:
             thread.lane.launch()  # processes start side by side
         for thread in self.threads:
             self._replicate(loaded, thread.lane.device)
-            self._hold(thread.lane, loaded)
+            self.hold(thread.lane, loaded)
             self._rehearse(thread, loaded)
         return loaded
 
@@ -284,7 +284,8 @@ class LaneSet:
             self._costs_of(device).move(there.key, first.key)
         return [other]
 
-    def _hold(self, lane: Lane, loaded: LoadedModel) -> None:
+    def hold(self, lane: Lane, loaded: LoadedModel) -> None:
+        """Let a lane run a model, also one that was replaced before the lane joined."""
         if isinstance(lane, ProcessLane):
             self._send(lane, loaded)
             return

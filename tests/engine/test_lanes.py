@@ -345,6 +345,30 @@ def test_what_the_lane_that_is_woken_leaves_to_another_is_done_by_that_one():
         assert torch.equal(ask(engine, 1, 4).result(10).value, 2 * rows(1, 4))
 
 
+class Waits(nn.Module):
+    def __init__(self, gate: threading.Event) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x):
+        assert self.gate.wait(WAIT)
+        return 2 * x
+
+
+def test_a_lane_that_joins_after_a_swap_runs_what_was_accepted_before():
+    gate = threading.Event()
+    gate.set()
+    with Engine(devices=[NAME], threads=1) as engine:
+        engine.add(net("net", Waits(gate)), batch_range=(1, 4), sla=PATIENT)
+        gate.clear()
+        asked = [ask(engine, n, 4) for n in range(3)]
+        engine.add(net(), batch_range=(1, 4), sla=PATIENT)
+        engine.add_lane(NAME)
+        gate.set()
+        for n, future in enumerate(asked):
+            assert torch.equal(future.result(WAIT).value, 2 * rows(n, 4))
+
+
 def test_lanes_that_are_alike_are_planned_with_the_same_costs_before_any_are_known():
     engine = Engine(devices=["process:cpu", "process:cpu"])
     assert engine._batcher.lanes.kinds == 1
