@@ -459,10 +459,10 @@ class ConfluentWriter:
 
     def leave(self) -> None:
         """See :class:`Writer`."""
-        if self._transactional:
-            with contextlib.suppress(KafkaException):  # mostly none is open
+        with contextlib.suppress(KafkaException):  # mostly none is open, or it was fenced
+            if self._transactional:
                 self._producer.abort_transaction(2.0)
-        self._producer.flush(2.0)
+            self._producer.flush(2.0)
 
     def give_up(self) -> None:
         """See :class:`Writer`."""
