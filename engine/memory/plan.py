@@ -215,22 +215,25 @@ def measure(
     if not 1 <= small < large and rows != (1, 1):
         raise ConfigError(f"rows is {rows}, expected 1 <= small < large")
     meter = _meter(executable.device)
-    first, floor = _peak(executable, make_rows(small), meter)
+    first, floor = _peak(executable, make_rows(small), meter, 1 if large == 1 else _RUNS)
     if large == 1:
         return MemoryPlan(weights, 0, first, budget(executable.device, limit), meter.how)
-    second, floor = _peak(executable, make_rows(large), meter)
+    second, floor = _peak(executable, make_rows(large), meter, _RUNS)
     per_row = max(-(-(second - first) // (large - small)), -(-floor // large), 0)
     fixed = max(first - per_row * small, second - per_row * large, 0)
     return MemoryPlan(weights, fixed, per_row, budget(executable.device, limit), meter.how)
 
 
-def _peak(executable: Executable, inputs: Rows, meter: _Meter) -> tuple[int, int]:
-    """Growth at the peak of a forward, and the bytes of its inputs and outputs."""
+def _peak(executable: Executable, inputs: Rows, meter: _Meter, runs: int) -> tuple[int, int]:
+    """Growth at the peak of so many forwards, and the bytes of the inputs and outputs of one.
+
+    One that gave its memory back runs twice at least: then it shows what the first left in pieces.
+    """
     held = sum(tensor.nbytes for tensor in inputs.values())
     released = executable.release()
     meter.start(anew=released)
     try:
-        for _ in range(_RUNS):
+        for _ in range(max(runs, 1 + released)):
             outputs: dict[str, Tensor] = {}
             outputs = executable.run(inputs)
     except (RuntimeError, MemoryError) as error:

@@ -172,7 +172,8 @@ def test_an_engine_in_auto_serves_the_default_and_in_fp32_the_reference(found):
         assert "times as fast" in engine.status()["models"]["wide"]["reason"]
         store.variants("wide").set_default(None)
         engine.add(store.load("wide"), backend="auto", precision="auto")
-        assert row_of(engine, rows).precision["wide"].endswith("/fp32"), "rolled back"
+        rolled_back = row_of(engine, rows).precision["wide"].partition("/")[2]
+        assert rolled_back in ("fp32", "fp32+bf16"), "the latter where bf16 is native"
         store.variants("wide").set_default(written[0].name)
         engine.add(store.load("wide"), precision="exact")
         assert row_of(engine, rows).precision == {"wide": "eager/fp32"}
@@ -180,7 +181,7 @@ def test_an_engine_in_auto_serves_the_default_and_in_fp32_the_reference(found):
 
 def test_a_served_model_is_switched_and_back_without_a_failed_request(found):
     store, task, _, written, _ = found
-    low = next(v for v in written if v.files)
+    low = next(v for v in written if v.files and v.evidence.loss <= 2e-3)
     done, stop = [], threading.Event()
     with Engine(device="cpu") as engine:
         engine.add(store.load("wide"), precision="exact")

@@ -117,8 +117,7 @@ def write_frames(
     content = _encoded(functional["FrameContentSequence"])[: -2 * 4]  # ends with two numbers
     items, bits = [], _Bits()
     for number, value in enumerate(values, 1):
-        functional.SegmentIdentificationSequence[0].ReferencedSegmentNumber = number
-        segment = _encoded(functional["SegmentIdentificationSequence"])
+        segment = _segment(functional, number)
         for at, k in enumerate(order, 1):
             if held[number - 1, k]:
                 indices = struct.pack("<LL", number, at)
@@ -136,6 +135,14 @@ def write_frames(
         file.write(_tag(PIXELS) + b"OB\0\0" + struct.pack("<L", size + size % 2))
         file.writelines(packed)
         file.write(b"\0" * (size % 2))
+
+
+def _segment(functional: Dataset, number: int) -> bytes:
+    """Which segment a frame is of; of a SEG's only segment that stands in the shared groups."""
+    if "SegmentIdentificationSequence" not in functional:
+        return b""
+    functional.SegmentIdentificationSequence[0].ReferencedSegmentNumber = number
+    return _encoded(functional["SegmentIdentificationSequence"])
 
 
 def _sorted(image: Dataset, places: Points) -> list[int]:
