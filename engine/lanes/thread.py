@@ -222,6 +222,8 @@ class LaneThread:
             _log.critical("the device thread of %s ended: %s\n%s", self.name, name, frames)
         finally:
             while self.chores:
-                self.chores.popleft()[1].cancel()
+                _, future = self.chores.popleft()
+                future.cancel()
+                future.set_running_or_notify_cancel()  # only then those who wait are told
             self.lane.close()
             self._ended(self, error)

@@ -7,7 +7,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -37,7 +37,7 @@ from plinth.engine.scheduler.batcher import Batcher
 from plinth.engine.scheduler.cost_model import LatencyModel
 
 _log = logging.getLogger("plinth.engine")
-_REHEARSED_SECONDS = 30.0
+_REHEARSED_SECONDS, _REHEARSAL_SECONDS = 30.0, 2.0
 PROCESS, RAY = "process:", "ray:"
 """Before the name of a device: its lane is a worker process, or one on a machine of a cluster."""
 MakeThread = Callable[[Lane, "int | None"], LaneThread]
@@ -311,15 +311,23 @@ class LaneSet:
                 self._rehearsals += thread.do(lane.rehearsals(held.model.rows, held))
 
     def await_rehearsals(self) -> None:
-        """Wait for what lanes that run rehearse, without the engine's lock; at most 30 s."""
-        pending, self._rehearsals = self._rehearsals, []
+        """Wait for what lanes that run rehearse, without the engine's lock.
+
+        For 30 s at most, and no longer than one takes: a lane may be busy, and rehearses later.
+        """
         if not self.alive or self.is_current:
-            self._rehearsals = pending
             return
-        for future in wait(pending, _REHEARSED_SECONDS).done:
-            error = None if future.cancelled() else future.exception()
-            if error is not None:
-                _log.warning("a batch that was tried before it serves: %s", type(error).__name__)
+        pending, self._rehearsals = set(self._rehearsals), []
+        until = self._clock() + _REHEARSED_SECONDS
+        while pending and self._clock() < until:
+            done, pending = wait(pending, _REHEARSAL_SECONDS, FIRST_COMPLETED)
+            if not done:
+                return
+            for future in done:
+                error = None if future.cancelled() else future.exception()
+                if error is not None:
+                    name = type(error).__name__
+                    _log.warning("a batch that was tried before it serves: %s", name)
 
     def _send(self, lane: ProcessLane, loaded: LoadedModel) -> None:
         """Let a worker process hold a model; it is planned with what was measured here at first."""
