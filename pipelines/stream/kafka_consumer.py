@@ -26,9 +26,6 @@ from plinth.pipelines.stream.settings import StreamConfig
 log = logging.getLogger(__name__)
 
 IDLE_S = 0.2
-SLICE_S = 0.004
-"""While a chunk is being written, records are taken so often, not one by one."""
-AT_ONCE_S = 0.001
 KEEP_ALIVE_S = 1.0
 Plan = dict[Partition, tuple[int, int]]
 
@@ -63,17 +60,10 @@ class GroupConsumer:
         self._elsewhere = Elsewhere(config)
 
     # -- reading ---------------------------------------------------------------------------
-    def poll(self, settled: Callable[[float], bool]) -> Chunk | None:
-        """What has come; while the chunk before is being written also what comes meanwhile.
+    def poll(self) -> Chunk | None:
+        """Up to ``limit`` records, or what came within the linger time of the first one.
 
-        At most ``limit`` records, and at most for the linger time from the first one on. So a
-        payment that comes alone does not wait for others, and many come in large chunks.
-
-        Args:
-            settled: waits so many seconds at most; whether the chunk before is durable.
-
-        Returns:
-            ``None`` when no record came in time.
+        ``None`` when none came in time.
 
         Raises:
             Rewind: the membership changed, or what was to be read is gone.
@@ -81,24 +71,26 @@ class GroupConsumer:
         """
         if self._replay is not None:
             return self._replayed()
-        self._see_growth()
         parts: dict[Partition, list[Record]] = {}
-        count = self._take(IDLE_S, self.limit, parts)
-        until = time.monotonic() + self.config.linger_ms / 1e3
-        done = not count or settled(0.0)
-        while not done and count < self.limit and (left := until - time.monotonic()) > 0:
-            done = settled(min(left, SLICE_S))
-            count += self._take(AT_ONCE_S, self.limit - count, parts)
-        owner = self._owner()
-        return self._chunk(parts, owner) if parts and owner is not None else None
-
-    def _take(self, seconds: float, limit: int, parts: dict[Partition, list[Record]]) -> int:
-        """Add what there is; how many records."""
-        count = 0
-        for place, records in self._poll(seconds, limit).items():
-            parts.setdefault(place, []).extend(records)
-            count += len(records)
-        return count
+        count, until, owner = 0, 0.0, None
+        while count < self.limit:
+            wait = until - time.monotonic() if count else IDLE_S
+            if wait <= 0:
+                break
+            if not count:
+                self._see_growth()
+            polled = self._poll(wait, self.limit - count)
+            owner = self._owner()
+            if owner is None:
+                return None
+            if not polled:
+                break
+            if not count:
+                until = time.monotonic() + self.config.linger_ms / 1e3
+            for place, records in polled.items():
+                parts.setdefault(place, []).extend(records)
+                count += len(records)
+        return self._chunk(parts, owner) if parts else None
 
     def keep_alive(self) -> None:
         """Stay in the group without reading on, while work waits."""

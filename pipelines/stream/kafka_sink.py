@@ -86,10 +86,6 @@ class KafkaSink(ABC):
         lost = partial(_lost_a_broker, producer, producer.nodes())
         self._writing = outputs, self._thread.start(partial(self._timed, producer, outputs)), lost
 
-    def settled(self, seconds: float) -> bool:
-        """Wait so long at most; whether nothing is being written any more."""
-        return self._writing is None or self._writing[1].done(seconds)
-
     def finish(self) -> Committed | None:
         """Wait until what was begun is durable; ``None`` if nothing was begun.
 

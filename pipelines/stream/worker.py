@@ -389,7 +389,7 @@ class Worker:
             self._settle()
             return True
         self._at("poll")
-        chunk = self.consumer.poll(self.sink.settled)
+        chunk = self.consumer.poll()
         if chunk is None:
             self._settle()
             self._when_idle()

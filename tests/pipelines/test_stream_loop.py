@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,8 +87,7 @@ class MemoryLog:
     notes: dict[Partition, str] = field(default_factory=dict)
 
     # -- as a consumer -----------------------------------------------------------------------
-    def poll(self, settled: Callable[[float], bool]) -> Chunk | None:
-        assert settled(0.0) is (self.writing is None)
+    def poll(self) -> Chunk | None:
         if not self.joined:
             raise Rewind("assigned")
         replay = self.at < self.mark
@@ -131,9 +130,6 @@ class MemoryLog:
     # -- as a sink ---------------------------------------------------------------------------
     def ready(self) -> None:
         return None
-
-    def settled(self, seconds: float) -> bool:
-        return self.writing is None
 
     def start(self, outputs: Outputs) -> None:
         assert self.writing is None
