@@ -329,12 +329,7 @@ def main(descriptor: int, parent: int, level: int, niceness: int) -> None:
         level: of log records that it wants to have.
         niceness: how far others go first where the machine is short of CPU.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent says when work is over
-        signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError):
-        os.dup2(2, 1)  # what a step prints is no answer of the command
-    end_with(parent)
-    yield_to_others(niceness)
+    begin(parent, niceness)
     records = _Records()
     logging.getLogger().addHandler(records)
     logging.getLogger().setLevel(level)
@@ -394,6 +389,21 @@ class _Records(logging.Handler):
         """What came since the last time."""
         kept, self._kept = self._kept, []
         return kept
+
+
+def begin(parent: int, niceness: int) -> None:
+    """Be a process that only its parent ends: the first thing that one does.
+
+    Args:
+        parent: process that started this one.
+        niceness: how far others go first where the machine is short of CPU.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent says when work is over
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.dup2(2, 1)  # what a step prints is no answer of the command
+    end_with(parent)
+    yield_to_others(niceness)
 
 
 def end_with(parent: int) -> None:

@@ -6,6 +6,8 @@ Tests marked ``cpu`` are about the CPU, or a backend that only runs there.
 """
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cpu"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def importable():
+    """Worker processes find modules where their parent does: the tests' and benchmarks' too."""
+    root = Path(__file__).resolve().parents[2]
+    sys.path[:0] = [str(root), str(root / "benchmarks")]
+    yield
+    del sys.path[:2]

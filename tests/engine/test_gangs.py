@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -21,20 +20,12 @@ from plinth.engine.gang.steps import shared_out, steps_of
 from plinth.engine.gang.tensor import check
 from plinth.engine.lanes.gang import GangLane
 from plinth.engine.models.families import find
-from tests.engine.lane_models import RAISE, ROOT, STOP, doubles, net, rows
+from tests.engine.lane_models import RAISE, STOP, doubles, net, rows
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("importable")]
 WAIT = 120
 PATIENT = Sla(deadline_ms=100_000)
 NIGHTLY = Sla(deadline_ms=600_000)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _importable():
-    """A worker process finds modules where its parent does: the tests' too."""
-    sys.path.append(ROOT)
-    yield
-    sys.path.remove(ROOT)
 
 
 # -- plans ------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@
 """
 
 import gc
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -38,23 +37,16 @@ from plinth.engine.runtime.lane_worker import serve, serve_rank
 from plinth.engine.runtime.loaded_model import load_model
 from plinth.engine.scheduler.cost_model import LatencyModel
 from tests.engine.cluster_nodes import cluster
-from tests.engine.lane_models import CARD, RAISE, ROOT, doubles, net, rows
+from tests.engine.lane_models import CARD, RAISE, doubles, net, rows
 
 HERE = pick("auto")
 NAME = str(HERE)
 WAIT = 60
 PATIENT = Sla(deadline_ms=60_000)
+pytestmark = pytest.mark.usefixtures("importable")
 
 
 # -- the contract of a lane -------------------------------------------------------------------
-@pytest.fixture(scope="module", autouse=True)
-def _importable():
-    """A worker process finds modules where its parent does: the tests' too."""
-    sys.path.append(ROOT)
-    yield
-    sys.path.remove(ROOT)
-
-
 KINDS = ["local", "local 2 deep"]
 if HERE.kind == "cpu":
     KINDS = [

@@ -2,9 +2,7 @@
 
 import os
 import signal
-import sys
 import threading
-from pathlib import Path
 
 import psutil
 import pytest
@@ -13,19 +11,11 @@ from torch import nn
 
 from plinth.engine import Call, ConfigError, DeadlineRefused, Engine, ModelError, Sla
 from plinth.engine.lanes import fork_server
-from tests.engine.lane_models import CARD, RAISE, ROOT, SEGFAULT, STOP, doubles, net, rows
+from tests.engine.lane_models import CARD, RAISE, SEGFAULT, STOP, doubles, net, rows
 
-pytestmark = pytest.mark.cpu
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("importable")]
 WAIT = 120
 PATIENT = Sla(deadline_ms=100_000)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _importable():
-    """A worker process finds modules where its parent does: the tests' too."""
-    sys.path[:0] = [ROOT, str(Path(ROOT) / "benchmarks")]
-    yield
-    del sys.path[:2]
 
 
 def pids() -> list[int]:

@@ -26,17 +26,13 @@ from plinth.engine.scheduler.cost_model import LatencyModel
 from tests.engine.cluster_nodes import cluster, free_port
 from tests.engine.lane_models import ROOT, SEGFAULT, STOP, doubles, net, rows
 
-pytestmark = [pytest.mark.cpu, pytest.mark.needs("ray")]
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.needs("ray"),
+    pytest.mark.usefixtures("importable"),
+]
 WAIT = 120
 PATIENT = Sla(deadline_ms=100_000)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _importable():
-    """Processes find modules where their parent does: the tests' too."""
-    sys.path[:0] = [ROOT, str(Path(ROOT) / "benchmarks")]
-    yield
-    del sys.path[:2]
 
 
 @pytest.fixture(scope="module")

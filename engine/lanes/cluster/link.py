@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import signal
 import socket
 import sys
 import threading
@@ -40,12 +39,7 @@ def main(descriptor: int, parent: int, level: int, niceness: int) -> None:
         niceness: how far others go first where the machine is short of CPU.
     """
     worker = _worker()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    with contextlib.suppress(OSError):
-        os.dup2(2, 1)
-    worker.end_with(parent)
-    worker.yield_to_others(niceness)
+    worker.begin(parent, niceness)
     sock = socket.socket(fileno=descriptor)
     message = worker.receive(sock, keep=False)
     if message is None:
