@@ -18,7 +18,7 @@ from kafka import ConsumerRebalanceListener, KafkaConsumer, KafkaProducer
 from kafka.coordinator.assignors.range import RangePartitionAssignor
 from kafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
 from kafka.errors import KafkaError, KafkaTimeoutError, NoOffsetForPartitionError
-from kafka.structs import OffsetAndMetadata, TopicPartition
+from kafka.structs import MemberState, OffsetAndMetadata, TopicPartition
 
 from plinth.pipelines.stream.chunks import Partition, Record
 from plinth.pipelines.stream.kafka_clients import (
@@ -147,8 +147,11 @@ class PythonMember(Asks):
     def owner(self) -> Any:
         """See :class:`Member`."""
         owner = self._consumer.group_metadata()
+        # while it joins, the broker answers nothing else on this connection, and heartbeats wait
+        # for the next poll: whoever asked for offsets then would be put out of the group again
+        joined = owner.state is MemberState.STABLE
         # without a generation the broker would take our offsets unchecked
-        return owner if owner.generation_id >= 0 and owner.member_id else None
+        return owner if joined and owner.generation_id >= 0 and owner.member_id else None
 
     def claim(self, owner: Any) -> Hashable:
         """See :class:`Member`."""
