@@ -27,7 +27,7 @@ from plinth.pipelines.config.settings import Config
 from plinth.pipelines.console import err, say, show_json, show_table
 from plinth.pipelines.folders.batch import Batch, Summary, check_folders
 from plinth.pipelines.folders.batch import Progress as Step
-from plinth.pipelines.interpreter import set_for_serving
+from plinth.pipelines.interpreter import STREAM_THRESHOLDS, set_for_serving
 from plinth.pipelines.live_tables import LiveTables
 from plinth.pipelines.observability.tracing import batch_span, tracing_while
 from plinth.pipelines.process import Signals, metrics_at
@@ -66,7 +66,7 @@ def run_stream(config: Config, name: str, metrics: str | None, as_json: bool) ->
         metrics_at(metrics) as url,
         tracing_while(os.environ) as tracing,
         running(config, {name: vertical}, follow=True) as engine,
-        set_for_serving(),
+        set_for_serving(STREAM_THRESHOLDS),
     ):
         say(f"streaming {config.stream.input_topic} -> {config.stream.output_topic}")
         if url is not None:
@@ -109,7 +109,7 @@ def run_rebuild(config: Config, name: str, wanted: str) -> int:
     vertical = load_vertical(config, name)
     equal = count = 0
     why: Counter[str] = Counter()
-    with running(config, {name: vertical}) as engine:
+    with running(config, {name: vertical}) as engine, set_for_serving(STREAM_THRESHOLDS):
         found = rebuild(
             vertical,
             engine,

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from contextlib import ExitStack
 
 import pytest
 
-from plinth.pipelines.interpreter import BESIDE_S, SWITCH_INTERVAL_S, beside_others, set_for_serving
+from plinth.pipelines.interpreter import (
+    BESIDE_S,
+    STREAM_THRESHOLDS,
+    SWITCH_INTERVAL_S,
+    beside_others,
+    set_for_serving,
+)
 
 
 def test_the_shortest_interval_holds_whoever_ends_first() -> None:
@@ -21,3 +28,10 @@ def test_the_shortest_interval_holds_whoever_ends_first() -> None:
         assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL_S)
         serving.close()
     assert sys.getswitchinterval() == pytest.approx(before)
+
+
+def test_a_stream_looks_for_old_garbage_next_to_never_and_others_as_before() -> None:
+    before = gc.get_threshold()
+    with set_for_serving(STREAM_THRESHOLDS):
+        assert gc.get_threshold() == STREAM_THRESHOLDS
+    assert gc.get_threshold() == before
