@@ -6,14 +6,15 @@
 The same payments go in chunks of 512 to a state that is all in memory and to one of which at most
 ``--in-memory`` cards, terminals, customers and devices are, in turns, each with checkpoints every
 ``--interval`` seconds of its own time; their rows must be equal, bit for bit. Half of the payments
-are of a tenth of the cards. Told are CPU time a payment (of all threads), how long each chunk was
-held up by the checkpoints, what the snapshot of the whole takes instead, and how long a new process
-needs until it has answered its first chunk from either.
+are of a tenth of the cards. Told are CPU time a payment (of all threads; of the process that writes
+by itself), how long each chunk was held up by the checkpoints, what the snapshot of the whole takes
+instead, and how long a new process needs until it has answered its first chunk from either.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import resource
 import tempfile
@@ -28,8 +29,9 @@ from head import parser_of, print_json
 from rich.console import Console
 from rich.table import Table
 
+from plinth.pipelines.interpreter import STREAM_THRESHOLDS, set_for_serving
 from plinth.pipelines.snapshots import read_snapshot, write_snapshot
-from plinth.pipelines.state_store import BEGIN_AT, DiskStore, KeptState
+from plinth.pipelines.state_store import BEGIN_AT, FULL_AT, DiskStore, KeptState
 from plinth.verticals.finance import FraudScoring, FraudSettings
 from plinth.verticals.finance.features.online import Batch, Event
 
@@ -100,13 +102,25 @@ class Arm:
             self._since, self._began = 0.0, began
             kept.begin({})
         busy = kept.busy
-        if unsaved >= 1.0:
-            kept.finish()
-            self.waits += 1
+        self.waits += unsaved >= FULL_AT
         if busy and not kept.step():
             self.checkpoints.append(time.perf_counter() - self._began)
         self.pauses.append(time.perf_counter() - began)
         self.steps.append(time.thread_time() - cpu)
+
+
+class Collections:
+    """How long the interpreter stood still to look for garbage, seconds of CPU."""
+
+    def __init__(self) -> None:
+        self.longest = self._began = 0.0
+        gc.callbacks.append(self._told)
+
+    def _told(self, phase: str, info: dict[str, int]) -> None:
+        now = time.thread_time()
+        if phase == "stop":
+            self.longest = max(self.longest, now - self._began)
+        self._began = now
 
 
 @contextlib.contextmanager
@@ -136,6 +150,9 @@ def restored(figures: dict[str, float], folder: Path, arms: dict[str, Arm], give
             disk.kept.finish()
         figures["disk MiB"] = disk.kept.store.bytes_on_disk / (1 << 20)
         disk.kept.store.close()
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        writing = (used.ru_utime + used.ru_stime) / given.events
+        figures["disk: CPU us a payment, process that writes"] = writing * 1e6
         with timed(figures, "restore from disk s"):
             again = Arm(folder / "state", given.in_memory, given.interval)
             rows = again.take(chunk).rows.tobytes()
@@ -155,8 +172,11 @@ def main() -> None:
     given = parser.parse_args()
     figures: dict[str, float] = {}
     BUILD.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD) as name:
-        folder = Path(name)
+    with (
+        tempfile.TemporaryDirectory(dir=BUILD) as name,
+        set_for_serving(STREAM_THRESHOLDS),
+    ):
+        folder, garbage = Path(name), Collections()
         places = {"memory": (None, 100_000_000), "disk": (folder / "state", given.in_memory)}
         arms = {one: Arm(*places[one], given.interval) for one in given.arms}
         chunks, unequal = payments(given.events, given.cards), 0
@@ -178,6 +198,7 @@ def main() -> None:
                 figures["chunks that waited for the disk"] = arm.waits
                 figures["checkpoints"] = len(arm.checkpoints)
                 figures["checkpoint s max"] = max(arm.checkpoints, default=0.0)
+        figures["of CPU ms a look for garbage max"] = garbage.longest * 1e3
         if len(arms) == 2:
             figures["turns with other features"] = unequal
         restored(figures, folder, arms, given)

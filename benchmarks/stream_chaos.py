@@ -1,7 +1,8 @@
 """Whether a stream loses, repeats or stops anything while workers and brokers are killed.
 
     python benchmarks/stream_chaos.py [--records 1000000] [--worker-kills 50] [--broker-kills 5]
-        [--alerts 0.2] [--workers 2] [--growths 2] [--brokers 3] [--rate 0] [--silence 5] [--json]
+        [--alerts 0.2] [--workers 2] [--growths 2] [--brokers 3] [--rate 0] [--silence 5] [--disk]
+        [--json]
 
 Payments are written to a real Kafka (KAFKA_HOME, else ../shared/kafka) in every codec in turn,
 each batch by its own producer; a share of them are alerts with reasons. Meanwhile workers
@@ -266,7 +267,8 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         partitions=4,
         idle_exit_s=None,
         metadata_max_age_ms=2_000,
-        snapshot_interval_s=5.0,
+        snapshot_interval_s=given.interval,
+        state_store="disk" if given.disk else "snapshot",
         commit_timeout_ms=given.commit_timeout_ms,
     )
     prepare(config)
@@ -334,6 +336,8 @@ def main() -> None:
     )
     parser.add_argument("--rate", type=float, default=0, help="payments a second; 0: all at once")
     parser.add_argument("--commit-timeout-ms", type=int, default=10_000, help="of the workers")
+    parser.add_argument("--disk", action="store_true", help="the workers' state is on disk")
+    parser.add_argument("--interval", type=float, default=5.0, help="seconds between checkpoints")
     parser.add_argument("--logs", action="store_true", help="show what the workers logged")
     parser.add_argument("--silence", type=float, default=5.0, help="seconds; longer is a failure")
     parser.add_argument("--timeout", type=float, default=7_200, help="seconds of the whole run")

@@ -1,8 +1,8 @@
 """State on disk by parts, in checkpoints that are whole or not there, by LMDB.
 
-What is put belongs to the checkpoint in progress, an open transaction of a thread that writes; the
-thread that scores reads what the last one committed. Where nothing else remembers what came (HTTP),
-it is logged as well, by SQLite, since that syncs once where LMDB does twice, before it is answered.
+What is put belongs to the checkpoint in progress, an open transaction of a process that writes;
+whoever scores reads what the last one committed. Where nothing else remembers what came (HTTP), it
+is logged as well, by SQLite, since that syncs once where LMDB does twice, before it is answered.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import logging
 import sqlite3
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,21 @@ import lmdb
 from prometheus_client import Gauge, Histogram
 
 from plinth.engine import ConfigError, InputError
+from plinth.engine.lanes.worker_process import WorkerProcess
 from plinth.engine.metrics import REGISTRY
+from plinth.pipelines import state_writer
+from plinth.pipelines.state_writer import (
+    ABOUT,
+    COMMIT,
+    DATABASES,
+    DROP,
+    OPEN,
+    PARTS,
+    WIPE,
+    Parts,
+    mapped,
+    packed,
+)
 from plinth.verticals import Vertical
 from plinth.verticals.contract import StateError
 
@@ -32,21 +48,25 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 PART_BATCH = 256
 """Parts, or entries of the log, written by one call."""
-ROOM = 1 << 40
-"""Address space of a state, beyond which it cannot grow; it takes neither memory nor disk."""
 MAX_KEY = 511
 """Bytes of a key; of a longer one, a digest stands for the end."""
-ABOUT = b"about"
 MAX_WAITING = 16
 """Of these batches, beyond which a checkpoint is held up."""
+REPLY_S = 300.0
+"""In which the process that writes has done what is asked; one that hangs is ended."""
 MAX_UNLOGGED = 100_000
 """Entries that could not be logged, beyond which nothing more is taken in."""
 STEP_S = 0.002
 """Time that a checkpoint takes at once from whoever scores."""
 PRESSED_S = 0.012
-"""The same where memory fills with what no checkpoint has: more is written than changes."""
+"""The same where memory is half full of what no checkpoint has: more is written than changes."""
+PRESSED_SHARE = 0.25
+"""And as a share of the time since the last step, where more was taken in at once."""
 BEGIN_AT = 0.25
 """Share of memory filled with what is in no checkpoint: one begins, whenever the last was."""
+PRESSED_AT = 0.5
+FULL_AT = 1.5
+"""Where the disk keeps that share from falling, whoever scores waits for it."""
 EVERY_S = 15.0
 """Time between checkpoints of a state that has a log."""
 LOG_PAGES = 4096
@@ -97,25 +117,25 @@ class DiskStore:
         self.folder = folder
         self.logs = logs
         self._origin = dict(origin)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="plinth-state")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="plinth-state")
+        self._writer = _Writer(folder / "parts.lmdb")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / "parts.db").exists():
                 raise OSError("parts.db there was written by an earlier version")
-            self._file = _mapped(folder / "parts.lmdb")
-            self._about = self._file.open_db(b"about")
-            self._held = self._file.open_db(b"parts")
+            self._writer.start()
+            self._file = mapped(folder / "parts.lmdb", writes=False)
+            self._about, self._held = (self._file.open_db(one, create=False) for one in DATABASES)
             self._log = _Log(folder / "log.db") if logs else None
         except (OSError, lmdb.Error, sqlite3.Error) as error:
+            self._writer.end()
             raise ConfigError(
                 f"the state in {folder} cannot be opened: {error}",
                 hint="check the folder's rights and the room on its disk; a damaged one may be "
                 "removed: the state is then built again from the retained input, or begins anew",
             ) from error
-        self._open: lmdb.Transaction | None = None
         self._parts: list[tuple[bytes, bytes]] = []
-        self._waiting: list[Future[None]] = []
-        self._failure: Exception | None = None
+        self._waiting: deque[Future[None]] = deque()
         self._logged = 0
 
     # -- for the vertical ------------------------------------------------------------------
@@ -127,14 +147,14 @@ class DiskStore:
         """
         try:
             with self._file.begin(db=self._held) as reading:
-                found: bytes | None = reading.get(key if len(key) <= MAX_KEY else _short(key))
+                found: bytes | None = reading.get(_fitting(key))
         except lmdb.Error as error:
             raise _unreadable(self.folder, error) from error
         return found
 
     def put(self, key: bytes, part: bytes) -> None:
         """Make a part belong to the checkpoint in progress."""
-        self._parts.append((key if len(key) <= MAX_KEY else _short(key), part))
+        self._parts.append((_fitting(key), part))
         if len(self._parts) >= PART_BATCH:
             self._hand_over()
 
@@ -166,11 +186,19 @@ class DiskStore:
         return self._log.durable()
 
     # -- for the door ----------------------------------------------------------------------
+    def has_room(self, seconds: float = 0.0) -> bool:
+        """Whether more may be put, if need be after so long; else too much waits to be written."""
+        waiting = self._waiting
+        if len(waiting) >= MAX_WAITING and seconds:
+            wait((waiting[-MAX_WAITING],), seconds)
+        while waiting and waiting[0].done():
+            waiting.popleft()
+        return len(waiting) < MAX_WAITING
+
     @property
-    def full(self) -> bool:
-        """So much waits to be written that nothing more should be put yet."""
-        self._waiting = [one for one in self._waiting if not one.done()]
-        return len(self._waiting) >= MAX_WAITING
+    def writer_pid(self) -> int:
+        """The process that writes the parts; another after that one was killed."""
+        return self._writer.pid
 
     def mark(self) -> dict[str, Any]:
         """What a checkpoint that begins now must say of the log."""
@@ -186,7 +214,7 @@ class DiskStore:
             Ends with a StateError if the disk did not take all of it; then none of it is there.
         """
         self._hand_over()
-        return self._writer.submit(
+        return self._thread.submit(
             self._commit, {"format": FORMAT, "origin": self._origin, **about}
         )
 
@@ -220,7 +248,7 @@ class DiskStore:
     def wipe(self) -> None:
         """Forget all."""
         self._drop()
-        self._writer.submit(self._wipe).result()
+        self._thread.submit(self._ask, WIPE).result()
         if self._log is not None:
             self._log.trim(self._log.last)
             self._logged = self._log.last
@@ -233,42 +261,29 @@ class DiskStore:
 
     def close(self) -> None:
         """Close it; what is not durable is dropped."""
-        self._drop()
-        self._writer.shutdown(wait=True)
+        self._parts.clear()
+        self._thread.shutdown(wait=True)
         self._file.close()
+        self._writer.end()
         if self._log is not None:
             self._log.close()
 
-    # -- the writing thread ----------------------------------------------------------------
+    # -- the thread that talks to the process that writes ------------------------------------
     def _hand_over(self) -> None:
         parts, self._parts = self._parts, []
         if parts:
-            self._waiting.append(self._writer.submit(self._add, parts))
+            self._waiting.append(self._thread.submit(self._writer.put, parts))
 
-    def _add(self, parts: Sequence[tuple[bytes, bytes]]) -> None:
-        if self._failure is not None:
-            return
+    def _ask(self, kind: bytes) -> None:
         try:
-            with self._transaction().cursor(self._held) as cursor:
-                cursor.putmulti(parts)
-        except lmdb.Error as error:
-            self._failure = error
-
-    def _transaction(self) -> lmdb.Transaction:
-        """The one that becomes the next checkpoint."""
-        if self._open is None:
-            self._open = self._file.begin(write=True)
-        return self._open
+            self._writer.ask(kind)
+        except OSError as error:
+            raise _unreadable(self.folder, error) from error
 
     def _commit(self, about: Mapping[str, Any]) -> None:
-        failure, self._failure = self._failure, None
         try:
-            if failure is not None:
-                raise failure
-            self._transaction().put(ABOUT, json.dumps(about).encode(), db=self._about)
-            self._end()
-        except lmdb.Error as error:
-            self._forget()
+            self._writer.ask(COMMIT, json.dumps(about).encode())
+        except OSError as error:
             raise StateError(
                 f"the state could not be kept in {self.folder}: {error}",
                 hint="make room there; the checkpoint before is whole",
@@ -277,30 +292,202 @@ class DiskStore:
             self._logged = int(about["logged"])
             self._log.trim(self._logged)
 
-    def _end(self) -> None:
-        """Commit; whether it succeeds or not, the transaction is over."""
-        ending, self._open = self._transaction(), None
-        ending.commit()
-
     def _drop(self) -> None:
-        """Wait for the writing thread, and forget what it has not committed."""
+        """Wait for what was handed over, and forget what is not committed."""
         self._parts.clear()
-        self._writer.submit(self._forget).result()
+        self._thread.submit(self._ask, DROP).result()
+
+
+class FollowedStore:
+    """The parts of somebody else's checkpoint, to be read alone: what is put is dropped.
+
+    It is one checkpoint, whole, until :meth:`renew` takes the one that :meth:`newest` found. After
+    :meth:`take_over` it is a store of one's own.
+
+    Args:
+        folder: of a store that another process has.
+        origin: whose state it is.
+
+    Raises:
+        OSError: there is none yet.
+        lmdb.Error: the same, or it is damaged.
+    """
+
+    logs = False
+
+    def __init__(self, folder: Path, origin: Mapping[str, str]) -> None:
+        self._origin = dict(origin)
+        self._folder = folder
+        self._file = mapped(folder / "parts.lmdb", writes=False)
+        self._about, self._held = (self._file.open_db(one, create=False) for one in DATABASES)
+        self._reading: Any = self._file.begin()
+        self._next: Any = None
+        self._closed = False
+        self._own: DiskStore | None = None
+
+    def get(self, key: bytes) -> bytes | None:
+        """A part as of the checkpoint.
+
+        Raises:
+            StateError: the disk does not give it.
+        """
+        if self._own is not None:
+            return self._own.get(key)
+        try:
+            found: bytes | None = self._reading.get(_fitting(key), db=self._held)
+        except lmdb.Error as error:
+            raise _unreadable(self._folder, error) from error
+        return found
+
+    def put(self, key: bytes, part: bytes) -> None:
+        """Nothing, until it is one's own."""
+        if self._own is not None:
+            self._own.put(key, part)
+
+    def append(self, entry: bytes) -> None:
+        """Nothing: it keeps no log."""
+
+    def entries(self) -> Iterator[bytes]:
+        """Nothing."""
+        return iter(())
+
+    def durable(self) -> Future[None]:
+        """See :meth:`DiskStore.durable`."""
+        raise RuntimeError("this store keeps no log")
+
+    def newest(self) -> dict[str, Any]:
+        """What the newest checkpoint belongs to; empty where there is none, or it is another's.
+
+        Raises:
+            lmdb.Error: it cannot be read.
+        """
+        self._forget()
+        self._next = self._file.begin()
+        found = self._next.get(ABOUT, db=self._about)
+        about: dict[str, Any] = json.loads(found) if found else {}
+        ours = about.get("origin") == self._origin and about.get("format") == FORMAT
+        return about if ours else {}
+
+    @property
+    def behind(self) -> int:
+        """Checkpoints that came since this one."""
+        return int(self._file.info()["last_txnid"]) - int(self._reading.id())
+
+    def renew(self) -> None:
+        """Be the checkpoint that :meth:`newest` found last."""
+        if self._next is not None:
+            self._reading.abort()
+            self._reading, self._next = self._next, None
+
+    def take_over(self, store: DiskStore) -> None:
+        """Be that store from now on; :meth:`close` has been called."""
+        self._own = store
+
+    def close(self) -> None:
+        """Let go of the file; more than once does no harm."""
+        if not self._closed:
+            self._closed = True
+            self._forget()
+            self._reading.abort()
+            self._file.close()
 
     def _forget(self) -> None:
-        self._failure = None
-        ending, self._open = self._open, None
-        if ending is not None:
-            ending.abort()
+        if self._next is not None:
+            self._next.abort()
+            self._next = None
 
-    def _wipe(self) -> None:
+
+class _Writer:
+    """The process that writes a file of parts, started again where it has ended.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._process: WorkerProcess | None = None
+        self._link: Connection | None = None
+        self._failure: OSError | None = None
+
+    def start(self) -> None:
+        """Start it, and have it open the file.
+
+        Raises:
+            OSError: it could not.
+        """
+        self._process = WorkerProcess(0, Path(state_writer.__file__))
+        self._link = Connection(self._process.socket.detach())
+        self.ask(OPEN, json.dumps(str(self._path)).encode())
+
+    @property
+    def pid(self) -> int:
+        """Its number; 0 where none runs."""
+        return 0 if self._process is None else self._process.pid
+
+    def put(self, parts: Parts) -> None:
+        """Send parts; what fails is told by the commit."""
+        if self._failure is None:
+            try:
+                self._send(PARTS + packed(parts))
+            except OSError as error:
+                self._failure = error
+
+    def ask(self, kind: bytes, body: bytes = b"") -> None:
+        """Have something done.
+
+        Raises:
+            OSError: it, or what was put before, was not done; nothing of that is there.
+        """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            self._exchange(DROP)
+            if kind == COMMIT:
+                raise failure
+        self._exchange(kind + body)
+
+    def end(self) -> None:
+        """End it; what is not durable is dropped."""
+        process, self._process = self._process, None
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+        if process is not None:
+            process.end()
+
+    def _exchange(self, message: bytes) -> None:
+        link = self._send(message)
         try:
-            for one in (self._held, self._about):
-                self._transaction().drop(one, delete=False)
-            self._end()
-        except lmdb.Error as error:
-            self._forget()
-            raise _unreadable(self.folder, error) from error
+            if not link.poll(REPLY_S):
+                raise EOFError
+            told = link.recv_bytes().decode()
+        except (OSError, EOFError):
+            raise self._ended() from None
+        if told:
+            raise OSError(told)
+
+    def _send(self, message: bytes) -> Connection:
+        if self._link is None:
+            self.start()
+        link = self._link
+        assert link is not None
+        try:
+            link.send_bytes(message)
+        except OSError:
+            raise self._ended() from None
+        return link
+
+    def _ended(self) -> OSError:
+        """It is gone, or hangs; the next message starts another."""
+        process = self._process
+        self._process = None
+        self.end()
+        if process is None:
+            return OSError("the process that writes it was ended")
+        process.kill()
+        how = process.how_it_ended()
+        process.end()
+        return OSError(f"the process that writes it ended: {how}")
 
 
 class _Log:
@@ -406,7 +593,7 @@ class KeptState:
         self._about: dict[str, Any] | None = None
         self._began = 0.0
         self._ending: Future[None] | None = None
-        self._last = time.monotonic()
+        self._last = self._stepped = time.monotonic()
 
     @property
     def busy(self) -> bool:
@@ -439,26 +626,39 @@ class KeptState:
         UNSAVED.labels(self.vertical.name).set(self.vertical.unsaved())
         self.vertical.begin_checkpoint()
 
-    def step(self, seconds: float | None = None) -> bool:
-        """Go on with a checkpoint for about so long; false where none is in progress.
+    def step(self) -> bool:
+        """Go on with a checkpoint for a moment; false where none is in progress.
 
-        Args:
-            seconds: by default as few as there is room in memory.
+        A moment is the shorter, the more room there is in memory.
 
         Raises:
             StateError: the disk did not take it; its parts belong to the next one.
         """
+        unsaved = self.vertical.unsaved()
+        if unsaved >= FULL_AT:
+            self.finish()
+        return self._go_on(self._moment(unsaved), patient=unsaved >= PRESSED_AT)
+
+    def _moment(self, unsaved: float) -> float:
+        now, before = time.monotonic(), self._stepped
+        self._stepped = now
+        pressed = min(max(unsaved - BEGIN_AT, 0.0) / (PRESSED_AT - BEGIN_AT), 1.0)
+        most = min(max(PRESSED_S, PRESSED_SHARE * (now - before)), 1.0)
+        return STEP_S + pressed * (most - STEP_S)
+
+    def _go_on(self, seconds: float, *, patient: bool) -> bool:
+        """Put parts for so long, or wait for the disk."""
         if self._about is None:
             return False
-        began = time.perf_counter()
-        if seconds is None:
-            seconds = STEP_S if self.vertical.unsaved() < 0.5 else PRESSED_S
+        began, patience = time.perf_counter(), seconds if patient else 0.0
         try:
-            if self._ending is None:
-                if not self.store.full and self.vertical.write_checkpoint(seconds):
-                    self._ending = self.store.commit(self._about)
-            elif self._ending.done():
-                self._end(self._ending)
+            if self._ending is not None:
+                if patient:
+                    wait((self._ending,), patience)
+                if self._ending.done():
+                    self._end(self._ending)
+            elif self.store.has_room(patience) and self.vertical.write_checkpoint(seconds):
+                self._ending = self.store.commit(self._about)
         finally:
             CHECKPOINT_PAUSE.observe(time.perf_counter() - began)
         return self._about is not None
@@ -476,8 +676,6 @@ class KeptState:
         if not self.busy and (unsaved >= BEGIN_AT or (unsaved and now - self._last >= EVERY_S)):
             self._last = now
             self.begin({})
-        if unsaved >= 1.0:
-            self.finish()
         return self.step()
 
     def finish(self) -> None:
@@ -486,11 +684,8 @@ class KeptState:
         Raises:
             StateError: as :meth:`step` does.
         """
-        while self.step(1.0):
-            if self._ending is not None:
-                wait((self._ending,))
-            else:
-                time.sleep(0.001)
+        while self._go_on(1.0, patient=True):
+            pass
 
     def _end(self, ended: Future[None]) -> None:
         self._about = self._ending = None
@@ -501,16 +696,6 @@ class KeptState:
         UNSAVED.labels(self.vertical.name).set(self.vertical.unsaved())
         if failure is not None:
             raise failure
-
-
-def _mapped(path: Path) -> lmdb.Environment:
-    """The parts; a file that was cut off is refused, for reading beyond its end kills a process."""
-    found = lmdb.open(str(path), map_size=ROOM, max_dbs=2, subdir=False, readahead=False)
-    whole = (found.info()["last_pgno"] + 1) * found.stat()["psize"]
-    if (there := path.stat().st_size) < whole:
-        found.close()
-        raise OSError(f"{path.name} has {there} bytes, expected {whole}")
-    return found
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -531,8 +716,10 @@ def _insert(file: sqlite3.Connection, statement: str, pairs: Sequence[tuple[Any,
     file.execute(statement.replace(_PAIR, rows), [one for pair in pairs for one in pair])
 
 
-def _short(key: bytes) -> bytes:
-    """A key that is too long, as one that is not."""
+def _fitting(key: bytes) -> bytes:
+    """A key, as one that is not too long."""
+    if len(key) <= MAX_KEY:
+        return key
     return key[: MAX_KEY - 64] + hashlib.sha256(key).hexdigest().encode()
 
 

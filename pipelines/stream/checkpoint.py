@@ -14,15 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lmdb
+
 from plinth.engine import InputError
 from plinth.pipelines.snapshots import read_header, read_snapshot, write_snapshot
-from plinth.pipelines.state_store import DiskStore, KeptState
+from plinth.pipelines.state_store import DiskStore, FollowedStore, KeptState
 from plinth.pipelines.stream.chunks import UNKNOWN, Chunk, Layout, Partition
 from plinth.verticals.contract import Vertical
 
 log = logging.getLogger(__name__)
 
 Offsets = dict[Partition, int]
+MAX_BEHIND = 20
+"""Checkpoints that a standby may be behind: while it reads an old one, the file grows."""
 
 
 @dataclass(slots=True)
@@ -36,6 +40,7 @@ class Checkpoint:
         replay_max_records: bound of one partition's replay when nothing of it is known.
         store: keeps the state by parts, in place of the snapshot; one that is empty begins with
             what the snapshot has.
+        followed: folder of the store of a worker that this stands by for.
 
     Attributes:
         applied: position of each partition up to which records are in the state.
@@ -51,6 +56,7 @@ class Checkpoint:
     origin: dict[str, str]
     replay_max_records: int
     store: DiskStore | None = None
+    followed: Path | None = None
     applied: Offsets = field(default_factory=dict, init=False)
     since: Offsets = field(default_factory=dict, init=False)
     lacks: dict[Partition, int] = field(default_factory=dict, init=False)
@@ -59,12 +65,14 @@ class Checkpoint:
     _empty: bytes | None = field(default=None, init=False)
     _read: int = field(default=0, init=False)
     _kept: KeptState | None = field(default=None, init=False)
+    _following: FollowedStore | None = field(default=None, init=False)
+    _marked: Offsets = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._empty = self.vertical.snapshot()
         if self.store is not None and self.stateful:
             self._kept = KeptState(self.vertical, self.store)
-        if self.stateful:
+        if self.stateful and self.followed is None:
             self._load()
 
     @property
@@ -201,6 +209,8 @@ class Checkpoint:
 
         For a standby, whose state comes from the log and not from each snapshot of the worker.
         """
+        if self.followed is not None:
+            return self.stateful and self._follow_store(self.followed)
         if self.path is None or not self.stateful:
             return False
         with contextlib.suppress(FileNotFoundError):
@@ -214,6 +224,84 @@ class Checkpoint:
                 if {Partition(topic, p) for topic, p, _ in header["offsets"]} != set(self.applied):
                     self._load()
         return bool(self.applied)
+
+    def _follow_store(self, folder: Path) -> bool:
+        """The same where the state is on disk: what the worker has there is read, not written.
+
+        What has changed here stays in memory, as it does before a checkpoint of one's own. Once the
+        worker's next checkpoint has all of it up to a mark, and nothing from behind what was
+        observed here, that is read from now on, and what is older than the mark may leave memory.
+        """
+        try:
+            store = self._following = self._following or FollowedStore(folder, self.origin)
+            header = store.newest()
+            offsets = _offsets(header, "offsets")
+            if offsets.keys() != self.applied.keys() or store.behind > MAX_BEHIND:
+                store.renew()
+                self._begin_behind(store, header)
+            elif self._between(self._marked, offsets) and self._between(offsets, self.applied):
+                store.renew()
+                self.vertical.end_checkpoint(durable=True)
+                self._mark()
+        except (InputError, OSError, lmdb.Error) as error:
+            log.debug("the worker's state cannot be followed yet: %s", error)
+            self._let_go()
+        return bool(self.applied)
+
+    def _begin_behind(self, store: FollowedStore, header: Mapping[str, Any]) -> None:
+        self._take({})
+        if header:
+            self.vertical.keep_state_in(store)
+            self._take(header)
+            self._mark()
+
+    def _mark(self) -> None:
+        """What has changed up to now may leave memory once the worker's checkpoint has it."""
+        self._marked = dict(self.applied)
+        self.vertical.begin_checkpoint()
+        while not self.vertical.write_checkpoint(1.0):
+            pass
+
+    def _let_go(self) -> None:
+        store, self._following = self._following, None
+        if store is not None:
+            store.close()
+        self._take({})
+
+    @staticmethod
+    def _between(low: Offsets, high: Offsets) -> bool:
+        return all(at <= high[p] for p, at in low.items())
+
+    def take_over(self, store: DiskStore) -> None:
+        """Go on with the store of the worker that has ended, from where this stands.
+
+        Args:
+            store: opened after :meth:`release`.
+        """
+        self.store, self.followed = store, None
+        if not self.stateful:
+            return
+        self._kept = KeptState(self.vertical, store)
+        followed, self._following = self._following, None
+        try:
+            offsets = _offsets(store.reopen(), "offsets")
+        except InputError:  # _load() says so
+            offsets = {}
+        fits = bool(offsets) and offsets.keys() == self.applied.keys()
+        if followed is not None and fits and self._between(offsets, self.applied):
+            followed.take_over(store)
+            self.vertical.end_checkpoint(durable=False)
+            log.info("going on %d records behind its last checkpoint", self._since(offsets))
+        else:
+            self._load()
+
+    def release(self) -> None:
+        """Let go of the worker's files, which has ended."""
+        if self._following is not None:
+            self._following.close()
+
+    def _since(self, offsets: Offsets) -> int:
+        return sum(at - offsets[p] for p, at in self.applied.items())
 
     def _ahead(self, committed: Offsets) -> list[Partition]:
         return [p for p, to in committed.items() if self.applied.get(p, -1) > to]
@@ -279,9 +367,11 @@ class Checkpoint:
         return header
 
     def _take(self, header: Mapping[str, Any]) -> None:
-        def read(name: str) -> Offsets:
-            return {Partition(topic, p): at for topic, p, at in header.get(name, ())}
-
-        self.applied, self.since, self.lacks = read("offsets"), read("since"), read("lacks")
+        names = "offsets", "since", "lacks"
+        self.applied, self.since, self.lacks = (_offsets(header, name) for name in names)
         self.layout = self.layout.joined(Layout(*header.get("layout", ())))
         self.dirty = False
+
+
+def _offsets(header: Mapping[str, Any], name: str) -> Offsets:
+    return {Partition(topic, p): at for topic, p, at in header.get(name, ())}

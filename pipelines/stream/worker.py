@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 from kafka.errors import KafkaError
@@ -186,13 +187,20 @@ def run(
 
     origin = {"vertical": vertical.name, "topic": config.input_topic, "group": config.group}
 
-    def state(store: DiskStore | None = None) -> tuple[Checkpoint, Processor]:
+    parts = None
+    if config.state_store == "disk" and config.state_dir is not None:
+        parts = config.state_dir / "parts"
+
+    def state(
+        store: DiskStore | None = None, followed: Path | None = None
+    ) -> tuple[Checkpoint, Processor]:
         checkpoint = Checkpoint(
             vertical,
             config.state_dir / "state.snapshot" if config.state_dir else None,
             origin,
             config.replay_max_records,
             store,
+            followed,
         )
         places = KeyPlaces() if vertical.together(vertical.example()) else None
         promise = sla or vertical.sla
@@ -216,7 +224,7 @@ def run(
     standby, ready = None, None
     if config.standby:
         prepare(config)
-        ready = state()
+        ready = state(followed=parts)
         standby = Standby(config, *ready, stop)
         log.info("standing by for the worker that holds %s", config.state_dir)
     try:
@@ -230,9 +238,14 @@ def run(
                 standby.close()
                 log.info("taking over %s", config.state_dir)
             identity = config.instance_id or name or uuid.uuid4().hex
-            if config.state_store == "disk" and config.state_dir is not None:
-                store = DiskStore(config.state_dir / "parts", origin)
-                ready = state(held.enter_context(contextlib.closing(store)))
+            if parts is not None:
+                if ready is not None:
+                    ready[0].release()
+                store = held.enter_context(contextlib.closing(DiskStore(parts, origin)))
+                if ready is None:
+                    ready = state(store)
+                else:
+                    ready[0].take_over(store)
             checkpoint, processor = ready or state()
             consumer, sink = join(config, identity, vertical.name)
             worker = Worker(
@@ -242,8 +255,9 @@ def run(
     except NotNeeded:
         return StreamSummary()
     finally:
-        if standby is not None:
+        if standby is not None and ready is not None:
             standby.close()
+            ready[0].release()
 
 
 def join(config: StreamConfig, identity: str, vertical: str) -> tuple[GroupConsumer, KafkaSink]:
@@ -538,15 +552,13 @@ class Worker:
             self._check_patience(now)
         if self.processor.watches:
             self.processor.look(self.consumer.elsewhere())
+        self._at("snapshot")
         self.checkpoint.write()
         pressed = self.checkpoint.pressed
         due = now - self._saved >= self.config.snapshot_interval_s or pressed >= BEGIN_AT
         if due and not self.checkpoint.busy:
             self._settle()
             self._snapshot()
-        if pressed >= 1.0:
-            self._at("snapshot")
-            self.checkpoint.finish()
         if now - self._reported >= PROGRESS_S:
             self._reported = now
             self._report()

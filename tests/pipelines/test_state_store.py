@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
+import os
 import resource
 import shutil
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -124,7 +126,8 @@ def with_a_full_disk(folder: Path) -> None:
     store.durable().result()
     store.commit({"turn": 1, **store.mark()}).result()
     room = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, room[1]))
+    for pid in (os.getpid(), store.writer_pid):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1 << 18, room[1]))
     for number in range(1_000):
         store.put(b"%d" % number, bytes(1_000))
     failure = store.commit({"turn": 2, **store.mark()}).exception()
@@ -132,7 +135,8 @@ def with_a_full_disk(folder: Path) -> None:
     assert (store.get(b"0"), store.get(b"k")) == (None, b"one")
     store.append(bytes(1 << 19))
     assert isinstance(store.durable().exception(), StateError)
-    resource.setrlimit(resource.RLIMIT_FSIZE, room)
+    for pid in (os.getpid(), store.writer_pid):
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, room)
     assert store.durable().exception() is None
     assert list(store.entries()) == [bytes(1 << 19)]
     store.put(b"k", b"three")
@@ -146,6 +150,34 @@ def test_a_full_disk_costs_the_checkpoint_alone_and_entries_wait(tmp_path: Path)
     process.start()
     process.join(120)
     assert process.exitcode == 0
+
+
+def test_a_writing_process_that_was_killed_costs_the_checkpoint_alone(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        store.put(b"k", b"one")
+        store.commit({"turn": 1}).result(30)
+        for before in (b"", b"two"):
+            if before:
+                store.put(b"k", before)
+            os.kill(store.writer_pid, signal.SIGKILL)
+            with pytest.raises(StateError, match="SIGKILL"):
+                store.commit({"turn": 2}).result(30)
+            assert store.get(b"k") == b"one"
+            store.put(b"l", b"three")
+            store.commit({"turn": 3}).result(30)
+            assert (store.get(b"k"), store.get(b"l")) == (b"one", b"three")
+
+
+def test_one_process_writes_at_a_time_and_the_next_waits_for_its_end(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        first = DiskStore(tmp_path, ORIGIN)
+        second = thread.submit(DiskStore, tmp_path, ORIGIN)
+        assert not wait((second,), 0.5).done
+        first.put(b"k", b"one")
+        first.commit({"turn": 1}).result(30)
+        first.close()
+        with contextlib.closing(second.result(30)) as store:
+            assert store.reopen()["turn"] == 1
 
 
 def test_a_store_of_another_origin_is_refused_but_one_that_logs_begins_with_a_streams(
@@ -189,6 +221,19 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "parts.db").touch()
     with pytest.raises(ConfigError, match="earlier version"):
         DiskStore(tmp_path, ORIGIN)
+
+
+def without_address_space(folder: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (64 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    with pytest.raises(ConfigError, match="1 TiB of address space"):
+        DiskStore(folder, ORIGIN)
+
+
+def test_a_limit_on_address_space_is_named(tmp_path: Path) -> None:
+    process = FORK.Process(target=without_address_space, args=(tmp_path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 def test_keys_longer_than_the_store_takes_stay_apart(tmp_path: Path) -> None:
