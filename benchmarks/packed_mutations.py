@@ -27,10 +27,14 @@ from typing import Any
 
 import torch
 from head import parser_of, print_json
+from torch import nn
 
 from plinth.engine import ModelError
 from plinth.engine.compression import coding, packing
 from plinth.engine.compression.packing import Coded, PackedFile
+from plinth.engine.compression.registry import Recipe
+from plinth.engine.compression.training import compress
+from plinth.engine.models.weights import fill
 
 SECONDS, MORE_BYTES = 10.0, 512 << 20
 NUMBERS: tuple[Any, ...] = (
@@ -74,6 +78,22 @@ class Outcome:
     reasons: Counter[str] = field(default_factory=Counter)
 
 
+def network() -> nn.Module:
+    """A small network as its code builds it."""
+    return nn.Sequential(
+        *(nn.Conv1d(4, 24, 3, padding=1), nn.BatchNorm1d(24), nn.ReLU()),
+        *(nn.Conv1d(24, 24, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(24 * 8, 40)),
+    )
+
+
+NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
+    "low rank": {"low_rank": {"energy": 0.6}, "quantization_aware": {"bits": "int4"}},
+    "fewer channels": {"pruning": {"channels": 0.5}, "quantization_aware": {"bits": "int8"}},
+    "even steps": {"quantization_aware": {"bits": "even", "feedback": True}},
+}
+"""Recipes of the files that are read into :func:`network`, whose layers some change."""
+
+
 def originals(folder: Path) -> dict[str, bytes]:
     """Packed files, each with tensors of several kinds, by name."""
     made: dict[str, bytes] = {}
@@ -101,6 +121,17 @@ def originals(folder: Path) -> dict[str, bytes]:
             {"tied": "weight"},
         )
         made[name] = path.read_bytes()
+    torch.manual_seed(0)
+    rows = {"x": torch.randn(8, 4, 8)}
+    for name, steps in NETWORKS.items():
+        small = compress(
+            network().eval(),
+            rows,
+            Recipe(steps, epochs=0),
+            lambda net, given: {"y": net(given["x"])},
+        )
+        small.write(folder / "whole.packed")
+        made[name] = (folder / "whole.packed").read_bytes()
     return made
 
 
@@ -195,8 +226,14 @@ def _retabled(chance: random.Random, whole: bytes) -> bytes:
     return _joined(table, inside, behind)
 
 
-def read_all(path: Path) -> dict[str, bytes]:
+def read_all(path: Path, name: str) -> dict[str, bytes]:
     """Every tensor of a file, as it is loaded into a module."""
+    if name in NETWORKS:
+        module = network()
+        fill(module, path, str(path), {})
+        return {
+            key: value.numpy(force=True).tobytes() for key, value in module.state_dict().items()
+        }
     with PackedFile(path) as file:
         return {name: file.dense(name).numpy().tobytes() for name in file.entries}
 
@@ -208,7 +245,7 @@ def run(files: int, seed: int, folder: Path) -> Outcome:
     want = {}
     for name, content in made.items():
         (folder / "whole.packed").write_bytes(content)
-        want[name] = read_all(folder / "whole.packed")
+        want[name] = read_all(folder / "whole.packed", name)
     path = folder / "damaged.packed"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(files):
@@ -218,7 +255,7 @@ def run(files: int, seed: int, folder: Path) -> Outcome:
         begun = time.process_time()
         where = f"file {number} ({name}, seed {seed})"
         try:
-            got = read_all(path)
+            got = read_all(path, name)
         except ModelError as error:
             found.refused += 1
             found.reasons[_kind(str(error))] += 1

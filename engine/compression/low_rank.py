@@ -108,7 +108,8 @@ def factor(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
         shapes: of the stored tensors, by name.
     """
     for path, layer in list(_layers(module)):
-        rank = shapes.get(f"{path}.down.weight", (0,))[0]
+        shape = shapes.get(f"{path}.down.weight")
+        rank = shape[0] if shape else 0
         if rank and f"{path}.weight" not in shapes and rank <= min(_matrix(layer).shape):
             _put(module, path, LowRank(layer, rank).to(layer.weight.dtype))  # type: ignore[arg-type]
 

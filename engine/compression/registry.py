@@ -57,6 +57,18 @@ class Transform:
         """What it costs to answer otherwise than the model that is compressed."""
         return None
 
+    @property
+    def asks_moments(self) -> bool:
+        """Whether :meth:`see` is to be called."""
+        return False
+
+    def see(self, moments: Mapping[str, Tensor]) -> None:
+        """How the inputs of each weight's layer go together, before weights are stored.
+
+        Args:
+            moments: by name of a weight; see :func:`plinth.engine.compression.feedback.moments`.
+        """
+
     def coded(self, weight: Weight, value: Tensor) -> Coded | None:
         """How a weight is stored once training is over; ``None``: as it is."""
         return None
@@ -136,6 +148,7 @@ class Recipe:
                 words.append(f"rank of {settings.get('energy', 0.9):.0%}")
             elif name == "quantization_aware":
                 words.append(str(settings.get("bits", "int8")))
+                words += ["error feedback"] if settings.get("feedback") else []
             elif name != "distillation":
                 words.append(name)
         return ", ".join(words) or "as it is"

@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from plinth.engine.compression import low_rank, packing, pruning, quantization_aware
 from plinth.engine.compression.distillation import Distillation, apart
+from plinth.engine.compression.feedback import moments
 from plinth.engine.compression.graph import NORMS, chains
 from plinth.engine.compression.packed_layers import unpack_layers
 from plinth.engine.compression.packing import Coded
@@ -39,6 +40,7 @@ _LEAST = 32  # numbers of a tensor that algorithms work on
 _CLIP = 5.0  # norm of the gradient, at most
 _WARM = 0.05  # of training, in which the rate rises
 _NORM_ROWS = 1024  # that batch norms are measured on again
+_MOMENT_ROWS = 256  # that show how inputs go together
 _HALF_MOST = 60000.0
 
 
@@ -200,6 +202,8 @@ class _Training:
     def _finish(self) -> Compressed:
         for transform in self.transforms:
             transform.at(1.0)
+            if transform.asks_moments:
+                transform.see(self._moments())
         coded = self._codes()
         with torch.no_grad():
             for weight in self.weights:
@@ -220,6 +224,22 @@ class _Training:
         return Compressed(
             self.module, tensors, shared, sum(value.numel() for value in numbers), zeros
         )
+
+    def _moments(self) -> dict[str, Tensor]:
+        """How the inputs of the layers go together on some of the rows."""
+        noise = torch.Generator().manual_seed(self.recipe.seed)
+        some = torch.randperm(self.count, generator=noise)[:_MOMENT_ROWS]
+        batches = (
+            {name: tensor[chosen] for name, tensor in self.rows.items()}
+            for chosen in torch.split(some, self.recipe.batch)
+        )
+        training = self.module.training
+        self.module.eval()
+        names = {weight.name for weight in self.weights}
+        found = moments(self.module, (self.forward(self.module, rows) for rows in batches), names)
+        if training:
+            _train_mode(self.module)
+        return found
 
     def _codes(self) -> dict[str, Coded]:
         found = {}

@@ -40,7 +40,7 @@ ROUNDS = 5
 TIMED_SECONDS = 0.2  # of a round, about
 NOISE = 0.1  # of a ratio of CPU times, below which two are as fast
 LADDER: tuple[tuple[float, str], ...] = (
-    *((0.0, "int8"), (0.0, "int4"), (0.5, "int4"), (0.7, "int4"), (0.8, "int4")),
+    *((0.0, "int8"), (0.0, "even"), (0.0, "int4"), (0.5, "int4"), (0.7, "int4"), (0.8, "int4")),
     *((0.7, "ternary"), (0.85, "int4"), (0.8, "ternary"), (0.9, "int4"), (0.85, "ternary")),
     *((0.9, "ternary"), (0.95, "int4"), (0.95, "ternary"), (0.97, "ternary")),
 )
@@ -52,6 +52,7 @@ def ladder(
     channels: float = 0.0,
     rungs: Sequence[tuple[float, str]] = LADDER,
     energy: float = 0.0,
+    feedback: bool = False,
 ) -> list[Recipe]:
     """Recipes of sparsity and bits, each distilled, with these epochs, batch, rate and seed.
 
@@ -60,6 +61,7 @@ def ladder(
         channels: share of channels that each removes besides.
         rungs: sparsity and bits of each.
         energy: of the singular values that each keeps besides; 0: layers stay one.
+        feedback: whether rounding makes good its errors, as it should where nothing is trained.
     """
     found = []
     for sparsity, bits in rungs:
@@ -68,7 +70,7 @@ def ladder(
         steps: dict[str, Mapping[str, Any]] = {
             **({"low_rank": {"energy": energy}} if energy else {}),
             **(pruning if pruning["pruning"] else {}),
-            "quantization_aware": {"bits": bits},
+            "quantization_aware": {"bits": bits} | ({"feedback": True} if feedback else {}),
             "distillation": {},
         }
         found.append(replace(settings, steps=steps))

@@ -17,6 +17,7 @@ from plinth.engine import (
     architecture,
 )
 from plinth.engine.backends.variants import load_variant
+from plinth.engine.compression.feedback import moments
 from plinth.engine.compression.packing import Coded, PackedFile
 from plinth.engine.compression.pruning import Pruning
 from plinth.engine.compression.registry import Recipe, Transform, Weight, known, register
@@ -115,7 +116,9 @@ def test_the_same_recipe_and_rows_give_the_same_bits(trained):
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
-@pytest.mark.parametrize(("bits", "high"), [("int8", 127), ("int4", 7), ("ternary", 1)])
+@pytest.mark.parametrize(
+    ("bits", "high"), [("int8", 127), ("even", 127), ("int4", 7), ("ternary", 1)]
+)
 def test_weights_of_few_bits_without_any_training(trained, bits, high):
     module, images, _ = trained
     steps = {"quantization_aware": {"bits": bits, "ends": bits}}
@@ -125,7 +128,47 @@ def test_weights_of_few_bits_without_any_training(trained, bits, high):
     assert all(int(value.codes.abs().max()) <= high for value in coded)
     want, got = module(images[60:]), found.module(images[60:])
     cosine = nn.functional.cosine_similarity(want, got).mean()
-    assert cosine > {"int8": 0.9999, "int4": 0.98, "ternary": 0.8}[bits]
+    assert cosine > {"int8": 0.9999, "even": 0.99, "int4": 0.98, "ternary": 0.8}[bits]
+
+
+def test_error_feedback_makes_good_what_rounding_does_to_the_answers(trained):
+    module, images, _ = trained
+    off = []
+    for feedback in (False, True):
+        steps = {"quantization_aware": {"bits": "even", "step": 0.8, "feedback": feedback}}
+        found = compress(module, {"x": images[:60]}, recipe(0, **steps), forward)
+        with torch.no_grad():
+            off.append(float((found.module(images[60:]) - module(images[60:])).square().mean()))
+    assert off[1] < 0.7 * off[0]
+    label = recipe(0, **steps).label
+    assert label == "even, error feedback"
+    with pytest.raises(ConfigError, match="step is 5"):
+        recipe(0, quantization_aware={"bits": "even", "step": 5}).build()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(12, 8),
+        nn.Conv1d(3, 8, 3, stride=2, padding=1),
+        nn.Conv2d(2, 8, 3, dilation=2, padding=2),
+    ],
+)
+def test_moments_are_of_what_each_weight_is_multiplied_with(layer):
+    """x' H x of a change of the weights is the mean square of the change of the answers."""
+    x = {2: torch.randn(400, 12), 3: torch.randn(40, 3, 20), 4: torch.randn(9, 2, 12, 12)}
+    rows = x[layer.weight.ndim]
+    net = nn.Sequential(layer)
+    products = moments(net, (net(rows) for _ in range(1)), {"0.weight"})["0.weight"]
+    change = torch.randn_like(layer.weight)
+    with torch.no_grad():
+        before = layer(rows)
+        layer.weight += change
+        moved = (layer(rows) - before).double()
+    channel = 1 if layer.weight.ndim > 2 else -1
+    want = moved.square().movedim(channel, 0).flatten(1).mean(1)
+    flat = change.flatten(1).double()
+    assert torch.allclose(((flat @ products) * flat).sum(1), want, rtol=1e-4)
 
 
 def test_batch_norm_that_went_into_scales_leaves_the_answers(trained):

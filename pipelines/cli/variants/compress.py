@@ -48,7 +48,7 @@ def compress(
     ] = None,
     bits: Annotated[
         list[str] | None,
-        typer.Option(help="Only these: int8, int4, int3 or ternary; repeat it for several."),
+        typer.Option(help="Only these: int8, even, int4, int3, ternary; repeat it for several."),
     ] = None,
     channels: Annotated[
         float, typer.Option(min=0, max=0.99, help="Share of channels to remove: faster too.")
@@ -175,12 +175,13 @@ def _recipes(
 ) -> list[Recipe]:
     from plinth.engine.optimize.recipes import LADDER, ladder
 
+    feedback = settings.epochs == 0
     if sparsity is None and bits is None:
-        return ladder(settings, channels, energy=energy)
+        return ladder(settings, channels, energy=energy, feedback=feedback)
     shares = sorted(set(sparsity or [share for share, _ in LADDER]))
     words = bits or sorted({word for _, word in LADDER})
     rungs = [(share, word) for share in shares for word in words]
-    return ladder(settings, channels, rungs, energy)
+    return ladder(settings, channels, rungs, energy, feedback)
 
 
 def _facts(point: Small, reference: int) -> dict[str, Any]:
