@@ -1,9 +1,13 @@
 """Memory in fresh processes: what is planned against what is measured, and what it takes to fit.
 
     python benchmarks/memory.py plan [--backends eager onnxruntime openvino] [--json]
-    python benchmarks/memory.py texts [--runs 3] [--models bert gpt2] [--json]
+    python benchmarks/memory.py texts [--runs 3] [--models bert gpt2] [--ways naive ...] [--json]
+    python benchmarks/memory.py times [--runs 3] [--models bert gpt2] [--json]
     python benchmarks/memory.py idle [--backends eager] [--seconds 20] [--rate 40] [--json]
-    python benchmarks/memory.py volumes [--networks unet encoder] [--json]
+    python benchmarks/memory.py volumes [--networks unet encoder] [--ways whole ...] [--json]
+
+Each line is printed when it is there. With ``--folder`` what a line needs of those before it stays
+there, so that each can be had by a command of its own: ``texts --models gpt2 --ways streamed``.
 
 Every figure is of a process of its own: the largest memory it had (sampled every millisecond and
 held against the kernel's own peak), less what it had after its imports. *Dirty* bytes are those
@@ -13,6 +17,7 @@ that the system could only write to swap; the rest are pages of files, which it 
 ``texts``: BERT-base on 8 x 256 tokens and GPT-2 Medium on 4 x 256, random weights through
 transformers: as transformers runs them with and without autograd, and by the engine, whole and in
 a memory budget smaller than the weights, which streams them layer by layer; answers are compared.
+``times``: the CPU seconds of the same, but for naive, in one process by turns.
 ``idle``: 20 models in a budget of 5, called at random in an open loop, against all in memory.
 ``volumes``: a 3-D U-Net on 256^3 voxels, whole and by windows with a halo; an encoder of CT with
 117 million weights (a ResNet-152 inflated to three dimensions, its weights random) on
@@ -32,7 +37,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -68,6 +73,7 @@ TEXTS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "gpt2": ({"width": 1024, "depth": 24, "heads": 16}, (4, 256)),
 }
 WAYS = ("naive", "inference_mode", "engine", "streamed")
+VOLUME_WAYS = ("whole", "windows", "streamed")
 PLANNED: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
     "resnet": ({}, (3, 224, 224), 8),
     "unet3d": ({"widths": [8, 16, 32]}, (1, 64, 64, 64), 2),
@@ -117,27 +123,37 @@ def peak() -> Iterator[Peak]:
 
 def fresh(*words: str) -> Any:
     """What a process of its own prints for these arguments, from JSON."""
-    called = [sys.executable, __file__, *words]
+    called = [sys.executable, __file__, "--inside", *words]
     done = subprocess.run(called, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@contextmanager
+def folder_of(options: Namespace) -> Iterator[Path]:
+    """The folder that stays, or one for this run."""
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        yield options.folder
+        return
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
 # -- plan --------------------------------------------------------------------------------------
-def plan(options: Namespace) -> list[dict[str, Any]]:
+def plan(options: Namespace) -> Iterator[dict[str, Any]]:
     """A line for each model and backend."""
-    with tempfile.TemporaryDirectory() as folder:
+    with folder_of(options) as folder:
         os.environ["PLINTH_CACHE"] = f"{folder}/cache"  # the first start exports and compiles
-        store = ModelStore(Path(folder))
-        for name, (config, shape, _) in PLANNED.items():
-            model = sized(name, config, shape)
-            store.save(model.spec, model.module)
-        return [
-            fresh("--inside", "plan", folder, name, backend)
-            for name in PLANNED
-            for backend in options.backends
-        ]
+        store = ModelStore(folder)
+        for name in options.planned:
+            config, shape, _ = PLANNED[name]
+            if not (folder / name).exists():
+                model = sized(name, config, shape)
+                store.save(model.spec, model.module)
+            for backend in options.backends:
+                yield fresh("plan", str(folder), name, backend)
 
 
 def sized(name: str, config: Mapping[str, Any], shape: tuple[int, ...]) -> Model:
@@ -194,17 +210,31 @@ def plan_inside(folder: str, name: str, backend: str) -> dict[str, Any]:
 
 
 # -- texts -------------------------------------------------------------------------------------
-def texts(options: Namespace) -> list[dict[str, Any]]:
+def texts(options: Namespace) -> Iterator[dict[str, Any]]:
     """A line for each model and way to run it."""
-    lines = []
-    for name in options.models:
-        with tempfile.TemporaryDirectory() as folder:
-            fresh("--inside", "weights", folder, name)
-            for way in WAYS:
-                runs = [fresh("--inside", "text", folder, name, way) for _ in range(options.runs)]
+    with folder_of(options) as whole:
+        for name in options.models:
+            folder = with_weights(whole, name)
+            for way in [way for way in WAYS if way in options.ways]:
+                runs = [fresh("text", folder, name, way) for _ in range(options.runs)]
                 line = {key: median(run[key] for run in runs) for key in runs[0]}
-                lines.append({"model": name, "way": way, **line})
-    return lines
+                yield {"model": name, "way": way, **line}
+
+
+def times(options: Namespace) -> Iterator[dict[str, Any]]:
+    """A line for each model and way to run it."""
+    with folder_of(options) as whole:
+        for name in options.models:
+            yield from fresh("times", with_weights(whole, name), name, str(options.runs))
+
+
+def with_weights(whole: Path, name: str) -> str:
+    """The folder of a model's weights, made where it is not there."""
+    folder = whole / name
+    if not (folder / "store").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        fresh("weights", str(folder), name)
+    return str(folder)
 
 
 def theirs(name: str) -> Any:
@@ -283,59 +313,71 @@ def ids_of(name: str) -> dict[str, Tensor]:
 def text_inside(folder: str, name: str, way: str) -> dict[str, Any]:
     """Peaks, CPU seconds and the cosine of the answer to the naive one."""
     torch.set_num_threads(1)
-    rows = ids_of(name)
     if way in ("naive", "inference_mode"):
         import transformers  # noqa: F401 - what is imported is no model's
-
-        run = by_transformers
-    else:
-        run = by_engine
-    with peak() as found:
-        output, seconds = run(Path(folder), name, way, rows)
+    with peak() as found, ready(Path(folder), name, way) as run:
+        took = []
+        for _ in range(2):
+            output = None
+            begun = time.process_time()
+            output = run()
+            took.append(time.process_time() - begun)
     kept = Path(folder) / "naive.npy"
     if way == "naive":
-        np.save(kept, output.numpy())
-    want = torch.from_numpy(np.load(kept)).double().reshape(-1)
-    got = output.double().reshape(-1)
-    cosine = float(want @ got / (want.norm() * got.norm()))
-    return asdict(found) | {"seconds": seconds, "cosine": cosine}
+        np.save(kept, output.detach().numpy())  # type: ignore[union-attr]
+    cosine = like(np.load(kept), output.detach())  # type: ignore[union-attr]
+    return asdict(found) | {"seconds": took[-1], "cosine": cosine}
 
 
-def timed(run: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """The answer, and the CPU seconds of the second run."""
-    took = []
-    for _ in range(2):
-        output = None
-        begun = time.process_time()
-        output = run()
-        took.append(time.process_time() - begun)
-    return output.detach(), took[-1]  # type: ignore[union-attr]
+def like(kept: Any, output: Tensor) -> float:
+    """The cosine of two answers."""
+    want, got = torch.from_numpy(kept).double().reshape(-1), output.double().reshape(-1)
+    return float(want @ got / (want.norm() * got.norm()))
 
 
-def by_transformers(
-    folder: Path, name: str, way: str, rows: dict[str, Tensor]
-) -> tuple[Tensor, float]:
-    """As a script does it: made, filled, run."""
-    module = theirs(name).eval()
-    module.load_state_dict(load_file(folder / "theirs.safetensors"))
+def times_inside(folder: str, name: str, runs: str) -> list[dict[str, Any]]:
+    """CPU seconds of each way in turns, after a run of each that does not count."""
+    torch.set_num_threads(1)
+    took: dict[str, list[float]] = {way: [] for way in WAYS[1:]}
+    with ExitStack() as open_:
+        ways = {way: open_.enter_context(ready(Path(folder), name, way)) for way in took}
+        for turn in range(1 + int(runs)):
+            for way, run in ways.items():
+                begun = time.process_time()
+                run()
+                if turn:
+                    took[way].append(time.process_time() - begun)
+    base = took["inference_mode"]
+    lines = []
+    for way, each in took.items():
+        ratios = [one / other for one, other in zip(each, base, strict=True)]
+        spread = {"least": min(ratios), "most": max(ratios)}
+        lines.append({"model": name, "way": way, "seconds": median(each), "ratio": median(ratios)})
+        lines[-1] |= spread
+    return lines
 
-    def run() -> Tensor:
-        found = module(**rows)
-        answer: Tensor = found.logits[:, -1] if name == "gpt2" else found.last_hidden_state
-        return answer
 
-    if way == "naive":
-        return timed(run)
-    with torch.inference_mode():
-        return timed(run)
+@contextmanager
+def ready(folder: Path, name: str, way: str) -> Iterator[Callable[[], Tensor]]:
+    """What runs the model on its texts, a way."""
+    rows = ids_of(name)
+    if way in ("naive", "inference_mode"):
+        module = theirs(name).eval()
+        module.load_state_dict(load_file(folder / "theirs.safetensors"))
 
+        def theirs_run() -> Tensor:
+            with torch.inference_mode(way != "naive"):
+                found = module(**rows)
+            answer: Tensor = found.logits[:, -1] if name == "gpt2" else found.last_hidden_state
+            return answer
 
-def by_engine(folder: Path, name: str, way: str, rows: dict[str, Tensor]) -> tuple[Tensor, float]:
-    """From the store, with a budget above or below the weights."""
+        yield theirs_run
+        return
     choice.CHECK_SECONDS = 3600.0  # whatever else the machine does, rows are tried
     budget = 200 << 20 if way == "streamed" else 8 << 30
     with Engine(backend="eager", precision="fp32", threads=1, memory_budget=budget) as engine:
-        engine.add(ModelStore(folder / "store").load(name), batch_range=(1, 16), example=rows)
+        most = len(rows["input_ids"])
+        engine.add(ModelStore(folder / "store").load(name), batch_range=(1, most), example=rows)
         streams = engine.status()["models"][name]["memory"]
         assert (streams is not None) == (way == "streamed"), streams
 
@@ -344,11 +386,11 @@ def by_engine(folder: Path, name: str, way: str, rows: dict[str, Tensor]) -> tup
             answer: Tensor = found[:, -1] if name == "gpt2" else found["tokens"]
             return answer
 
-        return timed(run)
+        yield run
 
 
 # -- idle --------------------------------------------------------------------------------------
-def idle(options: Namespace) -> list[dict[str, Any]]:
+def idle(options: Namespace) -> Iterator[dict[str, Any]]:
     """A line for each way to hold 20 models."""
     with tempfile.TemporaryDirectory() as folder:
         store = ModelStore(Path(folder))
@@ -358,11 +400,10 @@ def idle(options: Namespace) -> list[dict[str, Any]]:
             )
             store.save(model.spec, model.module)
         words = (str(options.seconds), str(options.rate))
-        return [
-            fresh("--inside", "idle", folder, backend, held, *words)
-            for backend in options.backends
-            for held in ("all", "five")
-        ]
+        os.environ["PLINTH_CACHE"] = f"{folder}/cache"
+        for backend in options.backends:
+            for held in ("all", "five"):
+                yield fresh("idle", folder, backend, held, *words)
 
 
 def answered(took: list[float], due: float, _: object) -> None:
@@ -471,17 +512,19 @@ def encoder() -> nn.Module:
     return Encoder3d()
 
 
-def volumes(options: Namespace) -> list[dict[str, Any]]:
+def volumes(options: Namespace) -> Iterator[dict[str, Any]]:
     """A line for each network and way."""
-    lines: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        if "unet" in options.networks:
-            lines += [fresh("--inside", "volume", folder, way) for way in ("whole", "windows")]
-        if "encoder" in options.networks:
-            fresh("--inside", "encoder", folder, "save")
-            ways = ("whole", "streamed")
-            lines += [fresh("--inside", "encoder", folder, way) for way in ways]
-    return lines
+    with folder_of(options) as whole:
+        folder = str(whole)
+        for way in VOLUME_WAYS:
+            if way not in options.ways:
+                continue
+            if "unet" in options.networks and way != "streamed":
+                yield fresh("volume", folder, way)
+            if "encoder" in options.networks and way != "windows":
+                if not (whole / "store").exists():
+                    fresh("encoder", folder, "save")
+                yield fresh("encoder", folder, way)
 
 
 def encoder_inside(folder: str, way: str) -> dict[str, Any]:
@@ -546,16 +589,15 @@ def volume_inside(folder: str, way: str) -> dict[str, Any]:
     return {"way": way, **asdict(found), "seconds": seconds, "same_labels": same}
 
 
-def shown(lines: list[dict[str, Any]]) -> None:
-    """Lines as a table; bytes as MB."""
-    for line in lines:
-        cells = []
-        for key, value in line.items():
-            if (isinstance(value, int) and value > 1 << 16) or key in ("whole", "dirty"):
-                cells.append(f"{key} {value / 1e6:.0f} MB")
-            else:
-                cells.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
-        print(" | ".join(cells))
+def shown(line: dict[str, Any]) -> None:
+    """A line; bytes as MB."""
+    cells = []
+    for key, value in line.items():
+        if (isinstance(value, int) and value > 1 << 16) or key in ("whole", "dirty"):
+            cells.append(f"{key} {value / 1e6:.0f} MB")
+        else:
+            cells.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    print(" | ".join(cells), flush=True)
 
 
 def main() -> None:
@@ -564,28 +606,34 @@ def main() -> None:
             "plan": plan_inside,
             "weights": weights_inside,
             "text": text_inside,
+            "times": times_inside,
             "idle": idle_inside,
             "volume": volume_inside,
             "encoder": encoder_inside,
         }
         print(json.dumps(inside[sys.argv[2]](*sys.argv[3:])))  # type: ignore[operator]
         return
+    kinds = {"plan": plan, "texts": texts, "times": times, "idle": idle, "volumes": volumes}
     parser = parser_of(__doc__)
-    parser.add_argument("what", choices=("plan", "texts", "idle", "volumes"))
+    parser.add_argument("what", choices=tuple(kinds))
     parser.add_argument("--backends", nargs="+", default=["eager", "onnxruntime", "openvino"])
+    parser.add_argument("--planned", nargs="+", default=list(PLANNED), choices=list(PLANNED))
     parser.add_argument("--models", nargs="+", default=list(TEXTS), choices=list(TEXTS))
-    networks = ("unet", "encoder")
+    networks, ways = ("unet", "encoder"), tuple(dict.fromkeys((*WAYS, *VOLUME_WAYS)))
     parser.add_argument("--networks", nargs="+", default=list(networks), choices=networks)
+    parser.add_argument("--ways", nargs="+", default=list(ways), choices=ways)
+    parser.add_argument("--folder", type=Path, help="what lines need of others stays there")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--rate", type=float, default=40.0)
     options = parser.parse_args()
-    kinds = {"plan": plan, "texts": texts, "idle": idle, "volumes": volumes}
-    lines = kinds[options.what](options)
+    lines = []
+    for line in kinds[options.what](options):
+        lines.append(line)
+        if not options.json:
+            shown(line)
     if options.json:
         print_json(lines)
-    else:
-        shown(lines)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ def prepare(
     most: int | None = None,
     example: Mapping[str, Tensor] | None = None,
     room: int | None = None,
+    smaller: Callable[[Executable], Executable | None] | None = None,
 ) -> Executable:
     """Make a model ready to run, the fastest way that is right.
 
@@ -74,6 +75,7 @@ def prepare(
         most: rows of the largest batch that is planned for; ``None``: ``rows``.
         example: valid rows (n, ...) by input name, where made-up ones would not do.
         room: bytes that compiling may take at its peak; ``"auto"`` leaves out what takes more.
+        smaller: makes what takes less memory of the reference, before anything runs.
 
     Raises:
         ConfigError: unknown or impossible backend or precision, with the reason.
@@ -97,6 +99,8 @@ def prepare(
             raise error
     with cpu_threads(threads):
         reference = compiled(kind, model, device, PRESETS["fp32"], threads)
+        if smaller is not None:
+            reference = smaller(reference) or reference
         given = model.example if example is None else example
         hurried = kind in backends and (wanted.plain or wanted.auto)
         within = Bounded(CHECK_SECONDS if hurried else None)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from weakref import finalize
 
 import psutil
@@ -182,6 +183,8 @@ Rows = Mapping[str, Tensor]
 
 
 _RUNS = 3  # of each size: what an allocator keeps in pieces grows with the first ones
+_STRETCHES = 3  # of such runs, as long as they are short: other threads' memory is not in all
+_STRETCH_SECONDS = 0.5  # in which another is begun
 
 
 def measure(
@@ -196,8 +199,10 @@ def measure(
 
     On Linux the peak of loaded memory is read from the kernel, elsewhere sampled; on
     accelerators torch's allocator tells it. Memory that other threads take meanwhile counts
-    too, so measure before serving. A row never counts as less than its input and output.
-    A backend that keeps memory between runs gives it back before each size.
+    too, so measure before serving; of short runs the least of three counts, so that what another
+    took for a moment does not, and what others gave back is not taken off. A row never counts as
+    less than its input and output. A backend that keeps memory between runs gives it back before
+    each size.
 
     Args:
         executable: the compiled model.
@@ -224,8 +229,28 @@ def measure(
     return MemoryPlan(weights, fixed, per_row, budget(executable.device, limit), meter.how)
 
 
+def peak_of(executable: Executable, inputs: Rows) -> int:
+    """Bytes that a forward over some rows adds at its peak, its inputs among them.
+
+    Raises:
+        OutOfMemory: it does not fit on the device.
+    """
+    return _peak(executable, inputs, _meter(executable.device), 1)[0]
+
+
 def _peak(executable: Executable, inputs: Rows, meter: _Meter, runs: int) -> tuple[int, int]:
-    """Growth at the peak of so many forwards, and the bytes of the inputs and outputs of one.
+    """Growth at the peak of so many forwards, and the bytes of the inputs and outputs of one."""
+    begun = perf_counter()
+    growth, moved = _stretch(executable, inputs, meter, runs)
+    for _ in range(1, _STRETCHES):
+        if perf_counter() - begun > _STRETCH_SECONDS:
+            break
+        growth = min(growth, _stretch(executable, inputs, meter, runs)[0])
+    return max(growth, moved), moved
+
+
+def _stretch(executable: Executable, inputs: Rows, meter: _Meter, runs: int) -> tuple[int, int]:
+    """As :func:`_peak`, once.
 
     One that gave its memory back runs twice at least: then it shows what the first left in pieces.
     """
@@ -248,8 +273,7 @@ def _peak(executable: Executable, inputs: Rows, meter: _Meter, runs: int) -> tup
         ) from error
     finally:
         growth = meter.stop()
-    moved = held + sum(tensor.nbytes for tensor in outputs.values())
-    return max(growth + held, moved), moved
+    return growth + held, held + sum(tensor.nbytes for tensor in outputs.values())
 
 
 # -- meters ------------------------------------------------------------------------------------
@@ -266,7 +290,10 @@ class _Meter:
 
 
 class _Kernel(_Meter):
-    """Peak loaded memory as Linux counts it; the first start is the base until one anew."""
+    """Peak loaded memory as Linux counts it.
+
+    The least that a start found is the base until one anew: what the work keeps counts each time.
+    """
 
     how = "peak loaded memory of the kernel"
 
@@ -276,8 +303,8 @@ class _Kernel(_Meter):
     def start(self, *, anew: bool) -> None:
         trim()
         Path("/proc/self/clear_refs").write_text("5")
-        if self._base is None or anew:
-            self._base = _status("VmRSS")
+        now = _status("VmRSS")
+        self._base = now if self._base is None or anew else min(self._base, now)
 
     def stop(self) -> int:
         return max(0, _status("VmHWM") - (self._base or 0))
@@ -294,7 +321,8 @@ class _Sampled(_Meter):
     def start(self, *, anew: bool) -> None:
         self._process = psutil.Process()
         self._most = self._process.memory_info().rss
-        self._base = self._most if self._base is None or anew else self._base
+        now = self._most
+        self._base = now if self._base is None or anew else min(self._base, now)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()

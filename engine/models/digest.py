@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from plinth.engine.mapped import Pages
+
 _SIMPLE = (type(None), type(...), bool, int, float, complex, str, bytes, Enum, PurePath)
 _TORCH = (torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format)
 _LIBRARIES = ("torch", "numpy", "builtins")
@@ -113,6 +115,7 @@ class _Hash:
         self._say(str(host.dtype), str(tuple(host.shape)))
         if host.numel():
             self.sha.update(host.reshape(-1).view(torch.uint8).numpy().data)
+            Pages([host]).give_back()  # it was read to be counted
 
     def _object(self, value: Any) -> None:
         if isinstance(value, types.FunctionType):

@@ -26,6 +26,7 @@ from plinth.engine.devices.staging import Launched, Staging
 from plinth.engine.errors import ConfigError, ModelError, OutOfMemory, PlinthError
 from plinth.engine.flow import Sla, cat_rows
 from plinth.engine.mapped import Pages
+from plinth.engine.memory.foresight import SizePlans, outgrows
 from plinth.engine.memory.plan import MemoryPlan, Room, measure
 from plinth.engine.memory.plan import budget as budget_of
 from plinth.engine.memory.residency import Evictable, seats_status
@@ -70,6 +71,7 @@ class LoadedModel:
         plan: its memory; ``None`` where sizes of its inputs are free.
         free: some size of its inputs is free, so that calls fall into shape buckets.
         padding: how rows of different lengths share batches; ``None`` where they do not.
+        sizes: the memory of each size of rows where sizes are free.
         key: prefix of its batch keys.
         id: the name that lanes know it by; no other has it.
         elsewhere: the same on other devices, by their names.
@@ -92,6 +94,7 @@ class LoadedModel:
     room: Room
     plan: MemoryPlan | None = None
     padding: Padding | None = None
+    sizes: SizePlans | None = None
     free: bool = field(init=False)
     key: str = field(init=False)
     id: str = field(init=False)
@@ -223,7 +226,7 @@ class LoadedModel:
             BaseException: whatever the model raises.
         """
         executable, count = self._at(place), len(next(iter(rows.values())))
-        fit = count if self.plan is None else self.room.rows(self.plan, count)
+        fit = self._fitting(rows, place)
         if fit < count:
             return self._in_parts(rows, fit, place)
         try:
@@ -242,6 +245,17 @@ class LoadedModel:
         self.halvings += 1
         self.fits = self.most = min(self.most, max(1, count // 2))
         return self._in_parts(rows, -(-count // 2), place)
+
+    def _fitting(self, rows: Mapping[str, Tensor], place: int) -> int:
+        """How many of some rows may run at once beside what calls hold.
+
+        Raises:
+            OutOfMemory: not even one of rows of a free size; names the bytes.
+        """
+        count = len(next(iter(rows.values())))
+        if self.plan is not None:
+            return self.room.rows(self.plan, count)
+        return count if self.sizes is None else self.sizes.most(rows, self.room, self._at(place))
 
     def _in_parts(self, rows: dict[str, Tensor], size: int, place: int) -> dict[str, Tensor]:
         """Run rows, so many at once."""
@@ -362,6 +376,7 @@ class LoadedModel:
             "plan": self.executable.report.get("plan"),
             "weights_bytes": self.executable.weights,
             "row_bytes": plan.per_row if plan else None,
+            "size_plans": None if self.sizes is None else self.sizes.status(),
             "memory": self.executable.report.get("memory"),
             **seats_status(self.executable),
             "padding": None if self.padding is None else self.padding.status(),
@@ -386,11 +401,11 @@ def load_model(
 ) -> LoadedModel:
     """Compile a model, measure its memory and its cost, and seed the latency model.
 
-    A model whose inputs have free sizes is tried on example rows if it takes them, but its
-    memory and cost are learned from its first batches, shape by shape. Whatever a row costs, what
-    is measured stays within half a minute, in fp32 or ``"auto"``: one whose row takes more than
-    4 s is served untried, row by row. Compiling and exporting for the first time come on top: at
-    most 15 s with ``"auto"``, which leaves out what is late.
+    A model whose inputs have free sizes is tried on example rows if it takes them; the memory of
+    each size is planned when it first comes, and its cost is learned from its first batches.
+    Whatever a row costs, what is measured stays within half a minute, in fp32 or ``"auto"``: one
+    whose row takes more than 4 s is served untried, row by row. Compiling and exporting for the
+    first time come on top: at most 15 s with ``"auto"``, which leaves out what is late.
 
     Args:
         model: the model.
@@ -419,7 +434,9 @@ def load_model(
         raise ConfigError(f"batch_range is {batch_range}, expected 1 <= smallest <= largest")
     with cpu_threads(threads):
         sizes = min(_MEASURED_ROWS, high), high
-        executable = _made(model, device, (precision, backend), threads, sizes, compile_room)
+        slim = backend == "eager" and device.kind == "cpu"
+        slim = slim and outgrows(model, budget_of(device, budget))
+        executable = _made(model, device, (precision, backend), threads, sizes, compile_room, slim)
         module = executable.module if isinstance(executable, TorchExecutable) else None
         executable = _fitted(executable, budget_of(device, budget))
         if model.spec.block is not None:
@@ -432,7 +449,8 @@ def load_model(
             padding = None
             if high > 1 and model.spec.block is None and not _is_exact(precision):
                 padding = find_padding(model, executable)
-            return LoadedModel(model, sla, executable, high, room, padding=padding)
+            known = None if model.onnx is not None or device.kind != "cpu" else SizePlans(model)
+            return LoadedModel(model, sla, executable, high, room, padding=padding, sizes=known)
         plan = _plan(executable, model, sizes, budget)
         if plan.max_rows < low:
             executable, plan = _smaller(executable, plan, model, sizes, budget)
@@ -461,8 +479,12 @@ def _made(
     threads: int | None,
     sizes: tuple[int, int],
     room: int | None,
+    slim: bool,
 ) -> Executable:
-    """A stored variant, or the model prepared for ``sizes``: rows to compare, and at most."""
+    """A stored variant, or the model prepared for ``sizes``: rows to compare, and at most.
+
+    ``slim``: layer by layer from the first run on, where it can be.
+    """
     precision, backend = how
     found = _variant(model, device, precision, backend, threads)
     if found is not None:
@@ -471,7 +493,13 @@ def _made(
         sizes = block, block
         precision, backend = _one_way(model, device, precision, backend)
     tried, most = sizes
-    return prepare(model, device, precision, backend, threads, rows=tried, most=most, room=room)
+    return prepare(
+        *(model, device, precision, backend, threads),
+        rows=tried,
+        most=most,
+        room=room,
+        smaller=streamed if slim else None,
+    )
 
 
 def _fitted(executable: Executable, budget: int) -> Executable:

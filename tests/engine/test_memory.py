@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from plinth.engine import ConfigError, Engine, Model, ModelSpec, TensorSpec, Tiling
+from plinth.engine import Call, ConfigError, Engine, Model, ModelSpec, TensorSpec, Tiling
 from plinth.engine.backends import prepare
 from plinth.engine.devices.device import pick
 from plinth.engine.errors import OutOfMemory
+from plinth.engine.memory.foresight import foreseen, outgrows
 from plinth.engine.memory.plan import MOST_ROWS, MemoryPlan, budget, measure
+from plinth.engine.models.families.layers import Attention
 from plinth.engine.tiling import WindowMerger
 
 CPU = pick("cpu")
@@ -93,6 +95,40 @@ def test_the_peak_of_a_forward_is_measured():
         measure(executable, lambda rows: {"x": torch.ones(rows, 1)}, (4, 4))
 
 
+class Disturbed(Widening):
+    """Other threads' memory: for a moment beside one run, and given back before another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moments, self.kept = 0, list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        beside = torch.ones(self.moments << 20)  # 4 MiB each
+        self.moments = 0
+        return super().forward(x) + beside[:0].sum()
+
+
+@pytest.mark.cpu  # one device's meter is enough
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_what_others_take_and_give_back_is_not_the_models():
+    module = Disturbed()
+    executable = prepare(
+        Model(contract("wide", (1,), (1,)), module.eval()), CPU, "fp32", "eager", rows=1
+    )
+    module.kept.append(torch.ones(16 << 20))
+
+    def rows(count: int) -> dict[str, Tensor]:
+        if count == 1:
+            module.moments = 12  # 48 MiB
+        else:
+            module.kept.clear()  # 64 MiB
+        return {"x": torch.ones(count, 1)}
+
+    plan = measure(executable, rows, (1, 9))
+    assert plan.per_row == pytest.approx(8 << 20, rel=0.1)
+    assert plan.fixed < 4 << 20
+
+
 class Volumes(nn.Module):
     """Four classes of every voxel."""
 
@@ -144,6 +180,59 @@ def test_what_a_volume_holds_is_not_there_for_batches_and_volumes_of_other_model
     seen.rows.clear()
     served.run({"x": torch.ones(32, 1)})
     assert seen.rows == [32]
+
+
+class Pairs(nn.Module):
+    """Every value with every other: memory grows with the square of the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows.append(len(x))
+        return torch.bmm(x[:, :, None], x[:, None, :]).sum(2)
+
+
+@pytest.mark.cpu  # accelerators have no plan for free sizes
+def test_each_size_of_a_model_with_free_sizes_is_planned_refused_or_run_in_parts():
+    module = Pairs().eval()
+    budget_bytes = 40 << 20
+    with Engine(backend="eager", threads=1, memory_budget=budget_bytes) as engine:
+        engine.add(Model(contract("pairs", (None,), (None,)), module), batch_range=(1, 32))
+        module.rows.clear()
+        small = torch.ones(8, 64)
+        assert torch.equal(engine.submit(Call("pairs", small)).result(30).value, 64 * small)
+        assert sum(module.rows) == 8, "nobody looks where there is plenty"
+        module.rows.clear()
+        large = torch.ones(16, 1500)  # 9 MB a row
+        assert torch.equal(engine.submit(Call("pairs", large)).result(30).value, 1500 * large)
+        assert max(module.rows) <= 4, "in parts"
+        with pytest.raises(OutOfMemory, match=r"a row of x \(8000,\) takes about 2\d+ bytes"):
+            engine.submit(Call("pairs", torch.ones(1, 8000))).result(30)
+        facts = engine.status()["models"]["pairs"]["size_plans"]
+    assert facts["sizes"] == 2
+    assert facts["largest_row_bytes"] > 200 << 20
+
+
+def test_what_a_forward_takes_is_foreseen_from_its_shapes():
+    model = Model(contract("t", (None, 64), (None, 64)), Attention(64, 4).eval())
+    taken, one = foreseen(model, {"x": (2, 512, 64)}), 2 * 512 * 64 * 4
+    assert taken is not None
+    assert 5 * one <= taken <= 8 * one, "rows, queries, keys, values, answers: never all pairs"
+
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum().item() else -x
+
+    assert foreseen(Model(contract("looks", (None,), (None,)), Looks()), {"x": (1, 8)}) is None
+
+
+def test_a_model_whose_activations_outgrow_a_budget_is_known_before_it_runs():
+    wide = nn.Sequential(nn.Conv3d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv3d(16, 1, 3, padding=1))
+    model = Model(contract("wide", (1, 32, 32, 32), (1, 32, 32, 32)), wide.eval())
+    assert outgrows(model, 2 << 20)
+    assert not outgrows(model, 8 << 20)
 
 
 FRESH = """
