@@ -15,6 +15,7 @@ from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import UID, ExplicitVRBigEndian, JPEGLosslessSV1
 
 from plinth.engine.errors import InputError
+from plinth.verticals.medical.dicom.jpeg import lossless
 from plinth.verticals.medical.dicom.jpeg.lossless import frame_header
 from plinth.verticals.medical.dicom.jpeg.lossy import DamagedStream, decode_lossy
 from plinth.verticals.medical.dicom.loader import load_volume
@@ -427,6 +428,41 @@ def test_jpeg_lossless_of_every_prediction_shift_and_restart_is_read(write: Writ
             first, second = stream.index(b"\xff\xd0"), stream.index(b"\xff\xd1")
             with pytest.raises(InputError, match="cannot be decoded"):
                 values_of(stream[:first] + stream[second:])
+
+
+@pytest.mark.parametrize("predictor", range(1, 8))
+def test_length_of_jpeg_lossless_is_told_from_the_row_after_the_last(
+    predictor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole streams are not counted, whatever their last byte; no byte is lost or added unseen."""
+    codec = pytest.importorskip("imagecodecs")
+    chance = np.random.default_rng(predictor)
+    counted: list[str | None] = []
+    count = lossless.wrong_length
+
+    def counting(stream: bytes, values: Any) -> str | None:
+        counted.append(count(stream, values))
+        return counted[-1]
+
+    monkeypatch.setattr(lossless, "wrong_length", counting)
+    ends = set()
+    for _ in range(40):
+        stored = (2000 + chance.normal(0, 30, (80, 90))).astype(np.uint16)
+        stream = codec.jpeg8_encode(stored, lossless=True, predictor=predictor, bitspersample=12)
+        at, end = frame_header(stream), stream.rindex(b"\xff\xd9")
+        ends.add(stream[end - 2 : end] == b"\xff\0")
+        read = lossless.decode_lossless(codec.jpeg8_decode, stream, at, 12)
+        assert np.array_equal(read, stored)
+        assert not counted
+        for wrong in (stream[: end - 1], stream[:end] + b"\x55"):
+            with pytest.raises(lossless.WrongLength, match="bits"):
+                lossless.decode_lossless(codec.jpeg8_decode, wrong + stream[end:], at, 12)
+        assert len(counted) == 2
+        counted.clear()
+        padded = stream[:end] + bytes(2) + stream[end:]
+        assert np.array_equal(lossless.decode_lossless(codec.jpeg8_decode, padded, at, 12), stored)
+        counted.clear()
+    assert False in ends
 
 
 # -- units ------------------------------------------------------------------------------------

@@ -14,11 +14,16 @@ from pydicom.uid import UID
 
 from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.header import Header
-from plinth.verticals.medical.dicom.jpeg.lossless import LOSSLESS, frame_header, wrong_length
+from plinth.verticals.medical.dicom.jpeg.lossless import (
+    LOSSLESS,
+    WrongLength,
+    decode_lossless,
+    frame_header,
+)
 from plinth.verticals.medical.dicom.jpeg.lossy import PACKAGE, DamagedStream, decode_lossy
 from plinth.verticals.medical.volumes.volume import Array
 
-Decoder = Callable[[Any, bytes, Header], bytes | bytearray]
+Decoder = Callable[[Any, bytes, Header], bytes | bytearray | memoryview]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,7 @@ class Codec:
     check: Callable[[bytes, Array], str | None] | None = None
 
 
-def _jpeg_ls(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
+def _jpeg_ls(module: Any, frame: bytes, _: Header) -> bytes | bytearray | memoryview:
     decoded: bytearray = module.decode_pixel_data(frame)[0]
     return decoded
 
@@ -105,7 +110,7 @@ def _jpeg_2000_parts(frame: bytes, _: Array) -> str | None:
     return None if at == end else "its tile-parts are not as long as they say"
 
 
-def _rle(module: Any, frame: bytes, header: Header) -> bytes | bytearray:
+def _rle(module: Any, frame: bytes, header: Header) -> bytes | bytearray | memoryview:
     decoded: bytearray = module.decode_pixel_data(
         frame,
         version=2,
@@ -116,23 +121,25 @@ def _rle(module: Any, frame: bytes, header: Header) -> bytes | bytearray:
     return decoded
 
 
-def _jpeg(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
+def _jpeg(module: Any, frame: bytes, header: Header) -> bytes | bytearray | memoryview:
     """JPEG baseline, extended and lossless, of up to 16 bits."""
     at = frame_header(frame)
     if frame[at + 1] == LOSSLESS:
-        return _stored(module.jpeg8_decode(frame))
+        return _stored(decode_lossless(module.jpeg8_decode, frame, at, header.bits_stored))
     return _stored(decode_lossy(module, frame, at))
 
 
-def _jpeg_2000(module: Any, frame: bytes, _: Header) -> bytes | bytearray:
+def _jpeg_2000(module: Any, frame: bytes, _: Header) -> bytes | bytearray | memoryview:
     return _stored(module.jpeg2k_decode(frame))
 
 
-def _stored(values: Array) -> bytes:
-    return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+def _stored(values: Array) -> memoryview:
+    """Their bytes, little endian, in the memory that the decoder wrote them to."""
+    little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
+    return little.reshape(-1).view(np.uint8).data
 
 
-_JPEG = Codec("imagecodecs", "imagecodecs", _jpeg, _jpeg_facts, b"\xff\xd9", wrong_length)
+_JPEG = Codec("imagecodecs", "imagecodecs", _jpeg, _jpeg_facts, b"\xff\xd9")
 _JPEG_LS = Codec("pyjpegls", "jpeg_ls", _jpeg_ls, _jpeg_ls_facts, b"\xff\xd9")
 _JPEG_2000 = Codec(
     "imagecodecs", "imagecodecs", _jpeg_2000, _jpeg_2000_facts, b"\xff\xd9", _jpeg_2000_parts
@@ -245,6 +252,8 @@ def decode_frame(header: Header, fragments: bytes, index: int) -> tuple[Array, i
     facts = _checked_facts(codec, header, frame)
     try:
         decoded = codec.decode(module, frame, header)
+    except WrongLength as error:
+        raise _broken(header, str(error)) from None
     except BaseException as error:
         if not isinstance(error, CODEC_ERRORS) and type(error).__module__ != PANICS:
             raise
