@@ -425,6 +425,8 @@ def flops_by_precision(run: Callable[[], Any]) -> dict[str, float]:
     return {name: flops / total for name, flops in census.flops.items()} if total else {}
 
 
+_RESIZES = ("aten.upsample_", "aten._upsample_")
+"""Operations without a product to count, which torch takes apart by a library of symbols."""
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -435,9 +437,16 @@ class _Census(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops: dict[str, int] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch imports its compiler, 80 MB, to keep it away from modes that do not say no."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         count = flop_registry.get(func.overloadpacket)
+        if count is None and str(func).startswith(_RESIZES):
+            return func(*args, **kwargs)
         if count is None:
             with self:
                 found = func.decompose(*args, **kwargs)

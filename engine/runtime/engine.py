@@ -40,6 +40,7 @@ from plinth.engine.lanes.cluster.settings import Cluster
 from plinth.engine.lanes.compute_pool import ComputePool
 from plinth.engine.lanes.process import HUNG_SECONDS
 from plinth.engine.lanes.thread import LaneThread, StoppedFromOutside
+from plinth.engine.memory.plan import trim
 from plinth.engine.metrics import EngineMetrics
 from plinth.engine.models.spec import ModelSpec
 from plinth.engine.models.store import Model
@@ -243,6 +244,7 @@ class Engine:
             loaded = self._lanes.load(model, promise, batch_range, backend, precision)
             self._lanes.await_rehearsals()
             self._put(loaded, promise)
+        trim()  # what trying and measuring held
 
     def _put(self, loaded: LoadedModel, promise: Sla) -> None:
         """Let a model answer to its name, and the batcher know of it."""
