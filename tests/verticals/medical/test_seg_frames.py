@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pydicom
 import pytest
 
 from plinth.verticals.medical.dicom.loader import load_volume
-from plinth.verticals.medical.output import dicom_seg
+from plinth.verticals.medical.output import dicom_seg, standard_tables
 from plinth.verticals.medical.output.derived import made_by
 from plinth.verticals.medical.output.seg_frames import slices_with
+from plinth.verticals.medical.output.standard_tables import Modules, read_in_parts
 from plinth.verticals.medical.phantom.chest import Phantom
 from plinth.verticals.medical.phantom.dicom import write_series
 
@@ -84,3 +86,25 @@ def test_slices_that_hold_a_label() -> None:
     labels[1, 0, 0], labels[2, 1, 1] = 7, 9
     held = slices_with(labels, np.array([7, 8, 9], np.uint8))
     assert held.tolist() == [[False, True, False], [False] * 3, [False, False, True]]
+
+
+def test_tables_of_the_standard_are_those_that_highdicom_reads_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the length of a module, and wherever a block of the file ends."""
+    monkeypatch.setattr(standard_tables, "BLOCK", 997)
+    names = [f"module-{n}" for n in range(40)]
+    whole = {
+        name: [{"keyword": "K" * (n * 7 + 1), "path": ["A"], "type": "1"}] * n
+        for n, name in enumerate(names)
+    }
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps(whole, indent=2))
+    modules = Modules(path)
+    assert list(modules) == names
+    assert all(modules[name] == whole[name] for name in names)
+    assert "module-40" not in modules
+    path.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="by module"):
+        Modules(path)
+    assert read_in_parts()

@@ -19,6 +19,7 @@ from pydicom.uid import (
 
 from plinth import __version__
 from plinth.engine import InputError
+from plinth.verticals.medical.output.standard_tables import read_in_parts
 from plinth.verticals.medical.volumes.volume import SeriesFacts, Volume
 
 TYPE_2 = (
@@ -153,6 +154,7 @@ def made_by(model: str, series_number: int, description: str) -> dict[str, Any]:
     """
     import highdicom  # heavy: only when an object is written
 
+    read_in_parts()
     return {
         "series_instance_uid": highdicom.UID(),
         "series_number": series_number,

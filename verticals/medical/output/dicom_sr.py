@@ -102,13 +102,15 @@ def write_measurements(
     # A SEG refers to every image; beside it the first one stands for them.
     evidence = [sources[0], clean_header(seg)] if seg is not None else sources
     with derived("DICOM SR"):
+        content = _content(report, volume, model, sources, seg)[0]
         document = highdicom.sr.Comprehensive3DSR(
             evidence=evidence,
-            content=_content(report, volume, model, sources, seg),
+            content=_without_numbers(content),
             is_complete=True,
             is_final=False,
             **made_by(model, 901, "Measurements, research use only"),
         )
+        document.ContentSequence = content.ContentSequence
     document.save_as(path)
 
 
@@ -138,6 +140,19 @@ def _content(
             for part, title, numbers in _parts(report)
         ],
     )
+
+
+def _without_numbers(item: Dataset) -> Dataset:
+    """A container without its measurements: highdicom copies all of it twice, to look at its
+    references, which measurements have none of."""
+    if item.ValueType != "CONTAINER":
+        return item
+    thin = Dataset()
+    thin.update({e.tag: e for e in item if e.keyword != "ContentSequence"})
+    thin.ContentSequence = [
+        _without_numbers(one) for one in item.ContentSequence if one.ValueType != "NUM"
+    ]
+    return thin
 
 
 def _parts(report: CtReport) -> list[tuple[str, str, list[Any]]]:
