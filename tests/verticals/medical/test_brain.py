@@ -11,8 +11,10 @@ import torch
 from medical.own_networks import extra
 
 from plinth.engine import Call, Engine, ModelError
+from plinth.verticals.medical.networks import streamed
 from plinth.verticals.medical.networks.analysis import tiling_of, window_of
 from plinth.verticals.medical.networks.load import load_network, with_window
+from plinth.verticals.medical.networks.meshnet import MeshNet
 from plinth.verticals.medical.networks.prepare import Axis, Prepared, prepare
 from plinth.verticals.medical.volumes.volume import SeriesFacts, Verdict, Volume
 
@@ -54,6 +56,35 @@ def test_windows_cut_at_the_halo_give_the_labels_of_one_pass(name):
         got = engine.submit(call).result().value
     assert got.dtype == torch.uint8
     assert torch.equal(got, whole)
+
+
+@pytest.mark.parametrize("depth", [1, 5, 37])
+@pytest.mark.parametrize("activation", ["relu", "elu"])
+def test_planes_one_after_the_other_give_the_labels_of_one_pass(
+    depth: int, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shorter than the kernels reach or longer; no result is there for all planes at once."""
+    torch.manual_seed(depth)
+    layers = [(1, 5, 3, 1, True), (5, 4, 3, 8, True), (4, 6, 3, 3, False), (6, 3, 1, 1, True)]
+    network = MeshNet(layers, activation, labels=True).eval()
+    volume = torch.rand(2, 1, depth, 19, 23)
+    seen: list[tuple[int, int]] = []
+    convolved = streamed.convolved
+
+    def watched(layer: torch.nn.Conv3d, planes: torch.Tensor, reach: int = 0) -> torch.Tensor:
+        seen.append((planes.shape[2] - 2 * reach, planes.shape[0]))
+        return convolved(layer, planes, reach)
+
+    monkeypatch.setattr(streamed, "convolved", watched)
+    whole = network(volume)
+    assert not seen  # with gradients it is one pass
+    with torch.inference_mode():
+        labels = network(volume)
+    assert labels.dtype == torch.uint8
+    assert labels.is_contiguous()
+    assert (labels != whole).float().mean() < 1e-3
+    assert {count for count, _ in seen} <= set(range(1, streamed.PLANES + 1))
+    assert {rows for _, rows in seen} == {1}
 
 
 @needs_models

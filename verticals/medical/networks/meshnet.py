@@ -28,6 +28,7 @@ from plinth.verticals.medical.networks.recipe import (
     Triple,
     Window,
 )
+from plinth.verticals.medical.networks.streamed import can_stream, convolved, streamed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -79,6 +80,8 @@ class MeshNet(nn.Module):
 
     def forward(self, volume: Tensor) -> Tensor:
         """(n, 1, z, y, x) float32 to logits, or to labels."""
+        if self.labels and not self.normed and can_stream(list(self.layers), volume):
+            return torch.cat([self._labels_of(row[None]) for row in volume])
         *body, head = self.layers
         function = ACTIVATIONS[self.activation]
         for layer in body:
@@ -93,6 +96,16 @@ class MeshNet(nn.Module):
             for first in range(0, volume.shape[2], CHUNK)
         ]
         return torch.cat(parts, 2)
+
+    def _labels_of(self, volume: Tensor) -> Tensor:
+        """(1, 1, z, y, x) to labels, a few planes of each result at a time."""
+        *body, head = (cast(nn.Conv3d, layer) for layer in self.layers)
+        labels, done = torch.empty(volume.shape, dtype=torch.uint8), 0
+        for planes in streamed(body, ACTIVATIONS[self.activation], volume):
+            most = convolved(head, planes).argmax(1, keepdim=True)
+            labels[:, :, done : done + most.shape[2]] = most
+            done += most.shape[2]
+        return labels
 
 
 def is_meshnet(folder: Path) -> bool:
