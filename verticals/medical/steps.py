@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from plinth.engine.memory.plan import trim
 from plinth.verticals.medical.ct.analysis import (
     LUNG_LEFT,
     LUNG_RIGHT,
@@ -144,6 +145,7 @@ def find_by_rules(
     else:
         sizes = measured(volume, analysis.labels, titles([]))
         clock.mark("measure")
+    trim()  # what the rules held on their way is not held beside the network's results
     return RuleFindings(analysis, seen, sizes, clock.seconds)
 
 
@@ -188,6 +190,7 @@ def measure_nodules(
         analysis = replace(analysis, labels=analysis.labels.copy())
     nodules = measure(volume, analysis, seen, found, probabilities, thresholds)
     clock.mark("nodules")
+    trim()
     sizes = measured(volume, analysis.labels, titles(nodules))
     clock.mark("measure")
     return NoduleFindings(analysis.labels, nodules, sizes, clock.seconds)
