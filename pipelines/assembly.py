@@ -97,10 +97,17 @@ def doors(kind: type[Vertical[Any, Any]]) -> list[str]:
     return records + (["folder"] if folders else []) + (["http"] if folders and not records else [])
 
 
-def build_engine(config: Config, verticals: Mapping[str, Vertical[Any, Any]]) -> Engine:
+def build_engine(
+    config: Config, verticals: Mapping[str, Vertical[Any, Any]], *, steps_soon: bool = False
+) -> Engine:
     """An engine, not yet started, that has every model of the verticals.
 
     A model that several verticals bring is loaded once.
+
+    Args:
+        config: the settings of all.
+        verticals: by name.
+        steps_soon: what forks workers for heavy steps is started beside the models.
 
     Raises:
         ConfigError: a setting of ``[engine]`` is wrong for this machine, or two verticals bring
@@ -109,6 +116,9 @@ def build_engine(config: Config, verticals: Mapping[str, Vertical[Any, Any]]) ->
         DeviceError: the device is not there.
     """
     engine = Engine(**config.engine.model_dump(), cluster=config.cluster.model_dump())
+    if steps_soon:
+        for vertical in verticals.values():
+            engine.prepare_steps(type(vertical).__module__)
     brought: dict[str, tuple[str, Model, object]] = {}
     for vertical in verticals.values():
         rows = _batch_range(vertical, config)
@@ -133,7 +143,11 @@ def _add(engine: Engine, config: Config, vertical: Vertical[Any, Any], model: Mo
 
 @contextlib.contextmanager
 def running(
-    config: Config, verticals: Mapping[str, Vertical[Any, Any]], *, follow: bool = False
+    config: Config,
+    verticals: Mapping[str, Vertical[Any, Any]],
+    *,
+    follow: bool = False,
+    steps_soon: bool = False,
 ) -> Iterator[Engine]:
     """The engine of :func:`build_engine`, started; at the end it is closed, then the verticals.
 
@@ -141,11 +155,13 @@ def running(
         config: the settings of all.
         verticals: by name.
         follow: take up defaults that change in the store meanwhile.
+        steps_soon: see :func:`build_engine`.
     """
     with contextlib.ExitStack() as stack:
         for vertical in verticals.values():
             stack.callback(vertical.close)
-        engine = stack.enter_context(build_engine(config, verticals))
+        built = build_engine(config, verticals, steps_soon=steps_soon)
+        engine = stack.enter_context(built)
         if follow:
 
             def add(vertical: Vertical[Any, Any], model: Model) -> None:

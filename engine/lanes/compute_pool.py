@@ -29,6 +29,7 @@ from plinth.engine.errors import (
     Refused,
 )
 from plinth.engine.flow import Compute
+from plinth.engine.lanes import fork_server
 from plinth.engine.lanes import worker as child
 from plinth.engine.lanes.worker_process import WorkerProcess
 
@@ -101,6 +102,20 @@ class ComputePool:
         self._threads: set[threading.Thread] = set()
         self._idle = 0
         self._closed = False
+        self._server: fork_server.ForkServer | None = None
+
+    def prepare(self, module: str) -> None:
+        """Let another process import a module now, and fork the workers (Linux).
+
+        Without it each worker is started anew with its first step, and imports what that takes.
+
+        Args:
+            module: which imports what the steps do.
+        """
+        with self._changed:
+            if self._server is None and fork_server.is_possible():
+                self._server = fork_server.shared(module)
+                self._server.lease()
 
     def submit(self, step: Compute, within: float | None = None) -> Future[Any]:
         """Queue a step; cancelling the future takes it out of the queue, or ends its process.
@@ -162,9 +177,15 @@ class ComputePool:
             self._changed.notify_all()
         if not drain:
             self.end_all(Closed("the engine was closed"))
+        if not wait:
+            return  # the fork server ends with the workers that still run, or with this process
         for thread in threads:
-            if wait and thread is not threading.current_thread():
+            if thread is not threading.current_thread():
                 thread.join()
+        with self._changed:
+            server, self._server = self._server, None
+        if server is not None:
+            server.give_back()
 
     def end_all(self, why: PlinthError) -> None:
         """Fail every step that waits or runs, and end the processes of the latter."""
@@ -203,7 +224,7 @@ class ComputePool:
 
     # -- the thread of one worker ----------------------------------------------------------------
     def _serve(self) -> None:
-        slot = _Slot()
+        slot = _Slot(self._server)
         try:
             while (task := self._next(slot)) is not None:
                 try:
@@ -301,16 +322,21 @@ def _told_as(task: _Task, error: Exception) -> PlinthError:
 
 
 class _Slot:
-    """The place of one process, of the thread that it belongs to."""
+    """The place of one process, of the thread that it belongs to.
 
-    def __init__(self) -> None:
+    Args:
+        server: forks it; ``None``: it is started anew.
+    """
+
+    def __init__(self, server: fork_server.ForkServer | None) -> None:
+        self._server = server
         self.worker: _Worker | None = None
 
     def ready(self) -> _Worker:
         """The process, started anew where it has ended."""
         if self.worker is None or not self.worker.alive:
             self.drop()
-            self.worker = _Worker()
+            self.worker = _Worker(self._server)
         return self.worker
 
     def drop(self) -> None:
@@ -323,8 +349,8 @@ class _Slot:
 class _Worker(WorkerProcess):
     """One process; used by the thread that made it, killed by any."""
 
-    def __init__(self) -> None:
-        super().__init__(_NICENESS)
+    def __init__(self, server: fork_server.ForkServer | None) -> None:
+        super().__init__(_NICENESS, server=server)
         self._greeted = False
 
     def run(self, task: _Task) -> child.Outcome:

@@ -38,6 +38,7 @@ from plinth.engine.flow import Answer, Call, Compute, Flow, Sla
 from plinth.engine.lanes.base import Lane, LaneDied, Ran, Unit
 from plinth.engine.lanes.cluster.settings import Cluster
 from plinth.engine.lanes.compute_pool import ComputePool
+from plinth.engine.lanes.deadline_watch import DeadlineWatch
 from plinth.engine.lanes.process import HUNG_SECONDS
 from plinth.engine.lanes.thread import LaneThread, StoppedFromOutside
 from plinth.engine.memory.plan import trim
@@ -61,7 +62,7 @@ from plinth.engine.runtime.request import (
 )
 from plinth.engine.scheduler.batcher import Batcher
 from plinth.engine.scheduler.cost_model import LatencyModel
-from plinth.engine.scheduler.work import Batch, BatchSlice, Refusal, Search, Suspects, Work
+from plinth.engine.scheduler.work import Batch, BatchSlice, Refusal, Shares, Work
 
 T = TypeVar("T")
 State = Literal["new", "running", "closing", "closed", "failed"]
@@ -107,7 +108,7 @@ class Engine:
             host prepares one while the device runs another; ``None``: 1. The CPU has 1, a worker
             process up to 16.
         modes: how several lanes share work, as :class:`plinth.engine.runtime.modes.Modes` or its
-            table; ``None``: a request goes whole to whichever lanes are free first.
+            table; ``None``: as in its defaults.
         graphs: capture forwards and replay them on an accelerator where that is faster, which does
             not run a model's Python again; ``None``: of models with backend ``"auto"``.
         compute_workers: processes for the heavy steps of flows (:class:`Compute`), which start with
@@ -158,6 +159,7 @@ class Engine:
         self._round: list[tuple[Request, Result]] = []
         self._clock = clock
         self._lock = threading.RLock()
+        self._deadlines = DeadlineWatch(self._lock, self._past_deadlines)
         self._lanes = LaneSet(
             self._batcher,
             Execution(
@@ -336,6 +338,7 @@ class Engine:
             if not self._lanes.alive:
                 self._broken = None
                 self._lanes.start()
+                self._deadlines.start()
                 self._state, self._failure = "running", None
         self._lanes.await_rehearsals()
         return self
@@ -420,7 +423,9 @@ class Engine:
             return
         self._lanes.close()
         with self._lock:
+            self._deadlines.stop()
             self._lanes.save_costs()
+        self._deadlines.join()
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -536,6 +541,17 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - the flow's own, raised where it waits
             future.set_exception(error)
         return future
+
+    def prepare_steps(self, module: str) -> None:
+        """Let a process import a module now that forks the workers of heavy steps (Linux).
+
+        Otherwise each is started with its first step, and imports what that takes.
+
+        Args:
+            module: one that imports what the steps do.
+        """
+        if self._steps is not None:
+            self._steps.prepare(module)
 
     def end_steps(self, why: PlinthError) -> None:
         """Fail the steps that wait for a worker process or run in one; new ones are taken.
@@ -742,15 +758,17 @@ class Engine:
         if not self._batcher.knows(request.key):
             self._register(request)
         self._requests.add(request)
+        if promise.deadline_ms is not None:
+            self._deadlines.accepted()
         apart = request.mode == "sync" and not self._modes.in_rounds
+        shares = Shares() if apart else None
         if self._modes.in_rounds:
             request.number, request.asked = next(self._numbers), now
             request.due = now + (promise.deadline_ms or float("inf")) / 1e3
         for first in range(0, request.total, step):
             rows = min(step, request.total - first)
             work = Work(request.key, rows, now, promise, request, first)
-            if apart:  # else the lane that is free first would take all of its shares
-                work.suspects = Suspects(Search(1))
+            work.shares = shares
             request.works.append(work)
             refusal = self._batcher.admit(work, now)
             if refusal is not None:
@@ -871,6 +889,7 @@ class Engine:
             self._broken = error
             self._failure = None if error is None else type(error).__name__
             self._state = "closed" if error is None else "failed"
+            self._deadlines.stop()
             self._lanes.wake_all()
             requests, why = list(self._requests), self._not_running()
             self._requests.clear()
@@ -1052,6 +1071,17 @@ class Engine:
             self._is_lost(thread, error)
             outcomes = self._refused(self._batcher.sweep(self._clock()))
         self._settle(outcomes)
+
+    def _past_deadlines(self) -> float:
+        """Tell those whose deadline went by on a lane that hangs; seconds until the next one."""
+        with self._lock:
+            now = self._clock()
+            refused, again = self._batcher.overdue(now)
+            if refused or again <= now:
+                refused += self._batcher.sweep(now)
+            outcomes = self._refused(refused)
+        self._settle(outcomes)
+        return again - now
 
     def _refused(self, refusals: list[Refusal]) -> Outcomes:
         """Fail what the batcher refused; with the lock held."""

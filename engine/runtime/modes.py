@@ -74,16 +74,15 @@ class Modes:
 
     @classmethod
     def of(cls, table: Modes | Mapping[str, Any] | None) -> Modes:
-        """Modes from their table; none: ``"async"``.
+        """Modes from their table; none: the default.
 
         Raises:
             ConfigError: an unknown key, or an impossible value.
         """
         if isinstance(table, Modes):
             return table
-        if table is None:
-            return cls(mode="async")
         known = [each.name for each in fields(cls)]
+        table = {} if table is None else table
         for key in table:
             if key not in known:
                 raise ConfigError(f"modes.{key} is unknown", hint=nearest(str(key), known))

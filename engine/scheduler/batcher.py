@@ -23,10 +23,11 @@ With several lanes there is one queue for all. Each batch is planned with the co
 that runs it; rows that another lane can still do in time are left to it, and nobody is refused
 before no lane can. A lane that would do the work later than a faster one that is soon free
 leaves it there, unless that one could not take all of it. A batch need not be kept short
-(rule 3) while another lane is free in time for the tighter queue.
+(rule 3) while another lane is free in time for the tighter queue. Of the shares of requests a
+lane takes as many as let all lanes end together; under load, whole requests.
 
-Up to sixteen lanes that are alike, and get more rows of one queue than nine tenths of what they can
-do, start one after the other: 1/k of the time of a batch apart, if no row is late for it. Two that
+Up to sixteen lanes that are alike, and get more rows of one queue than 85 % of what they can do,
+ start one after the other: 1/k of the time of a batch apart, if no row is late for it. Two that
 start together would share what waits, and pay twice what a batch costs whatever its rows.
 """
 
@@ -72,10 +73,14 @@ _MAX_CULPRITS = 8
 """Callers at fault that the search in one failed batch finds at least."""
 _MAX_FAILURES = 32
 """Batches of one key that fail in a row before none of them is searched any more."""
-_BUSY = 0.9
+_BUSY = 0.85
 """Share of what the lanes can do from which on they start one after the other."""
 _MAX_SPACED, _MIN_GAP = 16, 0.01
 """Lanes that do so at most; seconds between two starts below which it is not worth a wait."""
+_WHOLE = 0.9
+"""Share of its rows per second that a batch keeps at least, which begins no request in part."""
+_PATIENCE = 3.0
+"""Times what a lane's batches should take, for which it is waited for after they should be done."""
 _MAX_DEATHS = 3
 """Lanes that may end while they run the same batch before it is searched for what ends them."""
 
@@ -446,6 +451,44 @@ class Batcher:
             self._sweep(queue, starts, now, refused)
         return refused
 
+    def overdue(self, now: float) -> tuple[list[Refusal], float]:
+        """Work whose deadline went by on a lane that does not come back.
+
+        A lane is waited for as long again as three batches like those it has, after it should have
+        been free: what comes a little late is still an answer.
+
+        Returns:
+            What is to be told, and the seconds when to look again: infinity when no lane has, and
+            nothing that waits has, a deadline.
+        """
+        found: list[Refusal] = []
+        again = min((queue.first_deadline for queue in self._waiting()), default=float("inf"))
+        for lane in self.lanes:
+            urgent = [batch for batch in lane.running if batch.urgent]
+            if not urgent:
+                continue
+            patience = lane.busy_until + _PATIENCE * lane.seconds(lane.running)
+            for work in (part.work for batch in urgent for part in batch.parts):
+                at = max(work.deadline, patience)
+                if work.gone:
+                    continue
+                if at > now:
+                    again = min(again, at)
+                else:
+                    found.append(Refusal(work, self._silent(work, now)))
+        return found, again
+
+    def _silent(self, work: Work, now: float) -> DeadlineRefused:
+        allowed = work.deadline - work.arrival
+        return DeadlineRefused(
+            f"no answer {(now - work.arrival) * 1e3:.1f} ms after arrival from the lane that has "
+            f"the rows, the deadline is {allowed * 1e3:.1f} ms",
+            predicted=now - work.arrival,
+            deadline=allowed,
+            rows_ahead=0,
+            retry_after=self._drained(work.key, now),
+        )
+
     def finished(self, batch: Batch, seconds: float, now: float) -> None:
         """Learn what a batch really took; its lane is free from ``now`` on, or runs the next."""
         lane = self.lanes.get(batch.lane)
@@ -533,12 +576,13 @@ class Batcher:
             if self._is_better_elsewhere(queue, turn):
                 left.append(queue)
                 continue
-            bound = self._bound(queue, turn)
+            bound, gap = self._bound(queue, turn), self._gap(queue, turn)
             old, count = self._plan(queue, bound, turn)
             hopeless = self._hopeless(queue, old, turn)
             self._drop(queue, hopeless, turn.starts, turn.now, refused)
             if count:
-                if self._holds(queue, old - hopeless, count, turn):
+                count = self._own_share(queue, (old - hopeless, count), turn)
+                if gap and self._holds(queue, (old - hopeless, count), gap, turn):
                     return None
                 self._virtual_time, self._last_start = queue.service, turn.now
                 return self._form(queue, (old - hopeless, count), bound, queues, turn)
@@ -546,24 +590,41 @@ class Batcher:
                 left.append(queue)
         return None
 
-    def _holds(self, queue: DeadlineQueue, first: int, count: int, turn: _Turn) -> bool:
-        """Whether a batch is better begun later, for more rows; see the top of this module."""
-        lanes, key, quantile = len(self.lanes), queue.key, queue.quantile
+    def _gap(self, queue: DeadlineQueue, turn: _Turn) -> float:
+        """Seconds between two starts, where lanes start one after the other; 0: they do not."""
+        lanes, key = len(self.lanes), queue.key
         if lanes < 2 or lanes > _MAX_SPACED or self.lanes.kinds > 1 or self.rounds is not None:
-            return False
-        settings = self._settings(key)
-        full = turn.costs.predict(key, settings.max_rows, 0.5)
-        alone = len(self._queues) == 1 and not self._background and turn.start <= turn.now
+            return 0.0
+        if len(self._queues) > 1 or self._background or turn.start > turn.now:
+            return 0.0
+        most = self._settings(key).max_rows
+        full = turn.costs.predict(key, most, 0.5)
         gap = min(full, queue.promise * lanes / (lanes + 1)) / lanes
+        loaded = queue.rate(turn.now) * full >= _BUSY * lanes * most
+        return gap if loaded and gap >= _MIN_GAP else 0.0
+
+    def _holds(
+        self, queue: DeadlineQueue, chosen: tuple[int, int], gap: float, turn: _Turn
+    ) -> bool:
+        """Whether a batch is better begun later, for more rows; see the top of this module.
+
+        Args:
+            queue: whose rows it has.
+            chosen: place of the first of its works, and how many.
+            gap: seconds between two starts.
+            turn: the lane's.
+        """
+        (first, count), key, quantile = chosen, queue.key, queue.quantile
         wait = self._last_start + gap - turn.now
-        if not alone or gap < _MIN_GAP or wait <= 1e-6:
-            return False
-        rate = queue.rate(turn.now)
+        most = self._settings(key).max_rows
         works = queue.works[first : first + count]
         rows = rows_of(works)
-        if rate * full < _BUSY * lanes * settings.max_rows or rows >= settings.max_rows:
+        left = queue.works[first + count : first + count + 1]
+        if wait <= 1e-6 or rows >= most:
             return False
-        later = min(settings.max_rows, rows + 1 + round(rate * wait))
+        if left and (rows + left[0].rows > most or left[0].shares is not None):
+            return False  # more rows would not come with it
+        later = min(most, rows + 1 + round(queue.rate(turn.now) * wait))
         now, then = (turn.costs.predict(key, each, quantile) for each in (rows + 1, later))
         slack = works[0].deadline - turn.now - now
         wait = min(wait, slack / (1 + (then - now) / wait))
@@ -571,6 +632,48 @@ class Batcher:
             return False
         self.held_until = turn.now + wait
         return True
+
+    def _own_share(
+        self, queue: DeadlineQueue, chosen: tuple[int, int], turn: _Turn, ahead: int = 0
+    ) -> int:
+        """How many of chosen works a lane takes, where some are shares of a request.
+
+        Shares are left to other lanes as far as those end them no later. Where all lanes are busy
+        for longer, a request is not begun at the end of a batch that is hardly worse without.
+
+        Args:
+            queue: whose they are.
+            chosen: place of the first, and how many.
+            turn: whose lane takes them.
+            ahead: rows that the batch has before them.
+        """
+        first, count = chosen
+        works = queue.works[first : first + count]
+        alone = len(self.lanes) < 2 or self.rounds is not None
+        if alone or all(work.shares is None for work in works):
+            return count
+        waiting = ahead + queue.rows - rows_of(queue.works[:first])
+        job = queue.key, waiting, self._settings(queue.key).max_rows
+        most, rows = self.lanes.even_share(turn.lane, job, turn.now), ahead
+        for place, work in enumerate(works):
+            rows += work.rows
+            if work.shares is not None and rows > most and (place or ahead):
+                end = turn.start + turn.costs.predict(queue.key, rows, 0.5)
+                if self._finish(queue.key, work.rows, self._others(turn)) <= end:
+                    return place
+        last = works[-1].shares
+        if last is None or last.begun or queue.works[first + count : first + count + 1] == []:
+            return count
+        if queue.works[first + count].shares is not last:
+            return count
+        own = sum(work.shares is last for work in works)
+        fewer = rows - rows_of(works[count - own :])
+        cost = turn.costs.predict
+        if fewer and fewer * cost(queue.key, rows, 0.5) >= _WHOLE * rows * cost(
+            queue.key, fewer, 0.5
+        ):
+            return count - own
+        return count
 
     def _choose(self, queues: list[DeadlineQueue], turn: _Turn) -> DeadlineQueue:
         """The earliest deadline, unless a queue with less service would miss because of it."""
@@ -653,13 +756,17 @@ class Batcher:
         """Whether another lane is free in time for so many rows of a queue."""
         if len(self.lanes) < 2 or rows > self._settings(queue.key).max_rows:
             return False
-        if turn.others is None:
-            turn.others = self.lanes.other_starts(turn.lane, turn.now)
         due = queue.first_deadline if queue.works else turn.now + queue.promise
         return any(
             start + costs.predict(queue.key, rows, queue.quantile) <= due
-            for costs, start in turn.others
+            for costs, start in self._others(turn)
         )
+
+    def _others(self, turn: _Turn) -> list[Start]:
+        """When the first of the other lanes of each kind is free."""
+        if turn.others is None:
+            turn.others = self.lanes.other_starts(turn.lane, turn.now)
+        return turn.others
 
     def _plan(self, queue: DeadlineQueue, bound: int, turn: _Turn) -> tuple[int, int]:
         """(works that are too old for this lane, works to run behind them) of one queue."""
@@ -671,9 +778,10 @@ class Batcher:
             (max_rows, queue.quantile),
             (max_rows, 0.5),
         ):
-            best = queue.largest_batch(rows, self._end(queue.key, quantile, turn))
+            end = self._end(queue.key, quantile, turn)
+            best = queue.largest_batch(rows, end)
             if best[1]:
-                return best
+                return queue.finishing_batch(best, rows, end) if best[0] else best
         return 1, 0
 
     def _form(
@@ -694,7 +802,9 @@ class Batcher:
             if room < 1:
                 break
             quantile = max(quantile, other.quantile)
-            works = other.take(*other.largest_batch(room, self._end(key, quantile, turn, rows)))
+            place, count = other.largest_batch(room, self._end(key, quantile, turn, rows))
+            count = self._own_share(other, (place, count), turn, rows)
+            works = other.take(place, count)
             if works:
                 first, rows = min(first, works[0].deadline), rows + rows_of(works)
                 taken.append((other, works))
@@ -714,6 +824,8 @@ class Batcher:
             queue.service += predicted * rows_of(works) / rows
             for work in works:
                 work.taken = work.rows
+                if work.shares is not None:
+                    work.shares.begun = True
                 parts.append(BatchSlice(work, 0, work.rows))
         self._rows -= rows
         return Batch(key, tuple(parts), rows, predicted, urgent=True, lane=turn.lane.number)

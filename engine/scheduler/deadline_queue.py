@@ -101,6 +101,28 @@ class DeadlineQueue:
         self.rows -= rows_of(out)
         return out
 
+    def finishing_batch(
+        self, chosen: tuple[int, int], max_rows: int, end: Callable[[int], float]
+    ) -> tuple[int, int]:
+        """A batch, or one that leaves out no share of a request that was begun and is in time.
+
+        What the other shares took would be lost with it.
+
+        Args:
+            chosen: place of its first piece of work, and how many.
+            max_rows: rows it may have.
+            end: when a batch of so many rows would end, seconds; it grows with the rows.
+        """
+        for place, work in enumerate(self.works[: chosen[0]]):
+            if work.shares is None or not work.shares.begun:
+                continue
+            packed = list(accumulate(map(_BY_ROWS, self.works[place : place + max_rows])))
+            in_time = work.deadline + _ROUNDING
+            count = min(bisect_right(packed, max_rows), bisect_right(packed, in_time, key=end))
+            if count:
+                return place, count
+        return chosen
+
     def largest_batch(self, max_rows: int, end: Callable[[int], float]) -> tuple[int, int]:
         """The largest batch of which every row is in time, of the oldest rows that can be.
 

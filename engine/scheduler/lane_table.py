@@ -10,8 +10,13 @@ from plinth.engine.errors import ConfigError
 from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.scheduler.work import Batch, BatchKey
 
+_MAX_HELPERS = 64
+"""Busy lanes of each kind that are counted on for the shares of a request, at most."""
+
 Start = tuple[LatencyModel, float]
 """What batches cost on some lanes, and when the first of those is free (seconds)."""
+Job = tuple[BatchKey, int, int]
+"""Batch key and rows of what waits, and the rows of a batch of it at most."""
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +100,21 @@ class LaneGroup:
             if lane is not None:
                 found = min(found, lane.free_at(now))
         return found
+
+    def rows_until(self, end: float, job: Job, now: float, but: LaneState) -> int:
+        """Rows of a job that they do until a time, but for one lane, in a batch each."""
+        key, rows, most = job
+
+        def within(seconds: float) -> int:
+            return self.costs.rows_within(key, seconds, most, 0.5) if seconds > 0 else 0
+
+        total = (len(self.idle) - (but.number in self.idle)) * within(end - now)
+        for *_, lane in self._busy[:_MAX_HELPERS]:
+            if total >= rows or lane.busy_until >= end:
+                break
+            if lane is not but:
+                total += within(end - lane.free_at(now))
+        return total
 
     def with_room(self) -> LaneState | None:
         """An idle lane, or the one that is free first of those that may be given more."""
@@ -229,6 +249,22 @@ class LaneTable:
             elif len(group.idle) > (lane.number in group.idle):
                 found.append((group.costs, now))
         return found
+
+    def even_share(self, lane: LaneState, job: Job, now: float) -> int:
+        """Rows of a job that a lane takes if all lanes are to end it together.
+
+        The least rows that end here no sooner than the other lanes have done the rest, each in a
+        batch from when it is free.
+        """
+        key, rows, most = job
+        start = lane.free_at(now)
+
+        def is_enough(own: int) -> bool:
+            end = start + lane.costs.predict(key, own, 0.5)
+            groups = self._groups.values()
+            return own + sum(each.rows_until(end, job, now, lane) for each in groups) >= rows
+
+        return bisect_left(range(1, min(rows, most)), True, key=is_enough) + 1
 
     def with_room(self, batch: tuple[BatchKey, int, float] | None) -> LaneState | None:
         """The lane to give a batch to: idle before busy, the faster one first.

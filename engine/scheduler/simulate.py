@@ -146,7 +146,11 @@ class Replay:
 
     Attributes:
         lost: the ``id`` of batches whose lane died before they ended.
+        follow: the background work that comes because some was done, and when that was (seconds);
+            it arrives then or later.
     """
+
+    follow: Callable[[Work, float], Work] | None = None
 
     def __init__(
         self,
@@ -161,6 +165,7 @@ class Replay:
         self._ends: list[tuple[float, int, Ran]] = []
         self._held = float("inf")
         self._left: dict[Work, int] = {}
+        self._following: list[tuple[float, int, Work]] = []
         self._dead: set[int] = set()
         self.lost: set[int] = set()
 
@@ -174,7 +179,9 @@ class Replay:
         self._held = float("inf")
         while self.batcher and (lane := self.batcher.free_lane()) is not None:
             waiting = self.batcher.urgent_rows + self.batcher.background_rows
-            batch, _ = self.batcher.next(now, lane)
+            batch, refused = self.batcher.next(now, lane)
+            for each in refused:
+                self.refuse(each.work)
             if batch is None:
                 if self.batcher.urgent_rows + self.batcher.background_rows == waiting:
                     self._held = self.batcher.held_until
@@ -184,6 +191,9 @@ class Replay:
             ran = Ran(now, seconds, batch)
             self.trace.ran.append(ran)
             heapq.heappush(self._ends, (now + seconds, len(self.trace.ran), ran))
+
+    def refuse(self, work: Work) -> None:
+        """Told of work that was refused; what stands and falls with it can be cancelled here."""
 
     def end(self) -> float:
         """Let the next batch end; returns when that is."""
@@ -200,7 +210,16 @@ class Replay:
             else:
                 self._left.pop(part.work, None)
                 self.trace.finish[part.work] = now
+                if self.follow is not None and part.work.sla.deadline_ms is None:
+                    self._add(self.follow(part.work, now))
         return now
+
+    def _admit(self, work: Work) -> None:
+        if not work.gone and self.batcher.admit(work, work.arrival) is not None:
+            self.refuse(work)
+
+    def _add(self, work: Work) -> None:
+        heapq.heappush(self._following, (work.arrival, len(self.trace.finish), work))
 
     def change(self, change: Change) -> None:
         """Let something happen to the lanes: what was lost with one waits again."""
@@ -220,7 +239,8 @@ class Replay:
         while True:
             arrival = coming[0].arrival if coming else float("inf")
             changed = changing[0].at if changing else float("inf")
-            now = min(arrival, changed, self.next_end, self._held)
+            following = self._following[0][0] if self._following else float("inf")
+            now = min(arrival, following, changed, self.next_end, self._held)
             if now == float("inf") or now >= until:
                 while self.next_end < float("inf"):
                     self.end()
@@ -230,7 +250,9 @@ class Replay:
                 self.change(changing.popleft())
             elif now == arrival:
                 while coming and coming[0].arrival <= now:
-                    self.batcher.admit(coming[0], coming.popleft().arrival)
+                    self._admit(coming.popleft())
+            elif now == following:
+                self._admit(heapq.heappop(self._following)[2])
             elif now == self.next_end:
                 self.end()
             self.start(now)

@@ -31,6 +31,17 @@ class Suspects:
 
 
 @dataclass(slots=True, eq=False)
+class Shares:
+    """The shares of one request, which is answered when all of them are done.
+
+    Attributes:
+        begun: a lane was given one.
+    """
+
+    begun: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class Work:
     """Rows of one batch key that wait for the device.
 
@@ -48,6 +59,7 @@ class Work:
         deaths: lanes that ended while they ran it.
         service: seconds of the device received, divided by the weight (background work).
         suspects: whom it may share batches with, after a batch of it failed.
+        shares: those of its owner, each of which may run on a lane of its own; it is one of them.
         gone: nobody waits for it any more.
     """
 
@@ -63,6 +75,7 @@ class Work:
     deaths: int = field(init=False, default=0)
     service: float = field(init=False, default=0.0)
     suspects: Suspects | None = field(init=False, default=None)
+    shares: Shares | None = field(init=False, default=None)
     gone: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:

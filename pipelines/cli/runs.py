@@ -179,7 +179,9 @@ def run_batch(config: Config, as_json: bool) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(choose_store(config.models.store))
         running_config = config.model_copy(update={"engine": apart})
-        engine = stack.enter_context(running(running_config, {name: vertical}, follow=True))
+        engine = stack.enter_context(
+            running(running_config, {name: vertical}, follow=True, steps_soon=True)
+        )
         view = stack.enter_context(BatchView())
         tracing = stack.enter_context(tracing_while(os.environ))
         job = Batch(

@@ -107,8 +107,8 @@ class EngineConfig(Table):
     modes: dict[str, Any] | None = Field(
         default=None,
         description="how several lanes share work: a table of `mode`, `sync_threshold`, "
-        "`pipeline_depth`, `communication_backend` ([scaling](scaling.md#modes)); none: a request "
-        "goes whole to the lanes that are free first",
+        "`pipeline_depth`, `communication_backend` ([scaling](scaling.md#modes)); none: "
+        "its defaults",
     )
     hung_seconds: float = Field(
         default=10.0,

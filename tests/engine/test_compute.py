@@ -287,6 +287,22 @@ def test_a_function_of_the_program_itself_is_refused(shared: Engine, monkeypatch
 
 
 # -- what goes wrong ---------------------------------------------------------------------------
+@pytest.mark.soak
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing forks workers elsewhere")
+def test_workers_are_forked_by_a_process_that_imported_what_steps_need() -> None:
+    with Engine(compute_workers=1) as engine:
+        engine.prepare_steps(steps.__name__)
+        (first,) = engine.run(ask(Compute(steps.pid))).value
+        server = psutil.Process(first).ppid()
+        assert server != os.getpid(), "it is forked, not started anew"
+        wanted = (Compute(steps.segfault), Compute(steps.same, 7), Compute(steps.pid))
+        error, value, second = engine.run(ask(*wanted)).value
+        assert isinstance(error, ComputeError)
+        assert (value, psutil.Process(second).ppid()) == ((7,), server)
+        assert second != first
+    assert not psutil.pid_exists(server)
+
+
 @pytest.mark.parametrize(
     ("function", "reason", "words"),
     [

@@ -11,7 +11,8 @@ from torch import nn
 from plinth.engine import Batcher, Call, ConfigError, Engine, LatencyModel, Sla, Work
 from plinth.engine.devices.device import pick
 from plinth.engine.runtime.modes import Modes
-from plinth.engine.scheduler.simulate import Change, Replay
+from plinth.engine.scheduler.simulate import Change, Replay, poisson
+from plinth.engine.scheduler.work import Shares
 from tests.engine.lane_models import changed, net, rows
 
 NAME, WAIT = str(pick("auto")), 60
@@ -137,6 +138,106 @@ def test_auto_shares_out_from_where_it_pays_and_never_below(lanes):
         assert COST["a"](share, 0) / share <= 1.25 * COST["a"](128, 0) / 128
 
 
+def shared_out(items: int, parts: int, at: float, due: float) -> list[Work]:
+    """The shares of one request; each knows them all."""
+    owner: list[Work] = []
+    together, step = Shares(), -(-items // parts)
+    for first in range(0, items, step):
+        work = Work("a", min(step, items - first), at, Sla(deadline_ms=due), owner, first)
+        if parts > 1:
+            work.shares = together
+        owner.append(work)
+    return owner
+
+
+class Whole(Replay):
+    """Requests stand and fall with each of their shares."""
+
+    def refuse(self, work: Work) -> None:
+        for mate in work.owner:
+            self.batcher.cancel(mate)
+
+
+def over_lanes(lanes: int, most: int = 128) -> Whole:
+    queue = Batcher(costs())
+    queue.register("a", most)
+    for _ in range(lanes - 1):
+        queue.add_lane()
+    return Whole(queue, COST)
+
+
+def answered(run: Whole, requests: list[list[Work]]) -> int:
+    """How many requests had all of their shares in time."""
+    finish = run.trace.finish
+    return sum(
+        all(finish.get(share, float("inf")) <= share.deadline + 1e-9 for share in each)
+        for each in requests
+    )
+
+
+@given(st.integers(2, 8), st.integers(16, 128))
+def test_lanes_that_are_idle_take_a_share_each_and_end_together(lanes, items):
+    run = over_lanes(lanes)
+    run.through(shared_out(items, lanes, 0.0, 10_000))
+    rows = [ran.batch.rows for ran in run.trace.ran]
+    assert sum(rows) == items
+    assert max(rows) == -(-items // lanes)
+    assert all(ran.start == 0.0 for ran in run.trace.ran)
+
+
+def test_a_lane_leaves_shares_to_others_only_as_far_as_these_end_them_no_later():
+    run = over_lanes(2)
+    run.through([Work("a", 128, 0.0, PATIENT), *shared_out(64, 4, 0.010, 60_000)])
+    first, second = run.trace.ran
+    assert (first.batch.rows, second.batch.rows) == (128, 64), "the other lane is busy for longer"
+    run = over_lanes(2)
+    run.through([Work("a", 20, 0.0, PATIENT), *shared_out(128, 4, 0.010, 60_000)])
+    assert [ran.batch.rows for ran in run.trace.ran] == [20, 64, 64]
+
+
+@pytest.mark.parametrize("load", [0.9, 1.0, 1.2, 2.0])
+@pytest.mark.parametrize("items", [48, 96, 160])
+def test_in_a_flood_requests_that_are_shared_out_lose_nothing_against_whole_ones(items, load):
+    """Large shares of many requests would run in turns, and each request would end late."""
+    lanes, found = 4, []
+    rate = load * lanes * 128 / COST["a"](128, 0) / items
+    arrivals = poisson(rate, 12.0, 7)
+    for parts in (1, lanes):
+        run = over_lanes(lanes)
+        each = min(parts, -(-items // 16))
+        requests = [
+            shared_out(items, each if parts > 1 else -(-items // 128), float(at), 1_000)
+            for at in arrivals
+        ]
+        run.through([share for one in requests for share in one])
+        found.append(answered(run, requests))
+    assert found[1] >= 0.98 * found[0]
+
+
+@settings(deadline=None)
+@given(
+    st.integers(2, 5),
+    st.lists(
+        st.tuples(st.floats(0, 1), st.integers(1, 200), st.sampled_from([300, 2_000])), max_size=40
+    ),
+    EVENTS,
+)
+def test_shares_run_once_each_or_are_refused_with_all_of_their_request(lanes, arrivals, events):
+    run = over_lanes(lanes)
+    requests = [shared_out(items, lanes, at, due) for at, items, due in sorted(arrivals)]
+    works = [share for one in requests for share in one]
+    run.through(works, changes=[Change(at, changed(kind)) for at, kind in sorted(events)])
+    assert not run.batcher
+    for share in works:
+        ran = [
+            ran
+            for ran in run.trace.ran
+            if id(ran) not in run.lost and any(part.work is share for part in ran.batch.parts)
+        ]
+        assert len(ran) == (share in run.trace.finish)
+        assert share in run.trace.finish or share.gone or share.deadline < float("inf")
+
+
 @pytest.mark.parametrize(
     ("table", "match"),
     [
@@ -200,7 +301,8 @@ def test_the_same_flow_gives_the_same_bits_in_every_mode_and_the_answer_says_whi
             modes.append((small.modes, whole.modes, engine.status()["mode"]))
     assert all(torch.equal(answers[0], other) for other in answers[1:])
     shared = {"net": "sync"}
-    assert modes[0] == modes[1] == ({}, {}, "async")
+    assert modes[0][2] == "hybrid", "the default"
+    assert modes[1] == ({}, {}, "async")
     assert modes[2] == ({}, shared, "sync"), "one row has nothing to share out"
     assert modes[3] == ({}, shared, "hybrid")
 

@@ -1,0 +1,105 @@
+"""Callers are told at their deadline, whatever the lane does that has their rows."""
+
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+from torch import Tensor, nn
+
+from plinth.engine import Batcher, Call, DeadlineRefused, Engine, LatencyModel, Sla, Work
+from plinth.engine.lanes import fork_server
+from tests.engine.lane_models import doubles, net, rows
+
+WAIT = 60
+STUCK = -7.0
+
+
+class Sticks(nn.Module):
+    """Doubles its rows; one that says so waits until it is let go."""
+
+    def __init__(self, free: threading.Event) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
+        self.wait = free.wait
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x == STUCK).any()):
+            self.wait(WAIT)
+        return x * self.factor
+
+
+def given(deadlines: list[float | None]) -> Batcher:
+    """A batcher whose lane was given works of a row at 0 s, which take 10 ms each."""
+    latency = LatencyModel()
+    latency.seed("a", 1, 0.010)
+    queue = Batcher(latency)
+    queue.register("a", 1)
+    queue.pipeline_depth = len(deadlines)
+    for due in deadlines:
+        queue.admit(Work("a", 1, 0.0, Sla(deadline_ms=due)), 0.0)
+        queue.next(0.0)
+    return queue
+
+
+def test_a_lane_is_waited_for_a_little_and_then_those_past_their_deadline_are_told():
+    queue = given([50.0, 100.0])
+    assert queue.overdue(0.049) == ([], pytest.approx(0.080)), "20 ms, and three times as long"
+    (first,), again = queue.overdue(0.081)
+    assert isinstance(first.error, DeadlineRefused)
+    assert first.error.deadline == pytest.approx(0.050)
+    assert again == pytest.approx(0.100)
+    queue.cancel(first.work)
+    (second,), again = queue.overdue(0.101)
+    assert (second.work is not first.work, again) == (True, float("inf"))
+
+
+def test_what_has_no_deadline_is_waited_for_as_long_as_it_takes():
+    assert given([None]).overdue(1e6) == ([], float("inf"))
+
+
+def test_what_waits_is_looked_at_when_its_deadline_goes_by():
+    queue = given([1_000.0])
+    queue.admit(Work("a", 1, 0.0, Sla(deadline_ms=500.0)), 0.0)
+    assert queue.overdue(0.0)[1] == pytest.approx(0.5)
+
+
+@pytest.mark.cpu
+def test_those_who_have_rows_on_a_lane_that_hangs_or_wait_behind_it_are_told_in_time():
+    free = threading.Event()
+    module = Sticks(free)
+    with Engine(device="cpu", threads=1) as engine:
+        engine.add(net(module=module), batch_range=(1, 1), sla=Sla(deadline_ms=5_000))
+        begun = time.monotonic()
+        soon = Sla(deadline_ms=200)
+        stuck = engine.submit(Call("net", torch.full((1, 4), STUCK)), soon)
+        behind = engine.submit(Call("net", rows(1, 1)), soon)
+        for future in (stuck, behind):
+            assert isinstance(future.exception(WAIT), DeadlineRefused)
+        assert time.monotonic() - begun < 5.0
+        assert not free.is_set()
+        free.set()
+        assert torch.equal(
+            engine.submit(Call("net", rows(2, 1))).result(WAIT).value, 2 * rows(2, 1)
+        )
+
+
+@pytest.mark.cpu
+@pytest.mark.soak
+@pytest.mark.usefixtures("importable")
+def test_who_waits_for_a_stopped_process_is_told_at_the_deadline_not_when_it_is_missed(tmp_path):
+    with Engine(devices=["process:cpu"], threads=1, hung_seconds=20.0) as engine:
+        engine.add(doubles(tmp_path), batch_range=(1, 4), sla=Sla(deadline_ms=60_000))
+        for child in psutil.Process().children(recursive=True):
+            if child.name() == fork_server.NAME:
+                os.kill(child.pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        asked = [engine.submit(Call("net", rows(n, 3)), Sla(deadline_ms=400)) for n in range(9)]
+        assert all(isinstance(each.exception(WAIT), DeadlineRefused) for each in asked)
+        assert time.monotonic() - begun < 5.0
+        for child in psutil.Process().children(recursive=True):
+            if child.name() == fork_server.NAME:
+                os.kill(child.pid, signal.SIGCONT)
