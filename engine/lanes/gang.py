@@ -21,7 +21,7 @@ from plinth.engine.devices.device import Device, pick
 from plinth.engine.errors import ModelError, OutOfMemory
 from plinth.engine.gang.plan import ParallelPlan, Seat, parse
 from plinth.engine.lanes.base import Held, LaneDied
-from plinth.engine.lanes.process import START_SECONDS, UNKNOWN_SECONDS, Link, ProcessLane
+from plinth.engine.lanes.process import START_SECONDS, UNKNOWN_SECONDS, Link, RemoteLane
 from plinth.engine.lanes.worker import FORGET, LOAD, STEP, UNIT, send
 from plinth.engine.lanes.worker_process import WorkerProcess
 
@@ -29,7 +29,7 @@ ServeRank = Callable[[int, int, Seat], None]
 """What each process runs: the descriptor of its socket, CPU threads of a forward, its seat."""
 
 
-class GangLane(ProcessLane):
+class GangLane(RemoteLane):
     """Runs batches on several worker processes, each of which holds a share of every model.
 
     Args:
@@ -38,7 +38,7 @@ class GangLane(ProcessLane):
         threads: CPU threads of a forward, in each process.
         backend: of torch.distributed, by which the processes talk.
         budget: bytes of weights that a process may hold; ``None``: any.
-        options: depth, costs and hung_seconds as :class:`ProcessLane` takes them. The depth is
+        options: depth, costs and hung_seconds as :class:`RemoteLane` takes them. The depth is
             also the number of micro-batches.
 
     Attributes:
@@ -58,7 +58,7 @@ class GangLane(ProcessLane):
         **options: Any,
     ) -> None:
         kind, self.plan = parse(name)
-        super().__init__(pick("cpu"), _nothing, threads, **options)
+        super().__init__(pick("cpu"), threads, **options)
         self.devices = _devices(kind, self.plan)
         self.backend = backend
         self.serve = serve
@@ -89,12 +89,12 @@ class GangLane(ProcessLane):
         return {"plan": str(self.plan), "weights_by_rank": held}
 
     def connect(self) -> Link:
-        """See :class:`ProcessLane`."""
+        """See :class:`RemoteLane`."""
         self._held.clear()
         return _Ranks(self)
 
     def load(self, link: Link, model: Held) -> None:
-        """See :class:`ProcessLane`; each rank keeps its share, then they answer together."""
+        """See :class:`RemoteLane`; each rank keeps its share, then they answer together."""
         if model.id in link.loaded:
             return
         recipe: Any = model.recipe()
@@ -130,10 +130,6 @@ class GangLane(ProcessLane):
         )
 
 
-def _nothing(_: int, __: int) -> None:
-    """In the place of what one process alone would run."""
-
-
 def _devices(kind: str, plan: ParallelPlan) -> list[Device]:
     """One for each rank."""
     if kind == "cpu":
@@ -143,22 +139,30 @@ def _devices(kind: str, plan: ParallelPlan) -> list[Device]:
     return [first, *(pick(f"{kind}:{rank}") for rank in range(1, plan.ranks))]
 
 
-class _Member(ProcessLane):
+class _Member(RemoteLane):
     """One rank, as its link knows it."""
 
     def __init__(self, lane: GangLane, ranks: _Ranks, seat: Seat) -> None:
-        super().__init__(lane.device, _nothing, lane.threads, hung_seconds=lane.hung_seconds)
+        super().__init__(lane.device, lane.threads, hung_seconds=lane.hung_seconds)
         self.lost = ranks.end
         self._given = (lane.serve, (lane.threads, seat))
         self._name = f"rank {seat.rank} of {lane.label}"
+
+    @property
+    def kind(self) -> str:
+        """See :class:`Lane`."""
+        return "rank"
 
     @property
     def label(self) -> str:
         """See :class:`Lane`."""
         return self._name
 
-    def open_process(self) -> WorkerProcess:
-        """See :class:`ProcessLane`."""
+    def connect(self) -> Link:
+        """See :class:`RemoteLane`."""
+        return Link(self, self._open_process)
+
+    def _open_process(self) -> WorkerProcess:
         process = WorkerProcess(0)
         send(process.socket, b"p", sys.path)
         function, given = self._given
@@ -195,7 +199,7 @@ class _Ranks(Link):
                     UNKNOWN_SECONDS,
                     lane.micro_batches,
                 )
-                self._links.append(Link(_Member(lane, self, seat)))
+                self._links.append(_Member(lane, self, seat).connect())
 
     @property
     def pids(self) -> list[int]:

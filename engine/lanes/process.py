@@ -2,7 +2,7 @@
 
 Whatever ends the process (a native crash, the kernel, ``kill -9``) or stops it (SIGSTOP, a forward
 that hangs) is the death of the lane, never of the engine: what it was given has to run elsewhere,
-and :meth:`ProcessLane.start` starts another process that holds the same models.
+and :meth:`RemoteLane.start` starts another process that holds the same models.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -72,12 +73,11 @@ class _Asked:
     sent: float
 
 
-class ProcessLane(Lane):
-    """Runs batches on the CPU in a worker process.
+class RemoteLane(Lane):
+    """Runs batches on the CPU in other processes, which :meth:`connect` starts.
 
     Args:
         device: the CPU.
-        serve: a function of a module, which the process runs until its socket ends.
         threads: CPU threads of a forward.
         depth: batches sent to it before the first is done; ``None``: 1.
         costs: what batches cost there; ``None``: as on the engine's own lanes on the CPU.
@@ -97,7 +97,6 @@ class ProcessLane(Lane):
     def __init__(
         self,
         device: Device,
-        serve: Serve,
         threads: int,
         depth: int | None = None,
         costs: LatencyModel | None = None,
@@ -114,19 +113,11 @@ class ProcessLane(Lane):
             raise ConfigError(f"hung_seconds is {hung_seconds}, expected 0 < hung_seconds <= 3600")
         super().__init__(device, depth or 1, costs)
         self.hung_seconds = hung_seconds
-        self._serve = serve
         self.threads = threads
         self._models: WeakValueDictionary[str, Held] = WeakValueDictionary()
         self._gone: deque[str] = deque()
         self._changing = threading.RLock()
         self._link: Link | None = None
-        self._leasing = threading.Lock()
-        self._server: fork_server.ForkServer | None = None
-
-    @property
-    def kind(self) -> str:
-        """See :class:`Lane`."""
-        return "process"
 
     @property
     def label(self) -> str:
@@ -177,9 +168,9 @@ class ProcessLane(Lane):
             self._models[model.id] = model
             finalize(model, self._gone.append, model.id)
 
+    @abstractmethod
     def connect(self) -> Link:
-        """Start its process."""
-        return Link(self)
+        """Start what serves; :meth:`Link.await_ready` waits until it does."""
 
     def load(self, link: Link, model: Held) -> None:
         """Let its process load a model, and hold its answers against the engine's.
@@ -250,7 +241,7 @@ class ProcessLane(Lane):
         return self._link is not None and self._link.is_current
 
     def discard(self) -> None:
-        """See :class:`Lane`; the server that forks the next process stays."""
+        """See :class:`Lane`."""
         link = self._link
         if link is not None:
             link.close()
@@ -258,13 +249,55 @@ class ProcessLane(Lane):
     def close(self) -> None:
         """See :class:`Lane`."""
         self.discard()
+
+    def accept(self, about: object) -> None:
+        """Refuse a process by what it said of itself when it was ready.
+
+        Raises:
+            DeviceError: it is another than it should be.
+        """
+
+    def is_over(self, link: Link) -> None:
+        """Told when a process has ended, before anybody else is."""
+
+
+class ProcessLane(RemoteLane):
+    """Runs batches on the CPU in a worker process.
+
+    Args:
+        device: the CPU.
+        serve: a function of a module, which the process runs until its socket ends.
+        threads: CPU threads of a forward.
+        options: depth, costs and hung_seconds as :class:`RemoteLane` takes them.
+
+    Raises:
+        ConfigError: another device than the CPU, or an impossible depth or bound.
+    """
+
+    def __init__(self, device: Device, serve: Serve, threads: int, **options: Any) -> None:
+        super().__init__(device, threads, **options)
+        self._serve = serve
+        self._leasing = threading.Lock()
+        self._server: fork_server.ForkServer | None = None
+
+    @property
+    def kind(self) -> str:
+        """See :class:`Lane`."""
+        return "process"
+
+    def connect(self) -> Link:
+        """See :class:`RemoteLane`."""
+        return Link(self, self._open_process)
+
+    def close(self) -> None:
+        """See :class:`Lane`; :meth:`discard` leaves the server that forks the next process."""
+        super().close()
         with self._leasing:
             server, self._server = self._server, None
         if server is not None:
             server.give_back()
 
-    def open_process(self) -> WorkerProcess:
-        """A process that serves, or is about to."""
+    def _open_process(self) -> WorkerProcess:
         process = WorkerProcess(0, server=self._leased())
         child.send(process.socket, b"p", sys.path)
         given = (self._serve, (process.descriptor, self.threads))
@@ -280,22 +313,13 @@ class ProcessLane(Lane):
                 self._server = server
             return self._server
 
-    def accept(self, about: object) -> None:
-        """Refuse a process by what it said of itself when it was ready.
-
-        Raises:
-            DeviceError: it is another than it should be.
-        """
-
-    def is_over(self, link: Link) -> None:
-        """Told when a process has ended, before anybody else is."""
-
 
 class Link:
     """One process of a lane and what was sent to it; its thread reads what comes back.
 
     Args:
         lane: whose.
+        opened: starts the process, in the thread.
 
     Attributes:
         why: how the process ended; ``None``: it has not.
@@ -304,13 +328,14 @@ class Link:
         loaded: the models that it holds.
     """
 
-    def __init__(self, lane: ProcessLane) -> None:
+    def __init__(self, lane: RemoteLane, opened: Callable[[], WorkerProcess]) -> None:
         self.pid: int | None = None
         self.why: str | None = None
         self.about: Any = None
         self.silent: list[str] = []
         self.loaded: set[str] = set()
         self._lane = lane
+        self._open = opened
         self._process: WorkerProcess | None = None
         self._lock = threading.Lock()
         self._asked: dict[int, _Asked] = {}
@@ -403,7 +428,7 @@ class Link:
     def _live(self) -> None:
         why = "it was not started"
         try:
-            process = self._lane.open_process()
+            process = self._open()
             process.socket.settimeout(min(1.0, self._lane.hung_seconds / 4))
             with self._lock:
                 self._process, self.pid = process, process.pid

@@ -24,7 +24,7 @@ from plinth.engine.lanes.cluster.lane import RayLane
 from plinth.engine.lanes.cluster.settings import Cluster
 from plinth.engine.lanes.gang import GangLane
 from plinth.engine.lanes.local import LocalLane
-from plinth.engine.lanes.process import ProcessLane
+from plinth.engine.lanes.process import ProcessLane, RemoteLane
 from plinth.engine.lanes.thread import LaneThread
 from plinth.engine.memory.plan import SHARE, budget
 from plinth.engine.models.store import Model
@@ -133,15 +133,22 @@ class LaneSet:
         """
         execution, device = self._execution, pick(device_of(name))
         threads = execution.threads or torch.get_num_threads()
-        how = (threads, execution.depth)
         if name.startswith(GANG):
             return self._gang(name, execution)
         if name.startswith(PROCESS):
             costs = self._costs_by(_alike(name))
-            return ProcessLane(device, serve, *how, costs, execution.hung_seconds)
+            return ProcessLane(
+                device,
+                serve,
+                threads,
+                depth=execution.depth,
+                costs=costs,
+                hung_seconds=execution.hung_seconds,
+            )
         if name.startswith(RAY):
             cluster, costs = Cluster.of(execution.cluster), self._costs_by(_alike(name))
-            return RayLane(device, cluster, *how, costs, execution.hung_seconds)
+            depth, hung = execution.depth, execution.hung_seconds
+            return RayLane(device, cluster, threads, depth, costs, hung)
         lanes = (each.lane for each in self.threads)
         taken = {
             each.place for each in lanes if isinstance(each, LocalLane) and each.device == device
@@ -206,7 +213,7 @@ class LaneSet:
     def _number(self, thread: LaneThread) -> None:
         lane = thread.lane
         if not self.threads and self._batcher.lanes.get(0) is not None:
-            if not isinstance(lane, ProcessLane) or lane.costs is self._batcher.latency:
+            if not isinstance(lane, RemoteLane) or lane.costs is self._batcher.latency:
                 thread.number = 0  # the batcher has one from the start
                 self._batcher.pipeline_depth = lane.depth
                 return
@@ -286,11 +293,11 @@ class LaneSet:
 
     def hold(self, lane: Lane, loaded: LoadedModel) -> None:
         """Let a lane run a model, also one that was replaced before the lane joined."""
-        if isinstance(lane, ProcessLane):
+        if isinstance(lane, RemoteLane):
             self._send(lane, loaded)
             return
         lanes = sum(
-            each.lane.device == lane.device and not isinstance(each.lane, ProcessLane)
+            each.lane.device == lane.device and not isinstance(each.lane, RemoteLane)
             for each in self.threads
         )
         for first in (loaded, loaded.degraded):
@@ -329,7 +336,7 @@ class LaneSet:
                     name = type(error).__name__
                     _log.warning("a batch that was tried before it serves: %s", name)
 
-    def _send(self, lane: ProcessLane, loaded: LoadedModel) -> None:
+    def _send(self, lane: RemoteLane, loaded: LoadedModel) -> None:
         """Let a worker process hold a model; it is planned with what was measured here at first."""
         measured = self._costs_of(lane.device)
         costs = self._costs_on(lane)
@@ -372,7 +379,7 @@ class LaneSet:
         What cannot be started is told by :meth:`start`.
         """
         lanes = [thread.lane for thread in self.threads if not thread.alive]
-        processes = [lane for lane in lanes if isinstance(lane, ProcessLane)]
+        processes = [lane for lane in lanes if isinstance(lane, RemoteLane)]
         for lane in processes:
             lane.launch()
         for lane in processes:

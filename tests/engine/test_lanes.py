@@ -74,7 +74,8 @@ def lane(request):
     elif kind == "ray":
         made = RayLane(HERE, request.getfixturevalue("nodes").settings(), 1, depth)
     else:
-        made = ProcessLane(HERE, serve, 1, depth) if kind == "process" else LocalLane(HERE, depth)
+        process = kind == "process"
+        made = ProcessLane(HERE, serve, 1, depth=depth) if process else LocalLane(HERE, depth)
     made.start()
     yield made
     made.close()

@@ -2,7 +2,7 @@
 
 The process beside the engine that other lanes have is here one that talks to the cluster
 (``link.py``); what runs the model is an actor that Ray placed. All else is as for
-:class:`plinth.engine.lanes.process.ProcessLane`: whatever ends the actor, its machine or the way
+:class:`plinth.engine.lanes.process.RemoteLane`: whatever ends the actor, its machine or the way
 there is the death of the lane, never of the engine. Ray starts nothing again and repeats nothing.
 """
 
@@ -23,7 +23,7 @@ from plinth.engine.lanes.cluster import link as script
 from plinth.engine.lanes.cluster.identity import identity
 from plinth.engine.lanes.cluster.parcel import Parcel
 from plinth.engine.lanes.cluster.settings import Cluster, need_ray
-from plinth.engine.lanes.process import HUNG_SECONDS, START_SECONDS, Link, ProcessLane
+from plinth.engine.lanes.process import HUNG_SECONDS, START_SECONDS, Link, RemoteLane
 from plinth.engine.lanes.worker_process import WorkerProcess
 from plinth.engine.scheduler.cost_model import LatencyModel
 
@@ -39,7 +39,7 @@ class _Recipe(Protocol):
     def path(self) -> Path: ...
 
 
-class RayLane(ProcessLane):
+class RayLane(RemoteLane):
     """Runs batches in an actor of a cluster.
 
     Args:
@@ -70,7 +70,7 @@ class RayLane(ProcessLane):
         hung_seconds: float = HUNG_SECONDS,
     ) -> None:
         need_ray()
-        super().__init__(device, _no_process, threads, depth, costs, hung_seconds)
+        super().__init__(device, threads, depth, costs, hung_seconds)
         self.cluster = cluster
         self.about: dict[str, Any] = {}
         self._told = cluster.told()
@@ -87,8 +87,11 @@ class RayLane(ProcessLane):
         """See :class:`Lane`."""
         return f"{self.about['host']} ({self.about['node'][:12]})" if self.about else None
 
-    def open_process(self) -> WorkerProcess:
-        """See :class:`ProcessLane`."""
+    def connect(self) -> Link:
+        """See :class:`RemoteLane`."""
+        return Link(self, self._open_process)
+
+    def _open_process(self) -> WorkerProcess:
         process = WorkerProcess(0, Path(script.__file__))
         told = {
             **self._told,
@@ -101,7 +104,7 @@ class RayLane(ProcessLane):
         return process
 
     def accept(self, about: object) -> None:
-        """See :class:`ProcessLane`.
+        """See :class:`RemoteLane`.
 
         Raises:
             DeviceError: another Plinth runs there.
@@ -120,7 +123,7 @@ class RayLane(ProcessLane):
         self.about, self._was_well = found, True
 
     def weigh(self, link: Link, rows: dict[str, Tensor]) -> None:
-        """See :class:`ProcessLane`.
+        """See :class:`RemoteLane`.
 
         Raises:
             ModelError: they would fill the object store of a machine.
@@ -134,7 +137,7 @@ class RayLane(ProcessLane):
             )
 
     def bring(self, link: Link, recipe: object) -> None:
-        """See :class:`ProcessLane`; files that the machine lacks are sent there."""
+        """See :class:`RemoteLane`; files that the machine lacks are sent there."""
         path = cast(_Recipe, recipe).path
         parcel = self._parcels.get(path)
         if parcel is None:
@@ -151,7 +154,7 @@ class RayLane(ProcessLane):
             raise
 
     def is_over(self, link: Link) -> None:
-        """See :class:`ProcessLane`."""
+        """See :class:`RemoteLane`."""
         SILENT.add(link.silent)
 
 
@@ -176,7 +179,3 @@ class Silent:
 
 
 SILENT = Silent()
-
-
-def _no_process(descriptor: int, threads: int) -> None:
-    raise NotImplementedError
