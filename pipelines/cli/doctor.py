@@ -113,8 +113,7 @@ def _packages(config: Config) -> Iterator[Finding]:
 
 def _devices(config: Config) -> Iterator[Finding]:
     from plinth.engine import PlinthError
-    from plinth.engine.devices.device import Absent, devices, pick
-    from plinth.engine.runtime.lane_set import device_of
+    from plinth.engine.devices.device import Absent, devices
 
     for device in devices():
         if not isinstance(device, Absent):
@@ -125,11 +124,27 @@ def _devices(config: Config) -> Iterator[Finding]:
             advice = "" if state == "fine" else "free memory, or set engine.memory_budget"
             yield Finding(f"device {device}", state, told, advice)
     key = "engine.device" if config.engine.devices is None else "engine.devices"
-    try:
-        for name in config.engine.devices or (config.engine.device,):
-            yield Finding(key, "fine", f"{name}: {pick(device_of(name))}")
-    except PlinthError as error:
-        yield Finding(key, "wrong", error.message, error.hint or "")
+    for name in config.engine.devices or (config.engine.device,):
+        try:
+            yield Finding(key, "fine", f"{name}: {_lane(name)}")
+        except PlinthError as error:
+            yield Finding(key, "wrong", error.message, error.hint or "")
+
+
+def _lane(name: str) -> str:
+    """Where the batches of a lane run.
+
+    Raises:
+        ConfigError, DeviceError: nowhere.
+    """
+    from plinth.engine.devices.device import pick
+    from plinth.engine.gang.plan import GANG, parse
+    from plinth.engine.runtime.lane_set import device_of
+
+    if name.startswith(GANG):
+        kind, plan = parse(name)
+        return f"{plan.ranks} processes on {kind}, {plan}"
+    return str(pick(device_of(name)))
 
 
 def _limits(config: Config) -> Iterator[Finding]:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tiny_verticals import GATE, Gate, install
 
 from plinth.engine import ConfigError
-from plinth.pipelines.cli.doctor import _packages
+from plinth.pipelines.cli.doctor import _devices, _packages
 from plinth.pipelines.cli.main import main
 from plinth.pipelines.config.settings import Config
 
@@ -135,6 +135,20 @@ def test_doctor_calls_wrong_what_is_asked_for_and_not_installed(
     assert "plinth-engine[web]" in found["extra web"].advice
     monkeypatch.delenv("OTEL_TRACES_EXPORTER")
     assert {one.state for one in _packages(Config())} == {"warning"}
+
+
+def test_doctor_names_each_lane_that_is_asked_for_and_what_is_wrong_with_it() -> None:
+    lanes = ["cpu", "process:cpu", "gang:cpu:pipeline=2,tensor=2", "gang:cpu:tensr=2", "process:x"]
+    found = [
+        one
+        for one in _devices(Config.model_validate({"engine": {"devices": lanes}}))
+        if one.what == "engine.devices"
+    ]
+    assert [one.state for one in found] == ["fine"] * 3 + ["wrong"] * 2
+    told = "gang:cpu:pipeline=2,tensor=2: 4 processes on cpu, replicas=1 x pipeline=2 x tensor=2"
+    assert [one.found for one in found[:3]] == ["cpu: cpu", "process:cpu: cpu", told]
+    assert "tensr is no factor" in found[3].found
+    assert all(one.advice for one in found[3:])
 
 
 def test_list_and_check_for_scripts_and_people(plinth: Plinth) -> None:
