@@ -16,9 +16,9 @@ through the HTTP door, and payments (sample_data/transactions) come at a steady 
 loop. Latency runs from when a payment was due to its whole answer. Device figures are differences
 of ``/metrics`` over the same seconds.
 
-With ``--plan`` each run ends with what ``plinth plan`` foretells for it: its rate, and studies
-without end where there are some, on one lane, by the costs that its own engine learned and by what
-payments took outside of the engine, which their answers tell.
+With ``--plan`` each run ends with what ``plinth plan`` foretells for it: its rate, and so many
+studies at a time where there are some, on one lane, by the costs that its own engine learned, by
+what payments took outside of the engine, which their answers tell, and by what studies did.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import threading
 import time
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ from rich.table import Table  # noqa: E402
 
 from plinth.pipelines.bench.load import Load  # noqa: E402
 from plinth.pipelines.plan.demand import Patient, read_costs  # noqa: E402
-from plinth.pipelines.plan.planner import Question, point  # noqa: E402
+from plinth.pipelines.plan.planner import Point, Question, point  # noqa: E402
 
 ARMS = ("plinth", "threads", "alone", "plain")
 UNBOUNDED = 3600.0  # seconds of a slice: no bound but the largest batch
@@ -94,6 +94,8 @@ FIGURES = {
 
 PLANNED = {
     "planned_p99_ms": "planned p99, ms",
+    "engine_p99_ms": "p99 in the engine, ms",
+    "planned_engine_p99_ms": "planned p99 in the engine, ms",
     "planned_per_second": "planned in time /s",
     "planned_windows_per_minute": "planned CT windows /min",
 }
@@ -288,7 +290,10 @@ def measure(arm: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
 
     told = result.as_dict(given.sla_ms / 1e3)
     outside = [each / 1e3 for each in told["outside_ms"]]
-    planned = foretold(given, outside, beside=arm != "alone") if given.plan else {}
+    planned: dict[str, float] = {}
+    if given.plan:
+        series = {key: value - before.get(key, 0.0) for key, value in after.items()}
+        planned = planned_beside(given, outside, series, 0.0 if arm == "alone" else seconds)
     return {
         "arm": arm,
         "payments_per_second": told["throughput"],
@@ -311,25 +316,87 @@ def measure(arm: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
     }
 
 
-def foretold(given: argparse.Namespace, outside: list[float], *, beside: bool) -> dict[str, float]:
+def planned_beside(
+    given: argparse.Namespace, outside: list[float], grown: dict[str, float], seconds: float
+) -> dict[str, float]:
+    """What is to be held against a plan, and the plan.
+
+    Args:
+        given: the command line.
+        outside: what payments took beside their batches, seconds.
+        grown: how much the server's series have grown.
+        seconds: in which studies were done; 0: there were none.
+    """
+    studies: dict[str, float] = {}
+    if seconds:
+        calls = grown.get('plinth_call_seconds_count{model="nodules"}', 0.0)
+        if not calls:
+            raise SystemExit("no study had its windows done, use more --seconds")
+        inside = grown['plinth_call_seconds_sum{model="nodules"}']
+        studies = {
+            "rows": round(grown['plinth_batch_rows_sum{model="nodules"}'] / calls),
+            "at_once": given.studies,
+            "between": max(0.0, given.studies * seconds - inside) / calls,
+        }
+    buckets = {
+        key: value
+        for key, value in grown.items()
+        if key.startswith("plinth_call_seconds_bucket") and 'model="fraud"' in key
+    }
+    engine = 1e3 * quantile_of(buckets, 0.99)
+    return foretold(given, outside, studies) | studies | {"engine_p99_ms": engine}
+
+
+def foretold(
+    given: argparse.Namespace, outside: list[float], studies: dict[str, float]
+) -> dict[str, float]:
     """What a plan on the costs that the server learned says of the same load.
 
     Args:
         given: the command line.
         outside: what payments took beside their batches, seconds.
-        beside: whether there were studies.
+        studies: rows of one, how many at once, and seconds between two; empty: there were none.
     """
-    costs = read_costs(given.costs, "fraud", "nodules" if beside else None, 1 if beside else None)
-    urgent = costs.urgent.model_copy(update={"outside": tuple(outside)})
-    costs = costs.model_copy(update={"urgent": urgent})
-    patient = Patient(1.0, 1.0, "windows") if beside else None
-    question = Question(costs, given.sla_ms / 1e3, given.rate, patient=patient, seconds=60.0)
-    found = point(question, 1)
+    rows = int(studies["rows"]) if studies else None
+    costs = read_costs(given.costs, "fraud", "nodules" if studies else None, rows)
+    if costs.background is not None:
+        costs = costs.model_copy(update={"background": costs.background.model_copy(update=studies)})
+
+    def planned(beside: list[float]) -> Point:
+        urgent = costs.urgent.model_copy(update={"outside": tuple(beside)})
+        patient = Patient(1.0, 1.0, "studies") if studies else None
+        of = costs.model_copy(update={"urgent": urgent})
+        question = Question(of, given.sla_ms / 1e3, given.rate, patient=patient, seconds=60.0)
+        return point(question, 1)
+
+    found, inside = planned(outside), planned([0.0])
     return {
         "planned_p99_ms": found.p99,
         "planned_per_second": given.rate * found.in_time,
-        "planned_windows_per_minute": 60 * (found.jobs_possible or 0.0),
+        "planned_windows_per_minute": 60 * (found.jobs_possible or 0.0) * (rows or 0),
+        "planned_engine_p99_ms": inside.p99,
     }
+
+
+def quantile_of(grown: Mapping[str, float], share: float) -> float:
+    """A quantile of a histogram of the server's, linear inside of a bucket.
+
+    Args:
+        grown: how much each of its buckets has grown, by its series.
+        share: which quantile, 0 to 1.
+    """
+    edge = re.compile(r'le="([^"]+)"')
+    counts = sorted((float(found[1]), n) for key, n in grown.items() if (found := edge.search(key)))
+    wanted, low, below = share * counts[-1][1], 0.0, 0.0
+    for high, count in counts:
+        if count >= wanted:
+            return (
+                high
+                if math.isinf(high)
+                else low + (high - low) * (wanted - below) / (count - below)
+            )
+        low, below = high, count
+    return low
 
 
 def cpu_seconds(server: psutil.Process) -> float:
@@ -348,7 +415,8 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return {
         arm: {
             name: statistics.median(run[name] for run in runs if run["arm"] == arm)
-            for name in FIGURES
+            for name in (*FIGURES, *PLANNED)
+            if name in runs[0]
         }
         for arm in dict.fromkeys(run["arm"] for run in runs)
     }

@@ -118,6 +118,15 @@ class Costs(Table):
         default=None, ge=1, description="rows of the largest batch; none: the largest measured"
     )
     rows: int = Field(default=1, ge=1, description="rows of one request, or of one job")
+    at_once: int | None = Field(
+        default=None, ge=1, description="background jobs in work at a time; none: always enough"
+    )
+    between: float = Field(
+        default=0.0,
+        ge=0,
+        description="seconds from the end of a job's batches to the first of the job after it, of "
+        "those in work at a time: reading, steps, outputs",
+    )
 
     @property
     def most(self) -> int:

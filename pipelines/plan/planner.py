@@ -164,12 +164,27 @@ def _run(question: Question, lanes: int, *, patient: bool) -> tuple[Trace, list[
     rows = question.costs.urgent.rows
     urgent = [Work(URGENT, rows, float(at), question.sla) for at in arrivals]
     run = _pool(question, lanes)
-    endless: list[Work] = []
+    jobs: list[Work] = []
     if patient and question.costs.background is not None:
-        # Several jobs at once, each without end: there is always one more slice.
-        endless = [Work(PATIENT, 1 << 40, 0.0, Sla()) for _ in range(lanes)]
-    trace = run.through([*endless, *urgent], seconds if endless else float("inf"))
+        jobs = _jobs(run, question.costs.background, lanes, question.seed)
+    works = sorted([*jobs, *urgent], key=lambda work: work.arrival)
+    trace = run.through(works, seconds if jobs else float("inf"))
     return trace, urgent, seconds
+
+
+def _jobs(run: Replay, costs: Costs, lanes: int, seed: int) -> list[Work]:
+    """The first background jobs, and how others follow them."""
+    if costs.at_once is None:
+        # Several jobs at once, each without end: there is always one more slice.
+        return [Work(PATIENT, 1 << 40, 0.0, Sla()) for _ in range(lanes)]
+    random = np.random.default_rng(seed)
+
+    def job(now: float) -> Work:
+        # Not all alike, or jobs that once fell in step would stay so.
+        return Work(PATIENT, costs.rows, now + costs.between * random.uniform(0.5, 1.5), Sla())
+
+    run.follow = lambda _, now: job(now)
+    return sorted((job(0.0) for _ in range(costs.at_once)), key=lambda work: work.arrival)
 
 
 def _pool(question: Question, lanes: int) -> Replay:

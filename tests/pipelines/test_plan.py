@@ -93,6 +93,15 @@ def test_background_work_takes_the_time_that_requests_leave():
     assert two.jobs_possible > 1.9 * alone.jobs_possible
 
 
+@pytest.mark.parametrize(("at_once", "between", "a_second"), [(1, 1.0, 0.5), (2, 1.0, 0.8)])
+def test_studies_in_work_at_a_time_leave_the_lane_idle_between_them(at_once, between, a_second):
+    """A study is a second of the lane: one at a time does one in two seconds, two mostly wait."""
+    study = STUDY.model_copy(update={"at_once": at_once, "between": between})
+    costs = CostFile(urgent=Costs(seconds={1: 0.0001}), background=study)
+    made = Question(costs, 0.2, 1.0, patient=Patient(1.0, 1.0, "studies"), seconds=60.0)
+    assert plan(made, [1]).points[0].jobs_possible == pytest.approx(a_second, rel=0.15)
+
+
 def test_separate_pools_are_what_each_kind_of_work_takes_alone():
     costs = CostFile(urgent=URGENT, background=STUDY)
     asked = Patient(30_000, 8 * 3600, "studies")
