@@ -268,7 +268,7 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         idle_exit_s=None,
         metadata_max_age_ms=2_000,
         snapshot_interval_s=given.interval,
-        state_store="disk" if given.disk else "snapshot",
+        **({"state_store": "disk", "state_dir": folder} if given.disk else {}),
         commit_timeout_ms=given.commit_timeout_ms,
     )
     prepare(config)

@@ -244,7 +244,7 @@ class Checkpoint:
                 self.vertical.end_checkpoint(durable=True)
                 self._mark()
         except (InputError, OSError, lmdb.Error) as error:
-            log.debug("the worker's state cannot be followed yet: %s", error)
+            log.debug("the worker cannot be followed yet: %r", error)
             self._let_go()
         return bool(self.applied)
 
@@ -291,7 +291,7 @@ class Checkpoint:
         if followed is not None and fits and self._between(offsets, self.applied):
             followed.take_over(store)
             self.vertical.end_checkpoint(durable=False)
-            log.info("going on %d records behind its last checkpoint", self._since(offsets))
+            log.info("going on %d records past its last checkpoint", self._since(offsets))
         else:
             self._load()
 

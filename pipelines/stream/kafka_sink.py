@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,11 @@ MAX_KEY = 32_768
 LEAVE_S = 5.0
 LOST_S = 1.0
 """After so long a commit that lost a broker is begun anew: the client may wait for ever."""
+USUAL_TIMES = 5.0
+"""So many times as long as the longest of the latest commits one may take, since kafka-python may
+wait for ever for a coordinator that moved. To give up early is safe, and costs half a second."""
+LEAST_S = 1.5
+LATEST = 50
 
 
 class KafkaSink(ABC):
@@ -75,6 +81,8 @@ class KafkaSink(ABC):
         self._turn = 0
         self._writing: tuple[Outputs, Pending[float], Any] | None = None
         self._deadline = config.commit_timeout_ms / 1e3
+        self._latest: deque[float] = deque(maxlen=LATEST)
+        self._given_up = 0
 
     # -- writing ---------------------------------------------------------------------------
     def start(self, outputs: Outputs) -> None:
@@ -97,7 +105,7 @@ class KafkaSink(ABC):
             return None
         (outputs, pending, lost), self._writing = self._writing, None
         began = time.monotonic()
-        until = began + self._deadline
+        until = began + self._allowed
         while not pending.done(min(LOST_S, max(0.0, until - time.monotonic()))):
             if lost() or time.monotonic() >= until:
                 break
@@ -107,12 +115,15 @@ class KafkaSink(ABC):
             self._abandon_thread()
             why = f"no answer in {time.monotonic() - began:.1f} s"
             cause = "broker_lost" if lost() else "commit_timeout"
+            self._given_up += 1
         except KafkaError as error:
             if final := hopeless(error, self.config):
                 raise final from None
             why, cause = repr(error), "commit_failed"
         else:
             COMMIT_SECONDS.labels(self.config.guarantee).observe(seconds)
+            self._latest.append(seconds)
+            self._given_up = 0
             return Committed(outputs, seconds)
         log.warning("%d records were not committed: %s", len(outputs.chunk.records), why)
         self._give_up_producers()
@@ -175,6 +186,14 @@ class KafkaSink(ABC):
     def _abandon_thread(self) -> None:
         self._thread.close()
         self._thread = AbandonableThread("plinth-commit")
+
+    @property
+    def _allowed(self) -> float:
+        """Seconds that a commit may take now; twice as many after each that was given up."""
+        if not self._latest:
+            return self._deadline
+        usual = max(LEAST_S, USUAL_TIMES * max(self._latest))
+        return min(self._deadline, usual * 2**self._given_up)
 
     @property
     def _patience(self) -> float:
