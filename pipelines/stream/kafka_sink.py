@@ -193,7 +193,7 @@ class KafkaSink(ABC):
         if not self._latest:
             return self._deadline
         usual = max(LEAST_S, USUAL_TIMES * max(self._latest))
-        return min(self._deadline, usual * 2**self._given_up)
+        return min(self._deadline, usual * 2.0**self._given_up)
 
     @property
     def _patience(self) -> float:
