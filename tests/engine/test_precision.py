@@ -13,7 +13,7 @@ from plinth.engine.backends.choice import difference
 from plinth.engine.devices.device import pick
 from plinth.engine.precision.policy import CLASSES, PRESETS, PrecisionPolicy, resolve
 from plinth.engine.precision.registry import missing
-from plinth.engine.precision.transforms import apply, flops_by_precision, report
+from plinth.engine.precision.transforms import _Census, apply, flops_by_precision, report
 
 
 def network() -> nn.Sequential:
@@ -352,3 +352,14 @@ def test_a_table_that_int8_would_change_is_refused():
     net = nn.Sequential(nn.Embedding(9, 4, max_norm=1.0), nn.Flatten(), nn.Linear(8, 1))
     with pytest.raises(ConfigError, match="no Embedding in int8"):
         apply(net.eval(), PrecisionPolicy(int8=["embedding"]))
+
+
+def test_counting_operations_is_kept_apart_from_torchs_compiler_without_importing_it():
+    """Torch wraps a mode that does not say no: its first operation imports 800 modules, 80 MB."""
+    assert not hasattr(_Census.__torch_dispatch__, "__wrapped__")
+
+    class Wrapped(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    assert hasattr(Wrapped.__torch_dispatch__, "__wrapped__")
