@@ -164,10 +164,10 @@ def _completed(
     longest = max(n for n, count in enumerate(counts, 1) if count)
     for n in range(1, 17):
         code = code * 2 + filled[n - 1]
-        if n >= longest:
-            free = (1 << n) - 1 - code
+        free = (1 << n) - 1 - code
+        if n >= longest and free > 0:
             filled[n - 1], added, code = filled[n - 1] + free, added + free, code + free
-        if code >= 1 << n or len(categories) + added > 255:
+        if free < 0 or len(categories) + added > 255:
             return None
     named = categories + bytes([16] * added)
     body = bytes([number, *filled]) + named
