@@ -10,14 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import highdicom
+import numpy as np
 import pydicom
 import pytest
 from scipy import ndimage
 
+from plinth import __version__
 from plinth.verticals.contract import WithArtefacts
+from plinth.verticals.medical.ct.analysis import LUNG_RIGHT, NODULE, Analysis
+from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.output.dicom_seg import write_segmentation
+from plinth.verticals.medical.output.dicom_sr import write_measurements
+from plinth.verticals.medical.output.report import (
+    RULES,
+    CtArtefacts,
+    CtReport,
+    CtResult,
+    Network,
+)
 from plinth.verticals.medical.phantom.chest import Phantom
 from plinth.verticals.medical.phantom.dicom import write_series
 from plinth.verticals.medical.vertical import CtAnalysis, CtSettings
+from plinth.verticals.medical.volumes.measured import measured
+from plinth.verticals.medical.volumes.volume import Volume
 from plinth.verticals.testing import feed
 
 NO_NUMBERS = ("title", "unit", "voxels", "values", "uncertainty")
@@ -120,6 +135,59 @@ def test_volumes_diameters_and_means_say_how_far_they_may_be_off(outputs: Path) 
     assert right["uncertainty"]["volume_ml"] == pytest.approx(
         {"lower": inner.sum() / 2 * voxel, "upper": outer.sum() / 2 * voxel}, rel=1e-6
     )
+
+
+def made(volume: Volume, **told: Any) -> CtResult:
+    """A result with a lung and a nodule, as the rules or a network would have found them."""
+    labels = np.zeros(volume.shape, np.uint8)
+    labels[1:5, 4:14, 4:14], labels[2:4, 6:9, 6:9] = LUNG_RIGHT, NODULE
+    named = {LUNG_RIGHT: ("lung_right", "Right lung"), NODULE: ("nodule_1", "Nodule candidate 1")}
+    report = CtReport(
+        **dict.fromkeys(("study", "series"), "a"),
+        **dict.fromkeys(("source", "geometry", "grid", "plan"), {}),
+        findings=[],
+        nodules=None,
+        warnings=[],
+        network=Network(name="finder", version="3.1", digest="d1" * 32, description="", metrics={}),
+        structures=measured(volume, labels, named),
+    )
+    analysis = Analysis(labels, None, None)  # type: ignore[arg-type]
+    return WithArtefacts(report.model_copy(update=told), CtArtefacts(volume, analysis, {}))
+
+
+def by(group: Any) -> tuple[str, str, bool]:
+    """Algorithm and version of a group, and whether it names the digest of the weights."""
+    told: dict[str, str] = {}
+    for item in group[0].ContentSequence:
+        if item.name.meaning.startswith("Algorithm"):
+            told[item.name.meaning] = told.get(item.name.meaning, "") + item.value
+    digest = "SHA-256 " + "d1" * 32 in told["Algorithm Parameters"]
+    return told["Algorithm Name"], told["Algorithm Version"], digest
+
+
+def test_each_group_and_segment_names_what_made_it(write: Callable[..., Path]) -> None:
+    """Nodules are the network's, which had no part in the lungs; one of the user's made it all."""
+    volume = load_volume(write())
+    result = made(volume)
+    result.response.nodules = [None]  # type: ignore[list-item]  # one, of which no more is read
+    where = write() / "out"
+    where.mkdir()
+    write_segmentation(result, where / "seg.dcm")
+    rules, network = ("Plinth CT rules", __version__), ("Plinth finder", "3.1")
+    seg = pydicom.dcmread(where / "seg.dcm")
+    of = {one.SegmentLabel: one.SegmentationAlgorithmIdentificationSequence[0] for one in
+          seg.SegmentSequence}  # fmt: skip
+    told = {
+        label: (one.AlgorithmName, one.AlgorithmVersion, "d1d1" in one.AlgorithmParameters)
+        for label, one in of.items()
+    }
+    assert told == {"Right lung": (*rules, False), "Nodule candidate 1": (*network, True)}
+    for beside in (None, where / "seg.dcm"):
+        write_measurements(result.response, volume, RULES, beside, where / "sr.dcm")
+        assert {g.tracking_identifier: by(g) for g in groups_of(where / "sr.dcm")} == told
+    own = made(volume, algorithm={"Plinth": __version__}).response
+    write_measurements(own, volume, "theirs", None, where / "sr.dcm")
+    assert {by(group) for group in groups_of(where / "sr.dcm")} == {("finder", "3.1", True)}
 
 
 def test_each_lung_refers_to_its_segment(outputs: Path) -> None:

@@ -11,7 +11,6 @@ import pydicom
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless
 
-from plinth import __version__
 from plinth.engine import InputError
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
 from plinth.verticals.medical.output.derived import (
@@ -194,18 +193,16 @@ def _description(label: int, number: int, report: CtReport) -> Any:
     import highdicom
     from pydicom.sr.codedict import codes
 
-    network = report.network
     if label in (LUNG_RIGHT, LUNG_LEFT):
         right = label == LUNG_RIGHT
         name = "Right lung" if right else "Left lung"
         category = codes.SCT.AnatomicalStructure
         kind = highdicom.sr.CodedConcept("3341006" if right else "44029006", "SCT", name)
-        method, version = RULES, __version__
-        family = codes.DCM.MorphologicalOperations
-    elif label >= NODULE and network is not None:
+        maker, family = report.maker("lungs"), codes.DCM.MorphologicalOperations
+    elif label >= NODULE and report.network is not None:
         name = f"Nodule candidate {label - NODULE + 1}"
         category, kind = codes.SCT.MorphologicallyAbnormalStructure, codes.SCT.Nodule
-        method, version = f"Plinth {network.name}", network.version
+        maker = report.maker(f"nodule_{label - NODULE + 1}")
         family = codes.DCM.ArtificialIntelligence
     else:
         return None
@@ -216,10 +213,10 @@ def _description(label: int, number: int, report: CtReport) -> Any:
         segmented_property_type=kind,
         algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name=method,
-            version=version,
+            name=maker.name[:64],
+            version=maker.version[:64],
             family=family,
-            parameters={"made": report.origin().text(SHORT_TEXT)},
+            parameters={"made": maker.origin.text(SHORT_TEXT)},
         ),
         tracking_id=name,
         tracking_uid=highdicom.UID(),

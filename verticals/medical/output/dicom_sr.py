@@ -77,6 +77,7 @@ def write_measurements(
     Each structure refers to its segment; what has none is a group of measurements of the source
     images. A structure in a label map refers to the whole map and carries the Tracking UID of its
     segment: validators and viewers of 2026 do not take segment numbers in references to that class.
+    Each names the algorithm or network that made it, its version and the digest of its weights.
     Values that were withheld are left out. The file carries the patient's identity, as the archive
     needs it.
 
@@ -136,7 +137,7 @@ def _content(
         observation_context=sr.ObservationContext(observer_device_context=device),
         procedure_reported=procedures.get(modality) or _concept(modality, f"{modality} images"),
         imaging_measurements=[
-            _group(part, title, numbers, report, model, sources, seg)
+            _group(part, title, numbers, report, sources, seg)
             for part, title, numbers in _parts(report)
         ],
     )
@@ -198,13 +199,12 @@ def _group(
     title: str,
     numbers: list[Any],
     report: CtReport,
-    model: str,
     sources: list[Dataset],
     seg: Dataset | None,
 ) -> Any:
     from highdicom import sr
 
-    segment = _segment(seg, title)
+    segment, maker = _segment(seg, title), report.maker(part)
     common: dict[str, Any] = {
         "tracking_identifier": sr.TrackingIdentifier(
             uid=segment.TrackingUID if segment is not None else _uid(), identifier=title
@@ -212,7 +212,9 @@ def _group(
         "finding_type": _concept(part, title),
         "measurements": numbers,
         "algorithm_id": sr.AlgorithmIdentification(
-            name=model, version=__version__, parameters=[*report.origin().plain, *report.warnings]
+            name=maker.name,
+            version=maker.version,
+            parameters=[*maker.origin.plain, *report.warnings],
         ),
     }
     if seg is None or segment is None or seg.SOPClassUID == LABEL_MAP:

@@ -56,6 +56,21 @@ class Origin:
         return " ".join(self.plain)[:most]
 
 
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """What made one part of a result, as its segment and its measurements name it.
+
+    Args:
+        name: of the algorithm or the network.
+        version: of it.
+        origin: how it did; it names no network that took no part.
+    """
+
+    name: str
+    version: str
+    origin: Origin
+
+
 class Network(BaseModel):
     """The network that ran.
 
@@ -153,6 +168,19 @@ class CtReport(BaseModel):
         told.append(f"Plan: {words(plan)}.")
         short = "; ".join(brief).encode("ascii", "replace").decode()
         return Origin(tuple(told), short[:BRIEF])
+
+    def maker(self, part: str) -> Maker:
+        """What made a part of the result: nodules are a network's, all else by rules is not.
+
+        Args:
+            part: its key, such as ``"nodule_1"`` or ``"lung_left"``.
+        """
+        network, rules = self.network, RULES in self.algorithm
+        if network is not None and (part.startswith("nodule_") or not rules):
+            name = f"Plinth {network.name}" if rules else network.name
+            return Maker(name, network.version, self.origin())
+        alone = self.model_copy(update={"network": None})
+        return Maker(RULES, __version__, alone.origin())
 
     def finding(self, key: str) -> Finding:
         """One finding by its key.
