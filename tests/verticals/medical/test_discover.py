@@ -223,12 +223,12 @@ def test_a_path_that_is_not_there_says_what_to_give(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "not_dicom"), (b"plain text" * 100, "not_dicom")]
+    ("content", "reason"), [(b"", "damaged"), (b"plain text" * 100, "not_dicom")]
 )
 def test_a_file_that_is_not_dicom_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "file.dcm"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="holds no DICOM images: not DICOM") as refusal:
+    with pytest.raises(InputError, match=r"holds no DICOM images: .*not DICOM") as refusal:
         load_volume(path)
     assert refusal.value.reason == reason
 

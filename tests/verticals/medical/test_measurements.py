@@ -84,9 +84,9 @@ def test_every_number_of_the_report_reads_back_with_its_unit(outputs: Path) -> N
         "1": "",
     }
     read = sorted(
-        (measured.value, units[measured.unit.value])
+        (one.value, units[one.unit.value])
         for group in groups_of(outputs / "measurements.dcm")
-        for measured in group.get_measurements()
+        for one in group.get_measurements()
     )
     assert read == sorted(told)
     assert set(report["structures"]) == {"lung_right", "lung_left"}
@@ -114,8 +114,8 @@ def test_volumes_diameters_and_means_say_how_far_they_may_be_off(outputs: Path) 
         if one.tracking_identifier == "Right lung"
     )
     read = {}
-    for measured in group.get_measurements():
-        item = measured[0]
+    for one in group.get_measurements():
+        item = one[0]
         told = {
             inner.name.value: inner
             for inner in item.get("ContentSequence", [])
@@ -123,8 +123,8 @@ def test_volumes_diameters_and_means_say_how_far_they_may_be_off(outputs: Path) 
         }
         if told:
             upper, lower = told["371886008"], told["371885007"]
-            assert upper.unit == lower.unit == measured.unit
-            read[measured.name.meaning] = {"lower": lower.value, "upper": upper.value}
+            assert upper.unit == lower.unit == one.unit
+            read[one.name.meaning] = {"lower": lower.value, "upper": upper.value}
     assert read == {names[key]: apart for key, apart in right["uncertainty"].items()}
     seg = highdicom.seg.segread(outputs / "segmentation.dcm")
     inside = seg.get_volume(segment_numbers=[1], combine_segments=True).array > 0
@@ -144,7 +144,7 @@ def made(volume: Volume, **told: Any) -> CtResult:
     named = {LUNG_RIGHT: ("lung_right", "Right lung"), NODULE: ("nodule_1", "Nodule candidate 1")}
     report = CtReport(
         **dict.fromkeys(("study", "series"), "a"),
-        **dict.fromkeys(("source", "geometry", "grid", "plan"), {}),
+        **{key: {} for key in ("source", "geometry", "grid", "plan")},
         findings=[],
         nodules=None,
         warnings=[],

@@ -271,6 +271,30 @@ def test_a_file_cut_in_its_header_makes_the_volume_partial(write: Write) -> None
     assert refusal(folder, strict=True).reason == "geometry_damaged"
 
 
+def test_an_empty_file_of_an_image_is_a_lost_image(write: Write) -> None:
+    """A copy that was cut off at its first byte; at the end of a series no gap would show it."""
+    folder = write()
+    last = sorted(folder.glob("*.dcm"))[-1]
+    last.write_bytes(b"")
+    (folder / "done").write_bytes(b"")
+    volume = load_volume(folder)
+    assert volume.verdict.status == "partial"
+    assert [issue.kind for issue in volume.verdict.issues] == ["damaged"]
+    assert f"{last} is not DICOM: it is empty" in volume.verdict.issues[0].message
+
+
+def test_a_refusal_for_a_gap_tells_of_the_image_that_was_left_out(write: Write, edit: Edit) -> None:
+    def halve(image: pydicom.Dataset, k: int) -> None:
+        image.Rows //= 2
+        image.PixelData = image.PixelData[: image.Rows * image.Columns * 2]
+
+    folder = write()
+    edit(sorted(folder.glob("*.dcm"))[4], halve)
+    refused = refusal(folder)
+    assert refused.reason == "geometry_gap"
+    assert "of another orientation or size, left out: 1 image of 36 x 15" in refused.message
+
+
 def test_junk_beside_the_slices_is_ignored(write: Write, expected: Any) -> None:
     folder = write()
     (folder / "notes.txt").write_text("hello")
@@ -301,7 +325,11 @@ def echoes(write: Write, edit: Edit, change: Callable[[pydicom.Dataset, int], No
 
 @pytest.mark.parametrize(
     ("name", "values"),
-    [("TemporalPositionIdentifier", (1, 2)), ("TriggerTime", ("82.5", "410"))],
+    [
+        ("TemporalPositionIdentifier", (1, 2)),
+        ("TriggerTime", ("82.5", "410")),
+        ("AcquisitionTime", ("120000.25", "120002")),
+    ],
 )
 def test_phases_are_split_by_what_tells_them_apart(
     write: Write, edit: Edit, expected: Any, name: str, values: tuple[Any, Any]
@@ -323,6 +351,31 @@ def test_echo_times_are_ordered_as_numbers(write: Write, edit: Edit, expected: A
 
     first, _ = sorted(discover(echoes(write, edit, mark)), key=lambda one: one.part or "")
     assert np.array_equal(load_volume(first).voxels, expected(seed=2))
+
+
+def test_one_number_written_in_two_ways_splits_nothing(
+    write: Write, edit: Edit, expected: Any
+) -> None:
+    def spell(image: pydicom.Dataset, k: int) -> None:
+        image.KVP, image.EchoTime = ("120", "2.10") if k % 2 else ("120.0", "2.1")
+
+    folder = write()
+    edit(folder, spell)
+    assert np.array_equal(load_volume(folder, strict=True).voxels, expected())
+
+
+def test_a_copy_whose_pixels_differ_is_called_changed(write: Write, edit: Edit) -> None:
+    def invert(image: pydicom.Dataset, k: int) -> None:
+        image.PixelData = image.PixelData[::-1]
+
+    folder = write()
+    copy = folder / "zz.dcm"
+    shutil.copy(sorted(folder.glob("*.dcm"))[4], copy)
+    edit(copy, invert)
+    refused = refusal(folder)
+    assert refused.reason == "changed_copy"
+    assert "carry one SOP Instance UID" in refused.message
+    assert copy.name in refused.message
 
 
 def test_phases_that_nothing_tells_apart_are_refused(write: Write, edit: Edit) -> None:

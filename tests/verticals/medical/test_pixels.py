@@ -12,7 +12,7 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.encaps import encapsulate, generate_frames
-from pydicom.uid import UID, ExplicitVRBigEndian, JPEGLosslessSV1
+from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEGLosslessSV1
 
 from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.jpeg import lossless
@@ -158,6 +158,25 @@ def test_colour_and_lookup_tables_are_refused(write: Write, edit: Edit) -> None:
         load_volume(folder)
 
 
+@pytest.mark.parametrize("name", ["BitsAllocated", "BitsStored", "PixelRepresentation"])
+def test_stored_bits_that_may_mean_anything_are_refused(
+    write: Write, edit: Edit, name: str
+) -> None:
+    """Signed values without Pixel Representation would be off by 65,536."""
+    folder = write()
+    edit(folder, lambda image, _: delattr(image, name))
+    with pytest.raises(InputError, match=f"no {name}, without which") as refusal:
+        load_volume(folder)
+    assert refusal.value.reason == "not_a_volume"
+
+
+def test_two_slopes_for_one_image_are_refused(write: Write, edit: Edit) -> None:
+    folder = write()
+    edit(folder, lambda image, _: setattr(image, "RescaleSlope", ["1", "2"]))
+    with pytest.raises(InputError, match="Rescale Slope has 2 values, expected one"):
+        load_volume(folder)
+
+
 # -- decimal strings and byte orders ----------------------------------------------------------
 def test_decimal_strings_of_any_length_are_read(write: Write, expected: Any) -> None:
     folder = write()
@@ -243,6 +262,22 @@ def test_a_syntax_nobody_reads_is_named(write: Write) -> None:
         raw = path.read_bytes()
         path.write_bytes(raw.replace(b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.9.9\0", 1))
     with pytest.raises(InputError, match=r"stored as 1\.2\.840\.10008\.1\.9\.9") as refusal:
+        load_volume(folder)
+    assert refusal.value.reason == "unsupported_syntax"
+
+
+@pytest.mark.filterwarnings("ignore:Expected explicit VR")
+def test_pixels_of_an_unknown_order_of_bytes_are_not_read(write: Write, edit: Edit) -> None:
+    """GE's own syntax has little-endian headers and big-endian pixels."""
+    folder = write()
+    edit(folder, pixels(lambda stored: stored.byteswap()))
+    for path in folder.glob("*.dcm"):
+        image = pydicom.dcmread(path)
+        image.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+        image.save_as(path, implicit_vr=True)
+        raw = path.read_bytes()
+        path.write_bytes(raw.replace(b"1.2.840.10008.1.2\0", b"1.2.840.113619.5.2", 1))
+    with pytest.raises(InputError, match=r"stored as 1\.2\.840\.113619\.5\.2") as refusal:
         load_volume(folder)
     assert refusal.value.reason == "unsupported_syntax"
 
@@ -475,6 +510,7 @@ def unscaled(image: pydicom.Dataset, _: int) -> None:
     [
         (lambda image, _: None, "HU", None),
         (lambda image, _: delattr(image, "RescaleType"), "HU", None),
+        (lambda image, _: setattr(image, "RescaleType", "hu"), "HU", None),
         (
             lambda image, _: setattr(image, "RescaleType", "Z_EFF"),
             "Z_EFF",

@@ -197,10 +197,15 @@ def _library(codec_module: str, package: str, header: Header) -> Any:
 def check_decoder(header: Header) -> None:
     """Fail before any work when a file's transfer syntax cannot be decoded here.
 
+    Uncompressed pixels under the name of a compressed syntax are as they are; under a name that is
+    not known they may be in any order of bytes, as in GE's private one.
+
     Raises:
         InputError: names the file, the syntax and the package to install.
     """
     codec = CODECS.get(header.syntax)
+    if not header.encapsulated and (codec is not None or header.syntax in UNCOMPRESSED):
+        return
     if codec is not None:
         _library(codec.module, codec.package, header)
         if codec is _JPEG:

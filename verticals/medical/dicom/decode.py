@@ -51,8 +51,7 @@ def decode(frames: Sequence[Frame], max_bytes: int = MAX_BYTES) -> Array:
             file, its bytes and what to install.
     """
     for header in {frame.header.syntax: frame.header for frame in reversed(frames)}.values():
-        if header.encapsulated:
-            codecs.check_decoder(header)
+        codecs.check_decoder(header)
     _check_sizes(frames, max_bytes)
     whole = all(frame.slope.is_integer() and frame.intercept.is_integer() for frame in frames)
     if whole:

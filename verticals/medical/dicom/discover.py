@@ -263,7 +263,7 @@ def study_of(frame: Frame) -> Hashable:
 def _series(group: Group) -> Iterator[Series]:
     frames = list(group.frames)
     if not frames[0].placed:
-        yield _one(frames, None, group, "no position, orientation or pixel spacing")
+        yield _one(frames, None, group, _unplaced(frames[0]))
         return
     for part in split(frames):
         one = _one(list(part.frames), part.label, group, group.problem)
@@ -304,6 +304,17 @@ def _content(frames: list[Frame]) -> tuple[object, ...]:
     return ordered[0].position, len(ordered), hashlib.blake2b(pixels).hexdigest()
 
 
+def _unplaced(frame: Frame) -> str:
+    """What an image does not say of its place."""
+    said = {
+        "position": frame.position,
+        "orientation": frame.orientation,
+        "pixel spacing": frame.spacing,
+    }
+    *others, last = (name for name, value in said.items() if value is None)
+    return f"no {', '.join(others)} or {last}" if others else f"no {last}"
+
+
 def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count} images"
 
@@ -319,6 +330,8 @@ def _unfit_header(header: Header) -> str | None:
         return "not a scan but something derived from one"
     if header.samples != 1 or header.photometric not in ("MONOCHROME1", "MONOCHROME2"):
         return f"colour images ({header.photometric})"
+    if header.unsaid:
+        return f"no {' or '.join(header.unsaid)}, without which stored bits are no values"
     if header.floating or header.bits_allocated not in (8, 16, 32):
         return f"{header.bits_allocated}-bit {'floating ' * header.floating}pixels"
     if header.modality_lut:

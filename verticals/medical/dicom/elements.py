@@ -36,8 +36,17 @@ MARKS = (
     "ConvolutionKernel",
     "FrameReferenceTime",
     "RescaleType",
+    "FrameAcquisitionDateTime",
+    "AcquisitionDateTime",
+    "AcquisitionTime",
 )
 """Attributes that tell repeated positions apart, the most telling first."""
+
+NUMBERS = (
+    *("EchoTime", "EchoNumbers", "TriggerTime", "InversionTime", "KVP", "AcquisitionNumber"),
+    *("TemporalPositionIdentifier", "FrameReferenceTime"),
+)
+"""Those that are Decimal or Integer Strings, which say one number in several ways."""
 
 SEPARATE = (
     *("KVP", "EchoNumbers", "TemporalPositionIdentifier", "TemporalPositionIndex"),

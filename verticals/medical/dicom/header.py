@@ -13,6 +13,7 @@ from pydicom.tag import BaseTag
 from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.elements import (
     MARKS,
+    NUMBERS,
     ORIGIN,
     PATIENT,
     READ,
@@ -44,6 +45,7 @@ PIXEL_TAGS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
 PIXEL_VRS = tuple(vr + b"\0\0" for vr in (b"OW", b"OB", b"OF", b"OD", b"UN"))
 UNDEFINED = 0xFFFFFFFF
 MAX_FRAMES = 1 << 16
+BITS = ("BitsAllocated", "BitsStored", "PixelRepresentation")
 FRAME_BYTES = 64
 """Least bytes that a frame of a multi-frame image takes in its file."""
 
@@ -68,6 +70,8 @@ class Header:
         frames: Number of Frames.
         padding: Pixel Padding Value and Range Limit, stored values, lower one first.
         units: Units of a PET image, such as BQML.
+        unsaid: attributes without which stored bits are no values (PS3.3 C.7.6.3), and which
+            the file lacks.
     """
 
     source: Source
@@ -105,6 +109,7 @@ class Header:
     windows: tuple[Window, ...]
     burned_in: str | None
     units: str | None
+    unsaid: tuple[str, ...] = ()
 
     @property
     def encapsulated(self) -> bool:
@@ -165,7 +170,8 @@ class Frame:
         if header.modality == "PT" and header.units:
             return header.units
         assumed = "HU" if header.modality == "CT" and self.rescaled else ""
-        return self.marks.get("RescaleType", assumed)
+        told = self.marks.get("RescaleType", assumed)
+        return "HU" if told.upper() == "HU" else told
 
 
 def read_frames(source: Source) -> list[Frame]:
@@ -176,7 +182,7 @@ def read_frames(source: Source) -> list[Frame]:
         without image attributes.
 
     Raises:
-        InputError: not DICOM (reason ``"not_dicom"``) or damaged.
+        InputError: not DICOM (reason ``"not_dicom"``; ``"empty_file"``: no bytes) or damaged.
     """
     with source.open() as (stream, size):
         try:
@@ -198,7 +204,7 @@ def _parse(source: Source, stream: IO[bytes], size: int) -> tuple[Dataset, str, 
             f"{source.name} is not DICOM: {empty}",
             field=source.name,
             hint="give DICOM files (PS3.10)",
-            reason="not_dicom",
+            reason="not_dicom" if size else "empty_file",
         )
     if is_deflated(stream):
         inflated, _ = inflate(stream)
@@ -294,6 +300,7 @@ def _header(
         windows=_windows(dataset),
         burned_in=text(dataset, "BurnedInAnnotation"),
         units=text(dataset, "Units"),
+        unsaid=() if pixels[2] else tuple(k for k in BITS if integer(dataset, k) is None),
     )
 
 
@@ -390,6 +397,10 @@ def _take(macro: Dataset, values: dict[str, tuple[float, ...]], marks: dict[str,
 def _frame(
     header: Header, index: int, values: dict[str, tuple[float, ...]], marks: dict[str, str]
 ) -> Frame:
+    for name, said in (("slope", "Rescale Slope"), ("intercept", "Rescale Intercept")):
+        if len(values[name]) > 1:
+            raise Unreadable(f"{said} has {len(values[name])} values, expected one")
+
     def exactly(name: str, count: int) -> tuple[float, ...] | None:
         return values[name] if len(values[name]) == count else None
 
@@ -412,8 +423,16 @@ def _marks(dataset: Dataset) -> dict[str, str]:
     for keyword in MARKS:
         value = plain(dataset, keyword)
         if value:
-            found[keyword] = value
+            found[keyword] = _spelt(value) if keyword in NUMBERS else value
     return found
+
+
+def _spelt(value: str) -> str:
+    """A number the one way, however it is written: ``120`` for ``120.0``."""
+    try:
+        return f"{float(value):.9g}"
+    except ValueError:
+        return value
 
 
 def _items(dataset: Dataset, keyword: str) -> list[Dataset]:

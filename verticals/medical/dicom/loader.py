@@ -55,6 +55,9 @@ STATUS_OF: dict[str, Status] = {
 MAX_FILLED, MAX_FILLED_SHARE = 3, 0.1
 """Slices that are interpolated in one gap, and in all as a share of those at hand, at most."""
 
+LEFT_OUT = ("mixed", "no_position", "damaged")
+"""Issues that tell of images beside the volume: where slices are missing, they may be the ones."""
+
 NOTES = ("padding", "left_out", "units", "window", "identity")
 """Issues that concern no voxel's place; they leave a verdict ``"ok"``."""
 
@@ -232,7 +235,8 @@ def _refuse(
     blocking = issues if strict else [i for i in issues if i.kind == "gap" and refused]
     if not blocking:
         return
-    text = "; ".join(issue.message for issue in blocking)
+    beside = [i for i in issues if i.kind in LEFT_OUT and i not in blocking]
+    text = "; ".join(issue.message for issue in (*blocking, *beside))
     kinds = sorted({issue.kind for issue in blocking})
     if kinds == ["gap"]:
         hint = 'send the missing images, or accept interpolated ones with gaps="fill"'
@@ -297,6 +301,9 @@ def _check_repeats(stack: Stack, voxels: Array) -> None:
     for k, frame in stack.repeats:
         again = decode([frame])[0]
         if not np.array_equal(again, voxels[k]):
+            first = stack.frames[k].header
+            if frame.header.sop_uid == first.sop_uid and frame.header.source != first.source:
+                raise _changed(stack.frames[k], frame)
             raise InputError(
                 f"{stack.frames[k].header.source.name} and {frame.header.source.name} are "
                 f"different images at one position, and no attribute tells the "
@@ -305,6 +312,16 @@ def _check_repeats(stack: Stack, voxels: Array) -> None:
                 hint="load the phases, echoes or reconstructions as separate series",
                 reason="ambiguous_repeats",
             )
+
+
+def _changed(one: Frame, other: Frame) -> InputError:
+    return InputError(
+        f"{one.header.source.name} and {other.header.source.name} carry one SOP Instance UID and "
+        "one position, and other pixels: one of them was changed or is damaged",
+        field="SOPInstanceUID",
+        hint="find out which is the original, and remove the other",
+        reason="changed_copy",
+    )
 
 
 def _verdict(issues: tuple[Issue, ...], stack: Stack) -> Verdict:

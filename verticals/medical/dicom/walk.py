@@ -186,12 +186,18 @@ def read_images(found: Source | Ignored) -> list[Frame] | Ignored:
     try:
         images = read_frames(found)
     except InputError as error:
-        if error.reason == "not_dicom":
+        lost = error.reason == "empty_file" and _called_an_image(found)
+        if error.reason in ("not_dicom", "empty_file") and not lost:
             return Ignored(found.name, "not DICOM", folder=found.folder, code="not_dicom")
         return Ignored(found.name, error.message, True, found.folder, "damaged")
     return images or Ignored(
         found.name, "DICOM without an image", folder=found.folder, code="no_image"
     )
+
+
+def _called_an_image(source: Source) -> bool:
+    """By its name; an empty file of that name was to become one."""
+    return Path(source.member or source.path).suffix.lower() in (".dcm", ".ima")
 
 
 def files_of(place: Path) -> Iterator[Source | Ignored]:
