@@ -36,11 +36,11 @@ def write_captures(
     """
     import highdicom  # heavy: only when images are written
 
-    source = source_headers(volume)[0]
+    source, *_ = source_headers(volume)
     about = made_by(model, 903, "Key images, not for diagnosis")
     files = []
     for number, (name, data) in enumerate(pictures.items(), 1):
-        with derived("secondary capture"):
+        with derived("secondary capture", [source]):
             image = highdicom.sc.SCImage.from_ref_dataset(
                 ref_dataset=source,
                 pixel_array=np.asarray(Image.open(io.BytesIO(data)).convert("RGB")),

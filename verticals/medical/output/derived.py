@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from pydicom import Dataset
+from pydicom.charset import python_encoding
+from pydicom.datadict import dictionary_has_tag, dictionary_VM, keyword_for_tag
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
     UID,
     CTImageStorage,
@@ -16,6 +21,7 @@ from pydicom.uid import (
     PositronEmissionTomographyImageStorage,
     generate_uid,
 )
+from pydicom.valuerep import DS
 
 from plinth import __version__
 from plinth.engine import InputError
@@ -29,11 +35,19 @@ TYPE_2 = (
 )
 SHARED_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 """Identifiers that all images of a series share, and that objects made of them need."""
+OWN_UIDS = ("SOPClassUID", "SOPInstanceUID")
+NEEDED = (
+    *(*SHARED_UIDS, *OWN_UIDS, "SpecificCharacterSet", "Rows", "Columns"),
+    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
+)
+"""Without these nothing can be made of an image; all else is left out where it cannot be read."""
 COPIED = (
     *(*TYPE_2, "StudyInstanceUID", "SpecificCharacterSet", "PatientAge", "PatientIdentityRemoved"),
     *("DeidentificationMethod", "FrameOfReferenceUID"),
 )
 """What an object made by hand takes over from its first image."""
+LISTED = 5
+"""Attributes at fault that a message names."""
 SHORT_TEXT = 1024
 """Characters of a value of VR ST."""
 VALID = {
@@ -86,6 +100,12 @@ def source_headers(volume: Volume) -> list[Dataset]:
             header.SOPInstanceUID = generate_uid(entropy_srcs=[facts.id, str(number)])
         if not header.get("SOPClassUID"):
             header.SOPClassUID = _storage(facts.modality)
+        if not _holds(header, Tag("SpacingBetweenSlices"), written=False):
+            header.pop("SpacingBetweenSlices", None)
+        if not _holds(header, Tag("SliceThickness"), written=False):
+            header.SliceThickness = DS(
+                volume.spacing[2], auto_format=True
+            )  # a SEG's voxels have one
     clean_header(headers[0])
     _READ[volume] = tuple(headers)
     return headers
@@ -126,10 +146,14 @@ def slice_headers(volume: Volume, headers: list[Dataset]) -> list[Dataset] | Non
 
 def clean_header(header: Dataset) -> Dataset:
     """A header fit to copy from: type 2 attributes present, invalid values left out."""
+    for tag in list(header.keys()):
+        if keyword_for_tag(tag) not in NEEDED and not _holds(header, tag):
+            del header[tag]
     for keyword in TYPE_2:
         if keyword not in header:
             setattr(header, keyword, "")
-    for element in header:
+    readable = [tag for tag in header.keys() if keyword_for_tag(tag) not in NEEDED]
+    for element in map(header.__getitem__, readable):
         if element.VR == "PN" and element.value and "^" not in str(element.value):
             element.value = f"{element.value}^"  # one component, said as PS3.5 6.2.1.2 allows
     studies = header.get("ReferencedStudySequence") or []
@@ -169,21 +193,71 @@ def made_by(model: str, series_number: int, description: str) -> dict[str, Any]:
 
 
 @contextmanager
-def derived(kind: str) -> Iterator[None]:
+def derived(kind: str, headers: Sequence[Dataset]) -> Iterator[None]:
     """A block that makes an object from source headers; what these do not allow is told.
+
+    Where nothing in the headers is at fault, what was raised passes: a fault of ours or of a
+    library, which whoever runs the study tells as such, without the values in its message.
 
     Args:
         kind: of object, such as ``"DICOM SEG"``.
+        headers: that it is made from.
 
     Raises:
-        InputError: instead of what the library raises, whose message may repeat values of the
-            header.
+        InputError: names the attributes at fault, instead of what the library raises, whose message
+            may repeat values of the header.
     """
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except InputError:
+        raise
+    except Exception:
+        wrong = unusable(headers)
+        if not wrong:
+            raise
+        more = f" and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
         raise InputError(
-            f"the source's headers do not allow a {kind} ({type(error).__name__})",
+            f"no {kind} can be made of the images: no valid {', '.join(wrong[:LISTED])}{more}",
+            field=wrong[0],
             reason="source_header",
-            hint="check the patient, study and frame of reference attributes of the images",
-        ) from error
+            hint="ask the sender for the original images",
+        ) from None
+
+
+def unusable(headers: Sequence[Dataset]) -> list[str]:
+    """Names of the attributes of headers that hold nothing of their kind, or that must be there."""
+    found: dict[str, None] = {}
+    for header in headers:
+        for tag in list(header.keys()):
+            name = keyword_for_tag(tag) or str(tag)
+            if name not in found and not _holds(header, tag):
+                found[name] = None
+        for keyword in (*SHARED_UIDS, *OWN_UIDS):
+            if not UID(str(header.get(keyword) or "")).is_valid:
+                found[keyword] = None
+    return list(found)
+
+
+def _holds(header: Dataset, tag: BaseTag, written: bool = True) -> bool:
+    """An attribute can be read, has as many values as it may, and can be written too."""
+    try:
+        element = header[tag]
+        if element.VR in ("DS", "IS"):
+            for value in element.value if element.VM > 1 else [element.value or 0]:
+                float(value)
+        if element.VM > 1 and dictionary_has_tag(tag) and dictionary_VM(tag) == "1":
+            return False
+        if element.keyword == "SpecificCharacterSet":
+            return all(one in python_encoding for one in _texts(element.value))
+        if written:
+            alone, buffer = Dataset(), DicomBytesIO()
+            alone.add(element)
+            buffer.is_little_endian, buffer.is_implicit_VR = True, False
+            write_dataset(buffer, alone)
+    except Exception:  # noqa: BLE001 - of whatever kind, it is no value
+        return False
+    return True
+
+
+def _texts(value: Any) -> list[str]:
+    return [value or ""] if isinstance(value, str) or not value else [str(one) for one in value]

@@ -89,7 +89,7 @@ def save_seg(
     """
     sources = source_headers(volume)
     images = slice_headers(volume, sources)
-    with derived("DICOM SEG"):
+    with derived("DICOM SEG", sources):
         if kind == "binary" and images is not None and matched(volume, images):
             sample = np.zeros((2, *volume.shape[1:]), np.uint8)  # two have a spacing
             sample.flat[: len(segments)] = np.arange(1, len(segments) + 1)

@@ -102,7 +102,7 @@ def write_measurements(
         del seg.PerFrameFunctionalGroupsSequence  # long, and nothing here refers to a frame
     # A SEG refers to every image; beside it the first one stands for them.
     evidence = [sources[0], clean_header(seg)] if seg is not None else sources
-    with derived("DICOM SR"):
+    with derived("DICOM SR", sources):
         content = _content(report, volume, model, sources, seg)[0]
         document = highdicom.sr.Comprehensive3DSR(
             evidence=evidence,

@@ -74,7 +74,7 @@ def write_rtstruct(
         InputError: nothing to write, or no source images.
     """
     sources = source_headers(volume)
-    with derived("RT Structure Set"):
+    with derived("RT Structure Set", sources):
         document = _head(sources[0], model, origin)
         document.ReferencedFrameOfReferenceSequence = DicomSequence([_frame_of_reference(sources)])
         _add_structures(document, volume, labels, structures, slice_headers(volume, sources))
