@@ -22,6 +22,7 @@ from torch import Tensor
 
 from plinth.engine.backends.base import Availability, installed, named
 from plinth.engine.backends.export import compile_peak, onnx_file, why_not_onnx
+from plinth.engine.backends.normalised import exact_norms
 from plinth.engine.backends.quantised import openvino_file
 from plinth.engine.cache import cache_folder
 from plinth.engine.devices.device import Device
@@ -207,6 +208,8 @@ class OpenVino:
         """
         graph = read_graph(onnx_file(model), model.spec)
         bf16, precision = "bf16" in policy.used, policy.name
+        if policy.used <= {"fp32"}:  # in bfloat16 a mean by itself would be rounded
+            exact_norms(graph)
         if "int8_static" not in policy.used:
             return OpenVinoExecutable(model.spec, graph, device, threads, precision, bf16=bf16)
         path, plan = openvino_file(model, policy, graph)
