@@ -152,8 +152,10 @@ def clean_header(header: Dataset) -> Dataset:
     for keyword in TYPE_2:
         if keyword not in header:
             setattr(header, keyword, "")
-    readable = [tag for tag in header.keys() if keyword_for_tag(tag) not in NEEDED]
-    for element in map(header.__getitem__, readable):
+    for tag in list(header.keys()):
+        if keyword_for_tag(tag) in NEEDED:
+            continue
+        element = header[tag]
         if element.VR == "PN" and element.value and "^" not in str(element.value):
             element.value = f"{element.value}^"  # one component, said as PS3.5 6.2.1.2 allows
     studies = header.get("ReferencedStudySequence") or []
