@@ -90,6 +90,43 @@ def raw(keyword: str, vr: str, value: bytes) -> Callable[[list[pydicom.Dataset]]
     return put
 
 
+@pytest.mark.parametrize(
+    ("encodings", "name"),
+    [
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=\u5c71\u7530^\u592a\u90ce"),
+        (["", "ISO 2022 IR 149"], "Hong^Gildong=\u6d2a^\u5409\u6d1e=\ud64d^\uae38\ub3d9"),
+        (["ISO 2022 GBK"], "Zhang^X=\u5f20^\u5c0f\u4e1c"),
+        (["ISO IR 100"], "Buc^J\u00e9r\u00f4me"),
+        (["ISO_IR 6"], "Plain^Text"),
+        ([""], "Plain^Text"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Incorrect value for Specific Character Set")
+def test_names_of_every_script_are_in_what_is_written(
+    encodings: list[str],
+    name: str,
+    write: Callable[..., Path],
+    edit: Edit,
+    tmp_path: Path,
+) -> None:
+    """A study from Japan or Korea had no SEG at all."""
+
+    def spell(image: pydicom.Dataset, _: int) -> None:
+        image.SpecificCharacterSet = encodings if len(encodings) > 1 else encodings[0]
+        image.PatientName = name
+
+    folder = write()
+    edit(folder, spell)
+    volume = load_volume(folder)
+    segmented(volume, tmp_path / "seg.dcm")
+    again = pydicom.dcmread(tmp_path / "seg.dcm")
+    assert str(again.PatientName) == name
+    box = np.zeros(volume.shape, np.uint8)
+    box[2:4, 5:9, 5:9] = 1
+    write_rtstruct(volume, box, [Structure(1, "Box")], "m", ORIGIN, tmp_path / "rt.dcm")
+    assert str(pydicom.dcmread(tmp_path / "rt.dcm").PatientName) == name
+
+
 def without(keyword: str) -> Callable[[list[pydicom.Dataset]], None]:
     def drop(headers: list[pydicom.Dataset]) -> None:
         for header in headers:

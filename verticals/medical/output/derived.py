@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from pydicom import Dataset
-from pydicom.charset import python_encoding
+from pydicom.charset import convert_encodings, default_encoding, python_encoding
 from pydicom.datadict import dictionary_has_tag, dictionary_VM, keyword_for_tag
 from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
@@ -149,6 +149,7 @@ def clean_header(header: Dataset) -> Dataset:
     for tag in list(header.keys()):
         if keyword_for_tag(tag) not in NEEDED and not _holds(header, tag):
             del header[tag]
+    _spell_characters(header)
     for keyword in TYPE_2:
         if keyword not in header:
             setattr(header, keyword, "")
@@ -250,15 +251,39 @@ def _holds(header: Dataset, tag: BaseTag, written: bool = True) -> bool:
         if element.VM > 1 and dictionary_has_tag(tag) and dictionary_VM(tag) == "1":
             return False
         if element.keyword == "SpecificCharacterSet":
-            return all(one in python_encoding for one in _texts(element.value))
+            return all(map(_is_encoding, _texts(element.value)))
         if written:
             alone, buffer = Dataset(), DicomBytesIO()
             alone.add(element)
             buffer.is_little_endian, buffer.is_implicit_VR = True, False
-            write_dataset(buffer, alone)
+            write_dataset(buffer, alone, header.get("SpecificCharacterSet") or default_encoding)
     except Exception:  # noqa: BLE001 - of whatever kind, it is no value
         return False
     return True
+
+
+def _spell_characters(header: Dataset) -> None:
+    """Say the character set as highdicom takes it; text in one that it does not know, in UTF-8.
+
+    It knows no default set by an empty name, as Japanese studies have it, and no Korean one.
+    """
+    from highdicom.enum import SpecificCharacterSetValues  # heavy: only when an object is written
+
+    told = _texts(header.get("SpecificCharacterSet"))
+    if len(told) > 1 and not told[0]:
+        told = ["ISO 2022 IR 6", *told[1:]]
+        header.SpecificCharacterSet = told
+    known = {one.value for one in SpecificCharacterSetValues}
+    if told == [""]:
+        header.pop("SpecificCharacterSet", None)
+    elif not known.issuperset(told) and all(map(_is_encoding, told)):
+        header.decode()
+        header.SpecificCharacterSet = "ISO_IR 192"
+
+
+def _is_encoding(name: str) -> bool:
+    """A character set that pydicom knows, spelled as it should be or nearly so."""
+    return name in python_encoding or convert_encodings(name) != [default_encoding]
 
 
 def _texts(value: Any) -> list[str]:
