@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "verticals"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from orthanc import INSTALLED

@@ -26,8 +26,14 @@ if not os.environ.get("PLINTH_REQUIRE_EXTRAS"):
     pytest.importorskip("pynetdicom", reason="not installed: make extras")
 
 from commands import Command
+from medical.canaries import found_in, in_preamble, planted
+from prometheus_client import generate_latest
+from pydicom.uid import ExplicitVRLittleEndian
+from pynetdicom import AE
+from pynetdicom.sop_class import CTImageStorage
 
 from plinth.engine import Engine
+from plinth.engine.metrics import REGISTRY
 from plinth.pipelines.archive.dicomweb import Unreachable
 from plinth.pipelines.archive.dimse import DicomPeer
 from plinth.pipelines.archive.listener import Listener
@@ -264,6 +270,65 @@ def test_an_outage_is_survived_and_what_was_stored_is_not_sent_again(tmp_path: P
         proxy.shutdown()
         proxy.server_close()
         orthanc.kill()
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore")
+def test_no_canary_is_in_logs_metrics_names_or_the_queue(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In by C-STORE and by DICOMweb, an outage in between; what goes back carries the identity."""
+    caplog.set_level("DEBUG", "plinth")
+    orthanc = Orthanc(tmp_path / "orthanc", free_port())
+    files, burned = study(tmp_path / "study", seed=8), study(tmp_path / "burned", seed=9)
+    for number, path in enumerate((*files, *burned)):
+        image = dcmread(path)
+        planted(image, number)
+        if path in burned:
+            image.SeriesInstanceUID, image.BurnedInAnnotation = (
+                f"{image.SeriesInstanceUID}.9",
+                "YES",
+            )
+        image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
+        image.save_as(path, enforce_file_format=True)
+        in_preamble(path)
+    door = {**listening(orthanc), "callers": ["*"], "quiet_seconds": 1.0}
+    wanted = settings(tmp_path / "first", listen=door, send={"url": orthanc.web})
+    metrics = b""
+    try:
+        with service(wanted) as queue:
+            send(port_of(orthanc), [*files, *burned])
+            eventually(lambda: bool(queue.status()["told"]))  # the archive is away
+            orthanc.start()
+            eventually(lambda: queue.status()["files"] == {"sent": 3})
+            metrics += generate_latest(REGISTRY)
+        assert orthanc.modalities(uid(files)) == RESULTS
+        orthanc.upload(files)
+        table = {"url": orthanc.web, "days": 0, "every_seconds": 0.5, "quiet_seconds": 0.5}
+        with service(settings(tmp_path / "second", poll=table)) as queue:
+            eventually(lambda: queue.status()["analyses"].get("done") == 1)
+            metrics += generate_latest(REGISTRY)
+    finally:
+        orthanc.kill()
+    said = [caplog.text, *capfd.readouterr()]
+    assert "burned_in" in caplog.text
+    assert not found_in("\n".join(said).encode() + metrics)
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        for path in folder.rglob("*"):
+            assert not found_in(str(path.relative_to(tmp_path)).encode())
+            if path.is_file() and path.suffix != ".dcm":
+                assert not found_in(path.read_bytes()), path
+
+
+def send(port: int, files: list[Path]) -> None:
+    """Files by C-STORE, as a scanner sends them."""
+    entity = AE(ae_title="CT1")
+    entity.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
+    association = entity.associate("127.0.0.1", port, ae_title="PLINTH")
+    assert association.is_established
+    for path in files:
+        assert association.send_c_store(dcmread(path)).Status == 0
+    association.release()
 
 
 ARCHIVE_TOML = """

@@ -36,6 +36,8 @@ TYPE_2 = (
 SHARED_UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 """Identifiers that all images of a series share, and that objects made of them need."""
 OWN_UIDS = ("SOPClassUID", "SOPInstanceUID")
+OF_SLIDES = ("ImageOrientationSlide", "ImageCenterPointCoordinatesSequence")
+"""By these highdicom takes an image for one of a microscope."""
 NEEDED = (
     *(*SHARED_UIDS, *OWN_UIDS, "SpecificCharacterSet", "Rows", "Columns"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"),
@@ -146,19 +148,11 @@ def slice_headers(volume: Volume, headers: list[Dataset]) -> list[Dataset] | Non
 
 def clean_header(header: Dataset) -> Dataset:
     """A header fit to copy from: type 2 attributes present, invalid values left out."""
-    for tag in list(header.keys()):
-        if keyword_for_tag(tag) not in NEEDED and not _holds(header, tag):
-            del header[tag]
+    _leave_out(header)
     _spell_characters(header)
     for keyword in TYPE_2:
         if keyword not in header:
             setattr(header, keyword, "")
-    for tag in list(header.keys()):
-        if keyword_for_tag(tag) in NEEDED:
-            continue
-        element = header[tag]
-        if element.VR == "PN" and element.value and "^" not in str(element.value):
-            element.value = f"{element.value}^"  # one component, said as PS3.5 6.2.1.2 allows
     studies = header.get("ReferencedStudySequence") or []
     if not all(item.get("ReferencedSOPClassUID") for item in studies):
         del header.ReferencedStudySequence  # type 1 in each item (PS3.3 Table 10-11)
@@ -169,6 +163,21 @@ def clean_header(header: Dataset) -> Dataset:
         if value and not pattern.fullmatch(value):
             setattr(header, keyword, "")
     return header
+
+
+def _leave_out(header: Dataset) -> None:
+    """What cannot be read and nothing depends on; a name of one component is said as such."""
+    for keyword in OF_SLIDES:
+        header.pop(keyword, None)
+    for tag in list(header.keys()):
+        if keyword_for_tag(tag) in NEEDED:
+            continue
+        if not _holds(header, tag):
+            del header[tag]
+            continue
+        element = header[tag]
+        if element.VR == "PN" and element.value and "^" not in str(element.value):
+            element.value = f"{element.value}^"  # as PS3.5 6.2.1.2 allows
 
 
 def made_by(model: str, series_number: int, description: str) -> dict[str, Any]:
