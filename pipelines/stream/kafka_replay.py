@@ -17,7 +17,7 @@ from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 
 from plinth.pipelines.stream.checkpoint import Checkpoint
-from plinth.pipelines.stream.chunks import Chunk, Partition, Record
+from plinth.pipelines.stream.chunks import Chunk, Partition, Record, StreamError
 from plinth.pipelines.stream.kafka_clients import (
     AbandonableThread,
     Pending,
@@ -33,6 +33,9 @@ POLL_MS = 200
 POLL_RECORDS = 2_000
 MAX_HELD = 50_000
 SILENCE_S = 5.0
+GIVE_UP_S = 30.0
+MAX_AHEAD = 20_000
+"""Records of a partition that are held while those of another are taken."""
 FOLLOW_S = 1.0
 """How often a standby asks what the group has committed."""
 LOOK_S = 30.0
@@ -176,29 +179,46 @@ class Log:
 
         Raises:
             KafkaError: the broker did not answer in time.
+            StreamError: nothing came, though there must be more.
         """
-        known = TopicPartition(*place)
         if self._at.get(place) != start:
-            self._held[place] = deque()
-            self._consumer.assign([TopicPartition(*one) for one in self._held])
-            self._consumer.seek(known, start)
-        held, found = self._held[place], []
+            self._begin(place, start)
+        known, held, found = TopicPartition(*place), self._held[place], []
         heard = time.monotonic()
         while True:
             while held and held[0].offset < to:
                 found.append(held.popleft())
             if held or (self._consumer.position(known, timeout_ms=10_000) or 0) >= to:
                 break
-            self._consumer.pause(*(p for p in self._consumer.assignment() if p != known))
-            self._consumer.resume(known)
-            if records := self._consumer.poll(POLL_MS, max_records=POLL_RECORDS).get(known):
-                held.extend(records)
+            if self._read(place):
                 heard = time.monotonic()
-            elif time.monotonic() - heard > SILENCE_S:
-                log.warning("%s[%d]: nothing more to read before offset %d", *place, to)
-                break
+            elif time.monotonic() - heard > GIVE_UP_S:
+                raise StreamError(
+                    f"{place.topic}[{place.partition}]: nothing came for {GIVE_UP_S:g} s before "
+                    f"offset {to}",
+                    hint="check the brokers, and begin again",
+                )
         self._at[place] = to
         return found
+
+    def _begin(self, place: Partition, start: int) -> None:
+        self._held[place] = deque()
+        self._at[place] = start
+        self._consumer.assign([TopicPartition(*one) for one in self._held])
+        for one, held in self._held.items():
+            ahead = held[-1].offset + 1 if held else self._at[one]
+            self._consumer.seek(TopicPartition(*one), ahead)
+
+    def _read(self, place: Partition) -> bool:
+        """Take what has come, of whichever partition; whether some is of this one."""
+        full = {p for p, held in self._held.items() if len(held) >= MAX_AHEAD and p != place}
+        paused = {Partition(*p) for p in self._consumer.paused()}
+        self._consumer.pause(*(TopicPartition(*p) for p in full - paused))
+        self._consumer.resume(*(TopicPartition(*p) for p in paused - full))
+        polled = self._consumer.poll(POLL_MS, max_records=POLL_RECORDS)
+        for p, records in polled.items():
+            self._held[Partition(*p)].extend(records)
+        return bool(polled.get(TopicPartition(*place)))
 
     def close(self) -> None:
         """Close the reader."""

@@ -228,7 +228,12 @@ class _State:
             made = {(m.record.partition, m.record.offset): m for m in end.value.messages}
         after = (self._vertical.snapshot() or b"") if features else b""
         for one in group:
-            message = made[one.place.partition, one.offset]
+            message = made.get((one.place.partition, one.offset))
+            if message is None:
+                raise StreamError(
+                    f"not retained any more: {one.place} at {one.offset}",
+                    hint="raise the input topic's retention.ms above the vertical's windows",
+                )
             value = None if message.error else message.value
             rows = self._features(before, records, one) if features and value else None
             yield Rebuilt(one, value, rows, self._why(one, message))
