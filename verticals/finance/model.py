@@ -26,12 +26,14 @@ class Standardise(nn.Module):
 
     Args:
         features: number of columns, all >= 0; a negative value becomes the mean.
+        limit: deviations beyond which a value is cut off.
 
     Shapes: (n, features) float32 to (n, 2 * features) float32.
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, limit: float = 10.0) -> None:
         super().__init__()
+        self.limit = limit
         self.mean: Tensor
         self.scale: Tensor
         self.register_buffer("mean", torch.zeros(2 * features))
@@ -46,7 +48,9 @@ class Standardise(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         told = (rows >= 0).repeat(1, 2)
         both = torch.cat((rows, torch.log1p(rows.clamp_min(0))), dim=1)
-        return torch.where(told, (both - self.mean) * self.scale, 0.0).clamp(-10, 10)
+        return torch.where(told, (both - self.mean) * self.scale, 0.0).clamp(
+            -self.limit, self.limit
+        )
 
 
 class Calibration(nn.Module):
@@ -127,14 +131,15 @@ class FraudScorer(nn.Module):
         features: number of columns.
         body: (n, 2 * features) to logits (n, 1).
         variant: number that signs each row: 0 the model, 1 its cheaper variant.
+        limit: of the standardised features.
 
     Shapes: (n, features) float32 to (n, 2) float32: probability in [0, 1], variant.
     """
 
-    def __init__(self, features: int, body: nn.Module, variant: int) -> None:
+    def __init__(self, features: int, body: nn.Module, variant: int, limit: float = 10.0) -> None:
         super().__init__()
         self.variant = float(variant)
-        self.standardise = Standardise(features)
+        self.standardise = Standardise(features, limit)
         self.body = body
         self.calibration = Calibration()
 
@@ -149,7 +154,11 @@ class FraudScorer(nn.Module):
 
 
 def fraud_mlp(
-    features: int = 21, width: int = 64, blocks: int = 2, dropout: float = 0.2
+    features: int = 21,
+    width: int = 64,
+    blocks: int = 2,
+    dropout: float = 0.2,
+    limit: float = 10.0,
 ) -> FraudScorer:
     """The gated residual network over standardised features."""
     layers: Sequence[nn.Module] = (
@@ -158,7 +167,7 @@ def fraud_mlp(
         nn.LayerNorm(width),
         nn.Linear(width, 1),
     )
-    return FraudScorer(features, nn.Sequential(*layers), variant=0)
+    return FraudScorer(features, nn.Sequential(*layers), variant=0, limit=limit)
 
 
 class Trees(nn.Module):
@@ -228,9 +237,9 @@ def fraud_ensemble(trees: int, nodes: int, **network: Any) -> FraudEnsemble:
     return FraudEnsemble(fraud_mlp(**network), Trees(trees, nodes))
 
 
-def fraud_lite(features: int = 21) -> FraudScorer:
+def fraud_lite(features: int = 21, limit: float = 10.0) -> FraudScorer:
     """Logistic regression over the same standardised features: the cheaper variant."""
-    return FraudScorer(features, nn.Linear(2 * features, 1), variant=1)
+    return FraudScorer(features, nn.Linear(2 * features, 1), variant=1, limit=limit)
 
 
 architecture("fraud-mlp")(fraud_mlp)

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
+import torch
 from payments import DAY, HOUR, NOON, label, payment
 from rich.console import Console
+from torch.nn import functional
 
 from plinth.engine import ConfigError, InputError, ModelStore
 from plinth.verticals.finance import FraudScoring, FraudSettings
@@ -23,7 +25,7 @@ from plinth.verticals.finance.training.simulator import (
     simulate,
     transactions_json,
 )
-from plinth.verticals.finance.training.train import Plan, main, run
+from plinth.verticals.finance.training.train import RECIPES, Plan, fit, main, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,6 +71,21 @@ def test_training_is_repeatable_and_what_it_stores_scores(tmp_path: Path) -> Non
         assert made.read_bytes() == again.read_bytes()
     vertical = FraudScoring(FraudSettings(store=tmp_path / "one"))
     assert [variant.version for variant in vertical.variants] == ["2.0.0", "2.0.0"]
+
+
+def test_the_cheaper_variant_is_the_best_logistic_regression() -> None:
+    """No step makes it better: with the ridge, the gradient of its loss is zero."""
+    data = simulated(PEOPLE, 3, ignore)
+    rows = data.between(38, 21)
+    model = fit(RECIPES[1], data, rows, epochs=1, seed=0, advance=ignore)
+    truth = torch.from_numpy(data.table["fraud"][rows]).float()[:, None]
+    missed = functional.binary_cross_entropy_with_logits(
+        model.logits(torch.from_numpy(data.rows[rows])), truth, reduction="sum"
+    )
+    weight, bias = model.body.parameters()
+    whole = missed + weight.square().sum() / 2
+    for steepest in torch.autograd.grad(whole, (weight, bias)):
+        assert float(steepest.abs().max()) < 1.0, "hundreds at weights of zero"
 
 
 def test_recorded_payments_give_what_simulated_ones_give(files: list[Path]) -> None:
