@@ -21,7 +21,7 @@ from plinth.verticals.finance.schema import Reason, Transaction
 
 Action = Literal["approve", "review", "decline"]
 MAX_RULES = 200
-RESERVED = ("R04", "X01")
+RESERVED = ("R04", "X01", "X02")
 """Codes that rules of a file may not have, nor any that begins with M and a digit: the model's."""
 REUSED_ID = Reason(code="R04", text="Transaction id used before with another amount or terminal")
 

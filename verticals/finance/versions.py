@@ -63,7 +63,7 @@ class Serving:
     """One version, ready to answer.
 
     Args:
-        name: of its model in the engine.
+        asked_as: names of the model and its cheaper variant in the engine.
         variants: the model and its cheaper variant.
         columns: what it sees of the features.
         reasons: groups of them.
@@ -72,13 +72,18 @@ class Serving:
         flows: that began with it and have not ended, whatever thread they run on.
     """
 
-    name: str
+    asked_as: tuple[str, ...]
     variants: tuple[Variant, ...]
     columns: Columns
     reasons: Groups
     drift: DriftWatch | None
     trained_until: int = NEVER
     flows: set[object] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """Of its model in the engine."""
+        return self.asked_as[0]
 
     @property
     def version(self) -> str:
@@ -142,8 +147,9 @@ class Versions:
         alarms = self._given.drift_alarm, self._given.missing_labels_alarm
         drift = None if found is None else DriftWatch(found, *alarms, columns)
         until = _trained_until(facts, told)
-        made = Serving(name, variants, columns, Groups(columns), drift, until)
-        return made, _renamed(models, name)
+        named = _renamed(models, name)
+        asked_as = tuple(model.spec.name for model in named)
+        return Serving(asked_as, variants, columns, Groups(columns), drift, until), named
 
     def _variant(self, model: Model, place: int, width: int) -> Variant:
         spec, given = model.spec, self._given

@@ -20,12 +20,10 @@ from torch import Tensor
 import plinth.verticals.finance.model  # noqa: F401  (registers the architectures)
 from plinth.engine import (
     Call,
-    Closed,
     ConfigError,
     Flow,
     InputError,
     Model,
-    Refused,
     Sla,
     Timing,
 )
@@ -60,7 +58,9 @@ from plinth.verticals.finance.features.online import (
 from plinth.verticals.finance.features.timeline import DAY, NEVER
 from plinth.verticals.finance.metrics import PARTIAL_DECISIONS, RULE_HITS, TableMetrics
 from plinth.verticals.finance.reasons import (
+    ESTIMATED,
     NO_TIME,
+    explain,
     why_other,
 )
 from plinth.verticals.finance.rules import REUSED_ID, Payments, Verdict
@@ -86,8 +86,6 @@ from plinth.verticals.finance.versions import Serving, Variant, Versions
 
 MAX_REASONS = 4
 _NO_RULE = Verdict()
-MAX_EXPLAINED = 64
-"""Alerts explained in one call: about a thousand rows, whatever the number of alerts."""
 LATE, PARTIAL, DUPLICATE, CONFLICT = (
     flag.value for flag in (Flag.LATE, Flag.PARTIAL, Flag.DUPLICATE, Flag.CONFLICT)
 )
@@ -235,23 +233,9 @@ class FraudScoring(Vertical[Record, Decision]):
         scores = output[:, 0].float().tolist()
         answered = [serving.variants[place] for place in output[:, 1].int().tolist()]
 
-        reasons: dict[int, list[Reason]] = {}
-        why: dict[int, list[float]] = {}
         pairs = enumerate(zip(scores, answered, strict=True))
         alerts = [place for place, (score, by) in pairs if score >= by.review]
-        for first in range(0, len(alerts), MAX_EXPLAINED):
-            part = alerts[first : first + MAX_EXPLAINED]
-            try:
-                asked_why = serving.reasons.masked_rows(rows[part])
-                masked: Tensor = yield Call(serving.name, asked_why)
-            except Closed:  # a decision of a server that ends would lack its reasons for ever
-                raise
-            except Refused:
-                reasons |= {place: [NO_TIME] for place in part}
-            else:
-                effects = serving.reasons.contributions(masked[:, 0])
-                why |= zip(part, effects.tolist(), strict=True)
-                reasons |= {place: serving.reasons.main(why[place]) for place in part}
+        why, reasons = yield from _explained(serving, rows, output, alerts)
         asked = [
             request
             for request, result in zip(requests, results, strict=True)
@@ -651,6 +635,26 @@ class FraudScoring(Vertical[Record, Decision]):
         if self.watch is not None:
             self.watch(payments, hits)
         return verdicts
+
+
+def _explained(
+    serving: Serving, rows: Tensor, output: Tensor, alerts: Sequence[int]
+) -> Flow[tuple[dict[int, list[float]], dict[int, list[Reason]]]]:
+    """Effects of the groups, where they were found, and the reasons, by the place of the alert."""
+    why: dict[int, list[float]] = {}
+    reasons: dict[int, list[Reason]] = {}
+    by = output[:, 1].int()
+    for variant, model in enumerate(serving.asked_as):
+        mine = [place for place in alerts if by[place] == variant]
+        found = yield from explain(serving.reasons, model, variant, rows[mine])
+        for place, (effects, exact) in zip(mine, found, strict=True):
+            if effects is None:
+                reasons[place] = [NO_TIME]
+                continue
+            why[place] = effects.tolist()
+            main = serving.reasons.main(why[place])
+            reasons[place] = main if exact else [ESTIMATED, *main]
+    return why, reasons
 
 
 def _noted(record: Label | FollowUp, *, partial: bool = False) -> Decision:

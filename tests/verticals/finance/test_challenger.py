@@ -338,7 +338,10 @@ def test_no_thread_loses_the_count_of_flows(store: Path) -> None:
 
 def test_a_flow_that_begins_while_another_version_takes_over_asks_that_one(store: Path) -> None:
     versions = Process.of(store).vertical.versions
-    before, after = versions.serving, replace(versions.serving, name="fraud-challenger")
+    before, after = (
+        versions.serving,
+        replace(versions.serving, asked_as=("fraud-challenger", "fraud-challenger-lite")),
+    )
 
     class TakenOver(set[object]):
         def add(self, flow: object) -> None:

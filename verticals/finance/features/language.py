@@ -22,6 +22,8 @@ Key = Literal["card", "terminal", "customer", "device"]
 KEYS: tuple[Key, ...] = ("card", "terminal", "customer", "device")
 Use = Literal["model", "rules", "parts"]
 MAX_FEATURES = 200
+MAX_REASONS = 10
+"""Groups that high scores are put down to: exact reasons take 2 to this power rows of an alert."""
 MAX_SPAN = 90 * DAY
 _UNITS = {"m": MINUTE, "h": HOUR, "d": DAY}
 _SPAN = re.compile(r"([1-9]\d{0,4})([mhd])")
@@ -188,6 +190,12 @@ class Declaration(BaseModel):
             known[one.name] = one
         if not any(one.use == "model" for one in self.feature):
             raise ValueError("no feature has use = 'model'")
+        groups = {one.reason for one in self.feature if one.use == "model"}
+        if len(groups) > MAX_REASONS:
+            raise ValueError(
+                f"the model's features name {len(groups)} reasons, expected at most {MAX_REASONS}: "
+                "let some share one"
+            )
         return self
 
     def digest(self) -> str:
