@@ -1077,8 +1077,6 @@ class Engine:
         with self._lock:
             now = self._clock()
             refused, again = self._batcher.overdue(now)
-            if refused or again <= now:
-                refused += self._batcher.sweep(now)
             outcomes = self._refused(refused)
         self._settle(outcomes)
         return again - now

@@ -36,6 +36,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from math import frexp
 from operator import attrgetter
 
@@ -452,16 +453,21 @@ class Batcher:
         return refused
 
     def overdue(self, now: float) -> tuple[list[Refusal], float]:
-        """Work whose deadline went by on a lane that does not come back.
+        """Work whose deadline went by in the queue, or on a lane that does not come back.
 
-        A lane is waited for as long again as three batches like those it has, after it should have
-        been free: what comes a little late is still an answer.
+        What waits and may yet be in time is left to :meth:`next`: when a late lane is free is a
+        guess. A lane is waited for as long again as three batches like those it has, after it
+        should have been free: what comes a little late is still an answer.
 
         Returns:
             What is to be told, and the seconds when to look again: infinity when no lane has, and
             nothing that waits has, a deadline.
         """
         found: list[Refusal] = []
+        for queue in self._waiting():
+            past = sum(1 for _ in takewhile(lambda work: work.deadline <= now, queue.works))
+            if past:
+                self._drop(queue, past, self.lanes.starts(now), now, found)
         again = min((queue.first_deadline for queue in self._waiting()), default=float("inf"))
         for lane in self.lanes:
             urgent = [batch for batch in lane.running if batch.urgent]

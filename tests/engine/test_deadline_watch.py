@@ -63,8 +63,13 @@ def test_what_has_no_deadline_is_waited_for_as_long_as_it_takes():
 
 def test_what_waits_is_looked_at_when_its_deadline_goes_by():
     queue = given([1_000.0])
-    queue.admit(Work("a", 1, 0.0, Sla(deadline_ms=500.0)), 0.0)
-    assert queue.overdue(0.0)[1] == pytest.approx(0.5)
+    soon, later = (Work("a", 1, 0.0, Sla(deadline_ms=due)) for due in (500.0, 600.0))
+    for work in (soon, later):
+        queue.admit(work, 0.0)
+    assert queue.overdue(0.0) == ([], pytest.approx(0.5))
+    (told,), again = queue.overdue(0.55)
+    assert told.work is soon
+    assert (queue.urgent_rows, again) == (1, pytest.approx(0.6)), "a late lane may yet be free"
 
 
 @pytest.mark.cpu
