@@ -75,6 +75,7 @@ class _Curve:
     table: list[float] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     moved: int = 0
+    seen: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_MEMORY))
 
     def rebuild(self, rows: int) -> None:
         size = max(rows, len(self.table) - 1, max(self.knots, default=1))
@@ -114,11 +115,25 @@ class _Curve:
 
     def observe(self, rows: int, seconds: float) -> None:
         base = self.base(rows)
+        self.seen.append((rows, seconds))
         self.ratios.add(seconds / base)
         self._forget_if_shifted()
         expected = self.level() * base
         self.delays.add(seconds - expected)
         self._follow(rows, seconds / expected - 1)
+
+    def usual(self) -> tuple[float, _Sample]:
+        """Level and delays over all that is remembered, also of before the cost last changed.
+
+        A change drops what is to be predicted from, but not what a plan has to reckon with.
+        """
+        if not self.seen:
+            return self.level(), _Sample()
+        ratios = sorted(seconds / self.base(rows) for rows, seconds in self.seen)
+        level, delays = ratios[len(ratios) // 2], _Sample()
+        for rows, seconds in self.seen:
+            delays.add(seconds - level * self.base(rows))
+        return level, delays
 
     def _forget_if_shifted(self) -> None:
         """Drop the past once the last few batches all lie on one side of it."""
@@ -226,13 +241,14 @@ class LatencyModel:
         """Write the curves to ``path`` (JSON), atomically; and the delays, for who plans ahead."""
         if self.path is None:
             return
+        usual = {key: curve.usual() for key, curve in self._curves.items()}
         data = {
-            key: {str(rows): cost * curve.level() for rows, cost in curve.knots.items()}
+            key: {str(rows): cost * usual[key][0] for rows, cost in curve.knots.items()}
             for key, curve in self._curves.items()
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        delays = {key: curve.delays.spread(_SPREAD) for key, curve in self._curves.items()}
+        delays = {key: found.spread(_SPREAD) for key, (_, found) in usual.items()}
         part.write_text(json.dumps({"format": 1, "seconds": data, "delays": delays}))
         part.replace(self.path)
 

@@ -1,5 +1,7 @@
 """The cost model: seeded by warm-up, kept true by what batches really take."""
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -87,3 +89,17 @@ def test_a_class_nobody_measured_is_learned_whatever_its_first_batch_was(rows, s
         model.observe("net", rows, cost(rows) * (0.9, 1.0, 1.2)[batch % 3])
     assert max(taken) <= 11
     assert {4, 5} >= set(taken[20:])
+
+
+def test_the_file_keeps_how_far_batches_were_off_also_from_before_the_cost_changed(tmp_path):
+    model = LatencyModel(tmp_path / "costs.json")
+    model.seed("a", 1, 0.010)
+    for number in range(200):
+        model.observe("a", 1, 0.010 if number % 10 else 0.060)
+    for _ in range(12):  # a shift: predictions forget what was
+        model.observe("a", 1, 0.004)
+    assert model.predict("a", 1, 0.5) == pytest.approx(0.004, rel=0.2)
+    model.save()
+    told = json.loads(model.path.read_text())
+    assert told["seconds"]["a"]["1"] == pytest.approx(0.010, rel=0.2)
+    assert max(told["delays"]["a"]) == pytest.approx(0.050, rel=0.2)
