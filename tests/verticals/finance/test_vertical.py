@@ -392,6 +392,17 @@ def test_an_alert_without_time_for_reasons_says_so() -> None:
     assert [codes(decision) for decision in end.value.value] == [["X01"], ["R01", "X01"]]
 
 
+def test_an_alert_is_explained_by_the_variant_that_scored_it() -> None:
+    vertical = FraudScoring(FraudSettings(review_threshold=0.0))
+    flow = vertical.infer([vertical.parse(payment(1)), vertical.parse(payment(2))])
+    next(flow)
+    first = flow.send(torch.tensor([[0.5, 1.0], [0.5, 0.0]]))
+    assert isinstance(first, Call)
+    second = flow.send(torch.tensor([[0.5, 0.0]]).expand(len(first.rows), 2))
+    assert isinstance(second, Call)
+    assert [first.model, second.model] == ["fraud", "fraud-lite"]
+
+
 def test_reasons_that_are_sought_while_the_engine_closes_leave_no_decision_without() -> None:
     """The stream answers the payment at its next start; over HTTP it is refused."""
     vertical = FraudScoring(FraudSettings(review_threshold=0.0))
@@ -538,7 +549,7 @@ def test_under_load_the_cheaper_variant_answers_with_its_own_thresholds_and_says
         engine.add(Model(main.spec, Slow(main.module, 1200)), batch_range=(1, 1))
         engine.add(lite, batch_range=(1, 1))
         answer = engine.run(
-            vertical.infer([vertical.parse(payment(amount=190.0))]),
+            vertical.infer([vertical.parse(payment(amount=160.0))]),
             Sla(deadline_ms=40, on_overload="degrade"),
         )
     [decision] = answer.value
