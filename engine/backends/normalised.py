@@ -56,24 +56,51 @@ def _of_means(node: Any) -> Any:
     from openvino import opset13 as ops
 
     told, axes, source = node.get_attributes(), _axes(node), node.input_value(0)
-    apart = ops.subtract(source, _mean(source, axes))
+    rows = _rows(node)
+    apart = ops.subtract(source, _mean(source, axes, rows))
     if not told["normalize_variance"]:
         return apart
-    variance = _mean(ops.multiply(apart, apart), axes)
-    eps = ops.constant(np.float32(told["eps"]))
-    if str(told["eps_mode"]).lower() == "inside_sqrt":
-        return ops.divide(apart, ops.sqrt(ops.add(variance, eps)))
-    return ops.divide(apart, ops.add(ops.sqrt(variance), eps))
+    variance = _mean(ops.multiply(apart, apart), axes, rows)
+    # Four times the variance has twice the root, exactly; the plain form would become one kernel
+    # (RMS) that adds up as MVN does.
+    four, half = ops.constant(np.float32(4)), ops.constant(np.float32(0.5))
+    inside = str(told["eps_mode"]).lower() == "inside_sqrt"
+    quadruple = ops.multiply(variance, four)
+    if inside:
+        quadruple = ops.add(quadruple, ops.constant(np.float32(4 * told["eps"])))
+    spread = ops.multiply(ops.sqrt(quadruple), half)
+    if not inside:
+        spread = ops.add(spread, ops.constant(np.float32(told["eps"])))
+    return ops.divide(apart, spread)
 
 
-def _mean(values: Any, axes: list[int]) -> Any:
-    """The mean along axes, first along the last one.
+def _rows(node: Any) -> int:
+    """Rows that values along one last axis are cut into: each is added up first; 0: not to be cut.
+
+    Group normalisation has all voxels of a group along one axis.
+    """
+    shape, axes = node.get_input_partial_shape(0), _axes(node)
+    last = shape.rank.get_length() - 1
+    if axes != [last] or shape[last].is_dynamic:
+        return 0
+    size = shape[last].get_length()
+    return next((size // n for n in range(math.isqrt(size), 1, -1) if size % n == 0), 0)
+
+
+def _mean(values: Any, axes: list[int], rows: int = 0) -> Any:
+    """The mean along axes, first along the last one, or along rows that it is cut into.
 
     It is doubled and halved in between, which is exact: OpenVINO would join two means and make an
     MVN of all of it again.
     """
     from openvino import opset13 as ops
 
+    if rows:
+        (last,) = axes
+        cut = ops.constant(np.array([0] * last + [rows, -1], np.int64))
+        mean = _mean(ops.reshape(values, cut, special_zero=True), [last, last + 1])
+        whole = ops.constant(np.array([0] * last + [1], np.int64))
+        return ops.reshape(mean, whole, special_zero=True)
     *outer, last = axes
     mean = ops.reduce_mean(values, ops.constant(np.array([last], np.int64)), keep_dims=True)
     mean = ops.multiply(mean, ops.constant(np.float32(2)))
