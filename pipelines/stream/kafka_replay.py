@@ -13,7 +13,7 @@ from typing import Any
 
 from kafka import KafkaConsumer
 from kafka.admin import KafkaAdminClient
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, KafkaTimeoutError
 from kafka.structs import TopicPartition
 
 from plinth.pipelines.stream.checkpoint import Checkpoint
@@ -33,6 +33,7 @@ POLL_MS = 200
 POLL_RECORDS = 2_000
 MAX_HELD = 50_000
 SILENCE_S = 5.0
+ANSWER_MS = 10_000
 GIVE_UP_S = 30.0
 MAX_AHEAD = 20_000
 """Records of a partition that are held while those of another are taken."""
@@ -73,7 +74,7 @@ class Replay:
             KafkaError: the broker did not answer in time.
         """
         places = [TopicPartition(*place) for place in self._at]
-        first = self._consumer.beginning_offsets(places, timeout_ms=10_000)
+        first = self._consumer.beginning_offsets(places, timeout_ms=ANSWER_MS)
         return [
             (p, first[TopicPartition(*p)])
             for p, at in self._at.items()
@@ -101,7 +102,7 @@ class Replay:
         """The next records in order, or ``None`` when none came in time.
 
         Raises:
-            KafkaError: reading failed.
+            KafkaError: reading failed, or nothing came for long though there is more.
         """
         if any(not self._held[place] for place in self._ends):
             self._poll()
@@ -131,14 +132,24 @@ class Replay:
         if now - self._heard > SILENCE_S / 10:
             self._look(now - self._heard > SILENCE_S)
 
-    def _look(self, give_up: bool) -> None:
+    def _look(self, long: bool) -> None:
         """End the partitions whose last records are transaction markers or were deleted."""
         for place, end in list(self._ends.items()):
-            at = self._consumer.position(TopicPartition(*place), timeout_ms=200)
+            known = TopicPartition(*place)
+            at = self._consumer.position(known, timeout_ms=200)
             if at is not None and at >= end:
                 self._end(place)
-            elif give_up:
-                log.warning("%s[%d]: nothing more to read before offset %d", *place, end)
+            elif long:
+                there = self._consumer.end_offsets([known], timeout_ms=ANSWER_MS)[known]
+                if there >= end:  # a state without these records would be a wrong one
+                    raise KafkaTimeoutError(
+                        f"{place.topic}[{place.partition}]: nothing came for {SILENCE_S:g} s "
+                        f"before offset {end}, and the log goes on to {there}"
+                    )
+                log.error(
+                    "%s[%d]: the log ends at offset %d, and was read up to %d before: its last "
+                    "records are lost", *place, there, end,
+                )  # fmt: skip
                 self._end(place)
 
     def _end(self, place: Partition) -> None:
@@ -188,7 +199,7 @@ class Log:
         while True:
             while held and held[0].offset < to:
                 found.append(held.popleft())
-            if held or (self._consumer.position(known, timeout_ms=10_000) or 0) >= to:
+            if held or (self._consumer.position(known, timeout_ms=ANSWER_MS) or 0) >= to:
                 break
             if self._read(place):
                 heard = time.monotonic()
@@ -261,8 +272,8 @@ def _latest(config: StreamConfig, place: TopicPartition) -> list[Record]:
     """The last committed records of a partition, a few at most, or what came of them in time."""
     with contextlib.closing(reader(config)) as consumer:
         consumer.assign([place])
-        (end,) = consumer.end_offsets([place], timeout_ms=10_000).values()
-        (first,) = consumer.beginning_offsets([place], timeout_ms=10_000).values()
+        (end,) = consumer.end_offsets([place], timeout_ms=ANSWER_MS).values()
+        (first,) = consumer.beginning_offsets([place], timeout_ms=ANSWER_MS).values()
         consumer.seek(place, max(first, end - LOOK_RECORDS))
         records: list[Record] = []
         until = time.monotonic() + LOOK_SECONDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import threading
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kafka.errors import KafkaError
 from kafka_fixtures import KafkaNode
 from tally import started_engine
 
 from plinth.engine import ConfigError, Engine, Flow
+from plinth.pipelines.stream import kafka_replay
+from plinth.pipelines.stream.chunks import Partition, Record
 from plinth.pipelines.stream.history.rebuild import Rebuilt, has_value, rebuild
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.pipelines.stream.worker import run
@@ -103,6 +107,34 @@ def test_thousands_of_decisions_over_restarts_are_made_again_bit_for_bit(
         one = again(config, name)[-1]
         assert one.equal
         assert one.rows == [seen[name]]
+
+
+def read(replay: kafka_replay.Replay, count: int) -> list[Record]:
+    found: list[Record] = []
+    while replay.partitions or len(found) < count:
+        chunk = replay.take()
+        found += chunk.records if chunk else []
+    return found
+
+
+def test_records_that_a_silent_broker_keeps_back_are_not_left_out(
+    kafka_node: KafkaNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = kafka_node.config(partitions=1)
+    kafka_node.fill(config, payments(200, seed=5))
+    monkeypatch.setattr(kafka_replay, "SILENCE_S", 0.5)
+    monkeypatch.setattr(kafka_replay, "ANSWER_MS", 500)
+    span = {Partition(config.input_topic, 0): (0, 200)}
+    with contextlib.closing(kafka_replay.Replay(config, span)) as replay:
+        kafka_node.freeze()
+        try:
+            with pytest.raises(KafkaError):
+                read(replay, 200)
+        finally:
+            kafka_node.thaw()
+    with contextlib.closing(kafka_replay.Replay(config, span)) as replay:
+        found = read(replay, 200)
+    assert [record.offset for record in found] == list(range(200))
 
 
 def test_why_a_decision_is_another_now_is_said(kafka_node: KafkaNode) -> None:
