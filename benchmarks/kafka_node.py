@@ -28,6 +28,8 @@ from plinth.pipelines.stream.kafka_clients import prepare
 from plinth.pipelines.stream.settings import StreamConfig
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "kafka"
+MARKS_S = 2.0
+"""How long a reader waits for the marks of a transaction that may be open for ever."""
 USER, PASSWORD = "plinth", "a password of tests"
 SECURITY = """\
 sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512,OAUTHBEARER
@@ -145,17 +147,19 @@ class Kafka:
                 pause.wait(0.02)
 
     def read(self, topic: str, seconds: float = 60.0) -> list[Any]:
-        """Everything committed in a topic, as a read_committed consumer sees it."""
-        consumer = KafkaConsumer(
-            bootstrap_servers=self.servers,
-            isolation_level="read_committed",
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-        )
-        with contextlib.closing(consumer):
+        """Everything committed in a topic, as a read_committed consumer sees it.
+
+        A commit is answered before its marks are written, so those are awaited for a moment.
+        """
+        with contextlib.closing(self._consumer("read_uncommitted")) as consumer:
             places = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic)]
+            written = consumer.end_offsets(places, timeout_ms=30_000)
+        with contextlib.closing(self._consumer("read_committed")) as consumer:
             consumer.assign(places)
             ends = consumer.end_offsets(places, timeout_ms=30_000)
+            until = time.monotonic() + MARKS_S
+            while any(ends[p] < written[p] for p in places) and time.monotonic() < until:
+                ends = consumer.end_offsets(places, timeout_ms=30_000)
             consumer.seek_to_beginning(*places)
             found: list[Any] = []
             until = time.monotonic() + seconds
@@ -164,6 +168,14 @@ class Kafka:
                 for records in consumer.poll(500).values():
                     found.extend(records)
         return found
+
+    def _consumer(self, isolation: str) -> Any:
+        return KafkaConsumer(
+            bootstrap_servers=self.servers,
+            isolation_level=isolation,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+        )
 
     def answers(self, config: StreamConfig) -> list[dict[str, Any]]:
         """Committed answers, decoded, in order within each partition."""

@@ -212,7 +212,8 @@ class SizePlans:
                 least = plan.one if executable.backend == "eager" else plan.one // _COMPILED
                 if least > there:
                     raise self._refused(rows, least, there)
-                plan.scale_to(peak_of(executable, {name: t[:1] for name, t in rows.items()}))
+                one = peak_of(executable, {name: t[:1] for name, t in rows.items()})
+                plan.scale_to(max(one, least))  # less, where others gave memory back meanwhile
         spare = room.free + room.forward - plan.fixed
         return max(1, min(count, spare // max(1, plan.per_row)))
 

@@ -82,6 +82,9 @@ _WHOLE = 0.9
 """Share of its rows per second that a batch keeps at least, which begins no request in part."""
 _PATIENCE = 3.0
 """Times what a lane's batches should take, for which it is waited for after they should be done."""
+_LEAST_PATIENCE = 0.25
+"""Seconds it is waited for at least: who is a little late, as after a collection of garbage, still
+has an answer for those who can use a late one."""
 _MAX_DEATHS = 3
 """Lanes that may end while they run the same batch before it is searched for what ends them."""
 
@@ -473,7 +476,8 @@ class Batcher:
             urgent = [batch for batch in lane.running if batch.urgent]
             if not urgent:
                 continue
-            patience = lane.busy_until + _PATIENCE * lane.seconds(lane.running)
+            longer = max(_PATIENCE * lane.seconds(lane.running), _LEAST_PATIENCE)
+            patience = lane.busy_until + longer
             for work in (part.work for batch in urgent for part in batch.parts):
                 at = max(work.deadline, patience)
                 if work.gone:

@@ -32,10 +32,10 @@ class Sticks(nn.Module):
         return x * self.factor
 
 
-def given(deadlines: list[float | None]) -> Batcher:
-    """A batcher whose lane was given works of a row at 0 s, which take 10 ms each."""
+def given(deadlines: list[float | None], seconds: float = 0.010) -> Batcher:
+    """A batcher whose lane was given works of a row at 0 s, which take so long each."""
     latency = LatencyModel()
-    latency.seed("a", 1, 0.010)
+    latency.seed("a", 1, seconds)
     queue = Batcher(latency)
     queue.register("a", 1)
     queue.pipeline_depth = len(deadlines)
@@ -46,15 +46,19 @@ def given(deadlines: list[float | None]) -> Batcher:
 
 
 def test_a_lane_is_waited_for_a_little_and_then_those_past_their_deadline_are_told():
-    queue = given([50.0, 100.0])
-    assert queue.overdue(0.049) == ([], pytest.approx(0.080)), "20 ms, and three times as long"
-    (first,), again = queue.overdue(0.081)
+    queue = given([50.0, 400.0])
+    assert queue.overdue(0.049) == ([], pytest.approx(0.270)), "20 ms, and a quarter of a second"
+    (first,), again = queue.overdue(0.271)
     assert isinstance(first.error, DeadlineRefused)
     assert first.error.deadline == pytest.approx(0.050)
-    assert again == pytest.approx(0.100)
+    assert again == pytest.approx(0.400)
     queue.cancel(first.work)
-    (second,), again = queue.overdue(0.101)
+    (second,), again = queue.overdue(0.401)
     assert (second.work is not first.work, again) == (True, float("inf"))
+
+
+def test_a_lane_with_long_batches_is_waited_for_longer():
+    assert given([900.0], seconds=0.5).overdue(0.8) == ([], pytest.approx(2.0)), "four times 0.5 s"
 
 
 def test_what_has_no_deadline_is_waited_for_as_long_as_it_takes():

@@ -18,6 +18,7 @@ from plinth.engine import TensorSpec as Spec
 from plinth.engine.backends import choice, prepare
 from plinth.engine.devices.device import pick
 from plinth.engine.errors import OutOfMemory
+from plinth.engine.memory import plan
 from plinth.engine.models.store import ModelStore
 from plinth.engine.precision.policy import PRESETS
 from plinth.engine.precision.transforms import last_layers, report
@@ -317,7 +318,8 @@ def test_adding_a_model_ends_in_half_a_minute_whatever_a_row_costs(
             perf_counter=lambda: clock.now, thread_time=lambda: share * clock.now
         )
         monkeypatch.setattr(module, "time", fake)
-    monkeypatch.setattr(loaded_model, "perf_counter", lambda: clock.now)
+    for timed in (loaded_model, plan):
+        monkeypatch.setattr(timed, "perf_counter", lambda: clock.now)
     engine = Engine(device="cpu", threads=1)
     engine.add(model(Costly(clock, seconds), (1,), (1,)), backend="eager", batch_range=rows)
     assert clock.now <= 30

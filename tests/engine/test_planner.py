@@ -17,6 +17,7 @@ from plinth.engine.backends import Availability, backends, choice, prepare
 from plinth.engine.backends.eager import TorchExecutable
 from plinth.engine.backends.planner import GAIN, Planned, ranges
 from plinth.engine.devices.device import pick
+from plinth.engine.memory import plan
 from plinth.engine.precision.transforms import sharing_copy
 from plinth.engine.runtime import loaded_model
 
@@ -340,6 +341,7 @@ def test_a_row_of_seconds_is_run_four_times_at_most(monkeypatch):
     for name in ("SLOW_SECONDS", "TRIAL_SECONDS"):
         monkeypatch.setattr(choice, name, 0.0)
     monkeypatch.setattr(loaded_model, "_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(plan, "_STRETCH_SECONDS", 0.0)
     net = model(Endless(), 8)
     net.module.opened.set()
     Engine(threads=1, backend="eager").add(net)
