@@ -1,7 +1,8 @@
 """How many payments a second one core streams from a real Kafka, and how soon they are answered.
 
     python benchmarks/stream_throughput.py [--events 60000] [--rate 2000] [--runs 3] [--json]
-        [--client kafka-python confluent] [--guarantee exactly_once] [--set linger_ms=5]
+        [--client kafka-python confluent] [--guarantee exactly_once] [--set linger_ms=5] [--bare]
+        [--heat 90]
 
 ``plinth stream finance`` runs on core 1 with one thread per library; the Kafka node (KAFKA_HOME,
 else ../shared/kafka) and this script run on core 0. Every run uses new topics of four partitions
@@ -12,6 +13,10 @@ Clients and guarantees take turns within each of the ``--runs``.
   the last commit.
 - Latency: payments come at ``--rate`` a second; from a record's timestamp to the moment a reader
   of committed records has its answer. The first ``--warm-up`` seconds are left out.
+- ``--heat``: seconds of a copy before all else, which nobody counts: a broker that has just started
+  compiles itself for a minute or two, and takes three times as long for a transaction meanwhile.
+- ``--bare``: beside them the same with ``bare_stream.py``, which only copies: what is left is the
+  client's, the broker's and the machine's.
 """
 
 from __future__ import annotations
@@ -46,8 +51,10 @@ from plinth.verticals.finance.training.simulator import Population, simulate, tr
 CUSTOMERS = 5_000
 GUARANTEES = ("exactly_once", "at_least_once")
 SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-THROUGHPUT = ("records_per_second", "cpu_us", "commit_ms_p50", "commit_ms_p99")
-LATENCY = ("rate", "p50_ms", "p90_ms", "p99_ms", "max_ms")
+OF_WORKER = ("cpu_us", "commit_ms_p50", "commit_ms_p99")
+THROUGHPUT = ("records_per_second", *OF_WORKER)
+LATENCY = ("rate", "p50_ms", "p90_ms", "p99_ms", "max_ms", *OF_WORKER)
+BARE = "bare copy"
 Payments = list[tuple[bytes, bytes]]
 Settings = dict[str, Any]
 
@@ -63,18 +70,20 @@ def payments(count: int) -> Iterator[tuple[bytes, bytes]]:
 
 
 class Worker:
-    """``plinth stream finance`` on core 1, until its ``max_events``."""
+    """``plinth stream finance``, or a bare copy, on core 1 until its ``max_events``."""
 
-    def __init__(self, config: StreamConfig) -> None:
+    def __init__(self, config: StreamConfig, bare: bool = False) -> None:
         told = config.model_dump(mode="json", exclude_unset=True).items()
         settings = {
             f"PLINTH_STREAM__{name.upper()}": str(value)
             for name, value in told
             if value is not None
         }
+        way = ["-m", "plinth", "stream", "finance", "--json"]
+        if bare:
+            way = [str(ROOT / "benchmarks" / "bare_stream.py"), config.model_dump_json()]
         self.process = subprocess.Popen(
-            ["taskset", "-c", "1", sys.executable, "-m", "plinth", "stream", "finance",
-             "--json"],
+            ["taskset", "-c", "1", sys.executable, *way],
             env={**os.environ, **SINGLE, **settings, "PYTHONPATH": _path()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -101,16 +110,23 @@ def _path() -> str:
     return os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
 
 
-def throughput(node: KafkaNode, events: Payments, settings: Settings) -> dict[str, float]:
+def throughput(
+    node: KafkaNode, events: Payments, settings: Settings, bare: bool
+) -> dict[str, float]:
     """One run over topics that were filled before."""
     config = _config(node, settings, len(events))
     node.fill(config, events)
-    found = Worker(config).summary()
+    found = Worker(config, bare).summary()
     return {name: float(found[name]) for name in THROUGHPUT}
 
 
 def latency(
-    node: KafkaNode, events: Payments, settings: Settings, rate: float, warm_up: float
+    node: KafkaNode,
+    events: Payments,
+    settings: Settings,
+    bare: bool,
+    rate: float,
+    warm_up: float,
 ) -> dict[str, float]:
     """One run at a steady rate; milliseconds from record timestamp to committed answer.
 
@@ -119,7 +135,7 @@ def latency(
     config = _config(node, settings, len(events))
     prepare(config)
     reader = _reader(node, config.output_topic)
-    worker = Worker(config)
+    worker = Worker(config, bare)
     sent: dict[str, float] = {}
     came: list[tuple[float, bytes]] = []
     for part, pace in ((events[:1], 1.0), (events[1:], rate)):
@@ -132,7 +148,7 @@ def latency(
             polled = reader.poll(200)
             now = time.time()
             came += [(now, record.value) for records in polled.values() for record in records]
-    worker.summary()
+    found = worker.summary()
     reader.close()
     first, last = min(list(sent.values())[1:]), max(sent.values())
     answers = [(at, sent[json.loads(raw)["transaction_id"]]) for at, raw in came]
@@ -144,6 +160,7 @@ def latency(
         "p90_ms": cuts[89],
         "p99_ms": cuts[98],
         "max_ms": times[-1],
+        **{name: float(found[name]) for name in OF_WORKER},
     }
 
 
@@ -171,7 +188,7 @@ def _feed(
 ) -> None:
     """Send each payment when it is due, stamped with that moment."""
     ids = [json.loads(raw)["transaction_id"] for _, raw in events]
-    producer = KafkaProducer(bootstrap_servers=node.servers, linger_ms=5)
+    producer = KafkaProducer(bootstrap_servers=node.servers, linger_ms=2)
     begun = time.time()
     for number, (key, raw) in enumerate(events):
         due = begun + number / rate
@@ -226,6 +243,8 @@ def main() -> None:
     parser.add_argument("--client", nargs="+", default=there, choices=there)
     parser.add_argument("--guarantee", nargs="+", default=GUARANTEES, choices=GUARANTEES)
     parser.add_argument("--plain", action="store_true", help="no audit records")
+    parser.add_argument("--bare", action="store_true", help="a bare copy beside it")
+    parser.add_argument("--heat", type=float, default=0, help="seconds that the broker warms up")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="of [stream]")
     given = parser.parse_args()
     more: Settings = {"audit_topic": None} if given.plain else {}
@@ -238,22 +257,28 @@ def main() -> None:
         for guarantee in given.guarantee
     }  # fmt: skip
 
+    if given.bare:
+        ways[BARE] = {"client": "confluent", "guarantee": "exactly_once", **more}
     os.sched_setaffinity(0, {0})
     steady = int(given.rate * given.seconds)
-    events = list(payments(max(given.events, steady)))
+    heat = int(given.heat * given.rate)
+    events = list(payments(max(given.events, steady, heat)))
     fast: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     soon: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
         node = KafkaNode(find_home(), Path(folder))
         try:
+            if heat:
+                copied = {"client": "confluent", **more}
+                latency(node, events[:heat], copied, bare=True, rate=given.rate, warm_up=0)
             for _ in range(given.runs):
                 for name, settings in ways.items():
                     if given.only != "latency":
-                        fast[name].append(throughput(node, events[: given.events], settings))
+                        some = events[: given.events]
+                        fast[name].append(throughput(node, some, settings, name == BARE))
                     if given.only != "throughput":
-                        soon[name].append(
-                            latency(node, events[:steady], settings, given.rate, given.warm_up)
-                        )
+                        some, pace = events[:steady], (given.rate, given.warm_up)
+                        soon[name].append(latency(node, some, settings, name == BARE, *pace))
         finally:
             node.kill()
     report = {
