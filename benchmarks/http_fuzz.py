@@ -47,6 +47,7 @@ PATH = "/v1/echo/say"
 TOGETHER = 48  # streams on their way at once
 _UPGRADE = re.compile(rb"upgrade:", re.IGNORECASE)
 QUIET = 0.4  # seconds without a byte after which a server is thought to wait for more
+INCOMPLETE = "incomplete"
 PATIENT = 10.0  # the same, for a second look
 LAST = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
 LAST += b'Connection: close\r\nContent-Length: 12\r\n\r\n{"id":"end"}'
@@ -374,23 +375,31 @@ async def play(port: int, segments: Sequence[bytes], *, in_turn: bool, quiet: fl
                 except TimeoutError:
                     break
                 said += data
-                if not data or number != last:
+                if not data or (number != last and whole(said) > number):
                     break
     writer.close()
     return answers(said)
+
+
+def whole(said: bytes) -> int:
+    """How many answers there are to their end: head and body may come apart."""
+    return sum(told != INCOMPLETE for _, told in answers(said))
 
 
 def answers(said: bytes) -> Answers:
     """The answers in what a server said."""
     found: Answers = []
     while said.startswith(b"HTTP/1.1 "):
-        head, _, rest = said.partition(b"\r\n\r\n")
+        head, end, rest = said.partition(b"\r\n\r\n")
+        if not end:
+            found.append((0, INCOMPLETE))
+            break
         lengths = [int(line[15:]) for line in head.lower().split(b"\r\n")
                    if line.startswith(b"content-length:")]  # fmt: skip
         length = lengths[0] if lengths else len(rest)
         status = int(head[9:12])
         if len(rest) < length:  # a slow machine; looked at again with more patience
-            found.append((status, "incomplete"))
+            found.append((status, INCOMPLETE))
             break
         if status >= 200:
             told = json.loads(rest[:length]) if status == 200 else {}
