@@ -37,13 +37,7 @@ from plinth.verticals.finance.features.columns import FACT as SEEN
 from plinth.verticals.finance.features.columns import definitions
 from plinth.verticals.finance.features.language import Declaration
 from plinth.verticals.finance.features.program import STANDARD, Program, compiled
-from plinth.verticals.finance.model import (
-    BLOCK,
-    FraudEnsemble,
-    FraudScorer,
-    fraud_lite,
-    fraud_mlp,
-)
+from plinth.verticals.finance.model import BLOCK, FraudEnsemble, FraudScorer, fraud_lite, fraud_mlp
 from plinth.verticals.finance.training.boosting import with_trees
 from plinth.verticals.finance.training.history import WEEK, Data, Rows, recorded, simulated
 from plinth.verticals.finance.training.quality import (
