@@ -10,12 +10,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from plinth.engine.errors import ConfigError
+from plinth.engine.errors import ConfigError, InputError
 from plinth.engine.tiling import Tiling
 
 T = TypeVar("T")
@@ -44,9 +45,11 @@ class Sla:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.deadline_ms is not None and not 0 < self.deadline_ms < 86_400_000:
+        if self.deadline_ms is not None and not (
+            isinstance(self.deadline_ms, Real) and 0 < self.deadline_ms < 86_400_000
+        ):
             raise ConfigError(
-                f"Sla.deadline_ms is {self.deadline_ms}, expected 0 < deadline_ms < 1 day",
+                f"Sla.deadline_ms is {self.deadline_ms!r}, expected 0 < deadline_ms < 1 day",
                 hint="leave it out for background work",
             )
         if not 0.5 <= self.quantile < 1:
@@ -222,8 +225,20 @@ def row_count(rows: Tensors) -> int:
 
 
 def as_mapping(rows: Tensors, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """The rows by input name; a lone tensor belongs to the first name."""
-    return {names[0]: rows} if isinstance(rows, Tensor) else dict(rows)
+    """The rows by input name; a lone tensor belongs to the first name.
+
+    Raises:
+        InputError: they are no tensors.
+    """
+    found = {names[0]: rows} if not isinstance(rows, Mapping) else dict(rows)
+    for name, tensor in found.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(
+                f"the rows of {name} are of type {type(tensor).__name__}, expected a tensor "
+                "(torch.as_tensor makes one of an array)",
+                field=str(name),
+            )
+    return found
 
 
 def cat_rows(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -233,13 +233,13 @@ class RecordService:
                     give = driver.computed
                     future = await aside(self._engine.compute, call, driver.left(sla))
                 else:
-                    future = self._engine.submit(call, sla)
+                    future = self._engine.submit(call, sla, driver.since(sla))
                 result = await asyncio.wrap_future(future)
             except Exception as error:  # noqa: BLE001 - the flow's own to handle
                 await aside(driver.throw, error)
             else:
                 await aside(give, result)
-        return driver.answer()
+        return driver.answer(sla)
 
     # -- whole requests ------------------------------------------------------------------------
     async def answer(self, raws: Sequence[bytes], sla: Sla, arrived: float) -> Reply:

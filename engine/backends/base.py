@@ -188,16 +188,22 @@ def named(spec: ModelSpec, output: Any, rows: int) -> dict[str, Tensor]:
     """What a forward gave, by the names of the contract.
 
     Raises:
-        ModelError: an output is missing, or rows were lost.
+        ModelError: an output is missing, has another shape or kind of numbers than the contract
+            says, or rows were lost.
     """
     found = outputs_by_name(spec, output)
-    for name, tensor in found.items():
-        if not isinstance(tensor, Tensor) or tensor.ndim == 0 or tensor.shape[0] != rows:
-            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ModelError(
-                f"model {spec.name}: output {name} is {shape} for {rows} rows, expected "
-                "one output row for each"
-            )
+    for want in spec.outputs:
+        tensor = found[want.name]
+        if isinstance(tensor, Tensor) and want.is_like(tensor) and tensor.shape[0] == rows:
+            continue
+        got = type(tensor).__name__
+        if isinstance(tensor, Tensor):
+            got = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        raise ModelError(
+            f"model {spec.name}: output {want.name} is {got} for {rows} rows, expected "
+            f"{(rows, *want.shape)} {want.dtype}",
+            hint="one output row for each input row, as the outputs of the spec say",
+        )
     return found
 
 

@@ -510,11 +510,11 @@ class Engine:
                 continue
             try:
                 waiter = CallerWaiter()
-                self._ask(call, sla, waiter)
+                self._ask(self._request(call, waiter, driver.since(sla)), sla)
                 driver.send(waiter.wait(self._look, _LOOK))
             except PlinthError as error:
                 driver.throw(error)
-        return driver.answer()
+        return driver.answer(sla)
 
     def compute(self, step: Compute, within: float | None = None) -> Future[Any]:
         """Run a heavy step: in a worker process, or here and now where the engine has none.
@@ -593,7 +593,7 @@ class Engine:
             try:
                 future: asyncio.Future[Result] = loop.create_future()
                 waiter = LoopWaiter(mailbox, future)
-                request = self._request(call, waiter)
+                request = self._request(call, waiter, driver.since(sla))
                 alone = self._admit(request, sla, direct=True)
                 if alone is not None:
                     # Unless more comes in this pass of the loop, and makes a batch with it.
@@ -606,7 +606,7 @@ class Engine:
                 driver.send(result)
             except PlinthError as error:
                 driver.throw(error)
-        return driver.answer()
+        return driver.answer(sla)
 
     async def _compute_async(self, driver: FlowDriver[T], step: Compute, sla: Sla | None) -> None:
         """Run a flow's step; cancelling the task ends it."""
@@ -617,21 +617,30 @@ class Engine:
         else:
             driver.computed(value)
 
-    def submit(self, call: Call, sla: Sla | None = None) -> Future[Result]:
-        """Queue one call; the future also carries refusals. Cancelling it frees its place."""
+    def submit(
+        self, call: Call, sla: Sla | None = None, since: float | None = None
+    ) -> Future[Result]:
+        """Queue one call; the future also carries refusals. Cancelling it frees its place.
+
+        Args:
+            call: what is asked for.
+            sla: the promise; ``None``: the model's.
+            since: from when the promise counts, by the engine's clock; ``None``: from now.
+        """
         future: Future[Result] = Future()
-        request = self._request(call, ThreadWaiter(future))
+        request = self._request(call, ThreadWaiter(future), since)
         self._admit(request, sla)
         future.add_done_callback(lambda done: self._cancel(request) if done.cancelled() else None)
         return future
 
-    def _request(self, call: Call, waiter: Waiter) -> Request:
+    def _request(self, call: Call, waiter: Waiter, since: float | None) -> Request:
         loaded = self._models.get(call.model)
-        return request_of(loaded, call, waiter, self._models.cheaper(loaded))
+        request = request_of(loaded, call, waiter, self._models.cheaper(loaded))
+        request.since = since
+        return request
 
-    def _ask(self, call: Call, sla: Sla | None, waiter: Waiter) -> None:
+    def _ask(self, request: Request, sla: Sla | None) -> None:
         """Run a call here and now if nothing else waits and it is soon done; else queue it."""
-        request = self._request(call, waiter)
         with self._lock:
             thread = self._lane_for_caller(request)
             batch = None if thread is None else self._alone(request, sla, thread)
@@ -643,7 +652,8 @@ class Engine:
     def _alone(self, request: Request, sla: Sla | None, thread: LaneThread) -> Batch | None:
         """The batch of a request that nothing waits beside, which a lane has then."""
         now = self._clock()
-        work = Work(request.key, request.total, now, sla or request.loaded.sla, request)
+        promise = sla or request.loaded.sla
+        work = Work(request.key, request.total, now, promise, request, since=request.since)
         batch = self._batcher.alone(work, now, thread.number)
         if batch is not None:
             request.works.append(work)
@@ -764,10 +774,11 @@ class Engine:
         shares = Shares() if apart else None
         if self._modes.in_rounds:
             request.number, request.asked = next(self._numbers), now
-            request.due = now + (promise.deadline_ms or float("inf")) / 1e3
+            begun = now if request.since is None else request.since
+            request.due = begun + (promise.deadline_ms or float("inf")) / 1e3
         for first in range(0, request.total, step):
             rows = min(step, request.total - first)
-            work = Work(request.key, rows, now, promise, request, first)
+            work = Work(request.key, rows, now, promise, request, first, request.since)
             work.shares = shares
             request.works.append(work)
             refusal = self._batcher.admit(work, now)

@@ -74,6 +74,10 @@ class FlowDriver(Generic[T]):
         """Give the flow what the function of its step returned."""
         self._step(lambda: self._flow.send(value))
 
+    def since(self, sla: Sla | None) -> float | None:
+        """From when the promise of its calls counts; ``None``: each has its model's own."""
+        return None if sla is None else self._begun
+
     def left(self, sla: Sla | None) -> float | None:
         """Seconds until the promise of the flow ends; ``None``: it has none that is kept so."""
         if sla is None or sla.deadline_ms is None or sla.on_overload == "late":
@@ -84,19 +88,28 @@ class FlowDriver(Generic[T]):
         """Tell the flow that its call failed; raises what the flow does not handle."""
         self._step(lambda: self._flow.throw(error))
 
-    def answer(self) -> Answer[T]:
-        """The answer of the finished flow."""
+    def answer(self, sla: Sla | None) -> Answer[T]:
+        """The answer of the finished flow, which had this promise."""
         self._timing.total = self._clock() - self._begun
+        if sla is not None and sla.deadline_ms is not None:
+            self._late |= self._timing.total > sla.deadline_ms / 1e3
         told = (self._models, self._degraded, self._late, self._precision, self._modes)
         return Answer(self._value[0], self._timing, *told)
 
     def _step(self, advance: Callable[[], Call | Compute]) -> None:
+        self.call = None
         try:
-            self.call = advance()
+            call = advance()
         except StopIteration as stop:
-            self.call = None
             self._value.append(stop.value)
+            return
         except (Exception, SystemExit, KeyboardInterrupt, GeneratorExit, CancelledError):
             raise
         except BaseException as error:  # whoever waits for the flow would never be told
             raise RuntimeError(f"a flow raised {type(error).__name__}") from error
+        if not isinstance(call, Call | Compute):
+            raise TypeError(
+                f"a flow yielded a value of type {type(call).__name__}, expected one Call or "
+                "Compute at a time"
+            )
+        self.call = call

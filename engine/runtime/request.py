@@ -160,6 +160,7 @@ class Request:
         waiter: who waits for it.
         cheaper: the model that runs when time is short, and the batch key there.
         grid: the windows of a volume.
+        since: when the flow that asks began; see :class:`Work`.
 
     Attributes:
         over: answered or failed; what still comes of it is passed over.
@@ -175,6 +176,7 @@ class Request:
     waiter: Waiter
     cheaper: tuple[LoadedModel, BatchKey] | None = None
     grid: WindowGrid | None = None
+    since: float | None = None
     merger: WindowMerger | None = field(init=False)
     outputs: list[dict[str, Tensor]] = field(default_factory=list)
     total: int = field(init=False)

@@ -489,11 +489,11 @@ class Batcher:
         return found, again
 
     def _silent(self, work: Work, now: float) -> DeadlineRefused:
-        allowed = work.deadline - work.arrival
+        allowed = work.deadline - work.begun
         return DeadlineRefused(
-            f"no answer {(now - work.arrival) * 1e3:.1f} ms after arrival from the lane that has "
+            f"no answer {(now - work.begun) * 1e3:.1f} ms after arrival from the lane that has "
             f"the rows, the deadline is {allowed * 1e3:.1f} ms",
-            predicted=now - work.arrival,
+            predicted=now - work.begun,
             deadline=allowed,
             rows_ahead=0,
             retry_after=self._drained(work.key, now),
@@ -564,7 +564,7 @@ class Batcher:
             return
         work.taken = 0
         queue = self._queue(work)
-        queue.arrived(0, work.deadline - work.arrival, now)
+        queue.arrived(0, work.deadline - work.begun, now)
         self._add(queue, work)
 
     def _slice(self, turn: _Turn) -> Batch | None:
@@ -974,8 +974,8 @@ class Batcher:
         )
 
     def _miss(self, work: Work, now: float, starts: list[Start]) -> DeadlineRefused:
-        predicted = self._finish(work.key, work.left, starts) - work.arrival
-        allowed = work.deadline - work.arrival
+        predicted = self._finish(work.key, work.left, starts) - work.begun
+        allowed = work.deadline - work.begun
         ahead = self._rows_of(work.key)
         return DeadlineRefused(
             f"would finish {predicted * 1e3:.1f} ms after arrival with {ahead} rows in the queue, "

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Set
 from dataclasses import dataclass, field
 from itertools import islice
+from math import exp
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,8 @@ class _Curve:
 
     The level is the median of seen / curve over the last batches. The delay is what single
     batches took beyond curve * level. It is added, not multiplied: a core taken away for 5 ms
-    costs a batch of one as much as a batch of a hundred.
+    costs a batch of one as much as a batch of a hundred. ``common`` is the moving mean of the
+    steps by which knots were to move.
     """
 
     knots: dict[int, float] = field(default_factory=dict)
@@ -75,6 +77,7 @@ class _Curve:
     table: list[float] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     moved: int = 0
+    common: float = 0.0
     seen: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_MEMORY))
 
     def rebuild(self, rows: int) -> None:
@@ -148,23 +151,34 @@ class _Curve:
             self.delays.keep(0)
 
     def _follow(self, rows: int, off: float) -> None:
-        """Move the two knots next to ``rows`` a little, by how far off the curve was there."""
+        """Move the two knots next to ``rows`` a little, by how far off the curve was there.
+
+        Only by what it was off more than others lately: what all have in common is the level's,
+        which is a median, and durations are skewed. Moved by that too, the knots in use would
+        drift off from the others without end. Less their moving mean, the steps add up to a
+        change of that mean, which has a bound.
+        """
         step = _LEARN * max(-0.5, min(off, 0.5))
+        own = step - self.common
+        self.common += _LEARN * own
         if rows in self.knots:
-            self.knots[rows] *= 1 + step
+            self._raise(rows, own)
         elif len(self.order) == 1:
-            self.knots[self.order[0]] *= 1 + step
+            self._raise(self.order[0], own)
         else:
             after = bisect_left(self.order, rows)
             around = self.order[max(0, after - 2) : after + 2]
             first, second = sorted(around, key=lambda knot: abs(knot - rows))[:2]
             span = abs(first - rows) + abs(second - rows)
-            self.knots[first] *= 1 + step * (1 - abs(first - rows) / span)
-            self.knots[second] *= 1 + step * (1 - abs(second - rows) / span)
+            self._raise(first, own * (1 - abs(first - rows) / span))
+            self._raise(second, own * (1 - abs(second - rows) / span))
         self.moved += 1
         if self.moved >= _REBUILD:
             self.moved = 0
             self.rebuild(rows)
+
+    def _raise(self, knot: int, step: float) -> None:
+        self.knots[knot] *= exp(step)  # in logarithms: up and down by as much is back again
 
 
 class LatencyModel:

@@ -52,6 +52,7 @@ class Work:
         sla: the promise it came with.
         owner: the request it is part of; works of one owner stand and fall together.
         first: its first row within the owner.
+        since: when what it belongs to came, from where its promise counts; ``None``: with it.
 
     Attributes:
         taken: rows already given to the device.
@@ -69,6 +70,7 @@ class Work:
     sla: Sla
     owner: Any = None
     first: int = 0
+    since: float | None = None
     deadline: float = field(init=False)
     taken: int = field(init=False, default=0)
     again: tuple[tuple[int, int], ...] = field(init=False, default=())
@@ -80,7 +82,12 @@ class Work:
 
     def __post_init__(self) -> None:
         allowed = self.sla.deadline_ms
-        self.deadline = float("inf") if allowed is None else self.arrival + allowed / 1e3
+        self.deadline = float("inf") if allowed is None else self.begun + allowed / 1e3
+
+    @property
+    def begun(self) -> float:
+        """When its promise began, seconds."""
+        return self.arrival if self.since is None else self.since
 
     @property
     def left(self) -> int:

@@ -1,6 +1,7 @@
 """The cost model: seeded by warm-up, kept true by what batches really take."""
 
 import json
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -40,6 +41,19 @@ def test_a_drift_of_the_cost_is_learned_within_some_batches(factor):
         model.observe("net", 64, 0.084 * factor)
     assert model.predict("net", 64) == pytest.approx(0.084 * factor, rel=0.05)
     assert model.predict("net", 128, 0.5) == pytest.approx(0.148 * factor, rel=0.1)
+
+
+def test_sizes_in_use_do_not_drift_off_from_the_others_under_skewed_durations():
+    """Durations have a long upper tail: their mean is above the median, batch after batch."""
+    model, random = warmed(), Random(0)
+    for _ in range(60_000):
+        rows = random.choice((1, 2, 3))
+        usual = 0.020 + 0.001 * rows
+        model.observe("net", rows, usual * (1 + random.expovariate(4)))
+    small, large = model.predict("net", 1, 0.5), model.predict("net", 128, 0.5)
+    assert small == pytest.approx(0.021 * 1.17, rel=0.1)
+    assert large == pytest.approx(0.148 * 1.17, rel=0.1)
+    assert model.learned("net")[1] == pytest.approx(small, rel=0.1)
 
 
 def test_one_outlier_widens_the_promise_but_not_the_typical_cost():

@@ -1,8 +1,10 @@
 """Flows through the real device thread."""
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -101,6 +103,36 @@ def test_a_hopeless_deadline_is_refused_with_the_reason(engine):
         engine.run(double(torch.ones(1, 4)), Sla(deadline_ms=1e-6))
 
 
+def test_the_promise_of_a_flow_counts_from_its_arrival_over_all_its_calls(engine):
+    """Each call in time of itself is not enough: who asked waits for the flow."""
+    seen = []
+
+    def endless():
+        while True:
+            seen.append((yield Call("double", torch.ones(1, 4))))
+
+    with pytest.raises(DeadlineRefused, match=r"the deadline is 100\.0 ms"):
+        engine.run(endless(), Sla(deadline_ms=100))
+    assert seen  # the first ones were in time
+    with pytest.raises(DeadlineRefused, match=r"the deadline is 100\.0 ms"):
+        asyncio.run(engine.run_async(endless(), Sla(deadline_ms=100)))
+
+
+def test_a_flow_that_ends_after_its_promise_is_late_though_its_call_was_not():
+    added = [0.0]
+
+    def slow_end():
+        found = yield Call("double", torch.ones(1, 4))
+        added[0] = 30.0
+        return found
+
+    made = Engine(clock=lambda: time.monotonic() + added[0])
+    made.add(model("double", Double()))
+    with made:
+        assert made.run(slow_end(), Sla(deadline_ms=20_000)).late
+        assert not made.run(double(torch.ones(1, 4)), Sla(deadline_ms=20_000)).late
+
+
 def test_overload_may_run_a_cheaper_model_and_says_so():
     made = Engine()
     made.add(model("double", Double(), cheaper="half"))
@@ -137,6 +169,53 @@ def test_bad_calls_are_named(engine):
         engine.run(double(torch.ones(0, 4)))
 
 
+@pytest.mark.parametrize("junk", [None, 5, [], [Call("double", torch.ones(1, 4))]])
+def test_a_flow_that_yields_what_is_no_call_is_told_so(engine, junk):
+    def flow():
+        yield junk
+
+    with pytest.raises(TypeError, match="expected one Call or Compute at a time"):
+        engine.run(flow())
+
+
+def test_rows_that_are_no_tensors_are_named(engine):
+    with pytest.raises(InputError, match="rows of x are of type ndarray, expected a tensor"):
+        engine.run(double(np.ones((1, 4), np.float32)))
+
+
+class Changes(nn.Module):
+    """Breaks its contract on some rows, as a model that squeezes or filters does."""
+
+    def __init__(self, broken):
+        super().__init__()
+        self.broken = broken
+
+    def forward(self, x):
+        return self.broken(x) if bool((x[:, 0] == 99).any()) else x * 2
+
+
+@pytest.mark.parametrize(
+    ("broken", "got"),
+    [
+        (lambda x: x[:, :2], r"\(2, 2\) float32"),
+        (lambda x: x.unsqueeze(1), r"\(2, 1, 4\) float32"),
+        (lambda x: x > 0, r"\(2, 4\) bool"),
+        (lambda x: x[:1], r"\(1, 4\) float32"),
+    ],
+)
+def test_outputs_that_are_not_as_the_contract_says_are_refused(engine, broken, got):
+    engine.add(model("changes", Changes(broken)), backend="eager")
+
+    def ask(rows):
+        return (yield Call("changes", rows))
+
+    with pytest.raises(ModelError, match=rf"output y is {got} for 2 rows, expected \(2, 4\)"):
+        engine.run(ask(torch.full((2, 4), 99.0)))
+    assert engine.run(ask(torch.ones(2, 4))).value.sum() == 16
+    with pytest.raises(ModelError, match="expected"):
+        engine.add(model("wrong", nn.Flatten(0)), backend="eager")
+
+
 def test_cancelled_work_leaves_the_queue(engine):
     future = engine.submit(Call("volume", torch.zeros(1, 64, 64, 64), Tiling((4, 4, 4))))
     assert future.cancel()
@@ -161,7 +240,12 @@ class Halve(nn.Module):
 
 
 def test_a_model_that_shrinks_its_windows_is_named_and_the_engine_goes_on(engine):
-    engine.add(model("halve", Halve(), (1, 4, 4, 4)))
+    spec = ModelSpec(
+        name="halve",
+        inputs=(TensorSpec(name="x", shape=(1, 4, 4, 4)),),
+        outputs=(TensorSpec(name="y", shape=(1, 4, 4, None)),),
+    )
+    engine.add(Model(spec, Halve().eval()))
 
     def flow():
         return (yield Call("halve", torch.ones(1, 8, 8, 8), Tiling((4, 4, 4))))
