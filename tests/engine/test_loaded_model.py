@@ -200,7 +200,12 @@ class Wide(nn.Module):
 
 @pytest.mark.cpu
 def test_what_compiling_takes_at_its_peak_is_part_of_the_budget():
-    wide = model("wide", nn.Linear(4, 400_000))
+    spec = ModelSpec(
+        name="wide",
+        inputs=(TensorSpec(name="x", shape=(4,)),),
+        outputs=(TensorSpec(name="y", shape=(400_000,)),),
+    )
+    wide = Model(spec, nn.Linear(4, 400_000).eval())
     weights = 4 * 5 * 400_000
     with Engine(backend="onnxruntime", memory_budget=5 * weights // 2) as engine:
         said = rf"compiling wide with onnxruntime takes about {3 * weights} bytes at its peak"

@@ -360,7 +360,7 @@ class ColdStart(nn.Module):
         self.cold = max(0, self.cold - 1)
         while time.thread_time() < until:
             pass
-        return x * 1
+        return x[:, :1] * 1
 
 
 def test_a_cold_first_row_is_not_what_a_row_is_thought_to_cost(monkeypatch):
@@ -386,7 +386,7 @@ class InSteps(nn.Module):
         self.began.set()
         self.opened.wait(60)
         self.sum = self.sum + x
-        return self.sum
+        return self.sum[:, :1]
 
 
 def test_a_trial_that_was_given_up_does_not_run_beside_the_model_that_serves(monkeypatch):
@@ -399,7 +399,7 @@ def test_a_trial_that_was_given_up_does_not_run_beside_the_model_that_serves(mon
         future = engine.submit(Call("net", torch.ones(1, 8)))
         assert not net.module.began.wait(0.2)
         net.module.opened.set()
-        assert future.result(60).value.tolist() == [[1.0] * 8]
+        assert future.result(60).value.tolist() == [[1.0]]
 
 
 def test_a_name_that_is_not_there_or_a_model_nothing_can_run_is_refused(only):
