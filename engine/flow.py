@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -45,11 +44,9 @@ class Sla:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.deadline_ms is not None and not (
-            isinstance(self.deadline_ms, Real) and 0 < self.deadline_ms < 86_400_000
-        ):
+        if self.deadline_ms is not None and not 0 < self.deadline_ms < 86_400_000:
             raise ConfigError(
-                f"Sla.deadline_ms is {self.deadline_ms!r}, expected 0 < deadline_ms < 1 day",
+                f"Sla.deadline_ms is {self.deadline_ms}, expected 0 < deadline_ms < 1 day",
                 hint="leave it out for background work",
             )
         if not 0.5 <= self.quantile < 1:
