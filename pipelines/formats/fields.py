@@ -25,6 +25,8 @@ from plinth.pipelines.keys import hash_key
 
 MAX_DEPTH = 16
 """Steps of a path."""
+FINEST = Decimal("1e-18")
+"""Of units; far below what any currency or token counts in."""
 _PART = re.compile(r"""[^.\s"']+|"[^"]+"|'[^']+'""")
 _NUMBER = re.compile(r"-?[0-9]{1,30}(\.[0-9]{1,30})?")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -40,6 +42,16 @@ _EXPONENTS = dict.fromkeys(_NO_CENTS.split(), 0) | dict.fromkeys(_MILLS.split(),
 _EXPONENTS |= {"CLF": 4, "UYW": 4}
 """Digits behind the point by currency where they are not two (ISO 4217)."""
 
+_SAMPLE = datetime(2024, 11, 23, 17, 34, 56, 789_123, tzinfo=UTC)
+_CUT_OFF = (
+    _SAMPLE,
+    _SAMPLE.replace(microsecond=0),
+    _SAMPLE.replace(second=0, microsecond=0),
+    _SAMPLE.replace(minute=0, second=0, microsecond=0),
+    _SAMPLE.replace(hour=0, minute=0, second=0, microsecond=0),
+)
+"""What a format may read of the sample: all of it, or what is left when the end is cut off."""
+
 Path = tuple[str | int, ...]
 Scalar = str | int | float | bool
 Reader = Callable[[Any, Mapping[str, Any]], Any]
@@ -54,7 +66,8 @@ def _split(value: object) -> object:
     at = 0
     while at < len(value) and (match := _PART.match(value, at)):
         part = match[0]
-        steps.append(int(part) if part.isdigit() else part.strip("\"'"))
+        number = part.isascii() and part.isdigit()
+        steps.append(int(part) if number else part.strip("\"'"))
         at = match.end()
         if at < len(value) and value[at] == ".":
             at += 1
@@ -161,8 +174,10 @@ class FieldMapping(BaseModel):
             raise ValueError(f"{' and '.join(said)} do not go together")
         if self.kind not in (None, "number") and self.unit is not None:
             raise ValueError(f"unit is of numbers, not of as = {self.kind!r}")
-        if self.unit == 0:
-            raise ValueError("unit 0 makes every number 0")
+        if isinstance(self.unit, Decimal) and not FINEST <= abs(self.unit) <= 1 / FINEST:
+            raise ValueError(
+                f"expected a unit from {FINEST} to {1 / FINEST}, or below 0 for debits"
+            )
         if self.constant is not None and (said or self.keyed_hash_env or self.default is not None):
             raise ValueError("a constant is taken as it stands")
         if self.zone is not None:
@@ -180,10 +195,17 @@ class FieldMapping(BaseModel):
         if "%" not in pattern:
             known = ", ".join(("iso", *_PER_SECOND))
             raise ValueError(f"time {pattern!r} is none of {known}, and no format such as %Y-%m-%d")
+        if "%Z" in pattern:
+            raise ValueError(f"time {pattern!r}: a zone's name says no offset: take %z, or a zone")
         try:
-            datetime.strptime(datetime(2024, 2, 3, tzinfo=UTC).strftime(pattern), pattern)
+            read = datetime.strptime(_SAMPLE.strftime(pattern), pattern).replace(tzinfo=UTC)
         except ValueError as error:
             raise ValueError(f"time {pattern!r}: {error}") from None
+        if read not in _CUT_OFF:
+            raise ValueError(
+                f"time {pattern!r} would read {_SAMPLE} as {read}: expected year, month, day and "
+                "of the time of day every part down to the finest (%M: minutes, %I needs %p)"
+            )
         if self.zone is None and "%z" not in pattern:
             raise ValueError(f"time {pattern!r} says no offset (%z): give a zone")
 
@@ -240,7 +262,19 @@ class FieldMapping(BaseModel):
 
         def joined(source: Any) -> Any:
             parts = [one(source) for one in find]
-            return None if None in parts else separator.join(_text(part) for part in parts)
+            if None in parts:
+                return None
+            texts = [_text(part) for part in parts]
+            if "" in texts:
+                return None
+            if separator and any(separator in text for text in texts):
+                raise _Wrong(
+                    "separator",
+                    f"a text to be joined holds the separator {separator!r}, so that others might "
+                    "give the same",
+                    "choose a separator that the texts do not have",
+                )
+            return separator.join(texts)
 
         return joined
 
@@ -261,7 +295,14 @@ class FieldMapping(BaseModel):
         if self.keyed_hash_env is None:
             return steps
         key = _key(self.keyed_hash_env)
-        return lambda value, made: _hashed(_text(steps(value, made)), key)
+
+        def hashed(value: Any, made: Mapping[str, Any]) -> str:
+            text = _text(steps(value, made))
+            if not text.strip():
+                raise _Wrong("missing", "the text is empty, and would be one token for all")
+            return _hashed(text, key)
+
+        return hashed
 
     def _time(self) -> Callable[[Any, Mapping[str, Any]], Any]:
         per_second = _PER_SECOND.get(self.time or "")

@@ -175,6 +175,10 @@ def test_a_heartbeat_is_no_record_and_a_kind_nobody_declared_is_refused(
          "2025-10-26T02:30:00", "2025-10-26T01:30:00.000Z"),
         ('{path = "a", time = "%Y%m%d%H%M%S%z"}', "20250901140000+0200",
          "2025-09-01T12:00:00.000Z"),
+        ('{path = "a", time = "%d.%m.%y %I %p", zone = "UTC"}', "01.09.25 02 PM",
+         "2025-09-01T14:00:00.000Z"),
+        ('{join = ["a", "auth.id"]}', "x", "x:a1"),
+        ('{join = ["a", "auth.id"], separator = ""}', "x:y", "x:ya1"),
     ],
 )  # fmt: skip
 def test_what_a_value_becomes(
@@ -204,16 +208,35 @@ def test_what_a_value_becomes(
         ('{path = "a", time = "iso", zone = "Europe/Berlin"}', "2025-10-26T02:30:00",
          "ambiguous_time"),
         ('{path = "a", time = "iso", zone = "Europe/Berlin"}', "2025-03-30T02:30:00", "time"),
+        ('{path = "a", keyed_hash_env = "CARD_KEY"}', "\t", "missing"),
     ],
 )  # fmt: skip
 def test_a_value_that_does_not_fit_is_refused_by_field_and_place_without_itself(
-    tmp_path: Path, finance: FraudScoring, field: str, given: Any, reason: str
+    tmp_path: Path,
+    finance: FraudScoring,
+    monkeypatch: pytest.MonkeyPatch,
+    field: str,
+    given: Any,
+    reason: str,
 ) -> None:
+    monkeypatch.setenv("CARD_KEY", "k" * 32)
     text = OURS.replace('{path = "auth.amount", unit = "minor"}', field)
     with pytest.raises(InputError, match=r"amount: .* \(at a of the message\)") as refused:
         record(mapping_of(tmp_path, text, finance), AUTH | {"a": given})
     assert (refused.value.field, refused.value.reason) == ("amount", reason)
     assert given is None or str(given) not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("merchant", "terminal", "reason"),
+    [("a:b", "c", "separator"), ("a", "b:c", "separator"), ("", "c", "missing")],
+)
+def test_texts_that_are_joined_never_give_what_others_give(
+    ours: DeclaredMapping, merchant: str, terminal: str, reason: str
+) -> None:
+    with pytest.raises(InputError, match="terminal_id") as refused:
+        record(ours, AUTH | {"merchant": {"id": merchant, "terminal": terminal}})
+    assert refused.value.reason == reason
 
 
 @given(cents=st.integers(0, 10**12), text=st.booleans())
@@ -280,6 +303,11 @@ def test_a_card_number_becomes_a_token_with_a_key_of_the_environment(
         ('"auth.id"', '"auth..id"', "is not a path"),
         ('time = "milliseconds"', 'time = "millis"', "is none of iso"),
         ('time = "milliseconds"', 'time = "%Y-%m-%d"', "give a zone"),
+        ('time = "milliseconds"', 'time = "%Y-%m-%d %H:%M %Z", zone = "UTC"', "take %z"),
+        ('time = "milliseconds"', 'time = "%Y-%M-%d", zone = "UTC"', "%M: minutes"),
+        ('time = "milliseconds"', 'time = "%Y-%m-%d %I:%M", zone = "UTC"', "%I needs %p"),
+        ('time = "milliseconds"', 'time = "%H:%M:%S", zone = "UTC"', "expected year"),
+        ('unit = "minor"', 'unit = "1e-400"', "expected a unit from"),
         ('zone = "Europe/Berlin"', 'zone = "Berlin"', "Europe/Berlin is one"),
         ('skip = true', '', "skip = true"),
         ('name = "reversal"', 'name = "chargeback"', "two messages are named chargeback"),

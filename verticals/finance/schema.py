@@ -15,9 +15,11 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ValidationError,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, core_schema
 from typing_extensions import TypeIs
 
 from plinth.engine.errors import InputError
@@ -48,7 +50,32 @@ _Token = Annotated[
 ]
 CardToken = Annotated[_Token, Field(repr=False)]
 """A token or keyed hash, 1 to 128 printable ASCII characters; never the card number itself."""
-EventTime = Annotated[AwareDatetime, Field(ge=EARLIEST, lt=LATEST)]
+
+
+class _Written:
+    """Times in JSON are dates that are written out; pydantic would guess the unit of a number."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        time = handler(source)
+        written = core_schema.custom_error_schema(
+            core_schema.str_schema(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt _]", strict=True),
+            custom_error_type="datetime_parsing",
+            custom_error_context={"error": "expected RFC 3339, such as 2025-09-01T12:00:00.000Z"},
+        )
+        read: Any = {**time, "strict": False}
+        return core_schema.json_or_python_schema(core_schema.chain_schema([written, read]), time)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"type": "string", "format": "date-time"}
+
+
+EventTime = Annotated[AwareDatetime, Field(ge=EARLIEST, lt=LATEST), _Written]
 """RFC 3339 with an offset, such as ``2025-09-01T12:00:00.000Z``; read in whole milliseconds."""
 
 
