@@ -20,7 +20,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import ReferenceType, ref
 
 from torch import Tensor
 
@@ -183,7 +183,7 @@ class Engine:
         self.device = self._lanes.device
         self._modes.backend(self._lanes.talks_on)  # refused now, not when somebody looks
         self._requests: set[Request] = set()
-        self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
+        self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
         self._state: State = "new"
         self._failure: str | None = None
         self._broken: BaseException | None = None  # what all lanes have to end of
@@ -583,9 +583,7 @@ class Engine:
         """Drive a flow in the running event loop; cancelling the task cancels its work."""
         driver = FlowDriver(flow, self._clock)
         loop = asyncio.get_running_loop()
-        mailbox = self._mailboxes.get(loop)
-        if mailbox is None:
-            mailbox = self._mailboxes[loop] = Mailbox(loop)
+        mailbox = self._mailboxes.get(loop) or self._new_mailbox(loop)
         while (call := driver.call) is not None:
             if isinstance(call, Compute):
                 await self._compute_async(driver, call, sla)
@@ -607,6 +605,14 @@ class Engine:
             except PlinthError as error:
                 driver.throw(error)
         return driver.answer(sla)
+
+    def _new_mailbox(self, loop: asyncio.AbstractEventLoop) -> Mailbox:
+        """The mailbox of a loop that asks for the first time; those of closed loops go."""
+        for other in list(self._mailboxes):
+            if other.is_closed():
+                self._mailboxes.pop(other, None)
+        mailbox = self._mailboxes[loop] = Mailbox(loop)
+        return mailbox
 
     async def _compute_async(self, driver: FlowDriver[T], step: Compute, sla: Sla | None) -> None:
         """Run a flow's step; cancelling the task ends it."""

@@ -1,8 +1,10 @@
 """Flows through the real device thread."""
 
 import asyncio
+import gc
 import time
 from concurrent.futures import ThreadPoolExecutor
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -96,6 +98,19 @@ def test_the_event_loop_door(engine):
         )
 
     assert all(answer.value.sum() == 8 for answer in asyncio.run(both()))
+
+
+def test_nothing_is_kept_of_event_loops_that_are_closed(engine):
+    loops = []
+
+    async def once():
+        loops.append(ref(asyncio.get_running_loop()))
+        return await engine.run_async(double(torch.ones(1, 4)))
+
+    for _ in range(20):
+        asyncio.run(once())
+    gc.collect()
+    assert sum(loop() is not None for loop in loops) <= 1
 
 
 def test_a_hopeless_deadline_is_refused_with_the_reason(engine):
