@@ -17,6 +17,7 @@ from plinth.engine.backends.base import Backend, Executable, Wrapped, cpu_thread
 from plinth.engine.backends.planner import Bounded, Planned, Stretch
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, ModelError, OutOfMemory, PlinthError
+from plinth.engine.models.other_sizes import other_sizes, sizes_of
 from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PRESETS, PrecisionPolicy, resolve
 from plinth.engine.precision.transforms import sharing_copy
@@ -39,6 +40,7 @@ PLAN_SECONDS = 6.0  # of timing all candidates at all numbers of rows
 COMPILE_SECONDS = 15.0  # of compiling and exporting all candidates of "auto"
 CHECK_SECONDS = 8.0  # of trying the reference, and again of trying all others, in "auto"
 SLOW_SECONDS = 1.0  # of one row; what takes longer is run as seldom as can be
+GROWTH = 2.0  # times an example's elements at most that are tried at other sizes, for their memory
 
 
 def prepare(
@@ -366,6 +368,8 @@ class _Trial:
     source: str
     nan: float
     """Share of the reference's outputs that are not a number."""
+    others: tuple[tuple[Mapping[str, Tensor], Mapping[str, Tensor]], ...]
+    """The first row at other sizes, where some are free, and what the reference makes of it."""
 
 
 def _trial(
@@ -410,8 +414,28 @@ def _tried(
         _refuse_mixing(model, alone, outputs)
         if seconds > SLOW_SECONDS:
             reference.report["row_seconds"] = seconds
-        return _Trial(model.spec.name, inputs, outputs, alone, source, _nan_share(outputs))
+        others = tuple(_elsewhere(model, reference, one, seconds))
+        nan = _nan_share(outputs)
+        return _Trial(model.spec.name, inputs, outputs, alone, source, nan, others)
     raise failed or ModelError(f"model {model.spec.name} has no example rows")
+
+
+def _elsewhere(
+    model: Model, reference: Executable, one: Mapping[str, Tensor], seconds: float
+) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
+    """A row at other sizes, where some are free, and what the reference makes of it.
+
+    Args:
+        model: the model.
+        reference: what runs it.
+        one: a row that it takes.
+        seconds: that this took. What would take too long is left out, and what it refuses.
+    """
+    for rows in other_sizes(model.spec, one, min(TRIAL_SECONDS / seconds, GROWTH)):
+        try:
+            yield rows, _run(reference, rows)
+        except ModelError as error:
+            _log.debug("model %s takes no %s: %s", model.spec.name, sizes_of(rows), error)
 
 
 def _examples(
@@ -615,6 +639,29 @@ def _hold(executable: Executable, policy: PrecisionPolicy, trial: _Trial) -> Non
             f"{executable.backend} in {executable.precision} is off the reference by {worst:.3g}, "
             f"allowed is {allowed:g}",
             hint="use backend eager and precision fp32",
+        )
+    for rows, want in trial.others:
+        _hold_elsewhere(executable, rows, want, allowed)
+
+
+def _hold_elsewhere(
+    executable: Executable, rows: Mapping[str, Tensor], want: Mapping[str, Tensor], allowed: float
+) -> None:
+    """Hold an executable against the reference at sizes that are not the example's."""
+    label, sizes = f"{executable.backend} in {executable.precision}", sizes_of(rows)
+    hint = "use backend eager, or fix the sizes in the spec"
+    try:
+        found = _run(executable, rows)
+    except PlinthError as error:
+        why = error.message
+        raise ModelError(
+            f"{label} fails at {sizes}, which eager takes: {why}", hint=hint
+        ) from error
+    worst = max(difference(found[name], each) for name, each in want.items())
+    if not worst <= allowed:
+        raise ModelError(
+            f"{label} is off the reference by {worst:.3g} at {sizes}, allowed is {allowed:g}",
+            hint=hint,
         )
 
 

@@ -8,7 +8,7 @@ import logging
 import platform
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,14 @@ from plinth.engine.cache import cache_folder
 from plinth.engine.errors import ModelError
 from plinth.engine.models.binding import Binding, outputs_by_name
 from plinth.engine.models.digest import digest, lasting_digest
+from plinth.engine.models.other_sizes import Place, free_places, resized, sizes_of
 from plinth.engine.models.store import Model
 
 MAX_WEIGHTS = 1 << 30
 EXAMPLE_ROWS = 2
-FORMAT = "4"  # of what is kept in the cache
+FORMAT = "5"  # of what is kept in the cache
+_EDGE = 1 << 14  # sizes above are not tried: it would take too long
+_log = logging.getLogger(__name__)
 
 
 def why_not_onnx(model: Model) -> str | None:
@@ -124,8 +127,11 @@ class Traced:
         )
         rows = self._model.rows(EXAMPLE_ROWS)
         inputs = tuple(rows[each.name] for each in spec.inputs)
+        module = _Positional(self._model)
         with refusing(self._model, "exported to ONNX"), quiet():
-            return torch.export.export(_Positional(self._model), inputs, dynamic_shapes=(shapes,))
+            program = torch.export.export(module, inputs, dynamic_shapes=(shapes,))
+            _refuse_narrow(self._model, module, program, rows)
+        return program
 
     @cached_property
     def key(self) -> str:
@@ -146,6 +152,66 @@ class Traced:
         for name, value in sorted({**self.program.state_dict, **self.program.constants}.items()):
             key.update(f"{name}\n{digest(value)}".encode())
         return key.hexdigest()
+
+
+def _refuse_narrow(
+    model: Model, module: nn.Module, program: torch.export.ExportedProgram, rows: Mapping[str, Any]
+) -> None:
+    """Refuse a program that holds for fewer sizes than its module: others would be wrong.
+
+    Tracing follows one side of a branch on a size and notes for which sizes it holds. Just outside
+    of those the module must refuse too, as where a table of positions ends.
+
+    Raises:
+        ModelError: names the sizes.
+    """
+    names = dict(zip(program.graph_signature.user_inputs, model.spec.inputs, strict=True))
+    sizes = {
+        (names[node.name].name, dim): size
+        for node in program.graph.find_nodes(op="placeholder")
+        if node.name in names
+        for dim, size in enumerate(node.meta["val"].shape)
+    }
+    for place in ((model.spec.inputs[0].name, 0), *free_places(model.spec)):
+        symbol = _symbol(sizes[place])
+        if symbol is None:
+            raise _narrow(model, place, f"{int(sizes[place])}")
+        held = program.range_constraints.get(symbol)
+        if held is None:
+            continue
+        low, high = (int(end) if end.is_Integer else None for end in (held.lower, held.upper))
+        for outside in (None if low is None else low - 1, None if high is None else high + 1):
+            if outside is None or not 1 < outside <= _EDGE:
+                continue  # 1 is tried with what was compiled
+            alike = {other: outside for other, size in sizes.items() if _symbol(size) == symbol}
+            if _takes(module, model, resized(rows, alike)):
+                raise _narrow(model, place, f"{low} to {high}")
+
+
+def _symbol(size: Any) -> Any:
+    """What a size is called in a program's constraints; ``None``: it is a number."""
+    if isinstance(size, int):
+        return None
+    return None if size.node.expr.is_number else size.node.expr
+
+
+def _takes(module: nn.Module, model: Model, rows: Mapping[str, Tensor]) -> bool:
+    try:
+        with torch.inference_mode():
+            module(*(rows[each.name] for each in model.spec.inputs))
+    except Exception as error:  # noqa: BLE001 - a module raises anything at sizes it does not take
+        _log.debug("model %s refuses %s: %s", model.spec.name, sizes_of(rows), error)
+        return False
+    return True
+
+
+def _narrow(model: Model, place: Place, held: str) -> ModelError:
+    name, dim = place
+    return ModelError(
+        f"model {model.spec.name} cannot be exported for all sizes: its graph holds for {name} "
+        f"with {held} in dimension {dim} alone, the model takes more",
+        hint="use backend eager, or fix the size in the spec",
+    )
 
 
 def tidy_recurrent(proto: Any) -> None:
