@@ -206,6 +206,13 @@ class StateStore(Protocol):
         """Done once all that was appended up to now is durable; StateError where it is not."""
 
 
+class Measures(dict[str, float]):
+    """Floats in the evidence of an answer, under names that no record has brought.
+
+    No card number is among them, so that an audit need not search them for one.
+    """
+
+
 class Vertical(ABC, Generic[Req, Res]):
     """A domain on the engine. Subclass it, register it as an entry point, and every door opens.
 

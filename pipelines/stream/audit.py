@@ -24,6 +24,7 @@ from plinth import __version__
 from plinth.pipelines.keys import hash_key
 from plinth.pipelines.stream.chunks import Message, Outputs, Partition
 from plinth.verticals.card_numbers import MAX_DIGITS, MIN_DIGITS, is_card_number
+from plinth.verticals.contract import Measures
 
 VERSION = 1
 ZERO = "0" * 64
@@ -64,12 +65,25 @@ class Link(NamedTuple):
         return cls(int(number), digest) if number.isdecimal() and len(digest) == 64 else cls()
 
 
-_BEGINNING = Link()
+@dataclass(slots=True)
+class _Chain:
+    """A chain as it is written on.
+
+    Args:
+        place: of the input.
+        head: how each of its records begins, up to its number.
+        number, digest: of its last record.
+    """
+
+    place: Partition
+    head: bytes
+    number: int
+    digest: str
+
+
 _PLACE = attrgetter("record.partition", "record.offset")
-_HEAD = (
-    b'{"version":%d,"chain":%%b,"number":%%d,"previous":"%%b","offset":%%d,"received":%%d,'
-    b'"decided":%%d,"software":%%b,' % VERSION
-)
+_HEAD = b'{"version":%d,"chain":%%b,"number":' % VERSION
+_BODY = b'%b%d,"previous":"%b","offset":%d,"received":%d,%b%b'
 
 
 def key_of(variable: str | None) -> bytes | None:
@@ -101,39 +115,40 @@ class AuditTrail:
     def __init__(self, vertical: str, key: bytes | None) -> None:
         self._software = orjson.dumps(f"{vertical} {__version__}")
         self._key = key
-        self._ends: dict[Partition, Link] = {}
-        self._chains: dict[tuple[str, int], tuple[Partition, bytes]] = {}
+        self._noted: dict[tuple[str, int], Link] = {}
+        self._chains: dict[tuple[str, int], _Chain] = {}
 
     def resume(self, notes: Mapping[Partition, str]) -> None:
         """Go on behind what is committed, as the notes beside the group's offsets say."""
-        self._ends = {place: Link.read(note) for place, note in notes.items()}
+        self._noted = {place: Link.read(note) for place, note in notes.items()}
+        self._chains = {}
 
     def add(self, outputs: Outputs) -> None:
         """Make the records of a chunk, and note where each chain ends behind it."""
         now = round(time.time() * 1e3)
+        same = b'"decided":%d,"software":%b,' % (now, self._software)
+        chains, key, audit = self._chains, self._key, outputs.audit
         for message in sorted(outputs.messages, key=_PLACE):
             record = message.record
-            place, chain = self._chain(record.topic, record.partition)
-            end = self._ends.get(place, _BEGINNING)
-            head = _HEAD % (
-                *(chain, end.number + 1, end.digest.encode()),
-                *(record.offset, record.timestamp, now, self._software),
+            chain = chains.get((record.topic, record.partition))
+            if chain is None:
+                chain = self._begin(Partition(record.topic, record.partition))
+            chain.number += 1
+            body = _BODY % (
+                *(chain.head, chain.number, chain.digest.encode(), record.offset),
+                *(record.timestamp, same, _content(message)[1:]),
             )
-            body = head + _content(message)[1:]
-            digest = digest_of(body, self._key)
-            self._ends[place] = Link(end.number + 1, digest)
-            outputs.audit.append((place, body[:-1] + b',"hash":"' + digest.encode() + b'"}'))
-        outputs.notes = {
-            place: self._ends[place].note() for place in outputs.chunk.ends if place in self._ends
-        }
+            chain.digest = digest_of(body, key)
+            audit.append((chain.place, b'%b,"hash":"%b"}' % (body[:-1], chain.digest.encode())))
+        ends = self._noted | {one: Link(c.number, c.digest) for one, c in chains.items()}
+        outputs.notes = {one: ends[one].note() for one in outputs.chunk.ends if one in ends}
 
-    def _chain(self, topic: str, partition: int) -> tuple[Partition, bytes]:
-        """A partition, and the name of its chain as JSON."""
-        found = self._chains.get((topic, partition))
-        if found is None:
-            name = orjson.dumps(f"{topic}[{partition}]")
-            found = self._chains[topic, partition] = Partition(topic, partition), name
-        return found
+    def _begin(self, place: Partition) -> _Chain:
+        """Go on with the chain of a partition."""
+        head = _HEAD % orjson.dumps(f"{place.topic}[{place.partition}]")
+        end = self._noted.get(place, Link())
+        chain = self._chains[place] = _Chain(place, head, end.number, end.digest)
+        return chain
 
 
 def _content(message: Message) -> bytes:
@@ -145,7 +160,8 @@ def _content(message: Message) -> bytes:
     texts: dict[str, Any] = {}
     numbers: dict[str, Any] = {}
     for name, value in (message.evidence or {}).items():
-        plain = type(value) is dict and _are_measures(value)
+        kind = type(value)
+        plain = kind is Measures or (kind is dict and _are_measures(value))
         (numbers if plain else texts)[name] = value
     made_from = orjson.dumps(texts)
     told = _cleaned(b'{"answer":%b,"evidence":%b}' % (message.value, made_from))
@@ -180,6 +196,8 @@ def _cleaned(body: bytes) -> bytes:
     while (start := runs.find(_MANY, counted)) >= 0:
         quotes += plain.count(b'"', counted, start)
         counted = _end(_ZEROS, runs, start)
+        if plain.startswith(b":0.", start) and not quotes % 2:
+            continue  # a number below one, such as a score, and it alone
         for run in _RUN.finditer(plain, start, counted):
             if run.end() - run.start() < MIN_DIGITS:
                 continue

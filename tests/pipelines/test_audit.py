@@ -174,6 +174,17 @@ def test_numbers_times_and_ids_that_are_no_card_numbers_stay() -> None:
     assert json.loads(chunk.audit[0][1])["answer"] == {"decision": "approve"} | told
 
 
+def test_a_number_below_one_hides_no_card_number_beside_it() -> None:
+    maker, chunk = AuditTrail("tests", None), outputs(0, 3)
+    value = b'{"score":0.4111111111111111,"card":%b,"told":":0.1 %b","n":0.5}'
+    for message in chunk.messages[:2]:
+        message.value = value % (CARD.encode(), CARD.encode())
+    maker.add(chunk)
+    told = json.loads(chunk.audit[0][1])["answer"]
+    stars = "*" * len(CARD)
+    assert told == {"score": 0.4111111111111111, "card": stars, "told": f":0.1 {stars}", "n": 0.5}
+
+
 def test_a_card_number_as_a_number_is_not_kept() -> None:
     maker, chunk = AuditTrail("tests", None), outputs(0, 2, pan=int(CARD))
     maker.add(chunk)

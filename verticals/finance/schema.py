@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import orjson
 from pydantic import (
@@ -288,7 +288,7 @@ class AuditedDecision(Decision):
     In a slot, as a private attribute of pydantic makes a decision three times as dear.
 
     Attributes:
-        made_of: the row of features, and the variant that judged.
+        made_of: the row of features as floats, and the variant that judged.
     """
 
     __slots__ = ("made_of",)
@@ -296,12 +296,25 @@ class AuditedDecision(Decision):
     if TYPE_CHECKING:
         made_of: Any
 
-    @classmethod
-    def of(cls, made_of: Any, **fields: Any) -> AuditedDecision:
-        """A decision with what it was made of."""
-        decision = cls(**fields)
-        object.__setattr__(decision, "made_of", made_of)
-        return decision
+
+_D = TypeVar("_D", bound=Decision)
+_FIELDS = set(Decision.model_fields)
+
+
+def unchecked(kind: type[_D], fields: dict[str, Any]) -> _D:
+    """A decision of fields that need no check, in a fifth of the time of one that checks them.
+
+    Args:
+        kind: of the decision.
+        fields: all of :class:`Decision`, in its order; they become the decision's own.
+    """
+    decision = kind.__new__(kind)
+    put = object.__setattr__
+    put(decision, "__dict__", fields)
+    put(decision, "__pydantic_fields_set__", _FIELDS)
+    put(decision, "__pydantic_extra__", None)
+    put(decision, "__pydantic_private__", None)
+    return decision
 
 
 def read(

@@ -24,10 +24,11 @@ from plinth.engine import (
     Flow,
     InputError,
     Model,
+    ModelError,
     Sla,
     Timing,
 )
-from plinth.verticals.contract import Query, Settings, StateError, StateStore, Vertical
+from plinth.verticals.contract import Measures, Query, Settings, StateError, StateStore, Vertical
 from plinth.verticals.finance.cases.case_book import CaseBook, Scored
 from plinth.verticals.finance.cases.heard import Heard, HeardPayment
 from plinth.verticals.finance.cases.questions import (
@@ -79,6 +80,7 @@ from plinth.verticals.finance.schema import (
     milliseconds,
     place_of,
     read,
+    unchecked,
 )
 from plinth.verticals.finance.settings import FraudSettings
 from plinth.verticals.finance.tally import FraudTally, key_of
@@ -231,6 +233,8 @@ class FraudScoring(Vertical[Record, Decision]):
         rows = torch.from_numpy(serving.columns.seen(batch.rows))
         output: Tensor = yield Call(serving.name, rows)
         scores = output[:, 0].float().tolist()
+        if not all(0 <= score <= 1 for score in scores):
+            raise ModelError(f"{serving.name} {serving.version} gave a score outside of [0, 1]")
         answered = [serving.variants[place] for place in output[:, 1].int().tolist()]
 
         pairs = enumerate(zip(scores, answered, strict=True))
@@ -402,14 +406,25 @@ class FraudScoring(Vertical[Record, Decision]):
     def evidence(self, request: Record, result: Decision) -> dict[str, Any]:
         """What was judged, its features, and the thresholds and model that judged; no card."""
         told = vars(request)
-        record = {name: told[name] for name in _TOLD if told.get(name) is not None}
-        found: dict[str, Any] = {"record": record}
-        if type(result) is AuditedDecision:
-            row, by = result.made_of
-            found["features"] = dict(zip(self._features.names, row.tolist(), strict=True))
-            found["thresholds"] = {"review": by.review, "decline": by.decline}
-            found["model_digest"] = by.digest
-        return found
+        if type(result) is not AuditedDecision:
+            return {"record": {name: told[name] for name in _TOLD if told.get(name) is not None}}
+        record = {
+            "kind": told["kind"],
+            "event_time": told["event_time"],
+            "amount": told["amount"],
+            "currency": told["currency"],
+            "customer_id": told["customer_id"],
+            "terminal_id": told["terminal_id"],
+        }
+        if told["device_id"] is not None:
+            record["device_id"] = told["device_id"]
+        row, by = result.made_of
+        return {
+            "record": record,
+            "features": Measures(zip(self._features.names, row, strict=True)),
+            "thresholds": Measures(review=by.review, decline=by.decline),
+            "model_digest": by.digest,
+        }
 
     def why_other(self, before: bytes, now: bytes) -> list[str]:
         return why_other(orjson.loads(before), orjson.loads(now))
@@ -575,6 +590,8 @@ class FraudScoring(Vertical[Record, Decision]):
         decisions: list[Decision] = []
         verdicts = self._verdicts(asked, batch, scores)
         lacking_until = self._lacking_until()
+        told_of = batch.rows.tolist() if self.audited else ()
+        same = {by.model: self._alike(by) for by in {*answered}}
         rows = zip(asked, batch.flags.tolist(), scores, answered, strict=True)
         for place, (request, flag, score, by) in enumerate(rows):
             verdict = verdicts.get(place, _NO_RULE)
@@ -582,15 +599,11 @@ class FraudScoring(Vertical[Record, Decision]):
             apart = self._shared or (
                 lacking_until > NEVER and milliseconds(request.event_time) <= lacking_until
             )
-            told: dict[str, Any] = {
-                "transaction_id": request.transaction_id,
-                "score": score,
-                "decision": by.stricter(verdict.action, score),
-                "reason_codes": [*verdict.reasons, *reasons.get(place, ())][:MAX_REASONS],
-                "model": by.model,
-                "model_version": by.version,
-                "rules_version": self.rules.version,
-            }
+            told = same[by.model].copy()
+            told["transaction_id"] = request.transaction_id
+            told["score"] = score
+            told["decision"] = by.stricter(verdict.action, score)
+            told["reason_codes"] = [*verdict.reasons, *reasons.get(place, ())][:MAX_REASONS]
             if flag or apart or extra:
                 told |= {
                     "features_late": bool(flag & LATE),
@@ -600,12 +613,28 @@ class FraudScoring(Vertical[Record, Decision]):
                     "extra": extra,
                 }
             if self.audited:
-                decisions.append(AuditedDecision.of((batch.rows[place], by), **told))
+                audited = unchecked(AuditedDecision, told)
+                object.__setattr__(audited, "made_of", (told_of[place], by))
+                decisions.append(audited)
             else:
-                decisions.append(Decision(**told))
+                decisions.append(unchecked(Decision, told))
         if partial := sum(decision.features_partial for decision in decisions):
             PARTIAL_DECISIONS.inc(partial)
         return decisions
+
+    def _alike(self, by: Variant) -> dict[str, Any]:
+        """What most decisions of a variant have in common, as their fields."""
+        return vars(
+            Decision(
+                transaction_id="",
+                score=None,
+                decision="noted",
+                reason_codes=[],
+                model=by.model,
+                model_version=by.version,
+                rules_version=self.rules.version,
+            )
+        )
 
     def _lacking_until(self) -> int:
         """Up to this event time windows reach below what this state has seen, or a move of keys."""

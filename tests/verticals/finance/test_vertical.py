@@ -578,3 +578,12 @@ def test_an_engine_with_time_answers_with_the_model_itself() -> None:
         assert made.score == pytest.approx(wanted.score, rel=1e-4)
         assert made.reason_codes == wanted.reason_codes
     assert json.loads(vertical.encode(answer.value[-1]))["reason_codes"]
+
+
+@pytest.mark.parametrize("score", [float("nan"), -0.1, 1.1])
+def test_a_score_that_is_no_chance_is_no_decision(score: float) -> None:
+    vertical = FraudScoring()
+    flow = vertical.infer([vertical.parse(payment(1))])
+    next(flow)
+    with pytest.raises(ModelError, match="outside"):
+        flow.send(torch.tensor([[score, 0.0]]))
