@@ -71,7 +71,10 @@ class Ledger:
         future = engine.submit(Call("net", rows), sla)
 
         def told(done: Future[Any]) -> None:
-            outcome = self._outcome(done, rows, factors)
+            try:
+                outcome = self._outcome(done, rows, factors)
+            except Exception as error:  # noqa: BLE001 - a fault of this check is no lost call
+                outcome = f"failed wrongly: the check met {type(error).__name__}"
             limit = sla.deadline_ms
             with self._lock:
                 self.told[number] += 1
@@ -91,7 +94,7 @@ class Ledger:
         if error is not None:
             return f"failed wrongly: {type(error).__name__}"
         value = done.result().value
-        return "answered" if any(torch.equal(value, f * rows) for f in factors) else "wrong"
+        return "answered" if any(torch.equal(value, f * rows) for f in tuple(factors)) else "wrong"
 
     def settled(self, seconds: float) -> bool:
         """Whether everything is told within so many seconds."""

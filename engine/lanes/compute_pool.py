@@ -40,7 +40,8 @@ START_SECONDS = 120.0
 IDLE_SECONDS = 300.0
 """After which a worker without work ends, and gives its memory back."""
 _STARTS = 3
-_NICENESS = 10  # whoever answers urgent calls goes first where the machine is short of CPU
+NICENESS = 10
+"""Of the processes: whoever answers urgent calls goes first where the machine is short of CPU."""
 _log = logging.getLogger("plinth.engine.compute")
 
 Count = Callable[[str, str, float], None]
@@ -84,6 +85,9 @@ class ComputePool:
         seconds: limit of a step that brings none.
         count: told of each step that is over; see :data:`Count`.
 
+    Attributes:
+        niceness: of processes that are started from now on.
+
     Raises:
         ConfigError: impossible numbers.
     """
@@ -103,18 +107,19 @@ class ComputePool:
         self._idle = 0
         self._closed = False
         self._server: fork_server.ForkServer | None = None
+        self.niceness = NICENESS
 
-    def prepare(self, module: str) -> None:
-        """Let another process import a module now, and fork the workers (Linux).
+    def prepare(self, *modules: str) -> None:
+        """Let another process import modules now, and fork the workers (Linux).
 
         Without it each worker is started anew with its first step, and imports what that takes.
 
         Args:
-            module: which imports what the steps do.
+            modules: which import what the steps do.
         """
         with self._changed:
             if self._server is None and fork_server.is_possible():
-                self._server = fork_server.shared(module)
+                self._server = fork_server.shared(*modules)
                 self._server.lease()
 
     def submit(self, step: Compute, within: float | None = None) -> Future[Any]:
@@ -224,7 +229,7 @@ class ComputePool:
 
     # -- the thread of one worker ----------------------------------------------------------------
     def _serve(self) -> None:
-        slot = _Slot(self._server)
+        slot = _Slot(self._server, self.niceness)
         try:
             while (task := self._next(slot)) is not None:
                 try:
@@ -326,17 +331,19 @@ class _Slot:
 
     Args:
         server: forks it; ``None``: it is started anew.
+        niceness: of the process.
     """
 
-    def __init__(self, server: fork_server.ForkServer | None) -> None:
+    def __init__(self, server: fork_server.ForkServer | None, niceness: int) -> None:
         self._server = server
+        self._niceness = niceness
         self.worker: _Worker | None = None
 
     def ready(self) -> _Worker:
         """The process, started anew where it has ended."""
         if self.worker is None or not self.worker.alive:
             self.drop()
-            self.worker = _Worker(self._server)
+            self.worker = _Worker(self._server, self._niceness)
         return self.worker
 
     def drop(self) -> None:
@@ -349,8 +356,8 @@ class _Slot:
 class _Worker(WorkerProcess):
     """One process; used by the thread that made it, killed by any."""
 
-    def __init__(self, server: fork_server.ForkServer | None) -> None:
-        super().__init__(_NICENESS, server=server)
+    def __init__(self, server: fork_server.ForkServer | None, niceness: int) -> None:
+        super().__init__(niceness, server=server)
         self._greeted = False
 
     def run(self, task: _Task) -> child.Outcome:

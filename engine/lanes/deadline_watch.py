@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
 _SHORTEST, _LONGEST = 0.005, 0.05
 """Seconds between two looks."""
+END_SECONDS = 5.0
+"""In which its thread ends, unless whoever it has just told does not come back."""
+_log = logging.getLogger("plinth.engine")
 _QUIET_LOOKS = 40
 """Looks that find nothing to wait for before it sleeps until it is woken."""
 
@@ -42,10 +46,15 @@ class DeadlineWatch:
         self._wake.notify_all()
 
     def join(self) -> None:
-        """Wait until its thread has ended, unless the caller is that thread."""
+        """Wait a little until its thread has ended, unless the caller is that thread.
+
+        A callback of a future that it told, and that blocks, keeps it, but not its engine.
+        """
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            thread.join(END_SECONDS)
+            if thread.is_alive():
+                _log.warning("a callback that was told of a missed deadline has not come back")
 
     def accepted(self) -> None:
         """Something with a deadline was accepted; with the lock held."""

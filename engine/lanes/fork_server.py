@@ -45,11 +45,11 @@ class ForkServer:
     """The server of one kind of worker; it runs while somebody holds a lease of it.
 
     Args:
-        module: what is imported before the first fork.
+        modules: what is imported before the first fork.
     """
 
-    def __init__(self, module: str) -> None:
-        self._module = module
+    def __init__(self, *modules: str) -> None:
+        self._modules = modules
         self._lock = threading.Lock()
         self._leases = 0
         self._socket: socket.socket | None = None
@@ -142,7 +142,7 @@ class ForkServer:
             ours.close()
             raise failed[0]
         ours.settimeout(FIRST_SECONDS)
-        ours.send(json.dumps({"path": sys.path, "module": self._module}).encode())
+        ours.send(json.dumps({"path": sys.path, "modules": self._modules}).encode())
         self._socket = ours
 
 
@@ -211,14 +211,14 @@ class Forked:
         self._status.close()
 
 
-_servers: dict[str, ForkServer] = {}
+_servers: dict[tuple[str, ...], ForkServer] = {}
 _servers_lock = threading.Lock()
 
 
-def shared(module: str) -> ForkServer:
+def shared(*modules: str) -> ForkServer:
     """The server of this process for one kind of worker."""
     with _servers_lock:
-        return _servers.setdefault(module, ForkServer(module))
+        return _servers.setdefault(modules, ForkServer(*modules))
 
 
 # -- the process -------------------------------------------------------------------------------
@@ -238,7 +238,8 @@ def main(descriptor: int, parent: int) -> None:
     sys.path[:] = first.get("path", sys.path)
     worker = importlib.import_module("plinth.engine.lanes.worker")
     worker.end_with(parent)
-    importlib.import_module(first["module"])
+    for module in first["modules"]:
+        importlib.import_module(module)
     gc.collect()
     gc.freeze()  # what is never looked at again is never copied for a fork
     _Forks(sock, worker).run()

@@ -39,6 +39,7 @@ class LaneThread:
 
     Attributes:
         number: the lane's in the batcher.
+        cpu_threads: of its steps; ``None`` as torch has it.
         wake: notified when there may be something to do.
         in_flight: batches that the lane has: from this thread, or from a caller.
         busy: seconds for which it ran batches.
@@ -75,7 +76,7 @@ class LaneThread:
         self._step = step
         self._ended = ended
         self._back = back
-        self._threads = threads
+        self.cpu_threads = threads
         self._thread: threading.Thread | None = None
         self._joining = threading.Lock()
         self._thread_state: object = None
@@ -138,7 +139,7 @@ class LaneThread:
             ConfigError: an engine of this process runs with another number of threads.
             DeviceError: the lane cannot be started.
         """
-        check_cpu_threads(self._threads)
+        check_cpu_threads(self.cpu_threads)
         self.lane.start()
         self.in_flight, self.died, self.over = 0, None, False
         self._thread = threading.Thread(target=self._run, name="plinth-device", daemon=True)
@@ -210,7 +211,7 @@ class LaneThread:
     def _run(self) -> None:
         error: BaseException | None = StoppedFromOutside()
         try:
-            with cpu_threads(self._threads):
+            with cpu_threads(self.cpu_threads):
                 self._thread_state = thread_state()
                 while self._steps():
                     pass

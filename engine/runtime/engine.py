@@ -37,10 +37,11 @@ from plinth.engine.errors import (
 from plinth.engine.flow import Answer, Call, Compute, Flow, Sla
 from plinth.engine.lanes.base import Lane, LaneDied, Ran, Unit
 from plinth.engine.lanes.cluster.settings import Cluster
-from plinth.engine.lanes.compute_pool import ComputePool
+from plinth.engine.lanes.compute_pool import NICENESS, ComputePool
 from plinth.engine.lanes.deadline_watch import DeadlineWatch
-from plinth.engine.lanes.process import HUNG_SECONDS
+from plinth.engine.lanes.process import HUNG_SECONDS, HUNG_TIMES
 from plinth.engine.lanes.thread import LaneThread, StoppedFromOutside
+from plinth.engine.lanes.window_thread import WindowThread
 from plinth.engine.memory.plan import trim
 from plinth.engine.metrics import EngineMetrics
 from plinth.engine.models.spec import ModelSpec
@@ -114,7 +115,8 @@ class Engine:
         compute_workers: processes for the heavy steps of flows (:class:`Compute`), which start with
             the first of them; 0: the thread that drives a flow runs its steps.
         compute_seconds: in which a step in a process has to be done, unless it says other.
-        hung_seconds: a batch in a worker process is never taken for hung before.
+        hung_seconds: a batch in a worker process is never taken for hung before; in mode sync a
+            round waits no longer for a lane that is late before it tells what it has.
         cluster: where lanes ``"ray:cpu"`` are placed, as
             :class:`plinth.engine.lanes.cluster.settings.Cluster` or its table.
 
@@ -176,6 +178,9 @@ class Engine:
             "auto" if memory_budget is None else memory_budget,
             clock,
             self._thread_of,
+        )
+        self._lanes.windows = WindowThread(
+            self._lock, lambda: self._lanes.cpu_threads, self._break, self._windows_done
         )
         if devices is None:
             devices = () if lanes and device == "auto" else (device,)
@@ -337,6 +342,7 @@ class Engine:
         with self._lock:
             if not self._lanes.alive:
                 self._broken = None
+                self._lanes.windows.open()
                 self._lanes.start()
                 self._deadlines.start()
                 self._state, self._failure = "running", None
@@ -542,16 +548,19 @@ class Engine:
             future.set_exception(error)
         return future
 
-    def prepare_steps(self, module: str) -> None:
-        """Let a process import a module now that forks the workers of heavy steps (Linux).
+    def prepare_steps(self, *modules: str, niceness: int = NICENESS) -> None:
+        """Let a process import modules now that forks the workers of heavy steps (Linux).
 
         Otherwise each is started with its first step, and imports what that takes.
 
         Args:
-            module: one that imports what the steps do.
+            modules: those that import what the steps do.
+            niceness: how far others go first where the machine is short of CPU; 0 where nothing
+                urgent runs beside the steps.
         """
         if self._steps is not None:
-            self._steps.prepare(module)
+            self._steps.niceness = niceness
+            self._steps.prepare(*modules)
 
     def end_steps(self, why: PlinthError) -> None:
         """Fail the steps that wait for a worker process or run in one; new ones are taken.
@@ -907,6 +916,7 @@ class Engine:
             self._failure = None if error is None else type(error).__name__
             self._state = "closed" if error is None else "failed"
             self._deadlines.stop()
+            self._lanes.windows.stop()
             self._lanes.wake_all()
             requests, why = list(self._requests), self._not_running()
             self._requests.clear()
@@ -993,7 +1003,9 @@ class Engine:
     def _finish(self, batch: Batch, loaded: LoadedModel, ran: Ran, thread: LaneThread) -> None:
         """Hand out the answers of a batch; learning and counting come after them."""
         now, seconds = self._clock(), ran.seconds
-        outcomes = self._deliver(batch, loaded, ran, now)
+        outcomes: Outcomes = []
+        if not self._puts_apart(batch, loaded, ran):
+            outcomes = self._deliver(batch, loaded, ran, now)
         if not self._modes.in_rounds:
             self._settle(outcomes)
         with self._lock:
@@ -1013,15 +1025,35 @@ class Engine:
         meters.batch_rows.observe(batch.rows)
         meters.batch_seconds.observe(seconds)
 
+    def _puts_apart(self, batch: Batch, loaded: LoadedModel, ran: Ran) -> bool:
+        """Whether windows are put together beside the lane, where urgent rows may wait for it."""
+        if batch.urgent or self._modes.in_rounds or not self._batcher.has_promises:
+            return False
+        if not any(part.work.owner.merger is not None for part in batch.parts):
+            return False
+
+        def put() -> None:
+            self._settle(self._deliver(batch, loaded, ran, self._clock()))
+
+        return self._lanes.windows.offer(sum(each.nbytes for each in ran.outputs.values()), put)
+
+    def _windows_done(self) -> None:
+        """No window waits to be put together; with the lock held."""
+        if self._state != "running":
+            self._lanes.wake_all()
+
     def _at_barrier(self, outcomes: Outcomes) -> Outcomes:
         """Keep what a round has answered until all of it is done; with the lock held."""
         failed: Outcomes = []
         for request, outcome in outcomes:
             if isinstance(outcome, Result):
                 self._round.append((request, outcome))
+                self._deadlines.accepted()
             else:
                 failed.append((request, outcome))
-        return failed if self._lanes.in_flight else [*failed, *self._round_over()]
+        if self._lanes.in_flight or self._batcher.has_unfetched:
+            return failed
+        return [*failed, *self._round_over()]
 
     def _round_over(self) -> Outcomes:
         """The answers of a round, as they are at its end; with the lock held."""
@@ -1095,6 +1127,10 @@ class Engine:
             now = self._clock()
             refused, again = self._batcher.overdue(now)
             outcomes = self._refused(refused)
+            if self._round:  # done, and kept back by the lanes that are not
+                hung = self._batcher.hung_at(self._lanes.hung_seconds, HUNG_TIMES)
+                again = min(again, hung)
+                outcomes += self._round_over() if hung <= now else []
         self._settle(outcomes)
         return again - now
 

@@ -26,6 +26,7 @@ from plinth.engine.lanes.gang import GangLane
 from plinth.engine.lanes.local import LocalLane
 from plinth.engine.lanes.process import ProcessLane, RemoteLane
 from plinth.engine.lanes.thread import LaneThread
+from plinth.engine.lanes.window_thread import WindowThread
 from plinth.engine.memory.plan import SHARE, budget
 from plinth.engine.models.store import Model
 from plinth.engine.runtime.flow_driver import Clock
@@ -57,6 +58,7 @@ class LaneSet:
     Attributes:
         models: those of the first device, which stand for all.
         threads: one for each lane.
+        windows: puts windows together beside the lanes; given by the engine.
         changing: held while lanes or models change, so that every lane has every model.
     """
 
@@ -69,6 +71,7 @@ class LaneSet:
         make_thread: MakeThread,
     ) -> None:
         self.models: ModelTable
+        self.windows: WindowThread
         self.threads: list[LaneThread] = []
         self.changing = threading.RLock()
         self._batcher = batcher
@@ -88,6 +91,16 @@ class LaneSet:
     def device(self) -> Device:
         """The first device."""
         return self.threads[0].lane.device
+
+    @property
+    def hung_seconds(self) -> float:
+        """A batch is never taken for hung before."""
+        return self._execution.hung_seconds
+
+    @property
+    def cpu_threads(self) -> int | None:
+        """CPU threads of the first lane; ``None`` as torch has it."""
+        return self.threads[0].cpu_threads
 
     @property
     def talks_on(self) -> Device:
@@ -393,13 +406,13 @@ class LaneSet:
 
     @property
     def is_current(self) -> bool:
-        """Whether the caller is a thread of a lane."""
-        return any(thread.is_current for thread in self.threads)
+        """Whether the caller is a thread of a lane, or the one that puts windows together."""
+        return self.windows.is_current or any(thread.is_current for thread in self.threads)
 
     @property
     def in_flight(self) -> int:
-        """Batches that lanes have."""
-        return sum(thread.in_flight for thread in self.threads)
+        """Batches that lanes have, or whose windows are being put together."""
+        return self.windows.count + sum(thread.in_flight for thread in self.threads)
 
     def start(self) -> None:
         """Start every lane whose thread does not run; with the engine's lock held.
@@ -431,6 +444,7 @@ class LaneSet:
     def close(self) -> None:
         """Wait until all threads have ended; no lane holds anything after that."""
         self.join()
+        self.windows.join()
         for thread in self.threads:
             if not thread.alive:
                 thread.lane.close()  # of one that was never started, a process may run

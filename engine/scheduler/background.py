@@ -10,6 +10,8 @@ from plinth.engine.errors import ConfigError
 from plinth.engine.scheduler.lane_table import LaneState
 from plinth.engine.scheduler.work import Batch, BatchKey, BatchSlice, Work
 
+_WORTH = 0.97
+"""Share of its rows per second that a slice keeps at least when it is cut short for promises."""
 _BY_SERVICE = attrgetter("service")
 PROMISE_MEMORY = 5.0
 """Seconds for which a request's own promise bounds the slices, at least; at most twice that."""
@@ -56,8 +58,12 @@ class Background:
     @property
     def bound(self) -> float:
         """Blocking bound: seconds that one slice may hold a lane."""
-        tightest = min(self._registered, self._noted, self._noted_before)
-        return min(self.slice_share * tightest, self.idle_slice)
+        return min(self.slice_share * self.tightest, self.idle_slice)
+
+    @property
+    def tightest(self) -> float:
+        """The tightest promise in use, seconds; infinity when there is none."""
+        return min(self._registered, self._noted, self._noted_before)
 
     def register_sla(self, seconds: float) -> None:
         """Let a promise (seconds) bound the slices for good."""
@@ -112,6 +118,9 @@ class Background:
     ) -> Batch | None:
         """The next slice: the least served work first, filled up with work of the same key.
 
+        While a promise is in use it has the fewest rows that keep nearly all rows per second that
+        the bound allows: what comes meanwhile waits for no more of it than pays.
+
         Args:
             lane: where it runs. The slices that it may be given at once share the bound.
             max_rows: the largest batch of a key, rows.
@@ -123,9 +132,7 @@ class Background:
         first = self._works[0]
         self._virtual_time, key, suspects = first.service, first.key, first.suspects
         bound, costs = self.bound, lane.costs
-        rows = max(1, costs.rows_within(key, bound / lane.depth, max_rows(key), 0.5))
-        if not costs.predict(key, 1):
-            rows = 1  # cost unknown: the smallest slice measures it
+        rows = self._rows(key, lane, max_rows(key))
         if ahead and ahead + costs.predict(key, rows, 0.5) > bound * (1 + 1e-9):
             return None
         parts: list[BatchSlice] = []
@@ -147,10 +154,18 @@ class Background:
         """
         key, rows, costs = work.key, work.rows, lane.costs
         predicted = costs.predict(key, rows)
-        if not predicted or costs.rows_within(key, self.bound / lane.depth, rows, 0.5) < rows:
+        if not predicted or self._rows(key, lane, rows) < rows:
             return None
         work.service = max(work.service, self._virtual_time) + predicted / work.sla.weight
         return Batch(key, (work.take(rows),), rows, predicted, urgent=False, lane=lane.number)
+
+    def _rows(self, key: BatchKey, lane: LaneState, most: int) -> int:
+        """Rows of a slice where more than enough wait, 1 to ``most``."""
+        costs = lane.costs
+        if not costs.predict(key, 1):
+            return 1  # cost unknown: the smallest slice measures it
+        rows = max(1, costs.rows_within(key, self.bound / lane.depth, most, 0.5))
+        return rows if self.tightest == float("inf") else costs.rows_worth(key, rows, _WORTH)
 
     def _batch(
         self, lane: LaneState, key: BatchKey, parts: tuple[BatchSlice, ...], looked_at: int

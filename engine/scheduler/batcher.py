@@ -17,7 +17,8 @@ The policy, when a lane is free:
    would halve the rows per second. A tighter queue that already received more service may be
    delayed by the difference.
 4. Without urgent work, or while background work is in deficit of its minimum share, one slice
-   of background work runs. Its predicted time stays below the blocking bound.
+   of background work runs. Its predicted time stays below the blocking bound, and it has the
+   fewest rows that keep 97 % of the rows per second that this bound allows.
 
 With several lanes there is one queue for all. Each batch is planned with the costs of the lane
 that runs it; rows that another lane can still do in time are left to it, and nobody is refused
@@ -280,13 +281,22 @@ class Batcher:
         return self._background.share
 
     @property
+    def has_promises(self) -> bool:
+        """Whether a promise bounds the slices."""
+        return self._background.tightest < float("inf")
+
+    @property
     def blocking_bound(self) -> float:
         """Seconds that one background slice may hold the device."""
         return self._background.bound
 
+    @property
+    def has_unfetched(self) -> bool:
+        """Whether a lane has not fetched its share of a round yet."""
+        return self.rounds is not None and bool(self.rounds.ready)
+
     def __bool__(self) -> bool:
-        unfetched = self.rounds is not None and bool(self.rounds.ready)
-        return self._rows > 0 or bool(self._background) or unfetched
+        return self._rows > 0 or bool(self._background) or self.has_unfetched
 
     # -- arrival -----------------------------------------------------------------------------
     def admit(self, work: Work, now: float) -> Refusal | None:
@@ -487,6 +497,22 @@ class Batcher:
                 else:
                     found.append(Refusal(work, self._silent(work, now)))
         return found, again
+
+    def hung_at(self, seconds: float, times: float) -> float:
+        """When the first lane counts as hung, if it has not come back; infinity: none runs.
+
+        Args:
+            seconds: that a lane is waited for at least after it should be free.
+            times: and so many times what its batches should take.
+        """
+        return min(
+            (
+                lane.busy_until + max(seconds, times * lane.seconds(lane.running))
+                for lane in self.lanes
+                if lane.running
+            ),
+            default=float("inf"),
+        )
 
     def _silent(self, work: Work, now: float) -> DeadlineRefused:
         allowed = work.deadline - work.begun

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from math import exp
 from pathlib import Path
+from random import Random
 
 import numpy as np
 
@@ -25,7 +26,8 @@ _MEMORY = 256  # batches remembered for the quantiles
 _SHIFT = 6  # batches in a row on one side of the band mean that the cost has changed
 _BAND = 1.2
 _LEARN = 0.05  # how fast the curve's own shape follows
-_SPREAD = 41  # delays of each key that are kept in the file
+_SPREAD = 101  # delays of each key that are kept in the file
+_SEEN, _ONE_IN = 512, 16  # batches that plans are made from; once full, one in so many is taken
 _REBUILD = 8  # batches after which the moved curve is tabulated anew
 
 
@@ -48,11 +50,10 @@ class _Sample:
         return self.ordered[min(int(share * len(self.ordered)), len(self.ordered) - 1)]
 
     def spread(self, count: int) -> list[float]:
-        """So many of the values, evenly from the smallest to the largest; all if they are fewer."""
-        last = len(self.ordered) - 1
-        if last < count:
+        """So many of the values, each for an equal share of them; all if they are fewer."""
+        if len(self.ordered) <= count:
             return list(self.ordered)
-        return [self.ordered[round(at * last / (count - 1))] for at in range(count)]
+        return [self.ordered[int((at + 0.5) / count * len(self.ordered))] for at in range(count)]
 
     def keep(self, count: int) -> None:
         recent = list(self.values)[-count:] if count else []
@@ -78,7 +79,8 @@ class _Curve:
     order: list[int] = field(default_factory=list)
     moved: int = 0
     common: float = 0.0
-    seen: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_MEMORY))
+    seen: list[tuple[int, float]] = field(default_factory=list)
+    random: Random = field(default_factory=lambda: Random(0))
 
     def rebuild(self, rows: int) -> None:
         size = max(rows, len(self.table) - 1, max(self.knots, default=1))
@@ -118,12 +120,23 @@ class _Curve:
 
     def observe(self, rows: int, seconds: float) -> None:
         base = self.base(rows)
-        self.seen.append((rows, seconds))
+        self._see(rows, seconds)
         self.ratios.add(seconds / base)
         self._forget_if_shifted()
         expected = self.level() * base
         self.delays.add(seconds - expected)
         self._follow(rows, seconds / expected - 1)
+
+    def _see(self, rows: int, seconds: float) -> None:
+        """Remember a batch for plans: of thousands, the later the more likely.
+
+        The last few hundred in a row would be those of a few seconds, in which what is rare and
+        makes the tail of a plan is mostly missing.
+        """
+        if len(self.seen) < _SEEN:
+            self.seen.append((rows, seconds))
+        elif self.random.random() < 1 / _ONE_IN:
+            self.seen[self.random.randrange(_SEEN)] = rows, seconds
 
     def usual(self) -> tuple[float, _Sample]:
         """Level and delays over all that is remembered, also of before the cost last changed.
@@ -133,10 +146,9 @@ class _Curve:
         if not self.seen:
             return self.level(), _Sample()
         ratios = sorted(seconds / self.base(rows) for rows, seconds in self.seen)
-        level, delays = ratios[len(ratios) // 2], _Sample()
-        for rows, seconds in self.seen:
-            delays.add(seconds - level * self.base(rows))
-        return level, delays
+        level = ratios[len(ratios) // 2]
+        delays = sorted(seconds - level * self.base(rows) for rows, seconds in self.seen)
+        return level, _Sample(deque(delays), delays)
 
     def _forget_if_shifted(self) -> None:
         """Drop the past once the last few batches all lie on one side of it."""
@@ -232,6 +244,22 @@ class LatencyModel:
         curve.base(max_rows)
         budget = (seconds - curve.delay(quantile)) / curve.level() * (1 + 1e-9)
         return bisect_right(curve.table, budget, 1, max_rows + 1) - 1
+
+    def rows_worth(self, key: BatchKey, rows: int, share: float) -> int:
+        """The fewest rows, up to ``rows``, that have this share of the best rows per second.
+
+        Args:
+            key: of a batch.
+            rows: the most it may have, 1 or more.
+            share: of the rows per second of the best number up to that; 0 to 1.
+        """
+        curve = self._curves.get(key)
+        if curve is None or not curve.knots or rows < 2:
+            return rows
+        # Between two knots the curve is a line, on which rows per second only rise or only fall.
+        ends = [each for each in curve.order if each < rows]
+        wanted = share * max(each / curve.base(each) for each in (1, *ends, rows))
+        return next(n for n in range(1, rows + 1) if n >= wanted * curve.base(n) or n == rows)
 
     def __len__(self) -> int:
         return len(self._curves)

@@ -223,6 +223,27 @@ def test_background_slices_respect_the_tightest_promise():
     assert batch.predicted <= queue.blocking_bound + 1e-9
 
 
+@pytest.mark.parametrize(
+    ("fixed", "per_row", "rows"),
+    [(0.0, 0.010, 1), (0.0005, 0.010, 2), (0.020, 0.001, 54), (0.0, 0.100, 1)],
+)
+def test_a_slice_is_as_short_as_pays_while_promises_are_in_use(fixed, per_row, rows):
+    latency = LatencyModel()
+    for n in (1, 128):
+        latency.seed("volume", n, fixed + per_row * n)
+    queue = Batcher(latency)
+    queue.register("volume", max_rows=128)
+    queue.admit(work(key="volume", rows=500, sla=Sla()), 0.0)
+    alone, _ = queue.next(0.0)
+    assert alone.rows == max(1, int((queue.blocking_bound - fixed) / per_row + 1e-9))
+    queue.finished(alone, alone.predicted, alone.predicted)
+    queue.register_sla(URGENT)
+    beside, _ = queue.next(1.0)
+    most = max(1, int((queue.blocking_bound - fixed) / per_row + 1e-9))
+    assert beside.rows == rows <= most
+    assert rows / (fixed + per_row * rows) >= 0.97 * most / (fixed + per_row * most)
+
+
 def test_a_requests_own_promise_bounds_slices_for_some_seconds_only():
     queue = batcher(slice_share=0.4)
     queue.register_sla(URGENT)

@@ -11,11 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from plinth.engine import Batcher, Call, DeadlineRefused, Engine, LatencyModel, Sla, Work
-from plinth.engine.lanes import fork_server
+from plinth.engine.lanes import deadline_watch, fork_server
 from tests.engine.lane_models import doubles, net, rows
 
 WAIT = 60
 STUCK = -7.0
+
+
+class Gate(threading.Event):
+    """An event that copies of a module have in common, so that each lane has a module."""
+
+    def __deepcopy__(self, _: object) -> "Gate":
+        return self
 
 
 class Sticks(nn.Module):
@@ -24,11 +31,11 @@ class Sticks(nn.Module):
     def __init__(self, free: threading.Event) -> None:
         super().__init__()
         self.factor = nn.Parameter(torch.tensor(2.0))
-        self.wait = free.wait
+        self.free = free
 
     def forward(self, x: Tensor) -> Tensor:
         if bool((x == STUCK).any()):
-            self.wait(WAIT)
+            self.free.wait(WAIT)
         return x * self.factor
 
 
@@ -94,6 +101,46 @@ def test_those_who_have_rows_on_a_lane_that_hangs_or_wait_behind_it_are_told_in_
         assert torch.equal(
             engine.submit(Call("net", rows(2, 1))).result(WAIT).value, 2 * rows(2, 1)
         )
+
+
+@pytest.mark.cpu
+def test_a_round_waits_no_longer_for_a_lane_that_hangs_than_that_takes_to_be_sure():
+    free = Gate()
+    modes = {"mode": "sync"}
+    with Engine(devices=["cpu", "cpu"], threads=1, modes=modes, hung_seconds=0.05) as engine:
+        engine.add(net(module=Sticks(free)), batch_range=(1, 1))
+        for number in range(2):
+            engine.submit(Call("net", rows(number, 1))).result(WAIT)  # costs are known
+        with engine._lock:  # both are of one round
+            stuck = engine.submit(Call("net", torch.full((1, 4), STUCK)))
+            well = engine.submit(Call("net", rows(2, 1)))
+        assert torch.equal(well.result(WAIT).value, 2 * rows(2, 1))
+        assert not stuck.done()
+        free.set()
+        assert torch.equal(stuck.result(WAIT).value, torch.full((1, 4), 2 * STUCK))
+
+
+@pytest.mark.cpu
+def test_an_engine_closes_though_a_callback_of_a_missed_deadline_blocks(monkeypatch, caplog):
+    monkeypatch.setattr(deadline_watch, "END_SECONDS", 0.05)
+    free, told, back = threading.Event(), threading.Event(), threading.Event()
+
+    def block(_: object) -> None:
+        assert threading.current_thread().name == "plinth-deadlines"
+        told.set()
+        back.wait(WAIT)
+
+    engine = Engine(device="cpu", threads=1).start()
+    engine.add(net(module=Sticks(free)), batch_range=(1, 1))
+    stuck = engine.submit(Call("net", torch.full((1, 4), STUCK)))
+    late = engine.submit(Call("net", rows(1, 1)), Sla(deadline_ms=500))
+    late.add_done_callback(block)
+    assert told.wait(WAIT)
+    free.set()
+    stuck.result(WAIT)
+    engine.close()
+    assert "has not come back" in caplog.text
+    back.set()
 
 
 @pytest.mark.cpu

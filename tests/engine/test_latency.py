@@ -117,3 +117,15 @@ def test_the_file_keeps_how_far_batches_were_off_also_from_before_the_cost_chang
     told = json.loads(model.path.read_text())
     assert told["seconds"]["a"]["1"] == pytest.approx(0.010, rel=0.2)
     assert max(told["delays"]["a"]) == pytest.approx(0.050, rel=0.2)
+
+
+def test_the_file_knows_of_what_is_rare_and_how_rare_it_is(tmp_path):
+    model = warmed(tmp_path / "costs.json")
+    for n in range(20_000):
+        model.observe("net", 32, 0.052 + 0.0001 * (n % 7) + (0.070 if n % 50 == 7 else 0.0))
+    for _ in range(300):  # the last seconds were calm
+        model.observe("net", 32, 0.052)
+    model.save()
+    delays = json.loads((tmp_path / "costs.json").read_text())["delays"]["net"]
+    assert len(delays) == 101
+    assert 1 <= sum(delay > 0.060 for delay in delays) <= 3
