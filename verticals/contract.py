@@ -420,6 +420,17 @@ class Vertical(ABC, Generic[Req, Res]):
         """
         raise InputError(f"{self.name} takes records, not folders", reason="unsupported")
 
+    def hand_over(self, item: Item) -> Any:
+        """What :meth:`survey` found out of an item that another process is to load; picklable.
+
+        It saves that process from finding it out again, and is forgotten here.
+        """
+        return None
+
+    def take_over(self, item: Item, known: Any) -> None:
+        """Know of an item what another process handed over, before it is loaded here."""
+        return
+
     def write(self, result: Res, folder: Path) -> list[Path]:
         """Write what belongs to an answer (report, masks, pictures); returns the files."""
         path = folder / "report.json"

@@ -325,7 +325,7 @@ def batch(
     config_file: ConfigOption = None,
     workers: Annotated[int | None, typer.Option(help="Items inferred at the same time.")] = None,
     processes: Annotated[
-        int | None, typer.Option(help="Processes for their heavy steps; 0: threads of this one.")
+        int | None, typer.Option(help="Processes that take items whole; 0: threads of this one.")
     ] = None,
     resume: Annotated[
         bool | None,

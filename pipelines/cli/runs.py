@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from plinth.engine.models.store import choose_store
 from plinth.pipelines.assembly import doors, load_vertical, running, sla_of
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.console import err, say, show_json, show_table
-from plinth.pipelines.folders.batch import Batch, Summary, check_folders
+from plinth.pipelines.folders.batch import Batch, Carry, Summary, check_folders
 from plinth.pipelines.folders.batch import Progress as Step
+from plinth.pipelines.folders.carrier import Carrier, own_engine, shares_of
 from plinth.pipelines.interpreter import STREAM_THRESHOLDS, set_for_serving
+from plinth.pipelines.live_models import AnyVertical
 from plinth.pipelines.live_tables import LiveTables
 from plinth.pipelines.observability.tracing import batch_span, tracing_while
 from plinth.pipelines.process import Signals, metrics_at
@@ -175,13 +177,9 @@ def run_batch(config: Config, as_json: bool) -> int:
     check_folders(settings.input, settings.output)
     name = settings.vertical or only_folder_vertical()
     vertical = load_vertical(config, name)
-    apart = config.engine.model_copy(update={"compute_workers": settings.processes})
     with contextlib.ExitStack() as stack:
         stack.enter_context(choose_store(config.models.store))
-        running_config = config.model_copy(update={"engine": apart})
-        engine = stack.enter_context(
-            running(running_config, {name: vertical}, follow=True, steps_soon=True)
-        )
+        engine, carry = stack.enter_context(_batch_engine(config, vertical))
         view = stack.enter_context(BatchView())
         tracing = stack.enter_context(tracing_while(os.environ))
         job = Batch(
@@ -192,6 +190,7 @@ def run_batch(config: Config, as_json: bool) -> int:
             sla=replace(sla_of(vertical, config), deadline_ms=None),
             workers=settings.workers,
             processes=settings.processes,
+            carry=carry,
             resume=settings.resume,
             retry_failed=settings.retry_failed,
             on_progress=view.show,
@@ -205,6 +204,26 @@ def run_batch(config: Config, as_json: bool) -> int:
         show_summary(summary)
         say(f"results: {settings.output}")
     return signals.exit_code or summary.exit_code
+
+
+@contextlib.contextmanager
+def _batch_engine(config: Config, vertical: AnyVertical) -> Iterator[tuple[Engine, Carry | None]]:
+    """The engine of a batch, and what carries whole items where that is for its processes."""
+    processes = config.batch.processes
+    own = shares_of(config, processes) if processes else None
+    if own is None:
+        steps = config.engine.model_copy(update={"compute_workers": processes})
+        config = config.model_copy(update={"engine": steps})
+        with running(config, {vertical.name: vertical}, follow=True, steps_soon=True) as engine:
+            yield engine, None
+        return
+    with (
+        contextlib.closing(vertical),
+        Engine(device="cpu", threads=1, compute_workers=processes) as engine,
+    ):
+        carrier = Carrier(engine, vertical, own_engine, (own, vertical.name))
+        carrier.prepare()
+        yield engine, carrier.carry
 
 
 def _abort(job: Batch, engine: Engine) -> None:

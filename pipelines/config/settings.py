@@ -399,8 +399,8 @@ class BatchConfig(Table):
         default=0,
         ge=0,
         le=256,
-        description="items whose heavy steps run in processes of their own at the same time, in "
-        "the place of `engine.compute_workers`; 0: in threads",
+        description="items that processes of their own have at the same time, whole on the CPU, "
+        "else their heavy steps, in the place of `engine.compute_workers`; 0: in threads",
     )
     resume: bool = Field(
         default=True, description="skip what the journal in the output has as done"

@@ -57,6 +57,8 @@ LEFT_OUT = ".partial-left-out.csv"
 """Rows of files that are no item, until they become part of the cohort's table."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What makes a spreadsheet run a cell."""
+Carry = Callable[[Item, Path, Sla, Steps], Finished]
+"""Carries an item to its outputs in a folder, as :func:`plinth.pipelines.folders.items.analyse`."""
 State = Literal["done", "failed", "skipped", "failed before", "open"]
 
 
@@ -168,8 +170,9 @@ class Batch:
         out: where outputs go; not inside ``folder``.
         sla: the promise per item; background by default.
         workers: items with the engine at the same time; one more is in work.
-        processes: worker processes that the engine has for their heavy steps; one item more than
-            these is in work.
+        processes: worker processes that the engine has; one item more than these is in work.
+        carry: what carries an item to its outputs, whole; ``None``: the engine here, and its
+            processes the heavy steps.
         resume: skip what the journal has as done by the same models on the same files.
         retry_failed: run items again that failed before.
         on_progress: told what happens.
@@ -189,6 +192,7 @@ class Batch:
         sla: Sla | None = None,
         workers: int = 1,
         processes: int = 0,
+        carry: Carry | None = None,
         resume: bool = True,
         retry_failed: bool = False,
         on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -206,6 +210,7 @@ class Batch:
         self.retry_failed = retry_failed
         self.models = versions(vertical)
         self.summary = Summary()
+        self._carry = carry or self._analyse
         self._tell, self._within = on_progress, within
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -336,10 +341,7 @@ class Batch:
         entry = Entry(item.id, "failed", self.models, self._inputs(item), facts=facts)
         change: dict[str, Any]
         try:
-            done = analyse(
-                self.vertical, self.engine, item, self.out / item.id, sla=self.sla, steps=steps
-            )
-            change = _success(done)
+            change = _success(self._carry(item, self.out / item.id, self.sla, steps))
         except (Closed, Cancelled):
             self._stop.set()
             return
@@ -356,6 +358,9 @@ class Batch:
             self._tell(Progress("finished", entry.id, state=state))
         if entry.state == "failed":
             self._note_failed(entry)
+
+    def _analyse(self, item: Item, folder: Path, sla: Sla, steps: Steps) -> Finished:
+        return analyse(self.vertical, self.engine, item, folder, sla=sla, steps=steps)
 
     def _stage(self, item: Item, stage: str) -> None:
         with self._lock:

@@ -35,6 +35,7 @@ STEPS = {
     "load": "reading the files",
     "infer": "analysing",
     "write": "writing the results",
+    "carry": "a worker process had it",
 }
 """The steps of an item, in words for the user."""
 
@@ -230,13 +231,26 @@ def analyse(
         StorageError: the outputs could not be written.
         PlinthError: the engine's.
     """
-    steps = steps or Steps()
+    own = steps or Steps()
+    return within_span(vertical, own, lambda: _analyse(vertical, engine, item, folder, sla, own))
+
+
+def within_span(
+    vertical: Vertical[Any, Any], steps: Steps, work: Callable[[], Finished]
+) -> Finished:
+    """Carry an item by ``work``, and tell of it in a span of its own if traces are asked for.
+
+    Args:
+        vertical: the domain.
+        steps: of the item.
+        work: carries it.
+    """
     if steps.within is None:
-        return _analyse(vertical, engine, item, folder, sla, steps)
+        return work()
     span = steps.within.begin(f"item {vertical.name}", time.perf_counter())
     about: dict[str, str | int] = {"plinth.vertical": vertical.name}
     try:
-        done = _analyse(vertical, engine, item, folder, sla, steps)
+        done = work()
     except PlinthError as error:
         about |= {"plinth.step": steps.stage, "error.type": error.reason}
         span.end(about, failed=not isinstance(error, InputError))

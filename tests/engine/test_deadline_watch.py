@@ -32,9 +32,11 @@ class Sticks(nn.Module):
         super().__init__()
         self.factor = nn.Parameter(torch.tensor(2.0))
         self.free = free
+        self.begun = Gate()
 
     def forward(self, x: Tensor) -> Tensor:
         if bool((x == STUCK).any()):
+            self.begun.set()
             self.free.wait(WAIT)
         return x * self.factor
 
@@ -130,9 +132,10 @@ def test_an_engine_closes_though_a_callback_of_a_missed_deadline_blocks(monkeypa
         told.set()
         back.wait(WAIT)
 
-    engine = Engine(device="cpu", threads=1).start()
-    engine.add(net(module=Sticks(free)), batch_range=(1, 1))
+    engine, module = Engine(device="cpu", threads=1).start(), Sticks(free)
+    engine.add(net(module=module), batch_range=(1, 1))
     stuck = engine.submit(Call("net", torch.full((1, 4), STUCK)))
+    assert module.begun.wait(WAIT)
     late = engine.submit(Call("net", rows(1, 1)), Sla(deadline_ms=500))
     late.add_done_callback(block)
     assert told.wait(WAIT)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from apart_steps import double, read, write
 from tiny_verticals import Doubled, Number
 
-from plinth.engine import Compute, Flow, InputError, Model
+from plinth.engine import Compute, Engine, Flow, InputError, Model
 from plinth.verticals import Item, Vertical
 
 
@@ -68,3 +69,10 @@ class ApartFiles(Apart):
 
     name = "files"
     request = None
+
+
+@contextmanager
+def own() -> Iterator[tuple[Apart, Engine]]:
+    """What a worker process carries whole items with."""
+    with Engine(threads=1) as engine:
+        yield Apart(), engine

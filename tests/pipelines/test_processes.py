@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
-from apart import Apart, ApartFiles, HeavyApart
+from apart import Apart, ApartFiles, HeavyApart, own
 from serving import Running, running
 
-from plinth.engine import Engine
+from plinth.engine import ConfigError, Engine, EngineFailed, Sla
+from plinth.pipelines.config.settings import Config
+from plinth.pipelines.folders import carrier
 from plinth.pipelines.folders.batch import Batch
+from plinth.pipelines.folders.carrier import Carrier, carry, shares_of
 from plinth.pipelines.stream.chunks import Chunk, Partition
 from plinth.pipelines.stream.processor import Processor
+from plinth.verticals import Item
 from plinth.verticals.testing import check_vertical, feed
 
 
@@ -94,6 +100,71 @@ def test_a_batch_goes_on_after_a_crash(engine: Engine, tmp_path: Path) -> None:
     assert int((out / "e" / "writer.txt").read_text()) != os.getpid()
     again = Batch(Apart(), engine, folder, out, processes=1).run()
     assert again.count("skipped") == 2
+
+
+@pytest.mark.soak
+def test_whole_items_in_processes_of_their_own(tmp_path: Path) -> None:
+    folder, out = numbers(tmp_path / "in", a=1, b=911, c=13, d=666, e=5), tmp_path / "out"
+    with Engine(device="cpu", threads=1, compute_workers=2) as engine:
+        apart = Carrier(engine, Apart(), own)
+        apart.prepare()
+        summary = Batch(Apart(), engine, folder, out, processes=2, carry=apart.carry).run()
+        lame = Carrier(engine, Apart(), lame_own)
+        with pytest.raises(EngineFailed, match="could not be made ready: no such thing"):
+            Batch(Apart(), engine, folder, tmp_path / "no", processes=2, carry=lame.carry).run()
+    failed = {each.id: (each.error or {}) for each in summary.failed}
+    assert {name: each["reason"] for name, each in failed.items()} == {
+        "b": "worker_died",
+        "c": "unlucky",
+        "d": "internal",
+    }
+    steps = [failed[name]["step"] for name in "bc"]
+    assert steps == ["a worker process had it", "analysing"]
+    assert summary.count("done") == 2
+    assert (out / "e" / "twice.txt").read_text() == "10.0"
+    assert int((out / "e" / "writer.txt").read_text()) != os.getpid()
+
+
+@contextmanager
+def lame_own() -> Iterator[carrier.Own]:
+    raise ConfigError("no such thing")
+    yield
+
+
+def test_an_item_is_carried_whole_and_told_without_its_result(tmp_path: Path) -> None:
+    folder = numbers(tmp_path / "in", a=2, c=13)
+    items = {item.id: item for item in Apart().survey(folder) if isinstance(item, Item)}
+    try:
+        good, bad = (
+            carry("k", own, (), items[name], None, tmp_path / name, Sla()) for name in "ac"
+        )
+        assert len(carrier._owns) == 1
+        with pytest.raises(EngineFailed, match="no such thing"):
+            carry("other", lame_own, (), items["a"], None, tmp_path / "b", Sla())
+        assert not carrier._owns
+    finally:
+        while carrier._owns:
+            carrier._owns.popitem()[1][0].close()
+    assert good.done is not None
+    assert good.error is None
+    assert json.loads(good.done.encoded)["twice"] == 4
+    assert good.done.answer.value is None
+    assert list(good.begun) == ["load", "infer", "write"]
+    assert (bad.done, bad.stage, getattr(bad.error, "reason", "")) == (None, "infer", "unlucky")
+    assert sorted(good.done.files) == ["twice.txt", "writer.txt"]
+
+
+def test_each_process_gets_its_share_of_the_machine() -> None:
+    config = Config.model_validate({"engine": {"device": "cpu", "memory_budget": 8 << 30}})
+    own_config = shares_of(config, 2)
+    assert own_config is not None
+    assert own_config.engine.memory_budget == 4 << 30
+    assert own_config.engine.compute_workers == 0
+    unsaid = shares_of(Config.model_validate({"engine": {"device": "cpu"}}), 3)
+    assert unsaid is not None
+    assert 1 << 20 <= (unsaid.engine.memory_budget or 0) <= psutil.virtual_memory().total / 3
+    lanes = Config.model_validate({"engine": {"devices": ["process:cpu"]}})
+    assert shares_of(lanes, 2) is None
 
 
 def test_reading_that_fails_is_told_of_reading(engine: Engine, tmp_path: Path) -> None:

@@ -324,6 +324,13 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
         while len(self._found) > KEPT:
             self._found.pop(next(iter(self._found)), None)
 
+    def hand_over(self, item: Item) -> Series | None:
+        return self._found.pop(item.id, None)
+
+    def take_over(self, item: Item, known: Series | None) -> None:
+        if known is not None:
+            self._keep(known)
+
     def load(self, item: Item) -> StudyRequest:
         return StudyRequest(self._loaded(item).run())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from medical.chests import chest, dicom_of
 from medical.own_networks import Blobs, write_beside, write_script
 from pydantic import ValidationError
 
-from plinth.engine import Call, Engine, InputError, ModelStore
+from plinth.engine import Call, Compute, Engine, InputError, ModelStore
 from plinth.pipelines.folders.batch import Batch
 from plinth.verticals.contract import Item, LeftOut, WithArtefacts
 from plinth.verticals.medical.phantom.chest import Phantom
@@ -47,6 +48,18 @@ def test_it_conforms(series: Path) -> None:
     vertical = CtAnalysis(CtSettings(nodules=True, working_spacing_mm=3))
     another = StudyRequest(chest(**{**SMALL, "seed": 3, "noise_hu": 30.0}))
     check_vertical(vertical, [another], folder=series.parent).raise_if_failed()
+
+
+def test_another_process_need_not_find_a_series_again(series: Path) -> None:
+    here, there = CtAnalysis(), CtAnalysis()
+    (item,) = here.discover(series)
+    known = pickle.loads(pickle.dumps(here.hand_over(item)))  # noqa: S301 - our own
+    assert here.hand_over(item) is None
+    there.take_over(item, known)
+    step = next(there.loading(item))
+    assert isinstance(step, Compute)
+    assert step.arguments[0] is known
+    assert known.id == item.id
 
 
 @pytest.mark.soak
