@@ -382,6 +382,14 @@ def test_a_few_slices_are_refused() -> None:
     assert refusal(chest(shape=(60, 60, 12), spacing=(6.0, 6.0, 1.0))).reason == "too_thin"
 
 
+def test_an_unspecified_unit_is_called_so(plain: tuple[Volume, Analysis]) -> None:
+    volume = plain[0]
+    error = refusal(replace(volume, series=replace(volume.series, units="US")))
+    assert error.reason == "not_hu"
+    assert "Rescale Type US, unspecified" in error.message
+    assert "set Rescale Type (0028,1054) to HU" in str(error)
+
+
 def test_values_that_are_not_hu_are_refused(plain: tuple[Volume, Analysis]) -> None:
     volume = plain[0]
     error = refusal(replace(volume, voxels=(volume.voxels.astype(np.int16) + 1024)))

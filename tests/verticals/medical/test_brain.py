@@ -221,6 +221,40 @@ def test_an_nnunet_folder_gives_what_its_own_steps_give(tmp_path):
     assert set(np.unique(labels)) <= {0, 1, 2}
 
 
+@pytest.mark.parametrize("named_in", ["plans", "dataset"])
+def test_an_nnunet_reader_that_turns_images_turns_them_here(named_in, tmp_path):
+    """TotalSegmentator and many others were trained on images turned to RAS."""
+    extra("dynamic_network_architectures")
+    told = {"image_reader_writer": "NibabelIOWithReorient"} if named_in == "plans" else {}
+    folder = _nnunet(tmp_path, **told)
+    if named_in == "dataset":
+        dataset = json.loads((folder / "dataset.json").read_text())
+        dataset["overwrite_image_reader_writer"] = "NibabelIOWithReorient"
+        (folder / "dataset.json").write_text(json.dumps(dataset))
+    volume = head((20, 40, 44), (2.5, 2.5, 4.0))
+    volume.voxels[:, :8] //= 2  # anterior, as columns and rows of an axial LPS stack ascend
+    ready = prepare(volume, load_network(folder).recipe)
+    import nibabel
+
+    ras = np.diag([-1.0, -1.0, 1.0, 1.0]) @ volume.affine
+    image = nibabel.Nifti1Image(volume.voxels.transpose(2, 1, 0), ras)
+    read = nibabel.as_closest_canonical(image).get_fdata().transpose(2, 1, 0)
+    values = (np.clip(read, 0, 700) - 300) / 200
+    from scipy import ndimage
+
+    zoom = [m / n for n, m in zip(values.shape, ready.shape, strict=True)]
+    resized = ndimage.zoom(values, zoom, order=3, mode="nearest", grid_mode=True)
+    resized = np.clip(resized, values.min(), values.max())
+    np.testing.assert_allclose(ready.rows[0].numpy(), resized, atol=2e-3)
+    marks = ready.nearest((ready.rows[0] > 0).to(torch.uint8).numpy())
+    assert ((ready.to_native(marks) > 0) == (volume.voxels > 300)).mean() > 0.97
+
+
+def test_an_nnunet_reader_that_is_not_its_own_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="Tiff3DIO"):
+        load_network(_nnunet(tmp_path, image_reader_writer="Tiff3DIO"))
+
+
 @pytest.mark.parametrize(
     ("where", "value", "named"),
     [

@@ -20,10 +20,12 @@ from pydicom.uid import (
     JPEGLosslessSV1,
     JPEGLSLossless,
 )
+from scipy import ndimage
 
 from plinth.engine import InputError
 from plinth.verticals.medical.dicom.discover import discover, scan
 from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.volumes.volume import Array
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 from dicom_faults import check_series
@@ -210,3 +212,130 @@ def test_interleaved_stacks_are_told_apart(
     assert first.part == f"part 1 of 2 by {name}"
     assert np.array_equal(load_volume(first).voxels, expected()[0::2])
     assert np.array_equal(load_volume(second).voxels, expected()[1::2])
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("ImageType", (["ORIGINAL", "PRIMARY", "AXIAL"], ["DERIVED", "SECONDARY", "AXIAL"])),
+        ("FilterType", ("HEAD FILTER", "BODY FILTER")),
+        ("ReconstructionDiameter", ("320", "360.0")),
+        ("SliceThickness", ("5.0", "2.50")),
+        ("ScanOptions", ("HELICAL MODE", "AXIAL MODE")),
+        ("SeriesTime", ("120000", "121500")),
+        ("SeriesDescription", ("arterial", "venous")),
+    ],
+)
+def test_stacks_at_half_steps_are_told_apart_by_whatever_differs(
+    write: Write, edit: Edit, expected: Any, name: str, values: tuple[Any, Any]
+) -> None:
+    folder = write()
+    edit(folder, lambda image, k: setattr(image, name, values[k % 2]))
+    found = sorted(discover(folder), key=lambda one: one.part or "")
+    assert len(found) == 2
+    stacks = [load_volume(one).voxels for one in found]
+    assert {stack.tobytes() for stack in stacks} == {expected()[n::2].tobytes() for n in (0, 1)}
+
+
+@pytest.mark.parametrize("by", ["InstanceNumber", "ContentTime"])
+def test_numbers_or_times_that_pass_twice_over_a_volume_part_it(
+    write: Write, edit: Edit, expected: Any, by: str
+) -> None:
+    def second_pass(image: pydicom.Dataset, k: int) -> None:
+        at = k // 2 + 5 * (k % 2)
+        image.InstanceNumber = 1 + at if by == "InstanceNumber" else k
+        image.ContentTime = f"1200{at:02d}.5" if by == "ContentTime" else "120000"
+
+    folder = write()
+    edit(folder, second_pass)
+    first, second = sorted(discover(folder), key=lambda one: one.part or "")
+    assert first.part == f"part 1 of 2 by the passes of {by}"
+    assert np.array_equal(load_volume(first).voxels, expected()[0::2])
+    assert np.array_equal(load_volume(second).voxels, expected()[1::2])
+
+
+def test_mr_numbered_in_the_order_of_its_excitation_is_one_volume(write: Write, edit: Edit) -> None:
+    def excited(image: pydicom.Dataset, k: int) -> None:
+        image.Modality = "MR"
+        image.InstanceNumber = 1 + k // 2 + 5 * (k % 2)
+
+    folder = write()
+    edit(folder, excited)
+    assert load_volume(folder).verdict.ok
+
+
+def test_attributes_of_ranges_that_follow_one_another_part_nothing(
+    write: Write, edit: Edit, expected: Any
+) -> None:
+    folder = write()
+    edit(folder, lambda image, k: setattr(image, "ImageType", ["ORIGINAL", "PRIMARY", "AB"[k > 4]]))
+    assert np.array_equal(load_volume(folder, strict=True).voxels, expected())
+
+
+def smoother(image: Array) -> Array:
+    return ndimage.gaussian_filter(image, 0.6)
+
+
+def enhanced(image: Array) -> Array:
+    return image + 30.0 * ((image > -100) & (image < 200))
+
+
+def moved(image: Array) -> Array:
+    return np.roll(image, 8, axis=1)
+
+
+@pytest.mark.parametrize("change", [smoother, enhanced, moved])
+@pytest.mark.parametrize("modality", ["CT", "MR"])
+def test_slices_of_two_kinds_in_turn_are_never_ok(
+    write: Write, edit: Edit, change: Callable[[Array], Array], modality: str
+) -> None:
+    """Two kernels, phases or patients at half steps, and not one attribute that says so."""
+
+    def every_second(image: pydicom.Dataset, k: int) -> None:
+        image.Modality = modality
+        if k % 2:
+            hu = image.pixel_array.astype(np.float32) - 1024
+            stored = np.clip(np.rint(change(hu)) + 1024, 0, 4095).astype(np.uint16)
+            image.PixelData = stored.tobytes()
+
+    folder = write(shape=(72, 60, 16), spacing=(4.5, 4.0, 3.0), noise_hu=20.0)
+    assert load_volume(folder).verdict.ok
+    edit(folder, every_second)
+    if modality == "MR" and change is not enhanced:
+        assert load_volume(folder).verdict.status == "unlike_neighbours"
+    if modality == "CT":
+        with pytest.raises(InputError, match="odd and even slices are of two kinds") as caught:
+            load_volume(folder)
+        assert caught.value.reason == "alternating"
+
+
+def other_rescale(image: pydicom.Dataset) -> None:
+    image.RescaleIntercept = int(image.RescaleIntercept) + 1000
+
+
+def other_patient(image: pydicom.Dataset) -> None:
+    image.PixelData = np.roll(image.pixel_array, 20, axis=1).tobytes()
+
+
+@pytest.mark.parametrize("change", [other_rescale, other_patient])
+def test_a_slice_that_is_not_of_the_stack_is_named(
+    write: Write, edit: Edit, change: Callable[[pydicom.Dataset], None]
+) -> None:
+    folder = write(shape=(72, 60, 16), spacing=(4.5, 4.0, 3.0), noise_hu=20.0)
+    fifth = sorted(folder.glob("*.dcm"))[4]
+    edit(fifth, lambda image, k: change(image))
+    verdict = load_volume(folder).verdict
+    assert verdict.status == "unlike_neighbours"
+    assert verdict.issues[0].slices == (4,)
+    assert fifth.name in verdict.issues[0].message
+    with pytest.raises(InputError) as caught:
+        load_volume(folder, strict=True)
+    assert caught.value.reason == "unlike_slices"
+
+
+def test_values_that_a_compression_changed_are_said_to_be(write: Write, edit: Edit) -> None:
+    folder = write()
+    edit(folder, lambda image, k: setattr(image, "LossyImageCompression", "01" if k < 4 else "00"))
+    (note,) = load_volume(folder, strict=True).verdict.issues
+    assert note.kind == "lossy"
+    assert "4 of 10 images were compressed with loss" in note.message

@@ -244,6 +244,39 @@ def test_what_a_bundle_would_have_executed_is_refused_by_its_name(changed, named
         load_network(bundle)
 
 
+ORIENT = {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS"}
+SPACE = {"_target_": "Spacingd", "keys": "image", "pixdim": [4, 4, 6], "mode": "bilinear"}
+SLIDE = {"_target_": "SlidingWindowInferer", "roi_size": [32, 32, 16], "mode": "gaussian"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"preprocessing": {"transforms": [ORIENT | {"labels": ["RL", "AP", "IS"]}]}}, "labels"),
+        ({"preprocessing": {"transforms": [SPACE | {"align_corners": True}]}}, "align_corners"),
+        ({"preprocessing": {"transforms": [SPACE | {"padding_mode": "zeros"}]}}, "padding_mode"),
+        ({"preprocessing": {"transforms": [SPACE | {"min_pixdim": [1, 1, 1]}]}}, "min_pixdim"),
+        ({"preprocessing": {"transforms": [*PRE, ORIENT | {"keys": "label"}]}}, "takes label"),
+        ({"inferer": SLIDE | {"sigma_scale": 0.25}}, "sigma_scale"),
+        ({"inferer": SLIDE | {"padding_mode": "reflect"}}, "padding_mode"),
+    ],
+)
+def test_options_that_would_change_the_result_are_never_passed_over(changed, named, tmp_path):
+    bundle = write_bundle(tmp_path / "b", Blobs(), **changed)
+    with pytest.raises(ModelError, match=named):
+        load_network(bundle)
+
+
+def test_options_that_change_nothing_are_no_obstacle(tmp_path):
+    steps = [
+        ORIENT | {"labels": [["L", "R"], ["P", "A"], ["I", "S"]], "image_only": True},
+        SPACE | {"padding_mode": "border", "align_corners": False, "dtype": "$None"},
+    ]
+    inferer = SLIDE | {"sigma_scale": 0.125, "cval": 0.0, "progress": True, "sw_device": "@device"}
+    changed = {"preprocessing": {"transforms": steps}, "inferer": inferer}
+    assert load_network(write_bundle(tmp_path / "b", Blobs(), **changed)).recipe.steps
+
+
 def test_torchscript_that_touches_files_is_refused_before_it_is_loaded(tmp_path):
     class Reads(nn.Module):
         def forward(self, volume: torch.Tensor) -> torch.Tensor:

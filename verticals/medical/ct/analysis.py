@@ -41,7 +41,7 @@ from plinth.verticals.medical.ct.segment import (
     regions,
 )
 from plinth.verticals.medical.volumes.orientation import Orientation
-from plinth.verticals.medical.volumes.volume import Volume
+from plinth.verticals.medical.volumes.volume import HOW_TO_SAY_HU, Volume
 
 LUNG_RIGHT, LUNG_LEFT, BONE_LABEL, NODULE = 1, 2, 3, 4
 """Values of :attr:`Analysis.labels`; 0 is everything else, NODULE + n - 1 is nodule n."""
@@ -133,11 +133,10 @@ def _check_kind(volume: Volume) -> None:
             reason="derived",
         )
     if facts.units != "HU":
-        unit = facts.units or "no known unit"
         raise InputError(
-            f"series {facts.id} is in {unit}, expected HU",
+            f"series {facts.id} is {facts.told_units}, expected HU",
             field="RescaleType",
-            hint="check Rescale Slope, Intercept and Type",
+            hint=HOW_TO_SAY_HU,
             reason="not_hu",
         )
 

@@ -39,12 +39,20 @@ MARKS = (
     "FrameAcquisitionDateTime",
     "AcquisitionDateTime",
     "AcquisitionTime",
+    "FilterType",
+    "SliceThickness",
+    "ReconstructionDiameter",
+    "ScanOptions",
+    "FlipAngle",
+    "RepetitionTime",
+    "ContentTime",
 )
 """Attributes that tell repeated positions apart, the most telling first."""
 
 NUMBERS = (
     *("EchoTime", "EchoNumbers", "TriggerTime", "InversionTime", "KVP", "AcquisitionNumber"),
-    *("TemporalPositionIdentifier", "FrameReferenceTime"),
+    *("TemporalPositionIdentifier", "FrameReferenceTime", "SliceThickness"),
+    *("ReconstructionDiameter", "FlipAngle", "RepetitionTime"),
 )
 """Those that are Decimal or Integer Strings, which say one number in several ways."""
 
@@ -53,6 +61,13 @@ SEPARATE = (
     *("DiffusionBValue", "ConvolutionKernel"),
 )
 """Attributes whose values never share a volume, whether or not positions repeat."""
+
+INTERLEAVED = (
+    *("AcquisitionNumber", "ImageType", "FrameType", "ComplexImageComponent", "RescaleType"),
+    *("EchoTime", "EffectiveEchoTime", "InversionTime", "FlipAngle", "RepetitionTime"),
+    *("FilterType", "SliceThickness", "ReconstructionDiameter", "ScanOptions"),
+)
+"""Attributes whose values never share a volume where their slices lie between one another."""
 
 PATIENT = ("PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate")
 """Attributes that say who was imaged; only their digest is kept."""
@@ -72,7 +87,7 @@ KEYWORDS = (
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit"),
-    *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "Units"),
+    *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "Units", "LossyImageCompression"),
     *("WindowCenter", "WindowWidth", "VOILUTFunction"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
 )
@@ -96,9 +111,18 @@ def plain(dataset: Dataset, keyword: str) -> str:
     return "" if value is None else str(value)
 
 
+def spelt(keyword: str, value: str) -> str:
+    """A number the one way, however it is written: ``120`` for ``120.0``; other text as it is."""
+    try:
+        return f"{float(value):.9g}" if keyword in NUMBERS else value
+    except ValueError:
+        return value
+
+
 def digest(dataset: Dataset, keywords: tuple[str, ...]) -> str:
     """A stand-in for values that must not be kept; empty when all of them are."""
-    values = [plain(dataset, keyword).rstrip("^").casefold() for keyword in keywords]
+    told = {keyword: plain(dataset, keyword).rstrip("^").casefold() for keyword in keywords}
+    values = [spelt(keyword, value) for keyword, value in told.items()]
     if not any(values):
         return ""
     return hashlib.blake2b("\0".join(values).encode(), digest_size=12).hexdigest()

@@ -13,7 +13,6 @@ from pydicom.tag import BaseTag
 from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.elements import (
     MARKS,
-    NUMBERS,
     ORIGIN,
     PATIENT,
     READ,
@@ -22,6 +21,7 @@ from plinth.verticals.medical.dicom.elements import (
     integer,
     numbers,
     plain,
+    spelt,
     text,
     texts,
     whole,
@@ -70,6 +70,7 @@ class Header:
         frames: Number of Frames.
         padding: Pixel Padding Value and Range Limit, stored values, lower one first.
         units: Units of a PET image, such as BQML.
+        lossy: Lossy Image Compression says that values were changed.
         unsaid: attributes without which stored bits are no values (PS3.3 C.7.6.3), and which
             the file lacks.
     """
@@ -109,6 +110,7 @@ class Header:
     windows: tuple[Window, ...]
     burned_in: str | None
     units: str | None
+    lossy: bool = False
     unsaid: tuple[str, ...] = ()
 
     @property
@@ -300,6 +302,7 @@ def _header(
         windows=_windows(dataset),
         burned_in=text(dataset, "BurnedInAnnotation"),
         units=text(dataset, "Units"),
+        lossy=text(dataset, "LossyImageCompression") == "01",
         unsaid=() if pixels[2] else tuple(k for k in BITS if integer(dataset, k) is None),
     )
 
@@ -423,16 +426,8 @@ def _marks(dataset: Dataset) -> dict[str, str]:
     for keyword in MARKS:
         value = plain(dataset, keyword)
         if value:
-            found[keyword] = _spelt(value) if keyword in NUMBERS else value
+            found[keyword] = spelt(keyword, value)
     return found
-
-
-def _spelt(value: str) -> str:
-    """A number the one way, however it is written: ``120`` for ``120.0``."""
-    try:
-        return f"{float(value):.9g}"
-    except ValueError:
-        return value
 
 
 def _items(dataset: Dataset, keyword: str) -> list[Dataset]:

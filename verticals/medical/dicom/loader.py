@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plinth.engine.errors import ConfigError, InputError
 from plinth.verticals.medical.dicom import geometry
+from plinth.verticals.medical.dicom.alternating import unlike_neighbours
 from plinth.verticals.medical.dicom.choose import choose
 from plinth.verticals.medical.dicom.decode import CT_AIR, CT_TOP, MAX_BYTES, decode, padding_hu
 from plinth.verticals.medical.dicom.discover import Series
@@ -50,15 +51,20 @@ STATUS_OF: dict[str, Status] = {
     "gap": "gaps_filled",
     "spacing": "resampled_spacing",
     "tilt": "resampled_tilt",
+    "alternating": "unlike_neighbours",
+    "unlike": "unlike_neighbours",
 }
 
 MAX_FILLED, MAX_FILLED_SHARE = 3, 0.1
 """Slices that are interpolated in one gap, and in all as a share of those at hand, at most."""
 
+LOSSY_SYNTAXES = tuple(f"1.2.840.10008.1.2.4.{end}" for end in (50, 51))
+"""JPEG of 8 and 12 bits: with loss, whatever the header says."""
+
 LEFT_OUT = ("mixed", "no_position", "damaged")
 """Issues that tell of images beside the volume: where slices are missing, they may be the ones."""
 
-NOTES = ("padding", "left_out", "units", "window", "identity")
+NOTES = ("padding", "left_out", "units", "window", "identity", "lossy")
 """Issues that concern no voxel's place; they leave a verdict ``"ok"``."""
 
 
@@ -95,8 +101,9 @@ def load_volume(
     _check_rescale(stack.frames)
     voxels = decode(stack.frames, max_bytes)
     _check_repeats(stack, voxels)
+    notes = (*notes, *_unlike(chosen, stack, voxels, strict=strict))
     facts = _facts(chosen, stack)
-    found = (*notes, *stack.issues, *_padding_note(stack), *_units_note(facts))
+    found = (*notes, *stack.issues, *_padding_note(stack), *_units_note(facts), *_lossy(stack))
     verdict = _verdict(found, stack)
     if stack.regular:
         return Volume(voxels, stack.affine(), verdict, facts)
@@ -314,6 +321,33 @@ def _check_repeats(stack: Stack, voxels: Array) -> None:
             )
 
 
+def _unlike(series: Series, stack: Stack, voxels: Array, *, strict: bool) -> tuple[Issue, ...]:
+    """Slices that are of one kind; two kinds in turn are refused in CT, all else is told.
+
+    In MR excited in turn, and in PET of direct and cross planes, some of it is the scanner's.
+    """
+    found, slices = unlike_neighbours(voxels, hounsfield=series.modality == "CT")
+    if found is None and slices:
+        names = ", ".join(stack.frames[k].header.source.name for k in slices[:3])
+        more = f" and {len(slices) - 3} more" if len(slices) > 3 else ""
+        text = f"unlike both its neighbours, as if of another stack: slice {names}{more}"
+        if strict:
+            raise InputError(f"series {series.id}: {text}", field=series.id, reason="unlike_slices")
+        return (Issue("unlike", text, None, slices),)
+    if found is None:
+        return ()
+    text = f"odd and even slices are of two kinds: {found}"
+    if series.modality == "CT" or strict:
+        raise InputError(
+            f"series {series.id}: {text}; two reconstructions, doses or phases lie in turn, and no "
+            "attribute tells them apart",
+            field=series.id,
+            hint="send each of them as a series of its own",
+            reason="alternating",
+        )
+    return (Issue("alternating", text),)
+
+
 def _changed(one: Frame, other: Frame) -> InputError:
     return InputError(
         f"{one.header.source.name} and {other.header.source.name} carry one SOP Instance UID and "
@@ -340,6 +374,20 @@ def _padding_note(stack: Stack) -> tuple[Issue, ...]:
     if low >= CT_AIR and high <= CT_TOP:
         return ()
     return (Issue("padding", f"padding of {low:g} HU is shown as {CT_AIR} HU"),)
+
+
+def _lossy(stack: Stack) -> tuple[Issue, ...]:
+    """Images whose values a compression has changed, now or before they were stored as they are."""
+    count = sum(
+        frame.header.lossy or frame.header.syntax in LOSSY_SYNTAXES for frame in stack.frames
+    )
+    if not count:
+        return ()
+    text = (
+        f"{count} of {len(stack.frames)} images were compressed with loss: their values, noise and "
+        "densities are not the scanner's"
+    )
+    return (Issue("lossy", text),)
 
 
 def _units_note(facts: SeriesFacts) -> tuple[Issue, ...]:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
 import numpy as np
 
-from plinth.verticals.medical.dicom.elements import MARKS, SEPARATE
+from plinth.verticals.medical.dicom.elements import INTERLEAVED, MARKS, SEPARATE
 from plinth.verticals.medical.dicom.geometry import SAME_PLACE_MM, orientation_axes
 from plinth.verticals.medical.dicom.header import Frame
 from plinth.verticals.medical.volumes.volume import Issue
+
+ORIGIN = "series attributes"
+"""Stands for the digest of what all images of a series have in common (``elements.ORIGIN``)."""
+
+LEAST_SWEPT, MOST_PASSES = 3, 4
+"""Images of a pass over the volume at least, and such passes at most."""
 
 SHARE = 0.5
 """Each part must cover at least this share of the positions, or it is no part."""
@@ -36,20 +42,27 @@ class Part:
 def split(frames: Sequence[Frame]) -> list[Part]:
     """Split frames of one orientation into volumes.
 
-    Values of ``elements.SEPARATE`` never share a volume, nor do acquisitions whose ranges along
-    the normal overlap. Within what is left, no part may hold a position twice: single attributes
-    are tried first (``elements.MARKS``), then pairs and triples. When none separates the repeats,
-    the frames stay together; the loader then drops exact copies and refuses anything else.
+    Values of ``elements.SEPARATE`` never share a volume, nor do those of ``elements.INTERLEAVED``
+    whose slices lie between one another, nor slices that the Instance Numbers or Content Times of
+    CT and PET pass over twice. Within what is left, no part may hold a position twice: single
+    attributes are tried first (``elements.MARKS``), then pairs and triples. When none separates
+    the repeats, the frames stay together; the loader then drops exact copies and refuses anything
+    else.
     """
     marks = _separating(frames)
     if not marks:
-        return _split_repeats(frames)
+        return _swept(frames) or _split_repeats(frames)
     groups: dict[tuple[str, ...], list[Frame]] = {}
     for frame in frames:
-        groups.setdefault(tuple(frame.marks.get(mark, "") for mark in marks), []).append(frame)
+        groups.setdefault(tuple(_told(frame, mark) for mark in marks), []).append(frame)
+    return _inner(groups, " and ".join(marks))
+
+
+def _inner(groups: dict[tuple[str, ...], list[Frame]], by: str) -> list[Part]:
+    """The parts that groups make, each split where its positions repeat."""
     parts = []
     for number, (_, members) in enumerate(sorted(groups.items(), key=_ascending), 1):
-        name = f"part {number} of {len(groups)} by {' and '.join(marks)}"
+        name = f"part {number} of {len(groups)} by {by}"
         for inner in _split_repeats(members):
             label = f"{name}, {inner.label}" if inner.label else name
             parts.append(replace(inner, label=label))
@@ -63,19 +76,33 @@ def _separating(frames: Sequence[Frame]) -> tuple[str, ...]:
         values = Counter(frame.marks.get(mark, "") for frame in frames)
         if len(values) > 1 and max(values.values()) > 1:
             found.append(mark)
-    if _interleaved(frames):
-        found.append("AcquisitionNumber")
+    depths = _depths(frames)
+    for mark in (*INTERLEAVED, ORIGIN):
+        if not found and _interleaved(_by_value([_told(frame, mark) for frame in frames], depths)):
+            found.append(mark)
     return tuple(found)
 
 
-def _interleaved(frames: Sequence[Frame]) -> bool:
-    """Two acquisitions overlap along the normal by more than one slice each, at other places."""
-    depths: dict[str, list[float]] = {}
+def _told(frame: Frame, mark: str) -> str:
+    return frame.header.origin if mark == ORIGIN else frame.marks.get(mark, "")
+
+
+def _depths(frames: Sequence[Frame]) -> list[float]:
+    """Of each, in mm along the normal."""
     normal = orientation_axes(frames[0])[:, 2]
-    for frame in frames:
-        depth = float(np.dot(frame.position or (0, 0, 0), normal))
-        depths.setdefault(frame.marks.get("AcquisitionNumber", ""), []).append(depth)
-    stacks = sorted(sorted(depth) for depth in depths.values() if len(depth) > 1)
+    return [float(np.dot(frame.position or (0, 0, 0), normal)) for frame in frames]
+
+
+def _by_value(values: Sequence[Hashable], depths: Sequence[float]) -> list[list[float]]:
+    stacks: dict[Hashable, list[float]] = {}
+    for value, depth in zip(values, depths, strict=True):
+        stacks.setdefault(value, []).append(depth)
+    return list(stacks.values())
+
+
+def _interleaved(parts: Sequence[list[float]]) -> bool:
+    """Two overlap along the normal by more than one slice each, at other places."""
+    stacks = sorted(sorted(depths) for depths in parts if len(depths) > 1)
     for one, other in pairwise(stacks):
         shared = (
             [d for d in one if other[0] < d < other[-1]],
@@ -85,6 +112,51 @@ def _interleaved(frames: Sequence[Frame]) -> bool:
         if apart and min(map(len, shared)) > 1:
             return True
     return False
+
+
+# -- passes over the volume --------------------------------------------------------------------
+def _swept(frames: Sequence[Frame]) -> list[Part] | None:
+    """Parts by the passes that numbers or times make over one volume, if they make several.
+
+    MR is numbered and timed in the order of its excitation, which is interleaved as a rule.
+    """
+    if frames[0].header.modality not in ("CT", "PT") or len(frames) < 2 * LEAST_SWEPT:
+        return None
+    depths = _depths(frames)
+    orders: dict[str, list[float]] = {
+        "InstanceNumber": [_or_nan(frame.header.instance_number) for frame in frames],
+        "ContentTime": [_number(frame.marks.get("ContentTime", "")) for frame in frames],
+    }
+    for name, order in orders.items():
+        passes = _passes(order, depths)
+        if passes is None:
+            continue
+        groups: dict[tuple[str, ...], list[Frame]] = {}
+        for frame, number in zip(frames, passes, strict=True):
+            groups.setdefault((str(number),), []).append(frame)
+        return _inner(groups, f"the passes of {name}")
+    return None
+
+
+def _passes(order: Sequence[float], depths: Sequence[float]) -> list[int] | None:
+    """Which pass each image belongs to; ``None`` where there is one, or no clear ones."""
+    if not np.isfinite(order).all() or len(set(order)) < len(order):
+        return None
+    by_order = np.argsort(order)
+    steps = np.diff(np.asarray(depths)[by_order])
+    back = np.sign(steps) != np.sign(np.median(steps))
+    number = np.concatenate([[0], np.cumsum(back)])
+    counts = np.bincount(number)
+    if not 1 < len(counts) <= MOST_PASSES or counts.min() < LEAST_SWEPT:
+        return None
+    passes = np.empty(len(order), int)
+    passes[by_order] = number
+    told = [int(one) for one in passes]
+    return told if _interleaved(_by_value(told, depths)) else None
+
+
+def _or_nan(number: int | None) -> float:
+    return float("nan") if number is None else float(number)
 
 
 def _shortened(parts: list[Part]) -> list[Part]:

@@ -21,7 +21,7 @@ from plinth.verticals.medical.networks.load import Network, with_window
 from plinth.verticals.medical.networks.prepare import Prepared, prepare
 from plinth.verticals.medical.networks.recipe import Orient, Recipe, Triple
 from plinth.verticals.medical.volumes.measured import Measured, measured
-from plinth.verticals.medical.volumes.volume import Volume
+from plinth.verticals.medical.volumes.volume import HOW_TO_SAY_HU, Volume
 
 Labels = npt.NDArray[np.uint8]
 MIN_CELLS = 16
@@ -73,8 +73,9 @@ def check_modality(volume: Volume, recipe: Recipe) -> None:
         )
     if facts.modality == "CT" and facts.units != "HU":
         raise InputError(
-            f"series {facts.id} is CT in {facts.units or 'no known unit'}, expected HU",
+            f"series {facts.id} is CT {facts.told_units}, expected HU",
             field="RescaleType",
+            hint=HOW_TO_SAY_HU,
             reason="not_hu",
         )
 

@@ -46,6 +46,42 @@ NOTHING = frozenset(
 )
 """Transforms that change no value here: files are read, and results brought back, anyway."""
 
+HARMLESS = frozenset(
+    {
+        *("dtype", "image_only", "meta_keys", "meta_key_postfix", "ensure_channel_first", "name"),
+        *(
+            "source_key",
+            "start_coord_key",
+            "end_coord_key",
+            "channel_wise",
+            "is_onehot",
+            "track_meta",
+        ),
+        *("recompute_affine", "allow_smaller", "dim", "keepdim", "overwrite"),
+        *("sw_batch_size", "sw_device", "progress", "cache_roi_weight_map", "buffer_steps"),
+        *("buffer_dim", "with_coord", "process_fn", "kwargs_fn", "meta_dicts", "num_workers"),
+    }
+)
+"""Options that change no value of a single image with one channel."""
+
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "padding_mode": ("border", "constant"),
+    "align_corners": (False, None),
+    "labels": (None, [["L", "R"], ["P", "A"], ["I", "S"]], (("L", "R"), ("P", "A"), ("I", "S"))),
+    "threshold": (None,),
+    "connectivity": (None, 3),
+    "mode": ("constant",),
+    "cval": (0, 0.0),
+    "sigma_scale": (0.125,),
+    "min_pixdim": (None,),
+    "max_pixdim": (None,),
+    "to_onehot": (None, False),
+    "rounding": (None,),
+    "num_components": (1,),
+    "return_coords": (False,),
+}
+"""Values of options that nothing here reads, with which they change nothing."""
+
 REFERENCE = re.compile(r"@[\w]+(?:(?:::|#)[\w]+)*")
 DEPTH = 32
 
@@ -151,6 +187,7 @@ def read_bundle(folder: Path) -> tuple[nn.Module, Recipe]:
         raise ModelError(f"{folder.name}/configs has none of {', '.join(CONFIGS)}")
     config = _Config(_load(configs[0]), configs[0].name)
     plan = _Plan()
+    _check_keys(config)
     for part, known in (("preprocessing", _PRE), ("postprocessing", _POST)):
         for number, transform in enumerate(_transforms(config, part)):
             _read_transform(config, transform, f"{part}[{number}]", known, plan)
@@ -197,6 +234,26 @@ def _transforms(config: _Config, part: str) -> list[Mapping[str, Any]]:
     return [one for one in followed if one.get("_disabled_") is not True]
 
 
+def _check_keys(config: _Config) -> None:
+    """Every step of the preprocessing takes the image, which is what the first of them takes.
+
+    Raises:
+        ModelError: one that takes something else, which would here be done to the image.
+    """
+    image: set[str] = set()
+    for number, transform in enumerate(_transforms(config, "preprocessing")):
+        where = f"preprocessing[{number}]"
+        found = config.literal(transform.get("keys", []), f"{where}.keys")
+        keys = {found} if isinstance(found, str) else {str(key) for key in found}
+        image = image or keys
+        if keys and not keys & image:
+            raise ModelError(
+                f"{config.file}: {where} takes {', '.join(sorted(keys))}, and the image is "
+                f"{', '.join(sorted(image))}",
+                hint="one image goes through the network; leave out what is done to others",
+            )
+
+
 def _short(target: str) -> str:
     """``monai.transforms.Spacingd`` and ``SpacingDict`` are both ``Spacing``."""
     name = target.rpartition(".")[2]
@@ -232,11 +289,46 @@ def _read_transform(
         for key, value in transform.items()
         if key not in ("_target_", "_disabled_", "keys", "device", "allow_missing_keys", "lazy")
     }
+    given = _Options(options)
     try:
-        known[name](options, plan)
+        known[name](given, plan)
     except (TypeError, ValueError, KeyError) as error:
         what = str(error).partition("\n")[0][:120]
         raise ModelError(f"{config.file}: {where} ({name}) cannot be read: {what}") from None
+    _check_unread(given, f"{config.file}: {where} ({name})")
+
+
+class _Options(dict[str, Any]):
+    """Options of a transform, which know the ones that were looked at."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self.read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+def _check_unread(options: _Options, where: str) -> None:
+    """Options that nobody has read must be such as change nothing here.
+
+    Raises:
+        ModelError: one that does, or is not known.
+    """
+    for key in sorted(options.keys() - options.read - HARMLESS):
+        value = dict.__getitem__(options, key)
+        single = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+        if key not in PLAIN or single not in PLAIN[key]:
+            raise ModelError(
+                f"{where}: {key} = {str(value)[:60]!r} is not understood, and would change the "
+                "result",
+                hint="leave it out if the network was trained without it",
+            )
 
 
 def _triple(value: Any, of: Callable[[Any], Any] = int) -> tuple[Any, Any, Any]:
@@ -445,11 +537,14 @@ def _window(config: _Config) -> Window:
         raise ModelError(
             f"{config.file}: inferer is {kind or inferer!r}, expected a sliding window"
         )
-    wanted = ("roi_size", "overlap", "mode")
-    given = {k: config.literal(inferer[k], f"inferer.{k}") for k in wanted if k in inferer}
+    named = {k: v for k, v in inferer.items() if k not in ("_target_", "device")}
+    unread = [k for k in named if k not in HARMLESS]
+    given = _Options({k: config.literal(named[k], f"inferer.{k}") for k in unread})
     size: Triple = _triple(given["roi_size"])
     blend: Any = {"gaussian": "floored"}.get(given.get("mode", "constant"), "constant")
-    return Window(size=size, overlap=given.get("overlap", 0.25), blend=blend)
+    window = Window(size=size, overlap=given.get("overlap", 0.25), blend=blend)
+    _check_unread(given, f"{config.file}: inferer ({kind})")
+    return window
 
 
 def _network(folder: Path, config: _Config) -> nn.Module:

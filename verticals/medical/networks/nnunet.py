@@ -21,6 +21,7 @@ from plinth.verticals.medical.networks.recipe import (
     Clip,
     Crop,
     Normalise,
+    Orient,
     Recipe,
     Scale,
     Space,
@@ -41,6 +42,10 @@ PARTS: dict[str, Any] = {
     "torch.nn.ReLU": nn.ReLU,
     "torch.nn.modules.dropout.Dropout3d": nn.Dropout3d,
 }
+READERS = ("SimpleITKIO", "NibabelIO")
+TURNING = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
+"""nnU-Net's readers: as images are stored, and turned to RAS first."""
+
 CHECKPOINTS = (
     *("checkpoint_final.safetensors", "checkpoint_final.pth"),
     *("checkpoint_best.safetensors", "checkpoint_best.pth"),
@@ -178,7 +183,7 @@ def _recipe(
     spacing, patch = configuration["spacing"], configuration["patch_size"]
     if len(spacing) != 3 or len(patch) != 3:
         raise ModelError("a 2d configuration is not supported", hint="use 3d_fullres or 3d_lowres")
-    steps: list[Step] = []
+    steps: list[Step] = _reading(plans, dataset)
     order = [int(axis) for axis in plans.get("transpose_forward", (0, 1, 2))]
     if order != [0, 1, 2]:
         steps.append(Transpose(order=(order[0], order[1], order[2])))
@@ -196,6 +201,23 @@ def _recipe(
         axes="zyx",
         steps=tuple(steps),
         window=Window(size=(patch[0], patch[1], patch[2]), overlap=0.5, even=True),
+    )
+
+
+def _reading(plans: Mapping[str, Any], dataset: Mapping[str, Any]) -> list[Step]:
+    """How nnU-Net's reader turns an image before all else: to RAS, or not at all.
+
+    A reader that turns gives (z, y, x) towards superior, anterior and right.
+    """
+    named = dataset.get("overwrite_image_reader_writer") or plans.get("image_reader_writer")
+    reader = str(named or READERS[0])
+    if reader in TURNING:
+        return [Orient(codes="SAR")]
+    if reader in READERS:
+        return []
+    raise ModelError(
+        f"images are read by {reader!r}, which is not one of nnU-Net's own for volumes: how it "
+        "turns them is not known"
     )
 
 

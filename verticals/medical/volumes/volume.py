@@ -25,8 +25,9 @@ Status = Literal[
     "resampled_spacing",
     "resampled_tilt",
     "resampled_tilt_spacing",
+    "unlike_neighbours",
 ]
-"""What was done to make a volume, least to most serious; the worst that applies."""
+"""What was done to make a volume, or found in it, least to most serious; the worst that applies."""
 
 SEVERITY: tuple[Status, ...] = (
     "ok",
@@ -38,6 +39,7 @@ SEVERITY: tuple[Status, ...] = (
     "resampled_spacing",
     "resampled_tilt",
     "resampled_tilt_spacing",
+    "unlike_neighbours",
 )
 
 Array = npt.NDArray[Any]
@@ -58,9 +60,9 @@ class Issue:
 
     Args:
         kind: ``tilt``, ``spacing``, ``gap``, ``duplicate``, ``mixed``, ``no_position``,
-            ``single_slice``, ``partial``, ``damaged``, ``padding``, ``units``, ``window``,
-            ``left_out`` or ``identity``; the last five are notes that concern no voxel's place
-            and never refuse a series.
+            ``single_slice``, ``partial``, ``damaged``, ``alternating``, ``unlike``, ``padding``,
+            ``units``, ``window``, ``left_out``, ``identity`` or ``lossy``; the last six are
+            notes that concern no voxel's place and never refuse a series.
         message: a sentence for the user, with numbers in mm.
         mm: the size of it in mm (drift, deviation, width of a gap), where there is one.
         slices: indices of the slices concerned, in the order along the normal.
@@ -124,6 +126,13 @@ class Window:
     function: str = "linear"
 
 
+HOW_TO_SAY_HU = (
+    "send the scanner's own images; where its conformance statement says that they are HU, set "
+    "Rescale Type (0028,1054) to HU, with slope and intercept, in a copy"
+)
+"""What to do about CT whose unit is not HU."""
+
+
 @dataclass(frozen=True)
 class SeriesFacts:
     """What is known of the series behind a volume. Holds no name, date or patient number.
@@ -177,6 +186,13 @@ class SeriesFacts:
     frame_numbers: tuple[int, ...] = field(default=(), repr=False)
     positions: tuple[tuple[float, float, float], ...] = field(default=(), repr=False)
     sources: tuple[Source, ...] = field(default=(), repr=False)
+
+    @property
+    def told_units(self) -> str:
+        """The unit of the values, in words, for a message."""
+        if self.units == "US":
+            return "of no stated unit (Rescale Type US, unspecified)"
+        return f"in {self.units}" if self.units else "in no known unit (no Rescale Slope and Type)"
 
     @property
     def files(self) -> tuple[str, ...]:
