@@ -64,7 +64,7 @@ from plinth.engine import (
     architecture,
 )
 from plinth.engine.backends import choice
-from plinth.engine.memory.plan import trim
+from plinth.engine.mapped import trim
 from plinth.engine.models.families import find
 from plinth.engine.runtime import loaded_model
 

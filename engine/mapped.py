@@ -7,6 +7,7 @@ so that weights in a file take memory only while something computes with them.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
@@ -24,6 +25,12 @@ _PAGE = mmap.PAGESIZE
 _DIRTY = np.uint64(1 << 63 | 1 << 62)  # present or swapped ...
 _OF_FILE = np.uint64(1 << 61)  # ... and not of the file any more: proc(5), pagemap
 _POPULATE_READ = 22  # madvise(2), Linux 5.14
+
+
+def trim() -> None:
+    """Give freed memory back to the system, so that it does not hide growth (glibc only)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Mapping(mmap.mmap):

@@ -39,6 +39,7 @@ PROBE_ROUNDS = 30
 PLAN_SECONDS = 6.0  # of timing all candidates at all numbers of rows
 COMPILE_SECONDS = 15.0  # of compiling and exporting all candidates of "auto"
 CHECK_SECONDS = 8.0  # of trying the reference, and again of trying all others, in "auto"
+AGAIN_SECONDS = 2.0  # of a first run below which the reference is timed by another one
 SLOW_SECONDS = 1.0  # of one row; what takes longer is run as seldom as can be
 GROWTH = 2.0  # times an example's elements at most that are tried at other sizes, for their memory
 
@@ -111,7 +112,7 @@ def prepare(
             trial = within.run(lambda: _trial(model, turns, rows, given, threads), "one row")
         except ModelError as error:
             if within.late:
-                return _untried(model, turns.given_up())
+                return _untried(model, turns.given_up(within.left))
             if given is not None or not model.spec.free or kind not in backends or not wanted.plain:
                 raise
             reference.report |= {"reason": f"not tried: {error}", "refused": {}}
@@ -159,20 +160,34 @@ class Turns(Wrapped):
     Args:
         inner: what is tried.
         lock: taken for each forward.
+        before: a thread that has to have ended, and freed what it holds, before the first.
     """
 
-    def __init__(self, inner: Executable, lock: threading.Lock | None = None) -> None:
+    def __init__(
+        self,
+        inner: Executable,
+        lock: threading.Lock | None = None,
+        before: threading.Thread | None = None,
+    ) -> None:
         super().__init__(inner)
         self._lock = lock or threading.Lock()
         self._over = False
+        self._before = before
 
-    def given_up(self) -> Turns:
-        """The same for others: no forward is begun here any more, the one under way is awaited."""
+    def given_up(self, by: threading.Thread | None) -> Turns:
+        """The same for others: no forward is begun here any more, the one under way is awaited.
+
+        Args:
+            by: the thread that tried it.
+        """
         self._over = True
-        return Turns(self.inner, self._lock)
+        return Turns(self.inner, self._lock, by)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Executable`."""
+        if self._before is not None:
+            self._before.join()
+            self._before = None
         with self._lock:
             self._check()
             return self.inner.run(inputs)
@@ -400,8 +415,8 @@ def _tried(
             begun = time.perf_counter()
             alone = _probe(reference, one)
             seconds = time.perf_counter() - begun
-            seconds /= 1 if reference.is_native(1) else 2  # a probe runs a module twice
-            if seconds < TRIAL_SECONDS:  # the first run may have been slow for once
+            seconds /= reference.report.pop("probe_runs", 1)
+            if seconds < AGAIN_SECONDS:  # the first run may have been slow for once
                 begun = time.perf_counter()
                 _run(reference, one)
                 seconds = max(time.perf_counter() - begun, 1e-9)
@@ -629,7 +644,8 @@ def _hold(executable: Executable, policy: PrecisionPolicy, trial: _Trial) -> Non
         alone = _run(executable, one)
     else:
         alone = outputs
-        executable.report["row_seconds"] = time.perf_counter() - begun
+        seconds = time.perf_counter() - begun
+        executable.report["row_seconds"] = seconds / executable.report.pop("probe_runs", 1)
     allowed = max(TOLERANCE[each] for each in policy.used | {"fp32"})
     worst = max(difference(outputs[name], want) for name, want in trial.outputs.items())
     worst = max(worst, *(difference(alone[name], want) for name, want in trial.alone.items()))

@@ -25,6 +25,7 @@ from plinth.engine.backends.base import Backend, Executable, another
 from plinth.engine.cache import cache_folder
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
+from plinth.engine.mapped import trim
 from plinth.engine.models.store import Model
 
 T = TypeVar("T")
@@ -177,12 +178,14 @@ class Bounded:
 
     Attributes:
         late: some step was.
+        left: the thread of the step that was, which goes on by itself.
     """
 
     def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
         self._left = 0.0 if seconds is None else seconds
         self.late = False
+        self.left: threading.Thread | None = None
 
     def run(self, step: Callable[[], T], what: str) -> T:
         """What the step returns.
@@ -202,6 +205,9 @@ class Bounded:
                 made.append(step())
             except BaseException as error:  # noqa: BLE001 - raised again by the waiting thread
                 failed.append(error)
+            if self.late:  # what it held is not held beside what serves by now
+                made.clear()
+                trim()
 
         thread = threading.Thread(target=work, name=f"plinth {what}")
         thread.start()
@@ -210,7 +216,7 @@ class Bounded:
         if failed:
             raise failed[0]
         if not made:
-            self.late = True
+            self.late, self.left = True, thread
             raise ModelError(
                 f"{what} was not ready within {self._seconds:g} s; it goes on by itself, and what "
                 "it makes is kept for the next start",

@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -21,6 +19,7 @@ from torch import Tensor
 from plinth.engine.backends.base import Executable
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, OutOfMemory
+from plinth.engine.mapped import trim
 
 SHARE = 0.6
 MOST_ROWS = 1 << 20
@@ -370,9 +369,3 @@ def _status(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise LookupError(field)
-
-
-def trim() -> None:
-    """Give freed memory back to the system, so that it does not hide growth (glibc only)."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from plinth.engine.backends.base import Executable, Wrapped, another
 from plinth.engine.backends.eager import TorchExecutable, held_tensors
 from plinth.engine.errors import ModelError, OutOfMemory
-from plinth.engine.mapped import Pages
-from plinth.engine.memory.plan import MemoryPlan, trim
+from plinth.engine.mapped import Pages, trim
+from plinth.engine.memory.plan import MemoryPlan
 
 MOST_WAIT = 30.0
 """Seconds that a batch waits for the memory of others that run."""

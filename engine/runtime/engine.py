@@ -42,7 +42,7 @@ from plinth.engine.lanes.deadline_watch import DeadlineWatch
 from plinth.engine.lanes.process import HUNG_SECONDS, HUNG_TIMES
 from plinth.engine.lanes.thread import LaneThread, StoppedFromOutside
 from plinth.engine.lanes.window_thread import WindowThread
-from plinth.engine.memory.plan import trim
+from plinth.engine.mapped import trim
 from plinth.engine.metrics import EngineMetrics
 from plinth.engine.models.spec import ModelSpec
 from plinth.engine.models.store import Model

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from plinth.engine import Call, ConfigError, Engine, Model, ModelError, ModelSpec, TensorSpec
-from plinth.engine.backends import Availability, backends, choice, prepare
+from plinth.engine.backends import Availability, backends, choice, eager, prepare
 from plinth.engine.backends.eager import TorchExecutable
 from plinth.engine.backends.planner import GAIN, Planned, ranges
 from plinth.engine.devices.device import pick
 from plinth.engine.memory import plan
+from plinth.engine.precision.policy import PRESETS
 from plinth.engine.precision.transforms import sharing_copy
 from plinth.engine.runtime import loaded_model
 
@@ -338,7 +339,7 @@ def test_a_row_that_takes_for_ever_holds_no_start_up(monkeypatch, backend):
 @pytest.mark.cpu  # an accelerator runs it once more, to see what stays in flight
 def test_a_row_of_seconds_is_run_four_times_at_most(monkeypatch):
     """Twice when it is tried, once for its memory, once to see what it costs."""
-    for name in ("SLOW_SECONDS", "TRIAL_SECONDS"):
+    for name in ("SLOW_SECONDS", "TRIAL_SECONDS", "AGAIN_SECONDS"):
         monkeypatch.setattr(choice, name, 0.0)
     monkeypatch.setattr(loaded_model, "_SAMPLE_SECONDS", 0.0)
     monkeypatch.setattr(plan, "_STRETCH_SECONDS", 0.0)
@@ -364,7 +365,7 @@ class ColdStart(nn.Module):
 
 
 def test_a_cold_first_row_is_not_what_a_row_is_thought_to_cost(monkeypatch):
-    for name in ("SLOW_SECONDS", "TRIAL_SECONDS"):
+    for name in ("SLOW_SECONDS", "TRIAL_SECONDS", "AGAIN_SECONDS"):
         monkeypatch.setattr(choice, name, 0.1)
     monkeypatch.setattr(loaded_model, "_SAMPLE_SECONDS", 0.1)
     engine = Engine(threads=1, backend="eager")
@@ -372,6 +373,52 @@ def test_a_cold_first_row_is_not_what_a_row_is_thought_to_cost(monkeypatch):
     loaded = engine._models.get("net")
     assert loaded.executable.report["row_seconds"] > 0.1
     assert engine._batcher.latency.predict(loaded.key, 1, 0.5) < 0.1
+
+
+class Clocked(nn.Module):
+    """Moves a clock on: by 1.5 s in its first two forwards, by 0.05 s in those after."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.forwards = 0.0, 0
+
+    def forward(self, x):
+        self.forwards += 1
+        self.now += 1.5 if self.forwards <= 2 else 0.05
+        return x * 1
+
+
+def test_a_first_row_that_took_over_a_second_is_timed_again(monkeypatch):
+    """Else the candidates are timed once each, and two threads got another plan than one."""
+    net = model(Clocked(), 8)
+    monkeypatch.setattr(choice.time, "perf_counter", lambda: net.module.now)
+    made = prepare(net, CPU, "fp32", "eager")
+    assert net.module.forwards > 2
+    assert "row_seconds" not in made.report
+
+
+class Reuses(nn.Module):
+    """Gives out its own memory, which the next forward fills anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = torch.zeros(2, 8)
+
+    def forward(self, x):
+        return self.given.copy_(x)
+
+
+@pytest.mark.parametrize(("slow", "runs"), [(-1.0, 1), (60.0, 2)])
+def test_what_a_module_gives_out_is_copied_also_where_a_probe_of_seconds_runs_once(
+    slow, runs, monkeypatch
+):
+    monkeypatch.setattr(eager, "SLOW_SECONDS", slow)
+    made = eager.Eager().compile(model(Reuses(), 8), CPU, PRESETS["fp32"], 1)
+    made.probe({"x": torch.ones(2, 8)})
+    kept = made.run({"x": torch.ones(2, 8)})
+    made.run({"x": torch.full((2, 8), 5.0)})
+    assert made.report["probe_runs"] == runs
+    assert kept["y"].unique().tolist() == [1.0]
 
 
 class InSteps(nn.Module):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from plinth.engine.memory.plan import trim
+from plinth.engine.mapped import trim
 from plinth.verticals.medical.ct.analysis import (
     LUNG_LEFT,
     LUNG_RIGHT,

@@ -327,6 +327,7 @@ def _unlike(series: Series, stack: Stack, voxels: Array, *, strict: bool) -> tup
     In MR excited in turn, and in PET of direct and cross planes, some of it is the scanner's.
     """
     found, slices = unlike_neighbours(voxels, hounsfield=series.modality == "CT")
+    slices = tuple(k for k in slices if _evenly_among(stack, k))
     if found is None and slices:
         names = ", ".join(stack.frames[k].header.source.name for k in slices[:3])
         more = f" and {len(slices) - 3} more" if len(slices) > 3 else ""
@@ -346,6 +347,12 @@ def _unlike(series: Series, stack: Stack, voxels: Array, *, strict: bool) -> tup
             reason="alternating",
         )
     return (Issue("alternating", text),)
+
+
+def _evenly_among(stack: Stack, k: int) -> bool:
+    """The two slices on either side lie at equal steps: beyond a gap another content is due."""
+    steps = np.diff(stack.depths)[max(0, k - 2) : k + 2]
+    return bool(np.ptp(steps) <= 0.1 * steps.mean())
 
 
 def _changed(one: Frame, other: Frame) -> InputError:
