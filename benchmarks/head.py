@@ -24,13 +24,22 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def fresh_process(*words: object) -> Any:
-    """What a script prints as the JSON of its last line, run in a process of one thread."""
+def fresh_process(*words: object, limit: float | None = None) -> Any:
+    """What a script prints as the JSON of its last line, run in a process of one thread.
+
+    Args:
+        words: the script and its words.
+        limit: seconds after which it is ended.
+
+    Raises:
+        subprocess.TimeoutExpired: it was.
+    """
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
+        timeout=limit,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     return json.loads(done.stdout.splitlines()[-1])

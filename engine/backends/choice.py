@@ -39,6 +39,7 @@ PROBE_ROUNDS = 30
 PLAN_SECONDS = 6.0  # of timing all candidates at all numbers of rows
 COMPILE_SECONDS = 15.0  # of compiling and exporting all candidates of "auto"
 CHECK_SECONDS = 8.0  # of trying the reference, and again of trying all others, in "auto"
+HOPELESS = 5.0  # times the fastest, from which a candidate is left out where time is short
 AGAIN_SECONDS = 2.0  # of a first run below which the reference is timed by another one
 SLOW_SECONDS = 1.0  # of one row; what takes longer is run as seldom as can be
 GROWTH = 2.0  # times an example's elements at most that are tried at other sizes, for their memory
@@ -316,10 +317,26 @@ class _Stopwatch:
         return [self.seconds[rows].get(label, float("inf")) for label in self._found]
 
     def _affordable(self, rows: int) -> bool:
+        """Whether there is time; candidates that are far behind are left out if there is then."""
         last = max(count for count in self.seconds)
-        slowest = max(value for value in self.seconds[last].values() if value < float("inf"))
-        expected = 2 * slowest * max(1.0, rows / last) * len(self._found)
-        return time.perf_counter() + expected < self._until
+        known = {
+            label: value
+            for label, value in self.seconds[last].items()
+            if label not in self.dropped and value < float("inf")
+        }
+        most = (self._until - time.perf_counter()) / (2 * max(1.0, rows / last))
+        if max(known.values()) * len(self._found) < most:
+            return True
+        best = min(known.values())
+        kept = [value for value in known.values() if value <= HOPELESS * best]
+        if len(kept) == len(known) or max(kept) * len(kept) >= most:
+            return False
+        for label, value in known.items():
+            if value > HOPELESS * best:
+                self.dropped[label] = (
+                    f"{value / best:.0f} times as slow as the fastest at {last} rows"
+                )
+        return True
 
     def _measure(self, rows: int) -> dict[str, float]:
         """Interleaved, the least time of each: what else the machine does hits all alike.
@@ -328,9 +345,11 @@ class _Stopwatch:
         """
         slow = self._asked.reference.report.get("row_seconds", 0.0)
         if slow > SLOW_SECONDS and rows == 1:
-            return {
+            once = {
                 label: each.report.get("row_seconds", slow) for label, each in self._found.items()
             }
+            if time.perf_counter() + 2 * sum(once.values()) > self._until:
+                return once
         inputs = self._asked.model.rows(rows)
         times: dict[str, list[float]] = {}
         for label, executable in self._found.items():

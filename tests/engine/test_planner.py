@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from bisect import bisect_right
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -460,3 +461,41 @@ def test_a_name_that_is_not_there_or_a_model_nothing_can_run_is_refused(only):
 class Mixing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x - x.mean(0))[:, :1]
+
+
+class Timed(nn.Module):
+    """Moves a clock on by so many seconds a row."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x):
+        NOW[0] += self.seconds * len(x)
+        return x * 1
+
+
+NOW = [0.0]
+
+
+def test_a_candidate_far_behind_does_not_keep_the_others_from_being_timed(monkeypatch):
+    """With eager at 0.4 s a row there is time for one row of it, and for four of the others."""
+    monkeypatch.setattr(choice.time, "perf_counter", lambda: NOW[0])
+    reference, fast, faster = (
+        TorchExecutable("eager", model(Timed(s), 8), Timed(s).eval(), CPU, "fp32")
+        for s in (0.4, 0.03, 0.02)
+    )
+    for each in (fast, faster):
+        each.report["allowed"] = 1e-3
+    one = {"x": torch.ones(1, 8)}
+    outputs = reference.run(one)
+    trial = choice._Trial("net", one, outputs, outputs, "given", 0.0)
+    named = replace(model(Timed(0.4), 8), example=one)
+    asked = choice._Asked(named, reference, [], None, "auto", 16, trial)
+    found = {"eager/fp32": reference, "other/fp32": fast, "other/bf16": faster}
+    stopwatch = choice._Stopwatch(asked, found)
+    assert stopwatch.times(1) == pytest.approx([0.4, 0.03, 0.02])
+    assert stopwatch.times(4)[1:] == pytest.approx([0.12, 0.08])
+    assert stopwatch.times(16) is not None
+    assert "20 times as slow" in stopwatch.dropped["eager/fp32"]
+    assert "other/fp32" not in stopwatch.dropped
