@@ -489,7 +489,7 @@ def test_a_candidate_far_behind_does_not_keep_the_others_from_being_timed(monkey
         each.report["allowed"] = 1e-3
     one = {"x": torch.ones(1, 8)}
     outputs = reference.run(one)
-    trial = choice._Trial("net", one, outputs, outputs, "given", 0.0)
+    trial = choice._Trial("net", one, outputs, outputs, "given", 0.0, ())
     named = replace(model(Timed(0.4), 8), example=one)
     asked = choice._Asked(named, reference, [], None, "auto", 16, trial)
     found = {"eager/fp32": reference, "other/fp32": fast, "other/bf16": faster}
