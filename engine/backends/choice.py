@@ -402,8 +402,8 @@ class _Trial:
     source: str
     nan: float
     """Share of the reference's outputs that are not a number."""
-    others: tuple[tuple[Mapping[str, Tensor], Mapping[str, Tensor]], ...]
-    """The first row at other sizes, where some are free, and what the reference makes of it."""
+    others: tuple[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]], ...]
+    """What else a row may be, in words, such a row, and what the reference makes of it."""
 
 
 def _trial(
@@ -448,7 +448,7 @@ def _tried(
         _refuse_mixing(model, alone, outputs)
         if seconds > SLOW_SECONDS:
             reference.report["row_seconds"] = seconds
-        others = tuple(_elsewhere(model, reference, one, seconds))
+        others = (*_elsewhere(model, reference, one, seconds), *_missing(reference, one, seconds))
         nan = _nan_share(outputs)
         return _Trial(model.spec.name, inputs, outputs, alone, source, nan, others)
     raise failed or ModelError(f"model {model.spec.name} has no example rows")
@@ -456,7 +456,7 @@ def _tried(
 
 def _elsewhere(
     model: Model, reference: Executable, one: Mapping[str, Tensor], seconds: float
-) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
+) -> Iterator[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]]:
     """A row at other sizes, where some are free, and what the reference makes of it.
 
     Args:
@@ -467,9 +467,27 @@ def _elsewhere(
     """
     for rows in other_sizes(model.spec, one, min(TRIAL_SECONDS / seconds, GROWTH)):
         try:
-            yield rows, _run(reference, rows)
+            yield sizes_of(rows), rows, _run(reference, rows)
         except ModelError as error:
             _log.debug("model %s takes no %s: %s", model.spec.name, sizes_of(rows), error)
+
+
+def _missing(
+    reference: Executable, one: Mapping[str, Tensor], seconds: float
+) -> Iterator[tuple[str, Mapping[str, Tensor], Mapping[str, Tensor]]]:
+    """A row of NaN, where the reference has numbers for that: such a model knows missing values."""
+    floats = {name for name, tensor in one.items() if tensor.is_floating_point()}
+    if not floats or seconds > SLOW_SECONDS:
+        return
+    rows = {n: torch.full_like(t, torch.nan) if n in floats else t for n, t in one.items()}
+    try:
+        found = _run(reference, rows)
+    except ModelError as error:
+        _log.debug("the reference takes no NaN: %s", error)
+        return
+    numbers = [tensor for tensor in found.values() if tensor.is_floating_point()]
+    if numbers and all(bool(tensor.isfinite().all()) for tensor in numbers):
+        yield "NaN", rows, found
 
 
 def _examples(
@@ -675,27 +693,29 @@ def _hold(executable: Executable, policy: PrecisionPolicy, trial: _Trial) -> Non
             f"allowed is {allowed:g}",
             hint="use backend eager and precision fp32",
         )
-    for rows, want in trial.others:
-        _hold_elsewhere(executable, rows, want, allowed)
+    for what, rows, want in trial.others:
+        _hold_elsewhere(executable, what, rows, want, allowed)
 
 
 def _hold_elsewhere(
-    executable: Executable, rows: Mapping[str, Tensor], want: Mapping[str, Tensor], allowed: float
+    executable: Executable,
+    what: str,
+    rows: Mapping[str, Tensor],
+    want: Mapping[str, Tensor],
+    allowed: float,
 ) -> None:
-    """Hold an executable against the reference at sizes that are not the example's."""
-    label, sizes = f"{executable.backend} in {executable.precision}", sizes_of(rows)
-    hint = "use backend eager, or fix the sizes in the spec"
+    """Hold an executable against the reference on a row of other sizes, or of NaN."""
+    label = f"{executable.backend} in {executable.precision}"
+    hint = "use backend eager, or fix sizes that are free in the spec"
     try:
         found = _run(executable, rows)
     except PlinthError as error:
-        why = error.message
-        raise ModelError(
-            f"{label} fails at {sizes}, which eager takes: {why}", hint=hint
-        ) from error
+        told = f"{label} fails at {what}, which the reference takes: {error.message}"
+        raise ModelError(told, hint=hint) from error
     worst = max(difference(found[name], each) for name, each in want.items())
     if not worst <= allowed:
         raise ModelError(
-            f"{label} is off the reference by {worst:.3g} at {sizes}, allowed is {allowed:g}",
+            f"{label} is off the reference by {worst:.3g} at {what}, allowed is {allowed:g}",
             hint=hint,
         )
 

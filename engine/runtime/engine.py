@@ -29,6 +29,7 @@ from plinth.engine.errors import (
     Closed,
     ConfigError,
     EngineFailed,
+    InputError,
     ModelError,
     OutOfMemory,
     PlinthError,
@@ -1286,7 +1287,7 @@ def _model_error(
         error: what it raised.
         alone: all rows of the batch were the caller's own: the error itself is its cause.
     """
-    if alone and isinstance(error, OutOfMemory | ModelError):
+    if alone and isinstance(error, OutOfMemory | ModelError | InputError):
         return error
     told = ModelError(
         f"model {loaded.spec.name} failed on {batch.rows} rows: {type(error).__name__}",

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from plinth.engine import Call, ConfigError, Engine, Model, ModelError, ModelSpec, TensorSpec
+from plinth.engine import (
+    Call,
+    ConfigError,
+    Engine,
+    InputError,
+    Model,
+    ModelError,
+    ModelSpec,
+    TensorSpec,
+)
 from plinth.engine.backends import Availability, Executable, backends, prepare
 from plinth.engine.backends.choice import difference
 from plinth.engine.backends.eager import TorchExecutable
@@ -412,6 +421,41 @@ def test_what_holds_wherever_the_model_does_is_compiled():
     for length in (1, 48, 64):
         rows = torch.randn(2, length, 8)
         torch.testing.assert_close(executable.run({"x": rows})["y"], module(rows))
+
+
+class Filling(nn.Module):
+    """Takes a missing value for 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.nan_to_num())
+
+
+@pytest.mark.needs("openvino")
+def test_what_is_no_number_is_refused_where_openvino_would_make_one_of_it():
+    """The ReLU of NaN is 0 there; who sent it is told, and nobody else."""
+    with Engine(threads=1) as engine:
+        engine.add(scorer(), backend="openvino")
+        good, bad = torch.randn(2, 8), torch.randn(3, 8)
+        bad[1, 2] = torch.nan
+        asked = [engine.submit(Call("net", rows)) for rows in (good, bad, good, good * 1e38)]
+        with pytest.raises(InputError, match="input x holds NaN or infinity"):
+            asked[1].result(60)
+        assert all(asked[i].result(60).value.shape == (2, 1) for i in (0, 2, 3))
+
+
+@pytest.mark.needs("openvino")
+def test_a_model_that_knows_missing_values_keeps_knowing_them():
+    model = Model(spec({"x": (8,)}, {"y": (1,)}), Filling().eval())
+    with pytest.raises(ModelError, match="fails at NaN, which the reference takes"):
+        prepare(model, CPU, "fp32", "openvino")
+    with Engine(threads=1) as engine:
+        engine.add(model)
+        rows = torch.full((1, 8), torch.nan)
+        assert engine.submit(Call("net", rows)).result(60).value.isfinite().all()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
