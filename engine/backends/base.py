@@ -13,11 +13,13 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from plinth.engine.devices.device import Device
-from plinth.engine.errors import ConfigError, ModelError
+from plinth.engine.errors import ConfigError, InputError, ModelError
 from plinth.engine.models.binding import outputs_by_name
 from plinth.engine.models.spec import ModelSpec
 from plinth.engine.models.store import Model
@@ -205,6 +207,22 @@ def named(spec: ModelSpec, output: Any, rows: int) -> dict[str, Tensor]:
             hint="one output row for each input row, as the outputs of the spec say",
         )
     return found
+
+
+def check_finite(model: str, name: str, values: npt.NDArray[Any], library: str) -> None:
+    """Refuse what a library's kernels would make numbers of where torch gives NaN.
+
+    Raises:
+        InputError: an input holds NaN or infinity.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = values.sum()  # many times as fast as to look at each
+    if not np.isfinite(total) and not np.isfinite(values).all():
+        raise InputError(
+            f"model {model}: input {name} holds NaN or infinity, which {library} would hide",
+            field=name,
+            hint="send numbers, or use backend eager",
+        )
 
 
 _LOCK = threading.Lock()

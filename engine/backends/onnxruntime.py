@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plinth.engine.backends.base import Availability, installed, named
+from plinth.engine.backends.base import Availability, check_finite, installed, named
 from plinth.engine.backends.export import compile_peak, onnx_file, why_not_onnx
 from plinth.engine.backends.quantised import quantised_file
 from plinth.engine.devices.device import Device
@@ -94,6 +94,8 @@ class OrtExecutable:
         self._spec = spec
         self._path = path
         self._outputs = [tensor.name for tensor in spec.outputs]
+        floats = [tensor.name for tensor in spec.inputs if "float" in tensor.dtype]
+        self._watched = [] if precision == "fp32" else floats
         self._bound: dict[int, _Bound | None] = {}
         self._session = session(path, self.report["threads"])
         free = any(None in tensor.shape for tensor in (*spec.inputs, *spec.outputs))
@@ -102,7 +104,14 @@ class OrtExecutable:
         self._fixed = not free and not wrong
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run rows on the host."""
+        """Run rows on the host.
+
+        Raises:
+            InputError: floats that are not finite, in less than fp32.
+        """
+        for name in self._watched:
+            values = inputs[name].numpy(force=True)
+            check_finite(self._spec.name, name, values, "ONNX Runtime in int8")
         rows = len(next(iter(inputs.values())))
         bound = self._bound.get(rows) if self._fixed else None
         return self._plain(inputs, rows) if bound is None else bound.run(inputs)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from plinth.engine.backends.base import Availability, installed, named
+from plinth.engine.backends.base import Availability, check_finite, installed, named
 from plinth.engine.backends.export import compile_peak, onnx_file, why_not_onnx
 from plinth.engine.backends.normalised import exact_norms
 from plinth.engine.backends.quantised import openvino_file
@@ -103,7 +103,7 @@ class OpenVinoExecutable:
         for name in self._ints:
             _check_range(self._spec.name, name, given[name])
         for name in self._floats:
-            _check_finite(self._spec.name, name, given[name])
+            check_finite(self._spec.name, name, given[name], "OpenVINO")
         held = [np.ascontiguousarray(array) for array in given.values()]
         for name, array in zip(given, held, strict=True):
             tensor = openvino.Tensor(array, shared_memory=True)
@@ -278,18 +278,6 @@ def _weight_bytes(graph: Any) -> int:
             anew = any(reader.get_type_name() in _LAID_OUT for reader in readers)
             total += op.get_byte_size() * (2 if anew else 1)
     return total
-
-
-def _check_finite(model: str, name: str, values: Any) -> None:
-    """Its kernels give numbers for NaN where torch gives NaN: 0 for the ReLU of one."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = values.sum()  # many times as fast as to look at each
-    if not np.isfinite(total) and not np.isfinite(values).all():
-        raise InputError(
-            f"model {model}: input {name} holds NaN or infinity, which OpenVINO would hide",
-            field=name,
-            hint="send numbers, or use backend eager",
-        )
 
 
 def _check_range(model: str, name: str, array: Any) -> None:

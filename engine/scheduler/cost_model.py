@@ -29,6 +29,7 @@ _LEARN = 0.05  # how fast the curve's own shape follows
 _SPREAD = 101  # delays of each key that are kept in the file
 _SEEN, _ONE_IN = 512, 16  # batches that plans are made from; once full, one in so many is taken
 _REBUILD = 8  # batches after which the moved curve is tabulated anew
+_LEAK = 2e-4  # of what the shape was moved, forgotten with each batch
 
 
 @dataclass(slots=True)
@@ -68,11 +69,12 @@ class _Curve:
 
     The level is the median of seen / curve over the last batches. The delay is what single
     batches took beyond curve * level. It is added, not multiplied: a core taken away for 5 ms
-    costs a batch of one as much as a batch of a hundred. ``common`` is the moving mean of the
-    steps by which knots were to move.
+    costs a batch of one as much as a batch of a hundred. ``seeded`` are the knots as
+    they were measured, ``common`` is the moving mean of the steps by which knots move.
     """
 
     knots: dict[int, float] = field(default_factory=dict)
+    seeded: dict[int, float] = field(default_factory=dict)
     ratios: _Sample = field(default_factory=_Sample)
     delays: _Sample = field(default_factory=_Sample)
     table: list[float] = field(default_factory=list)
@@ -168,10 +170,12 @@ class _Curve:
         Only by what it was off more than others lately: what all have in common is the level's,
         which is a median, and durations are skewed. Moved by that too, the knots in use would
         drift off from the others without end. Less their moving mean, the steps add up to a
-        change of that mean, which has a bound.
+        change of that mean, which has a bound. In logarithms up and down by as much is back again.
         """
-        step = _LEARN * max(-0.5, min(off, 0.5))
-        own = step - self.common
+        if self.moved >= _REBUILD:
+            self._settle(rows)
+        self.moved += 1
+        own = _LEARN * max(-0.5, min(off, 0.5)) - self.common
         self.common += _LEARN * own
         if rows in self.knots:
             self._raise(rows, own)
@@ -184,13 +188,32 @@ class _Curve:
             span = abs(first - rows) + abs(second - rows)
             self._raise(first, own * (1 - abs(first - rows) / span))
             self._raise(second, own * (1 - abs(second - rows) / span))
-        self.moved += 1
-        if self.moved >= _REBUILD:
-            self.moved = 0
-            self.rebuild(rows)
 
     def _raise(self, knot: int, step: float) -> None:
-        self.knots[knot] *= exp(step)  # in logarithms: up and down by as much is back again
+        """Move a knot and take along those that it passes, as in isotonic regression.
+
+        Cost grows with rows. Were others left behind, they would go on unseen below the largest
+        before them, and what they lose the rest would gain.
+        """
+        knots, order = self.knots, self.order
+        moved = knots[knot] = knots[knot] * exp(step)
+        place = bisect_left(order, knot)
+        for other in reversed(order[:place]):
+            if knots[other] <= moved:
+                break
+            knots[other] = moved
+        for other in order[place + 1 :]:
+            if knots[other] >= moved:
+                break
+            knots[other] = moved
+
+    def _settle(self, rows: int) -> None:
+        """Tabulate what has moved; a little of it is forgotten, towards what was measured."""
+        self.moved, least = 0, 0.0
+        for knot in self.order:
+            kept = (self.seeded[knot] / self.knots[knot]) ** (_REBUILD * _LEAK)
+            least = self.knots[knot] = max(least, self.knots[knot] * kept)
+        self.rebuild(rows)
 
 
 class LatencyModel:
@@ -207,7 +230,8 @@ class LatencyModel:
     def seed(self, key: BatchKey, rows: int, seconds: float) -> None:
         """Set the curve at ``rows`` from a warm-up measurement (seconds)."""
         curve = self._curves.setdefault(key, _Curve())
-        curve.knots[rows] = max(seconds, 1e-7)
+        curve.knots[rows] = curve.seeded[rows] = max(seconds, 1e-7)
+        curve.moved = _REBUILD
         curve.rebuild(rows)
 
     def observe(self, key: BatchKey, rows: int, seconds: float) -> None:
