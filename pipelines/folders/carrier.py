@@ -7,6 +7,7 @@ found the items keeps the journal.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from plinth.engine import Compute, ComputeError, ConfigError, Engine, EngineFailed, PlinthError, Sla
+from plinth.engine.cache import cache_folder
 from plinth.engine.devices.device import pick
 from plinth.engine.memory.plan import budget
 from plinth.engine.models.store import choose_store
@@ -141,13 +143,33 @@ def _owned(key: str, make: Make, given: tuple[Any, ...]) -> Own:
             _owns.popitem()[1][0].close()
         stack = ExitStack()
         try:
-            _owns[key] = stack, stack.enter_context(make(*given))
+            with _first_alone(key):
+                _owns[key] = stack, stack.enter_context(make(*given))
         except PlinthError as error:
             stack.close()
             raise EngineFailed(
                 f"a worker process could not be made ready: {error.message}", hint=error.hint
             ) from None
     return _owns[key][1]
+
+
+@contextmanager
+def _first_alone(key: str) -> Iterator[None]:
+    """Let the first process of a carrier make its engine while the others wait.
+
+    Which backend and precision is fastest it measures undisturbed, and keeps; the others take what
+    was kept, so that all items of a cohort are inferred alike.
+    """
+    with (cache_folder("batch") / "first").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if file.read() == key:
+            fcntl.flock(file, fcntl.LOCK_UN)
+            yield
+            return
+        yield
+        file.truncate(0)
+        file.write(key)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,6 +153,36 @@ def test_an_item_is_carried_whole_and_told_without_its_result(tmp_path: Path) ->
     assert list(good.begun) == ["load", "infer", "write"]
     assert (bad.done, bad.stage, getattr(bad.error, "reason", "")) == (None, "infer", "unlucky")
     assert sorted(good.done.files) == ["twice.txt", "writer.txt"]
+
+
+def test_the_first_process_of_a_cohort_makes_its_engine_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PLINTH_CACHE", str(tmp_path))
+    inside, go, at_once = threading.Event(), threading.Event(), threading.Semaphore(0)
+
+    def first() -> None:
+        with carrier._first_alone("k"):
+            inside.set()
+            go.wait(60)
+
+    def other() -> None:
+        with carrier._first_alone("k"):
+            at_once.release()
+            others.wait(60)  # both are in it at the same time
+
+    others = threading.Barrier(2)
+    threads = [threading.Thread(target=each) for each in (first, other, other)]
+    threads[0].start()
+    assert inside.wait(60)
+    for each in threads[1:]:
+        each.start()
+    assert not at_once.acquire(timeout=0.05)
+    go.set()
+    for each in threads:
+        each.join(60)
+    assert not others.broken
+    assert at_once.acquire(timeout=0)
 
 
 def test_each_process_gets_its_share_of_the_machine() -> None:
