@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -206,11 +208,35 @@ class StateStore(Protocol):
         """Done once all that was appended up to now is durable; StateError where it is not."""
 
 
-class Measures(dict[str, float]):
+class Measures(Mapping[str, float]):
     """Floats in the evidence of an answer, under names that no record has brought.
 
-    No card number is among them, so that an audit need not search them for one.
+    No card number is among them, so that an audit need not search them for one. A dict is made
+    of them when somebody asks: thousands that wait to be written cost more than they tell.
+
+    Args:
+        names: of the values.
+        values: float, shape (names,).
     """
+
+    __slots__ = ("_names", "_values")
+
+    def __init__(self, names: Sequence[str], values: npt.NDArray[np.floating[Any]]) -> None:
+        self._names = names
+        self._values = values
+
+    def told(self) -> dict[str, float]:
+        """As they are written."""
+        return dict(zip(self._names, self._values.tolist(), strict=True))
+
+    def __getitem__(self, name: str) -> float:
+        return self.told()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class Vertical(ABC, Generic[Req, Res]):

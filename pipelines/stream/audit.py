@@ -161,8 +161,12 @@ def _content(message: Message) -> bytes:
     numbers: dict[str, Any] = {}
     for name, value in (message.evidence or {}).items():
         kind = type(value)
-        plain = kind is Measures or (kind is dict and _are_measures(value))
-        (numbers if plain else texts)[name] = value
+        if kind is Measures:
+            numbers[name] = value.told()
+        elif kind is dict and _are_measures(value):
+            numbers[name] = value
+        else:
+            texts[name] = value
     made_from = orjson.dumps(texts)
     told = _cleaned(b'{"answer":%b,"evidence":%b}' % (message.value, made_from))
     if not numbers:

@@ -288,7 +288,7 @@ class AuditedDecision(Decision):
     In a slot, as a private attribute of pydantic makes a decision three times as dear.
 
     Attributes:
-        made_of: the row of features as floats, and the variant that judged.
+        made_of: the row of features, the variant that judged, and its thresholds.
     """
 
     __slots__ = ("made_of",)

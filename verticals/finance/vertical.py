@@ -418,11 +418,11 @@ class FraudScoring(Vertical[Record, Decision]):
         }
         if told["device_id"] is not None:
             record["device_id"] = told["device_id"]
-        row, by = result.made_of
+        row, by, thresholds = result.made_of
         return {
             "record": record,
-            "features": Measures(zip(self._features.names, row, strict=True)),
-            "thresholds": Measures(review=by.review, decline=by.decline),
+            "features": Measures(self._features.names, row),
+            "thresholds": thresholds,
             "model_digest": by.digest,
         }
 
@@ -590,8 +590,7 @@ class FraudScoring(Vertical[Record, Decision]):
         decisions: list[Decision] = []
         verdicts = self._verdicts(asked, batch, scores)
         lacking_until = self._lacking_until()
-        told_of = batch.rows.tolist() if self.audited else ()
-        same = {by.model: self._alike(by) for by in {*answered}}
+        same = {by.model: (self._alike(by), _thresholds(by)) for by in {*answered}}
         rows = zip(asked, batch.flags.tolist(), scores, answered, strict=True)
         for place, (request, flag, score, by) in enumerate(rows):
             verdict = verdicts.get(place, _NO_RULE)
@@ -599,7 +598,8 @@ class FraudScoring(Vertical[Record, Decision]):
             apart = self._shared or (
                 lacking_until > NEVER and milliseconds(request.event_time) <= lacking_until
             )
-            told = same[by.model].copy()
+            alike, thresholds = same[by.model]
+            told = alike.copy()
             told["transaction_id"] = request.transaction_id
             told["score"] = score
             told["decision"] = by.stricter(verdict.action, score)
@@ -614,7 +614,7 @@ class FraudScoring(Vertical[Record, Decision]):
                 }
             if self.audited:
                 audited = unchecked(AuditedDecision, told)
-                object.__setattr__(audited, "made_of", (told_of[place], by))
+                object.__setattr__(audited, "made_of", (batch.rows[place], by, thresholds))
                 decisions.append(audited)
             else:
                 decisions.append(unchecked(Decision, told))
@@ -664,6 +664,10 @@ class FraudScoring(Vertical[Record, Decision]):
         if self.watch is not None:
             self.watch(payments, hits)
         return verdicts
+
+
+def _thresholds(by: Variant) -> Measures:
+    return Measures(("review", "decline"), np.array((by.review, by.decline), np.float64))
 
 
 def _explained(
