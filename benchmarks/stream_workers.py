@@ -11,6 +11,7 @@ Kafka (KAFKA_HOME, else ../shared/kafka); Kafka, the workers and this script sha
   to stop (SIGTERM), and one is killed (SIGKILL; it has a lasting name, and nobody takes its place).
   For each: the longest time from a payment's timestamp to its committed answer in the seconds
   after it, how long it took until answers came as soon as before, and how many payments came late.
+  With ``--leave`` a worker that is told to stop leaves the group (``leave_on_stop``).
 """
 
 from __future__ import annotations
@@ -60,12 +61,17 @@ class Group:
         node: the Kafka.
         folder: for their state and logs.
         client: of Kafka.
+        leave: whoever is told to stop leaves the group.
+        disk: the state lies on disk by parts.
     """
 
-    def __init__(self, node: KafkaNode, folder: Path, client: str) -> None:
+    def __init__(
+        self, node: KafkaNode, folder: Path, client: str, *, leave: bool, disk: bool
+    ) -> None:
         self.config: StreamConfig = node.config(
-            client=client, idle_exit_s=None, partitions=4, state_dir=None
+            client=client, idle_exit_s=None, partitions=4, state_dir=None, leave_on_stop=leave
         )
+        self._disk = disk
         self.node = node
         self.workers: list[subprocess.Popen[bytes]] = []
         self._folder = Path(tempfile.mkdtemp(dir=folder))
@@ -76,6 +82,7 @@ class Group:
         """Start one more worker."""
         number, self._started = self._started, self._started + 1
         own = {"state_dir": self._folder / f"w{number}", "instance_id": f"w{number}"}
+        own |= {"state_store": "disk"} if self._disk else {}
         told = self.config.model_dump(mode="json", exclude_unset=True) | own
         settings = {f"PLINTH_STREAM__{k.upper()}": str(v) for k, v in told.items() if v is not None}
         with (self._folder / f"w{number}.log").open("wb") as log:
@@ -257,6 +264,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1_000, help="payments/s beside changes")
     parser.add_argument("--apart", type=float, default=15.0, help="seconds from change to change")
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--leave", action="store_true", help="set leave_on_stop")
+    parser.add_argument("--disk", action="store_true", help="the state lies on disk by parts")
     parser.add_argument("--client", choices=("kafka-python", "confluent"), default="kafka-python")
     given = parser.parse_args()
     steady = round(given.rate * given.apart * 5)
@@ -267,7 +276,7 @@ def main() -> None:
         node = KafkaNode(find_home(), folder)
 
         def run(part: str, measure: Callable[[Group], Any]) -> None:
-            group = Group(node, folder, given.client)
+            group = Group(node, folder, given.client, leave=given.leave, disk=given.disk)
             try:
                 found = measure(group)
             finally:

@@ -340,6 +340,10 @@ class ConfluentMember(Asks):
     def rejoin(self) -> None:
         """See :class:`Member`; librdkafka sees by itself that a topic has grown."""
 
+    def identity(self) -> str:
+        """See :class:`Member`."""
+        return str(self._member.memberid() or "")
+
     def close(self) -> None:
         """See :class:`Member`."""
         thread = AbandonableThread("plinth-leave")

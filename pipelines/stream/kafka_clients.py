@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from kafka.admin import KafkaAdminClient
+from kafka.admin import KafkaAdminClient, MemberToRemove
 from kafka.errors import (
     AuthorizationError,
     FencedInstanceIdError,
@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 RETRY_BACKOFF_MS = 5
 """A transaction that begins before the last one's markers are written waits so long."""
+LEAVE_MS = 3_000
+"""Longest wait for a broker, and for its answer, when a place in the group is given up."""
 HEADROOM = 128 * 1024
 """Bytes of a message beside a record: key and headers."""
 Noted = dict[Partition, tuple[int, str]]
@@ -98,8 +100,11 @@ class Member(Protocol):
     def rejoin(self) -> None:
         """Have the group share out the partitions again."""
 
+    def identity(self) -> str:
+        """What the group's coordinator calls it; empty while not in the group."""
+
     def close(self) -> None:
-        """Leave the group, in bounded time."""
+        """Leave the group, in bounded time; under a lasting name its place is kept."""
 
 
 class Writer(Protocol):
@@ -342,6 +347,30 @@ def _counts(admin: Any, names: tuple[str, ...]) -> dict[str, int]:
         for topic in admin.describe_topics(list(names))
         if not topic["error_code"] and topic["partitions"]
     }
+
+
+def give_place_up(config: StreamConfig, member: str) -> None:
+    """End what a lasting name keeps in the group, so that others have its partitions at once.
+
+    Clients never do that by themselves. Where it fails, others wait for ``session_timeout_ms``.
+
+    Args:
+        config: whose group and name.
+        member: as the coordinator calls it; a newer one of the same name is left alone.
+    """
+    options = config.client_options() | {"bootstrap_timeout_ms": LEAVE_MS}
+    try:
+        with quiet_client():
+            admin = connect(KafkaAdminClient, **options, request_timeout_ms=LEAVE_MS)
+            try:
+                gone = MemberToRemove(member, config.instance_id, "it was told to stop")
+                found = admin.remove_group_members(config.group, [gone])
+            finally:
+                admin.close()
+    except (KafkaError, OSError, ValueError) as error:
+        log.warning("the place of %s in the group was not given up: %r", config.instance_id, error)
+        return
+    log.info("%s has left the group: %s", config.instance_id, found)
 
 
 def missing_topics(config: StreamConfig) -> set[str] | None:

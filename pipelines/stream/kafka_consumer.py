@@ -14,6 +14,7 @@ from plinth.pipelines.stream.kafka_clients import (
     Client,
     Member,
     Noted,
+    give_place_up,
     hopeless,
     missing_topics,
     noted,
@@ -58,6 +59,7 @@ class GroupConsumer:
         self.notes: dict[Partition, str] = {}
         self._asked: Callable[[float], bool] | None = None
         self._elsewhere = Elsewhere(config)
+        self._closed = False
 
     # -- reading ---------------------------------------------------------------------------
     def poll(self) -> Chunk | None:
@@ -373,7 +375,21 @@ class GroupConsumer:
         """Topics of the stream that the cluster does not have; ``None`` if it does not say."""
         return missing_topics(self.config)
 
+    def leave(self) -> None:
+        """Give the partitions away, where others are to have them at once; :meth:`close` follows.
+
+        All that was read is committed.
+        """
+        if self.config.stays:
+            return
+        member = self.member.identity() if self.config.instance_id is not None else ""
+        self.close()
+        if member:
+            give_place_up(self.config, member)
+
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group, if that was not done yet."""
         self._end_replay()
-        self.member.close()
+        if not self._closed:
+            self._closed = True
+            self.member.close()

@@ -186,6 +186,10 @@ class PythonMember(Asks):
         """See :class:`Member`."""
         self._consumer._coordinator.request_rejoin()
 
+    def identity(self) -> str:
+        """See :class:`Member`."""
+        return str(self._consumer.group_metadata().member_id or "")
+
     def close(self) -> None:
         """See :class:`Member`."""
         try:

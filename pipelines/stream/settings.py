@@ -54,6 +54,10 @@ class StreamConfig(BaseModel):
         pattern=r"^[A-Za-z0-9._-]+$",
         description="this worker's own lasting name: it returns to its partitions after a crash",
     )
+    leave_on_stop: bool = Field(
+        default=False,
+        description="a stop gives the partitions of a worker with an instance_id away at once",
+    )
     guarantee: Guarantee = Field(
         default="exactly_once", description="exactly_once or at_least_once"
     )
@@ -187,6 +191,8 @@ class StreamConfig(BaseModel):
             raise ValueError("state_store = 'disk' needs a state_dir")
         if self.standby and self.state_dir is None:
             raise ValueError("standby needs the state_dir of the worker it stands by for")
+        if self.standby and self.leave_on_stop:
+            raise ValueError("leave_on_stop gives away what standby keeps for another of the name")
         if len(set(self.topics)) < len(self.topics):
             raise ValueError(
                 "input_topic, output_topic, dead_letter_topic and audit_topic must differ"
@@ -217,8 +223,13 @@ class StreamConfig(BaseModel):
 
     @property
     def heartbeat_ms(self) -> int:
-        """How often a worker tells the group that it lives."""
-        return max(250, min(3_000, self.session_timeout_ms // 5))
+        """How often a worker tells the group that it lives, and is told that the group changes."""
+        return max(250, min(1_000, self.session_timeout_ms // 5))
+
+    @property
+    def stays(self) -> bool:
+        """A stop does not give partitions away: the worker comes back under its name."""
+        return self.instance_id is not None and not self.leave_on_stop
 
     def _sasl_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"sasl_mechanism": self.sasl_mechanism}

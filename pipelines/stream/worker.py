@@ -377,9 +377,11 @@ class Worker:
                     over = self._turn()
                 except Rewind as why:
                     self._recover(why)
-            if not self._unsettled:
-                self._snapshot(last=True)
             self._report()
+            if not self._unsettled:
+                self._at("close")
+                self.consumer.leave()  # whoever goes on need not wait for what is kept of it
+                self._snapshot(last=True)
             return self._summarise()
         finally:
             self._at("close")

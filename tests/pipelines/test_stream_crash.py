@@ -288,14 +288,21 @@ def given_up() -> float:
     return REGISTRY.get_sample_value("plinth_kafka_recoveries_total", labels) or 0.0
 
 
+@each_client
 def test_scores_stay_right_while_workers_join_and_leave_the_group(
-    kafka_node: KafkaNode,
+    kafka_node: KafkaNode, client: str
 ) -> None:
-    """The second worker has another client than the first, where there is one."""
+    """The second worker has another client than the first, where there is one.
+
+    It gets the partitions of the first, which has a lasting name, long before the group would give
+    them away.
+    """
     other = "kafka-python" if find_spec("confluent_kafka") is None else "confluent"
-    config = kafka_node.config(max_records=16, idle_exit_s=10.0)
+    other = "kafka-python" if client == other else other
+    config = kafka_node.config(max_records=16, idle_exit_s=None, session_timeout_ms=60_000)
     kafka_node.fill(config, spends(1_000))
-    first = Thread(config)
+    named = {"client": client, "instance_id": "w1", "leave_on_stop": True}
+    first = Thread(config.model_copy(update=named))
     first.until(500)
     second = Thread(config.model_copy(update={"client": other}))
     eventually(lambda: second.progress.partitions > 0, 60, "the second worker has partitions")
@@ -305,6 +312,7 @@ def test_scores_stay_right_while_workers_join_and_leave_the_group(
     eventually(lambda: any(mine < 4 for mine, _ in shares), 60, "the first shares the topic")
     first.stop.set()
     done = first.summary()
+    eventually(lambda: second.progress.partitions == 4, 20, "the second has what the first had")
     second.until(4_000 - done.records)
     second.stop.set()
     assert done.records + second.summary().records == 4_000
