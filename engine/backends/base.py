@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from plinth.distribution import version
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, InputError, ModelError
 from plinth.engine.models.binding import outputs_by_name
@@ -152,7 +152,7 @@ def installed(extra: str, *modules: str) -> Availability:
     if missing:
         why = f"not installed: {', '.join(missing)} (pip install 'plinth-engine[{extra}]')"
         return Availability(None, why)
-    return Availability(metadata.version(modules[0]))
+    return Availability(version(modules[0]))
 
 
 @runtime_checkable

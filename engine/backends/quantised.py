@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from plinth.distribution import version
 from plinth.engine.backends.export import onnx_file
 from plinth.engine.cache import cache_folder
 from plinth.engine.errors import ModelError
@@ -166,7 +166,7 @@ def _ranges(source: Path, rows: Mapping[str, Tensor] | None) -> Path | None:
 def _key(source: Path, policy: PrecisionPolicy, rows: Mapping[str, Tensor] | None) -> str:
     with source.open("rb") as file:
         key = hashlib.file_digest(file, "sha256")
-    versions = [metadata.version(name) for name in ("onnx", "onnxruntime")]
+    versions = [version(name) for name in ("onnx", "onnxruntime")]
     facts = (FORMAT, *versions, json.dumps(policy.as_dict(), sort_keys=True), str(saturates()))
     key.update("\n".join(facts).encode())
     if rows is not None:

@@ -45,6 +45,19 @@ def digest(value: Any) -> str:
     return found.sha.hexdigest()
 
 
+def structure_digest(module: nn.Module) -> str | None:
+    """A digest of all that :func:`digest` covers but the values of tensors; ``None``: not readable.
+
+    Modules of one structure run the same operations on tensors of the same sizes.
+    """
+    found = _Hash(values=False)
+    try:
+        found.add(module)
+    except RecursionError:
+        return None
+    return None if found.opaque else found.sha.hexdigest()
+
+
 def lasting_digest(value: Any) -> str | None:
     """A digest that means the same in every process, or ``None`` where there can be none.
 
@@ -62,10 +75,11 @@ def lasting_digest(value: Any) -> str | None:
 
 
 class _Hash:
-    def __init__(self, lasting: bool = False) -> None:
+    def __init__(self, *, lasting: bool = False, values: bool = True) -> None:
         self.sha = hashlib.sha256()
         self.opaque = False
         self._lasting = lasting
+        self._values = values
         self._libraries = _VERSIONED if lasting else set(_LIBRARIES)
         self._seen: dict[int, int] = {}
         self._classes: set[type] = set()
@@ -111,8 +125,11 @@ class _Hash:
             self._object(value)
 
     def _tensor(self, value: Tensor) -> None:
+        self._say(str(value.dtype), str(tuple(value.shape)))
+        if not self._values:
+            self._say(str(value.device), str(value.stride()), str(value.requires_grad))
+            return
         host = value.detach().cpu().contiguous()
-        self._say(str(host.dtype), str(tuple(host.shape)))
         if host.numel():
             self.sha.update(host.reshape(-1).view(torch.uint8).numpy().data)
             Pages([host]).give_back()  # it was read to be counted

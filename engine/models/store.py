@@ -61,7 +61,8 @@ class Model:
         example: rows (n, ...) by input name that the model is tried and measured on; ``None``
             makes rows up from the spec.
         made_from: SHA-256 of the files it was read from, where these alone decide what it
-            computes; for modules that cannot be read, such as TorchScript.
+            computes; for modules that cannot be read, such as TorchScript. Or its digest, once
+            its module stays as it is, see :meth:`pinned`.
         origin: what is known of the model of another library that it was made of.
         variants: other ways to compute it that a store has, if it has any.
         exact: runs in precision ``"exact"``, whatever the engine runs others in: what these are
@@ -161,6 +162,10 @@ class Model:
         if self.made_from is not None:
             return self.made_from
         return _sha256(self.onnx) if self.onnx else digest(self.module)
+
+    def pinned(self) -> Model:
+        """The same, whose digest is not computed again: nobody changes its module from now on."""
+        return replace(self, made_from=self.digest())
 
     def rows(self, count: int) -> dict[str, Tensor]:
         """So many rows to try it with: those of ``example`` in turn, else made up."""

@@ -27,6 +27,7 @@ from plinth.engine.errors import ConfigError, ModelError, OutOfMemory, PlinthErr
 from plinth.engine.flow import Sla, cat_rows
 from plinth.engine.mapped import Pages
 from plinth.engine.memory.foresight import SizePlans, outgrows
+from plinth.engine.memory.likeness import Measured, likeness
 from plinth.engine.memory.plan import MemoryPlan, Room, measure
 from plinth.engine.memory.plan import budget as budget_of
 from plinth.engine.memory.residency import Evictable, seats_status
@@ -85,6 +86,7 @@ class LoadedModel:
         degraded: a faster variant of it, which answers what would be late otherwise.
         halvings: batches that did not fit into memory and were run in halves, so far.
         fits: rows of its largest batch if it had the device's memory to itself.
+        measured: its memory and its cost; ``None`` where sizes of its inputs are free.
     """
 
     model: Model
@@ -108,6 +110,7 @@ class LoadedModel:
     follows: bool = field(init=False, default=False)
     refused: str | None = field(init=False, default=None)
     recent: Recent | None = field(init=False, default=None)
+    measured: Measured | None = field(init=False, default=None)
     policy: PrecisionPolicy | None = field(init=False, default=None)
     degraded: LoadedModel | None = field(init=False, default=None)
     fits: int = field(init=False)
@@ -398,6 +401,7 @@ def load_model(
     depth: int = 1,
     lanes: int = 1,
     compile_room: int | None = None,
+    beside: Sequence[LoadedModel] = (),
 ) -> LoadedModel:
     """Compile a model, measure its memory and its cost, and seed the latency model.
 
@@ -422,6 +426,7 @@ def load_model(
         depth: batches on their way at once to and from each lane; each holds its rows and outputs.
         lanes: lanes of the device that run it at the same time.
         compile_room: bytes that compiling may take at its peak; ``None``: whatever there is.
+        beside: loaded before; of one that is like this model memory and cost are taken over.
 
     Raises:
         ConfigError: an impossible range, backend or precision.
@@ -451,8 +456,12 @@ def load_model(
                 padding = find_padding(model, executable)
             known = None if model.onnx is not None or device.kind != "cpu" else SizePlans(model)
             return LoadedModel(model, sla, executable, high, room, padding=padding, sizes=known)
-        plan = _plan(executable, model, sizes, budget)
+        like = likeness(model, executable, sizes, batch_range)
+        twin = next((each for each in beside if like and _likeness_of(each) == like), None)
+        plan = _plan(executable, model, sizes, budget, twin)
+        own = plan
         if plan.max_rows < low:
+            like = None
             executable, plan = _smaller(executable, plan, model, sizes, budget)
         if device.kind != "cpu":
             plan = _in_flight(plan, executable, model, depth)
@@ -460,9 +469,11 @@ def load_model(
         plan.check(low)
         if backend == "auto" if graphs is None else graphs:
             executable, plan = _graphed(executable, model, plan, high)
-        most, cost = _range(executable, model, plan, high if batch_range != "auto" else None)
+        tried = high if batch_range != "auto" else None
+        most, cost = _range(executable, model, plan, tried, _costs_of(twin, latency))
     room = Room(plan.budget - plan.peak(1), plan.fixed + plan.per_row)
     loaded = LoadedModel(model, sla, executable, most, room, plan)
+    loaded.measured = Measured(like, own, most, cost)
     for rows, seconds in cost.items():
         latency.seed(loaded.key, rows, seconds)
     if module is None:  # the backend has weights of its own
@@ -584,13 +595,32 @@ def _variant(
     return best_variant(model, device, threads)
 
 
+def _likeness_of(loaded: LoadedModel) -> str | None:
+    return None if loaded.measured is None else loaded.measured.likeness
+
+
+def _costs_of(known: LoadedModel | None, latency: LatencyModel) -> tuple[int, dict[int, float]]:
+    """Rows of the largest batch of a model that is known, and what its batches cost by now."""
+    if known is None or known.measured is None:
+        return 0, {}
+    return known.measured.most, latency.learned(known.key) or dict(known.measured.cost)
+
+
 def _plan(
-    executable: Executable, model: Model, rows: tuple[int, int], budget: int | str
+    executable: Executable,
+    model: Model,
+    rows: tuple[int, int],
+    budget: int | str,
+    known: LoadedModel | None = None,
 ) -> MemoryPlan:
     """The memory of up to ``rows[0]`` rows, fewer where they would take seconds.
 
     Of up to ``rows[1]``, the largest batch, where those take little time and much memory is left.
+    What is ``known`` of one like it holds for this one: it was measured when less else ran.
     """
+    if known is not None and known.measured is not None:
+        limit = budget_of(executable.device, budget)
+        return replace(known.measured.plan, weights=executable.weights, budget=limit)
     probe, high = rows
     one = model.rows(1)
     seconds = executable.report.get("row_seconds") or _seconds(executable, one)
@@ -616,9 +646,16 @@ def _measured(executable: Executable, model: Model, rows: int, budget: int | str
 
 
 def _range(
-    executable: Executable, model: Model, plan: MemoryPlan, high: int | None
+    executable: Executable,
+    model: Model,
+    plan: MemoryPlan,
+    high: int | None,
+    known: tuple[int, dict[int, float]],
 ) -> tuple[int, dict[int, float]]:
     """Rows of the largest batch, and what batches cost; ``high`` is None to find it."""
+    found_most, cost = known
+    if cost and (high is not None or found_most <= plan.max_rows):
+        return min(high or found_most, plan.max_rows), cost
     if high is not None:
         most = min(high, plan.max_rows)
         if (slow := executable.report.get("row_seconds", 0.0)) > _SAMPLE_SECONDS:

@@ -143,6 +143,7 @@ class ModelTable:
             wanted, usual = "exact", "auto"
         chosen = isinstance(wanted, str) and wanted.startswith(VARIANT)
         with self._one_at_a_time:
+            model = model.pinned()
             default = model.variants.default if model.variants else None
             how = (batch_range, backend, precision)
             asked = (model.spec, model.digest(), default, *map(repr, how), sla.on_overload)
@@ -170,6 +171,7 @@ class ModelTable:
                 depth=execution.depth or 1,
                 lanes=execution.lanes,
                 compile_room=self._compile_room(held),
+                beside=self.all(),
             )
             loaded.asked, loaded.how, loaded.default = asked, how, default
             loaded.policy = None if chosen else resolve(wanted)

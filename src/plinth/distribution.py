@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from importlib import metadata
 
 DISTRIBUTION = "plinth-engine"
@@ -23,8 +24,12 @@ _BROUGHT_BY = {
 """Distribution of each module that is not called like it."""
 
 
+@cache
 def version(distribution: str = DISTRIBUTION) -> str:
-    """Of a distribution; ``"unknown"`` when it is not installed, or run from a path alone."""
+    """Of a distribution; ``"unknown"`` when it is not installed, or run from a path alone.
+
+    Read once: what a process has imported stays what it is.
+    """
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

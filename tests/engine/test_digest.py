@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from plinth.engine.models.digest import digest, lasting_digest
+from plinth.engine.models.digest import digest, lasting_digest, structure_digest
 from plinth.engine.models.families.registry import families
 
 NET = """
@@ -114,6 +114,16 @@ def test_every_family_has_a_lasting_digest(family):
     assert lasting_digest(one) == lasting_digest(same) is not None
     assert digest(one) == digest(same)
     assert lasting_digest(one) != lasting_digest(other)
+
+
+def test_models_of_one_structure_differ_in_the_values_of_tensors_alone():
+    one, same, wide = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 3)
+    assert digest(one) != digest(same)
+    assert structure_digest(one) == structure_digest(same) is not None
+    assert structure_digest(one.double()) != structure_digest(same) != structure_digest(wide)
+    assert structure_digest(nn.Dropout(0.1)) != structure_digest(nn.Dropout(0.2))
+    same.guard = threading.Lock()
+    assert structure_digest(same) is None
 
 
 def test_weights_behind_a_weak_reference_are_read():

@@ -24,6 +24,7 @@ from plinth.engine import (
 )
 from plinth.engine.errors import OutOfMemory
 from plinth.engine.metrics import REGISTRY
+from plinth.engine.runtime import loaded_model
 from plinth.engine.runtime.recent import Recent
 from plinth.engine.scheduler.batcher import MAX_KEYS
 
@@ -52,6 +53,42 @@ def scale(factor: float, name: str = "scale", version: str = "1", shape=(4,), **
 
 def ask(engine: Engine, name: str = "scale") -> float:
     return engine.submit(Call(name, torch.ones(1, 4)), SLA).result(30).value[0, 0].item()
+
+
+class Padded(Scale):
+    def forward(self, x):
+        return (x.repeat(1, 4096) * self.factor)[:, :4]
+
+
+def test_what_was_measured_of_a_model_holds_for_another_of_its_structure(monkeypatch):
+    runs, measure = [], loaded_model.measure
+
+    def counted(*args, **options):
+        runs.append(args)
+        return measure(*args, **options)
+
+    monkeypatch.setattr(loaded_model, "measure", counted)
+    with Engine(threads=1) as engine:
+
+        def measured(model: Model) -> bool:
+            before = len(runs)
+            engine.add(model, batch_range=(1, 8))
+            return len(runs) > before
+
+        table = engine._lanes.models
+        assert measured(scale(2.0))
+        first = table.get("scale")
+        assert not measured(scale(3.0, version="2"))
+        second = table.get("scale")
+        for told in ("fixed", "per_row", "weights"):
+            assert getattr(second.plan, told) == getattr(first.plan, told)
+        assert second.most == first.most
+        assert engine._batcher.latency.learned(second.key)
+        assert ask(engine) == 3.0
+        padded = scale(2.0, version="3")
+        assert measured(Model(padded.spec, Padded(2.0).eval()))
+        assert table.get("scale").plan.per_row > first.plan.per_row
+        assert measured(scale(2.0, version="4", shape=(5,)))
 
 
 @pytest.mark.parametrize("version", ["1", "2"])

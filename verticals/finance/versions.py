@@ -133,11 +133,12 @@ class Versions:
 
     def _read(self, version: str | None, name: str) -> tuple[Serving, list[Model]]:
         store = ModelStore(self.champion.store)
-        main = store.load(NAME, version)
+        main = store.load(NAME, version).pinned()
         models = [main]
         if main.spec.cheaper:
             same = main.spec.version in store.versions(main.spec.cheaper)
-            models.append(store.load(main.spec.cheaper, main.spec.version if same else None))
+            other = store.load(main.spec.cheaper, main.spec.version if same else None)
+            models.append(other.pinned())
         version = main.spec.version
         facts, told = store.facts(NAME, version), f"{NAME} {version}"
         columns = Columns.of(self._features, facts, told)
