@@ -12,6 +12,7 @@ from typing import Any
 
 from plinth.engine import ConfigError, Engine, Model, Sla
 from plinth.engine.models.store import choose_store, default_store
+from plinth.engine.optimize.export_ahead import export_ahead
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.live_models import following
 from plinth.pipelines.live_tables import settings_of
@@ -165,6 +166,8 @@ def running(
         if follow:
 
             def add(vertical: Vertical[Any, Any], model: Model) -> None:
+                if config.engine.backend in ("auto", "onnxruntime"):
+                    export_ahead(model)
                 _add(engine, config, vertical, model)
 
             stack.enter_context(following(engine, list(verticals.values()), add))

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import platform
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -31,6 +32,9 @@ MAX_WEIGHTS = 1 << 30
 EXAMPLE_ROWS = 2
 FORMAT = "5"  # of what is kept in the cache
 _EDGE = 1 << 14  # sizes above are not tried: it would take too long
+KNOWN_MODULES = 64
+_LASTING: dict[str, str | None] = {}  # lasting digests by digest
+_EXPORTING = threading.RLock()  # torch's tracer keeps what it does in the process
 _log = logging.getLogger(__name__)
 
 
@@ -86,7 +90,19 @@ def onnx_file(model: Model) -> Path:
     path = cache_folder("onnx") / f"{made.key}.onnx"
     if path.is_file():
         return path
-    program = made.program
+    with _EXPORTING:
+        return path if path.is_file() else _exported(model, made.program, path)
+
+
+def onnx_place(model: Model) -> Path | None:
+    """Where :func:`onnx_file` keeps what it makes; ``None`` where only a trace can tell."""
+    if model.onnx:
+        return model.onnx
+    key = Traced(model).known_key
+    return None if key is None else cache_folder("onnx") / f"{key}.onnx"
+
+
+def _exported(model: Model, program: torch.export.ExportedProgram, path: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
         new = Path(folder) / "model.onnx"
         with refusing(model, "exported to ONNX"), quiet():
@@ -128,7 +144,7 @@ class Traced:
         rows = self._model.rows(EXAMPLE_ROWS)
         inputs = tuple(rows[each.name] for each in spec.inputs)
         module = _Positional(self._model)
-        with refusing(self._model, "exported to ONNX"), quiet():
+        with _EXPORTING, refusing(self._model, "exported to ONNX"), quiet():
             program = torch.export.export(module, inputs, dynamic_shapes=(shapes,))
             _refuse_narrow(self._model, module, program, rows)
         return program
@@ -140,9 +156,28 @@ class Traced:
         Where something of the module cannot be read, of the traced program with all its
         constants: whatever decides what the module computes has left its mark there.
         """
+        return self._key_of(self._lasting or self._of_program())
+
+    @property
+    def known_key(self) -> str | None:
+        """The same, where it can be told without a trace."""
+        return None if self._lasting is None else self._key_of(self._lasting)
+
+    @cached_property
+    def _lasting(self) -> str | None:
+        """Of the module, or of an earlier one that was pinned at the same digest."""
+        pinned, module = self._model.made_from, self._model.module
+        if pinned is None:
+            return lasting_digest(module)
+        if pinned not in _LASTING:
+            if len(_LASTING) >= KNOWN_MODULES:
+                _LASTING.clear()
+            _LASTING[pinned] = lasting_digest(module)
+        return _LASTING[pinned]
+
+    def _key_of(self, module: str) -> str:
         versions = [version(name) for name in ("torch", "onnx", "onnxscript", "numpy")]
         contract = self._model.spec.model_dump_json(include={"inputs", "outputs"})
-        module = lasting_digest(self._model.module) or self._of_program()
         facts = (FORMAT, *versions, platform.python_version(), contract, module)
         return hashlib.sha256("\n".join(map(str, facts)).encode()).hexdigest()
 

@@ -1,5 +1,6 @@
 """ONNX files in the store: checked, described from their graph, run by the engine as any model."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from plinth.engine import (
     ModelStore,
     TensorSpec,
 )
+from plinth.engine.backends.export import onnx_file
+from plinth.engine.models.families.registry import families
+from plinth.engine.optimize.export_ahead import export_ahead
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -255,3 +259,22 @@ def test_files_of_other_kinds_are_told_what_to_do_instead(store, tmp_path, name,
     (tmp_path / name).write_bytes(start + b" more")
     with pytest.raises(ModelError, match=said):
         store.import_onnx(None, tmp_path / name)
+
+
+@pytest.mark.soak  # starts processes that import torch
+def test_a_stored_model_is_exported_by_a_process_of_its_own(store, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PLINTH_CACHE", str(tmp_path / "cache"))
+    family = families()[0]
+    made = family.model(family.small, seed=0)
+    assert not export_ahead(made)  # it lies in no store
+    folder = store.save(made.spec, made.module)
+    model = store.load(made.spec.name)
+    assert export_ahead(model)
+    (kept,) = (tmp_path / "cache" / "onnx").iterdir()
+    assert onnx_file(model) == kept
+    assert not export_ahead(model)
+    kept.unlink()
+    shutil.rmtree(folder)
+    assert export_ahead(model)
+    assert "was not exported ahead: " in caplog.text
+    assert onnx_file(model) == kept
