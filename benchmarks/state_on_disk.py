@@ -103,7 +103,7 @@ class Arm:
             kept.begin({})
         busy = kept.busy
         self.waits += unsaved >= FULL_AT
-        if busy and not kept.step():
+        if not kept.step() and busy:
             self.checkpoints.append(time.perf_counter() - self._began)
         self.pauses.append(time.perf_counter() - began)
         self.steps.append(time.thread_time() - cpu)

@@ -8,6 +8,7 @@ is logged as well, by SQLite, since that syncs once where LMDB does twice, befor
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import logging
@@ -61,12 +62,18 @@ STEP_S = 0.002
 PRESSED_S = 0.012
 """The same where memory is half full of what no checkpoint has: more is written than changes."""
 PRESSED_SHARE = 0.25
-"""And as a share of the time since the last step, where more was taken in at once."""
+"""And as a share of the CPU time since the last step, where more was taken in at once."""
+LONGEST_S = 0.016
+"""The most of it while what no checkpoint has fits into memory; beyond, it is more and more."""
+STEEP = 8.0
+"""How many times more where that is twice as much as fits."""
 BEGIN_AT = 0.25
 """Share of memory filled with what is in no checkpoint: one begins, whenever the last was."""
 PRESSED_AT = 0.5
 FULL_AT = 1.5
 """Where the disk keeps that share from falling, whoever scores waits for it."""
+YOUNG_READS = 1_000
+"""Parts that were asked for, after which garbage is looked for among the objects made of them."""
 EVERY_S = 15.0
 """Time between checkpoints of a state that has a log."""
 LOG_PAGES = 4096
@@ -109,6 +116,9 @@ class DiskStore:
         origin: whose state it is.
         logs: keep a log of what is taken in, beside the parts.
 
+    Attributes:
+        reads: parts that were asked for, ever.
+
     Raises:
         ConfigError: the folder cannot be used.
     """
@@ -134,6 +144,7 @@ class DiskStore:
                 hint="check the folder's rights and the room on its disk; a damaged one may be "
                 "removed: the state is then built again from the retained input, or begins anew",
             ) from error
+        self.reads = 0
         self._parts: list[tuple[bytes, bytes]] = []
         self._waiting: deque[Future[None]] = deque()
         self._logged = 0
@@ -145,6 +156,7 @@ class DiskStore:
         Raises:
             StateError: the disk does not give it.
         """
+        self.reads += 1
         try:
             with self._file.begin(db=self._held) as reading:
                 found: bytes | None = reading.get(_fitting(key))
@@ -593,7 +605,8 @@ class KeptState:
         self._about: dict[str, Any] | None = None
         self._began = 0.0
         self._ending: Future[None] | None = None
-        self._last = self._stepped = time.monotonic()
+        self._last, self._stepped = time.monotonic(), time.thread_time()
+        self._looked = self._looks = 0
 
     @property
     def busy(self) -> bool:
@@ -634,16 +647,32 @@ class KeptState:
         Raises:
             StateError: the disk did not take it; its parts belong to the next one.
         """
+        self._look_for_garbage()
         unsaved = self.vertical.unsaved()
         if unsaved >= FULL_AT:
             self.finish()
         return self._go_on(self._moment(unsaved), patient=unsaved >= PRESSED_AT)
 
+    def _look_for_garbage(self) -> None:
+        """Among the objects that came lately, so that there are never many to be looked through.
+
+        The interpreter looks when enough more have come than gone. Here as many go as come, so that
+        it would not before they were a million, and then stop for half a second.
+        """
+        if self.store.reads - self._looked >= YOUNG_READS:
+            self._looked = self.store.reads
+            self._looks += 1
+            gc.collect(0 if self._looks % 4 else 1)
+
     def _moment(self, unsaved: float) -> float:
-        now, before = time.monotonic(), self._stepped
+        now, before = time.thread_time(), self._stepped
         self._stepped = now
         pressed = min(max(unsaved - BEGIN_AT, 0.0) / (PRESSED_AT - BEGIN_AT), 1.0)
-        most = min(max(PRESSED_S, PRESSED_SHARE * (now - before)), 1.0)
+        most = max(PRESSED_S, PRESSED_SHARE * (now - before))
+        if unsaved < 1.0:
+            most = min(most, LONGEST_S)
+        else:
+            most = min(most * (1.0 + STEEP * (unsaved - 1.0)), 1.0)
         return STEP_S + pressed * (most - STEP_S)
 
     def _go_on(self, seconds: float, *, patient: bool) -> bool:
@@ -657,8 +686,10 @@ class KeptState:
                     wait((self._ending,), patience)
                 if self._ending.done():
                     self._end(self._ending)
-            elif self.store.has_room(patience) and self.vertical.write_checkpoint(seconds):
-                self._ending = self.store.commit(self._about)
+            elif self.store.has_room(patience):
+                left = max(STEP_S, seconds - (time.perf_counter() - began))
+                if self.vertical.write_checkpoint(left):
+                    self._ending = self.store.commit(self._about)
         finally:
             CHECKPOINT_PAUSE.observe(time.perf_counter() - began)
         return self._about is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -15,10 +16,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from state_on_disk import payments
 
 from plinth.engine import ConfigError, InputError
-from plinth.pipelines.state_store import DiskStore
+from plinth.pipelines.state_store import DiskStore, KeptState
 from plinth.verticals.contract import StateError
+from plinth.verticals.finance import FraudScoring, FraudSettings
 
 ORIGIN = {"vertical": "tests"}
 FORK = multiprocessing.get_context("fork")
@@ -242,3 +245,26 @@ def test_keys_longer_than_the_store_takes_stay_apart(tmp_path: Path) -> None:
             store.put(b"cards:" + b"x" * 1_000 + end.encode(), end.encode())
         store.commit({}).result(30)
         assert [store.get(b"cards:" + b"x" * 1_000 + end) for end in (b"a", b"b")] == [b"a", b"b"]
+
+
+def test_garbage_is_looked_for_among_few_objects_however_many_are_read_back(tmp_path: Path) -> None:
+    vertical = FraudScoring(
+        FraudSettings(max_cards=5_000, max_terminals=5_000, max_customers=5_000)
+    )
+    thresholds, young = gc.get_threshold(), 0
+    gc.collect()
+    gc.set_threshold(1_000_000)  # as where as many objects go as come: nobody looks otherwise
+    try:
+        with opened(tmp_path) as store:
+            kept = KeptState(vertical, store)
+            kept.load()
+            for chunk in payments(6_000, 40_000):
+                if not kept.busy:
+                    kept.begin({})
+                vertical.state.update(chunk)
+                kept.step()
+                young = max(young, len(gc.get_objects(0)) + len(gc.get_objects(1)))
+    finally:
+        gc.set_threshold(*thresholds)
+    assert store.reads > 10_000
+    assert young < 40_000
