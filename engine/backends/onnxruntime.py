@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from plinth.engine.backends.base import Availability, check_finite, installed, n
 from plinth.engine.backends.export import compile_peak, onnx_file, why_not_onnx
 from plinth.engine.backends.quantised import quantised_file
 from plinth.engine.devices.device import Device
+from plinth.engine.errors import ModelError
+from plinth.engine.models.kept import Kept, kept_graph
 from plinth.engine.models.onnx import session
 from plinth.engine.models.spec import ModelSpec
 from plinth.engine.models.store import Model
@@ -23,6 +27,7 @@ from plinth.engine.precision.registry import missing
 
 BOUND_BYTES = 1 << 18  # of inputs and outputs; above it a plain run costs no more
 BOUND_SHAPES = 16
+_log = logging.getLogger(__name__)
 
 
 class _Bound:
@@ -71,6 +76,7 @@ class OrtExecutable:
         device: the CPU.
         threads: of one run; ``None`` as torch has it.
         precision: what the graph computes in.
+        kept: the same graph as it was optimised before, if it was.
 
     Attributes:
         files: what a store must keep to load it again; none in fp32.
@@ -85,6 +91,7 @@ class OrtExecutable:
         device: Device,
         threads: int | None,
         precision: str = "fp32",
+        kept: Kept | None = None,
     ) -> None:
         self.device = device
         self.precision = precision
@@ -93,11 +100,12 @@ class OrtExecutable:
         self.files = {} if precision == "fp32" else {"model.onnx": path}
         self._spec = spec
         self._path = path
+        self._kept = kept
         self._outputs = [tensor.name for tensor in spec.outputs]
         floats = [tensor.name for tensor in spec.inputs if "float" in tensor.dtype]
         self._watched = [] if precision == "fp32" else floats
         self._bound: dict[int, _Bound | None] = {}
-        self._session = session(path, self.report["threads"])
+        self._session = self._opened()
         free = any(None in tensor.shape for tensor in (*spec.inputs, *spec.outputs))
         # A graph may say one row of an output that gives many; that one cannot be bound.
         wrong = any(not t.shape or isinstance(t.shape[0], int) for t in self._session.get_outputs())
@@ -151,8 +159,35 @@ class OrtExecutable:
         """Load the session anew; its arena keeps what the largest batch so far took."""
         self._bound.clear()
         del self._session
-        self._session = session(self._path, self.report["threads"])
+        self._session = self._opened()
         return True
+
+    def again(self) -> Callable[[], OrtExecutable] | None:
+        """What reads the same once it has left memory; ``None`` where nothing could be kept."""
+        threads = self.report["threads"]
+        kept = kept_graph(self._path, threads, self.device)
+        if kept is None:
+            return None
+        facts = (self._spec, self._path, self.device, threads, self.precision, kept)
+        return partial(_again, facts, self.report)
+
+    def _opened(self) -> Any:
+        threads = self.report["threads"]
+        if self._kept is not None:
+            try:
+                if self._kept.is_same():
+                    return session(self._kept.path, threads, optimised=True)
+                _log.warning("model %s: %s was written to", self._spec.name, self._kept.path)
+            except (ModelError, OSError) as error:
+                _log.warning("model %s is compiled anew: %s", self._spec.name, error)
+            self._kept = None
+        return session(self._path, threads)
+
+
+def _again(facts: tuple[Any, ...], report: dict[str, Any]) -> OrtExecutable:
+    found = OrtExecutable(*facts)
+    found.report = report
+    return found
 
 
 class OnnxRuntime:

@@ -242,13 +242,22 @@ def _contract(path: Path, kind: str, value: Any, free: bool = False) -> Contract
     return value.name, tuple(sizes[1:]), name
 
 
-def session(path: Path, threads: int | None, profile: Path | None = None) -> Any:
+def session(
+    path: Path,
+    threads: int | None,
+    profile: Path | None = None,
+    *,
+    write: Path | None = None,
+    optimised: bool = False,
+) -> Any:
     """An ONNX Runtime session on the CPU that does not spin while it is idle.
 
     Args:
         path: the file.
         threads: of one run; ``None`` as torch has it.
         profile: where a profile of every kernel that runs is written, if at all.
+        write: where the optimised graph is written, if at all, its constants beside it.
+        optimised: the file is such a graph, which is taken as it is.
 
     Raises:
         ModelError: ONNX Runtime is missing or cannot load the file.
@@ -267,6 +276,13 @@ def session(path: Path, threads: int | None, profile: Path | None = None) -> Any
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
+    if write is not None:
+        options.optimized_model_filepath = str(write)
+        places = "session.optimized_model_external_initializers_"
+        options.add_session_config_entry(f"{places}file_name", "constants.bin")
+        options.add_session_config_entry(f"{places}min_size_in_bytes", "1024")
+    if optimised:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     # A pattern is kept for each number of rows and doubles the arena; it is no faster here.
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

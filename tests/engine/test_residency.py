@@ -1,5 +1,6 @@
 """Weights that lie in their files: shared, streamed, packed, and leaving memory while idle."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -233,6 +234,41 @@ def test_six_models_in_the_memory_of_two_answer_every_call(store, backend):
         shown = engine.metrics.registry
         values = [shown.get_sample_value("plinth_model_weight_bytes", {"model": n}) for n in facts]
         assert min(values) < 0.1 * one < max(values)
+
+
+@pytest.mark.parametrize("harm", ["none", "written", "gone"])
+def test_a_compiled_model_is_read_again_as_it_was(harm, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PLINTH_CACHE", str(tmp_path))
+    onnx = pytest.importorskip("onnx")
+    weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
+    path, node = tmp_path / "m.onnx", onnx.helper.make_node("Conv", ["x", "w"], ["y"])
+    kind, many = onnx.TensorProto.FLOAT, ["n", 3, 9, 9]
+    graph = onnx.helper.make_graph(
+        [node, onnx.helper.make_node("Relu", ["y"], ["z"])],
+        "m",
+        [onnx.helper.make_tensor_value_info("x", kind, many)],
+        [onnx.helper.make_tensor_value_info("z", kind, ["n", 64, 6, 6])],
+        [onnx.numpy_helper.from_array(weight.reshape(64, 3, 4, 4).numpy(), "w")],
+    )
+    opset = onnx.helper.make_opsetid("", 18)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
+    made = ModelStore(tmp_path / "store")
+    made.import_onnx(None, path)
+    executable = prepare(made.load("m"), CPU, "fp32", "onnxruntime")
+    rows = {"x": torch.randn(2, 3, 9, 9)}
+    want = executable.run(rows)["z"]
+    read = executable.again()
+    assert read is not None
+    (constants,) = (tmp_path / "onnxruntime").glob("*/constants.bin")
+    assert constants.stat().st_size >= weight.nbytes
+    if harm == "written":
+        constants.write_bytes(bytes(constants.stat().st_size))
+    elif harm == "gone":
+        shutil.rmtree(constants.parent)
+    assert torch.equal(read().run(rows)["z"], want)
+    assert ("m: " in caplog.text) == (harm != "none")
+    again = executable.again()
+    assert torch.equal(again().run(rows)["z"], want), "what was written to is made anew"
 
 
 def test_two_lanes_never_have_more_in_memory_than_the_budget(store):
