@@ -1,6 +1,7 @@
 """``plinth compress`` ends in a smaller variant that an engine serves."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -99,6 +100,28 @@ def test_a_model_of_ones_own_becomes_six_times_smaller(store):
     facts = json.loads(shown.stdout)
     assert facts["bytes"] == store.size("own")
     assert [v["bytes"] for v in facts["variants"] if v["default"]] == [variant.bytes]
+
+
+@pytest.mark.soak
+def test_even_steps_need_no_training(store, tmp_path):
+    own = ModelStore(shutil.copytree(store.root, tmp_path / "store"))
+    data = str(store.root.parent / "rows.npz")
+    options = ("--metric", "accuracy", "--bits", "even", "--epochs", "0", "--json")
+    done = run(own, "--data", data, *options)
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    (taken,) = (v for v in told["variants"] if v["name"] == told["default"])
+    assert "even" in taken["compression"]
+    assert "feedback" in taken["compression"], "without training, errors are made good"
+    assert taken["evidence"]["loss"] <= 0.05
+    assert own.size("own") > 4 * taken["files"]["weights.packed"]["bytes"]
+    rows = torch.randn(64, 16, generator=torch.Generator().manual_seed(7))
+    whole = own.load("own").run({"x": rows})["logits"]
+    with Engine(threads=1) as engine:
+        engine.add(own.load("own"), backend="auto", precision="auto")
+        answered = engine.run(_infer(rows)).value
+    assert not torch.equal(answered, whole), "another model answers"
+    assert (answered.argmax(1) == whole.argmax(1)).float().mean() >= 0.9
 
 
 def _infer(rows):
