@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py plan [--backends eager onnxruntime openvino] [--json]
     python benchmarks/memory.py texts [--runs 3] [--models bert gpt2] [--ways naive ...] [--json]
-    python benchmarks/memory.py times [--runs 3] [--models bert gpt2] [--json]
+    python benchmarks/memory.py times [--runs 3] [--most 90] [--models bert gpt2] [--json]
     python benchmarks/memory.py idle [--backends eager] [--seconds 20] [--rate 40] [--json]
     python benchmarks/memory.py volumes [--networks unet encoder] [--ways whole ...] [--json]
 
@@ -124,9 +124,9 @@ def peak() -> Iterator[Peak]:
 def fresh(*words: str) -> Any:
     """What a process of its own prints for these arguments, from JSON."""
     called = [sys.executable, __file__, "--inside", *words]
-    done = subprocess.run(called, capture_output=True, text=True, check=False)
+    done = subprocess.run(called, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{' '.join(words)}: {done.stderr[-2000:]}")
+        raise SystemExit(f"{' '.join(words)} failed, as said above")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -225,7 +225,8 @@ def times(options: Namespace) -> Iterator[dict[str, Any]]:
     """A line for each model and way to run it."""
     with folder_of(options) as whole:
         for name in options.models:
-            yield from fresh("times", with_weights(whole, name), name, str(options.runs))
+            words = (name, str(options.runs), str(options.most))
+            yield from fresh("times", with_weights(whole, name), *words)
 
 
 def with_weights(whole: Path, name: str) -> str:
@@ -335,18 +336,30 @@ def like(kept: Any, output: Tensor) -> float:
     return float(want @ got / (want.norm() * got.norm()))
 
 
-def times_inside(folder: str, name: str, runs: str) -> list[dict[str, Any]]:
-    """CPU seconds of each way in turns, after a run of each that does not count."""
+def times_inside(folder: str, name: str, runs: str, most: str) -> list[dict[str, Any]]:
+    """CPU seconds of each way in turns, after a run of each that does not count.
+
+    Once ``most`` seconds are over no other turn begins, but for the first that counts.
+    """
     torch.set_num_threads(1)
+    until = time.monotonic() + float(most)
     took: dict[str, list[float]] = {way: [] for way in WAYS[1:]}
     with ExitStack() as open_:
-        ways = {way: open_.enter_context(ready(Path(folder), name, way)) for way in took}
+        ways = dict[str, Callable[[], Tensor]]()
+        for way in took:
+            begun = time.process_time()
+            ways[way] = open_.enter_context(ready(Path(folder), name, way))
+            say(f"{name}, {way}: ready after {time.process_time() - begun:.0f} s of CPU")
         for turn in range(1 + int(runs)):
+            if turn > 1 and time.monotonic() > until:
+                break
             for way, run in ways.items():
                 begun = time.process_time()
                 run()
+                spent = time.process_time() - begun
+                say(f"{name}, {way}, turn {turn}: {spent:.1f} s of CPU")
                 if turn:
-                    took[way].append(time.process_time() - begun)
+                    took[way].append(spent)
     base = took["inference_mode"]
     lines = []
     for way, each in took.items():
@@ -589,6 +602,11 @@ def volume_inside(folder: str, way: str) -> dict[str, Any]:
     return {"way": way, **asdict(found), "seconds": seconds, "same_labels": same}
 
 
+def say(progress: str) -> None:
+    """How far it is, beside what is printed."""
+    print(progress, file=sys.stderr, flush=True)
+
+
 def shown(line: dict[str, Any]) -> None:
     """A line; bytes as MB."""
     cells = []
@@ -624,6 +642,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(ways), choices=ways)
     parser.add_argument("--folder", type=Path, help="what lines need of others stays there")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--most", type=float, default=90.0, help="seconds for a model's times")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--rate", type=float, default=40.0)
     options = parser.parse_args()
