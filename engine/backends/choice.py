@@ -42,6 +42,7 @@ CHECK_SECONDS = 8.0  # of trying the reference, and again of trying all others, 
 HOPELESS = 5.0  # times the fastest, from which a candidate is left out where time is short
 AGAIN_SECONDS = 2.0  # of a first run below which the reference is timed by another one
 SLOW_SECONDS = 1.0  # of one row; what takes longer is run as seldom as can be
+_COMPARED_AT_ONCE = 1 << 20  # numbers of outputs; in float64 they take several times as much
 GROWTH = 2.0  # times an example's elements at most that are tried at other sizes, for their memory
 
 
@@ -524,7 +525,9 @@ def _refuse_mixing(
 def _nan_share(outputs: Mapping[str, Tensor]) -> float:
     floats = [tensor for tensor in outputs.values() if tensor.is_floating_point()]
     total = sum(tensor.numel() for tensor in floats)
-    return sum(int(tensor.isnan().sum()) for tensor in floats) / total if total else 0.0
+    # A sum of booleans would make a tensor of 64-bit integers first.
+    found = sum(int(tensor.isnan().count_nonzero()) for tensor in floats)
+    return found / total if total else 0.0
 
 
 def _candidates(
@@ -733,16 +736,24 @@ def difference(got: Tensor, want: Tensor) -> float:
         return 0.0
     if not got.is_floating_point():
         return float((got.cpu() != want.cpu()).double().mean())
-    ours, theirs = got.detach().double().cpu(), want.detach().double().cpu()
+    worst = scale = 0.0
+    pieces = (torch.split(each.detach().reshape(-1), _COMPARED_AT_ONCE) for each in (got, want))
+    for ours, theirs in zip(*pieces, strict=True):
+        piece = _apart_by(ours.double().cpu(), theirs.double().cpu())
+        worst, scale = max(worst, piece[0]), max(scale, piece[1])
+    return worst / max(scale, 1e-12)
+
+
+def _apart_by(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """The largest difference, inf as in :func:`difference`, and magnitude of finite numbers."""
     finite = theirs.isfinite()
     same = torch.where(finite, ours.isfinite(), (ours == theirs) | (ours.isnan() & theirs.isnan()))
     if not bool(same.all()):
-        return float("inf")
+        return float("inf"), 0.0
     if not bool(finite.any()):
-        return 0.0
+        return 0.0, 0.0
     ours, theirs = ours[finite], theirs[finite]
-    scale = max(float(theirs.abs().max()), 1e-12)
-    return float((ours - theirs).abs().max()) / scale
+    return float((ours - theirs).abs().max()), float(theirs.abs().max())
 
 
 def _warn(executable: Executable, trial: _Trial) -> None:

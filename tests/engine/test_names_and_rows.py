@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from plinth.engine import Call, ConfigError, Engine, InputError, Model, ModelError, ModelSpec
 from plinth.engine import TensorSpec as Spec
-from plinth.engine.backends import prepare
+from plinth.engine.backends import choice, prepare
 from plinth.engine.backends.choice import difference
 from plinth.engine.devices.device import pick
 
@@ -369,13 +369,18 @@ def test_an_id_outside_the_table_is_an_error_on_every_backend_and_the_next_is_an
             torch.testing.assert_close(ask(engine, good), table(good).detach())
 
 
-def test_differences_see_nan_infinities_and_negative_zero_as_they_are():
+@pytest.mark.parametrize("at_once", [1 << 20, 1])
+def test_differences_see_nan_infinities_and_negative_zero_as_they_are(at_once, monkeypatch):
+    monkeypatch.setattr(choice, "_COMPARED_AT_ONCE", at_once)
     nan, inf = float("nan"), float("inf")
     assert difference(torch.tensor([0.0, 1]), torch.tensor([-0.0, 1])) == 0
     assert difference(torch.tensor([inf, 1]), torch.tensor([inf, 1])) == 0
     assert difference(torch.tensor([inf, 1]), torch.tensor([-inf, 1])) == inf
     assert difference(torch.tensor([nan, 1]), torch.tensor([inf, 1])) == inf
     assert difference(torch.tensor([nan, 1.5]), torch.tensor([nan, 1])) == 0.5
+    assert (
+        difference(torch.tensor([[3.0, nan], [0, 8]]), torch.tensor([[2.0, nan], [0, 8]])) == 1 / 8
+    )
     assert difference(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.25
 
 

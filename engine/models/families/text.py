@@ -171,7 +171,8 @@ def _placed(ids: Tensor, _: Tensor, words: Any, positions: Any) -> Tensor:
 
 
 def _logits(x: Tensor, mask: Tensor, norm: Any, head: Any) -> dict[str, Tensor]:
-    return {"logits": head(norm(x)) * (mask != 0)[..., None]}
+    # Zeros before the head, which has no bias: the logits then need no second tensor of their size.
+    return {"logits": head(norm(x) * (mask != 0)[..., None])}
 
 
 class LlamaBlock(nn.Module):
