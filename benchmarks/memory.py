@@ -591,7 +591,7 @@ def volume_inside(folder: str, way: str) -> dict[str, Any]:
         if way == "whole":
             labels = model.run({"volume": volume[None]})["logits"][0].argmax(0).byte()
         else:
-            tiling = Tiling((96, 96, 96), halo=(24, 24, 24), reduce="argmax")
+            tiling = Tiling((128, 152, 152), halo=(24, 24, 24), reduce="argmax")
             with Engine(backend="eager", threads=1) as engine:
                 engine.add(model, batch_range=(1, 1))
                 labels = tensor_of(engine.submit(Call("unet", volume, tiling)).result(3600).value)
