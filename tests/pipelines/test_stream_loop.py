@@ -127,6 +127,9 @@ class MemoryLog:
     def missing_topics(self) -> set[str]:
         return set()
 
+    def leave(self) -> None:
+        assert self.writing is None  # whoever goes on begins behind all that was written
+
     # -- as a sink ---------------------------------------------------------------------------
     def ready(self) -> None:
         return None
