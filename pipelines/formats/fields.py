@@ -138,7 +138,7 @@ class FieldMapping(BaseModel):
         ambiguous: of the hour that comes twice when clocks are put back.
         values: translation by the text of the value found; others are refused.
         default: where nothing is found.
-        optional: nothing found is no error; the field is left out.
+        optional: nothing found, or an empty text, is no error; the field is left out.
         keyed_hash_env: environment variable with a key; the value becomes ``tok_`` and half of
             its HMAC-SHA-256.
     """
@@ -240,7 +240,7 @@ class FieldMapping(BaseModel):
         def read(source: Any, made: Mapping[str, Any]) -> Any:
             try:
                 value = find(source)
-                if value is not None:
+                if value is not None and not (optional and value == ""):
                     return convert(value, made)
                 if default is not None or optional:
                     return default

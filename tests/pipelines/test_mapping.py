@@ -227,6 +227,11 @@ def test_a_value_that_does_not_fit_is_refused_by_field_and_place_without_itself(
     assert given is None or str(given) not in str(refused.value)
 
 
+def test_an_empty_text_is_nothing_where_a_field_is_optional(ours: DeclaredMapping) -> None:
+    assert "device_id" not in record(ours, AUTH | {"device": ""})
+    assert record(ours, AUTH | {"device": "d"})["device_id"] == "d"
+
+
 @pytest.mark.parametrize(
     ("merchant", "terminal", "reason"),
     [("a:b", "c", "separator"), ("a", "b:c", "separator"), ("", "c", "missing")],

@@ -15,10 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from plinth.engine.errors import ConfigError
 from plinth.engine.models.store import architecture
 
 BLOCK = 32
 """Rows of every forward, so that a score's bits do not depend on who shares its batch."""
+
+MOST_NODES = 10
+"""Of a tree: its table has a place for each set of conditions that hold."""
 
 
 class Standardise(nn.Module):
@@ -173,44 +177,48 @@ def fraud_mlp(
 class Trees(nn.Module):
     """Sum of the leaves that rows fall into, one of each decision tree.
 
-    All conditions of a tree are asked at once; a row is in the leaf on whose path those that hold
-    are the ones it passes to the left (Nakandala et al., A tensor compiler for unified machine
-    learning prediction serving, 2020).
+    All conditions of a tree are asked at once; the answers, as the bits of one number, are the
+    place of the leaf in a table of the tree.
 
     Args:
         trees: how many.
-        nodes: inner nodes of each.
+        nodes: inner nodes of each, at most :data:`MOST_NODES`.
 
     Attributes:
         shape: what it was made with.
-        feature, threshold: (trees, nodes): a row goes left where its column is at most this.
-        path: (trees, nodes, nodes + 1): 1 where a leaf lies left below a node, -1 where right.
-        lefts: (trees, nodes + 1): how often the path of a leaf goes left; -1: no such leaf.
-        leaf: (trees, nodes + 1) values.
+        feature, threshold: (trees, nodes): a condition holds where its column is at most this.
+        leaf: (trees, 2 ** nodes) values by the conditions that hold, the first being worth 1.
 
     Shapes: (n, features) float32 to (n, 1) float32.
+
+    Raises:
+        ConfigError: a tree has too many nodes.
     """
 
     def __init__(self, trees: int, nodes: int) -> None:
         super().__init__()
+        if nodes > MOST_NODES:
+            raise ConfigError(
+                f"trees of {nodes} nodes, expected at most {MOST_NODES}",
+                hint="train the model anew",
+            )
         self.feature: Tensor
         self.threshold: Tensor
-        self.path: Tensor
-        self.lefts: Tensor
         self.leaf: Tensor
+        self.worth: Tensor
+        self.first: Tensor
         self.shape = {"trees": trees, "nodes": nodes}
         self.register_buffer("feature", torch.zeros(trees, nodes, dtype=torch.int64))
         self.register_buffer("threshold", torch.zeros(trees, nodes))
-        self.register_buffer("path", torch.zeros(trees, nodes, nodes + 1, dtype=torch.int8))
-        self.register_buffer("lefts", torch.full((trees, nodes + 1), -1.0))
-        self.register_buffer("leaf", torch.zeros(trees, nodes + 1))
+        self.register_buffer("leaf", torch.zeros(trees, 2**nodes))
+        self.register_buffer("worth", 2.0 ** torch.arange(nodes), persistent=False)
+        self.register_buffer("first", torch.arange(trees) * 2**nodes, persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
-        trees, nodes = self.feature.shape
-        asked = rows.index_select(1, self.feature.flatten()).view(-1, trees, nodes)
-        holds = (asked <= self.threshold).float().transpose(0, 1)
-        found = torch.bmm(holds, self.path.float()) == self.lefts[:, None]
-        return (found.float() * self.leaf[:, None]).sum((0, 2))[:, None]
+        asked = rows.t().index_select(0, self.feature.flatten())
+        holds = (asked <= self.threshold.view(-1, 1)).float().view(*self.feature.shape, -1)
+        place = (holds * self.worth[:, None]).sum(1).long() + self.first[:, None]
+        return self.leaf.flatten()[place].sum(0)[:, None]
 
 
 class FraudEnsemble(FraudScorer):

@@ -391,6 +391,13 @@ def _read(raw: bytes, unknown: UnknownFields) -> Record:
         known = other.model_validate_json(raw)
     except ValidationError as error:
         raise refusal(error) from None
+    if is_label(known) and known.label_time < known.event_time:
+        raise InputError(
+            "label_time: lies before event_time, when the payment was made",
+            field="label_time",
+            reason="label_before_payment",
+            hint="are the two swapped, or has one another time zone?",
+        )
     _refuse_double_keys(raw)
     return known
 

@@ -93,8 +93,13 @@ def retrain(
     decline_cost: Annotated[float, typer.Option(help="Base currency, of a mistake.")] = 50.0,
     seed: Annotated[int, typer.Option(help="Of weights and order.")] = 0,
     trees: Annotated[
-        bool, typer.Option("--trees", help="Boosted ones beside the network; needs LightGBM.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--trees/--no-trees",
+            help="Boosted ones beside the network.",
+            show_default="where LightGBM is installed",
+        ),
+    ] = None,
     config_file: ConfigOption = None,
 ) -> None:
     """Train the next version on the newest days whose labels are due; what answers stays.
@@ -102,10 +107,12 @@ def retrain(
     The version goes into the store, where challenger = "newest" finds it.
     """
     from plinth.pipelines.cli.finance.retraining import seconds_of, train_on, train_once
+    from plinth.verticals.finance.training.boosting import at_hand
     from plinth.verticals.finance.training.retrain import Plan
 
     seconds = None if every is None else seconds_of(every)
-    plan = Plan(days, label_days, epochs, alert_budget, decline_cost, seed, trees)
+    grown = at_hand() if trees is None else trees
+    plan = Plan(days, label_days, epochs, alert_budget, decline_cost, seed, grown)
     settings = _settings(config_file)
     if seconds is None:
         train_once(settings, history, plan)

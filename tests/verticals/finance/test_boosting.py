@@ -10,10 +10,10 @@ import pytest
 import torch
 from payments import payment
 
-from plinth.engine import Engine, ModelStore
+from plinth.engine import ConfigError, Engine, ModelStore
 from plinth.verticals.finance import FraudScoring, FraudSettings
 from plinth.verticals.finance.features.online import MODEL_FEATURES
-from plinth.verticals.finance.model import FraudEnsemble, fraud_mlp
+from plinth.verticals.finance.model import FraudEnsemble, Trees, fraud_mlp
 from plinth.verticals.finance.settings import STORE
 from plinth.verticals.finance.training.boosting import SETTINGS, as_module, with_trees
 from plinth.verticals.finance.training.history import simulated
@@ -92,3 +92,8 @@ def test_an_ensemble_is_stored_and_served_and_gives_reasons(tmp_path: Path) -> N
     (decision,) = answer.value
     assert decision.model_version == "2.0.0"
     assert 0 <= decision.score <= 1
+
+
+def test_a_tree_whose_table_would_be_huge_is_refused() -> None:
+    with pytest.raises(ConfigError, match="trees of 30 nodes"):
+        Trees(1, 30)

@@ -30,6 +30,7 @@ from plinth.verticals.finance.features.online import (
 from plinth.verticals.finance.features.persistence import pack, unpack
 from plinth.verticals.finance.features.program import STANDARD, compiled, distance
 from plinth.verticals.finance.training.simulator import Population, events, simulate
+from plinth.verticals.finance.training.train import declared_in
 
 SPANS = ("1m", "5m", "1h", "24h", "7d", "30d")
 AMOUNTS = (0.0, 0.01, 1.0, 12.34, 99.9999, 1e7)
@@ -340,3 +341,11 @@ def test_the_file_may_be_named_in_the_config(tmp_path: Path) -> None:
     (tmp_path / "features.toml").write_text(CARDS.replace('over = "24h"', 'over = "1y"'))
     with pytest.raises(ConfigError, match=r"features\.toml: feature 2 \(card_speed_24h\)"):
         load_vertical(config, "finance")
+
+
+def test_the_example_adds_features_to_the_standard_ones() -> None:
+    declared = declared_in(Path(__file__).parents[3] / "examples" / "features.toml").declaration
+    standard = STANDARD.declaration
+    assert declared.feature[: len(standard.feature)] == standard.feature
+    assert declared.reasons == standard.reasons
+    assert len(declared.feature) == len(standard.feature) + 9

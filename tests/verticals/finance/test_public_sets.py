@@ -153,3 +153,11 @@ def test_what_is_wrong_with_a_file_is_said_with_its_place(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"set\.csv:3"):
         load("ulb", tmp_path / "set.csv")
     assert len(load("ulb", write(tmp_path / "set.csv", ROWS["ulb"]), limit=1).fraud) == 1
+
+
+@pytest.mark.parametrize("name", AMOUNT)
+def test_an_amount_with_a_decimal_comma_is_no_name_of_something(name: str, tmp_path: Path) -> None:
+    rows = [dict(row) for row in ROWS[name]]
+    rows[1][AMOUNT[name]] = "9,95"
+    with pytest.raises(InputError, match=":3: "):
+        load(name, write(tmp_path / "set.csv", rows))

@@ -230,6 +230,14 @@ def test_a_wrong_label_is_refused_and_its_field_named(field: str, value: Any) ->
     assert refusal(label(**{field: value})).field == field
 
 
+def test_nothing_is_known_of_a_payment_before_it_was_made() -> None:
+    made = read(label())
+    same = made.event_time.isoformat()
+    assert read(label(label_time=same)).label_time == made.event_time
+    error = refusal(label(label_time=(made.event_time - timedelta(milliseconds=1)).isoformat()))
+    assert (error.field, error.reason) == ("label_time", "label_before_payment")
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(MARKER),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),

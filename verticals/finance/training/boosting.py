@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from plinth.engine.errors import ConfigError
 from plinth.verticals.finance.model import FraudEnsemble, FraudScorer, Trees
 
 SETTINGS: dict[str, Any] = {
     "objective": "binary",
-    "learning_rate": 0.03,
-    "num_leaves": 31,
+    "learning_rate": 0.05,
+    "num_leaves": 8,
     "min_child_samples": 40,
     "subsample": 0.8,
     "subsample_freq": 1,
@@ -25,6 +27,11 @@ SETTINGS: dict[str, Any] = {
 }
 ROUNDS = 300
 SIDES = "left_child", "right_child"
+
+
+def at_hand() -> bool:
+    """Whether LightGBM is installed."""
+    return find_spec("lightgbm") is not None
 
 
 def with_trees(
@@ -68,23 +75,19 @@ def _inner(node: dict[str, Any]) -> int:
 
 
 def _fill(made: Trees, tree: int, root: dict[str, Any]) -> None:
-    """Number nodes and leaves as they are met; enter what each asks, or is worth and lies below."""
-    waiting: list[tuple[dict[str, Any], list[tuple[int, int]]]] = [(root, [])]
-    nodes = leaves = 0
+    """Number nodes as they are met; enter what each asks, and every leaf where its path holds."""
+    answers = torch.arange(made.leaf.shape[1])
+    waiting = [(root, torch.ones_like(answers, dtype=torch.bool))]
+    nodes = 0
     while waiting:
-        node, path = waiting.pop()
+        node, here = waiting.pop()
         if "leaf_value" in node:
-            for above, way in path:
-                made.path[tree, above, leaves] = way
-            made.lefts[tree, leaves] = sum(way > 0 for _, way in path)
-            made.leaf[tree, leaves] = node["leaf_value"]
-            leaves += 1
+            made.leaf[tree, here] = node["leaf_value"]
             continue
         made.feature[tree, nodes] = node["split_feature"]
         made.threshold[tree, nodes] = _down(node["threshold"])
-        waiting += [
-            (node[side], [*path, (nodes, way)]) for side, way in zip(SIDES, (1, -1), strict=True)
-        ]
+        holds = (answers >> nodes) % 2 == 1
+        waiting += [(node["left_child"], here & holds), (node["right_child"], here & ~holds)]
         nodes += 1
 
 

@@ -60,6 +60,7 @@ class _Schema:
         fraud: column, and what stands there for a fraud.
         time: of a row.
         dropped: columns that are no features: answers, ids, persons, times.
+        numbers: columns in which a text is a fault, such as a number with a decimal comma.
         card: who pays, if the set says.
     """
 
@@ -67,6 +68,7 @@ class _Schema:
     fraud: tuple[str, str]
     time: Callable[[Row], float]
     dropped: frozenset[str]
+    numbers: tuple[str, ...]
     card: Callable[[Row], str] | None = None
 
 
@@ -85,12 +87,14 @@ SETS: Mapping[str, _Schema] = {
         ("Class", "1"),
         lambda row: float(row["Time"]),
         frozenset({"Time", "Class"}),
+        ("Amount", *(f"V{number}" for number in range(1, 29))),
     ),
     "ieee-cis": _Schema(
         ("TransactionID", "isFraud", "TransactionDT", "TransactionAmt", "card1"),
         ("isFraud", "1"),
         lambda row: float(row["TransactionDT"]),
         frozenset({"TransactionID", "isFraud", "TransactionDT"}),
+        ("TransactionAmt",),
         lambda row: " ".join(row.get(name, "") for name in ("card1", "card2", "addr1")),
     ),
     "baf": _Schema(
@@ -98,12 +102,14 @@ SETS: Mapping[str, _Schema] = {
         ("fraud_bool", "1"),
         lambda row: float(row["month"]),
         frozenset({"fraud_bool", "month"}),
+        ("income",),
     ),
     "sparkov": _Schema(
         ("cc_num", "merchant", "category", "amt", "unix_time", "merch_lat", "is_fraud"),
         ("is_fraud", "1"),
         lambda row: float(row["unix_time"]),
         frozenset({"is_fraud", "unix_time", "trans_date_trans_time", "", *_PERSON.split()}),
+        ("amt", "merch_lat"),
         lambda row: row["cc_num"],
     ),
     "paysim": _Schema(
@@ -113,6 +119,7 @@ SETS: Mapping[str, _Schema] = {
         frozenset(
             {"step", "isFraud", "isFlaggedFraud", "nameOrig", "nameDest", *_CANCELLED.split()}
         ),
+        ("amount",),
         lambda row: row["nameOrig"],
     ),
     "tabformer": _Schema(
@@ -120,6 +127,7 @@ SETS: Mapping[str, _Schema] = {
         ("Is Fraud?", "Yes"),
         _seconds_of,
         frozenset({"User", "Card", "Year", "Month", "Day", "Time", "Is Fraud?"}),
+        ("Amount",),
         lambda row: f"{row['User']} {row['Card']}",
     ),
 }
@@ -161,13 +169,13 @@ def _read(
     name: str, path: Path, schema: _Schema, columns: list[str], rows: Iterable[Row]
 ) -> PublicSet:
     times, fraud, cards, values = [], [], [], []
-    texts: dict[str, dict[str, int]] = {column: {} for column in columns}
+    texts: dict[str, dict[str, int]] = {c: {} for c in columns if c not in schema.numbers}
     people: dict[str, int] = {}
     for line, row in enumerate(rows, 2):
         try:
             times.append(schema.time(row))
             fraud.append(row[schema.fraud[0]].strip().strip("'\"") == schema.fraud[1])
-            values.append([_number(row[column], texts[column]) for column in columns])
+            values.append([_number(row[column], texts.get(column)) for column in columns])
         except (ValueError, TypeError, AttributeError):
             raise InputError(
                 f"{path}:{line}: a time or number cannot be read, or columns are missing",
@@ -185,12 +193,18 @@ def _read(
     return PublicSet(name, moments[order], known[order], tuple(columns), table[order], who[order])
 
 
-def _number(text: str, codes: dict[str, int]) -> float:
-    """A number, a number with a dollar sign, or that of a text by first appearance."""
+def _number(text: str, codes: dict[str, int] | None) -> float:
+    """A number, a number with a dollar sign, or that of a text by first appearance.
+
+    Raises:
+        ValueError: a text, where there are no ``codes`` for any.
+    """
     text = text.strip()
     if not text:
         return float("nan")
     try:
         return float(text.removeprefix("$"))
     except ValueError:
+        if codes is None:
+            raise
         return float(codes.setdefault(text, len(codes)))

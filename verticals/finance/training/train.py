@@ -38,7 +38,7 @@ from plinth.verticals.finance.features.columns import definitions
 from plinth.verticals.finance.features.language import Declaration
 from plinth.verticals.finance.features.program import STANDARD, Program, compiled
 from plinth.verticals.finance.model import BLOCK, FraudEnsemble, FraudScorer, fraud_lite, fraud_mlp
-from plinth.verticals.finance.training.boosting import with_trees
+from plinth.verticals.finance.training.boosting import at_hand, with_trees
 from plinth.verticals.finance.training.history import WEEK, Data, Rows, recorded, simulated
 from plinth.verticals.finance.training.quality import (
     calibration_error,
@@ -509,7 +509,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--alert-budget", type=int, default=100, help="cards per day")
     parser.add_argument("--decline-cost", type=float, default=50.0, help="base currency, a mistake")
     parser.add_argument(
-        "--trees", action="store_true", help="boosted trees beside the network; needs LightGBM"
+        "--trees",
+        action=argparse.BooleanOptionalAction,
+        help="boosted trees beside the network; default: where LightGBM is installed",
     )
     given = parser.parse_args(arguments)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -519,7 +521,7 @@ def main(arguments: list[str] | None = None) -> int:
         epochs=given.epochs,
         alert_budget=given.alert_budget,
         decline_cost=given.decline_cost,
-        trees=given.trees,
+        trees=at_hand() if given.trees is None else given.trees,
     )
     console = Console()
     try:
