@@ -277,6 +277,29 @@ def test_options_that_change_nothing_are_no_obstacle(tmp_path):
     assert load_network(write_bundle(tmp_path / "b", Blobs(), **changed)).recipe.steps
 
 
+@pytest.mark.parametrize(
+    "beyond", [{}, {"padding_mode": "replicate"}, {"padding_mode": "constant", "cval": -1.0}]
+)
+def test_a_volume_smaller_than_a_window_is_padded_as_monai_does(beyond, study, tmp_path):
+    from monai.inferers import sliding_window_inference
+
+    changed = {
+        "preprocessing": {"transforms": [ORIENT, SPACE]},
+        "inferer": SLIDE | beyond | {"roi_size": [200, 200, 200]},
+    }
+    network = load_network(write_bundle(tmp_path / "b", Blobs(), **changed))
+    window = network.recipe.window
+    small = network.recipe.model_copy(
+        update={"window": window.model_copy(update={"size": (1, 1, 1)})}
+    )
+    volume = load_volume(study)
+    rows, seen = prepare(volume, small).rows, []
+    sliding_window_inference(
+        rows[None], 200, 1, lambda given: seen.append(given) or given, **beyond
+    )
+    assert torch.equal(prepare(volume, network.recipe).rows, seen[0][0])
+
+
 def test_torchscript_that_touches_files_is_refused_before_it_is_loaded(tmp_path):
     class Reads(nn.Module):
         def forward(self, volume: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "threshold": (None,),
     "connectivity": (None, 3),
     "mode": ("constant",),
-    "cval": (0, 0.0),
     "sigma_scale": (0.125,),
     "min_pixdim": (None,),
     "max_pixdim": (None,),
@@ -542,7 +541,16 @@ def _window(config: _Config) -> Window:
     given = _Options({k: config.literal(named[k], f"inferer.{k}") for k in unread})
     size: Triple = _triple(given["roi_size"])
     blend: Any = {"gaussian": "floored"}.get(given.get("mode", "constant"), "constant")
-    window = Window(size=size, overlap=given.get("overlap", 0.25), blend=blend)
+    beyond: Any = given.get("padding_mode", "constant")
+    if beyond not in ("constant", "replicate"):
+        raise ModelError(f"{config.file}: inferer.padding_mode {beyond!r} is not supported")
+    window = Window(
+        size=size,
+        overlap=given.get("overlap", 0.25),
+        blend=blend,
+        beyond=beyond,
+        beyond_value=float(given.get("cval", 0.0)),
+    )
     _check_unread(given, f"{config.file}: inferer ({kind})")
     return window
 

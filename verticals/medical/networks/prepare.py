@@ -178,7 +178,8 @@ def prepare(volume: Volume, recipe: Recipe) -> Prepared:
     state = _State(values, axes, volume)
     steps = list(recipe.steps)
     if recipe.window.size is not None:
-        steps.append(Pad(least=recipe.window.size))
+        window = recipe.window
+        steps.append(Pad(least=recipe.window.size, mode=window.beyond, value=window.beyond_value))
     for step in steps:
         _STEPS[type(step)](state, step)
         if min(state.values.shape) < 1:
@@ -418,7 +419,11 @@ def _pad(state: _State, step: Pad) -> None:
         state, [a + n + b for a, n, b in zip(before, state.values.shape, behind, strict=True)]
     )
     widths = [w for pair in zip(before[::-1], behind[::-1], strict=True) for w in pair]
-    state.values = F.pad(state.values.float(), widths, value=step.value)
+    values = state.values.float()[None, None]
+    if step.mode == "replicate":
+        state.values = F.pad(values, widths, mode="replicate")[0, 0]
+    else:
+        state.values = F.pad(values, widths, value=step.value)[0, 0]
     _reshape_mask(
         state,
         lambda mask: np.pad(mask, list(zip(before, behind, strict=True)), constant_values=True),

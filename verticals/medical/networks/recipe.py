@@ -127,12 +127,14 @@ class Pad(_Step):
         least: voxels of each axis at least.
         multiple: voxels of each axis are a multiple of these.
         value: of the padding.
+        mode: ``"replicate"``: the values at the border instead of ``value``.
     """
 
     op: Literal["pad"] = "pad"
     least: Triple = (1, 1, 1)
     multiple: Triple = (1, 1, 1)
     value: float = 0.0
+    mode: Literal["constant", "replicate"] = "constant"
 
 
 class Clip(_Step):
@@ -220,6 +222,8 @@ class Window(BaseModel):
         overlap: share of it shared with its neighbour.
         blend: weights inside a window.
         even: windows are spread evenly (nnU-Net).
+        beyond: what lies beyond a volume that is smaller than a window: ``beyond_value``, or with
+            ``"replicate"`` the values at its border.
         halo: voxels an answer depends on in each direction, if the network is nothing but
             convolutions, normalisation by constants, and functions of single voxels.
     """
@@ -230,6 +234,8 @@ class Window(BaseModel):
     overlap: float = Field(default=0.25, ge=0, le=0.9)
     blend: Literal["gaussian", "constant", "floored"] = "gaussian"
     even: bool = False
+    beyond: Literal["constant", "replicate"] = "constant"
+    beyond_value: float = 0.0
     halo: Triple | None = None
 
 
