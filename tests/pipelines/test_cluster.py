@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from plinth.engine import DeviceError
+from plinth.engine.lanes.cluster.nodes import Wanted, start
+
 pytestmark = pytest.mark.needs("ray")
 
 
@@ -35,6 +38,15 @@ def free_port() -> str:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return str(sock.getsockname()[1])
+
+
+def test_who_joins_where_nobody_listens_is_told_at_once(tmp_path):
+    token, port = tmp_path / "token", free_port()
+    token.write_text("t" * 64)
+    token.chmod(0o600)
+    with pytest.raises(DeviceError, match=f"nothing answers at 127.0.0.1:{port}"):
+        start(Wanted(head=False, address=f"127.0.0.1:{port}", token_file=token), tmp_path)
+    assert not list(tmp_path.glob("node-*"))
 
 
 @pytest.mark.soak

@@ -116,6 +116,8 @@ def start(wanted: Wanted, folder: Path | None = None) -> Running:
             f"a node on {host} and a head on {head_host} do not reach each other",
             hint="name an address of the same network: --host",
         )
+    if not wanted.head:
+        _reach(head_host, port)  # Ray would try for minutes
     told = {
         "head": wanted.head,
         "address": f"{head_host}:{port}",
@@ -169,6 +171,17 @@ def running(folder: Path | None = None) -> list[Running]:
     return found
 
 
+def _reach(host: str, port: int) -> None:
+    """Raise DeviceError where nothing answers at an address."""
+    try:
+        socket.create_connection((host, port), PROBE_SECONDS).close()
+    except OSError as error:
+        raise DeviceError(
+            f"nothing answers at {host}:{port}: {error.strerror or error}",
+            hint="plinth cluster start, or name its address: --address",
+        ) from None
+
+
 def members(cluster: Cluster) -> list[dict[str, Any]]:
     """The machines of a cluster, as its head sees them; it takes a minute to miss a silent one.
 
@@ -178,13 +191,7 @@ def members(cluster: Cluster) -> list[dict[str, Any]]:
     """
     need_ray()
     host, port = split_address(cluster.address)
-    try:
-        socket.create_connection((host, port), PROBE_SECONDS).close()
-    except OSError as error:
-        raise DeviceError(
-            f"nothing answers at {host}:{port}: {error.strerror or error}",
-            hint="plinth cluster start, or name its address: --address",
-        ) from None
+    _reach(host, port)
     told = {
         "members_of": f"{host}:{port}",
         "environment": environment(cluster.token(), cluster.loopback),
