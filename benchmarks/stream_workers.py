@@ -240,7 +240,10 @@ def changes(group: Group, events: Payments, rate: float, apart: float) -> list[d
     answers.close()
     found = []
     for (name, at), (_, until) in itertools.pairwise(begun):
-        waits = {n: answers.came[n] - put for n, put in sent.items() if at <= put < until}
+        # what was sent just before an act waits for that one
+        waits = {
+            n: answers.came[n] - put for n, put in sent.items() if at - SOON <= put < until - SOON
+        }
         late = [n for n, wait in waits.items() if wait > SOON]
         settled = max((answers.came[n] - at for n in late), default=0.0)
         found.append(
