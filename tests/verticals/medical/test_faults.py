@@ -306,7 +306,7 @@ def test_slices_of_two_kinds_in_turn_are_never_ok(
     if modality == "CT":
         with pytest.raises(InputError, match="odd and even slices are of two kinds") as caught:
             load_volume(folder)
-        assert caught.value.reason == "alternating"
+        assert caught.value.reason == "geometry_alternating"
 
 
 def other_rescale(image: pydicom.Dataset) -> None:
@@ -330,7 +330,7 @@ def test_a_slice_that_is_not_of_the_stack_is_named(
     assert fifth.name in verdict.issues[0].message
     with pytest.raises(InputError) as caught:
         load_volume(folder, strict=True)
-    assert caught.value.reason == "unlike_slices"
+    assert caught.value.reason == "geometry_unlike"
 
 
 def test_values_that_a_compression_changed_are_said_to_be(write: Write, edit: Edit) -> None:

@@ -333,7 +333,9 @@ def _unlike(series: Series, stack: Stack, voxels: Array, *, strict: bool) -> tup
         more = f" and {len(slices) - 3} more" if len(slices) > 3 else ""
         text = f"unlike both its neighbours, as if of another stack: slice {names}{more}"
         if strict:
-            raise InputError(f"series {series.id}: {text}", field=series.id, reason="unlike_slices")
+            raise InputError(
+                f"series {series.id}: {text}", field=series.id, reason="geometry_unlike"
+            )
         return (Issue("unlike", text, None, slices),)
     if found is None:
         return ()
@@ -344,7 +346,7 @@ def _unlike(series: Series, stack: Stack, voxels: Array, *, strict: bool) -> tup
             "attribute tells them apart",
             field=series.id,
             hint="send each of them as a series of its own",
-            reason="alternating",
+            reason="geometry_alternating",
         )
     return (Issue("alternating", text),)
 
