@@ -434,6 +434,7 @@ class Filling(nn.Module):
         return self.linear(x.nan_to_num())
 
 
+@pytest.mark.cpu
 @pytest.mark.needs("openvino")
 def test_what_is_no_number_is_refused_where_openvino_would_make_one_of_it():
     """The ReLU of NaN is 0 there; who sent it is told, and nobody else."""

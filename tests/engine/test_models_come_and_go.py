@@ -60,6 +60,7 @@ class Padded(Scale):
         return (x.repeat(1, 4096) * self.factor)[:, :4]
 
 
+@pytest.mark.cpu
 def test_what_was_measured_of_a_model_holds_for_another_of_its_structure(monkeypatch):
     runs, measure = [], loaded_model.measure
 
