@@ -195,12 +195,9 @@ def named(spec: ModelSpec, output: Any, rows: int) -> dict[str, Tensor]:
     """
     found = outputs_by_name(spec, output)
     for want in spec.outputs:
-        tensor = found[want.name]
-        if isinstance(tensor, Tensor) and want.is_like(tensor) and tensor.shape[0] == rows:
+        got = want.unlike(found[want.name], rows)
+        if got is None:
             continue
-        got = type(tensor).__name__
-        if isinstance(tensor, Tensor):
-            got = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
         raise ModelError(
             f"model {spec.name}: output {want.name} is {got} for {rows} rows, expected "
             f"{(rows, *want.shape)} {want.dtype}",
@@ -209,20 +206,24 @@ def named(spec: ModelSpec, output: Any, rows: int) -> dict[str, Tensor]:
     return found
 
 
-def check_finite(model: str, name: str, values: npt.NDArray[Any], library: str) -> None:
+def check_finite(spec: ModelSpec, given: Mapping[str, npt.NDArray[Any]], library: str) -> None:
     """Refuse what a library's kernels would make numbers of where torch gives NaN.
 
     Raises:
         InputError: an input holds NaN or infinity.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = values.sum()  # many times as fast as to look at each
-    if not np.isfinite(total) and not np.isfinite(values).all():
-        raise InputError(
-            f"model {model}: input {name} holds NaN or infinity, which {library} would hide",
-            field=name,
-            hint="send numbers, or use backend eager",
-        )
+    for name, values in given.items():
+        if values.dtype.kind != "f":
+            continue
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = values.sum()  # many times as fast as to look at each
+        if not np.isfinite(total) and not np.isfinite(values).all():
+            raise InputError(
+                f"model {spec.name}: input {name} holds NaN or infinity, which {library} would "
+                "hide",
+                field=name,
+                hint="send numbers, or use backend eager",
+            )
 
 
 _LOCK = threading.Lock()

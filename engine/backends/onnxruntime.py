@@ -102,8 +102,6 @@ class OrtExecutable:
         self._path = path
         self._kept = kept
         self._outputs = [tensor.name for tensor in spec.outputs]
-        floats = [tensor.name for tensor in spec.inputs if "float" in tensor.dtype]
-        self._watched = [] if precision == "fp32" else floats
         self._bound: dict[int, _Bound | None] = {}
         self._session = self._opened()
         free = any(None in tensor.shape for tensor in (*spec.inputs, *spec.outputs))
@@ -117,9 +115,9 @@ class OrtExecutable:
         Raises:
             InputError: floats that are not finite, in less than fp32.
         """
-        for name in self._watched:
-            values = inputs[name].numpy(force=True)
-            check_finite(self._spec.name, name, values, "ONNX Runtime in int8")
+        if self.precision != "fp32":
+            given = {name: tensor.numpy(force=True) for name, tensor in inputs.items()}
+            check_finite(self._spec, given, "ONNX Runtime in int8")
         rows = len(next(iter(inputs.values())))
         bound = self._bound.get(rows) if self._fixed else None
         return self._plain(inputs, rows) if bound is None else bound.run(inputs)

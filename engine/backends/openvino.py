@@ -88,7 +88,6 @@ class OpenVinoExecutable:
         self._inputs = _places(self._compiled.inputs, [t.name for t in spec.inputs])
         self._outputs = _places(self._compiled.outputs, [t.name for t in spec.outputs])
         self._ints = [t.name for t in spec.inputs if t.dtype == "int64"]
-        self._floats = [t.name for t in spec.inputs if "float" in t.dtype]
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run rows on the host.
@@ -102,8 +101,7 @@ class OpenVinoExecutable:
         given = {name: tensor.numpy(force=True) for name, tensor in inputs.items()}
         for name in self._ints:
             _check_range(self._spec.name, name, given[name])
-        for name in self._floats:
-            check_finite(self._spec.name, name, given[name], "OpenVINO")
+        check_finite(self._spec, given, "OpenVINO")
         held = [np.ascontiguousarray(array) for array in given.values()]
         for name, array in zip(given, held, strict=True):
             tensor = openvino.Tensor(array, shared_memory=True)

@@ -50,12 +50,7 @@ def structure_digest(module: nn.Module) -> str | None:
 
     Modules of one structure run the same operations on tensors of the same sizes.
     """
-    found = _Hash(values=False)
-    try:
-        found.add(module)
-    except RecursionError:
-        return None
-    return None if found.opaque else found.sha.hexdigest()
+    return _whole(_Hash(values=False), module)
 
 
 def lasting_digest(value: Any) -> str | None:
@@ -66,7 +61,11 @@ def lasting_digest(value: Any) -> str | None:
     their versions stand for. Whatever cannot be read, and an import inside a function, gives
     ``None``.
     """
-    found = _Hash(lasting=True)
+    return _whole(_Hash(lasting=True), value)
+
+
+def _whole(found: _Hash, value: Any) -> str | None:
+    """The digest of a value of which all could be read, else ``None``."""
     try:
         found.add(value)
     except RecursionError:

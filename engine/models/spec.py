@@ -86,6 +86,14 @@ class TensorSpec(BaseModel):
         floats = _TORCH_DTYPES[self.dtype].is_floating_point
         return rows.is_floating_point() == floats and self._is_shaped(rows)
 
+    def unlike(self, found: Any, count: int) -> str | None:
+        """What was given in the place of ``count`` rows of this, in words; ``None`` if they are."""
+        if not isinstance(found, Tensor):
+            return "nothing" if found is None else type(found).__name__
+        if self.is_like(found) and len(found) == count:
+            return None
+        return f"{tuple(found.shape)} {str(found.dtype).removeprefix('torch.')}"
+
     def _is_shaped(self, rows: Tensor) -> bool:
         if rows.ndim != len(self.shape) + 1:
             return False

@@ -317,10 +317,9 @@ class LoadedModel:
             ModelError: an output is missing, or has another shape or kind of numbers.
         """
         for want in self.spec.outputs:
-            found = outputs.get(want.name)
-            if found is not None and len(found) == rows and want.is_like(found):
+            got = want.unlike(outputs.get(want.name), rows)
+            if got is None:
                 continue
-            got = "nothing" if found is None else f"{tuple(found.shape)} {found.dtype}"
             raise ModelError(
                 f"model {self.spec.name}: a lane gave {got} as {want.name} of {rows} rows, "
                 f"expected {(rows, *want.shape)} {want.dtype}",

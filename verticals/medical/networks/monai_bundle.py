@@ -49,15 +49,8 @@ NOTHING = frozenset(
 HARMLESS = frozenset(
     {
         *("dtype", "image_only", "meta_keys", "meta_key_postfix", "ensure_channel_first", "name"),
-        *(
-            "source_key",
-            "start_coord_key",
-            "end_coord_key",
-            "channel_wise",
-            "is_onehot",
-            "track_meta",
-        ),
-        *("recompute_affine", "allow_smaller", "dim", "keepdim", "overwrite"),
+        *("source_key", "start_coord_key", "end_coord_key", "channel_wise", "is_onehot"),
+        *("track_meta", "recompute_affine", "allow_smaller", "dim", "keepdim", "overwrite"),
         *("sw_batch_size", "sw_device", "progress", "cache_roi_weight_map", "buffer_steps"),
         *("buffer_dim", "with_coord", "process_fn", "kwargs_fn", "meta_dicts", "num_workers"),
     }
