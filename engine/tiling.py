@@ -24,6 +24,7 @@ from plinth.engine.errors import ConfigError, InputError, OutOfMemory
 
 _SIGMA = 0.125  # of the window; the value nnU-Net made usual
 _FLOOR = 1e-3  # smallest weight, so that lone corners are not divided by almost nothing
+_TIE = 1e-9  # voxels: a place between two planes goes to the upper one, whatever its rounding
 _ROWS = 16  # planes or rows that are reduced at once: bounds what is allocated on the way
 
 Size = tuple[int, int, int]
@@ -40,15 +41,26 @@ class Onto:
         size: (z, y, x) voxels.
         first: (z, y, x) index of its first voxel.
         scale: (z, y, x) voxels of the windows' volume per voxel, above 0.
+        nearest: (z, y, x) axes along which the nearest plane is taken instead.
     """
 
     size: Size
     first: tuple[float, float, float]
     scale: tuple[float, float, float]
+    nearest: tuple[bool, bool, bool] = (False, False, False)
 
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.size) or any(not scale > 0 for scale in self.scale):
             raise ConfigError(f"Onto has size {self.size} and scale {self.scale}, expected above 0")
+
+    def neighbours(self, axis: int, native: int) -> tuple[Tensor, Tensor]:
+        """Index below each place, clamped to ``native`` voxels, and the share of the one above."""
+        along = torch.arange(self.size[axis], dtype=torch.float64)
+        place = (along * self.scale[axis] + self.first[axis]).clamp_(0, native - 1)
+        if self.nearest[axis]:
+            place = (place + 0.5 + _TIE).floor_().clamp_(max=native - 1)
+        low = place.floor().clamp_(max=max(0, native - 2))
+        return low.long(), (place - low).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +82,14 @@ class Tiling:
             answer the same as that of one pass over the whole volume.
         even: spread the windows evenly instead of letting the last one overlap more.
         activation: what is made of blended outputs before anything else.
+        interpolate: what goes ``onto`` another grid: the ``"activated"`` outputs (MONAI), or
+            the ``"raw"`` ones (nnU-Net).
         onto: another grid to interpolate onto.
         uncertainty: give ``{"labels": ..., "uncertainty": ...}``, the second (Z, Y, X) uint8:
             255 * (1 - the largest probability) / (1 - 1 / k), for a threshold
             255 * (1 - |2 p - 1|) of the least certain channel.
+        hidden: for a threshold, give ``{"labels": ..., "hidden": ...}``, the second (k,) int64:
+            voxels of each channel above 0.5 whose label is a later channel's.
     """
 
     window: Size
@@ -85,7 +101,9 @@ class Tiling:
     even: bool = False
     activation: Literal["none", "softmax", "sigmoid"] = "none"
     onto: Onto | None = None
+    interpolate: Literal["activated", "raw"] = "activated"
     uncertainty: bool = False
+    hidden: bool = False
 
     def __post_init__(self) -> None:
         if len(self.window) != 3 or any(size < 1 for size in self.window):
@@ -100,6 +118,8 @@ class Tiling:
             )
         if self.uncertainty and self.reduce == "none":
             raise ConfigError("Tiling.uncertainty is of labels, but reduce is 'none'")
+        if self.hidden and self.reduce != "threshold":
+            raise ConfigError(f"Tiling.hidden is of a threshold, but reduce is {self.reduce!r}")
 
     @property
     def exact(self) -> bool:
@@ -198,7 +218,7 @@ class WindowGrid:
             out = slice(number * total // pieces, (number + 1) * total // pieces)
             rows = out
             if onto is not None:  # each row lies between two of the windows' volume
-                low, _ = _neighbours(height, total, onto.first[1], onto.scale[1])
+                low, _ = onto.neighbours(1, height)
                 last = int(low[out.stop - 1]) + 2
                 rows = slice(int(low[out.start]), min(last, height))
             if pieces == 1:
@@ -308,6 +328,7 @@ class _Reducer:
         shape = (channels, *size) if tiling.reduce == "none" else size
         self.result = torch.zeros(shape, dtype=kind)
         self.doubt = torch.zeros(size if tiling.uncertainty else 0, dtype=torch.uint8)
+        self.hidden = torch.zeros(channels, dtype=torch.int64)
 
     def put(self, values: Tensor, at: tuple[int | slice, slice, slice]) -> None:
         """Reduce activated outputs (k, ...) and write them to a place (z, y, x)."""
@@ -318,13 +339,24 @@ class _Reducer:
         if reduce == "labels":
             self.result[at] = values[0].to(torch.uint8)
         elif reduce == "argmax":
-            self.result[at] = values.argmax(0)
+            best, which = values.max(0)  # NaN is larger than all else
+            _check_numbers(best)
+            self.result[at] = which
         else:
-            order = torch.arange(1, len(values) + 1, dtype=torch.uint8)
-            order = order.view(-1, *(1 for _ in values.shape[1:]))
-            self.result[at] = ((values > 0.5) * order).amax(0)
+            _check_numbers(values)
+            self.result[at] = self._above(values)
         if self.tiling.uncertainty:
             self.doubt[at] = self._doubt(values)
+
+    def _above(self, values: Tensor) -> Tensor:
+        """The last channel above 0.5, counted from 1, or 0."""
+        order = torch.arange(1, len(values) + 1, dtype=torch.uint8)
+        order = order.view(-1, *(1 for _ in values.shape[1:]))
+        above = values > 0.5
+        last = (above * order).amax(0)
+        if self.tiling.hidden:
+            self.hidden += (above & (last > order)).flatten(1).sum(1)
+        return last
 
     def _doubt(self, values: Tensor) -> Tensor:
         if self.tiling.reduce == "threshold":
@@ -336,21 +368,32 @@ class _Reducer:
         return (255 * share).round_().clamp_(0, 255).to(torch.uint8)
 
 
+def _check_numbers(values: Tensor) -> None:
+    """Outputs that a label can be told from.
+
+    Raises:
+        InputError: NaN, of which the largest channel would be the first that has it.
+    """
+    if bool(values.isnan().any()):
+        raise InputError(
+            "the model's outputs for this volume are no numbers (NaN), so they have no labels",
+            hint="look for NaN in its weights and in the volume, and for sums beyond float16",
+            reason="not_a_number",
+        )
+
+
 class _Between:
     """Interpolates planes that come in order onto another grid, two of them at a time."""
 
     def __init__(self, onto: Onto, shape: Size, strip: Strip) -> None:
         self._out = strip.out
-        self._taps = [
-            _neighbours(n, size, first, scale)
-            for n, size, first, scale in zip(shape, onto.size, onto.first, onto.scale, strict=True)
-        ]
+        self._taps = [onto.neighbours(axis, n) for axis, n in enumerate(shape)]
         low, share = self._taps[1]
         self._taps[1] = low[strip.out] - strip.rows.start, share[strip.out]
         self._before = torch.empty(0)
         self._next = 0
 
-    def put(self, number: int, plane: Tensor, reducer: _Reducer) -> None:
+    def put(self, number: int, plane: Tensor, reducer: _Reducer, activation: str = "none") -> None:
         """Take in plane ``number`` (k, Y, X); planes that lie between two are reduced."""
         plane = _lerp(_lerp(plane, 1, *self._taps[1]), 2, *self._taps[2])
         low, share = self._taps[0]
@@ -362,16 +405,9 @@ class _Between:
             value = plane if at == number else self._before
             if part > 0:
                 value = torch.lerp(self._before, plane, part)
-            reducer.put(value, (self._next, self._out, whole))
+            reducer.put(_activated(value, activation), (self._next, self._out, whole))
             self._next += 1
         self._before = plane.clone()  # the slab it may lie in moves on
-
-
-def _neighbours(native: int, size: int, first: float, scale: float) -> tuple[Tensor, Tensor]:
-    """Index below each place first + t * scale, clamped, and the share of the one above it."""
-    place = (torch.arange(size, dtype=torch.float64) * scale + first).clamp_(0, native - 1)
-    low = place.floor().clamp_(max=max(0, native - 2))
-    return low.long(), (place - low).float()
 
 
 def _lerp(values: Tensor, dim: int, low: Tensor, share: Tensor) -> Tensor:
@@ -445,9 +481,12 @@ class WindowMerger:
         """The volume: (k, Z, Y, X) float32, or (Z, Y, X) uint8 labels and what goes with them."""
         if self._reducer is None:
             return torch.empty(0)
+        found = {"labels": self._reducer.result}
         if self.grid.tiling.uncertainty:
-            return {"labels": self._reducer.result, "uncertainty": self._reducer.doubt}
-        return self._reducer.result
+            found["uncertainty"] = self._reducer.doubt
+        if self.grid.tiling.hidden:
+            found["hidden"] = self._reducer.hidden
+        return found if len(found) > 1 else self._reducer.result
 
     @property
     def _windows(self) -> int:
@@ -469,6 +508,12 @@ class WindowMerger:
         most = 255 if tiling.reduce == "threshold" else 256
         if tiling.reduce in ("argmax", "threshold") and channels > most:
             raise InputError(f"{channels} classes do not fit labels of 8 bits")
+        if tiling.reduce == "argmax" and channels == 1:
+            raise InputError(
+                "the model gives one channel, whose largest is always itself: every label would "
+                "be 0",
+                hint='for what is above 0.5 take reduce "threshold", with a sigmoid for logits',
+            )
         needed = grid.bytes(channels)
         if self._reserve is not None:
             self._holder = _Holder()
@@ -548,11 +593,13 @@ class WindowMerger:
                 plane = plane[:-1] / plane[-1]
             elif not raw:
                 plane = plane / (sz[target] * sy[:, None] * sx)
-            plane = _activated(plane, tiling.activation)
-            if self._between is not None:
-                self._between.put(target, plane, reducer)
-            else:
+            if self._between is None:
+                plane = _activated(plane, tiling.activation)
                 reducer.put(plane, (target, self._strip.out, whole))
+            elif tiling.interpolate == "raw":
+                self._between.put(target, plane, reducer, tiling.activation)
+            else:
+                self._between.put(target, _activated(plane, tiling.activation), reducer)
         keep = max(self._slab.shape[1] - done, 0)
         for number in range(keep):
             self._slab[:, number] = self._slab[:, number + done]

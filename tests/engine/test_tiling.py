@@ -1,5 +1,6 @@
 """A volume cut into windows and blended back."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -217,3 +218,53 @@ def test_a_halo_that_leaves_nothing_of_a_window_is_refused():
         WindowGrid(Tiling((8, 8, 8), halo=(4, 4, 4)), (16, 16, 16))
     with pytest.raises(ConfigError, match="expected a halo"):
         Tiling((8, 8, 8), reduce="labels")
+
+
+@given(st.tuples(*[st.integers(2, 9)] * 3), st.tuples(*[st.integers(1, 15)] * 3), st.integers(0, 2))
+def test_an_axis_may_take_the_nearest_plane_and_the_others_interpolate(size, onto, axis):
+    volume = torch.randn(2, *size)
+    scale = tuple(n / m for n, m in zip(size, onto, strict=True))
+    nearest = tuple(number == axis for number in range(3))
+    grid = Onto(onto, tuple(s / 2 - 0.5 for s in scale), scale, nearest)
+    planes = [min(int(scale[axis] * (k + 0.5) + 1e-9), size[axis] - 1) for k in range(onto[axis])]
+    picked = volume.index_select(axis + 1, torch.tensor(planes))
+    want = F.interpolate(picked[None], onto, mode="trilinear")[0]
+    got = merged(Tiling((5, 6, 5), 0.5, onto=grid), volume, lambda rows: rows)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_network_gives_is_interpolated_before_or_after_its_activation():
+    logits = torch.tensor([-3.0, 0.5]).reshape(1, 1, 1, 2)
+    far = torch.tensor([-1.0, 9.0]).reshape(1, 1, 1, 2)  # a quarter: 1.5, but of sigmoids 0.45
+    onto = Onto((1, 1, 5), (0.0, 0.0, 0.0), (1.0, 1.0, 0.25))
+    first = Tiling((1, 1, 2), reduce="threshold", activation="sigmoid", onto=onto)
+    raw = replace(first, interpolate="raw")
+    for volume in (logits, far):
+        low, high = volume.flatten().tolist()
+        between = torch.linspace(low, high, 5)
+        want = torch.linspace(*torch.sigmoid(torch.tensor([low, high])).tolist(), 5)
+        assert blend(raw, volume).flatten().tolist() == (between > 0).int().tolist()
+        assert blend(first, volume).flatten().tolist() == (want > 0.5).int().tolist()
+    assert not torch.equal(blend(raw, far), blend(first, far))
+
+
+@pytest.mark.parametrize("onto", [None, Onto((4, 4, 4), (0.0,) * 3, (1.0, 1.0, 1.0))])
+def test_voxels_that_a_later_channel_takes_are_counted(onto):
+    volume = torch.zeros(2, 4, 4, 4)
+    volume[0, :, :2], volume[1, :, :3] = 1, 1
+    found = blend(Tiling((3, 3, 3), reduce="threshold", hidden=True, onto=onto), volume)
+    assert found["hidden"].tolist() == [32, 0]
+    assert torch.bincount(found["labels"].flatten().long()).tolist() == [16, 0, 48]
+
+
+@pytest.mark.parametrize("reduce", ["argmax", "threshold"])
+def test_outputs_that_are_no_numbers_have_no_labels(reduce):
+    volume = torch.randn(3, 5, 5, 5)
+    volume[1, 2, 3, 4] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        blend(Tiling((3, 3, 3), reduce=reduce), volume)
+
+
+def test_one_channel_has_no_largest_one():
+    with pytest.raises(InputError, match="threshold"):
+        blend(Tiling((3, 3, 3), reduce="argmax"), torch.randn(1, 5, 5, 5))

@@ -28,7 +28,13 @@ PRE: list[dict[str, Any]] = [
 ]
 POST: list[dict[str, Any]] = [
     {"_target_": "Activationsd", "keys": "pred", "softmax": True},
-    {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "device": "@device"},
+    {
+        "_target_": "Invertd",
+        "keys": "pred",
+        "transform": "@preprocessing",
+        "device": "@device",
+        "nearest_interp": False,
+    },
     {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
 ]
 UNET = {

@@ -221,6 +221,49 @@ def test_an_nnunet_folder_gives_what_its_own_steps_give(tmp_path):
     assert set(np.unique(labels)) <= {0, 1, 2}
 
 
+def test_an_nnunet_coarse_axis_is_taken_by_itself_both_ways(tmp_path):
+    """Planes by cubic splines that stay within the plane's values, then the nearest plane."""
+    extra("dynamic_network_architectures")
+    folder = _nnunet(tmp_path)
+    (plans,) = folder.glob("plans.json")
+    found = json.loads(plans.read_text())
+    found["configurations"]["3d_fullres"] |= {
+        "spacing": [9.0, 2.0, 2.0],
+        "normalization_schemes": ["NoNormalization"],
+    }
+    plans.write_text(json.dumps(found))
+    network = load_network(folder)
+    volume = head((20, 24, 22), (2.5, 2.5, 4.0))
+    volume.voxels[:, 0, 0] = 1 + np.arange(20)  # no plane is empty: nothing is cropped
+    volume.voxels[:, -1, -1] = 1
+    recipe = network.recipe.model_copy(
+        update={"window": network.recipe.window.model_copy(update={"size": None})}
+    )
+    ready = prepare(volume, recipe)
+    from scipy import ndimage
+
+    planes = []
+    for plane in volume.voxels.astype(np.float32):
+        zoom = (30 / 24, round(22 * 1.25) / 22)
+        wide = ndimage.zoom(plane, zoom, order=3, mode="nearest", grid_mode=True)
+        planes.append(np.clip(wide, plane.min(), plane.max()))
+    taken = [int(np.floor(20 / 9 * (k + 0.5))) for k in range(9)]
+    np.testing.assert_allclose(ready.rows[0].numpy(), np.stack(planes)[taken], atol=0.5)
+    onto = ready.onto
+    assert onto is not None
+    assert onto.nearest == (True, False, False)
+    assert tiling_of(ready, recipe).interpolate == "raw"
+
+
+def test_an_nnunet_that_resamples_its_outputs_otherwise_is_refused(tmp_path):
+    folder = _nnunet(tmp_path)
+    found = json.loads((folder / "plans.json").read_text())
+    found["configurations"]["3d_fullres"]["resampling_fn_probabilities_kwargs"] = {"order": 3}
+    (folder / "plans.json").write_text(json.dumps(found))
+    with pytest.raises(ModelError, match="outputs resampled"):
+        load_network(folder)
+
+
 @pytest.mark.parametrize("named_in", ["plans", "dataset"])
 def test_an_nnunet_reader_that_turns_images_turns_them_here(named_in, tmp_path):
     """TotalSegmentator and many others were trained on images turned to RAS."""

@@ -246,6 +246,10 @@ def test_what_a_bundle_would_have_executed_is_refused_by_its_name(changed, named
 
 ORIENT = {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS"}
 SPACE = {"_target_": "Spacingd", "keys": "image", "pixdim": [4, 4, 6], "mode": "bilinear"}
+LOAD = {"_target_": "LoadImaged", "keys": "image"}
+TYPE = {"_target_": "EnsureTyped", "keys": "image"}
+INVERT = {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing"}
+CROP = {"_target_": "CropForegroundd", "keys": "image", "source_key": "image"}
 SLIDE = {"_target_": "SlidingWindowInferer", "roi_size": [32, 32, 16], "mode": "gaussian"}
 
 
@@ -257,6 +261,9 @@ SLIDE = {"_target_": "SlidingWindowInferer", "roi_size": [32, 32, 16], "mode": "
         ({"preprocessing": {"transforms": [SPACE | {"padding_mode": "zeros"}]}}, "padding_mode"),
         ({"preprocessing": {"transforms": [SPACE | {"min_pixdim": [1, 1, 1]}]}}, "min_pixdim"),
         ({"preprocessing": {"transforms": [*PRE, ORIENT | {"keys": "label"}]}}, "takes label"),
+        ({"preprocessing": {"transforms": [LOAD | {"reverse_indexing": True}]}}, "reverse"),
+        ({"preprocessing": {"transforms": [*PRE, TYPE | {"dtype": "$torch.uint8"}]}}, "uint8"),
+        ({"preprocessing": {"transforms": [CROP | {"mode": "reflect"}]}}, "mode"),
         ({"inferer": SLIDE | {"sigma_scale": 0.25}}, "sigma_scale"),
         ({"inferer": SLIDE | {"padding_mode": "reflect"}}, "padding_mode"),
     ],
@@ -298,6 +305,48 @@ def test_a_volume_smaller_than_a_window_is_padded_as_monai_does(beyond, study, t
         rows[None], 200, 1, lambda given: seen.append(given) or given, **beyond
     )
     assert torch.equal(prepare(volume, network.recipe).rows, seen[0][0])
+
+
+@pytest.mark.filterwarnings("ignore")  # MONAI's own
+@pytest.mark.parametrize(
+    ("options", "monai"),
+    [
+        ({"margin": [1, 3, 2]}, None),
+        ({"margin": 4, "k_divisible": [8, 4, 1]}, "1.5.1"),
+        ({"margin": 4, "allow_smaller": True, "k_divisible": 8}, "1.5.1"),
+        ({"margin": 4}, "1.3.0"),  # which still cut a margin off at the border
+    ],
+)
+def test_a_foreground_is_cropped_as_monai_does(options, monai, tmp_path):
+    extra("monai")
+    from monai.transforms import CropForeground
+
+    bundle = write_bundle(
+        tmp_path / "b", Blobs(), preprocessing={"transforms": [CROP | options]}, inferer=None
+    )
+    if monai is not None:
+        path = bundle / "configs" / "metadata.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"monai_version": monai}))
+    volume = _blocks([0, 1, 2], (1, 1, 1))
+    volume.voxels[0, 9, 13] = 7  # the foreground reaches the border
+    rows = torch.from_numpy(volume.voxels.transpose(2, 1, 0).copy())[None]
+    wanted = options | ({"allow_smaller": True} if monai == "1.3.0" else {})
+    theirs = CropForeground(**wanted)(rows)
+    assert torch.equal(prepare(volume, load_network(bundle).recipe).rows, theirs)
+
+
+@pytest.mark.parametrize(
+    ("post", "back"),
+    [
+        (POST, "linear"),  # with nearest_interp false
+        ([INVERT | {"nearest_interp": True}], "nearest"),
+        ([INVERT], "nearest"),  # MONAI's default
+        ([POST[0], POST[2], INVERT | {"nearest_interp": False}], "nearest"),  # labels go back
+    ],
+)
+def test_outputs_go_back_to_the_images_as_the_bundle_says(post, back, tmp_path):
+    bundle = write_bundle(tmp_path / "b", Blobs(), postprocessing={"transforms": post})
+    assert load_network(bundle).recipe.back == back
 
 
 def test_torchscript_that_touches_files_is_refused_before_it_is_loaded(tmp_path):
@@ -364,6 +413,65 @@ def test_labels_come_back_to_where_their_voxels_were(code, order, signs, mm, cro
     back = ready.to_native(ready.nearest(labels))
     same = (back == volume.voxels).mean()
     assert same == 1.0 if not any(mm) else same > 0.7
+
+
+def _exported(path: Path, network: nn.Module, **changed: object) -> Path:
+    program = torch.export.export(network.eval(), (torch.rand(1, 1, *own_networks.PATCH),))
+    torch.export.save(program, path)
+    return write_beside(path, **changed)
+
+
+class Levels(nn.Module):
+    """Channel n is high where the brightness is above its level."""
+
+    def __init__(self, levels: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("levels", torch.tensor(levels).view(1, -1, 1, 1, 1))
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        return 50 * (volume - self.levels)
+
+
+def test_a_structure_of_which_a_later_one_takes_a_part_is_not_measured_as_whole(study, tmp_path):
+    labels = {"1": "core", "2": "whole"}
+    how = {"reduce": "threshold", "activation": "sigmoid", "channels": 2, "labels": labels}
+    path = _exported(tmp_path / "nested.pt2", Levels((0.8, 0.5)), **how)
+    report = analysed(study, path, tmp_path)
+    titles = [one["title"] for one in report["findings"]]
+    assert titles == ["core, rest, volume", "whole, volume"]
+    assert any(said.startswith("100.0 % of core is also of") for said in report["warnings"])
+
+
+def test_labels_that_nothing_names_and_labels_that_are_everywhere_are_said(study, tmp_path):
+    how = {"labels": {"1": "first"}, "channels": None}
+    path = _exported(tmp_path / "bare.pt2", Levels((0.5, -9.0, 0.6)), **how)
+    report = analysed(study, path, tmp_path)
+    told = " ".join(report["warnings"])
+    assert "does not name" not in told
+    assert "first fills the field of view" in told
+    path = _exported(tmp_path / "other.pt2", Levels((0.5, 0.9, -9.0)), **how)
+    told = " ".join(analysed(study, path, tmp_path)["warnings"])
+    assert "does not name (2)" in told
+
+
+def test_names_of_labels_are_such_as_every_output_can_hold_and_tell_apart():
+    names = {0: "air", 1: "lesion", 2: " lesion\n", 3: "a\\b", 4: "L\u00e4sion"}
+    assert Recipe(name="x", labels=names).labels == {
+        1: "lesion (1)", 2: "lesion (2)", 3: "a b", 4: "L\u00e4sion",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"labels": {1: "a", 3: "b"}, "channels": 3}, "label 3"),
+        ({"labels": {1: "a"}, "channels": 1}, "threshold"),
+        ({"labels": {3: "a"}, "channels": 2, "reduce": "threshold"}, "label 3"),
+    ],
+)
+def test_a_label_that_no_channel_gives_is_refused(how, said):
+    with pytest.raises(ValueError, match=said):
+        Recipe(name="x", **how)
 
 
 def _blocks(order: list[int], signs: tuple[float, ...]) -> Volume:

@@ -90,7 +90,7 @@ def agree(
         labels: (z, y, x) what the plan made of the study, on the native grid.
     """
     window = tiling.window
-    one = replace(tiling, onto=None, uncertainty=False)
+    one = replace(tiling, onto=None, uncertainty=False, hidden=False)
     corners = list(chosen(prepared, window, labels))
     counts = np.zeros((3, 256), np.int64)
     said, seconds = ["", ""], [0.0, 0.0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +26,9 @@ from plinth.verticals.medical.volumes.volume import HOW_TO_SAY_HU, Volume
 
 Labels = npt.NDArray[np.uint8]
 MIN_CELLS = 16
+LONGEST = 64  # characters of a label's name
+REST = ", rest"
+FILLING = 0.98  # of all voxels
 
 
 @dataclass(eq=False)
@@ -184,7 +188,8 @@ def segment(
     begun = time.perf_counter()
     prepared.rows = torch.empty(0)
     found = yield Compute(_bring_back, volume, recipe, prepared, told.value, tiling)
-    done = Segmentation(volume, recipe, *found)
+    told_of, *others = found
+    done = Segmentation(volume, told_of, *others)
     done.plan = _plan(prepared, replace(network, recipe=recipe), tiling) | {
         "computed_in": told.precision
     }
@@ -214,9 +219,10 @@ def _bring_back(
     prepared: Prepared,
     got: Tensor | dict[str, Tensor],
     tiling: Tiling,
-) -> tuple[Labels, Labels | None, list[Finding], dict[str, Measured], list[str]]:
+) -> tuple[Recipe, Labels, Labels | None, list[Finding], dict[str, Measured], list[str]]:
     """The network's answer on the native grid, and what it measures; see :class:`Segmentation`."""
     labels, doubt = _native(prepared, got, tiling)
+    recipe, covered = _covered(recipe, got)
     for k in volume.filled:
         labels[k] = 0
     for label in recipe.largest:
@@ -227,7 +233,29 @@ def _bring_back(
     titles = {value: (f"label_{value}", name) for value, name in sorted(recipe.labels.items())}
     sizes = measured(volume, labels, titles)
     findings, warnings = _findings(counts, volume, recipe), _warnings(volume, counts, recipe)
-    return labels, doubt, findings, sizes, warnings
+    return recipe, labels, doubt, findings, sizes, warnings + covered
+
+
+def _covered(recipe: Recipe, got: Tensor | dict[str, Tensor]) -> tuple[Recipe, list[str]]:
+    """Structures of which a later one takes a part are called what is left of them.
+
+    In one label map a voxel has one label; a whole whose core lies in it would else be measured
+    without its core under its own name.
+    """
+    if not isinstance(got, dict) or "hidden" not in got:
+        return recipe, []
+    hidden = got["hidden"].tolist()
+    counts = torch.bincount(got["labels"].flatten(), minlength=len(hidden) + 1).tolist()
+    labels, said = dict(recipe.labels), []
+    for value, name in sorted(recipe.labels.items()):
+        if value <= len(hidden) and hidden[value - 1]:
+            share = 100 * hidden[value - 1] / (hidden[value - 1] + counts[value])
+            labels[value] = f"{name[: LONGEST - len(REST)]}{REST}"
+            said.append(
+                f"{share:.1f} % of {name} is also of a structure named after it, and is counted "
+                f"there alone: {labels[value]} is what is left"
+            )
+    return recipe.model_copy(update={"labels": labels}), said
 
 
 def tiling_of(
@@ -247,7 +275,9 @@ def tiling_of(
         even=window.even,
         activation=recipe.activation,
         onto=None if labels or recipe.back == "nearest" else prepared.onto,
+        interpolate="raw" if recipe.back == "raw" else "activated",
         uncertainty=uncertainty,
+        hidden=recipe.reduce == "threshold" and len(recipe.labels) > 1,
     )
 
 
@@ -255,7 +285,8 @@ def _native(
     prepared: Prepared, got: Tensor | dict[str, Tensor], tiling: Tiling
 ) -> tuple[Labels, Labels | None]:
     if isinstance(got, dict):
-        labels, doubt = got["labels"].numpy(), got["uncertainty"].numpy()
+        labels = got["labels"].numpy()
+        doubt = got["uncertainty"].numpy() if "uncertainty" in got else None
     else:
         labels, doubt = got.numpy(), None
     if tiling.onto is None:
@@ -324,10 +355,22 @@ def _warnings(volume: Volume, counts: npt.NDArray[np.int64], recipe: Recipe) -> 
     warnings += recipe.notes
     if not recipe.modality:
         warnings.append("the network does not say which modality it was made for")
+    unnamed = [
+        value for value in np.flatnonzero(counts).tolist() if value not in (0, *recipe.labels)
+    ]
+    if unnamed:
+        warnings.append(
+            f"the network gave labels that its description does not name ({_few(unnamed)}): they "
+            "are in segmentation.nii.gz and nowhere else"
+        )
+    filling = [n for v, n in sorted(recipe.labels.items()) if counts[v] > FILLING * counts.sum()]
+    if filling:
+        warnings.append(
+            f"{filling[0]} fills the field of view: look whether activation and values are right"
+        )
     absent = [name for value, name in sorted(recipe.labels.items()) if not counts[value]]
     if absent:
-        named = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
-        warnings.append(f"not found: {named}")
+        warnings.append(f"not found: {_few(absent)}")
     if not any(isinstance(step, Orient) for step in recipe.steps):
         warnings.append(
             "the network says nothing about orientation: it saw the images as they are stored"
@@ -337,3 +380,8 @@ def _warnings(volume: Volume, counts: npt.NDArray[np.int64], recipe: Recipe) -> 
             f"{len(volume.filled)} slices were interpolated; no label and no volume counts them"
         )
     return warnings
+
+
+def _few(things: Sequence[object]) -> str:
+    more = f" and {len(things) - 8} more" if len(things) > 8 else ""
+    return ", ".join(map(str, things[:8])) + more

@@ -230,8 +230,8 @@ def files_digest(path: Path) -> str:
 
 def _invalid(path: Path, error: ValidationError) -> ModelError:
     first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return ModelError(f"{path.name}: {where}: {first['msg']}")
+    where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
+    return ModelError(f"{path.name}: {where}{first['msg'].removeprefix('Value error, ')}")
 
 
 def with_window(network: Network, size: Triple) -> Network:

@@ -39,8 +39,8 @@ NETWORKS = (
 )
 NOTHING = frozenset(
     {
-        *("LoadImage", "EnsureChannelFirst", "AddChannel", "EnsureType", "ToTensor", "CastToType"),
-        *("ToDevice", "Invert", "SaveImage", "Identity", "DataStats", "SqueezeDim", "ToNumpy"),
+        *("EnsureChannelFirst", "AddChannel"),
+        *("ToDevice", "SaveImage", "Identity", "DataStats", "SqueezeDim", "ToNumpy"),
         *("CopyItems", "DeleteItems", "SelectItems", "ToMetaTensor", "FromMetaTensor"),
     }
 )
@@ -50,7 +50,7 @@ HARMLESS = frozenset(
     {
         *("dtype", "image_only", "meta_keys", "meta_key_postfix", "ensure_channel_first", "name"),
         *("source_key", "start_coord_key", "end_coord_key", "channel_wise", "is_onehot"),
-        *("track_meta", "recompute_affine", "allow_smaller", "dim", "keepdim", "overwrite"),
+        *("track_meta", "recompute_affine", "dim", "keepdim", "overwrite"),
         *("sw_batch_size", "sw_device", "progress", "cache_roi_weight_map", "buffer_steps"),
         *("buffer_dim", "with_coord", "process_fn", "kwargs_fn", "meta_dicts", "num_workers"),
     }
@@ -73,6 +73,15 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "return_coords": (False,),
 }
 """Values of options that nothing here reads, with which they change nothing."""
+
+PASSED: dict[str, tuple[str, ...]] = {
+    "": ("_target_", "_disabled_", "keys", "device", "allow_missing_keys", "lazy", "dtype"),
+    "LoadImage": ("reader", "simple_keys", "prune_meta_pattern", "prune_meta_sep", "expanduser"),
+    "EnsureType": ("data_type", "wrap_sequence"),
+    "ToTensor": ("wrap_sequence",),
+    "Invert": ("transform", "orig_keys", "to_tensor", "post_func", "orig_meta_keys"),
+}
+"""Options that are not looked at, by transform: they are no values, or are read elsewhere."""
 
 REFERENCE = re.compile(r"@[\w]+(?:(?:::|#)[\w]+)*")
 DEPTH = 32
@@ -157,6 +166,8 @@ class _Plan:
     activation: str = "none"
     reduce: str | None = None
     largest: tuple[int, ...] = ()
+    back: str = "linear"
+    monai: tuple[int, int] = (99, 0)
 
 
 def is_bundle(folder: Path) -> bool:
@@ -178,13 +189,19 @@ def read_bundle(folder: Path) -> tuple[nn.Module, Recipe]:
     if not configs:
         raise ModelError(f"{folder.name}/configs has none of {', '.join(CONFIGS)}")
     config = _Config(_load(configs[0]), configs[0].name)
-    plan = _Plan()
+    plan = _Plan(monai=_version(metadata))
     _check_keys(config)
     for part, known in (("preprocessing", _PRE), ("postprocessing", _POST)):
         for number, transform in enumerate(_transforms(config, part)):
             _read_transform(config, transform, f"{part}[{number}]", known, plan)
     recipe = _recipe(folder.name, metadata, config, plan)
     return _network(folder, config), recipe
+
+
+def _version(metadata: Mapping[str, Any]) -> tuple[int, int]:
+    """Of MONAI, for defaults that it changed; where it is not said, the newest."""
+    found = re.match(r"(\d+)\.(\d+)", str(metadata.get("monai_version", "")))
+    return (99, 0) if found is None else (int(found[1]), int(found[2]))
 
 
 def _load(path: Path) -> Mapping[str, Any]:
@@ -279,15 +296,31 @@ def _read_transform(
     options = {
         key: config.literal(value, f"{where}.{key}")
         for key, value in transform.items()
-        if key not in ("_target_", "_disabled_", "keys", "device", "allow_missing_keys", "lazy")
+        if key not in PASSED.get(name, ()) + PASSED[""]
     }
     given = _Options(options)
+    if known is _PRE:
+        _check_type(transform.get("dtype"), f"{config.file}: {where} ({name})")
     try:
         known[name](given, plan)
     except (TypeError, ValueError, KeyError) as error:
         what = str(error).partition("\n")[0][:120]
         raise ModelError(f"{config.file}: {where} ({name}) cannot be read: {what}") from None
     _check_unread(given, f"{config.file}: {where} ({name})")
+
+
+def _check_type(dtype: object, where: str) -> None:
+    """A type of values that keeps fractions.
+
+    Raises:
+        ModelError: one that cuts them off.
+    """
+    kind = str(dtype).rpartition(".")[2]
+    if dtype is not None and re.search(r"int|bool|byte|char|short|long", kind):
+        raise ModelError(
+            f"{where}: dtype = {str(dtype)[:60]!r} is not understood, and would change the result",
+            hint="values are floating point numbers here; leave it out if it changes none",
+        )
 
 
 class _Options(dict[str, Any]):
@@ -338,6 +371,25 @@ def _orientation(options: dict[str, Any], plan: _Plan) -> None:
     if options.get("as_closest_canonical"):
         options["axcodes"] = "RAS"
     plan.steps.append(Orient(codes=str(options["axcodes"])))
+
+
+def _load_image(options: dict[str, Any], plan: _Plan) -> None:
+    """Files are read anyway; what a reader does to the axes is not passed over."""
+    if options.get("reverse_indexing") or options.get("affine_lps_to_ras") is False:
+        raise ValueError("reverse_indexing, or affine_lps_to_ras of false, is not supported")
+    if options.get("as_closest_canonical"):
+        plan.steps.append(Orient(codes="RAS"))
+
+
+def _same(options: dict[str, Any], plan: _Plan) -> None:
+    """Only the type of the values changes."""
+
+
+def _invert(options: dict[str, Any], plan: _Plan) -> None:
+    """Back to the images' grid: MONAI takes the nearest voxel unless it is told not to."""
+    nearest = options.get("nearest_interp", True)
+    nearest = all(nearest) if isinstance(nearest, list | tuple) else nearest
+    plan.back = "nearest" if nearest or plan.reduce is not None else "linear"
 
 
 def _spacing(options: dict[str, Any], plan: _Plan) -> None:
@@ -402,11 +454,13 @@ def _threshold(options: dict[str, Any], plan: _Plan) -> None:
 def _crop_foreground(options: dict[str, Any], plan: _Plan) -> None:
     if options.get("select_fn") is not None or options.get("channel_indices") is not None:
         raise ValueError("select_fn and channel_indices are not supported")
+    _constant_only(options)
+    if float(options.get("value", 0.0)) != 0.0:
+        raise ValueError("value other than 0 is not supported")
+    smaller = bool(options.get("allow_smaller", plan.monai < (1, 5)))
+    multiple = _triple(options.get("k_divisible", 1))
     margin = _triple(options.get("margin", 0))
-    plan.steps.append(Crop(above=True, margin=margin))
-    multiple = options.get("k_divisible", 1)
-    if multiple != 1:
-        plan.steps.append(Pad(multiple=_triple(multiple)))
+    plan.steps.append(Crop(above=True, margin=margin, multiple=multiple, beyond=not smaller))
 
 
 def _spatial_pad(options: dict[str, Any], plan: _Plan) -> None:
@@ -457,6 +511,10 @@ def _keep_largest(options: dict[str, Any], plan: _Plan) -> None:
 
 
 _PRE: dict[str, Reader] = {
+    "LoadImage": _load_image,
+    "EnsureType": _same,
+    "ToTensor": _same,
+    "CastToType": _same,
     "Orientation": _orientation,
     "Spacing": _spacing,
     "ScaleIntensityRange": _scale_range,
@@ -469,6 +527,11 @@ _PRE: dict[str, Reader] = {
     "DivisiblePad": _divisible_pad,
 }
 _POST: dict[str, Reader] = {
+    "LoadImage": _same,
+    "EnsureType": _same,
+    "ToTensor": _same,
+    "CastToType": _same,
+    "Invert": _invert,
     "Activations": _activations,
     "AsDiscrete": _discrete,
     "KeepLargestConnectedComponent": _keep_largest,
@@ -487,11 +550,11 @@ def _recipe(name: str, metadata: Mapping[str, Any], config: _Config, plan: _Plan
     definition = {int(key): str(value) for key, value in (pred.get("channel_def") or {}).items()}
     reduce = plan.reduce or ("threshold" if plan.activation == "sigmoid" else "argmax")
     if reduce == "threshold":  # channel 0 is a structure, not the background
-        labels = {key + 1: value for key, value in definition.items()}
-        labels = labels or {n + 1: f"channel {n}" for n in range(channels or 1)}
+        labels = {n + 1: f"channel {n}" for n in range(channels or (1, 0)[bool(definition)])}
+        labels |= {key + 1: value for key, value in definition.items()}
     else:
-        labels = {key: value for key, value in definition.items() if key}
-        labels = labels or {n: f"label {n}" for n in range(1, channels or 2)}
+        labels = {n: f"label {n}" for n in range(1, channels or (2, 1)[bool(definition)])}
+        labels |= {key: value for key, value in definition.items() if key}
     modality = {"ct": ("CT",), "mr": ("MR",), "mri": ("MR",)}
     return Recipe(
         name=_name(name),
@@ -508,6 +571,7 @@ def _recipe(name: str, metadata: Mapping[str, Any], config: _Config, plan: _Plan
         reduce=reduce,  # type: ignore[arg-type]
         channels=channels,
         largest=plan.largest,
+        back=plan.back,  # type: ignore[arg-type]
     )
 
 

@@ -200,6 +200,7 @@ def _recipe(
         labels={1: "unnamed"},
         axes="zyx",
         steps=tuple(steps),
+        back="raw",
         window=Window(size=(patch[0], patch[1], patch[2]), overlap=0.5, even=True),
     )
 
@@ -244,6 +245,12 @@ def _resampling(configuration: Mapping[str, Any]) -> Space:
     options = configuration.get("resampling_fn_data_kwargs") or {"order": 3, "order_z": 0}
     if function != "resample_data_or_seg_to_shape" or options.get("force_separate_z") is True:
         raise ModelError(f"plans.json: resampling by {function} {options} is not supported")
+    back = configuration.get("resampling_fn_probabilities", function)
+    known = {"is_seg": False, "order": 1, "order_z": 0}
+    how = known | (configuration.get("resampling_fn_probabilities_kwargs") or {})
+    forced = how.pop("force_separate_z", options.get("force_separate_z"))
+    if back != function or how != known or forced != options.get("force_separate_z"):
+        raise ModelError(f"plans.json: outputs resampled by {back} {how} are not supported")
     coarse = None if options.get("force_separate_z") is False else options.get("order_z", 0)
     spacing = [float(mm) for mm in configuration["spacing"]]
     return Space(

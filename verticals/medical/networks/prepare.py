@@ -55,6 +55,7 @@ class Axis:
         first: native index of its first voxel.
         scale: native voxels per voxel; below 0 where it runs the other way.
         inside: native indices (from, to) that the crops left.
+        nearest: outputs come back along it by the nearest voxel.
     """
 
     native: int
@@ -63,6 +64,7 @@ class Axis:
     first: float
     scale: float
     inside: tuple[int, int]
+    nearest: bool = False
 
     def moved(self, start: float, size: int, scale: float = 1.0) -> Axis:
         """The axis whose voxel t is this one's voxel ``start`` + t * ``scale``."""
@@ -116,7 +118,8 @@ class Prepared:
         same = all(abs(at) < TINY for at in first) and all(abs(s - 1) < TINY for s in scale)
         if same and size == self.shape:
             return None
-        return Onto(size, first, scale)
+        a, b, c = (axis.nearest for axis in self.axes)
+        return Onto(size, first, scale, (a, b, c))
 
     def nearest(self, labels: Labels) -> Labels:
         """Labels on the prepared grid, by nearest neighbour on :attr:`onto`."""
@@ -251,7 +254,11 @@ def _space(state: _State, step: Space) -> None:
         first = [(s - 1) / 2 for s in scale]
     _check_size(state, sizes)
     if tuple(sizes) != shape or any(abs(s - 1) > TINY for s in scale):
-        state.values = _resampled(state.values, sizes, first, scale, _orders(step, mm, wanted))
+        coarse = _coarse(step, mm, wanted)
+        orders: list[int] = [step.order] * 3
+        if coarse is not None and step.coarse_order is not None:
+            orders[coarse] = step.coarse_order
+        state.values = _resampled(state.values, sizes, first, scale, orders, coarse)
     _reshape_mask(
         state,
         lambda mask: Grid(
@@ -260,29 +267,33 @@ def _space(state: _State, step: Space) -> None:
             (1 / scale[0], 1 / scale[1], 1 / scale[2]),
         ).to_native(mask),
     )
+    back = _coarse(step, wanted, mm) if step.coarse_order == 0 else None
     state.axes = [
-        axis.moved(at, n, s) for axis, at, n, s in zip(state.axes, first, sizes, scale, strict=True)
+        replace(axis.moved(at, n, s), nearest=axis.nearest or number == back)
+        for number, (axis, at, n, s) in enumerate(zip(state.axes, first, sizes, scale, strict=True))
     ]
 
 
-def _orders(step: Space, mm: list[float], wanted: list[float]) -> list[int]:
-    """Order of the spline by axis; nnU-Net takes its coarse axis by itself."""
-    orders: list[int] = [step.order] * 3
+def _coarse(step: Space, mm: list[float], wanted: list[float]) -> int | None:
+    """The coarse axis that nnU-Net takes by itself when it goes from one spacing to another."""
     if step.coarse_order is None:
-        return orders
+        return None
     for spacing in (mm, wanted):
         if max(spacing) / min(spacing) > ANISOTROPIC:
             coarse = [axis for axis in range(3) if spacing[axis] == max(spacing)]
-            if len(coarse) == 1:
-                orders[coarse[0]] = step.coarse_order
-            return orders
-    return orders
+            return coarse[0] if len(coarse) == 1 else None
+    return None
 
 
 def _resampled(
-    values: Tensor, sizes: list[int], first: list[float], scale: list[float], orders: list[int]
+    values: Tensor,
+    sizes: list[int],
+    first: list[float],
+    scale: list[float],
+    orders: list[int],
+    coarse: int | None = None,
 ) -> Tensor:
-    """Separably: all axes of one order at once."""
+    """Separably, the ``coarse`` axis last: what lies in its planes is resampled plane by plane."""
     if orders == [1, 1, 1]:
         grid = Grid(
             (values.shape[0], values.shape[1], values.shape[2]),
@@ -292,12 +303,25 @@ def _resampled(
         )
         return resample(values.numpy(), grid)
     array = values.float().numpy()
-    for axis, (size, at, step, order) in enumerate(zip(sizes, first, scale, orders, strict=True)):
-        places = np.arange(size, dtype=np.float64) * step + at
-        array = _along(array, axis, places, order)
-    if 3 in orders:  # a cubic spline overshoots; the originals clip it (skimage.transform.resize)
-        array = np.clip(array, float(values.min()), float(values.max()))
-    return torch.from_numpy(array)
+    fine = [axis for axis in range(3) if axis != coarse]
+    over = tuple(fine)  # a cubic spline overshoots; the originals clip it (skimage's resize)
+    low, high = array.min(over, keepdims=True), array.max(over, keepdims=True)
+    for axis in fine:
+        array = _along(array, axis, _places(sizes[axis], first[axis], scale[axis]), orders[axis])
+    if 3 in [orders[axis] for axis in fine]:
+        array = np.clip(array, low, high)
+    if coarse is not None:
+        places = _places(sizes[coarse], first[coarse], scale[coarse])
+        array = _along(array, coarse, places, orders[coarse])
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _places(size: int, first: float, scale: float) -> npt.NDArray[np.float64]:
+    """Where each voxel of a new grid lies; rounded as the originals do where edges stay."""
+    along = np.arange(size, dtype=np.float64)
+    if first == (scale - 1) / 2:
+        return scale * (along + 0.5) - 0.5
+    return along * scale + first
 
 
 def _along(array: Array, axis: int, places: npt.NDArray[np.float64], order: int) -> Array:
@@ -395,9 +419,11 @@ def _crop(state: _State, step: Crop) -> None:
                 f"{' ' if step.above else 'equal '}0, so there is nothing to crop to",
                 reason="empty",
             )
-        margin = step.margin[axis]
-        size = values.shape[axis]
-        spans.append((max(0, int(found[0]) - margin), min(size, int(found[-1]) + 1 + margin)))
+        spans.append(_span(step, axis, (int(found[0]), int(found[-1]) + 1), values.shape[axis]))
+    wanted, spans = (
+        spans,
+        [(max(0, a), min(n, b)) for (a, b), n in zip(spans, values.shape, strict=True)],
+    )
     box = tuple(slice(*span) for span in spans)
     state.values = values[box]
     if not step.above:
@@ -405,6 +431,21 @@ def _crop(state: _State, step: Crop) -> None:
     else:
         _reshape_mask(state, lambda mask: mask[box])
     state.axes = [axis.cropped(*span) for axis, span in zip(state.axes, spans, strict=True)]
+    _widen(
+        state,
+        [a - low for (low, _), (a, _) in zip(wanted, spans, strict=True)],
+        [high - b for (_, high), (_, b) in zip(wanted, spans, strict=True)],
+    )
+
+
+def _span(step: Crop, axis: int, found: tuple[int, int], size: int) -> tuple[int, int]:
+    """First index and the one after the last that a crop asks for; they may lie outside."""
+    low, high = found[0] - step.margin[axis], found[1] + step.margin[axis]
+    if not step.beyond:
+        low, high = max(0, low), min(size, high)
+    wanted = -(-(high - low) // step.multiple[axis]) * step.multiple[axis]
+    low -= (wanted - (high - low)) // 2
+    return low, low + wanted
 
 
 def _pad(state: _State, step: Pad) -> None:
@@ -413,6 +454,13 @@ def _pad(state: _State, step: Pad) -> None:
         wanted = -(-max(size, least) // multiple) * multiple
         before.append((wanted - size) // 2)
         behind.append(wanted - size - (wanted - size) // 2)
+    _widen(state, before, behind, step.value, step.mode)
+
+
+def _widen(
+    state: _State, before: list[int], behind: list[int], value: float = 0.0, mode: str = "constant"
+) -> None:
+    """Add voxels around the volume."""
     if not any(before) and not any(behind):
         return
     _check_size(
@@ -420,10 +468,10 @@ def _pad(state: _State, step: Pad) -> None:
     )
     widths = [w for pair in zip(before[::-1], behind[::-1], strict=True) for w in pair]
     values = state.values.float()[None, None]
-    if step.mode == "replicate":
+    if mode == "replicate":
         state.values = F.pad(values, widths, mode="replicate")[0, 0]
     else:
-        state.values = F.pad(values, widths, value=step.value)[0, 0]
+        state.values = F.pad(values, widths, value=value)[0, 0]
     _reshape_mask(
         state,
         lambda mask: np.pad(mask, list(zip(before, behind, strict=True)), constant_values=True),

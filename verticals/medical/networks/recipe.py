@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -60,7 +61,7 @@ class Space(_Step):
             ``"edges"`` (nnU-Net).
         order: of the spline: 0 nearest, 1 linear, 3 cubic.
         coarse_order: instead of ``order`` along an axis whose spacing is more than three times
-            the others' (nnU-Net).
+            the others' (nnU-Net); with 0 outputs come back along such an axis by the nearest voxel.
     """
 
     op: Literal["space"] = "space"
@@ -113,11 +114,15 @@ class Crop(_Step):
     Args:
         above: only voxels above 0 count.
         margin: voxels left on each side of each axis.
+        multiple: the box grows on both sides until the voxels of each axis are a multiple of these.
+        beyond: where the margin reaches beyond the volume there are zeros, instead of nothing.
     """
 
     op: Literal["crop"] = "crop"
     above: bool = True
     margin: Triple = (0, 0, 0)
+    multiple: Triple = (1, 1, 1)
+    beyond: bool = False
 
 
 class Pad(_Step):
@@ -259,8 +264,9 @@ class Recipe(BaseModel):
         channels: of the output, where they are known.
         largest: labels of which only the largest component is kept.
         filled: labels whose holes are filled, after that.
-        back: how outputs come to the native grid: probabilities interpolated (``"linear"``), or
-            the label of the ``"nearest"`` voxel.
+        back: how outputs come to the native grid: probabilities interpolated (``"linear"``), what
+            the network gives interpolated before its activation (``"raw"``, nnU-Net), or the label
+            of the ``"nearest"`` voxel.
         notes: what a reader of the report should know.
         worth: what is known of its quality; empty: nothing, and the report says so.
     """
@@ -282,16 +288,40 @@ class Recipe(BaseModel):
     channels: int | None = Field(default=None, ge=1, le=256)
     largest: tuple[int, ...] = ()
     filled: tuple[int, ...] = ()
-    back: Literal["linear", "nearest"] = "linear"
+    back: Literal["linear", "raw", "nearest"] = "linear"
     notes: tuple[str, ...] = ()
     worth: str = ""
 
     @field_validator("labels")
     @classmethod
     def _labels(cls, labels: dict[int, str]) -> dict[int, str]:
-        named = {value: name for value, name in labels.items() if value != 0}
+        named = {value: _tidy(name) for value, name in labels.items() if value != 0}
         if not named or any(not 1 <= value <= 255 for value in named):
             raise ValueError("expected names for label values from 1 to 255")
-        if any(not name.strip() or len(name) > 64 for name in named.values()):
+        if any(not name or len(name) > 64 for name in named.values()):
             raise ValueError("expected label names of 1 to 64 characters")
-        return named
+        often = Counter(named.values())
+        return {
+            value: name if often[name] == 1 else f"{name[:58]} ({value})"
+            for value, name in named.items()
+        }
+
+    @model_validator(mode="after")
+    def _of_the_output(self) -> Recipe:
+        """A label that no channel gives would be reported as not found."""
+        if self.channels is None or self.reduce == "labels":
+            return self
+        if self.reduce == "argmax" and self.channels == 1:
+            raise ValueError('one channel has no largest one: expected reduce "threshold"')
+        most = self.channels - (self.reduce == "argmax")
+        if max(self.labels) > most:
+            raise ValueError(
+                f"label {max(self.labels)} ({self.labels[max(self.labels)]}) is none of the "
+                f"{self.channels} channels of the output, which give labels 1 to {most}"
+            )
+        return self
+
+
+def _tidy(name: str) -> str:
+    """A name as DICOM can hold it: no control characters, no backslash, no spaces around it."""
+    return " ".join("".join(c if c.isprintable() and c != "\\" else " " for c in name).split())
