@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, cast
 
-import numpy as np
-import numpy.typing as npt
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -208,35 +206,34 @@ class StateStore(Protocol):
         """Done once all that was appended up to now is durable; StateError where it is not."""
 
 
-class Measures(Mapping[str, float]):
-    """Floats in the evidence of an answer, under names that no record has brought.
-
-    No card number is among them, so that an audit need not search them for one. A dict is made
-    of them when somebody asks: thousands that wait to be written cost more than they tell.
+class Evidence(NamedTuple):
+    """What an answer was made from, written by the vertical: :meth:`Vertical.evidence` as bytes.
 
     Args:
-        names: of the values.
-        values: float, shape (names,).
+        texts: members of a JSON object, without its braces; at least one.
+        numbers: more members, whose values are floats under names that no record has brought.
+        outside: all that the answer and ``texts`` have from the sender and that is long enough for
+            a card number, with a quotation mark between any two: an audit searches it for them,
+            and nothing else where there is none.
     """
 
-    __slots__ = ("_names", "_values")
+    texts: bytes
+    numbers: bytes
+    outside: bytes
 
-    def __init__(self, names: Sequence[str], values: npt.NDArray[np.floating[Any]]) -> None:
-        self._names = names
-        self._values = values
 
-    def told(self) -> dict[str, float]:
-        """As they are written."""
-        return dict(zip(self._names, self._values.tolist(), strict=True))
+class Written(NamedTuple):
+    """An answer as it is written.
 
-    def __getitem__(self, name: str) -> float:
-        return self.told()[name]
+    Args:
+        key: the record's, as :meth:`Vertical.key` has it.
+        value: as :meth:`Vertical.encode` writes it.
+        evidence: where the door is audited.
+    """
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    key: bytes | None
+    value: bytes
+    evidence: Evidence | None = None
 
 
 class Vertical(ABC, Generic[Req, Res]):
@@ -326,6 +323,14 @@ class Vertical(ABC, Generic[Req, Res]):
         :class:`plinth.engine.Compute` for a step of seconds. No I/O. A bad request never takes its
         neighbours along.
         """
+
+    def answers(self, requests: Sequence[Req]) -> Flow[list[Res | Written | InputError]] | None:
+        """As :meth:`infer`, for a door that wants bytes: many answers can be written at once.
+
+        What is not :class:`Written` the door writes itself, by :meth:`encode`. ``None``: it
+        writes all of them, and drives :meth:`infer`.
+        """
+        return None
 
     # -- record doors: HTTP and Kafka --------------------------------------------------------
     def record_types(self) -> Sequence[type[BaseModel]]:

@@ -24,7 +24,7 @@ from plinth import __version__
 from plinth.pipelines.keys import hash_key
 from plinth.pipelines.stream.chunks import Message, Outputs, Partition
 from plinth.verticals.card_numbers import MAX_DIGITS, MIN_DIGITS, is_card_number
-from plinth.verticals.contract import Measures
+from plinth.verticals.contract import Evidence
 
 VERSION = 1
 ZERO = "0" * 64
@@ -78,12 +78,14 @@ class _Chain:
     place: Partition
     head: bytes
     number: int
-    digest: str
+    digest: bytes
 
 
 _PLACE = attrgetter("record.partition", "record.offset")
 _HEAD = b'{"version":%d,"chain":%%b,"number":' % VERSION
-_BODY = b'%b%d,"previous":"%b","offset":%d,"received":%d,%b%b'
+_RECORD = b'%b%d,"previous":"%b","offset":%d,"received":%d,%b%b'
+_SIGNED = b'%b,"hash":"%b"}'
+_ANSWERED = b'"answer":%b,"evidence":{%b,%b}'
 
 
 def key_of(variable: str | None) -> bytes | None:
@@ -98,10 +100,10 @@ def key_of(variable: str | None) -> bytes | None:
 
 
 def digest_of(body: bytes, key: bytes | None) -> str:
-    """SHA-256 of a record without its hash; with a key, HMAC-SHA-256."""
-    if key is None:
-        return hashlib.sha256(body).hexdigest()
-    return hmac.digest(key, body, "sha256").hex()
+    """SHA-256 of a record without its hash and last brace; with a key, HMAC-SHA-256."""
+    told = hashlib.sha256(body) if key is None else hmac.new(key, body, "sha256")
+    told.update(b"}")
+    return told.hexdigest()
 
 
 class AuditTrail:
@@ -134,41 +136,48 @@ class AuditTrail:
             if chain is None:
                 chain = self._begin(Partition(record.topic, record.partition))
             chain.number += 1
-            body = _BODY % (
-                *(chain.head, chain.number, chain.digest.encode(), record.offset),
-                *(record.timestamp, same, _content(message)[1:]),
+            body = _RECORD % (
+                *(chain.head, chain.number, chain.digest, record.offset),
+                *(record.timestamp, same, _content(message)),
             )
-            chain.digest = digest_of(body, key)
-            audit.append((chain.place, b'%b,"hash":"%b"}' % (body[:-1], chain.digest.encode())))
-        ends = self._noted | {one: Link(c.number, c.digest) for one, c in chains.items()}
+            chain.digest = digest = digest_of(body, key).encode()
+            audit.append((chain.place, _SIGNED % (body, digest)))
+        ends = self._noted | {one: Link(c.number, c.digest.decode()) for one, c in chains.items()}
         outputs.notes = {one: ends[one].note() for one in outputs.chunk.ends if one in ends}
 
     def _begin(self, place: Partition) -> _Chain:
         """Go on with the chain of a partition."""
         head = _HEAD % orjson.dumps(f"{place.topic}[{place.partition}]")
         end = self._noted.get(place, Link())
-        chain = self._chains[place] = _Chain(place, head, end.number, end.digest)
+        chain = self._chains[place] = _Chain(place, head, end.number, end.digest.encode())
         return chain
 
 
 def _content(message: Message) -> bytes:
-    """What a record tells of its answer, without anything that looks like a card number."""
-    error = message.error
+    """What a record tells of its answer, without anything that looks like a card number.
+
+    Members of a JSON object, without its braces.
+    """
+    error, evidence = message.error, message.evidence
     if error is not None:
         refused = {"reason": error.reason, "field": error.field}
-        return _cleaned(orjson.dumps({"refused": refused}))
+        return _cleaned(orjson.dumps({"refused": refused}))[1:-1]
+    if isinstance(evidence, Evidence):
+        texts, numbers, outside = evidence
+        if not outside or _MANY not in outside.translate(_OF_A_RUN):
+            return _ANSWERED % (message.value, texts, numbers)
+        told = _cleaned(b'{"answer":%b,"evidence":{%b}}' % (message.value, texts))
+        return b"%b,%b}" % (told[1:-2], numbers)
+    return _looked_through(message.value, evidence or {})[1:-1]
+
+
+def _looked_through(value: bytes, evidence: Mapping[str, Any]) -> bytes:
     texts: dict[str, Any] = {}
     numbers: dict[str, Any] = {}
-    for name, value in (message.evidence or {}).items():
-        kind = type(value)
-        if kind is Measures:
-            numbers[name] = value.told()
-        elif kind is dict and _are_measures(value):
-            numbers[name] = value
-        else:
-            texts[name] = value
-    made_from = orjson.dumps(texts)
-    told = _cleaned(b'{"answer":%b,"evidence":%b}' % (message.value, made_from))
+    for name, one in evidence.items():
+        measured = type(one) is dict and _are_measures(one)
+        (numbers if measured else texts)[name] = one
+    told = _cleaned(b'{"answer":%b,"evidence":%b}' % (value, orjson.dumps(texts)))
     if not numbers:
         return told
     more = orjson.dumps(numbers)[1:] + b"}"
@@ -317,7 +326,7 @@ def check_trail(
             found.fault(f"{where}: is no audit record")
             continue
         chain, link, previous = read
-        if digest_of(raw[:-_TAIL_BYTES] + b"}", key) != link.digest:
+        if digest_of(raw[:-_TAIL_BYTES], key) != link.digest:
             found.fault(f"{where}: record {link.number} of {chain} was changed")
         end = found.ends.get(chain)
         if end is None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from plinth.engine import InputError, PlinthError
+from plinth.verticals.contract import Evidence
 
 
 class Partition(NamedTuple):
@@ -103,7 +104,7 @@ class Message:
     value: bytes = b""
     error: InputError | None = None
     headers: tuple[tuple[str, bytes], ...] = ()
-    evidence: Mapping[str, Any] | None = None
+    evidence: Mapping[str, Any] | Evidence | None = None
 
 
 @dataclass(slots=True)

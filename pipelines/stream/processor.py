@@ -41,7 +41,7 @@ from plinth.pipelines.stream.chunks import (
     Record,
 )
 from plinth.pipelines.stream.metrics import APART, CHUNK_SECONDS, REFUSED
-from plinth.verticals.contract import Vertical
+from plinth.verticals.contract import Vertical, Written
 
 log = logging.getLogger(__name__)
 
@@ -310,7 +310,8 @@ class Processor:
     ) -> Steps:
         requests = [request for _, request in group]
         try:
-            results = yield from self._drive(self.vertical.infer(requests))
+            flow = self.vertical.answers(requests) or self.vertical.infer(requests)
+            results = yield from self._drive(flow)
             if len(results) != len(requests):
                 raise RuntimeError(f"infer gave {len(results)} results for {len(requests)}")
         except InputError as error:
@@ -328,8 +329,8 @@ class Processor:
         else:
             self._failures = 0
             encoding = time.perf_counter()
-            for (record, request), result in zip(group, results, strict=True):
-                messages.append(self._encode(record, request, result))
+            pairs = zip(group, results, strict=True)
+            messages += [self._message(record, one, result) for (record, one), result in pairs]
             self._timing.encode += time.perf_counter() - encoding
             return
         if alone:
@@ -401,6 +402,14 @@ class Processor:
         return Told(value, result.precision, result.exact) if call.told else value
 
     # -- encode ----------------------------------------------------------------------------
+    def _message(self, record: Record, request: Any, result: Any) -> Message:
+        if type(result) is not Written:
+            return self._encode(record, request, result)
+        key, value, evidence = result
+        if len(value) > self.max_record_bytes:
+            return Message(record, error=_unfit(value, self.max_record_bytes, "the answer"))
+        return Message(record, record.key if key is None else key, value, evidence=evidence)
+
     def _encode(self, record: Record, request: Any, result: Any) -> Message:
         if isinstance(result, InputError):
             return Message(record, error=result)

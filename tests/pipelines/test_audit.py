@@ -26,6 +26,7 @@ from plinth.pipelines.stream.chunks import Chunk, Layout, Message, Outputs, Part
 from plinth.pipelines.stream.history import follow
 from plinth.pipelines.stream.history.rebuild import committed_records
 from plinth.pipelines.stream.worker import StreamConfig, StreamError, run
+from plinth.verticals.contract import Evidence, Written
 from plinth.verticals.finance import FraudScoring, FraudSettings
 
 KEY = b"a key of sixteen bytes or more"
@@ -225,19 +226,42 @@ def test_digests_stay_as_they_are(middle: str) -> None:
     assert (told["answer"]["digest"], told["previous"]) == (digest, digest)
 
 
+def test_what_a_vertical_wrote_itself_is_searched_where_a_sender_could_have_written() -> None:
+    maker, chunk = AuditTrail("tests", None), outputs(0, 4)
+    plain = b'{"score":0.4111111111111111,"id":"%b"}'
+    numbers = b'"features":{"sum":41111111111111.5}'
+    for place, own in enumerate((b"x1", CARD.encode(), b"")):
+        told = Evidence(b'"terminal":"%b"' % own, numbers, b'%b"%b' % (own, own))
+        chunk.messages[place] = replace(chunk.messages[place], value=plain % own, evidence=told)
+    maker.add(chunk)
+    found = [json.loads(raw) for _, raw in chunk.audit[:3]]
+    for one, clean in zip(found, ("x1", "*" * 16, ""), strict=True):
+        assert one["answer"] == {"score": 0.4111111111111111, "id": clean}
+        assert one["evidence"] == {"terminal": clean, "features": {"sum": 41111111111111.5}}
+    assert checked([raw for _, raw in chunk.audit]).wrong == 0
+
+
 def test_finance_says_features_thresholds_and_versions_but_no_card() -> None:
-    from plinth.verticals.testing.flows import run_with_models
+    from plinth.verticals.testing.flows import drive
 
     vertical = FraudScoring(FraudSettings(rates={"EUR": 1.0}))
     vertical.audited = True
-    request = vertical.example()
-    decision = run_with_models(vertical, [request])[0]
-    evidence = vertical.evidence(request, decision)
+    models = {model.spec.name: model.run for model in vertical.models()}
+    request, chunk = vertical.example(), outputs(0, 2)
+    (made,) = drive(
+        vertical.answers([request]),
+        lambda call: next(iter(models[call.model]({"features": call.rows}).values())),
+    )
+    assert isinstance(made, Written)
+    chunk.messages[0] = Message(chunk.messages[0].record, made.key, made.value, None, (), made[2])
+    AuditTrail("tests", None).add(chunk)
+    told = json.loads(chunk.audit[0][1])
+    evidence = told["evidence"]
     assert evidence["features"]["amount"] == 42.5
     assert evidence["thresholds"].keys() == {"review", "decline"}
     assert len(evidence["model_digest"]) >= 32
     assert evidence["record"]["terminal_id"] == request.terminal_id
-    assert request.card not in json.dumps(evidence, default=str)
+    assert request.card not in json.dumps(told)
 
 
 # -- on a real Kafka -----------------------------------------------------------------------

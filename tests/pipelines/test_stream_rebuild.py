@@ -35,8 +35,8 @@ class Watched(FraudScoring):
         super().__init__()
         self.rows: dict[str, list[float]] = {}
 
-    def infer(self, requests: Sequence[Any]) -> Flow[Any]:
-        flow = super().infer(requests)
+    def answers(self, requests: Sequence[Any]) -> Flow[Any]:
+        flow = super().answers(requests)
         ids = [r.transaction_id for r in requests if r.model_fields_set >= {"amount"}]
         try:
             call = next(flow)

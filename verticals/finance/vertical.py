@@ -12,6 +12,7 @@ from math import inf
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 import torch
 from pydantic import BaseModel
@@ -28,7 +29,7 @@ from plinth.engine import (
     Sla,
     Timing,
 )
-from plinth.verticals.contract import Measures, Query, Settings, StateError, StateStore, Vertical
+from plinth.verticals.contract import Query, Settings, StateError, StateStore, Vertical, Written
 from plinth.verticals.finance.cases.case_book import CaseBook, Scored
 from plinth.verticals.finance.cases.heard import Heard, HeardPayment
 from plinth.verticals.finance.cases.questions import (
@@ -46,6 +47,7 @@ from plinth.verticals.finance.cases.questions import (
 )
 from plinth.verticals.finance.cases.questions import Labelled as Marked
 from plinth.verticals.finance.cases.standing import standing
+from plinth.verticals.finance.decided import LEVELS, Decided
 from plinth.verticals.finance.drift import DriftWatch
 from plinth.verticals.finance.features import parts, persistence
 from plinth.verticals.finance.features.online import (
@@ -67,7 +69,6 @@ from plinth.verticals.finance.reasons import (
 from plinth.verticals.finance.rules import REUSED_ID, Payments, Verdict
 from plinth.verticals.finance.schema import (
     LATEST,
-    AuditedDecision,
     Decision,
     FollowUp,
     Label,
@@ -80,17 +81,12 @@ from plinth.verticals.finance.schema import (
     milliseconds,
     place_of,
     read,
-    unchecked,
 )
 from plinth.verticals.finance.settings import FraudSettings
 from plinth.verticals.finance.tally import FraudTally, key_of
 from plinth.verticals.finance.versions import Serving, Variant, Versions
 
-MAX_REASONS = 4
-_NO_RULE = Verdict()
-LATE, PARTIAL, DUPLICATE, CONFLICT = (
-    flag.value for flag in (Flag.LATE, Flag.PARTIAL, Flag.DUPLICATE, Flag.CONFLICT)
-)
+PARTIAL = Flag.PARTIAL.value
 Watch = Callable[[Payments, Mapping[str, Sequence[int]]], None]
 """Is shown payments with their scores, and the places where each rule held."""
 _TOLD = (
@@ -217,11 +213,20 @@ class FraudScoring(Vertical[Record, Decision]):
 
     def infer(self, requests: Sequence[Record]) -> Flow[list[Decision | InputError]]:
         with self.versions.asked() as serving:
-            return (yield from self._judged(requests, serving))
+            results, decided = yield from self._judged(requests, serving)
+        made = iter(decided.decisions() if decided is not None else ())
+        return [next(made) if result is None else result for result in results]
+
+    def answers(self, requests: Sequence[Record]) -> Flow[list[Decision | Written | InputError]]:
+        with self.versions.asked() as serving:
+            results, decided = yield from self._judged(requests, serving)
+        made = iter(decided.written(audited=self.audited) if decided is not None else ())
+        return [next(made) if result is None else result for result in results]
 
     def _judged(
         self, requests: Sequence[Record], serving: Serving
-    ) -> Flow[list[Decision | InputError]]:
+    ) -> Flow[tuple[list[Decision | InputError | None], Decided | None]]:
+        """One entry for each request, ``None`` for the payments that were decided, and these."""
         results: list[Decision | InputError | None] = []
         frauds: list[Label] = []
         batch = self.state.update(self._taken_in(requests, results, frauds))
@@ -229,36 +234,44 @@ class FraudScoring(Vertical[Record, Decision]):
         if not len(batch.rows):
             if serving.drift is not None:
                 serving.drift.label(len(frauds))
-            return [result for result in results if result is not None]
+            return results, None
         rows = torch.from_numpy(serving.columns.seen(batch.rows))
         output: Tensor = yield Call(serving.name, rows)
-        scores = output[:, 0].float().tolist()
-        if not all(0 <= score <= 1 for score in scores):
+        told = output.detach().float().numpy()
+        scores, by = told[:, 0].astype(np.float64), told[:, 1].astype(np.int64)
+        if not ((scores >= 0) & (scores <= 1)).all():
             raise ModelError(f"{serving.name} {serving.version} gave a score outside of [0, 1]")
-        answered = [serving.variants[place] for place in output[:, 1].int().tolist()]
-
-        pairs = enumerate(zip(scores, answered, strict=True))
-        alerts = [place for place, (score, by) in pairs if score >= by.review]
+        review, decline = np.array([(v.review, v.decline) for v in serving.variants]).T[:, by]
+        alerts = np.flatnonzero(scores >= review).tolist()
         why, reasons = yield from _explained(serving, rows, output, alerts)
         asked = [
             request
             for request, result in zip(requests, results, strict=True)
             if result is None and is_payment(request)
         ]
-        told = output.detach().float().numpy()
         if self.versions.shadow is not None:
             self.versions.shadow.offer(asked, batch, told)
         if serving.drift is not None:
             ends = milliseconds(asked[0].event_time), milliseconds(asked[-1].event_time)
             serving.drift.take(ends, batch, told, self.state, self._started)
             serving.drift.label(len(frauds))
-        made = self._decisions(asked, batch, scores, answered, reasons)
+        amounts = [one.amount * self._given.rates[one.currency] for one in asked]
+        verdicts = self._verdicts(asked, amounts, batch, scores)
+        levels = (scores >= review).astype(np.int64)
+        levels[scores >= decline] = 2
+        for place, verdict in verdicts.items():
+            levels[place] = max(levels[place], LEVELS[verdict.action])
+        decided = Decided(
+            asked, batch, scores.tolist(), by, serving.variants, levels, verdicts, reasons,
+            self._partial(asked), self.rules.version, self._features.names,
+        )  # fmt: skip
+        if partial := np.count_nonzero(decided.flags() & PARTIAL):
+            PARTIAL_DECISIONS.inc(float(partial))
         if self._cases is not None:
-            amounts = [one.amount * self._given.rates[one.currency] for one in asked]
-            scored = Scored(asked, made, batch.rows, amounts, answered, why)
+            answered = [serving.variants[place] for place in by.tolist()]
+            scored = Scored(asked, decided.decisions(), batch.rows, amounts, answered, why)
             self._cases.take(scored, serving, self._rule_codes())
-        decisions = iter(made)
-        return [next(decisions) if result is None else result for result in results]
+        return results, decided
 
     def record_types(self) -> Sequence[type[BaseModel]]:
         return (Transaction, Label, FollowUp)
@@ -404,27 +417,9 @@ class FraudScoring(Vertical[Record, Decision]):
         return codes | {REUSED_ID.code}
 
     def evidence(self, request: Record, result: Decision) -> dict[str, Any]:
-        """What was judged, its features, and the thresholds and model that judged; no card."""
+        """What was noted; no card. Of payments :meth:`answers` tells more."""
         told = vars(request)
-        if type(result) is not AuditedDecision:
-            return {"record": {name: told[name] for name in _TOLD if told.get(name) is not None}}
-        record = {
-            "kind": told["kind"],
-            "event_time": told["event_time"],
-            "amount": told["amount"],
-            "currency": told["currency"],
-            "customer_id": told["customer_id"],
-            "terminal_id": told["terminal_id"],
-        }
-        if told["device_id"] is not None:
-            record["device_id"] = told["device_id"]
-        row, by, thresholds = result.made_of
-        return {
-            "record": record,
-            "features": Measures(self._features.names, row),
-            "thresholds": thresholds,
-            "model_digest": by.digest,
-        }
+        return {"record": {name: told[name] for name in _TOLD if told.get(name) is not None}}
 
     def why_other(self, before: bytes, now: bytes) -> list[str]:
         return why_other(orjson.loads(before), orjson.loads(now))
@@ -579,62 +574,14 @@ class FraudScoring(Vertical[Record, Decision]):
             hint="check the sender's clock and time zone",
         )
 
-    def _decisions(
-        self,
-        asked: Sequence[Transaction],
-        batch: Batch,
-        scores: Sequence[float],
-        answered: Sequence[Variant],
-        reasons: dict[int, list[Reason]],
-    ) -> list[Decision]:
-        decisions: list[Decision] = []
-        verdicts = self._verdicts(asked, batch, scores)
-        lacking_until = self._lacking_until()
-        same = {by.model: (self._alike(by), _thresholds(by)) for by in {*answered}}
-        rows = zip(asked, batch.flags.tolist(), scores, answered, strict=True)
-        for place, (request, flag, score, by) in enumerate(rows):
-            verdict = verdicts.get(place, _NO_RULE)
-            extra = request.model_extra
-            apart = self._shared or (
-                lacking_until > NEVER and milliseconds(request.event_time) <= lacking_until
-            )
-            alike, thresholds = same[by.model]
-            told = alike.copy()
-            told["transaction_id"] = request.transaction_id
-            told["score"] = score
-            told["decision"] = by.stricter(verdict.action, score)
-            told["reason_codes"] = [*verdict.reasons, *reasons.get(place, ())][:MAX_REASONS]
-            if flag or apart or extra:
-                told |= {
-                    "features_late": bool(flag & LATE),
-                    "features_partial": apart or bool(flag & PARTIAL),
-                    "duplicate": bool(flag & DUPLICATE),
-                    "conflict": bool(flag & CONFLICT),
-                    "extra": extra,
-                }
-            if self.audited:
-                audited = unchecked(AuditedDecision, told)
-                object.__setattr__(audited, "made_of", (batch.rows[place], by, thresholds))
-                decisions.append(audited)
-            else:
-                decisions.append(unchecked(Decision, told))
-        if partial := sum(decision.features_partial for decision in decisions):
-            PARTIAL_DECISIONS.inc(partial)
-        return decisions
-
-    def _alike(self, by: Variant) -> dict[str, Any]:
-        """What most decisions of a variant have in common, as their fields."""
-        return vars(
-            Decision(
-                transaction_id="",
-                score=None,
-                decision="noted",
-                reason_codes=[],
-                model=by.model,
-                model_version=by.version,
-                rules_version=self.rules.version,
-            )
-        )
+    def _partial(self, asked: Sequence[Transaction]) -> npt.NDArray[np.bool_] | None:
+        """Which payments have partial features by where they came from; ``None``: none of them."""
+        if self._shared:
+            return np.ones(len(asked), bool)
+        until = self._lacking_until()
+        if until == NEVER:
+            return None
+        return np.array([milliseconds(one.event_time) <= until for one in asked])
 
     def _lacking_until(self) -> int:
         """Up to this event time windows reach below what this state has seen, or a move of keys."""
@@ -646,15 +593,18 @@ class FraudScoring(Vertical[Record, Decision]):
         )
 
     def _verdicts(
-        self, asked: Sequence[Transaction], batch: Batch, scores: Sequence[float]
+        self,
+        asked: Sequence[Transaction],
+        amounts: Sequence[float],
+        batch: Batch,
+        scores: npt.NDArray[np.float64],
     ) -> dict[int, Verdict]:
-        rates = self._given.rates
         payments = Payments(
             asked,
-            np.array([one.amount * rates[one.currency] for one in asked], dtype=np.float64),
+            np.array(amounts, dtype=np.float64),
             batch.rows,
             batch.flags,
-            np.array(scores, dtype=np.float32),
+            scores.astype(np.float32),
             self._features,
         )
         verdicts, hits = self.rules.apply(payments)
@@ -664,10 +614,6 @@ class FraudScoring(Vertical[Record, Decision]):
         if self.watch is not None:
             self.watch(payments, hits)
         return verdicts
-
-
-def _thresholds(by: Variant) -> Measures:
-    return Measures(("review", "decline"), np.array((by.review, by.decline), np.float64))
 
 
 def _explained(

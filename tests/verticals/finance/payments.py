@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+from plinth.verticals.contract import Written
 from plinth.verticals.finance import FraudScoring
+from plinth.verticals.finance.schema import Record
 from plinth.verticals.finance.training.simulator import rfc3339
 from plinth.verticals.testing import feed
+from plinth.verticals.testing.flows import drive
 
 NOON = 1_756_728_000_000
 """Monday 2025-09-01T12:00:00Z, epoch milliseconds."""
@@ -40,6 +44,21 @@ def label(number: int = 1, at: int = NOON, known: int = NOON + DAY, **changes: A
         "label_time": rfc3339(known),
     }
     return json.dumps(record | changes).encode()
+
+
+def written(vertical: FraudScoring, requests: Sequence[Record]) -> list[dict[str, Any]]:
+    """Answers and evidence of records as an audited door has them, read again."""
+    models = {model.spec.name: model.module.eval() for model in vertical.models()}
+    vertical.audited = True
+    flow = vertical.answers(requests)
+    found = []
+    for one in drive(flow, lambda call: models[call.model](call.rows).detach()):
+        assert isinstance(one, Written)
+        assert one.evidence is not None
+        texts, numbers, _ = one.evidence
+        made_from = json.loads(b"{%b,%b}" % (texts, numbers))
+        found.append({"answer": json.loads(one.value), "evidence": made_from, "key": one.key})
+    return found
 
 
 def features(vertical: FraudScoring, *raws: bytes) -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from payments import DAY, HOUR, MINUTE, NOON, payment
+from payments import DAY, HOUR, MINUTE, NOON, payment, written
 from pydantic import ValidationError
 
 from plinth.engine import ConfigError, InputError, ModelError
@@ -272,7 +272,6 @@ def test_rules_speak_of_declared_features_beside_the_model_that_is_there() -> No
 
     given: dict[str, Any] = {"features": with_standard(), "rules": {"rule": [RULE]}}
     vertical = FraudScoring(FraudSettings.model_validate(given))
-    vertical.audited = True
     one = payment(1, NOON, latitude=52.5, longitude=13.4)
     far = payment(2, NOON + HOUR, latitude=-33.9, longitude=151.2)
     near = payment(3, NOON + 2 * HOUR, latitude=-33.8, longitude=151.2)
@@ -281,7 +280,8 @@ def test_rules_speak_of_declared_features_beside_the_model_that_is_there() -> No
     assert [decision.decision for decision in found][1] == "decline"
     assert found[1].reason_codes[0].code == "B1"
     assert "B1" not in [reason.code for reason in found[2].reason_codes]
-    told = vertical.evidence(requests[1], found[1])["features"]
+    fresh = FraudScoring(FraudSettings.model_validate(given))
+    told = written(fresh, requests)[1]["evidence"]["features"]
     assert told["card_speed_24h"] > 10_000
     assert told["customer_largest_7d"] == 42.5
     assert set(FEATURES) < set(told)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import random
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from payments import DAY, HOUR, NOON, label, payment
+from payments import DAY, HOUR, NOON, label, payment, written
 from torch import Tensor, nn
 
 from plinth.engine import (
@@ -29,11 +30,12 @@ from plinth.engine import (
     TensorSpec,
 )
 from plinth.engine.metrics import REGISTRY
+from plinth.verticals.contract import Written
 from plinth.verticals.finance import FraudScoring, FraudSettings
 from plinth.verticals.finance.reasons import MOST_ROWS
-from plinth.verticals.finance.schema import Decision, Label
+from plinth.verticals.finance.schema import Decision, Label, Transaction
 from plinth.verticals.finance.settings import STORE
-from plinth.verticals.testing import check_vertical, checks
+from plinth.verticals.testing import check_vertical, checks, feed
 from plinth.verticals.testing.flows import drive, run_with_models
 
 NOW = NOON / 1000
@@ -587,3 +589,55 @@ def test_a_score_that_is_no_chance_is_no_decision(score: float) -> None:
     next(flow)
     with pytest.raises(ModelError, match="outside"):
         flow.send(torch.tensor([[score, 0.0]]))
+
+
+ODD = {
+    "transaction_id": ['q"1', "b\\2", "550e8400-e29b-41d4-a716-446655440000"],
+    "customer_id": ["c2", "4111111111111111"],
+    "device_id": ["d1", 'd"2'],
+    "amount": [0, 0.0001, 6000.0, 9e6],
+    "note": ["héllo", {"x": [1.5]}, None],
+    "event_time": ["2025-09-01T12:00:00.123456-05:30"],
+}
+
+
+@pytest.mark.parametrize("unknown", ["ignore", "keep"])
+def test_answers_written_in_columns_say_what_decisions_and_features_do(unknown: str) -> None:
+    dice = random.Random(7)
+    rule = {"code": "B1", "text": "Large", "when": "amount > 5000", "action": "decline"}
+    given = {"unknown_fields": unknown, "card_numbers_in_ids": "allow", "rules": {"rule": [rule]}}
+    raws = []
+    for number in range(120):
+        odd = {name: dice.choice(values) for name, values in ODD.items() if dice.random() < 0.2}
+        at = NOON + (number - 60 * (dice.random() < 0.2)) * HOUR
+        raws.append(payment(number // 2, at, **odd, card=f"tok_{number % 7}"))
+    alone, columns = (FraudScoring(FraudSettings.model_validate(given)) for _ in range(2))
+    requests = [alone.parse(raw) for raw in raws]
+    decisions: list[Any] = run_with_models(alone, requests)
+    told = written(columns, requests)
+    assert [one["answer"] for one in told] == [json.loads(alone.encode(one)) for one in decisions]
+    assert [one["key"] for one in told] == [request.card.encode() for request in requests]
+    for request, one in zip(requests, told, strict=True):
+        assert isinstance(request, Transaction)
+        record = one["evidence"]["record"]
+        assert record.get("device_id") == request.device_id
+        assert (record["amount"], record["customer_id"]) == (request.amount, request.customer_id)
+        assert datetime.fromisoformat(record["event_time"]) == request.event_time
+    kinds = {one["answer"]["decision"] for one in told}
+    assert kinds == {"approve", "review", "decline"}
+    assert any(one["answer"]["duplicate"] for one in told)
+    fresh = FraudScoring(FraudSettings.model_validate(given))
+    rows = fresh.state.update(fresh._taken_in(requests, [], [])).rows
+    seen = [list(one["evidence"]["features"].values()) for one in told]
+    assert seen == rows.tolist()
+
+
+def test_an_unknown_field_that_cannot_be_written_again_is_refused_alone() -> None:
+    vertical = FraudScoring(FraudSettings(unknown_fields="keep"))
+    requests = [vertical.parse(payment(n, note=1 << (70 * (n == 1)))) for n in range(3)]
+    flow = vertical.answers(requests)
+    first, wrong, last = feed(flow, lambda call: torch.zeros(len(call.rows), 2))
+    assert isinstance(wrong, InputError)
+    assert wrong.reason == "encode_failed"
+    assert isinstance(first, Written)
+    assert isinstance(last, Written)
