@@ -1,8 +1,11 @@
-"""Work that frees the interpreter's lock, on a few threads: decoders, compressors, large copies."""
+"""Work on a few threads: what frees the interpreter's lock, and modules that are needed later."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,3 +51,24 @@ def spread(work: Callable[[T], object], parts: Iterable[T], threads: int | None 
         begun = [pool.submit(one, part) for part in todo]
     for done in begun:
         done.result()
+
+
+def import_ahead(*modules: str) -> None:
+    """Import modules in a thread of their own, so that they are there when they are needed.
+
+    Whoever imports one meanwhile waits for it, as the interpreter sees to. One that cannot be
+    imported raises where it is used, not here.
+
+    Args:
+        modules: by their full names, in the order in which they are imported.
+    """
+    missing = [name for name in modules if name not in sys.modules]
+    if not missing:
+        return
+
+    def load() -> None:
+        for name in missing:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+
+    threading.Thread(target=load, name="plinth-import", daemon=True).start()

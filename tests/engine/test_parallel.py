@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
-from plinth.engine.parallel import MOST, spread
+from plinth.engine.parallel import MOST, import_ahead, spread
 
 
 @pytest.mark.parametrize("threads", [None, 1, 2, 100])
@@ -43,3 +45,15 @@ def test_an_error_is_told_and_ends_the_rest(threads: int) -> None:
         spread(work, range(100_000), threads)
     assert len(begun) < 100_000
     assert not [t for t in threading.enumerate() if t.name.startswith("plinth-spread")]
+
+
+def test_modules_come_ahead_of_their_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "broken_ahead.py").write_text("raise OSError\n")
+    (tmp_path / "found_ahead.py").write_text("found = 1\n")
+    import_ahead("broken_ahead", "nowhere_ahead", "found_ahead")
+    for thread in threading.enumerate():
+        if thread.name == "plinth-import":
+            thread.join(60)
+    assert sys.modules["found_ahead"].found == 1
+    del sys.modules["found_ahead"]

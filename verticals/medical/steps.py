@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from plinth.engine.mapped import trim
+from plinth.engine.parallel import import_ahead
 from plinth.verticals.medical.ct.analysis import (
     LUNG_LEFT,
     LUNG_RIGHT,
@@ -122,7 +123,10 @@ def load(where: Series | Path, name: str, how: Reading) -> Volume:
 
 
 def find_by_rules(
-    volume: Volume, max_slice_spacing_mm: float, working_spacing_mm: float | None
+    volume: Volume,
+    max_slice_spacing_mm: float,
+    working_spacing_mm: float | None,
+    dicom: bool = False,
 ) -> RuleFindings:
     """Segment and measure by rules, then prepare what the network sees.
 
@@ -130,6 +134,7 @@ def find_by_rules(
         volume: HU.
         max_slice_spacing_mm: a step between slices above this draws a warning.
         working_spacing_mm: of the network's grid; ``None``: no network runs after.
+        dicom: DICOM objects will be written: what that needs is imported meanwhile.
 
     Raises:
         InputError: see :func:`analyse`.
@@ -145,6 +150,8 @@ def find_by_rules(
     else:
         sizes = measured(volume, analysis.labels, titles([]))
         clock.mark("measure")
+    if dicom:
+        import_ahead("highdicom", "pydicom.sr.codedict")
     trim()  # what the rules held on their way is not held beside the network's results
     return RuleFindings(analysis, seen, sizes, clock.seconds)
 

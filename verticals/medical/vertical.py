@@ -408,7 +408,9 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
     def _study(self, volume: Volume) -> Flow[CtResult]:
         settings, clock = self.settings, StageClock()
         spacing = settings.working_spacing_mm if settings.nodules else None
-        rules = yield Compute(find_by_rules, volume, settings.max_slice_spacing_mm, spacing)
+        wanted = settings.segmentation or settings.measurements or settings.contours
+        given = (volume, settings.max_slice_spacing_mm, spacing, wanted)
+        rules = yield Compute(find_by_rules, *given)
         clock.seconds |= rules.seconds
         analysis: Analysis = rules.analysis
         sizes, nodules, plan = rules.sizes, None, self._plan(analysis)

@@ -13,10 +13,10 @@ import pytest
 from plinth.verticals.medical.dicom.loader import load_volume
 from plinth.verticals.medical.output import dicom_seg, standard_tables
 from plinth.verticals.medical.output.derived import made_by
-from plinth.verticals.medical.output.seg_frames import slices_with
 from plinth.verticals.medical.output.standard_tables import Modules, read_in_parts
 from plinth.verticals.medical.phantom.chest import Phantom
 from plinth.verticals.medical.phantom.dicom import write_series
+from plinth.verticals.medical.volumes.labelled import slices_with
 
 OWN = ("UID", "Date", "Time")
 """What is new in every file."""

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy import stats
-from scipy.spatial.distance import pdist
+from scipy import ndimage, stats
+from scipy.spatial.distance import cdist, pdist
 
 from plinth.verticals.medical.volumes.shape import shape_of, values_of
 
@@ -108,6 +108,17 @@ def test_the_diameter_is_the_longest_of_all_pairs(bits: list[bool]) -> None:
         planes = [corners[corners[:, axis] == at] for at in np.unique(corners[:, axis])]
         longest = max(pdist(plane).max() for plane in planes if len(plane) > 1)
         assert found == pytest.approx(longest)
+
+
+def test_a_rough_region_loses_no_end_to_the_choice_of_corners() -> None:
+    rough = ndimage.gaussian_filter(np.random.default_rng(3).normal(size=(22, 26, 30)), 1.5)
+    inside, step = rough > rough.std(), np.array([1.5, 0.7, 0.9])
+    corners = [
+        np.argwhere(np.diff(np.pad(inside, 1).astype(int), axis=axis)) + 0.5 * np.eye(3)[axis]
+        for axis in range(3)
+    ]
+    every = np.concatenate(corners) * step
+    assert shape_of(inside, (0.9, 0.7, 1.5)).diameter_mm == cdist(every, every).max()
 
 
 @given(

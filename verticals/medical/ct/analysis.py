@@ -6,7 +6,9 @@ Gevenois et al. (AJRCCM 1996) and Parr et al. (Respir Res 2008).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -172,18 +174,21 @@ def analyse(volume: Volume, max_slice_spacing_mm: float = 3.0) -> Analysis:
             part.add(volume.voxels[k, rows, columns], bits, labels[k, rows, columns])
         parts.append(part)
 
+    noise: list[float | None] = []
     filled = set(volume.filled)
     seen = [k for k in range(len(labels)) if k not in filled]
-    spread(add, [seen[n : n + TOGETHER] for n in range(0, len(seen), TOGETHER)])
+    thin = volume.voxels[:: max(1, volume.shape[0] // 8)]
+    steps: list[Callable[[], None]] = [lambda: noise.append(tissue_noise(thin))]
+    steps += [partial(add, seen[n : n + TOGETHER]) for n in range(0, len(seen), TOGETHER)]
+    spread(lambda step: step(), steps)
     counts = _Counts()
     for part in parts:
         counts.merge(part)
     analysis = Analysis(labels, orientation, found)
-    noise = tissue_noise(volume.voxels[:: max(1, volume.shape[0] // 8)])
     analysis.findings = [
-        *_lung_findings(counts, volume, noise),
+        *_lung_findings(counts, volume, noise[0]),
         *_volume_findings(counts, volume),
-        finding("tissue_noise", "Noise in soft tissue", noise, "HU", NOISE_METHOD),
+        finding("tissue_noise", "Noise in soft tissue", noise[0], "HU", NOISE_METHOD),
     ]
     analysis.warnings = _warnings(volume, orientation, found, counts, max_slice_spacing_mm)
     return analysis

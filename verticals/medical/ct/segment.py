@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from plinth.engine.parallel import spread
 from plinth.verticals.medical.ct.airway import airway, labels_in_plane
 from plinth.verticals.medical.ct.missing import opaque_ml
 from plinth.verticals.medical.volumes.distance import box_of, closed, deep, dilated, eroded, near
@@ -82,25 +83,43 @@ def regions(volume: Volume, orientation: Orientation) -> Regions:
     grid = fit_spacing(volume.shape, (z, y, x), (COARSE_MM,) * 3)
     hu = cast(Float, orientation.to_patient(resample(volume.voxels, grid, "area").numpy()))
     tissue, body = _body(hu)
-    lung_like = (hu < COARSE_LUNG_HU) & body
-    bits = np.zeros(hu.shape, np.uint8)
-    bits[eroded(body)] |= INSIDE
-    bits[dilated(body | tissue)] |= BODY
-    bits[dilated(_bone(hu, body))] |= BONE
-    tubes = airway((hu < LUNG_HU) & body, COARSE_MM)
-    bits[dilated(tubes)] |= AIRWAY
-    sides, split = _lungs(hu, lung_like & ~dilated(tubes), body, tubes)
-    for side, may, core in ((sides[0], RIGHT, RIGHT_CORE), (sides[1], LEFT, LEFT_CORE)):
-        if side.any():
-            _mark(bits, side, hu < LUNG_HU, body, (may, core))
-    _part(bits, *sides)
-    lungs = sides[0] | sides[1]
+    may, around = np.zeros(hu.shape, np.uint8), np.zeros(hu.shape, np.uint8)
+    sides: list[Bool] = []
+    told: dict[str, str] = {}
+    opened: list[float] = []
+
+    def lungs_and_airway() -> None:
+        tubes = airway((hu < LUNG_HU) & body, COARSE_MM)
+        wide = dilated(tubes)
+        _put(may, wide, AIRWAY)
+        found, told["split"] = _lungs(hu, (hu < COARSE_LUNG_HU) & body & ~wide, body, tubes)
+        sides.extend(found)
+        airy = hu < LUNG_HU
+        for side, edge, core in ((found[0], RIGHT, RIGHT_CORE), (found[1], LEFT, LEFT_CORE)):
+            if side.any():
+                _mark(may, side, airy, body, (edge, core))
+        _part(may, *found)
+
+    def around_them() -> None:
+        _put(around, eroded(body), INSIDE)
+        _put(around, dilated(body | tissue), BODY)
+        _put(around, dilated(_bone(hu, body)), BONE)
+        opened.append(_opened_ml(_lung_like(hu, body), tissue))
+
+    spread(lambda step: step(), (lungs_and_airway, around_them))
+    bits = may | around
     native = np.ascontiguousarray(orientation.from_patient(bits))
     opaque = tuple(
         opaque_ml((bits & core) > 0, (bits & BONE) > 0, COARSE_MM, right=core == RIGHT_CORE)
         for core in (RIGHT_CORE, LEFT_CORE)
     )
-    return Regions(grid, native, _touching(hu, lungs, tissue, body), split, (opaque[0], opaque[1]))
+    touching = _touching(sides[0] | sides[1], _lung_like(hu, body), opened[0])
+    return Regions(grid, native, touching, told["split"], (opaque[0], opaque[1]))
+
+
+def _put(bits: Bits, mask: Bool, bit: int) -> None:
+    """Set a bit where a mask is."""
+    bits |= mask.view(np.uint8) * np.uint8(bit)
 
 
 def _ball(radius_mm: float, spacing: float = COARSE_MM) -> float:
@@ -155,12 +174,11 @@ def _lungs(hu: Float, air: Bool, body: Bool, tubes: Bool) -> tuple[tuple[Bool, B
     sizes[0] = 0
     middle = _middle(body)
     large = np.flatnonzero(sizes >= MIN_LUNG_ML)
-    chosen = [label for label in large if _is_lung(hu, labels == label, tubes)]
-    if not chosen or not _fills_the_chest(np.isin(labels, chosen), body):
+    parts = [part for part in (labels == label for label in large) if _is_lung(hu, part, tubes)]
+    if not parts or not _fills_the_chest(np.logical_or.reduce(parts), body):
         return (none, none), "none"
     right, left, split = none.copy(), none.copy(), "components"
-    for label in chosen:
-        part = labels == label
+    for part in parts:
         columns = part.sum(axis=(0, 1))
         across = float(columns[: int(middle)].sum() / columns.sum())
         if 0.15 < across < 0.85:
@@ -188,8 +206,8 @@ def _is_lung(hu: Float, part: Bool, tubes: Bool) -> bool:
 
 def _fills_the_chest(lungs: Bool, body: Bool) -> bool:
     """In some axial plane the lungs are a good share of the body."""
-    area = body.sum(axis=(1, 2))
-    return float((lungs.sum(axis=(1, 2)) / np.maximum(area, 1)).max()) >= MIN_SHARE
+    filled, area = (np.array([np.count_nonzero(plane) for plane in mask]) for mask in (lungs, body))
+    return float((filled / np.maximum(area, 1)).max()) >= MIN_SHARE
 
 
 def _middle(body: Bool) -> float:
@@ -239,8 +257,8 @@ def _mark(bits: Bits, lung: Bool, airy: Bool, body: Bool, names: tuple[int, int]
             outside[np.unique(labels.take(edge, axis))] = True
     whole |= ~outside[labels]
     dense = (whole & ~part) | (part & ~dilated(airy[box] & part))
-    here[eroded(whole) | dense] |= core
-    here[dilated(whole)] |= may
+    _put(here, eroded(whole) | dense, core)
+    _put(here, dilated(whole), may)
 
 
 def _part(bits: Bits, right: Bool, left: Bool) -> None:
@@ -257,11 +275,27 @@ def _part(bits: Bits, right: Bool, left: Bool) -> None:
     here[doubt & ~nearer] &= 255 - RIGHT - RIGHT_CORE
 
 
-def _touching(hu: Float, lungs: Bool, tissue: Bool, body: Bool) -> tuple[str, ...]:
+def _lung_like(hu: Float, body: Bool) -> Bool:
+    """Air as dense as lung outside of the body."""
+    return (hu > GAS_HU) & (hu < FIRM_HU) & ~body
+
+
+def _opened_ml(lung_like: Bool, tissue: Bool) -> float:
+    """The largest part of such air that lies amid tissue."""
+    amid, _ = ndimage.label(eroded(lung_like) & (_between(tissue, 1) | _between(tissue, 2)))
+    return float(np.bincount(amid.ravel())[1:].max(initial=0) * COARSE_MM**3 / 1000)
+
+
+def _touching(lungs: Bool, lung_like: Bool, opened: float) -> tuple[str, ...]:
     """Borders of the field of view that the lungs reach; a few stray voxels do not count.
 
     Where the border, straight or round, opens a lung in an axial plane, that plane's lung is not
     inside the body any more: it is found as lung-like air beside the lungs, or amid tissue.
+
+    Args:
+        lungs: both.
+        lung_like: of :func:`_lung_like`.
+        opened: mL of it amid tissue.
     """
     least = TOUCH_MM2 / COARSE_MM**2
     found = []
@@ -270,13 +304,10 @@ def _touching(hu: Float, lungs: Bool, tissue: Bool, body: Bool) -> tuple[str, ..
     if lungs[0].sum() > least:
         found.append("inferior")
     sides = (lungs[:, 0], lungs[:, -1], lungs[:, :, 0], lungs[:, :, -1])
-    lung_like = (hu > GAS_HU) & (hu < FIRM_HU) & ~body
     aside = lungs
     for _ in range(round(CUT_MM / COARSE_MM)):
         aside = dilated(aside)
     beside = lung_like & aside
-    amid, _ = ndimage.label(eroded(lung_like) & (_between(tissue, 1) | _between(tissue, 2)))
-    opened = np.bincount(amid.ravel())[1:].max(initial=0) * COARSE_MM**3 / 1000
     if max(float(one.sum()) for one in (*sides, beside)) > least or opened > MIN_OPENED_ML:
         found.append("sides")
     return tuple(found)

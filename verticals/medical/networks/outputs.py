@@ -34,7 +34,7 @@ from plinth.verticals.medical.output.page import segmentation_page
 from plinth.verticals.medical.output.pictures import lettered, png
 from plinth.verticals.medical.output.report import CtReport, Origin
 from plinth.verticals.medical.output.rtstruct import Structure
-from plinth.verticals.medical.output.seg_frames import slices_with
+from plinth.verticals.medical.volumes.labelled import slices_with
 from plinth.verticals.medical.volumes.measured import Measured
 from plinth.verticals.medical.volumes.orientation import Orientation
 from plinth.verticals.medical.volumes.shape import ValueStatistics

@@ -30,9 +30,9 @@ from plinth.verticals.medical.output.report import (
 from plinth.verticals.medical.output.seg_frames import (
     matched,
     places_in,
-    slices_with,
     write_frames,
 )
+from plinth.verticals.medical.volumes.labelled import slices_with
 from plinth.verticals.medical.volumes.volume import Volume
 
 TOLERANCE_MM = 0.01

@@ -19,6 +19,7 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset
 from pydicom.valuerep import DS, format_number_as_ds
 
+from plinth.verticals.medical.volumes.labelled import slices_with
 from plinth.verticals.medical.volumes.volume import Volume
 
 Bool = npt.NDArray[np.bool_]
@@ -76,23 +77,6 @@ SHARED = (
     *("ImageOrientationPatient", "PixelSpacing"),
 )
 """What images of one SEG have in common."""
-
-
-def slices_with(labels: Labels, values: Labels) -> Bool:
-    """Which slices hold which label.
-
-    Args:
-        labels: (z, y, x).
-        values: that are looked for.
-
-    Returns:
-        (values, slices).
-    """
-    found = np.zeros((len(values), len(labels)), bool)
-    for k, plane in enumerate(labels):
-        for number, value in enumerate(values):
-            found[number, k] = (plane == value).any()
-    return found
 
 
 def write_frames(

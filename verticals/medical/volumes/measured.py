@@ -9,9 +9,8 @@ from dataclasses import asdict
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
-from scipy import ndimage
 
-from plinth.engine.parallel import spread
+from plinth.verticals.medical.volumes.labelled import boxes_of
 from plinth.verticals.medical.volumes.shape import (
     Mask,
     Shape,
@@ -94,28 +93,22 @@ def measured(
     Returns:
         By key, in the order of ``titles``.
     """
-    boxes = ndimage.find_objects(labels, max_label=max(titles, default=0))
-    told = [(label, boxes[label - 1]) for label in titles if boxes and boxes[label - 1]]
-    found: dict[int, Measured] = {}
-
-    def measure(one: tuple[int, tuple[slice, ...]]) -> None:
-        label, box = one
+    found: dict[str, Measured] = {}
+    for label, box in boxes_of(labels, list(titles)).items():
         around = tuple(
             slice(max(0, span.start - 1), min(size, span.stop + 1))
             for span, size in zip(box, labels.shape, strict=True)
         )
-        inside, voxels = labels[around] == label, volume.voxels[around]
-        found[label] = _measured(titles[label][1], volume, inside, voxels)
-
-    spread(measure, told)
-    return {titles[label][0]: found[label] for label, _ in told}
+        key, title = titles[label]
+        found[key] = _measured(title, volume, labels[around] == label, volume.voxels[around])
+    return found
 
 
 def _measured(title: str, volume: Volume, inside: Mask, voxels: Voxels) -> Measured:
     shape = shape_of(inside, volume.spacing)
-    statistics = {
-        name: _rounded(value) for name, value in asdict(values_of(voxels[inside])).items()
-    }
+    within = voxels[inside]
+    statistics = {name: _rounded(value) for name, value in asdict(values_of(within)).items()}
+    total = float(within.sum(dtype=np.float64))
     return Measured(
         title=title,
         unit=volume.series.units,
@@ -131,19 +124,30 @@ def _measured(title: str, volume: Volume, inside: Mask, voxels: Voxels) -> Measu
         values=ValueStatistics(**statistics),
         uncertainty={
             name: Range(lower=_rounded(lower), upper=_rounded(upper))
-            for name, (lower, upper) in _uncertain(shape, volume, inside, voxels).items()
+            for name, (lower, upper) in _uncertain(
+                shape, total, volume, _at_surface(inside, voxels)
+            ).items()
         },
     )
 
 
 def _uncertain(
-    shape: Shape, volume: Volume, inside: Mask, voxels: Voxels
+    shape: Shape,
+    total: float,
+    volume: Volume,
+    surface: tuple[tuple[int, float], tuple[int, float]],
 ) -> dict[str, tuple[float, float]]:
-    """Below and above each value that depends on where the surface lies: half a voxel."""
-    (inner, inner_sum), (outer, outer_sum) = _at_surface(inside, voxels)
+    """Below and above each value that depends on where the surface lies: half a voxel.
+
+    Args:
+        shape: of the region.
+        total: sum of its values.
+        volume: whose grid it is on.
+        surface: of :func:`_at_surface`.
+    """
+    (inner, inner_sum), (outer, outer_sum) = surface
     x, y, z = volume.spacing
     ml = x * y * z / 1000
-    total = float(voxels.sum(where=inside, dtype=np.float64))
     mean = total / shape.voxels
     less = (total - inner_sum / 2) / (shape.voxels - inner / 2)
     more = (total + outer_sum / 2) / (shape.voxels + outer / 2)

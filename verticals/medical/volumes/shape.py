@@ -10,9 +10,10 @@ a real region; pyradiomics itself does not build on the Python of today.)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +22,12 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import cdist
 
+from plinth.engine.parallel import spread
+
 Mask = npt.NDArray[np.bool_]
 Points = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 
 PART = 512
 """Points whose distances to all others are held at once."""
@@ -31,12 +35,18 @@ PART = 512
 FEW, MANY = 64, 4096
 """Points of which all pairs are looked at without a choice among them, and without a hull."""
 
+SMALL = 1 << 18
+"""Voxels of a box whose parts are not worth a second thread."""
+
 TINY = 1e-9
 """Share by which a bound gives way, so that rounding makes none too tight."""
 
 DIRECTIONS = np.pi / 32 * np.arange(32)
 """Angles at which the width of a plane's points is taken: none is farther from the direction of a
 diameter than half of their step."""
+
+NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 3), (3, 0))
+"""Steps to the lines that a line's end is held against, on either side of it."""
 
 BIN_WIDTH = 25.0
 """Of the histogram behind entropy and uniformity, in the values' unit."""
@@ -153,18 +163,31 @@ def shape_of(mask: Mask, spacing: tuple[float, float, float]) -> Shape:
     inside = _cut(mask)
     count = int(np.count_nonzero(inside))
     step = np.array(spacing[::-1], float)
-    area, volume = _surface(inside, step)
-    in_slice, in_column, in_row = (_widest(inside, axis, step) for axis in range(3))
+    ends = [_ends(inside, axis) for axis in range(3)]
+    parts: dict[str, Callable[[], Any]] = {
+        "surface": lambda: _surface(inside, step),
+        "slice": lambda: _widest(inside, ends, 0, step),
+        "column": lambda: _widest(inside, ends, 1, step),
+        "row": lambda: _widest(inside, ends, 2, step),
+        "widest": lambda: _farthest(_corners(ends) * step),
+    }
+    told: dict[str, Any] = {}
+
+    def measure(part: str) -> None:
+        told[part] = parts[part]()
+
+    spread(measure, parts, threads=1 if inside.size < SMALL else None)
+    area, volume = told["surface"]
     return Shape(
         voxels=count,
         volume_mm3=count * float(step.prod()),
         mesh_volume_mm3=volume,
         surface_mm2=area,
         sphericity=(36 * math.pi * volume**2) ** (1 / 3) / area,
-        diameter_mm=_farthest(_outermost(inside) * step),
-        diameter_slice_mm=in_slice,
-        diameter_column_mm=in_column,
-        diameter_row_mm=in_row,
+        diameter_mm=told["widest"],
+        diameter_slice_mm=told["slice"],
+        diameter_column_mm=told["column"],
+        diameter_row_mm=told["row"],
     )
 
 
@@ -203,10 +226,12 @@ def values_of(values: npt.NDArray[np.generic]) -> ValueStatistics:
 # -- surface and volume --------------------------------------------------------------------------
 def _cut(mask: Mask) -> Mask:
     """The box around a region, with a margin of one voxel on all sides."""
+    flat = np.any(mask, axis=0)
+    hits = (mask.reshape(len(mask), -1).any(axis=1), flat.any(axis=1), flat.any(axis=0))
     spans = []
-    for axis in range(3):
-        hit = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
-        spans.append(slice(hit[0], hit[-1] + 1))
+    for hit in hits:
+        (at,) = np.nonzero(hit)
+        spans.append(slice(int(at[0]), int(at[-1]) + 1))
     return np.pad(mask[tuple(spans)], 1)
 
 
@@ -252,34 +277,85 @@ def _surface(inside: Mask, step: Points) -> tuple[float, float]:
 
 def _cubes(inside: Mask) -> Iterator[tuple[npt.NDArray[np.intp], ...]]:
     """By slice: case, row and column of each cube that the surface passes through."""
-    rows, columns = inside.shape[1] - 1, inside.shape[2] - 1
-    for pair in zip(inside[:-1].view(np.uint8), inside[1:].view(np.uint8), strict=True):
-        case = np.zeros((rows, columns), np.uint8)
-        for bit, (dz, dy, dx) in enumerate(CORNERS):
-            case |= pair[dz][dy : dy + rows, dx : dx + columns] << bit
-        y, x = np.nonzero((case > 0) & (case < 255))
+    below = _squares(inside[0])
+    for plane in inside[1:]:
+        above = _squares(plane)
+        case = below | (above << 4)
+        below = above
+        y, x = np.nonzero((case + np.uint8(1)) > 1)  # neither 0 nor 255
         yield case[y, x].astype(np.intp), y, x
 
 
+def _squares(plane: Mask) -> npt.NDArray[np.uint8]:
+    """What each square of four voxels of a plane adds to the case of a cube that stands on it."""
+    voxels = plane.view(np.uint8)
+    rows, columns = voxels.shape[0] - 1, voxels.shape[1] - 1
+    square = np.zeros((rows, columns), np.uint8)
+    for bit, (_, dy, dx) in enumerate(CORNERS[:4]):
+        square |= voxels[dy : dy + rows, dx : dx + columns] << bit
+    return square
+
+
 # -- diameters -----------------------------------------------------------------------------------
-def _outermost(mask: Mask) -> Points:
-    """First and last corner of the surface on each line of voxels; the others lie between two.
+@dataclass(frozen=True, eq=False)
+class _Ends:
+    """First and last voxel of a region on each line along an axis; 0 where a line has none.
 
     Args:
-        mask: of any number of axes.
+        first: index of the first, by the other two axes in their order. The region does not
+            touch the array's border, so that 0 is no voxel's.
+        last: index of the last.
+    """
 
-    Returns:
-        (n, axes) in voxels.
+    first: Indices
+    last: Indices
+
+    @property
+    def turned(self) -> _Ends:
+        """With the other two axes exchanged."""
+        return _Ends(self.first.T, self.last.T)
+
+
+def _ends(inside: Mask, axis: int) -> _Ends:
+    lines = np.moveaxis(inside, axis, -1)
+    first = lines.argmax(axis=-1)
+    last = np.where(first > 0, lines.shape[-1] - 1 - lines[..., ::-1].argmax(axis=-1), 0)
+    return _Ends(first, last)
+
+
+def _corners(ends: list[_Ends]) -> Points:
+    """Corners (z, y, x) of a region's surface, of those that lie between two others only some.
+
+    A corner on a straight line with, or beyond, two others at the same distance on either side of
+    it is between them or inside: none of it is an end of the largest distance.
+
+    Args:
+        ends: along z, y and x.
     """
     points = []
-    for axis in range(mask.ndim):
-        lines = np.moveaxis(mask, axis, -1)
-        hit = lines.any(axis=-1)
-        first = lines.argmax(axis=-1)[hit] - 0.5
-        last = lines.shape[-1] - lines[..., ::-1].argmax(axis=-1)[hit] - 0.5
-        across = np.argwhere(hit).astype(float)
-        points += [np.insert(across, axis, along, axis=1) for along in (first, last)]
+    for axis, one in enumerate(ends):
+        found = one.first > 0
+        for index, beyond, outward in ((one.first, -0.5, 1), (one.last, 0.5, -1)):
+            kept = found.copy()
+            for u, v in NEIGHBOURS:
+                _drop_between(kept, found, index * outward, u, v)
+            across = np.argwhere(kept).astype(float)
+            points.append(np.insert(across, axis, index[kept] + beyond, axis=1))
     return np.concatenate(points)
+
+
+def _drop_between(kept: Mask, found: Mask, height: Indices, u: int, v: int) -> None:
+    """Leave out what is not below the middle of its neighbours at (u, v) and (-u, -v)."""
+    rows, columns = (n - 2 * abs(step) for n, step in zip(kept.shape, (u, v), strict=True))
+    if rows < 1 or columns < 1:
+        return
+
+    def at(array: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:
+        top, left = abs(u) + side * u, abs(v) + side * v
+        return array[top : top + rows, left : left + columns]
+
+    between = 2 * at(height, 0) >= at(height, 1) + at(height, -1)
+    at(kept, 0)[between & at(found, 1) & at(found, -1)] = False
 
 
 def _farthest(points: Points) -> float:
@@ -319,50 +395,80 @@ def _directions(axes: int) -> Points:
     return grid[len(grid) // 2 + 1 :]
 
 
-def _widest(inside: Mask, axis: int, step: Points) -> float:
+def _widest(inside: Mask, ends: list[_Ends], axis: int, step: Points) -> float:
     """Largest distance of two corners of the surface that lie in one plane across an axis.
 
     They lie in planes through voxel centres, and half way between two of these, where a voxel in
     the region meets one outside. Planes in which none can be longer than the best are passed over.
+
+    Args:
+        inside: (z, y, x).
+        ends: along z, y and x.
+        axis: across the planes.
+        step: (z, y, x) mm.
     """
-    planes = np.ascontiguousarray(np.moveaxis(inside, axis, 0))
     across = np.delete(step, axis)
-    # Corners in a plane lie half a voxel beyond its outermost voxels.
-    beyond = float(np.hypot(*across)) * (1 + TINY)
-    bounds = [(most + beyond, k, False) for k, most in _at_most(planes, across)]
-    between = planes[:-1] ^ planes[1:]
-    bounds += [(most * (1 + TINY), k, True) for k, most in _at_most(between, across)]
+    # By plane: the ends along its rows, and along its columns.
+    along_rows = (ends[2], ends[2].turned, ends[1].turned)[axis]
+    along_columns = (ends[1], ends[0], ends[0].turned)[axis]
+    planes = np.moveaxis(inside, axis, 0)
     best = 0.0
-    for most, k, on_faces in sorted(bounds, reverse=True):
+    for most, k, on_faces in sorted(_bounds(along_rows, across), reverse=True):
         if most <= best:
             break
-        points = _row_ends(between[k]) if on_faces else _outermost(planes[k])
-        best = max(best, _farthest(points * across))
+        if on_faces:
+            points = _row_ends(planes[k] ^ planes[k + 1])
+        else:
+            points = _outline(along_rows, along_columns, k)
+        if len(points):
+            best = max(best, _farthest(points * across))
     return best
 
 
-def _at_most(planes: Mask, across: Points) -> list[tuple[int, float]]:
-    """By number of each plane with a voxel, a bound on the largest distance of two voxel centres.
+def _bounds(ends: _Ends, across: Points) -> Iterator[tuple[float, int, bool]]:
+    """By plane, and by pair of planes beside each other, how long a distance in it is at most.
 
     It is the largest width in the directions that :data:`DIRECTIONS` holds, and at most 0.2 % more
-    than the distance.
+    than the distance. Corners lie half a voxel beyond the voxels' centres along an axis; between
+    two planes they lie above a voxel of either.
 
     Args:
-        planes: (n, rows, columns).
+        ends: along the rows of the planes: (planes, rows).
         across: mm from row to row, and from column to column.
+
+    Returns:
+        The bound, the plane, or the first of the pair, and whether it is one of a pair.
     """
-    hit = planes.any(axis=2)
-    first = planes.argmax(axis=2) * across[1]
-    last = (planes.shape[2] - 1 - planes[:, :, ::-1].argmax(axis=2)) * across[1]
-    rows = np.arange(planes.shape[1]) * across[0]
-    widest = np.zeros(len(planes))
+    hit = ends.first > 0
+    rows = np.arange(hit.shape[1]) * across[0]
+    first, last = ends.first * across[1], ends.last * across[1]
+    widest, between = np.zeros(len(hit)), np.zeros(len(hit) - 1)
     for angle in DIRECTIONS:
         down, along = math.cos(angle), math.sin(angle)
         high = np.where(hit, rows * down + last * along, -np.inf).max(axis=1)
         low = np.where(hit, rows * down + first * along, np.inf).min(axis=1)
-        np.maximum(widest, high - low, out=widest)
-    widest /= math.cos(float(DIRECTIONS[1]) / 2)
-    return [(int(k), float(widest[k])) for k in np.flatnonzero(np.any(hit, axis=1))]
+        beyond = max(abs(down) * across[0], along * across[1])
+        np.maximum(widest, high - low + beyond, out=widest)
+        both = np.maximum(high[1:], high[:-1]) - np.minimum(low[1:], low[:-1])
+        np.maximum(between, both, out=between)
+    loose = (1 + TINY) / math.cos(float(DIRECTIONS[1]) / 2)
+    filled = np.any(hit, axis=1)
+    for k in np.flatnonzero(filled):
+        yield float(widest[k]) * loose, int(k), False
+    for k in np.flatnonzero(np.logical_or(filled[1:], filled[:-1])):
+        yield float(between[k]) * loose, int(k), True
+
+
+def _outline(along_rows: _Ends, along_columns: _Ends, k: int) -> Points:
+    """First and last corner (row, column) of the surface on each row and column of a plane."""
+    points = []
+    for axis, one in ((1, along_rows), (0, along_columns)):
+        at = np.flatnonzero(one.first[k])
+        for index, beyond in ((one.first, -0.5), (one.last, 0.5)):
+            pair = np.empty((len(at), 2))
+            pair[:, axis], pair[:, 1 - axis] = index[k][at] + beyond, at
+            points.append(pair)
+    return np.concatenate(points)
 
 
 def _row_ends(mask: Mask) -> Points:

@@ -1,0 +1,30 @@
+"""Where labels lie: as SciPy finds them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from plinth.verticals.medical.volumes.labelled import boxes_of, slices_with
+
+
+@pytest.mark.parametrize("planes", [1, 16, 37])
+def test_boxes_and_slices_are_those_of_each_label(planes: int) -> None:
+    chance = np.random.default_rng(planes)
+    labels = np.zeros((planes, 9, 11), np.uint8)
+    for value in (1, 2, 7, 255):
+        at = [chance.integers(0, size, 3) for size in labels.shape]
+        labels[tuple(at)] = value
+    values = [1, 2, 3, 7, 200, 255]
+    expected = ndimage.find_objects(labels)
+    held = np.array([[(plane == value).any() for plane in labels] for value in values])
+    found = boxes_of(labels, values)
+    assert found == {v: expected[v - 1] for v in values if expected[v - 1] is not None}
+    assert np.array_equal(slices_with(labels, values), held)
+    assert list(found) == [value for value, hit in zip(values, held, strict=True) if hit.any()]
+
+
+def test_no_labels_have_no_boxes() -> None:
+    assert boxes_of(np.zeros((3, 4, 5), np.uint8), [1, 2]) == {}
+    assert boxes_of(np.zeros((0, 4, 5), np.uint8), [1]) == {}
