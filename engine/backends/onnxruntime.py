@@ -73,7 +73,7 @@ class OrtExecutable:
     Args:
         spec: the contract.
         path: the ONNX file.
-        device: the CPU.
+        device: where rows come from and outputs go; the graph itself runs on the CPU.
         threads: of one run; ``None`` as torch has it.
         precision: what the graph computes in.
         kept: the same graph as it was optimised before, if it was.
@@ -110,7 +110,7 @@ class OrtExecutable:
         self._fixed = not free and not wrong
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run rows on the host.
+        """Run rows on the CPU; those of another device are copied there, and outputs back.
 
         Raises:
             InputError: floats that are not finite, in less than fp32.
@@ -120,7 +120,10 @@ class OrtExecutable:
             check_finite(self._spec, given, "ONNX Runtime in int8")
         rows = len(next(iter(inputs.values())))
         bound = self._bound.get(rows) if self._fixed else None
-        return self._plain(inputs, rows) if bound is None else bound.run(inputs)
+        found = self._plain(inputs, rows) if bound is None else bound.run(inputs)
+        if self.device.kind == "cpu":
+            return found
+        return {name: tensor.to(self.device.torch) for name, tensor in found.items()}
 
     def _plain(self, inputs: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
         feeds = {name: tensor.numpy(force=True) for name, tensor in inputs.items()}
@@ -199,9 +202,12 @@ class OnnxRuntime:
         return installed("onnx", "onnxruntime")
 
     def supports(self, model: Model, device: Device, policy: PrecisionPolicy) -> str | None:
-        """On the CPU, in what ``precision/onnx_graph.py`` realises; weights up to 1 GiB."""
-        if device.kind != "cpu":
-            return f"only its CPU provider is used here, not {device.kind}"
+        """On the CPU, in what ``precision/onnx_graph.py`` realises; weights up to 1 GiB.
+
+        Beside another device it runs what came as an ONNX file, which nothing else can.
+        """
+        if device.kind != "cpu" and not model.onnx:
+            return f"it computes on the CPU, and torch runs this model on {device.kind}"
         if policy.auto:
             return why_not_onnx(model)
         if not policy.plain and (reason := installed("onnx", "onnx").reason):

@@ -297,7 +297,9 @@ def session(
 
 
 class OnnxModule(nn.Module):
-    """An ONNX file as a torch module on the CPU: tensors by name or in order in, in order out.
+    """An ONNX file as a torch module: tensors by name or in order in, in order out.
+
+    It computes on the CPU; rows of another device are copied there, and outputs back.
 
     Args:
         path: the file; loaded at the first forward.
@@ -317,6 +319,8 @@ class OnnxModule(nn.Module):
         if self._session is None:
             self._session = session(self.path, None)
         given = named or dict(zip(self._inputs, tensors, strict=True))
-        feeds = {name: tensor.detach().numpy() for name, tensor in given.items()}
-        found = [torch.from_numpy(array) for array in self._session.run(self._outputs, feeds)]
+        device = next(iter(given.values())).device
+        feeds = {name: tensor.numpy(force=True) for name, tensor in given.items()}
+        arrays = self._session.run(self._outputs, feeds)
+        found = [torch.from_numpy(array).to(device) for array in arrays]
         return found[0] if len(found) == 1 else tuple(found)

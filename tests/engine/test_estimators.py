@@ -8,7 +8,7 @@ import torch
 
 from plinth.engine import Call, Engine, Model, ModelError, ModelStore
 
-pytestmark = [pytest.mark.cpu, pytest.mark.needs("sklearn", "skl2onnx", "onnxmltools")]
+pytestmark = pytest.mark.needs("sklearn", "skl2onnx", "onnxmltools")
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,6 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-pytestmark = pytest.mark.cpu  # ONNX Runtime has its CPU provider here
-
 
 def graph(batch="n", kind=TensorProto.FLOAT):
     """y = x @ w, w (3, 2) of ones."""
@@ -262,6 +260,7 @@ def test_files_of_other_kinds_are_told_what_to_do_instead(store, tmp_path, name,
 
 
 @pytest.mark.soak  # starts processes that import torch
+@pytest.mark.cpu
 def test_a_stored_model_is_exported_by_a_process_of_its_own(store, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("PLINTH_CACHE", str(tmp_path / "cache"))
     family = families()[0]

@@ -520,7 +520,8 @@ def test_the_bits_of_a_score_do_not_depend_on_who_shares_the_batch(backend: str,
 
     dice = random.Random(0)
     rows = torch.rand(600, 21, generator=torch.Generator().manual_seed(0)) ** 3 * 3_000
-    with Engine(backend="auto", threads=1) as engine:
+    device = "cpu" if backend == "onnxruntime" else "auto"
+    with Engine(device=device, backend=backend, threads=1) as engine:
         engine.add(ModelStore(STORE).load(name))
         whole = engine.run(scores(rows)).value
         for _ in range(40):

@@ -73,7 +73,7 @@ def labelled(
     """Reports and labels of the studies, one after the other, as one vertical makes them."""
     vertical = CtAnalysis(CtSettings(network={"model": network}, **ALL))
     reports, labels = [], []
-    with Engine(threads=1, **engine) as running:
+    with Engine(device="cpu", threads=1, **engine) as running:
         for model in vertical.models():
             running.add(model, batch_range=vertical.batch_range)
         for number, folder in enumerate(studies):
