@@ -22,6 +22,8 @@ from pydicom import Dataset
 
 from plinth.verticals.contract import WithArtefacts
 from plinth.verticals.medical import CtAnalysis, CtSettings
+from plinth.verticals.medical.ct.findings import withheld
+from plinth.verticals.medical.dicom.discover import discover
 from plinth.verticals.medical.dicom.loader import load_volume
 from plinth.verticals.medical.mr.brain import weighting
 from plinth.verticals.medical.privacy.deidentify import Deidentifier
@@ -141,6 +143,96 @@ def copied(
     cleaner = Deidentifier(key.encode(), characteristics=characteristics)
     rows = [row for row in deidentify(folder, out, cleaner) if row.state != "skipped"]
     return [pydicom.dcmread(path) for path in sorted(out.rglob("*.dcm"))], rows
+
+
+@pytest.mark.parametrize(
+    ("keyword", "values"),
+    [
+        ("ConvolutionKernel", ("one of ours", "another one")),
+        ("FilterType", ("WEDGE_2", "WEDGE_3")),
+        ("SeriesDescription", ("Thorax of Mr Smith", "Thorax of Mr Smith, iterative")),
+        (
+            "ImageType",
+            (["ORIGINAL", "PRIMARY", "AXIAL", "SMITH1"], ["ORIGINAL", "PRIMARY", "AXIAL"]),
+        ),
+    ],
+)
+def test_two_reconstructions_are_still_two_in_the_copy(
+    keyword: str, values: tuple[Any, Any], write: Any, edit: Any, tmp_path: Path
+) -> None:
+    folder = write(shape=(20, 16, 12))
+    edit(folder, lambda image, k: setattr(image, keyword, values[k % 2]))
+    copies, _ = copied(folder, tmp_path / "out")
+    assert len(discover(folder)) == len(discover(tmp_path / "out")) == 2
+    assert all("SMITH" not in str(one).upper() for one in copies)
+    assert len({str(one.get(keyword)) for one in copies}) == 2
+
+
+@pytest.mark.parametrize(
+    ("attributes", "told"),
+    [
+        ({"RescaleType": "MYUNIT"}, "Hounsfield"),
+        ({"LossyImageCompression": "01"}, "loss"),
+    ],
+)
+def test_what_limits_the_values_is_still_said_of_a_copy(
+    attributes: dict[str, str], told: str, write: Any, edit: Any, tmp_path: Path
+) -> None:
+    folder = write(shape=(20, 16, 10))
+    edit(folder, lambda image, _: _set(image, attributes))
+    copied(folder, tmp_path / "out")
+    for place in (folder, tmp_path / "out"):
+        assert any(told in issue.message for issue in load_volume(place).verdict.issues)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "kind"),
+    [
+        ({"SeriesDescription": "Mr Smith VMI 70 keV"}, "a virtual monoenergetic image"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "AXIAL", "DE_IODINE"]}, "a material map"),
+        ({"SeriesDescription": "Thorax MIP"}, "a maximum or minimum intensity projection"),
+        ({"ImageType": ["DERIVED", "PRIMARY", "PERFUSION", "SMITH"]}, "a perfusion"),
+    ],
+)
+def test_a_map_or_projection_is_still_one_in_the_copy(
+    attributes: dict[str, Any], kind: str, write: Any, edit: Any, tmp_path: Path
+) -> None:
+    folder = write(shape=(20, 16, 10))
+    edit(folder, lambda image, _: _set(image, attributes))
+    copied(folder, tmp_path / "out")
+    for place in (folder, tmp_path / "out"):
+        (series,) = discover(place)
+        assert str(series.frames[0].header.kind).startswith(kind)
+
+
+def test_contrast_and_a_sharp_kernel_are_still_said_of_a_copy(
+    write: Any, edit: Any, tmp_path: Path
+) -> None:
+    said = {"ContrastBolusAgent": "400 mL for Smith", "ConvolutionKernel": "BONE Smith"}
+    folder = write(shape=(20, 16, 10))
+    edit(folder, lambda image, _: _set(image, said))
+    copies, _ = copied(folder, tmp_path / "out")
+    facts = load_volume(tmp_path / "out").series
+    assert facts.contrast
+    assert withheld(facts.kernel, 10.0) == "the kernel is sharp"
+    assert "SMITH" not in str(copies[0]).upper()
+
+
+def test_values_that_a_table_makes_are_not_copied_without_it(
+    write: Any, edit: Any, tmp_path: Path
+) -> None:
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [2, 0, 16], bytes(4)
+    folder = write(shape=(20, 16, 8))
+    edit(folder, lambda image, _: _set(image, {"ModalityLUTSequence": [table]}))
+    copies, rows = copied(folder, tmp_path / "out")
+    assert not copies
+    assert {row.reason for row in rows} == {"modality_lut"}
+
+
+def _set(image: Dataset, attributes: dict[str, Any]) -> None:
+    for keyword, value in attributes.items():
+        setattr(image, keyword, value)
 
 
 def _visit(date: str) -> Callable[[Dataset, int], None]:

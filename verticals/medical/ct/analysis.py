@@ -43,6 +43,7 @@ from plinth.verticals.medical.ct.segment import (
     regions,
 )
 from plinth.verticals.medical.volumes.orientation import Orientation
+from plinth.verticals.medical.volumes.terms import STAND_IN
 from plinth.verticals.medical.volumes.volume import HOW_TO_SAY_HU, Volume
 
 LUNG_RIGHT, LUNG_LEFT, BONE_LABEL, NODULE = 1, 2, 3, 4
@@ -321,7 +322,8 @@ def _volume_findings(counts: _Counts, volume: Volume) -> list[Finding]:
 
 def _density_warnings(volume: Volume) -> list[str]:
     warnings = []
-    if (volume.series.kernel or "").upper() in NO_KERNEL:
+    kernel = volume.series.kernel or ""
+    if kernel.upper() in NO_KERNEL or STAND_IN.fullmatch(kernel):
         warnings.append("the kernel is not known: LAA-950 and Perc15 depend on it")
     if volume.series.contrast:
         warnings.append("contrast medium raises lung density: indices do not compare with others")

@@ -18,10 +18,11 @@ MAX_NOISE_HU = 45.0
 than 2 % of voxels."""
 
 SHARP = re.compile(
-    r"[BHITU][a-z]?[5-9]\d.*|D|E|L|Y[A-D]|EB|FC[358]\d.*|LUNG|BONE.*|EDGE|HD ?LUNG", re.IGNORECASE
+    r"[BHITU][a-z]?[5-9]\d.*|D|E|L|Y[A-D]|EB|FC[358]\d.*|LUNG|BONE.*|EDGE|HD ?LUNG|SHARP .*",
+    re.IGNORECASE,
 )
 """Convolution kernels for lung and bone: Siemens from 50, Philips D, E, L, Y, Canon FC30 to FC39,
-FC50 to FC59 and FC80 to FC89, GE by name."""
+FC50 to FC59 and FC80 to FC89, GE by name; and what a de-identified copy calls so."""
 
 NO_KERNEL = ("", "NONE")
 

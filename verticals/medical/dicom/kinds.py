@@ -30,6 +30,9 @@ TERMS = {
 
 KIND_OF_TERM = {term: kind for kind, terms in TERMS.items() for term in terms.split()}
 
+JOINED = frozenset(["VMI", "MONOE", "MONOENERGETIC", "IODINE", "VNC", "MIP", "MINIP"])
+"""Terms that tell also as one word of several joined by underscores."""
+
 PHRASES = (
     ("a maximum or minimum intensity projection", r"\b(mip|min-?ip|maxip)\b"),
     ("a virtual monoenergetic image", r"\bmono ?-?e?(energetic)?[ _+]*\d{2,3} ?kev\b|\bvmi\b"),
@@ -54,8 +57,9 @@ def derived_kind(image_type: tuple[str, ...], description: str, sop_class: str) 
     if sop_class.startswith(SCREEN):
         return "a screen capture"
     for value in image_type:
-        for term in (value, *re.split(r"[^A-Z_]+", value)):
+        words = JOINED.intersection(re.split(r"[^A-Z]+", value))
+        for term in (value, *re.split(r"[^A-Z_]+", value), *sorted(words)):
             if term in KIND_OF_TERM:
                 return KIND_OF_TERM[term]
-    words = description.casefold().replace("_", " ")
-    return next((kind for kind, words_of in PHRASES if re.search(words_of, words)), None)
+    text = description.casefold().replace("_", " ")
+    return next((kind for kind, words_of in PHRASES if re.search(words_of, text)), None)

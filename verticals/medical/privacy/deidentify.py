@@ -17,6 +17,8 @@ from pydicom.uid import UID
 
 from plinth import __version__
 from plinth.engine import InputError
+from plinth.verticals.medical.ct.findings import SHARP
+from plinth.verticals.medical.dicom.kinds import TERMS as KINDS
 from plinth.verticals.medical.dicom.kinds import derived_kind
 from plinth.verticals.medical.privacy.kept import (
     CHARACTERISTICS,
@@ -24,6 +26,7 @@ from plinth.verticals.medical.privacy.kept import (
     IMAGES,
     NUMBERS,
     SEQUENCES,
+    STAND_INS,
     TERMS,
     TIMES,
     UIDS,
@@ -40,6 +43,8 @@ DAY = re.compile(r"(\d{4})(\d{2})(\d{2})(.*)", re.DOTALL)
 REST = re.compile(r"(\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?)?([+-]\d{4})?")
 TIME = re.compile(r"\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?")
 PIXELS = "PixelData"
+CONTRAST = "contrast medium"
+"""Stands for whatever agent was given: densities depend on whether one was."""
 
 
 @dataclass(slots=True)
@@ -117,6 +122,9 @@ class Deidentifier:
         for keyword in ("PatientBirthDate", "ReferringPhysicianName", "StudyID", "AccessionNumber"):
             setattr(made, keyword, "")
         made.PatientSex = made.get("PatientSex", "")
+        _keep_kind(dataset, made, sop_class)
+        if str(dataset.get("ContrastBolusAgent") or "").strip():
+            made.ContrastBolusAgent = CONTRAST
         made.PatientIdentityRemoved = "YES"
         made.DeidentificationMethod = [*METHOD, f"version {__version__}"]
         made.LongitudinalTemporalInformationModified = "MODIFIED"
@@ -135,6 +143,9 @@ class Deidentifier:
             value = None if element.tag.is_private else self._value(element, days, counts)
             if value is not None:
                 made.add_new(element.tag, element.VR, value)
+            elif (stand_in := self._stand_in(element)) is not None:
+                made.add_new(element.tag, element.VR, stand_in)
+                counts.removed += 1
             elif not (top and element.keyword == PIXELS):
                 counts.removed += 1
                 counts.private += element.tag.is_private
@@ -170,6 +181,25 @@ class Deidentifier:
             return all(TERMS[keyword].fullmatch(str(one)) for one in joined)
         return keyword in self._also and _numbers(value)
 
+    def _stand_in(self, element: DataElement) -> str | list[str] | None:
+        """What takes the place of text that tells images apart; ``None`` for all other."""
+        keyword, value = element.keyword, element.value
+        if element.tag.is_private or keyword not in STAND_INS or not value:
+            return None
+        values = [value] if isinstance(value, str) else [str(one) for one in value]
+        if keyword in ("ImageType", "FrameType"):
+            kept = [
+                one if TERMS[keyword].fullmatch(one) else self._in_place_of(keyword, one)
+                for one in values
+            ]
+            return kept[0] if len(kept) == 1 else kept
+        made = self._in_place_of(keyword, "\\".join(values))
+        sharp = keyword == "ConvolutionKernel" and SHARP.fullmatch(values[0].strip())
+        return f"SHARP {made}" if sharp else made
+
+    def _in_place_of(self, keyword: str, text: str) -> str:
+        return f"X{self._digest('text', f'{keyword}={text.strip()}').hex()[:8].upper()}"
+
     def uid(self, old: str) -> str:
         """The identifier that stands for an old one (PS3.5 B.2)."""
         return f"2.25.{int.from_bytes(self._digest('uid', old)[:16], 'big') or 1}"
@@ -198,6 +228,23 @@ def _identity(dataset: Dataset) -> str:
     return f"{name}\0{birth}" if name else str(dataset.get("StudyInstanceUID") or "")
 
 
+def _keep_kind(dataset: Dataset, made: Dataset, sop_class: str) -> None:
+    """A copy of a map or projection says that it is one, which a description may have said."""
+
+    def kind_of(one: Dataset, description: str) -> str | None:
+        return derived_kind(_texts(one, "ImageType"), description, sop_class)
+
+    kind = kind_of(dataset, str(dataset.get("SeriesDescription") or ""))
+    if kind is not None and kind_of(made, "") != kind:
+        term = KINDS[kind].split()[0]
+        made.ImageType = [*(_texts(made, "ImageType") or ("DERIVED", "SECONDARY")), term]
+
+
+def _texts(dataset: Dataset, keyword: str) -> tuple[str, ...]:
+    value = dataset.get(keyword) or ()
+    return (value,) if isinstance(value, str) else tuple(str(one) for one in value)
+
+
 def _checked(dataset: Dataset) -> str:
     """The SOP class of an image that may be copied."""
     meta = dataset.file_meta.get("MediaStorageSOPClassUID")
@@ -218,9 +265,14 @@ def _checked(dataset: Dataset) -> str:
             field="BurnedInAnnotation",
             reason="burned_in",
         )
-    kinds = dataset.get("ImageType") or ()
-    kinds = [kinds] if isinstance(kinds, str) else [str(kind) for kind in kinds]
-    kind = derived_kind(tuple(kinds), str(dataset.get("SeriesDescription") or ""), sop_class)
+    if dataset.get("ModalityLUTSequence"):
+        raise InputError(
+            "its values are made by a lookup table, which a copy does not hold",
+            field="ModalityLUTSequence",
+            reason="modality_lut",
+        )
+    kinds = _texts(dataset, "ImageType")
+    kind = derived_kind(kinds, str(dataset.get("SeriesDescription") or ""), sop_class)
     if kind in ("a screen capture", "a dose report"):
         raise InputError(f"{kind}: its pixels may show a name", field="ImageType", reason="screen")
     return sop_class

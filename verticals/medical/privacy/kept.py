@@ -66,7 +66,7 @@ NUMBERS = _names(
     # what a PET image is worth
     "FrameReferenceTime ActualFrameDuration DecayFactor DoseCalibrationFactor "
     "ScatterFractionFactor RadiopharmaceuticalVolume RadionuclideTotalDose RadionuclideHalfLife "
-    "RadionuclidePositronFraction"
+    "RadionuclidePositronFraction LossyImageCompressionRatio"
 )
 """Attributes of numbers that say nothing of a person."""
 
@@ -102,6 +102,10 @@ TERMS = {
     ),
     "FrameType": re.compile("ORIGINAL|DERIVED|PRIMARY|SECONDARY|MIXED|VOLUME|NONE|AXIAL|M|P|R|I"),
     "BurnedInAnnotation": re.compile("NO"),
+    "LossyImageCompression": re.compile("00|01"),
+    "LossyImageCompressionMethod": re.compile(
+        r"ISO_(10918|14495|15444|13818|14496|23008|18181)_\d+"
+    ),
     "ConvolutionKernel": KERNEL,
     "VOILUTFunction": re.compile("LINEAR|LINEAR_EXACT|SIGMOID"),
     "BodyPartExamined": BODY_PART,
@@ -114,3 +118,11 @@ TERMS = {
     "PatientAge": re.compile(r"0[0-8]\d[DWMY]"),
 }
 """Text that is kept where each of its values is one of these, which no name is."""
+
+STAND_INS = _names(
+    "ConvolutionKernel RescaleType ImageType FrameType FilterType ScanOptions StackID "
+    "SeriesDescription ProtocolName"
+)
+"""Text that tells images of one series apart, or what their values are: where it is not one of
+TERMS, a stand-in made with the key takes its place, alike for alike text. Were it removed, two
+reconstructions would become one volume, and a map without a unit would become HU."""

@@ -15,6 +15,8 @@ BODY_PART = re.compile(
 )
 """Body Part Examined (PS3.16 annex L), the common ones."""
 OTHER = "not a listed one"
+STAND_IN = re.compile(r"X[0-9A-F]{8}")
+"""What takes the place of a text in a de-identified copy."""
 
 
 def known(value: str, terms: re.Pattern[str]) -> str:
