@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -22,8 +23,11 @@ MAX_ANSWERS = 20_000
 """Answers to one question, all pages together."""
 MAX_JSON = 32 << 20
 """Bytes of one page."""
+PACE = 16 << 10
+"""Bytes a second that an answer comes with at least."""
 LATER = {401, 403, 408, 413, 425, 429}
 """Below 500: not the file's fault; who runs the archive can mend it."""
+TAG = re.compile("[0-9A-Fa-f]{8}")
 BUSY = {*range(0xA700, 0xA800), 0x0110, 0x0124}
 """Failure Reason (0008,1197): out of resources, processing failure, not authorised."""
 
@@ -59,6 +63,7 @@ class DicomWeb:
         if settings.token_env is not None:
             headers["Authorization"] = f"Bearer {secret(settings.token_env)}"
         self._url = settings.url.rstrip("/")
+        self._patience = settings.timeout_seconds
         self._http = httpx.Client(
             auth=auth,
             headers=headers,
@@ -101,7 +106,9 @@ class DicomWeb:
         with self._request("GET", what, params=wanted, headers=headers) as answer:
             if answer.status_code == 204:
                 return []
-            found = orjson.loads(_bounded(answer, MAX_JSON) or b"[]")
+            found = orjson.loads(self._bounded(answer, MAX_JSON) or b"[]")
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+            raise Unreachable("the archive's answer is no list of DICOM JSON")
         return [dict(_texts(one)) for one in found]
 
     def has(self, study: str, series: str, image: str) -> bool:
@@ -125,7 +132,7 @@ class DicomWeb:
         accept = 'multipart/related; type="application/dicom"; transfer-syntax=*'
         with self._request("GET", what, headers={"Accept": accept}) as answer:
             kind = answer.headers.get("content-type", "")
-            body = _bounded(answer, max_bytes + (64 << 10))
+            body = self._bounded(answer, max_bytes + (64 << 10))
         if kind.lower().startswith("multipart/related"):
             body = _only_part(body, kind)
         if body[128:132] != b"DICM":
@@ -148,7 +155,7 @@ class DicomWeb:
         }
         body = head + content + f"\r\n--{mark}--\r\n".encode()
         with self._request("POST", "studies", content=body, headers=headers) as answer:
-            told = _bounded(answer, MAX_JSON)
+            told = self._bounded(answer, MAX_JSON)
         for reason in _failures(told):
             if reason in BUSY:
                 raise Unreachable(f"the archive could not store it (reason {reason:#06x})")
@@ -156,6 +163,10 @@ class DicomWeb:
 
     def confirm(self, kind: str, image: str) -> None:
         """Nothing more to ask for: the answer to STOW is the archive's word."""
+
+    def _bounded(self, answer: httpx.Response, limit: int) -> bytes:
+        """The body, as far as it is no longer than ``limit`` and comes at a pace."""
+        return bounded(answer.iter_bytes(), limit, self._patience)
 
     @contextmanager
     def _request(self, method: str, what: str, **rest: Any) -> Iterator[httpx.Response]:
@@ -172,13 +183,31 @@ class DicomWeb:
             raise Unreachable(f"{type(error).__name__} while asking the archive") from None
 
 
-def _bounded(answer: httpx.Response, limit: int) -> bytes:
-    """The body, as far as it is no longer than ``limit``."""
-    body = bytearray()
-    for piece in answer.iter_bytes():
+def bounded(
+    pieces: Iterable[bytes],
+    limit: int,
+    patience: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> bytes:
+    """An answer's body: no longer than ``limit``, no slower than :data:`PACE` after ``patience``.
+
+    Args:
+        pieces: of the body, as they come.
+        limit: bytes.
+        patience: seconds before the pace counts.
+        clock: seconds; another one in tests.
+
+    Raises:
+        Unreachable: it comes too slowly to ever end.
+        NotWanted: it is longer.
+    """
+    body, begun = bytearray(), clock()
+    for piece in pieces:
         body += piece
         if len(body) > limit:
             raise NotWanted(f"the archive's answer has more than {limit} bytes")
+        if clock() - begun > patience + len(body) / PACE:
+            raise Unreachable(f"the archive's answer comes slower than {PACE} bytes a second")
     return bytes(body)
 
 
@@ -198,7 +227,9 @@ def _texts(answer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Keyword and value of DICOM JSON (PS3.18 F), many values joined by a backslash."""
     for tag, element in answer.items():
         values = element.get("Value") if isinstance(element, dict) else None
-        if values and not isinstance(values[0], dict):
+        if not isinstance(values, list) or not values or not TAG.fullmatch(tag):
+            continue
+        if not isinstance(values[0], dict):
             yield keyword_for_tag(int(tag, 16)), "\\".join(str(one) for one in values)
 
 
@@ -208,5 +239,10 @@ def _failures(told: bytes) -> list[int]:
         answer = orjson.loads(told or b"{}")
     except orjson.JSONDecodeError:
         return []
-    failed = answer.get("00081198", {}).get("Value") or [] if isinstance(answer, dict) else []
-    return [one.get("00081197", {}).get("Value", [0])[0] for one in failed]
+    if not isinstance(answer, dict) or "00081198" not in answer:
+        return []
+    try:
+        failed = answer["00081198"].get("Value") or []
+        return [int(one["00081197"]["Value"][0]) for one in failed]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise Unreachable("the archive does not say whether it has stored it") from None

@@ -55,6 +55,8 @@ FIRST_SENT = ("segmentation.dcm", "structures.dcm", "measurements.dcm")
 NAMED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID")
 MAX_IMAGES = 20_000
 """Of one series."""
+MAX_FAILED = 5
+"""Series of one look that cannot be fetched, before the next look is waited for."""
 
 Verticals = Mapping[str, Vertical[Any, Any]]
 
@@ -297,6 +299,7 @@ class Service:
         if poll.days:
             first = datetime.date.today() - datetime.timedelta(days=poll.days - 1)
             wanted["StudyDate"] = f"{first:%Y%m%d}-"
+        failed = 0
         for one in web.ask("series", **wanted):
             count = one.get("NumberOfSeriesRelatedInstances", "")
             study, series = one.get("StudyInstanceUID"), one.get("SeriesInstanceUID")
@@ -310,16 +313,56 @@ class Service:
                 continue
             if self._queue.stable(series, images, poll.quiet_seconds):
                 self._queue.fetching(series, study)
-                self._fetch(web, study, series, poll.max_object_bytes)
+                try:
+                    self._fetch(web, study, series, images, poll.max_object_bytes)
+                except (Unreachable, NotWanted) as error:  # the others are not kept waiting for it
+                    log.warning("series %s is not fetched: %s", digest(series), error.message)
+                    failed += 1
+                    if failed >= MAX_FAILED:
+                        raise
+                    continue
                 self._queue.fetched(series, images)
 
-    def _fetch(self, web: DicomWeb, study: str, series: str, max_bytes: int) -> None:
+    def _fetch(self, web: DicomWeb, study: str, series: str, images: int, max_bytes: int) -> None:
+        """Every image that the archive says a series has, each the one that was asked for."""
+        listed = set()
         for one in web.ask(f"studies/{study}/series/{series}/instances"):
             image = one.get("SOPInstanceUID")
             if self._stop.is_set():
                 raise Unreachable("stopped while fetching")
-            if image and not self._queue.has(study, image):
-                self._queue.put(study, image, web.fetch(study, series, image, max_bytes))
+            if not image:
+                continue
+            listed.add(image)
+            if not self._queue.has(study, image):
+                content = web.fetch(study, series, image, max_bytes)
+                check_asked(content, study, image)
+                self._queue.put(study, image, content)
+        if len(listed) < images:
+            raise Unreachable(f"the archive counts {images} images and lists {len(listed)}")
+
+
+def check_asked(content: bytes, study: str, image: str) -> None:
+    """An archive's image is the one that was asked for.
+
+    Args:
+        content: a file of PS3.10.
+        study: Study Instance UID that was asked for.
+        image: SOP Instance UID that was asked for.
+
+    Raises:
+        NotWanted: it is another one, or cannot be read.
+    """
+    try:
+        header = dcmread(
+            io.BytesIO(content),
+            stop_before_pixels=True,
+            specific_tags=["StudyInstanceUID", "SOPInstanceUID"],
+        )
+        found = str(header.get("StudyInstanceUID", "")), str(header.get("SOPInstanceUID", ""))
+    except Exception:  # noqa: BLE001 - of whatever kind, it is no image
+        raise NotWanted("what the archive gives as an image cannot be read") from None
+    if found != (study, image):
+        raise NotWanted("the archive gives another image than the one that was asked for")
 
 
 ASKED = (
