@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from orthanc import eventually
 from pydicom import Dataset, FileMetaDataset, dcmwrite
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
@@ -176,11 +177,8 @@ def test_a_series_that_cannot_be_fetched_keeps_no_other_waiting(pacs: Pacs, tmp_
         running = Service(wanted, {}, engine, queue)
         thread = threading.Thread(target=running.run)
         thread.start()
-        pause = threading.Event()
-        for _ in range(600):
-            if len(queue.contents(digest("1.4"))) == 2 or not thread.is_alive():
-                break
-            pause.wait(0.02)
+        last = digest("1.4")
+        eventually(lambda: len(queue.contents(last)) == 2 or not thread.is_alive())
         running.stop()
         thread.join(30)
     try:
