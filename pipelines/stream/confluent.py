@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
+from operator import methodcaller
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -271,7 +272,7 @@ class ConfluentMember(Asks):
             message.timestamp()[1],
             message.key(),
             message.value(),
-            message.headers() or (),
+            _headers(message),
         )
         place = (topic, number)
         records = found.get(place)  # type: ignore[call-overload]
@@ -352,6 +353,22 @@ class ConfluentMember(Asks):
         self._consumer.close(autocommit=False, timeout_ms=1_000)
         if not leaving.done(CLOSE_S):
             log.warning("the consumer did not leave within %g s", CLOSE_S)
+
+
+_HEADERS = methodcaller("headers")
+
+
+def _headers(message: Any) -> Any:
+    """Headers of a message; none where the client cannot give them: a name is not UTF-8.
+
+    The client returns a list with a hole in it then, and an error that only who calls through C
+    sees; whoever looked into the list would end the process.
+    """
+    try:
+        return _HEADERS(message) or ()
+    except (SystemError, UnicodeError):
+        log.warning("a record of %s has header names that cannot be read", message.topic())
+        return ()
 
 
 def _as_offsets(offsets: Noted) -> list[Any]:

@@ -29,6 +29,7 @@ from kafka.net.compat import KafkaNetClient
 
 from plinth.engine import ConfigError
 from plinth.pipelines.stream.chunks import Layout, Partition, Record, StreamError
+from plinth.pipelines.stream.kafka_batches import read_bounded
 from plinth.pipelines.stream.settings import StreamConfig
 
 log = logging.getLogger(__name__)
@@ -167,6 +168,7 @@ class Client:
 # -- clients -------------------------------------------------------------------------------
 def connect(kind: Callable[..., T], *args: Any, **options: Any) -> T:
     """Make a client of ``kind``; nothing of it is left if that fails."""
+    read_bounded()
     made: list[Any] = []
 
     def network(**settings: Any) -> Any:

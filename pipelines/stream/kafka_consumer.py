@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from kafka.errors import KafkaError, KafkaTimeoutError, OffsetOutOfRangeError
 
@@ -28,7 +28,33 @@ log = logging.getLogger(__name__)
 
 IDLE_S = 0.2
 KEEP_ALIVE_S = 1.0
+OFTEN = 3
+"""Times that one error is met before reading is called broken."""
 Plan = dict[Partition, tuple[int, int]]
+
+
+class Unreadable(NamedTuple):
+    """What cannot be read, however often: records of other partitions may well be.
+
+    Args:
+        why: the error.
+        since: when it came first, ``monotonic``.
+        times: how often it came, with no other between.
+    """
+
+    why: str = ""
+    since: float = 0.0
+    times: int = 0
+
+    def again(self, why: str) -> Unreadable:
+        """With an error that came now."""
+        if why != self.why:
+            return Unreadable(why, time.monotonic(), 1)
+        return self._replace(times=self.times + 1)
+
+    def lasting(self, seconds: float) -> bool:
+        """Whether it stays, and has for longer than so long."""
+        return self.times >= OFTEN and time.monotonic() - self.since > seconds
 
 
 class GroupConsumer:
@@ -37,6 +63,9 @@ class GroupConsumer:
     Whenever the membership changes, :meth:`poll` discards what it has and raises Rewind; the
     run loop then calls :meth:`committed` and :meth:`begin`, which seek every partition anew. So
     no record of an older membership is ever used, and none is skipped.
+
+    Attributes:
+        unreadable: what could not be read though Kafka is there.
     """
 
     def __init__(self, config: StreamConfig, identity: str, client: Client) -> None:
@@ -60,6 +89,7 @@ class GroupConsumer:
         self._asked: Callable[[float], bool] | None = None
         self._elsewhere = Elsewhere(config)
         self._closed = False
+        self.unreadable = Unreadable()
 
     # -- reading ---------------------------------------------------------------------------
     def poll(self) -> Chunk | None:
@@ -105,6 +135,7 @@ class GroupConsumer:
             chunk = self._replay.take()
         except KafkaError as error:
             log.warning("reading again for the state failed and is started anew: %r", error)
+            self._note_failure(error)
             self._claim = None
             raise Rewind("replay_failed") from None
         if chunk is None and not self._replay.partitions:
@@ -132,8 +163,14 @@ class GroupConsumer:
             if final := hopeless(error, self.config):
                 raise final from None
             log.warning("reading failed and is tried again: %r", error)
+            self._note_failure(error)
             self._claim = None
             return {}
+
+    def _note_failure(self, error: KafkaError) -> None:
+        """Remember since when reading fails for another cause than Kafka's absence."""
+        if not error.retriable:
+            self.unreadable = self.unreadable.again(repr(error))
 
     def _doubt(self) -> None:
         self._claim = None

@@ -40,6 +40,7 @@ from plinth.pipelines.stream.chunks import (
     Poisoned,
     Record,
 )
+from plinth.pipelines.stream.kafka_batches import MAX_UNPACKED, UNREAD
 from plinth.pipelines.stream.metrics import APART, CHUNK_SECONDS, REFUSED
 from plinth.verticals.contract import Vertical, Written
 
@@ -284,7 +285,9 @@ class Processor:
         for record in records:
             raw = record.value
             try:
-                if raw is None or len(raw) > limit:
+                if raw is None:
+                    raise _without_value(record)
+                if len(raw) > limit:
                     raise _unfit(raw, limit)
                 if self.mapping is not None and (raw := self.mapping.record(raw)) is None:
                     continue
@@ -473,11 +476,17 @@ def _failure(step: str, error: BaseException) -> InputError:
     )
 
 
-def _unfit(raw: bytes | None, limit: int, what: str = "the record") -> InputError:
-    if raw is None:
+def _without_value(record: Record) -> InputError:
+    if any(name == UNREAD for name, _ in record.headers):
         return InputError(
-            "the record has no value", reason="empty_record", hint="send one JSON object"
+            f"the record was not read: its batch has more than {MAX_UNPACKED >> 20} MiB, unpacked",
+            reason="too_large",
+            hint="have the producer send smaller batches",
         )
+    return InputError("the record has no value", reason="empty_record", hint="send one JSON object")
+
+
+def _unfit(raw: bytes, limit: int, what: str = "the record") -> InputError:
     return InputError(
         f"{what} has {len(raw)} bytes, at most {limit} are taken",
         reason="too_large",

@@ -591,6 +591,7 @@ class Worker:
         if isinstance(why, Poisoned):
             self.checkpoint.dirty = True
         self._settle_if_possible()
+        self._check_reading()
         while True:
             self._at("recover")
             try:
@@ -696,6 +697,17 @@ class Worker:
                 f"no commit for {self.config.stall_timeout_s:g} s while records wait: {why}",
                 hint="what was committed is complete; where a chunk takes so long, lower "
                 "stream.max_records or raise stream.stall_timeout_s",
+            )
+
+    def _check_reading(self) -> None:
+        """Raise when what is to be read next could not be read for too long."""
+        found = self.consumer.unreadable
+        if found.lasting(self.config.stall_timeout_s):
+            raise StreamError(
+                f"{self.config.input_topic} cannot be read, tried for "
+                f"{self.config.stall_timeout_s:g} s: {found.why}",
+                hint="a record there is damaged: kafka-delete-records.sh removes it with those "
+                "before it, kafka-consumer-groups.sh --reset-offsets goes past it",
             )
 
     def _at(self, step: str) -> None:
