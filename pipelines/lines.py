@@ -1,17 +1,34 @@
-"""Files of records, one a line, plain or packed by gzip."""
+"""Files that people bring: TOML, and records, one a line, plain or packed by gzip."""
 
 from __future__ import annotations
 
 import gzip
+import tomllib
 import zlib
+from codecs import BOM_UTF8
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from plinth.engine import ConfigError
+from plinth.engine import ConfigError, InputError
 
 MAX_LINE = 1_000_000
 """Bytes of one record."""
+
+
+def toml(text: str) -> dict[str, Any]:
+    """The content of a TOML file, whatever is in it.
+
+    Raises:
+        TOMLDecodeError: it is none, or has numbers or lists in lists beyond all measure.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise tomllib.TOMLDecodeError("too many lists and tables in each other") from None
+    except ValueError as error:
+        raise tomllib.TOMLDecodeError(str(error)) from None
 
 
 def opened(path: Path) -> BinaryIO:
@@ -35,9 +52,40 @@ def lines_of(path: Path, file: BinaryIO) -> Iterator[bytes]:
             while end[-1:] != b"\n" and (end := text.readline(MAX_LINE)):
                 pass
             if line.strip():
-                yield line.rstrip(b"\r\n")
+                yield line.rstrip(b"\r\n").removeprefix(BOM_UTF8)
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(
             f"{path} is damaged: {error}",
             hint="or not yet copied in full: copy to another name, then rename",
         ) from None
+
+
+def numbered(path: Path, file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Records of a file, each with its place: ``history.jsonl:12``."""
+    for number, line in enumerate(lines_of(path, file), 1):
+        yield f"{path.name}:{number}", line
+
+
+class Refusals:
+    """What of a history was not taken, by reason."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def note(self, where: str, error: InputError) -> None:
+        """Count a record that was refused.
+
+        Args:
+            where: its place.
+            error: why; it repeats nothing of the record.
+        """
+        self.counts[error.reason] += 1
+        self._first.setdefault(error.reason, f"{where}: {error.message}")
+
+    def told(self) -> list[str]:
+        """A line for each reason, the most frequent first."""
+        return [
+            f"{count:,} records were refused as {reason}, the first at {self._first[reason]}"
+            for reason, count in self.counts.most_common(10)
+        ]

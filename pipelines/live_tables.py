@@ -21,6 +21,7 @@ from plinth.engine import ConfigError, PlinthError
 from plinth.engine.metrics import REGISTRY
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.config.source import validated
+from plinth.pipelines.lines import toml
 from plinth.verticals import Settings, Vertical
 
 MAX_BYTES = 64 << 20
@@ -108,7 +109,7 @@ def _read(
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise ConfigError(f"{path} is larger than {MAX_BYTES >> 20} MiB")
-        content = tomllib.loads(raw.decode())
+        content = toml(raw.decode())
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}", hint=f"{field} is the path of a TOML file"
@@ -117,6 +118,10 @@ def _read(
         raise ConfigError(f"{path} is not UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: {error}", hint="see https://toml.io for the syntax") from None
+    if not content:
+        raise ConfigError(
+            f"{path} is empty", hint="was it cut off? a file that says nothing is not taken"
+        )
     try:
         wanted: Any = kind.model_fields[field].annotation
         TypeAdapter(wanted).validate_python(kind.live_table(field, content, others))

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 from plinth.engine import ConfigError
 from plinth.pipelines.config.settings import Bytes, Table, TlsConfig, is_loopback
 from plinth.pipelines.config.source import Origin, places, validated
+from plinth.pipelines.lines import toml
 
 EXAMPLE = """\
 folder = "./archive"              # what came in, the queue, the results; survives a restart
@@ -272,7 +273,7 @@ def read(path: Path) -> Archive:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text)
+        data = toml(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(
             f"{path}: {getattr(error, 'strerror', None) or error}",

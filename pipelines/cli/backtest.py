@@ -18,8 +18,8 @@ from plinth.engine import ConfigError, Engine, InputError, Sla
 from plinth.pipelines.assembly import load_vertical, running
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.config.source import toml_value
-from plinth.pipelines.console import err, show_json, show_table
-from plinth.pipelines.lines import MAX_LINE, lines_of, opened
+from plinth.pipelines.console import err, say, show_json, show_table
+from plinth.pipelines.lines import MAX_LINE, Refusals, numbered, opened
 from plinth.verticals import Tally, Vertical
 
 _CHUNK = 256
@@ -33,23 +33,25 @@ class Side:
     vertical: Vertical[Any, Any]
     engine: Engine
     tally: Tally = field(init=False)
+    refusals: Refusals = field(default_factory=Refusals, init=False)
 
     def __post_init__(self) -> None:
         self.tally = self.vertical.tally()
 
-    def answer(self, raws: Sequence[bytes]) -> list[str]:
-        """Answer records; what became of each, in a word."""
-        read = [self._read(raw) for raw in raws]
+    def answer(self, lines: Sequence[tuple[str, bytes]]) -> list[str]:
+        """Answer records, each with its place; what became of each, in a word."""
+        read = [self._read(raw) for _, raw in lines]
         requests = [one for one in read if not isinstance(one, InputError)]
         results: Iterator[Any] = iter(
             self.engine.run(self.vertical.infer(requests), _NO_HASTE).value if requests else []
         )
-        return [
-            self.tally.add(None, one)
-            if isinstance(one, InputError)
-            else self.tally.add(one, next(results))
-            for one in read
-        ]
+        words = []
+        for (where, _), one in zip(lines, read, strict=True):
+            result = one if isinstance(one, InputError) else next(results)
+            if isinstance(result, InputError):
+                self.refusals.note(where, result)
+            words.append(self.tally.add(None if result is one else one, result))
+        return words
 
     def _read(self, raw: bytes) -> Any:
         if len(raw) > MAX_LINE:
@@ -109,7 +111,7 @@ def run_backtest(
             "backtest", total=sum(os.fstat(file.fileno()).st_size for file in files)
         )
         lines = itertools.chain.from_iterable(
-            lines_of(path, file) for path, file in zip(history, files, strict=True)
+            numbered(path, file) for path, file in zip(history, files, strict=True)
         )
         while chunk := list(itertools.islice(lines, _CHUNK)):
             before, after = (side.answer(chunk) for side in sides)
@@ -118,6 +120,8 @@ def run_backtest(
     if not sides[0].tally.records:
         raise ConfigError("the history holds no record", hint="one JSON object a line")
     _show(sides[0].tally.figures(), sides[1].tally.figures(), changed, as_json)
+    for line in sides[0].refusals.told():
+        say(line)
     return 0
 
 

@@ -26,6 +26,7 @@ from pydantic import (
 
 from plinth.engine.errors import ConfigError
 from plinth.pipelines.config.source import Origin, Place, from_env, places, put, validated
+from plinth.pipelines.lines import toml
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.verticals import registry
 
@@ -564,7 +565,7 @@ def load(
     file = find(path, env)
     text = _read(file) if file else ""
     try:
-        data = tomllib.loads(text)
+        data = toml(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: {error}", hint="see https://toml.io for the syntax") from None
     variables: dict[Place, str] = {}

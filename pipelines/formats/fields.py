@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Any, Literal
+from uuid import UUID
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
@@ -351,13 +352,15 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Decimal):
         return float(value)
+    if isinstance(value, UUID):  # a logical type of Avro
+        return str(value)
     raise _Wrong("type", "expected one value, not a list, an object or bytes")
 
 
 def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int | UUID) and not isinstance(value, bool):
         return str(value)
     raise _Wrong("text", "expected a text or a whole number")
 
@@ -387,7 +390,14 @@ def _decimal(value: Any) -> Decimal:
 
 
 def _minor(value: Any, made: Mapping[str, Any]) -> float:
-    return float(_decimal(value).scaleb(-_EXPONENTS.get(str(made.get("currency")), 2)))
+    count = _decimal(value)
+    if isinstance(value, float) or count.as_tuple().exponent != 0:
+        raise _Wrong(
+            "not_whole",
+            "expected a whole number of the currency's smallest unit, written as one",
+            "are these no cents any more? unit = '1' is of euros, '0.01' of cents with a fraction",
+        )
+    return float(count.scaleb(-_EXPONENTS.get(str(made.get("currency")), 2)))
 
 
 def _translated(values: Mapping[str, Scalar]) -> Callable[[Any, Mapping[str, Any]], Any]:

@@ -45,6 +45,7 @@ from plinth.pipelines.formats.fields import (
 )
 from plinth.pipelines.formats.protobuf import ProtobufSchemas
 from plinth.pipelines.formats.registry import RegistryConfig, SchemaRegistry
+from plinth.pipelines.lines import toml
 from plinth.verticals.contract import Vertical
 
 MAX_BYTES = 1 << 20
@@ -314,7 +315,7 @@ def _declared(path: Path) -> MappingFile:
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_BYTES >> 20} MiB")
     try:
-        content = tomllib.loads(raw.decode())
+        content = toml(raw.decode())
         return MappingFile.model_validate(content)
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8") from None

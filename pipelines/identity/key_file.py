@@ -28,6 +28,7 @@ from plinth.engine.metrics import REGISTRY
 from plinth.pipelines.config.settings import Table
 from plinth.pipelines.config.source import Origin, places, validated
 from plinth.pipelines.identity.callers import Bucket, Caller, Role, digest_of
+from plinth.pipelines.lines import toml
 from plinth.pipelines.live_tables import Marks
 
 log = logging.getLogger("plinth.keys")
@@ -131,7 +132,7 @@ def _parsed(path: Path, raw: bytes) -> KeyFile:
         raise ConfigError(f"{path} is larger than {MAX_BYTES >> 20} MiB")
     try:
         text = raw.decode()
-        data = tomllib.loads(text)
+        data = toml(text)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         told = error if isinstance(error, tomllib.TOMLDecodeError) else "it is not UTF-8"
         raise ConfigError(f"{path}: {told}", hint="see https://toml.io for the syntax") from None

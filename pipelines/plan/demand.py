@@ -19,6 +19,7 @@ from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.scheduler.simulate import Arrivals
 from plinth.pipelines.config.settings import Table
 from plinth.pipelines.config.source import Origin, places, validated
+from plinth.pipelines.lines import toml
 
 _PERIODS = {"second": 1.0, "s": 1.0, "minute": 60.0, "hour": 3600.0, "h": 3600.0, "day": 86400.0}
 _AMOUNT = re.compile(r"\s*([\d_,]*\.?\d+)\s*([a-z]*)\s*/\s*([a-z]+)\s*", re.IGNORECASE)
@@ -171,7 +172,7 @@ def read_costs(
         origin = Origin(path, {}, {})
     else:
         try:
-            data = tomllib.loads(text)
+            data = toml(text)
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path}: {error}") from None
         origin = Origin(path, dict(places(text)), {})

@@ -37,8 +37,8 @@ search, in a fortieth of the time of an expression."""
 _MANY = b"0" * MIN_DIGITS
 _ZEROS = re.compile(rb"0+")
 _ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)", re.DOTALL)
-_NUMBER = re.compile(rb"(?<![.eE+-])[2-6][0-9]{13,18}(?![0-9.eE])")
-"""A number that may be a card's; times in microseconds begin with 1."""
+_NUMBER = re.compile(rb"(?<![.eE+])(?<![eE]-)([2-6][0-9]{13,18})(?:\.0+)?(?![0-9.eE])")
+"""A number that may be a card's, as floats are written too; times in microseconds begin with 1."""
 _RUN = re.compile(rb"[0-9]+(?:[-._/: ]{1,2}[0-9]+)*")
 _GROUP = re.compile(rb"[0-9]+")
 _SHORTEST_GROUP = 3
@@ -212,15 +212,17 @@ def _cleaned(body: bytes) -> bytes:
         if plain.startswith(b":0.", start) and not quotes % 2:
             continue  # a number below one, such as a score, and it alone
         for run in _RUN.finditer(plain, start, counted):
-            if run.end() - run.start() < MIN_DIGITS:
+            first = run.start()
+            if run.end() - first < MIN_DIGITS:
                 continue
             if quotes % 2:
                 clean = _starred(plain, run)
-            elif (number := _NUMBER.match(plain, run.start())) and _is_card(number[0]):
-                clean = b'"' + b"*" * len(number[0]) + b'"'
+            elif (number := _NUMBER.match(plain, first)) and _is_card(number[1]):
+                clean = b'"' + b"*" * len(number[1]) + b'"'
+                first -= plain.startswith(b"-", first - 1)
             else:
                 continue
-            parts += body[told : run.start()], clean
+            parts += body[told:first], clean
             told = run.end()
     return b"".join([*parts, body[told:]])
 

@@ -29,8 +29,8 @@ from kafka.net.compat import KafkaNetClient
 
 from plinth.engine import ConfigError
 from plinth.pipelines.stream.chunks import Layout, Partition, Record, StreamError
-from plinth.pipelines.stream.kafka_batches import read_bounded
 from plinth.pipelines.stream.settings import StreamConfig
+from plinth.pipelines.stream.wire.batches import read_bounded
 
 log = logging.getLogger(__name__)
 

@@ -40,8 +40,8 @@ from plinth.pipelines.stream.chunks import (
     Poisoned,
     Record,
 )
-from plinth.pipelines.stream.kafka_batches import MAX_UNPACKED, UNREAD
 from plinth.pipelines.stream.metrics import APART, CHUNK_SECONDS, REFUSED
+from plinth.pipelines.stream.wire.batches import MAX_UNPACKED, UNREAD
 from plinth.verticals.contract import Vertical, Written
 
 log = logging.getLogger(__name__)

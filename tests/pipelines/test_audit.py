@@ -186,10 +186,13 @@ def test_a_number_below_one_hides_no_card_number_beside_it() -> None:
     assert told == {"score": 0.4111111111111111, "card": stars, "told": f":0.1 {stars}", "n": 0.5}
 
 
-def test_a_card_number_as_a_number_is_not_kept() -> None:
-    maker, chunk = AuditTrail("tests", None), outputs(0, 2, pan=int(CARD))
+@pytest.mark.parametrize("pan", [int(CARD), float(CARD), -int(CARD), -float(CARD)])
+def test_a_card_number_as_a_number_is_not_kept(pan: float) -> None:
+    maker, chunk = AuditTrail("tests", None), outputs(0, 2, pan=pan, pans=[pan, 5])
     maker.add(chunk)
-    assert json.loads(chunk.audit[0][1])["answer"]["pan"] == "*" * 16
+    told = json.loads(chunk.audit[0][1])["answer"]
+    assert told["pan"] == "*" * 16
+    assert told["pans"] == ["*" * 16, 5]
 
 
 def test_a_text_of_many_card_numbers_is_read_once() -> None:

@@ -190,9 +190,14 @@ def test_what_is_too_young_to_be_known_is_neither_fraud_nor_genuine(
     try_rules(RULES, "--history", history, "--json")
     told = json.loads(capsys.readouterr().out)
     assert (told["history"]["frauds"], told["history"]["genuine"]) == (2, 1)
-    try_rules(RULES, "--history", history)
+    early = history.with_name("early.jsonl")
+    early.write_bytes(b"\xef\xbb\xbf" + json.dumps(label(9, True)).encode())
+    try_rules(RULES, "--history", early, "--history", history)
     table = capsys.readouterr()
     assert "B1" in table.out
+    assert "1 records were refused as unknown_payment, the first at early.jsonl:1: no" in table.err
+    assert "those payments count as genuine" in table.err
+    assert "1 records were refused as malformed_json, the first at history.jsonl:8: " in table.err
     assert "4 payments over 1.0 days, 2 known frauds of 9,600.00" in table.err
 
 
@@ -222,7 +227,9 @@ def test_limits_of_the_config_give_way_to_the_rules_and_a_history_must_have_paym
     try_rules(RULES, "--history", history)
     (history.parent / "empty.jsonl").write_text(json.dumps(label(1, True)))
     try_rules(RULES, "--history", "empty.jsonl", code=2)
-    assert "holds no payment" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "holds no payment" in told
+    assert "refused as unknown_payment, the first at empty.jsonl:1" in told
     (history.parent / "cut.jsonl.gz").write_bytes(gzip.compress(history.read_bytes())[:-9])
     try_rules(RULES, "--history", "cut.jsonl.gz", code=2)
     assert "cut.jsonl.gz is damaged" in capsys.readouterr().err

@@ -56,6 +56,10 @@ def test_a_changed_file_takes_over_and_a_wrong_one_changes_nothing(
         ("[[rule]\n", "rules.toml"),
         ('rule = "all"\n', "rules.toml: rule"),
         ("\xff", "rules.toml"),
+        ("", "rules.toml is empty"),
+        ('[lists]\nbad = ["t1"]\n', "rule: Field required"),
+        ("x = " + "[" * 50_000, "too many lists"),
+        ("x = " + "1" * 5_000, "rules.toml"),
     ):
         caplog.clear()
         with caplog.at_level(logging.ERROR):
@@ -71,7 +75,7 @@ def test_a_changed_file_takes_over_and_a_wrong_one_changes_nothing(
     write(tmp_path / "rules.toml", RULE.format(10))
     live.look()
     assert vertical.rules.version == first
-    assert (reloads("taken") - before[0], reloads("wrong") - before[1]) == (2, 5)
+    assert (reloads("taken") - before[0], reloads("wrong") - before[1]) == (2, 9)
 
 
 def test_a_file_that_is_being_written_is_read_when_that_is_over(tmp_path: Path) -> None:

@@ -28,6 +28,16 @@ MAX_LENGTH = 1000
 MAX_DEPTH = 30
 """Levels of brackets and operators within each other."""
 
+_INVERSE: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.GtE,
+    ast.LtE: ast.Gt,
+    ast.Gt: ast.LtE,
+    ast.GtE: ast.Lt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
 _COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
@@ -40,7 +50,7 @@ _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
+    ast.Div: lambda one, other: _quotient(one, other),
 }
 
 
@@ -58,8 +68,17 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Part:
+    """A part of a condition.
+
+    Args:
+        kind: of its value.
+        value: of rows; NaN where a number is not defined.
+        computed: by arithmetic, so that it may be NaN.
+    """
+
     kind: Kind
     value: Callable[[Rows], Any]
+    computed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +93,10 @@ class Condition:
     _part: _Part
 
     def __call__(self, rows: Rows) -> npt.NDArray[np.bool_]:
-        """Which rows it holds for, bool (n,). A division by zero holds for none."""
+        """Which rows it holds for, bool (n,).
+
+        A comparison with a division by zero holds for none, and its opposite holds for none.
+        """
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             found = self._part.value(rows)
         return np.broadcast_to(np.asarray(found, dtype=bool), (len(rows),))
@@ -116,31 +138,34 @@ class _Reader:
     names: Mapping[str, Kind]
     lists: Mapping[str, Collection[str]]
 
-    def read(self, node: ast.expr, depth: int) -> _Part:
+    def read(self, node: ast.expr, depth: int, *, opposite: bool = False) -> _Part:
+        """What a node says, or the opposite of a condition.
+
+        A ``not`` goes down to the comparisons, since what is not defined is neither true nor false.
+        """
         if depth > MAX_DEPTH:
             raise _wrong(node, f"more than {MAX_DEPTH} levels within each other")
         match node:
             case ast.Constant():
-                return _constant(node)
+                return _either(_constant(node), opposite)
             case ast.Name(id=name):
-                return self._name(node, name)
+                return _either(self._name(node, name), opposite)
             case ast.BoolOp(op=op, values=values):
-                parts = [self._of(value, "condition", depth) for value in values]
-                return _joined(parts, np.logical_and if isinstance(op, ast.And) else np.logical_or)
+                parts = [self._of(one, "condition", depth, opposite=opposite) for one in values]
+                return _joined(parts, every=isinstance(op, ast.And) is not opposite)
             case ast.UnaryOp(op=ast.Not(), operand=inner):
-                part = self._of(inner, "condition", depth)
-                return _Part("condition", lambda rows: np.logical_not(part.value(rows)))
+                return self._of(inner, "condition", depth, opposite=not opposite)
             case ast.UnaryOp(op=ast.USub(), operand=inner):
                 part = self._of(inner, "number", depth)
-                return _Part("number", lambda rows: -part.value(rows))
+                return _Part("number", lambda rows: -part.value(rows), part.computed)
             case ast.BinOp(left=left, op=operation, right=right) if type(operation) in _ARITHMETIC:
                 return self._arithmetic(left, _ARITHMETIC[type(operation)], right, depth)
             case ast.Compare(left=left, ops=ops, comparators=others):
-                return self._compare([left, *others], ops, depth)
+                return self._compare([left, *others], ops, depth, opposite)
         raise _wrong(node, "this is not part of the language")
 
-    def _of(self, node: ast.expr, kind: Kind, depth: int) -> _Part:
-        part = self.read(node, depth + 1)
+    def _of(self, node: ast.expr, kind: Kind, depth: int, *, opposite: bool = False) -> _Part:
+        part = self.read(node, depth + 1, opposite=opposite)
         if part.kind != kind:
             raise _wrong(node, f"expected a {kind}, this is a {part.kind}")
         return part
@@ -170,27 +195,33 @@ class _Reader:
             except (ZeroDivisionError, OverflowError):  # two constants
                 return float("nan")
 
-        return _Part("number", value)
+        return _Part("number", value, computed=True)
 
-    def _compare(self, nodes: Sequence[ast.expr], ops: Sequence[ast.cmpop], depth: int) -> _Part:
+    def _compare(
+        self, nodes: Sequence[ast.expr], ops: Sequence[ast.cmpop], depth: int, opposite: bool
+    ) -> _Part:
         pairs = [
-            self._pair(left, op, right, depth)
+            self._pair(left, _INVERSE.get(type(op)) if opposite else type(op), right, depth)
             for left, op, right in zip(nodes, ops, nodes[1:], strict=False)
         ]
-        return pairs[0] if len(pairs) == 1 else _joined(pairs, np.logical_and)
+        return pairs[0] if len(pairs) == 1 else _joined(pairs, every=not opposite)
 
-    def _pair(self, left: ast.expr, op: ast.cmpop, right: ast.expr, depth: int) -> _Part:
-        if isinstance(op, ast.In | ast.NotIn):
-            return self._member(left, right, isinstance(op, ast.In), depth)
-        compare = _COMPARISONS.get(type(op))
+    def _pair(
+        self, left: ast.expr, op: type[ast.cmpop] | None, right: ast.expr, depth: int
+    ) -> _Part:
+        if op in (ast.In, ast.NotIn):
+            return self._member(left, right, op is ast.In, depth)
+        compare = None if op is None else _COMPARISONS.get(op)
         if compare is None:
             raise _wrong(left, "'is' is not part of the language", hint="use == or in")
         one = self.read(left, depth + 1)
         if one.kind == "condition":
             raise _wrong(left, "a condition is not compared", hint="write it, or 'not' before it")
         other = self._of(right, one.kind, depth)
-        if one.kind == "text" and not isinstance(op, ast.Eq | ast.NotEq):
+        if one.kind == "text" and op not in (ast.Eq, ast.NotEq):
             raise _wrong(left, "texts are compared by ==, != and in alone")
+        if op is ast.NotEq and (one.computed or other.computed):
+            compare = _differ  # every other comparison with NaN is false by itself
         return _Part("condition", lambda rows: compare(one.value(rows), other.value(rows)))
 
     def _member(self, left: ast.expr, right: ast.expr, wanted: bool, depth: int) -> _Part:
@@ -232,7 +263,15 @@ def _constant(node: ast.Constant) -> _Part:
     raise _wrong(node, "expected a number below 1e15 or a quoted text")
 
 
-def _joined(parts: Sequence[_Part], join: Callable[[Any, Any], Any]) -> _Part:
+def _either(part: _Part, opposite: bool) -> _Part:
+    if not opposite or part.kind != "condition":
+        return part
+    return _Part("condition", lambda rows: np.logical_not(part.value(rows)))
+
+
+def _joined(parts: Sequence[_Part], *, every: bool) -> _Part:
+    join = np.logical_and if every else np.logical_or
+
     def value(rows: Rows) -> Any:
         found = parts[0].value(rows)
         for part in parts[1:]:
@@ -240,6 +279,19 @@ def _joined(parts: Sequence[_Part], join: Callable[[Any, Any], Any]) -> _Part:
         return found
 
     return _Part("condition", value)
+
+
+def _quotient(one: Any, other: Any) -> Any:
+    """NaN where a number is divided by zero, of the type that it has elsewhere."""
+    found = one / other
+    if not isinstance(other, np.ndarray):
+        return found
+    return np.where(other == 0, found.dtype.type(np.nan), found)
+
+
+def _differ(one: Any, other: Any) -> Any:
+    """Whether two numbers differ; false where one is NaN."""
+    return (one != other) & (one == one) & (other == other)
 
 
 def _wrong(node: ast.expr, what: str, hint: str | None = None) -> ConfigError:

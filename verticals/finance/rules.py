@@ -72,7 +72,7 @@ class RuleBook(BaseModel):
     """The table ``[verticals.finance.rules]``, or the file that stands for it.
 
     Args:
-        rule: the rules.
+        rule: the rules; said even where there are none, as a file that is cut off says nothing.
         lists: texts that may stand behind ``in``, by name.
         names: what conditions may speak of; Plinth says it where features are declared.
     """
@@ -80,7 +80,7 @@ class RuleBook(BaseModel):
     model_config = _MODEL
 
     names: Annotated[dict[str, Kind] | None, Field(exclude=True, repr=False)] = None
-    rule: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES)] = ()
+    rule: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES)]
     lists: dict[
         Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")],
         Annotated[frozenset[_Entry], Field(max_length=1_000_000)],

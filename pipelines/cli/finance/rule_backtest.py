@@ -13,7 +13,7 @@ from plinth.engine import ConfigError, InputError, Sla
 from plinth.pipelines.assembly import running
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.console import say, show_json, show_table
-from plinth.pipelines.lines import lines_of, opened
+from plinth.pipelines.lines import Refusals, numbered, opened
 from plinth.pipelines.live_tables import settings_of
 from plinth.verticals.finance import FraudScoring, FraudSettings
 from plinth.verticals.finance.schema import is_label
@@ -52,22 +52,35 @@ def run_rule_backtest(config: Config, trial: Trial, as_json: bool) -> None:
     vertical = FraudScoring(_settings(config, trial.rules))
     tally = RuleTally(vertical.rules, vertical.variants[0].review, trial.label_days)
     vertical.watch = tally.see
-    refused = 0
+    refusals = Refusals()
     with running(config, {vertical.name: vertical}) as engine:
-        for raws in _chunks(trial.history):
-            read = [_read(vertical, raw) for raw in raws]
-            requests = [one for one in read if not isinstance(one, InputError)]
+        for lines in _chunks(trial.history):
+            read = [(where, _read(vertical, raw)) for where, raw in lines]
+            taken = [(where, one) for where, one in read if not isinstance(one, InputError)]
+            requests = [one for _, one in taken]
             results = engine.run(vertical.infer(requests), Sla()).value if requests else []
-            refused += len(read) - len(requests)
-            for request, result in zip(requests, results, strict=True):
+            for where, one in read:
+                if isinstance(one, InputError):
+                    refusals.note(where, one)
+            for (where, request), result in zip(taken, results, strict=True):
                 if isinstance(result, InputError):
-                    refused += 1
+                    refusals.note(where, result)
                 elif is_label(request):
                     tally.note(request)
     known = tally.known()
     if not known["payments"]:
-        raise ConfigError("the history holds no payment", hint="one JSON object a line")
-    _show(vertical, tally, {**known, "refused": refused}, as_json)
+        raise ConfigError(
+            "\n".join(["the history holds no payment", *refusals.told()]),
+            hint="one JSON object a line",
+        )
+    _show(vertical, tally, {**known, "refused": refusals.counts.total()}, as_json)
+    for line in refusals.told():
+        say(line)
+    if refusals.counts["unknown_payment"]:
+        say(
+            "labels that come before their payments are not used, and those payments count as "
+            "genuine: bring the history in the order in which it came"
+        )
 
 
 def _settings(config: Config, rules: Path) -> FraudSettings:
@@ -82,10 +95,10 @@ def _settings(config: Config, rules: Path) -> FraudSettings:
     return settings
 
 
-def _chunks(history: Sequence[Path]) -> Iterator[list[bytes]]:
+def _chunks(history: Sequence[Path]) -> Iterator[list[tuple[str, bytes]]]:
     for path in history:
         with opened(path) as file:
-            lines = lines_of(path, file)
+            lines = numbered(path, file)
             while chunk := list(itertools.islice(lines, _CHUNK)):
                 yield chunk
 

@@ -152,6 +152,29 @@ def test_a_division_by_zero_holds_for_no_payment() -> None:
     )
     assert asked(rules, {}) == ("approve", [])
     assert asked(rules, {"card_sum_24h": 4, "card_count_24h": 2}) == ("decline", ["Z1"])
+    assert asked(rules, {"card_sum_24h": 4, "card_count_24h": 0}) == ("approve", [])
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        "{} > 1", "{} < 1", "{} == 1", "{} != 1", "not {} > 1", "not {} != 1",
+        "1 / ({}) < 1", "not (1 < {} < 5)", "not (night or {} > 1)", "-({}) < 0", "1 - {} != 3",
+        "not not {} > 1", "1 / 0 != 1 or {} > 1",
+    ],
+)  # fmt: skip
+def test_what_is_divided_by_zero_is_neither_true_nor_false(when: str) -> None:
+    rules = book(("Z1", when.format("card_sum_24h / card_count_24h"), "decline"))
+    for of in (-3.0, 0.0, 3.0):
+        assert asked(rules, {"card_sum_24h": of, "card_count_24h": 0}) == ("approve", [])
+
+
+def test_the_rest_of_a_condition_with_a_division_by_zero_still_counts() -> None:
+    rules = book(
+        ("Z1", "card_sum_24h / card_count_24h > 1 or amount > 5", "decline"),
+        ("Z2", "not (card_sum_24h / card_count_24h > 1 and amount > 50)", "review"),
+    )
+    assert asked(rules, {"card_sum_24h": 4, "amount": 9.0}) == ("decline", ["Z1", "Z2"])
 
 
 @pytest.mark.parametrize(

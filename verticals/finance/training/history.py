@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import logging
 import zlib
+from codecs import BOM_UTF8
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -205,7 +206,8 @@ def _records(file: Path, rates: Mapping[str, float]) -> Iterator[Arrival[Event |
 
 def _lines(file: Path) -> Iterator[bytes]:
     with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
-        yield from lines
+        for line in lines:
+            yield line.removeprefix(BOM_UTF8)
 
 
 def _record(made: Transaction | Label, rates: Mapping[str, float]) -> Arrival[Event | Labelled]:

@@ -472,7 +472,7 @@ def declared_in(path: Path) -> Program:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise ConfigError(f"{path}: {place}: {first['msg']}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}", hint="see https://toml.io for the syntax") from None
 
 

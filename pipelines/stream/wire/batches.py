@@ -33,11 +33,10 @@ class _TooLarge(Exception):
 class Batch(DefaultRecordBatch):  # type: ignore[misc]
     """A batch whose records are all given, those that cannot be read without key and value."""
 
-    __slots__ = ("_unread",)
-
-    def __init__(self, buffer: Any) -> None:
-        super().__init__(buffer)
-        self._unread = False
+    _buffer: bytearray
+    _pos: int
+    _decompressed: bool
+    _unread = False
 
     def _maybe_uncompress(self) -> None:
         if self._decompressed:

@@ -9,9 +9,9 @@ from kafka import codec
 from kafka.errors import CorruptRecordError
 from kafka.record.default_records import DefaultRecordBatchBuilder
 
-from plinth.pipelines.stream import kafka_batches
-from plinth.pipelines.stream.kafka_batches import UNREAD, Batch
 from plinth.pipelines.stream.kafka_consumer import OFTEN, Unreadable
+from plinth.pipelines.stream.wire import batches
+from plinth.pipelines.stream.wire.batches import UNREAD, Batch
 
 CODECS = {"none": 0, "gzip": 1, "snappy": 2, "lz4": 3, "zstd": 4}
 
@@ -47,7 +47,7 @@ def test_every_codec_reads_what_was_written(kind: int) -> None:
 def test_a_batch_that_unpacks_to_more_than_is_read_costs_its_own_records_alone(
     kind: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kafka_batches, "MAX_UNPACKED", 100_000)
+    monkeypatch.setattr(batches, "MAX_UNPACKED", 100_000)
     read = list(Batch(batch(kind, b"0" * 60_000, b"1" * 60_000)))
     assert [(r.offset, r.key, r.value) for r in read] == [(0, None, None), (1, None, None)]
     assert all(r.headers[0][0] == UNREAD for r in read)
@@ -55,10 +55,10 @@ def test_a_batch_that_unpacks_to_more_than_is_read_costs_its_own_records_alone(
 
 
 def test_snappy_without_blocks_is_bounded_too() -> None:
-    assert kafka_batches.unpack(2, codec.snappy.compress(b"x" * 1000)) == b"x" * 1000
+    assert batches.unpack(2, codec.snappy.compress(b"x" * 1000)) == b"x" * 1000
     huge = b"\xff\xff\xff\xff\x0f" + b"\x00"
-    with pytest.raises(kafka_batches._TooLarge):
-        kafka_batches.unpack(2, huge)
+    with pytest.raises(batches._TooLarge):
+        batches.unpack(2, huge)
 
 
 @pytest.mark.parametrize("kind", [0, 4])
