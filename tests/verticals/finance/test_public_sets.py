@@ -144,7 +144,7 @@ def test_what_is_wrong_with_a_file_is_said_with_its_place(tmp_path: Path) -> Non
         load("ulb", tmp_path / "gone.csv")
     rows = [{**row} for row in ROWS["ulb"]]
     rows[1]["Time"] = "noon"
-    with pytest.raises(InputError, match=r"set\.csv:3: a time or number"):
+    with pytest.raises(InputError, match=r"set\.csv:3: a time, number or answer"):
         load("ulb", write(tmp_path / "set.csv", rows))
     with pytest.raises(InputError, match="has no column Class"):
         load("ulb", write(tmp_path / "set.csv", [{"Time": 1, "Amount": 2, **V}]))
@@ -161,3 +161,26 @@ def test_an_amount_with_a_decimal_comma_is_no_name_of_something(name: str, tmp_p
     rows[1][AMOUNT[name]] = "9,95"
     with pytest.raises(InputError, match=":3: "):
         load(name, write(tmp_path / "set.csv", rows))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"Class": "2"}, {"Class": ""}, {"Time": "nan"}, {"Amount": "inf"}, {"Amount": "1e300"},
+     {"Amount": "1_000"}, {"Amount": "1,5"}],
+)  # fmt: skip
+def test_a_value_that_cannot_be_is_refused_not_taken_for_another(
+    change: dict[str, str], tmp_path: Path
+) -> None:
+    rows = [ROWS["ulb"][0] | change, ROWS["ulb"][1]]
+    with pytest.raises(InputError, match=r"set\.csv:2: a time, number or answer"):
+        load("ulb", write(tmp_path / "set.csv", rows))
+
+
+def test_answers_in_other_words_a_byte_order_mark_and_shifted_columns(tmp_path: Path) -> None:
+    rows = [ROWS["ulb"][0] | {"Class": "1.0"}, ROWS["ulb"][1] | {"Class": "False"}]
+    file = write(tmp_path / "set.csv", rows)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load("ulb", file).fraud.tolist() == [False, True]
+    file.write_bytes(file.read_bytes().replace(b"149.62", b"1,149.62"))
+    with pytest.raises(InputError, match="or too many"):
+        load("ulb", file)

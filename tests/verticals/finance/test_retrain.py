@@ -78,6 +78,19 @@ def test_the_window_ends_at_the_newest_usable_day_and_what_lies_outside_changes_
         assert weights(tmp_path, version) == weights(tmp_path, "1")
 
 
+def test_other_labels_are_another_window_though_there_are_as_many(data: Data) -> None:
+    before = window_of(data, QUICK)
+    table = data.table.copy()
+    rows = data.between(QUICK.last(data) - 3, 3)
+    fraud = table["fraud"]
+    one, other = rows[fraud[rows]][0], rows[~fraud[rows]][0]
+    fraud[one], fraud[other] = False, True
+    after = window_of(replace(data, table=table), QUICK)
+    assert after["frauds"] == before["frauds"]
+    assert after != before
+    assert window_of(data, QUICK) == before
+
+
 def quality(data: Data, store: Path, plan: Plan = QUICK) -> tuple[float, ...]:
     (spec, _) = retrain(data, plan, store, version="1", source="", advance=lambda done: None)
     return tuple(spec.metrics[name] for name in ("auc", "ap", "card_precision_100"))
@@ -222,6 +235,10 @@ def test_a_history_without_fraud_labels_is_refused(data: Data, tmp_path: Path) -
     genuine["fraud"] = False
     with pytest.raises(ConfigError, match="fraud labels"):
         train(replace(data, table=genuine), tmp_path, "1")
+    frauds = genuine.copy()
+    frauds["fraud"] = True
+    with pytest.raises(ConfigError, match="are frauds: genuine ones are needed"):
+        train(replace(data, table=frauds, known=data.table["time"]), tmp_path, "1")
     assert not (tmp_path / "fraud").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from functools import partial
 from pathlib import Path
 
@@ -177,6 +178,14 @@ def test_records_may_be_in_disorder_repeated_and_relabelled(tmp_path: Path) -> N
     assert data.table["amount"].tolist() == [85.0, 18.0]
     assert data.table["fraud"].tolist() == [True, False]
     assert data.days == 1
+
+
+def test_a_label_with_a_card_is_of_that_cards_payment_alone(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jsonl"
+    known = json.loads(label(1, NOON, NOON + 2 * DAY)) | {"card": "tok_a"}
+    raws = [json.loads(payment(1, NOON)) | {"card": card} for card in ("tok_a", "tok_b")]
+    file.write_text("\n".join(map(json.dumps, [*raws, known])))
+    assert recorded([file], {"EUR": 1.0}, ignore).table["fraud"].tolist() == [True, False]
 
 
 def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:

@@ -266,24 +266,26 @@ def _features(
         advance(len(batch.flags))
 
 
-def _truth(labels: Sequence[Labelled]) -> dict[tuple[str, str, int], int]:
-    """Since when each fraud is known to be one, by what its label names it by.
-
-    The one that became known last is right.
-    """
-    found: dict[tuple[str, str, int], int] = {}
+def _told(labels: Sequence[Labelled]) -> dict[tuple[str, str, int], list[Labelled]]:
+    """Labels by what they name a payment by, cards aside, as they became known."""
+    found: dict[tuple[str, str, int], list[Labelled]] = {}
     for label in sorted(labels, key=lambda label: label.known):
-        name = label.transaction, label.terminal, label.time
-        if label.fraud:
-            found.setdefault(name, label.known)
-        else:
-            found.pop(name, None)
+        found.setdefault((label.transaction, label.terminal, label.time), []).append(label)
     return found
+
+
+def _since(labels: Sequence[Labelled], card: str) -> int:
+    """Since when a payment is known to be a fraud; the label that became known last is right."""
+    since = ALWAYS
+    for label in labels:
+        if label.card in (None, card):
+            since = min(since, label.known) if label.fraud else ALWAYS
+    return since
 
 
 def _table(payments: Sequence[Event], labels: Sequence[Labelled]) -> tuple[Table, Rows]:
     """The payments, and since when those that are frauds are known to be."""
-    truth = _truth(labels)
+    told = _told(labels)
     cards: dict[str, int] = {}
     terminals: dict[str, int] = {}
     table = np.zeros(len(payments), TABLE)
@@ -292,6 +294,9 @@ def _table(payments: Sequence[Event], labels: Sequence[Labelled]) -> tuple[Table
     table["amount"] = [event.amount for event in payments]
     table["customer"] = [cards.setdefault(event.card, len(cards)) for event in payments]
     table["terminal"] = [terminals.setdefault(e.terminal, len(terminals)) for e in payments]
-    known = [truth.get((e.transaction, e.terminal, e.time), ALWAYS) for e in payments]
+    known = [
+        _since(told.get((one.transaction, one.terminal, one.time), ()), one.card)
+        for one in payments
+    ]
     table["fraud"] = [since < ALWAYS for since in known]
     return table, np.array(known, np.int64)

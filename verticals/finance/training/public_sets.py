@@ -57,7 +57,7 @@ class _Schema:
 
     Args:
         needed: columns that must be there.
-        fraud: column, and what stands there for a fraud.
+        fraud: column with the answer.
         time: of a row.
         dropped: columns that are no features: answers, ids, persons, times.
         numbers: columns in which a text is a fault, such as a number with a decimal comma.
@@ -65,7 +65,7 @@ class _Schema:
     """
 
     needed: tuple[str, ...]
-    fraud: tuple[str, str]
+    fraud: str
     time: Callable[[Row], float]
     dropped: frozenset[str]
     numbers: tuple[str, ...]
@@ -78,20 +78,25 @@ def _seconds_of(row: Row) -> float:
     return datetime(year, month, day, int(hour), int(minute), tzinfo=UTC).timestamp()
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+_ANSWERS = {
+    **dict.fromkeys(("1", "1.0", "true", "yes"), True),
+    **dict.fromkeys(("0", "0.0", "false", "no"), False),
+}
 _CANCELLED = "oldbalanceOrg newbalanceOrig oldbalanceDest newbalanceDest"
 """Frauds of PaySim are cancelled, which its balances tell: its authors say to leave them out."""
 _PERSON = "first last street city state zip job dob trans_num cc_num"
 SETS: Mapping[str, _Schema] = {
     "ulb": _Schema(
         ("Time", "Amount", "Class", *(f"V{number}" for number in range(1, 29))),
-        ("Class", "1"),
+        "Class",
         lambda row: float(row["Time"]),
         frozenset({"Time", "Class"}),
         ("Amount", *(f"V{number}" for number in range(1, 29))),
     ),
     "ieee-cis": _Schema(
         ("TransactionID", "isFraud", "TransactionDT", "TransactionAmt", "card1"),
-        ("isFraud", "1"),
+        "isFraud",
         lambda row: float(row["TransactionDT"]),
         frozenset({"TransactionID", "isFraud", "TransactionDT"}),
         ("TransactionAmt",),
@@ -99,14 +104,14 @@ SETS: Mapping[str, _Schema] = {
     ),
     "baf": _Schema(
         ("fraud_bool", "month", "income", "payment_type"),
-        ("fraud_bool", "1"),
+        "fraud_bool",
         lambda row: float(row["month"]),
         frozenset({"fraud_bool", "month"}),
         ("income",),
     ),
     "sparkov": _Schema(
         ("cc_num", "merchant", "category", "amt", "unix_time", "merch_lat", "is_fraud"),
-        ("is_fraud", "1"),
+        "is_fraud",
         lambda row: float(row["unix_time"]),
         frozenset({"is_fraud", "unix_time", "trans_date_trans_time", "", *_PERSON.split()}),
         ("amt", "merch_lat"),
@@ -114,7 +119,7 @@ SETS: Mapping[str, _Schema] = {
     ),
     "paysim": _Schema(
         ("step", "type", "amount", "nameOrig", "nameDest", "oldbalanceOrg", "isFraud"),
-        ("isFraud", "1"),
+        "isFraud",
         lambda row: float(row["step"]),
         frozenset(
             {"step", "isFraud", "isFlaggedFraud", "nameOrig", "nameDest", *_CANCELLED.split()}
@@ -124,7 +129,7 @@ SETS: Mapping[str, _Schema] = {
     ),
     "tabformer": _Schema(
         ("User", "Card", "Year", "Month", "Day", "Time", "Amount", "MCC", "Is Fraud?"),
-        ("Is Fraud?", "Yes"),
+        "Is Fraud?",
         _seconds_of,
         frozenset({"User", "Card", "Year", "Month", "Day", "Time", "Is Fraud?"}),
         ("Amount",),
@@ -150,7 +155,7 @@ def load(name: str, path: Path, limit: int | None = None) -> PublicSet:
     if schema is None:
         raise ConfigError(f"there is no set {name!r}", hint=f"known are {', '.join(SETS)}")
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = [one for one in schema.needed if one not in (reader.fieldnames or ())]
             if missing:
@@ -173,12 +178,15 @@ def _read(
     people: dict[str, int] = {}
     for line, row in enumerate(rows, 2):
         try:
-            times.append(schema.time(row))
-            fraud.append(row[schema.fraud[0]].strip().strip("'\"") == schema.fraud[1])
+            times.append(_finite(schema.time(row)))
+            fraud.append(_ANSWERS[row[schema.fraud].strip().strip("'\"").lower()])
+            if None in row:
+                raise ValueError("more columns than the first line has")
             values.append([_number(row[column], texts.get(column)) for column in columns])
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, KeyError):
             raise InputError(
-                f"{path}:{line}: a time or number cannot be read, or columns are missing",
+                f"{path}:{line}: a time, number or answer cannot be read, or columns are missing "
+                "or too many",
                 hint="is it the whole file, as it is offered?",
             ) from None
         if schema.card is not None:
@@ -200,11 +208,22 @@ def _number(text: str, codes: dict[str, int] | None) -> float:
         ValueError: a text, where there are no ``codes`` for any.
     """
     text = text.strip()
-    if not text:
+    if not text or text.lower() == "nan":
         return float("nan")
     try:
-        return float(text.removeprefix("$"))
+        return _finite(float(text.removeprefix("$").replace("_", "?")))
     except ValueError:
         if codes is None:
             raise
         return float(codes.setdefault(text, len(codes)))
+
+
+def _finite(number: float) -> float:
+    """A number that float32 holds.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not abs(number) <= _LARGEST:
+        raise ValueError("no number of a payment")
+    return number

@@ -9,6 +9,7 @@ are not known yet, a week of test that ends at the newest usable day.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,10 +107,18 @@ def window_of(data: Data, plan: Plan) -> dict[str, Any]:
         "to": int(times[-1]),
         "payments": len(rows),
         "frauds": int(data.table["fraud"][rows].sum()),
-        "amount": round(float(data.table["amount"][rows].sum()), 2),
+        "digest": _digest(data, rows),
         "features": definitions(data.features),
         "plan": {name: getattr(plan, name) for name in plan.__dataclass_fields__},
     }
+
+
+def _digest(data: Data, rows: Rows) -> str:
+    """Of the payments and labels of some rows, as models see them."""
+    made = hashlib.sha256(data.rows[rows].tobytes())
+    for name in ("time", "amount", "fraud"):
+        made.update(data.table[name][rows].tobytes())
+    return made.hexdigest()
 
 
 def retrain(
@@ -170,7 +179,14 @@ def _train(
     out = data.table["customer"][rows] % HELD_OUT == 0
     chosen, held = rows[~out], rows[out]
     for part in (chosen, held):
-        if not data.table["fraud"][part].any():
+        fraud = data.table["fraud"][part]
+        if fraud.any() and fraud.all():
+            raise ConfigError(
+                f"all {len(part):,} payments of the {plan.days} days up to day {last} of the "
+                "history, or of a fifth of their cards, are frauds: genuine ones are needed",
+                hint="bring all payments, not those with labels alone",
+            )
+        if not fraud.any():
             raise ConfigError(
                 f"the {plan.days} days up to day {last} of the history have too few fraud labels "
                 f"that came within {plan.label_days} days",
