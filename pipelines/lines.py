@@ -43,27 +43,26 @@ def opened(path: Path) -> BinaryIO:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
 
 
-def lines_of(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """Records of a file, which may be packed by gzip; of a line that is too long, its beginning."""
+def numbered(path: Path, file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Records of a file, which may be packed by gzip, each with its place: ``history.jsonl:12``.
+
+    Of a line that is too long, its beginning.
+    """
     text = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+    number = 0
     try:
         while line := text.readline(MAX_LINE + 2):
+            number += 1
             end = line
             while end[-1:] != b"\n" and (end := text.readline(MAX_LINE)):
                 pass
             if line.strip():
-                yield line.rstrip(b"\r\n").removeprefix(BOM_UTF8)
+                yield f"{path}:{number}", line.rstrip(b"\r\n").removeprefix(BOM_UTF8)
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(
             f"{path} is damaged: {error}",
             hint="or not yet copied in full: copy to another name, then rename",
         ) from None
-
-
-def numbered(path: Path, file: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """Records of a file, each with its place: ``history.jsonl:12``."""
-    for number, line in enumerate(lines_of(path, file), 1):
-        yield f"{path.name}:{number}", line
 
 
 class Refusals:

@@ -116,12 +116,11 @@ def _topic(config: StreamConfig | None) -> Iterator[tuple[str, bytes]]:
 
 
 def _lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
-    from plinth.pipelines.lines import lines_of, opened
+    from plinth.pipelines.lines import numbered, opened
 
     for path in files:
         with opened(path) as file:
-            for number, line in enumerate(lines_of(path, file), 1):
-                yield f"{path}:{number}", line
+            yield from numbered(path, file)
 
 
 def _heads(path: Path | None) -> dict[str, Link]:

@@ -16,7 +16,7 @@ from plinth.pipelines.config.settings import Config
 from plinth.pipelines.console import FAILED, OK, say, show_json, show_table
 from plinth.pipelines.formats.check import Findings, check_messages
 from plinth.pipelines.formats.mapping import DeclaredMapping, load_mapping
-from plinth.pipelines.lines import MAX_LINE, lines_of, opened
+from plinth.pipelines.lines import MAX_LINE, numbered, opened
 
 _STAMPED = re.compile(rb"(?:CreateTime|LogAppendTime):([0-9]{1,15})\t")
 """How Kafka's console consumer writes a record's time before it (``print.timestamp=true``)."""
@@ -85,10 +85,10 @@ def _from_files(samples: Sequence[Path], mapping: DeclaredMapping) -> Iterator[S
             if mapping.registry is not None:
                 yield str(path), file.read(MAX_LINE), None
             else:
-                for number, line in enumerate(lines_of(path, file), 1):
+                for where, line in numbered(path, file):
                     head = _STAMPED.match(line)
                     received = int(head[1]) / 1e3 if head else None
-                    yield f"{path}:{number}", line[head.end() :] if head else line, received
+                    yield where, line[head.end() :] if head else line, received
 
 
 def _topic(config: Config, options: Options) -> Iterator[Sample]:
