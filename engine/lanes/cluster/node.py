@@ -1,7 +1,8 @@
 """One machine's node of a Ray cluster, for as long as this process lives.
 
-Run by its path with its settings as JSON. It starts Ray's own processes, says on standard output
-that they run, and ends them when it is told to, or when one of them ends. ``ray start`` is not
+Run by its path with its settings as JSON. It says on standard output that it may start, starts
+Ray's own processes, says that they run, and ends them when it is told to, when one of them ends, or
+when nobody hears what it says: a node that nobody knows of could not be ended. ``ray start`` is not
 used because it puts an outside address in the place of 127.0.0.1, on which it listens then.
 """
 
@@ -14,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +30,34 @@ def main(told: dict[str, Any]) -> int:
     Args:
         told: ``head``; ``address`` of the head; ``host`` of this machine; ``cpus``, ``gpus``,
             ``resources``, ``labels``; ``store_bytes``; ``folder`` for Ray's files;
-            ``environment``. Or ``members_of``, an address: who is in that cluster is said.
+            ``environment``. Or ``members_of``, an address: who is in that cluster is said. What
+            cannot be is said as ``error``.
 
     Returns:
         The exit code: 0 when it was told to end.
     """
     os.environ.update(told["environment"])
-    if "members_of" in told:
-        _say({"members": _members(told["members_of"])})
-        return 0
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
+        if "members_of" in told:
+            _meet(told["members_of"])
+            _say({"members": _members(told["members_of"])})
+            return 0
+        signals = {signal.SIGTERM, signal.SIGINT}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        _look(told)
+        if not _say({"starts": True}):
+            return 1
         node = _start(told)
+    except _RefusedError as error:
+        _say({"error": str(error)})
+        return 1
     except Exception as error:  # noqa: BLE001 - it is told to who started this
         _say({"error": f"{type(error).__name__}: {_told(error)}"})
         return 1
-    _say({"pid": os.getpid(), "address": node.address, "node": node.node_id})
+    heard = _say({"pid": os.getpid(), "address": node.address, "node": node.node_id})
+    os.dup2(2, 1)
     code, below = 0, _below({})
-    while signal.sigtimedwait(signals, _LOOK_SECONDS) is None:
+    while heard and signal.sigtimedwait(signals, _LOOK_SECONDS) is None:
         below = _below(below)
         dead = node.dead_processes()
         if dead:
@@ -66,10 +77,43 @@ def _below(known: dict[int, psutil.Process]) -> dict[int, psutil.Process]:
     return {**{pid: each for pid, each in known.items() if each.is_running()}, **children}
 
 
-def _start(told: dict[str, Any]) -> Any:
-    host, _, port = told["address"].rpartition(":")
+class _RefusedError(Exception):
+    """Why nothing is started, in words."""
+
+
+def _look(told: dict[str, Any]) -> None:
+    """Find out what Ray would find out after minutes.
+
+    Raises:
+        _RefusedError: the head's port is taken, or there is no way into the cluster.
+    """
     if told["head"]:
+        host, _, port = told["address"].rpartition(":")
         _refuse_taken(host, int(port))
+    else:
+        _meet(told["address"])
+
+
+def _meet(address: str) -> None:
+    """Speak with the head of a cluster.
+
+    Raises:
+        _RefusedError: it is none, or has another token.
+    """
+    from ray.exceptions import AuthenticationError, RayError
+
+    try:
+        import_module("ray._raylet").GcsClient(address=address)
+    except AuthenticationError:
+        path = os.environ["RAY_AUTH_TOKEN_PATH"]
+        raise _RefusedError(
+            f"the cluster at {address} refuses the token in {path}: copy the one of its head"
+        ) from None
+    except RayError as error:
+        raise _RefusedError(f"{address} is no head of a cluster: {_told(error)}") from None
+
+
+def _start(told: dict[str, Any]) -> Any:
     from ray._private.node import Node
     from ray._private.parameter import RayParams
 
@@ -90,7 +134,7 @@ def _start(told: dict[str, Any]) -> Any:
         dashboard_agent_listen_port=0,
     )
     if told["head"]:
-        params.gcs_server_port = int(port)
+        params.gcs_server_port = int(told["address"].rpartition(":")[2])
         # A study that does not fit is refused; it is never written to a disk.
         params._system_config = {"automatic_object_spilling_enabled": False}
     else:
@@ -133,14 +177,17 @@ def _refuse_taken(host: str, port: int) -> None:
         try:
             sock.bind((host, port))
         except OSError as error:
-            raise OSError(f"{host}:{port} cannot be listened on: {error.strerror}") from None
+            why = f"{host}:{port} cannot be listened on: {error.strerror}"
+            raise _RefusedError(why) from None
 
 
-def _say(said: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):
-        sys.stdout.write(json.dumps(said) + "\n")
-        sys.stdout.flush()
-    os.dup2(2, 1)
+def _say(said: dict[str, Any]) -> bool:
+    """Write a line; whether anybody can hear it."""
+    try:
+        os.write(1, json.dumps(said).encode() + b"\n")
+    except OSError:
+        return False
+    return True
 
 
 def _told(error: Exception) -> str:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -34,6 +34,8 @@ from plinth.engine.lanes.cluster.settings import (
 _STARTED: list[subprocess.Popen[bytes]] = []
 """They go on when this process ends."""
 START_SECONDS = 90.0
+ANSWER_SECONDS = 20.0
+"""In which a head has to answer who asks for the first time; Ray alone would try for minutes."""
 END_SECONDS = 15.0
 
 
@@ -118,9 +120,10 @@ def start(wanted: Wanted, folder: Path | None = None) -> Running:
         )
     if not wanted.head:
         _reach(head_host, port)  # Ray would try for minutes
+    address = f"{head_host}:{port}"
     told = {
         "head": wanted.head,
-        "address": f"{head_host}:{port}",
+        "address": address,
         "host": host,
         "cpus": wanted.cpus,
         "gpus": wanted.gpus,
@@ -140,19 +143,57 @@ def start(wanted: Wanted, folder: Path | None = None) -> Running:
             stderr=log,
             start_new_session=True,
         )
-    said = _first_line(process)
-    if "error" in said:
-        with contextlib.suppress(OSError):
-            process.kill()
-        process.wait(END_SECONDS)
-        raise DeviceError(f"the node did not start: {said['error']}", hint=f"see {log.name}")
+    try:
+        said = _await(process, address, log.name)
+        created = psutil.Process(process.pid).create_time()
+        running = Running(
+            process.pid, created, address, host, wanted.head, said["node"], str(token)
+        )
+        _write_down(running, folder)
+    except (
+        BaseException
+    ):  # such as an interrupt: a node that is not written down is found by nobody
+        _discard(process)
+        raise
     _STARTED.append(process)
-    created = psutil.Process(process.pid).create_time()
-    running = Running(
-        process.pid, created, f"{head_host}:{port}", host, wanted.head, said["node"], str(token)
-    )
-    (folder / f"{process.pid}.json").write_text(json.dumps(asdict(running)))
     return running
+
+
+def _await(process: subprocess.Popen[bytes], address: str, log: str) -> dict[str, Any]:
+    """Wait until a node runs; what it said of itself.
+
+    Raises:
+        DeviceError: it does not, or takes too long.
+    """
+    assert process.stdout is not None
+    with process.stdout as pipe:
+        lines = _Lines(pipe)
+        said = lines.next(ANSWER_SECONDS, f"{address} does not answer as the head of a cluster")
+        if "error" not in said:
+            said = lines.next(START_SECONDS, "it did not run")
+    if "error" in said:
+        raise DeviceError(f"the node did not start: {said['error']}", hint=f"see {log}")
+    return said
+
+
+def _write_down(running: Running, folder: Path) -> None:
+    """Let others find a node, at once or not at all."""
+    path = folder / f"{running.pid}.json"
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(asdict(running)))
+    beside.replace(path)
+
+
+def _discard(process: subprocess.Popen[bytes]) -> None:
+    """End a node that is not to run, with all that it has started."""
+    with contextlib.suppress(psutil.Error):
+        node = psutil.Process(process.pid)
+        node.suspend()  # so that it starts nothing more
+        for each in node.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                each.kill()
+    process.kill()
+    process.wait(END_SECONDS)
 
 
 def running(folder: Path | None = None) -> list[Running]:
@@ -196,19 +237,20 @@ def members(cluster: Cluster) -> list[dict[str, Any]]:
         "members_of": f"{host}:{port}",
         "environment": environment(cluster.token(), cluster.loopback),
     }
-    done = subprocess.run(
-        [sys.executable, "-P", str(Path(script.__file__)), json.dumps(told)],
-        capture_output=True,
-        timeout=START_SECONDS,
-        check=False,
-    )
-    if done.returncode != 0:
-        token = "AuthenticationError" in done.stderr.decode(errors="replace")
+    command = [sys.executable, "-P", str(Path(script.__file__)), json.dumps(told)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=ANSWER_SECONDS, check=False)
+        said = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        said = {"error": f"nothing was heard from {host}:{port} within {ANSWER_SECONDS:g} s"}
+    except ValueError:  # Ray ends a process whose head goes away while it answers
+        said = {"error": f"{host}:{port} went away while it was asked"}
+    if "error" in said:
         raise DeviceError(
-            f"the cluster at {host}:{port} does not say who is in it",
-            hint=f"is {cluster.token()} its token?" if token else "see its log",
+            f"the cluster at {host}:{port} does not say who is in it: {said['error']}",
+            hint="plinth cluster status, once more; else stop it and start it again",
         )
-    found: list[dict[str, Any]] = json.loads(done.stdout)["members"]
+    found: list[dict[str, Any]] = said["members"]
     return found
 
 
@@ -274,18 +316,34 @@ def _towards(host: str) -> str:
         return str(sock.getsockname()[0])
 
 
-def _first_line(process: subprocess.Popen[bytes]) -> dict[str, Any]:
-    assert process.stdout is not None
-    line, until = b"", time.monotonic() + START_SECONDS
-    with process.stdout as pipe:
+class _Lines:
+    """What a node says on its standard output, line by line.
+
+    Args:
+        pipe: that output.
+    """
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self._pipe = pipe
+        self._rest = b""
         os.set_blocking(pipe.fileno(), False)
-        while not line.endswith(b"\n"):
+
+    def next(self, seconds: float, late: str) -> dict[str, Any]:
+        """The next line, or an ``error``.
+
+        Args:
+            seconds: in which it has to come.
+            late: why it did not, in words.
+        """
+        until = time.monotonic() + seconds
+        while b"\n" not in self._rest:
             left = until - time.monotonic()
-            if left <= 0 or not select.select([pipe], [], [], left)[0]:
-                return {"error": f"it said nothing within {START_SECONDS:g} s"}
-            part = os.read(pipe.fileno(), 65_536)
+            if left <= 0 or not select.select([self._pipe], [], [], left)[0]:
+                return {"error": f"{late} within {seconds:g} s"}
+            part = os.read(self._pipe.fileno(), 65_536)
             if not part:
                 return {"error": "it ended before it ran"}
-            line += part
-    said: dict[str, Any] = json.loads(line)
-    return said
+            self._rest += part
+        line, _, self._rest = self._rest.partition(b"\n")
+        said: dict[str, Any] = json.loads(line)
+        return said
