@@ -46,6 +46,9 @@ class LaneThread:
         draining: it ends as soon as the lane has done what it was given.
         died: why the lane does nothing any more.
         reviving: it died and is being started again.
+        given_up: batches that a round waited for in vain; others run them.
+        absent: it takes no batches until it has come back from those.
+        answering: it has come back in time, and its answers are being handed out.
         deaths: how often it died.
         died_at: when it last did.
         over: the thread has ended, or is about to.
@@ -69,6 +72,8 @@ class LaneThread:
         self.draining = False
         self.died: BaseException | None = None
         self.reviving = False
+        self.given_up: list[object] = []
+        self.absent = self.answering = False
         self.deaths = 0
         self.died_at = 0.0
         self.over = True
@@ -99,12 +104,12 @@ class LaneThread:
     @property
     def is_well(self) -> bool:
         """Whether it takes batches, or ends those that it has."""
-        return not self.over and self.died is None
+        return not (self.over or self.absent or self.died is not None)
 
     @property
     def has_room(self) -> bool:
         """Whether the lane may be given one more batch."""
-        return self.in_flight < self.lane.depth and self.died is None
+        return self.in_flight < self.lane.depth and not self.absent and self.died is None
 
     @property
     def takes_more(self) -> bool:
@@ -119,7 +124,8 @@ class LaneThread:
     def status(self, elapsed: float) -> dict[str, Any]:
         """For status pages; ``elapsed``: seconds since the engine was made."""
         draining = "draining" if self.draining else "running"
-        dead = "restarting" if self.reviving else "dead" if self.died is not None else "stopped"
+        away = "hung" if self.absent and not self.over else "stopped"
+        dead = "restarting" if self.reviving else "dead" if self.died is not None else away
         return {
             "name": self.name,
             "kind": self.lane.kind,
@@ -142,6 +148,7 @@ class LaneThread:
         check_cpu_threads(self.cpu_threads)
         self.lane.start()
         self.in_flight, self.died, self.over = 0, None, False
+        self.given_up, self.absent = [], False
         self._thread = threading.Thread(target=self._run, name="plinth-device", daemon=True)
         self._thread.start()
 

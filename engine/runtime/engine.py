@@ -40,7 +40,7 @@ from plinth.engine.lanes.base import Lane, LaneDied, Ran, Unit
 from plinth.engine.lanes.cluster.settings import Cluster
 from plinth.engine.lanes.compute_pool import NICENESS, ComputePool
 from plinth.engine.lanes.deadline_watch import DeadlineWatch
-from plinth.engine.lanes.process import HUNG_SECONDS, HUNG_TIMES
+from plinth.engine.lanes.process import HUNG_SECONDS, HUNG_TIMES, UNKNOWN_SECONDS
 from plinth.engine.lanes.thread import LaneThread, StoppedFromOutside
 from plinth.engine.lanes.window_thread import WindowThread
 from plinth.engine.mapped import trim
@@ -62,7 +62,7 @@ from plinth.engine.runtime.request import (
     Waiter,
     request_of,
 )
-from plinth.engine.scheduler.batcher import Batcher
+from plinth.engine.scheduler.batcher import Batcher, Patience
 from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.scheduler.work import Batch, BatchSlice, Refusal, Shares, Work
 
@@ -117,7 +117,8 @@ class Engine:
             the first of them; 0: the thread that drives a flow runs its steps.
         compute_seconds: in which a step in a process has to be done, unless it says other.
         hung_seconds: a batch in a worker process is never taken for hung before; in mode sync a
-            round waits no longer for a lane that is late before it tells what it has.
+            round waits no longer for a lane that is late: it tells what it has, the other lanes run
+            what that one was given, and it takes part again when it is back.
         cluster: where lanes ``"ray:cpu"`` are placed, as
             :class:`plinth.engine.lanes.cluster.settings.Cluster` or its table.
 
@@ -784,7 +785,7 @@ class Engine:
         if not self._batcher.knows(request.key):
             self._register(request)
         self._requests.add(request)
-        if promise.deadline_ms is not None:
+        if promise.deadline_ms is not None or self._modes.in_rounds:
             self._deadlines.accepted()
         apart = request.mode == "sync" and not self._modes.in_rounds
         shares = Shares() if apart else None
@@ -858,6 +859,8 @@ class Engine:
     def _step(self, thread: LaneThread) -> bool:
         """Wait for a batch and give it to a lane; False when the lane is to end."""
         with self._lock:
+            if thread.absent and not thread.given_up:
+                self._returns(thread)
             while self._broken is None and thread.died is None and self._is_idle(thread):
                 thread.wake.wait()
             if (error := self._broken or thread.died) is not None:
@@ -1003,6 +1006,8 @@ class Engine:
 
     def _finish(self, batch: Batch, loaded: LoadedModel, ran: Ran, thread: LaneThread) -> None:
         """Hand out the answers of a batch; learning and counting come after them."""
+        if self._was_given_up(batch, thread):
+            return
         now, seconds = self._clock(), ran.seconds
         outcomes: Outcomes = []
         if not self._puts_apart(batch, loaded, ran):
@@ -1049,10 +1054,10 @@ class Engine:
         for request, outcome in outcomes:
             if isinstance(outcome, Result):
                 self._round.append((request, outcome))
-                self._deadlines.accepted()
             else:
                 failed.append((request, outcome))
         if self._lanes.in_flight or self._batcher.has_unfetched:
+            self._deadlines.accepted()  # somebody waits for a lane from now on
             return failed
         return [*failed, *self._round_over()]
 
@@ -1070,6 +1075,7 @@ class Engine:
     def _give_back(self, thread: LaneThread) -> None:
         """A lane has room again; with the lock held."""
         thread.in_flight -= 1
+        thread.answering = False
         if self._state != "running" or self._modes.in_rounds:
             self._lanes.wake_all()
         elif self._batcher or thread.draining or thread.died is not None:
@@ -1083,17 +1089,15 @@ class Engine:
         Where its lane died of it, or with it, it waits again for another one.
         """
         died = isinstance(error, LaneDied)
+        if self._was_given_up(batch, thread, error if died else None):
+            return
         with self._lock:
             if died:
                 works = self._lost(batch, error, thread)
             else:
                 works = self._batcher.failed(batch, self._clock())
             self._give_back(thread)
-            requests = list(dict.fromkeys(work.owner for work in works))
-            outcomes: Outcomes = []
-            for request in requests:
-                alone = len(requests) == 1
-                outcomes += self._fail((request,), _model_error(loaded, batch, error, alone=alone))
+            outcomes = self._at_fault(works, batch, loaded, error)
             told = bool(outcomes)
             if died:  # what waits for it to be well again, and would be late, is told at once
                 outcomes += self._refused(self._batcher.sweep(self._clock()))
@@ -1109,6 +1113,17 @@ class Engine:
             name, kind = loaded.spec.name, type(error).__name__
             _log.warning("model %s failed on %d rows: %s at %s", name, batch.rows, kind, where)
         self._settle(outcomes)
+
+    def _at_fault(
+        self, works: list[Work], batch: Batch, loaded: LoadedModel, error: BaseException
+    ) -> Outcomes:
+        """Fail those whose rows a batch failed of; with the lock held."""
+        requests = list(dict.fromkeys(work.owner for work in works))
+        outcomes: Outcomes = []
+        for request in requests:
+            told = _model_error(loaded, batch, error, alone=len(requests) == 1)
+            outcomes += self._fail((request,), told)
+        return outcomes
 
     def _lost(self, batch: Batch, error: BaseException, thread: LaneThread) -> list[Work]:
         """A lane died: it gets nothing any more, and its batch waits again; with the lock held."""
@@ -1128,12 +1143,67 @@ class Engine:
             now = self._clock()
             refused, again = self._batcher.overdue(now)
             outcomes = self._refused(refused)
-            if self._round:  # done, and kept back by the lanes that are not
-                hung = self._batcher.hung_at(self._lanes.hung_seconds, HUNG_TIMES)
-                again = min(again, hung)
-                outcomes += self._round_over() if hung <= now else []
+            if self._modes.in_rounds:
+                late, then = self._give_up_hung(now)
+                outcomes, again = outcomes + late, min(again, then)
         self._settle(outcomes)
         return again - now
+
+    def _give_up_hung(self, now: float) -> tuple[Outcomes, float]:
+        """Let a round go on without the lanes that it waits for in vain; with the lock held.
+
+        Returns:
+            What is to be told, and when the next of them counts as hung.
+        """
+        patience = Patience(self._lanes.hung_seconds, HUNG_TIMES, UNKNOWN_SECONDS)
+        numbers, again = self._batcher.hung(now, patience)
+        outcomes: Outcomes = []
+        for thread in self._lanes:
+            if thread.number not in numbers or thread.answering:
+                continue
+            error = LaneDied(f"the lane {thread.name} does not come back")
+            thread.absent = True
+            for batch in self._batcher.drop_lane(thread.number):
+                loaded: LoadedModel = batch.parts[0].work.owner.ran(batch.key)
+                thread.given_up.append(batch)
+                thread.in_flight -= 1
+                works = self._batcher.died(batch, now)
+                outcomes += self._at_fault(works, batch, loaded, error)
+                self.metrics.rerun_batches.labels(loaded.spec.name).inc()
+            self.metrics.lane_deaths.labels(thread.lane.label).inc()
+            _log.error("%s: other lanes run what it was given", error.message)
+        if numbers:
+            outcomes += self._refused(self._batcher.sweep(now))
+            outcomes = self._at_barrier(outcomes)
+            self._lanes.wake_all()
+        return outcomes, again
+
+    def _was_given_up(
+        self, batch: Batch, thread: LaneThread, died: BaseException | None = None
+    ) -> bool:
+        """Whether others run a batch by now, so that what its lane made of it is passed over."""
+        if not self._modes.in_rounds:
+            return False
+        with self._lock:
+            left = [each for each in thread.given_up if each is not batch]
+            if len(left) == len(thread.given_up):
+                thread.answering = True
+                return False
+            thread.given_up = left
+            if died is not None:
+                self._is_lost(thread, died)
+            elif not left:
+                self._returns(thread)
+            return True
+
+    def _returns(self, thread: LaneThread) -> None:
+        """A lane that was given up is back; with the lock held."""
+        thread.absent = False
+        if thread.died is None and not thread.draining:
+            self._lanes.rejoin(thread)
+            self.metrics.lane_restarts.labels(thread.lane.label).inc()
+            _log.warning("lane %s is well again", thread.name)
+        self._lanes.wake_all()
 
     def _refused(self, refusals: list[Refusal]) -> Outcomes:
         """Fail what the batcher refused; with the lock held."""

@@ -204,10 +204,11 @@ class LaneSet:
         self.threads.append(thread)
 
     def rejoin(self, thread: LaneThread) -> None:
-        """Let a lane that died take batches again; with the engine's lock held."""
+        """Let a lane that died or was given up take batches again; with the engine's lock held."""
         costs = self._costs_on(thread.lane)
         self._batcher.lanes.add(costs, thread.lane.depth, thread.number)
         thread.died, thread.reviving = None, False
+        thread.given_up, thread.absent = [], False
 
     def leave(self, thread: LaneThread) -> None:
         """Forget a lane whose thread has ended, and what is loaded for it alone."""

@@ -53,6 +53,7 @@ _MOST = 128
 _MEASURED_ROWS = 16
 _SAMPLE_SECONDS = 2.0  # of the rows whose memory is measured, about
 _COST_SECONDS = 5.0  # of measuring what batches cost, about
+_TURNS, _TURNS_SECONDS = 9, 0.6  # of measuring them once more, all sizes in turn; at most
 _REPEAT_SECONDS = 0.1  # batches that take longer are run once
 _NO_MEMORY = ("can't allocate memory", "Failed to allocate memory", "_STATUS_ALLOC_FAILED")
 """What the host's allocator, ONNX Runtime, and NVIDIA's libraries say where torch does not."""
@@ -670,7 +671,11 @@ def _range(
 
 
 def _costs(executable: Executable, model: Model, most: int) -> dict[int, float]:
-    """Seconds by rows, from one row upwards by doubling for as long as time allows."""
+    """Seconds by rows, from one row upwards by doubling for as long as time allows.
+
+    Then once more in turns, where that is soon done: the smallest batches come first, while all is
+    slow, and seem to cost more a row than they do, so that slices would have more rows than pays.
+    """
     costs: dict[int, float] = {}
     until = perf_counter() + _COST_SECONDS
     rows = 1
@@ -681,8 +686,16 @@ def _costs(executable: Executable, model: Model, most: int) -> dict[int, float]:
             times.append(_seconds(executable, example))
         costs[rows] = median(times[1:] or times)
         if rows == most or perf_counter() + 2 * costs[rows] > until:
-            return costs
+            break
         rows = min(2 * rows, most)
+    sizes = {size: {name: each[:size] for name, each in example.items()} for size in costs}
+    turns = min(_TURNS, int(_TURNS_SECONDS / sum(costs.values())))
+    if len(sizes) < 2 or turns < 3:
+        return costs
+    seen = [
+        {size: _seconds(executable, each) for size, each in sizes.items()} for _ in range(turns)
+    ]
+    return {size: median(turn[size] for turn in seen) for size in sizes}
 
 
 def _seconds(executable: Executable, rows: Mapping[str, Tensor]) -> float:

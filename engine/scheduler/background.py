@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
+from math import inf
 from operator import attrgetter
 
 from plinth.engine.errors import ConfigError
@@ -11,7 +12,13 @@ from plinth.engine.scheduler.lane_table import LaneState
 from plinth.engine.scheduler.work import Batch, BatchKey, BatchSlice, Work
 
 _WORTH = 0.97
-"""Share of its rows per second that a slice keeps at least when it is cut short for promises."""
+"""Share of its rows per second that a slice needs no more than while promises are in use."""
+_PRICE = 0.5
+"""Share of its rows per second that a slice gives up for each share of the tightest promise that it
+is shorter by. So what is measured does not have to be exact."""
+_TRIES = 16
+"""Slices of several rows after which one has a single row, to see whether that has become worth it:
+what is never run is never learned."""
 _BY_SERVICE = attrgetter("service")
 PROMISE_MEMORY = 5.0
 """Seconds for which a request's own promise bounds the slices, at least; at most twice that."""
@@ -41,6 +48,7 @@ class Background:
         self._next_rotation = 0.0
         self._deficit = 0.0
         self._virtual_time = 0.0
+        self._larger = 0
 
     def __bool__(self) -> bool:
         return bool(self._works)
@@ -114,7 +122,11 @@ class Background:
         return out
 
     def slice(
-        self, lane: LaneState, max_rows: Callable[[BatchKey], int], ahead: float = 0.0
+        self,
+        lane: LaneState,
+        max_rows: Callable[[BatchKey], int],
+        ahead: float = 0.0,
+        beside: float = 0.0,
     ) -> Batch | None:
         """The next slice: the least served work first, filled up with work of the same key.
 
@@ -126,13 +138,14 @@ class Background:
             max_rows: the largest batch of a key, rows.
             ahead: seconds of those it was given and has not done. None is added to them beyond
                 the bound; one row alone may take longer, but not behind another slice.
+            beside: seconds of the urgent batch that comes between two slices.
         """
         if not self._works:
             return None
         first = self._works[0]
         self._virtual_time, key, suspects = first.service, first.key, first.suspects
         bound, costs = self.bound, lane.costs
-        rows = self._rows(key, lane, max_rows(key))
+        rows = self._tried(self._rows(key, lane, max_rows(key), beside))
         if ahead and ahead + costs.predict(key, rows, 0.5) > bound * (1 + 1e-9):
             return None
         parts: list[BatchSlice] = []
@@ -159,13 +172,26 @@ class Background:
         work.service = max(work.service, self._virtual_time) + predicted / work.sla.weight
         return Batch(key, (work.take(rows),), rows, predicted, urgent=False, lane=lane.number)
 
-    def _rows(self, key: BatchKey, lane: LaneState, most: int) -> int:
+    def _rows(self, key: BatchKey, lane: LaneState, most: int, beside: float = 0.0) -> int:
         """Rows of a slice where more than enough wait, 1 to ``most``."""
         costs = lane.costs
         if not costs.predict(key, 1):
             return 1  # cost unknown: the smallest slice measures it
         rows = max(1, costs.rows_within(key, self.bound / lane.depth, most, 0.5))
-        return rows if self.tightest == float("inf") else costs.rows_worth(key, rows, _WORTH)
+        if self.tightest == float("inf"):
+            return rows
+        known, least = min((costs.tries(key, each), each) for each in (1, rows))
+        if known < inf:
+            return least
+        rows = costs.rows_worth(key, rows, _WORTH)
+        return costs.rows_weighed(key, rows, _PRICE / self.tightest, beside)
+
+    def _tried(self, rows: int) -> int:
+        """The rows of a slice, or now and then a single one; see ``_TRIES``."""
+        if rows == 1 or self.tightest == float("inf"):
+            return rows
+        self._larger = (self._larger + 1) % _TRIES
+        return rows if self._larger else 1
 
     def _batch(
         self, lane: LaneState, key: BatchKey, parts: tuple[BatchSlice, ...], looked_at: int

@@ -18,7 +18,8 @@ The policy, when a lane is free:
    delayed by the difference.
 4. Without urgent work, or while background work is in deficit of its minimum share, one slice
    of background work runs. Its predicted time stays below the blocking bound, and it has the
-   fewest rows that keep 97 % of the rows per second that this bound allows.
+   fewest rows that keep 97 % of the rows per second that this bound allows, or fewer still: a
+   share of the tightest promise by which it is shorter is worth half that share of them.
 
 With several lanes there is one queue for all. Each batch is planned with the costs of the lane
 that runs it; rows that another lane can still do in time are left to it, and nobody is refused
@@ -88,6 +89,25 @@ _LEAST_PATIENCE = 0.25
 has an answer for those who can use a late one."""
 _MAX_DEATHS = 3
 """Lanes that may end while they run the same batch before it is searched for what ends them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a lane is waited for after it should be free.
+
+    Args:
+        least: seconds, at least.
+        times: so many times what its batches should take.
+        unknown: seconds, where nobody knows what they take.
+    """
+
+    least: float
+    times: float
+    unknown: float
+
+    def seconds(self, predicted: float) -> float:
+        """How long, for batches that are predicted to take so many seconds; 0: nobody knows."""
+        return max(self.least, self.times * predicted if predicted else self.unknown)
 
 
 @dataclass(slots=True)
@@ -498,21 +518,29 @@ class Batcher:
                     found.append(Refusal(work, self._silent(work, now)))
         return found, again
 
-    def hung_at(self, seconds: float, times: float) -> float:
-        """When the first lane counts as hung, if it has not come back; infinity: none runs.
+    def hung(self, now: float, patience: Patience) -> tuple[list[int], float]:
+        """Lanes that do not come back, while others wait for them.
 
         Args:
-            seconds: that a lane is waited for at least after it should be free.
-            times: and so many times what its batches should take.
+            now: seconds.
+            patience: with them.
+
+        Returns:
+            Their numbers, and when the next one counts as hung; infinity: none runs, or nobody
+            waits for it.
         """
-        return min(
-            (
-                lane.busy_until + max(seconds, times * lane.seconds(lane.running))
-                for lane in self.lanes
-                if lane.running
-            ),
-            default=float("inf"),
-        )
+        found: list[int] = []
+        again = float("inf")
+        if all(lane.running for lane in self.lanes):
+            return found, again
+        for lane in self.lanes:
+            if lane.running:
+                at = lane.busy_until + patience.seconds(lane.seconds(lane.running))
+                if at <= now:
+                    found.append(lane.number)
+                else:
+                    again = min(again, at)
+        return found, again
 
     def _silent(self, work: Work, now: float) -> DeadlineRefused:
         allowed = work.deadline - work.begun
@@ -599,7 +627,18 @@ class Batcher:
             return None
         if lane.running:
             ahead = lane.seconds(each for each in lane.running if not each.urgent)
-        return self._background.slice(lane, lambda key: self._max_rows(key, urgent=False), ahead)
+        costs, recent = lane.costs, turn.now - PROMISE_MEMORY
+        between = max(
+            (
+                costs.predict(queue.key, 1, 0.5)
+                for queue in self._queues.values()
+                if queue.last_arrival >= recent
+            ),
+            default=0.0,
+        )
+        return self._background.slice(
+            lane, lambda key: self._max_rows(key, urgent=False), ahead, between
+        )
 
     # -- urgent ------------------------------------------------------------------------------
     def _urgent_batch(self, turn: _Turn, refused: list[Refusal]) -> Batch | None:

@@ -13,9 +13,10 @@ from collections import deque
 from collections.abc import Set
 from dataclasses import dataclass, field
 from itertools import islice
-from math import exp
+from math import exp, inf, log
 from pathlib import Path
 from random import Random
+from statistics import median
 
 import numpy as np
 
@@ -30,6 +31,7 @@ _SPREAD = 101  # delays of each key that are kept in the file
 _SEEN, _ONE_IN = 512, 16  # batches that plans are made from; once full, one in so many is taken
 _REBUILD = 8  # batches after which the moved curve is tabulated anew
 _LEAK = 2e-4  # of what the shape was moved, forgotten with each batch
+_YOUNG = 5  # batches of which a knot that no warm-up measured becomes the median
 
 
 @dataclass(slots=True)
@@ -70,7 +72,9 @@ class _Curve:
     The level is the median of seen / curve over the last batches. The delay is what single
     batches took beyond curve * level. It is added, not multiplied: a core taken away for 5 ms
     costs a batch of one as much as a batch of a hundred. ``seeded`` are the knots as
-    they were measured, ``common`` is the moving mean of the steps by which knots move.
+    they were measured, ``common`` is the moving mean of the steps by which knots move. ``young``
+    has what was seen, less the level, at knots that so far one or a few batches have made: the
+    first batches of a size are slow, and some more rows seem to cost next to nothing after them.
     """
 
     knots: dict[int, float] = field(default_factory=dict)
@@ -81,6 +85,7 @@ class _Curve:
     order: list[int] = field(default_factory=list)
     moved: int = 0
     common: float = 0.0
+    young: dict[int, list[float]] = field(default_factory=dict)
     seen: list[tuple[int, float]] = field(default_factory=list)
     random: Random = field(default_factory=lambda: Random(0))
 
@@ -127,7 +132,10 @@ class _Curve:
         self._forget_if_shifted()
         expected = self.level() * base
         self.delays.add(seconds - expected)
-        self._follow(rows, seconds / expected - 1)
+        if rows in self.young:
+            self._grow(rows, seconds / self.level())
+        else:
+            self._follow(rows, seconds / expected - 1)
 
     def _see(self, rows: int, seconds: float) -> None:
         """Remember a batch for plans: of thousands, the later the more likely.
@@ -189,6 +197,16 @@ class _Curve:
             self._raise(first, own * (1 - abs(first - rows) / span))
             self._raise(second, own * (1 - abs(second - rows) / span))
 
+    def _grow(self, rows: int, cost: float) -> None:
+        """Make a young knot the median of what was seen there so far."""
+        seen = self.young[rows]
+        seen.append(cost)
+        self._raise(rows, log(median(seen) / self.knots[rows]))
+        self.seeded[rows] = self.knots[rows]
+        self.rebuild(rows)
+        if len(seen) >= _YOUNG:
+            del self.young[rows]
+
     def _raise(self, knot: int, step: float) -> None:
         """Move a knot and take along those that it passes, as in isotonic regression.
 
@@ -231,6 +249,7 @@ class LatencyModel:
         """Set the curve at ``rows`` from a warm-up measurement (seconds)."""
         curve = self._curves.setdefault(key, _Curve())
         curve.knots[rows] = curve.seeded[rows] = max(seconds, 1e-7)
+        curve.young.pop(rows, None)
         curve.moved = _REBUILD
         curve.rebuild(rows)
 
@@ -241,6 +260,7 @@ class LatencyModel:
             curve = self._curves[key] = _Curve()
         if curve.is_far(rows):
             self.seed(key, rows, seconds / curve.level())
+            curve.young[rows] = []
         curve.observe(rows, max(seconds, 1e-7))
 
     def predict(self, key: BatchKey, rows: int, quantile: float = 0.99) -> float:
@@ -257,6 +277,13 @@ class LatencyModel:
         if curve is None:
             return {}
         return {rows: cost * curve.level() for rows, cost in sorted(curve.knots.items())}
+
+    def tries(self, key: BatchKey, rows: int) -> float:
+        """Batches of about so many rows that were seen; infinity: enough, or they were measured."""
+        curve = self._curves.get(key)
+        if curve is None or curve.is_far(rows):
+            return 0
+        return len(curve.young[rows]) if rows in curve.young else inf
 
     def rows_within(
         self, key: BatchKey, seconds: float, max_rows: int, quantile: float = 0.99
@@ -284,6 +311,32 @@ class LatencyModel:
         ends = [each for each in curve.order if each < rows]
         wanted = share * max(each / curve.base(each) for each in (1, *ends, rows))
         return next(n for n in range(1, rows + 1) if n >= wanted * curve.base(n) or n == rows)
+
+    def rows_weighed(self, key: BatchKey, rows: int, price: float, beside: float) -> int:
+        """The rows, up to ``rows``, with the least of what is lost and what the time costs.
+
+        Lost is the share by which their rows per second are below the best number's.
+
+        Args:
+            key: of a batch.
+            rows: the most it may have, 1 or more.
+            price: of a second of the batch, as such a share.
+            beside: seconds that pass between two batches, whatever their rows.
+        """
+        curve = self._curves.get(key)
+        if curve is None or not curve.knots or rows < 2:
+            return rows
+        level, sizes = curve.level(), {rows: 0.0}
+        count = 1
+        while count < rows:
+            sizes[count] = 0.0
+            count += max(1, count // 4)
+        for each in sizes:
+            sizes[each] = level * curve.base(each)
+        best = max(each / (seconds + beside) for each, seconds in sizes.items())
+        return min(
+            sizes, key=lambda each: price * sizes[each] - each / (sizes[each] + beside) / best
+        )
 
     def __len__(self) -> int:
         return len(self._curves)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from plinth.engine import Batcher, Call, DeadlineRefused, Engine, LatencyModel, Sla, Work
 from plinth.engine.lanes import deadline_watch, fork_server
+from plinth.engine.scheduler.batcher import Patience
 from tests.engine.lane_models import doubles, net, rows
 
 WAIT = 60
@@ -28,14 +29,15 @@ class Gate(threading.Event):
 class Sticks(nn.Module):
     """Doubles its rows; one that says so waits until it is let go."""
 
-    def __init__(self, free: threading.Event) -> None:
+    def __init__(self, free: threading.Event, *, once: bool = False) -> None:
         super().__init__()
         self.factor = nn.Parameter(torch.tensor(2.0))
         self.free = free
+        self.once = once
         self.begun = Gate()
 
     def forward(self, x: Tensor) -> Tensor:
-        if bool((x == STUCK).any()):
+        if bool((x == STUCK).any()) and not (self.once and self.begun.is_set()):
             self.begun.set()
             self.free.wait(WAIT)
         return x * self.factor
@@ -120,6 +122,51 @@ def test_a_round_waits_no_longer_for_a_lane_that_hangs_than_that_takes_to_be_sur
         assert not stuck.done()
         free.set()
         assert torch.equal(stuck.result(WAIT).value, torch.full((1, 4), 2 * STUCK))
+
+
+@pytest.mark.cpu
+def test_rounds_go_on_without_a_lane_that_hangs_until_it_is_back():
+    free, modes = Gate(), {"mode": "sync"}
+    with Engine(devices=["cpu", "cpu"], threads=1, modes=modes, hung_seconds=0.05) as engine:
+        engine.add(net(module=Sticks(free, once=True)), batch_range=(1, 1))
+        for number in range(2):
+            engine.submit(Call("net", rows(number, 1))).result(WAIT)  # costs are known
+        stuck = engine.submit(Call("net", torch.full((1, 4), STUCK)))
+        others = [engine.submit(Call("net", rows(number, 3))) for number in range(5)]
+        for number, future in enumerate(others):
+            assert torch.equal(future.result(WAIT).value, 2 * rows(number, 3))
+        assert torch.equal(stuck.result(WAIT).value, torch.full((1, 4), 2 * STUCK))
+        assert [lane["state"] for lane in engine.status()["lanes"]].count("hung") == 1
+        free.set()
+        while any(lane["state"] == "hung" for lane in engine.status()["lanes"]):
+            engine.submit(Call("net", rows(1, 1))).result(WAIT)
+        found = engine.submit(Call("net", rows(7, 4))).result(WAIT).value
+        assert torch.equal(found, 2 * rows(7, 4))
+        assert [lane["in_flight"] for lane in engine.status()["lanes"]] == [0, 0]
+    assert engine.state == "closed"
+
+
+def test_a_lane_that_others_wait_for_counts_as_hung_later_if_its_batch_is_long_or_unknown():
+    latency = LatencyModel()
+    latency.seed("a", 1, 1.0)
+    queue = Batcher(latency, rounds=True)
+    queue.register("a", 1)
+    other, patience = queue.add_lane(), Patience(10.0, 20.0, 120.0)
+    for key in ("a", "unknown"):
+        queue.register(key, 1)
+        queue.admit(Work(key, 1, 0.0, Sla()), 0.0)
+        lane = queue.free_lane()
+        batch, _ = queue.next(0.0, lane)
+        bound = 21.0 if key == "a" else 120.0
+        assert queue.hung(bound - 0.01, patience) == ([], pytest.approx(bound))
+        assert queue.hung(bound, patience) == ([lane], float("inf"))
+        queue.finished(batch, 1.0, 1.0)
+        queue.latency.forget("unknown")
+    for number in (lane, other):
+        queue.admit(Work("a", 1, 200.0 + number, Sla()), 200.0)
+    for number in (lane, other):
+        queue.next(200.0, number)
+    assert queue.hung(1e6, patience) == ([], float("inf")), "nobody waits"
 
 
 @pytest.mark.cpu
