@@ -18,7 +18,9 @@ of ``/metrics`` over the same seconds.
 
 With ``--plan`` each run ends with what ``plinth plan`` foretells for it: its rate, and so many
 studies at a time where there are some, on one lane, by the costs that its own engine learned, by
-what payments took outside of the engine, which their answers tell, and by what studies did.
+what payments took outside of the engine, which their answers tell, by how many asked a second time
+(alerts: for their reasons), and by what studies did. With ``--also 300 600`` the plan that the run
+at ``--rate`` gives is held against runs at other rates, of which it has seen nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ import threading
 import time
 import urllib.request
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ from head import parser_of, print_json
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
+import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -289,13 +292,16 @@ def measure(arm: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
         return 1e3 * grown(f"plinth_batch_seconds_sum{of}") / max(count, 1.0)
 
     told = result.as_dict(given.sla_ms / 1e3)
-    outside = [each / 1e3 for each in told["outside_ms"]]
     planned: dict[str, float] = {}
+    seen = None
     if given.plan:
         series = {key: value - before.get(key, 0.0) for key, value in after.items()}
-        planned = planned_beside(given, outside, series, 0.0 if arm == "alone" else seconds)
+        seen = Seen.of(told, series, given.studies, 0.0 if arm == "alone" else seconds)
+        engine = float(np.nanquantile(result.latencies - result.outsides, 0.99))
+        planned = {"engine_p99_ms": 1e3 * engine} | seen.foretold(given, given.rate)
     return {
         "arm": arm,
+        "seen": seen,
         "payments_per_second": told["throughput"],
         "p50_ms": told["latency_of_ok_ms"]["p50"],
         "p99_ms": told["latency_of_ok_ms"]["p99"],
@@ -311,92 +317,92 @@ def measure(arm: str, given: argparse.Namespace, seed: int) -> dict[str, Any]:
         "payment_batch_ms": batch_ms("fraud"),
         "server_cores": cpu / seconds,
         **planned,
+        "rate": given.rate,
         "sla_misses": {key: after[key] - before.get(key, 0.0) for key in misses(after)},
         "load": told,
     }
 
 
-def planned_beside(
-    given: argparse.Namespace, outside: list[float], grown: dict[str, float], seconds: float
-) -> dict[str, float]:
-    """What is to be held against a plan, and the plan.
+@dataclass(frozen=True)
+class Seen:
+    """What a run tells a plan, beside the costs that its engine learned.
 
     Args:
-        given: the command line.
-        outside: what payments took beside their batches, seconds.
-        grown: how much the server's series have grown.
-        seconds: in which studies were done; 0: there were none.
+        outside: what payments took beside their batches, seconds, in the order of their time there.
+        again: share of them that asked a second time, and ``again_rows``: for how much.
+        studies: rows of one, how many at once, and seconds between two; empty: there were none.
     """
-    studies: dict[str, float] = {}
-    if seconds:
+
+    outside: tuple[float, ...]
+    again: float
+    again_rows: int
+    studies: dict[str, float]
+
+    @classmethod
+    def of(cls, told: dict[str, Any], grown: dict[str, float], count: int, seconds: float) -> Seen:
+        """What can be seen of a run.
+
+        Args:
+            told: of the payments.
+            grown: how much the server's series have grown.
+            count: studies in work.
+            seconds: in which they were done; 0: there were none.
+        """
+        calls = grown['plinth_call_seconds_count{model="fraud"}']
+        rows = grown['plinth_batch_rows_sum{model="fraud"}']
+        second = max(0.0, calls - told["ok"])
+        outside = tuple(each / 1e3 for each in told["outside_by_engine_ms"])
+        again_rows = max(1, round((rows - told["ok"]) / second)) if second else 1
+        studies = cls._studies(grown, count, seconds) if seconds else {}
+        return cls(outside, second / told["ok"], again_rows, studies)
+
+    @staticmethod
+    def _studies(grown: dict[str, float], count: int, seconds: float) -> dict[str, float]:
         calls = grown.get('plinth_call_seconds_count{model="nodules"}', 0.0)
         if not calls:
             raise SystemExit("no study had its windows done, use more --seconds")
         inside = grown['plinth_call_seconds_sum{model="nodules"}']
-        studies = {
+        return {
             "rows": round(grown['plinth_batch_rows_sum{model="nodules"}'] / calls),
-            "at_once": given.studies,
-            "between": max(0.0, given.studies * seconds - inside) / calls,
+            "at_once": count,
+            "between": max(0.0, count * seconds - inside) / calls,
         }
-    buckets = {
-        key: value
-        for key, value in grown.items()
-        if key.startswith("plinth_call_seconds_bucket") and 'model="fraud"' in key
-    }
-    engine = 1e3 * quantile_of(buckets, 0.99)
-    return foretold(given, outside, studies) | studies | {"engine_p99_ms": engine}
+
+    def foretold(self, given: argparse.Namespace, rate: float) -> dict[str, float]:
+        """What a plan on the costs that the server learned says of a rate of payments."""
+        rows = int(self.studies["rows"]) if self.studies else None
+        costs = read_costs(given.costs, "fraud", "nodules" if self.studies else None, rows)
+        again = {"again": self.again, "again_rows": self.again_rows}
+        urgent = costs.urgent.model_copy(update=again)
+        patient = None
+        if costs.background is not None:
+            patient = costs.background.model_copy(update=self.studies)
+
+        def planned(outside: tuple[float, ...]) -> Point:
+            own = urgent.model_copy(update={"outside": outside})
+            of = costs.model_copy(update={"urgent": own, "background": patient})
+            asked = Patient(1.0, 1.0, "studies") if self.studies else None
+            made = Question(of, given.sla_ms / 1e3, rate, patient=asked, seconds=60.0)
+            return point(made, 1)
+
+        found, inside = planned(self.outside), planned((0.0,))
+        return {
+            "planned_p99_ms": found.p99,
+            "planned_per_second": rate * found.in_time,
+            "planned_windows_per_minute": 60 * (found.jobs_possible or 0.0) * (rows or 0),
+            "planned_engine_p99_ms": inside.p99,
+        }
 
 
-def foretold(
-    given: argparse.Namespace, outside: list[float], studies: dict[str, float]
-) -> dict[str, float]:
-    """What a plan on the costs that the server learned says of the same load.
-
-    Args:
-        given: the command line.
-        outside: what payments took beside their batches, seconds.
-        studies: rows of one, how many at once, and seconds between two; empty: there were none.
-    """
-    rows = int(studies["rows"]) if studies else None
-    costs = read_costs(given.costs, "fraud", "nodules" if studies else None, rows)
-    if costs.background is not None:
-        costs = costs.model_copy(update={"background": costs.background.model_copy(update=studies)})
-
-    def planned(beside: list[float]) -> Point:
-        urgent = costs.urgent.model_copy(update={"outside": tuple(beside)})
-        patient = Patient(1.0, 1.0, "studies") if studies else None
-        of = costs.model_copy(update={"urgent": urgent})
-        question = Question(of, given.sla_ms / 1e3, given.rate, patient=patient, seconds=60.0)
-        return point(question, 1)
-
-    found, inside = planned(outside), planned([0.0])
-    return {
-        "planned_p99_ms": found.p99,
-        "planned_per_second": given.rate * found.in_time,
-        "planned_windows_per_minute": 60 * (found.jobs_possible or 0.0) * (rows or 0),
-        "planned_engine_p99_ms": inside.p99,
-    }
-
-
-def quantile_of(grown: Mapping[str, float], share: float) -> float:
-    """A quantile of a histogram of the server's, linear inside of a bucket.
-
-    Args:
-        grown: how much each of its buckets has grown, by its series.
-        share: which quantile, 0 to 1.
-    """
-    edge = re.compile(r'le="([^"]+)"')
-    counts = sorted((float(found[1]), n) for key, n in grown.items() if (found := edge.search(key)))
-    wanted, low, below = share * counts[-1][1], 0.0, 0.0
-    for high, count in counts:
-        if count >= wanted:
-            return (
-                high
-                if math.isinf(high)
-                else low + (high - low) * (wanted - below) / (count - below)
-            )
-        low, below = high, count
-    return low
+def held_against(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs at other rates, each with what the plan of the run at ``--rate`` foretold for it."""
+    base = measure("plinth", given, 0)
+    foretold = {rate: base["seen"].foretold(given, rate) for rate in given.also}
+    runs = [base]
+    for number, rate in enumerate(given.also):
+        own = argparse.Namespace(**{**vars(given), "rate": rate})
+        runs.append(measure("plinth", own, number + 1) | foretold[rate])
+    return runs
 
 
 def cpu_seconds(server: psutil.Process) -> float:
@@ -424,9 +430,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def show(medians: dict[str, dict[str, float]], runs: list[dict[str, Any]]) -> None:
     """Print a column for each arm: median, and the range over the repeats."""
-    table = Table(
-        "", *medians, title=f"{runs[0]['load']['rate']:g} payments/s due, with CT studies"
-    )
+    table = Table("", *medians, title=f"{runs[0]['rate']:g} payments/s due, with CT studies")
     for name, title in (FIGURES | (PLANNED if "planned_p99_ms" in runs[0] else {})).items():
         cells = []
         for arm in medians:
@@ -455,16 +459,27 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["plinth", "plain"])
     parser.add_argument("--sla-ms", type=float, default=150.0)
     parser.add_argument("--plan", action="store_true", help="what plinth plan foretells, too")
+    parser.add_argument("--also", type=float, nargs="+", help="rates for which the plan is held")
     parser.add_argument("--serve-plain", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve_plain is not None:
         serve_plain(given.serve_plain)
         return
+    if given.also:
+        given.plan, given.arms = True, ["plinth"]
     if given.plan and "plain" in given.arms:
         parser.error("--plan: the arm plain learns no costs, leave it out with --arms")
     with tempfile.TemporaryDirectory() as folder:
         given.costs = Path(folder) / "costs.json"
-        runs = [measure(arm, given, seed) for seed in range(given.repeats) for arm in given.arms]
+        if given.also:
+            runs = held_against(given)
+            for run in runs:
+                run["arm"] = f"{run['rate']:g}/s"
+        else:
+            turns = range(given.repeats)
+            runs = [measure(arm, given, seed) for seed in turns for arm in given.arms]
+    for run in runs:
+        run.pop("seen")
     medians = summary(runs)
     if given.json:
         print_json({"medians": medians, "runs": runs})

@@ -10,6 +10,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,11 +147,11 @@ class Replay:
 
     Attributes:
         lost: the ``id`` of batches whose lane died before they ended.
-        follow: the background work that comes because some was done, and when that was (seconds);
-            it arrives then or later.
+        follow: the work that comes because some was done, and when that was (seconds); it arrives
+            then or later.
     """
 
-    follow: Callable[[Work, float], Work] | None = None
+    follow: Callable[[Work, float], Sequence[Work]] | None = None
 
     def __init__(
         self,
@@ -166,6 +167,7 @@ class Replay:
         self._held = float("inf")
         self._left: dict[Work, int] = {}
         self._following: list[tuple[float, int, Work]] = []
+        self._numbers = count()
         self._dead: set[int] = set()
         self.lost: set[int] = set()
 
@@ -210,8 +212,8 @@ class Replay:
             else:
                 self._left.pop(part.work, None)
                 self.trace.finish[part.work] = now
-                if self.follow is not None and part.work.sla.deadline_ms is None:
-                    self._add(self.follow(part.work, now))
+                for each in () if self.follow is None else self.follow(part.work, now):
+                    self._add(each)
         return now
 
     def _admit(self, work: Work) -> None:
@@ -219,7 +221,7 @@ class Replay:
             self.refuse(work)
 
     def _add(self, work: Work) -> None:
-        heapq.heappush(self._following, (work.arrival, len(self.trace.finish), work))
+        heapq.heappush(self._following, (work.arrival, next(self._numbers), work))
 
     def change(self, change: Change) -> None:
         """Let something happen to the lanes: what was lost with one waits again."""

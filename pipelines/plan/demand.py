@@ -113,8 +113,13 @@ class Costs(Table):
     outside: tuple[float, ...] = Field(
         default=(0.0,),
         min_length=1,
-        description="what requests take beside their batches: network, door, encoding; seconds",
+        description="what requests take beside their batches: network, door, encoding; seconds, in "
+        "the order of the time that they took in the engine",
     )
+    again: float = Field(
+        default=0.0, ge=0, le=1, description="share of requests that ask a second time, after that"
+    )
+    again_rows: int = Field(default=1, ge=1, description="rows of what they ask then")
     max_rows: int | None = Field(
         default=None, ge=1, description="rows of the largest batch; none: the largest measured"
     )
@@ -182,7 +187,9 @@ def read_costs(
 
 
 def read_outside(path: Path) -> tuple[float, ...]:
-    """What requests took outside of the engine, seconds, in what ``plinth benchmark`` has measured.
+    """What requests took outside of the engine, in what ``plinth benchmark`` has measured.
+
+    Seconds, in the order of the time that they took in the engine.
 
     Args:
         path: of what ``plinth benchmark URL --json`` printed.
@@ -206,9 +213,9 @@ def read_outside(path: Path) -> tuple[float, ...]:
 
 
 def _outsides(value: Any) -> Iterator[list[Any]]:
-    """The lists under ``outside_ms``, at any depth, that are not empty."""
+    """The lists under ``outside_by_engine_ms``, at any depth, that are not empty."""
     if isinstance(value, dict):
-        own = value.get("outside_ms")
+        own = value.get("outside_by_engine_ms")
         if isinstance(own, list) and own:
             yield own
         value = list(value.values())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from plinth.engine.flow import Sla
 from plinth.engine.scheduler.batcher import Batcher
@@ -19,6 +20,9 @@ from plinth.pipelines.plan.demand import CostFile, Costs, Patient
 WARM = 0.1
 """Share of the time that is left out at the beginning, while the lanes fill."""
 URGENT, PATIENT = "urgent", "background"
+NEAR = 0.005
+"""Share of all requests, up and down by their time in the engine, that one is taken for any of."""
+Waits = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +125,10 @@ def plan(question: Question, lanes: Iterable[int]) -> Plan:
 def point(question: Question, lanes: int) -> Point:
     """What so many lanes hold."""
     patient = question.patient is not None
-    trace, urgent, seconds = _run(question, lanes, patient=patient)
+    trace, asked, seconds = _run(question, lanes, patient=patient)
     first = WARM * seconds
-    counted = [work for work in urgent if work.arrival >= first]
-    ends = np.array([trace.finish.get(work, np.inf) for work in counted])
-    outside = np.random.default_rng(question.seed).choice(question.costs.urgent.outside, len(ends))
-    waits = ends - np.array([work.arrival for work in counted]) + outside
+    counted = [work for work in asked if work.arrival >= first]
+    waits = _with_outside(_in_engine(trace, counted, asked), question)
     answered = waits[np.isfinite(waits)]
     in_time = int(np.count_nonzero(waits <= question.deadline + 1e-9))
     shown = 1e3 * np.percentile(answered, [50, 99, 99.9]) if len(answered) else [float("nan")] * 3
@@ -158,33 +160,99 @@ def point(question: Question, lanes: int) -> Point:
     )
 
 
-def _run(question: Question, lanes: int, *, patient: bool) -> tuple[Trace, list[Work], float]:
+def _with_outside(waits: Waits, question: Question) -> Waits:
+    """Add to the time in the engine what requests took outside of it that were there as long.
+
+    As long as the others: the longest of a thousand has what the longest of those had that were
+    measured, or about that. So the two go together as they did, at other loads too.
+
+    Args:
+        waits: seconds in the engine; infinity: refused.
+        question: whose costs say what was measured.
+    """
+    outside: Waits = np.array(question.costs.urgent.outside)
+    shares = np.argsort(np.argsort(waits, kind="stable"), kind="stable") / max(len(waits), 1)
+    near = np.random.default_rng(question.seed).uniform(-NEAR, NEAR, len(waits))
+    places = np.clip((shares + near) * len(outside), 0, len(outside) - 1).astype(int)
+    found: Waits = waits + outside[places]
+    return found
+
+
+def _in_engine(trace: Trace, counted: Sequence[Work], asked: Mapping[Work, list[Work]]) -> Waits:
+    """Seconds that requests were in the engine, also for what they asked then; infinity: refused.
+
+    Args:
+        trace: what became of all work.
+        counted: what requests asked first.
+        asked: what they asked after that.
+    """
+    return np.array(
+        [
+            trace.finish.get(work, np.inf)
+            - work.arrival
+            + max(
+                (trace.finish.get(each, np.inf) - each.arrival for each in asked[work]), default=0
+            )
+            for work in counted
+        ]
+    )
+
+
+def _run(
+    question: Question, lanes: int, *, patient: bool
+) -> tuple[Trace, dict[Work, list[Work]], float]:
+    """What came of it; what each request asked after its first work; the seconds of it."""
     arrivals = question.arrivals()
     seconds = question.seconds if question.trace is None else float(arrivals[-1])
     rows = question.costs.urgent.rows
-    urgent = [Work(URGENT, rows, float(at), question.sla) for at in arrivals]
-    run = _pool(question, lanes)
+    asked: dict[Work, list[Work]] = {
+        Work(URGENT, rows, float(at), question.sla): [] for at in arrivals
+    }
+    run, random = _pool(question, lanes), np.random.default_rng(question.seed)
     jobs: list[Work] = []
     if patient and question.costs.background is not None:
-        jobs = _jobs(run, question.costs.background, lanes, question.seed)
-    works = sorted([*jobs, *urgent], key=lambda work: work.arrival)
+        jobs = _jobs(question.costs.background, lanes, random)
+
+    def follow(work: Work, now: float) -> Sequence[Work]:
+        if work in asked:
+            asked[work] += _second(work, now, question, random)
+            return asked[work]
+        costs = question.costs.background
+        more = work.key == PATIENT and costs is not None and costs.at_once is not None
+        return [_job(costs, now, random)] if more and costs is not None else []
+
+    run.follow = follow
+    works = sorted([*jobs, *asked], key=lambda work: work.arrival)
     trace = run.through(works, seconds if jobs else float("inf"))
-    return trace, urgent, seconds
+    return trace, asked, seconds
 
 
-def _jobs(run: Replay, costs: Costs, lanes: int, seed: int) -> list[Work]:
-    """The first background jobs, and how others follow them."""
+def _second(work: Work, now: float, question: Question, random: np.random.Generator) -> list[Work]:
+    """What a request asks once its first work is done, of which its promise is part."""
+    costs = question.costs.urgent
+    if random.random() >= costs.again:
+        return []
+    at = now + 0.5 * float(np.median(costs.outside))  # it has been in the door between
+    left, pieces = costs.again_rows, list[Work]()
+    while left:
+        rows = min(left, costs.most)
+        pieces.append(Work(URGENT, rows, at, question.sla, since=work.arrival))
+        left -= rows
+    return pieces
+
+
+def _jobs(costs: Costs, lanes: int, random: np.random.Generator) -> list[Work]:
+    """The first background jobs."""
     if costs.at_once is None:
         # Several jobs at once, each without end: there is always one more slice.
         return [Work(PATIENT, 1 << 40, 0.0, Sla()) for _ in range(lanes)]
-    random = np.random.default_rng(seed)
+    jobs = (_job(costs, 0.0, random) for _ in range(costs.at_once))
+    return sorted(jobs, key=lambda work: work.arrival)
 
-    def job(now: float) -> Work:
-        # Not all alike, or jobs that once fell in step would stay so.
-        return Work(PATIENT, costs.rows, now + costs.between * random.uniform(0.5, 1.5), Sla())
 
-    run.follow = lambda _, now: job(now)
-    return sorted((job(0.0) for _ in range(costs.at_once)), key=lambda work: work.arrival)
+def _job(costs: Costs, now: float, random: np.random.Generator) -> Work:
+    """A job that comes after another; not all alike, or those that fell in step would stay so."""
+    return Work(PATIENT, costs.rows, now + costs.between * random.uniform(0.5, 1.5), Sla())
 
 
 def _pool(question: Question, lanes: int) -> Replay:

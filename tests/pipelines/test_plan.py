@@ -63,9 +63,9 @@ def test_what_requests_take_beside_their_batches_is_added_to_each():
     ("text", "problem"),
     [
         ("{}", "does not say"),
-        ('{"outside_ms": []}', "does not say"),
-        ('{"outside_ms": ["x"]}', "no result of a benchmark"),
-        ('{"outside_ms": [NaN]}', "does not say"),
+        ('{"outside_by_engine_ms": []}', "does not say"),
+        ('{"outside_by_engine_ms": ["x"]}', "no result of a benchmark"),
+        ('{"outside_by_engine_ms": [NaN]}', "does not say"),
         ("[", "no result of a benchmark"),
     ],
 )
@@ -74,7 +74,9 @@ def test_a_benchmark_that_says_nothing_of_that_is_refused(tmp_path, text, proble
     file.write_text(text)
     with pytest.raises(ConfigError, match=problem):
         read_outside(file)
-    file.write_text('{"runs": [{"outside_ms": []}, {"load": {"outside_ms": [5.0, 7.5]}}]}')
+    file.write_text(
+        '{"runs": [{"outside_by_engine_ms": []}, {"load": {"outside_by_engine_ms": [5.0, 7.5]}}]}'
+    )
     assert read_outside(file) == (0.005, 0.0075)
 
 
@@ -204,3 +206,23 @@ def test_what_cannot_be_planned_is_said_before_anything_runs(tmp_path: Path):
     words += ["--rate", "1", "--costs", str(file), "--background", "1/night"]
     found = CliRunner().invoke(app, words)
     assert "no costs of background work" in str(found.exception)
+
+
+def test_what_requests_take_outside_goes_with_their_time_in_the_engine():
+    ordered = tuple([0.001] * 99 + [0.050])
+    asked = [(ordered, 45.0, 90.0), (tuple(reversed(ordered)), 1.0, 40.0)]
+    for outside, low, high in asked:
+        costs = CostFile(urgent=URGENT.model_copy(update={"outside": outside}))
+        made = Question(costs, 0.2, 20.0, seconds=40.0)
+        alone = plan(Question(CostFile(urgent=URGENT), 0.2, 20.0, seconds=40.0), [1]).points[0]
+        found = plan(made, [1]).points[0]
+        assert low <= found.p999 - alone.p999 <= high
+
+
+def test_requests_that_ask_a_second_time_wait_for_a_second_batch():
+    urgent = Costs(seconds={1: 0.010, 4: 0.040}, again=1.0, again_rows=6, outside=(0.004,))
+    found = plan(Question(CostFile(urgent=urgent), 0.2, 0.5, seconds=60.0), [1]).points[0]
+    assert found.p50 == pytest.approx(10 + 40 + 20 + 4), "six rows are two batches"
+    some = urgent.model_copy(update={"again": 0.02})
+    shown = plan(Question(CostFile(urgent=some), 0.2, 0.5, seconds=600.0), [1]).points[0]
+    assert (shown.p50, shown.p99) == pytest.approx((14.0, 74.0))
