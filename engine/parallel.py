@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -20,7 +21,7 @@ def spread(work: Callable[[T], object], parts: Iterable[T], threads: int | None 
     """Do ``work`` with each part, several at a time; ends when all of it has ended.
 
     Worth it only where ``work`` spends its time in native code that lets other threads run. A
-    single part, or a single CPU, is done in the caller's thread.
+    single part, or a single CPU, is done in the caller's thread, which always takes its share.
 
     Args:
         work: called once with each part, in any order; must not wait for another part.
@@ -30,26 +31,29 @@ def spread(work: Callable[[T], object], parts: Iterable[T], threads: int | None 
     Raises:
         BaseException: the first that ``work`` raised; parts not begun then are left out.
     """
-    todo = list(parts)
+    todo = deque(parts)
     width = min(threads or len(os.sched_getaffinity(0)), MOST, len(todo))
-    if width < 2:
-        for part in todo:
-            work(part)
-        return
     failed = threading.Event()
 
-    def one(part: T) -> None:
-        if failed.is_set():
-            return
-        try:
-            work(part)
-        except BaseException:
-            failed.set()
-            raise
+    def take() -> None:
+        while not failed.is_set():
+            try:
+                part = todo.popleft()
+            except IndexError:
+                return
+            try:
+                work(part)
+            except BaseException:
+                failed.set()
+                raise
 
-    with ThreadPoolExecutor(width, thread_name_prefix="plinth-spread") as pool:
-        begun = [pool.submit(one, part) for part in todo]
-    for done in begun:
+    if width < 2:
+        take()
+        return
+    with ThreadPoolExecutor(width - 1, thread_name_prefix="plinth-spread") as pool:
+        others = [pool.submit(take) for _ in range(width - 1)]
+        take()
+    for done in others:
         done.result()
 
 

@@ -6,7 +6,7 @@ They change nothing that they are given; what they found is what they return.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -18,7 +18,6 @@ from plinth.verticals.medical.ct.analysis import (
     LUNG_RIGHT,
     NODULE,
     Analysis,
-    Labels,
     analyse,
 )
 from plinth.verticals.medical.dicom.decode import MAX_BYTES
@@ -35,6 +34,7 @@ from plinth.verticals.medical.nodules.candidates import (
     prepare_input,
     recheck,
 )
+from plinth.verticals.medical.volumes.labelled import Patch
 from plinth.verticals.medical.volumes.measured import Measured, measured
 from plinth.verticals.medical.volumes.suv import suv_by_weight
 from plinth.verticals.medical.volumes.volume import Volume
@@ -80,13 +80,13 @@ class NoduleFindings:
     """What became of the network's candidates.
 
     Args:
-        labels: (z, y, x) uint8 on the native grid, nodules among them.
+        patches: where they lie over the labels that the rules found.
         nodules: the largest first.
         sizes: of lungs and nodules.
         seconds: wall time by stage.
     """
 
-    labels: Labels
+    patches: list[Patch]
     nodules: list[Nodule]
     sizes: dict[str, Measured]
     seconds: dict[str, float] = field(default_factory=dict)
@@ -193,14 +193,13 @@ def measure_nodules(
     """
     clock = StageClock()
     probabilities = [] if logits is None else confidences(logits, found)
-    if found.boxes:
-        analysis = replace(analysis, labels=analysis.labels.copy())
-    nodules = measure(volume, analysis, seen, found, probabilities, thresholds)
+    nodules, patches = measure(volume, analysis, seen, found, probabilities, thresholds)
     clock.mark("nodules")
     trim()
-    sizes = measured(volume, analysis.labels, titles(nodules))
+    sizes = measured(volume, analysis.labels, titles(nodules), patches)
     clock.mark("measure")
-    return NoduleFindings(analysis.labels, nodules, sizes, clock.seconds)
+    trim()
+    return NoduleFindings(patches, nodules, sizes, clock.seconds)
 
 
 def titles(nodules: list[Nodule]) -> dict[int, tuple[str, str]]:

@@ -417,7 +417,9 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
         if rules.network_input is not None:
             plan["network_grid_zyx"] = list(rules.network_input.grid.size)
             found = yield from self._nodules(volume, analysis, rules.network_input, clock)
-            analysis.labels, nodules, sizes = found.labels, found.nodules, found.sizes
+            nodules, sizes = found.nodules, found.sizes
+            for patch in found.patches:
+                patch.put(analysis.labels)
         elif settings.nodules:
             analysis.warnings.append("no lungs were found, so nodules were not looked for")
         report = self._report(volume, analysis, nodules, plan)

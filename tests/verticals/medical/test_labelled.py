@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from plinth.verticals.medical.volumes.labelled import boxes_of, slices_with
+from plinth.verticals.medical.volumes.labelled import Patch, boxes_of, part_of, slices_with
 
 
 @pytest.mark.parametrize("planes", [1, 16, 37])
@@ -28,3 +28,18 @@ def test_boxes_and_slices_are_those_of_each_label(planes: int) -> None:
 def test_no_labels_have_no_boxes() -> None:
     assert boxes_of(np.zeros((3, 4, 5), np.uint8), [1, 2]) == {}
     assert boxes_of(np.zeros((0, 4, 5), np.uint8), [1]) == {}
+
+
+def test_a_part_shows_the_patches_that_reach_into_it() -> None:
+    chance = np.random.default_rng(5)
+    labels = chance.integers(0, 3, (6, 7, 8)).astype(np.uint8)
+    box, other = (slice(1, 4), slice(0, 5), slice(2, 8)), (slice(3, 6), slice(4, 7), slice(0, 3))
+    patches = [
+        Patch(box, chance.random((3, 5, 6)) < 0.5, 4),
+        Patch(other, chance.random((3, 3, 3)) < 0.5, 5),
+    ]
+    whole = labels.copy()
+    for patch in patches:
+        patch.put(whole)
+    for part in (box, other, (slice(0, 6), slice(0, 7), slice(0, 8)), (slice(5, 6),) * 3):
+        assert np.array_equal(part_of(labels, part, patches), whole[part])

@@ -73,7 +73,7 @@ class Analysis:
 
     Args:
         labels: (z, y, x) uint8 on the native grid: LUNG_RIGHT, LUNG_LEFT, BONE_LABEL; from
-            NODULE on the nodules, once ``candidates.measure`` has run.
+            NODULE on the nodules, once these are found.
         orientation: how the array lies in the patient.
         regions: the coarse regions the labels were refined from.
         findings: the numbers, with units and methods.

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from plinth.engine.mapped import trim
 from plinth.engine.parallel import spread
 from plinth.verticals.medical.ct.airway import airway, labels_in_plane
 from plinth.verticals.medical.ct.missing import opaque_ml
@@ -107,6 +108,7 @@ def regions(volume: Volume, orientation: Orientation) -> Regions:
         opened.append(_opened_ml(_lung_like(hu, body), tissue))
 
     spread(lambda step: step(), (lungs_and_airway, around_them))
+    trim()  # of what two threads held and let go
     bits = may | around
     native = np.ascontiguousarray(orientation.from_patient(bits))
     opaque = tuple(

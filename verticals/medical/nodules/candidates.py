@@ -21,6 +21,7 @@ from torch import Tensor
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE, Analysis
 from plinth.verticals.medical.ct.segment import LEFT, RIGHT
 from plinth.verticals.medical.nodules.network import windowed
+from plinth.verticals.medical.volumes.labelled import Box, Patch
 from plinth.verticals.medical.volumes.resample import Grid, fit_spacing, resample
 from plinth.verticals.medical.volumes.volume import Volume
 
@@ -33,7 +34,6 @@ FULL = np.ones((3, 3, 3), bool)
 
 Bool = npt.NDArray[np.bool_]
 Labels = npt.NDArray[np.uint8]
-Box = tuple[slice, slice, slice]
 
 
 class Nodule(BaseModel):
@@ -222,22 +222,21 @@ def measure(
     found: Candidates,
     probabilities: list[float],
     thresholds: Thresholds,
-) -> list[Nodule]:
-    """Measure the network's candidates and write them into ``analysis.labels``.
+) -> tuple[list[Nodule], list[Patch]]:
+    """Measure the network's candidates.
 
     Args:
         volume: HU.
-        analysis: its lungs; voxels of nodule n become ``NODULE + n - 1`` in its labels.
+        analysis: its lungs.
         network_input: what the network was shown.
         found: the candidates of its answer.
         probabilities: their confidences.
         thresholds: what a candidate must reach to be told.
 
     Returns:
-        The nodules, largest first.
+        The nodules, largest first, and where they lie over the labels: nodule n as ``NODULE`` + n
+        - 1, a smaller one over a larger.
     """
-    if not found.boxes:
-        return []
     told: list[tuple[Box, Bool, dict[str, Any]]] = []
     spacing, grid = volume.spacing[::-1], network_input.grid
     lungs = _sides(analysis)
@@ -256,9 +255,8 @@ def measure(
         if facts["diameter_mm"] >= thresholds.diameter_mm:
             told.append((here, mask, facts | {"confidence": round(probabilities[number - 1], 3)}))
     told.sort(key=lambda one: -one[2]["volume_mm3"])
-    for n, (here, mask, _) in enumerate(told):
-        analysis.labels[here][mask] = NODULE + n
-    return [Nodule(number=n, **facts) for n, (*_, facts) in enumerate(told, start=1)]
+    patches = [Patch(here, mask, NODULE + n) for n, (here, mask, _) in enumerate(told)]
+    return [Nodule(number=n, **facts) for n, (*_, facts) in enumerate(told, start=1)], patches
 
 
 def _sides(analysis: Analysis) -> Labels:

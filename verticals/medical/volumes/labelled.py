@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +12,52 @@ from plinth.engine.parallel import spread
 
 Bool = npt.NDArray[np.bool_]
 Labels = npt.NDArray[np.uint8]
+Box = tuple[slice, slice, slice]
 TOGETHER = 16
 """Planes that one thread looks at before it takes others."""
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """A structure that lies over the labels of a volume.
+
+    Args:
+        box: the part of the volume that it lies in.
+        mask: (z, y, x) of that part.
+        label: of the structure.
+    """
+
+    box: Box
+    mask: Bool
+    label: int
+
+    def put(self, labels: Labels) -> None:
+        """Write it into the labels (z, y, x) of the whole volume."""
+        labels[self.box][self.mask] = self.label
+
+
+def part_of(labels: Labels, box: Box, patches: Sequence[Patch]) -> Labels:
+    """A copy of a part of the labels, with the patches that lie in it in their order.
+
+    Args:
+        labels: (z, y, x).
+        box: the part.
+        patches: over the whole.
+    """
+    part = labels[box].copy()
+    for patch in patches:
+        spans = list(zip(box, patch.box, strict=True))
+        both = [(max(a.start, b.start), min(a.stop, b.stop)) for a, b in spans]
+        if all(start < stop for start, stop in both):
+            ours, theirs = (
+                tuple(
+                    slice(start - span[side].start, stop - span[side].start)
+                    for (start, stop), span in zip(both, spans, strict=True)
+                )
+                for side in (0, 1)
+            )
+            part[ours][patch.mask[theirs]] = patch.label
+    return part
 
 
 def slices_with(labels: Labels, values: Sequence[int] | Labels) -> Bool:
@@ -36,9 +81,7 @@ def slices_with(labels: Labels, values: Sequence[int] | Labels) -> Bool:
     return found
 
 
-def boxes_of(
-    labels: Labels, values: Sequence[int] | Labels
-) -> dict[int, tuple[slice, slice, slice]]:
+def boxes_of(labels: Labels, values: Sequence[int] | Labels) -> dict[int, Box]:
     """The smallest box around each label that has a voxel.
 
     Args:

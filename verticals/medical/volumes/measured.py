@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
-from plinth.verticals.medical.volumes.labelled import boxes_of
+from plinth.verticals.medical.volumes.labelled import Patch, boxes_of, part_of
 from plinth.verticals.medical.volumes.shape import (
     Mask,
     Shape,
@@ -81,7 +81,10 @@ class Measured(BaseModel):
 
 
 def measured(
-    volume: Volume, labels: npt.NDArray[np.uint8], titles: Mapping[int, tuple[str, str]]
+    volume: Volume,
+    labels: npt.NDArray[np.uint8],
+    titles: Mapping[int, tuple[str, str]],
+    patches: Sequence[Patch] = (),
 ) -> dict[str, Measured]:
     """Measure the labelled structures of a volume; those without voxels are left out.
 
@@ -89,18 +92,24 @@ def measured(
         volume: whose values they have.
         labels: (z, y, x) on its grid; slices that were interpolated hold none.
         titles: key and title of a structure by its label.
+        patches: structures over the labels, each of a label that they do not hold.
 
     Returns:
         By key, in the order of ``titles``.
     """
+    boxes = boxes_of(labels, list(titles)) | {patch.label: patch.box for patch in patches}
     found: dict[str, Measured] = {}
-    for label, box in boxes_of(labels, list(titles)).items():
-        around = tuple(
+    for label, (key, title) in titles.items():
+        if label not in boxes:
+            continue
+        z, y, x = (
             slice(max(0, span.start - 1), min(size, span.stop + 1))
-            for span, size in zip(box, labels.shape, strict=True)
+            for span, size in zip(boxes[label], labels.shape, strict=True)
         )
-        key, title = titles[label]
-        found[key] = _measured(title, volume, labels[around] == label, volume.voxels[around])
+        around = (z, y, x)
+        inside = part_of(labels, around, patches) == label
+        if inside.any():
+            found[key] = _measured(title, volume, inside, volume.voxels[around])
     return found
 
 
