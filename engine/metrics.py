@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
@@ -25,6 +26,9 @@ _SECONDS = (
     *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0),
 )
 
+
+REMEMBERED = 256
+"""Models removed last whose late answers are not shown either."""
 
 _SLA_MISSES = (
     "plinth_sla_misses_total",
@@ -70,6 +74,10 @@ class _ByModel(Collector):
             found = self._models[model] = (buckets, whole, whole.labels(model))
         return found[2]
 
+    def forget(self, model: str) -> None:
+        """Show a model no more."""
+        self._models.pop(model, None)
+
     def collect(self) -> Iterator[Metric]:
         """See Collector."""
         shown = Metric(*self._about, "histogram")
@@ -102,6 +110,8 @@ class EngineMetrics:
 
     def __init__(self, device: Device, waiting: Callable[[str], int]) -> None:
         registry = self.registry = CollectorRegistry()
+        registry.register(_Sweep(self))
+        self._removed: deque[str] = deque(maxlen=REMEMBERED)
         counter = partial(Counter, registry=registry)
         histogram = partial(Histogram, registry=registry)
         self.calls = counter(
@@ -169,7 +179,7 @@ class EngineMetrics:
         )
         registry.register(self._call_seconds)
         registry.register(self._queue_seconds)
-        self._families = (
+        self._families: tuple[Histogram, ...] = (
             histogram(
                 "plinth_batch_rows",
                 "Rows of the batches that ran.",
@@ -236,12 +246,56 @@ class EngineMetrics:
         else:
             self._weights.labels(name).set_function(ask)
 
+    def removed(self, name: str) -> None:
+        """Show a model no more, from the next scrape on; nor what late answers of it count."""
+        self.weights(name, None)
+        self._removed.append(name)
+
+    def sweep(self) -> None:
+        """Let go of all series of models that were removed."""
+        for name in set(self._removed):
+            for metric in self._of_models():
+                metric.remove_by_labels({"model": name})
+            self.degraded.remove_by_labels({"cheaper": name})
+            self._call_seconds.forget(name)
+            self._queue_seconds.forget(name)
+            self._models.pop(name, None)
+            for key in [key for key in list(self._outcomes) if key[0] == name]:
+                self._outcomes.pop(key, None)
+
+    def _of_models(self) -> tuple[MetricWrapperBase, ...]:
+        return (
+            *(self.calls, self.sla_misses, self.degraded, self.variant_switches),
+            *(self.failed_batches, self.rerun_batches, self.shared, self.halved, *self._families),
+        )
+
     def promise(self, name: str, seconds: float | None) -> None:
-        """Let a bucket of a model's histograms end at its promise."""
+        """Let a bucket of a model's histograms end at its promise; one removed is shown again."""
+        self.sweep()
+        while name in self._removed:
+            self._removed.remove(name)
         self._call_seconds.of(name, seconds)
         self._queue_seconds.of(name, seconds)
         self._models.pop(name, None)
         self.of_model(name)
+
+
+class _Sweep(Collector):
+    """Comes first at every scrape, and lets go of what models that were removed left.
+
+    Args:
+        metrics: of an engine; held weakly.
+    """
+
+    def __init__(self, metrics: EngineMetrics) -> None:
+        self._metrics = weakref.ref(metrics)
+
+    def collect(self) -> Iterator[Metric]:
+        """See Collector; nothing is shown."""
+        metrics = self._metrics()
+        if metrics is not None:
+            metrics.sweep()
+        return iter(())
 
 
 def _ask(waiting: weakref.WeakMethod[Callable[[str], int]], kind: str) -> float:

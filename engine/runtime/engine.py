@@ -316,7 +316,7 @@ class Engine:
         with self._lock:
             for key in self._lanes.pop(name).keys:
                 self._batcher.forget(key)
-            self.metrics.weights(name, None)
+            self.metrics.removed(name)
             self._register_models()
 
     # -- life --------------------------------------------------------------------------------
