@@ -15,7 +15,7 @@ from plinth.engine.backends.base import Availability
 from plinth.engine.backends.eager import TorchExecutable, in_eval_mode
 from plinth.engine.backends.export import Traced, quiet, refusing
 from plinth.engine.backends.inductor import compiler
-from plinth.engine.cache import cache_folder
+from plinth.engine.cache import cache_folder, keep_bound, used
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
 from plinth.engine.models.store import Model
@@ -87,6 +87,7 @@ def _library(model: Model, device: Device, threads: int) -> Path:
     key = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     path = cache_folder("aotinductor") / f"{key}.pt2"
     if path.is_file():
+        used(path)
         return path
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
         new = Path(folder) / "model.pt2"
@@ -95,4 +96,5 @@ def _library(model: Model, device: Device, threads: int) -> Path:
         if not new.is_file():
             raise ModelError(f"model {model.spec.name}: the compiler gave no library")
         new.replace(path)
+    keep_bound()
     return path

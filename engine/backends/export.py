@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from plinth.distribution import version
 from plinth.engine.backends.base import installed
 from plinth.engine.backends.eager import in_eval_mode, stored_bytes, unpacked_copy
-from plinth.engine.cache import cache_folder
+from plinth.engine.cache import cache_folder, keep_bound, used
 from plinth.engine.errors import ModelError
 from plinth.engine.models.binding import Binding, outputs_by_name
 from plinth.engine.models.digest import digest, lasting_digest
@@ -89,6 +89,7 @@ def onnx_file(model: Model) -> Path:
     made = Traced(model)
     path = cache_folder("onnx") / f"{made.key}.onnx"
     if path.is_file():
+        used(path)
         return path
     with _EXPORTING:
         return path if path.is_file() else _exported(model, made.program, path)
@@ -119,6 +120,7 @@ def _exported(model: Model, program: torch.export.ExportedProgram, path: Path) -
             tidy_recurrent(proto)
             _refuse_negative_ids(proto, new)
         new.replace(path)
+    keep_bound()
     return path
 
 

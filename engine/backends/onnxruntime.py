@@ -159,6 +159,8 @@ class OrtExecutable:
     def release(self) -> bool:
         """Load the session anew; its arena keeps what the largest batch so far took."""
         self._bound.clear()
+        if self._kept is None and not self._path.exists():  # let go of from the cache
+            return False
         del self._session
         self._session = self._opened()
         return True

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections import Counter
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,18 @@ from plinth.engine.backends.base import Availability, check_finite, installed, n
 from plinth.engine.backends.export import compile_peak, onnx_file, why_not_onnx
 from plinth.engine.backends.normalised import exact_norms
 from plinth.engine.backends.quantised import openvino_file
-from plinth.engine.cache import cache_folder
+from plinth.engine.cache import cache_folder, keep_bound
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import InputError, ModelError
+from plinth.engine.models.kept import Kept, graph_facts, kept_files
 from plinth.engine.models.spec import ModelSpec
 from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import CLASSES, PrecisionPolicy
 from plinth.engine.precision.registry import missing, register
+
+_log = logging.getLogger(__name__)
+FORMAT = "1"
+"""Of what is done to a graph before it is kept; another one makes them anew."""
 
 INT32 = np.iinfo(np.int32)
 _LOOKUPS = ("Gather", "GatherElements", "GatherND")
@@ -49,6 +56,7 @@ class OpenVinoExecutable:
         threads: of one run; ``None`` as torch has it.
         precision: ``"fp32"``, ``"bf16"``, or what the graph was quantised to.
         bf16: let matrix products and convolutions compute in bfloat16.
+        source: where the graph comes from, so that it can be read again.
 
     Attributes:
         files: what a store must keep to load it again; none where there is nothing but a policy.
@@ -65,6 +73,7 @@ class OpenVinoExecutable:
         precision: str = "fp32",
         *,
         bf16: bool = False,
+        source: Source | None = None,
     ) -> None:
         self.device = device
         self.precision = precision
@@ -72,8 +81,9 @@ class OpenVinoExecutable:
         self.report: dict[str, Any] = {"threads": threads or torch.get_num_threads()}
         self.files: dict[str, Path] = {}
         self._spec = spec
+        self._source = source
         self._checks = _check_lookups(graph)
-        settings = {
+        self._settings = {
             "INFERENCE_NUM_THREADS": self.report["threads"],
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
@@ -83,11 +93,27 @@ class OpenVinoExecutable:
             "ENABLE_CPU_PINNING": False,
             "CACHE_DIR": str(_blobs(device)),
         }
-        self._compiled = _core().compile_model(graph, "CPU", settings)
+        self._ints = [t.name for t in spec.inputs if t.dtype == "int64"]
+        self._open(graph)
+        keep_bound()
+
+    def _open(self, graph: Any) -> None:
+        """Compile a graph, or the file of one, from which the library reads less."""
+        spec = self._spec
+        self._compiled = _core().compile_model(graph, "CPU", self._settings)
         self._request = self._compiled.create_infer_request()
         self._inputs = _places(self._compiled.inputs, [t.name for t in spec.inputs])
         self._outputs = _places(self._compiled.outputs, [t.name for t in spec.outputs])
-        self._ints = [t.name for t in spec.inputs if t.dtype == "int64"]
+
+    def again(self) -> Callable[[], OpenVinoExecutable] | None:
+        """What reads the same once it has left memory; ``None`` where nothing could be kept."""
+        source = self._source
+        kept = None if source is None else source.kept()
+        if source is None or kept is None:
+            return None
+        away = copy.copy(self)
+        away._compiled = away._request = None
+        return partial(_again, away, source, kept)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run rows on the host.
@@ -171,6 +197,56 @@ def _by_plugin() -> None:
     """Realised for the graph as a whole: bf16 by the CPU plugin, int8 by NNCF."""
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a graph comes from.
+
+    Args:
+        files: that it is read from, the graph's own first.
+        read: makes the graph of them.
+        how: what decides on that beside the files.
+    """
+
+    files: tuple[Path, ...]
+    read: Callable[[], Any]
+    how: str
+
+    def kept(self) -> Kept | None:
+        """As OpenVINO keeps graphs, with its checks: of such a file it knows its own cache by name
+        and time, and maps the weights.
+        """
+        import openvino
+
+        def write(new: Path) -> None:
+            openvino.save_model(self.whole(), str(new), compress_to_fp16=False)
+
+        facts = (
+            *graph_facts(*self.files),
+            self.how,
+            str(installed("openvino", "openvino").version),
+        )
+        return kept_files("openvino-graphs", facts, "model.xml", write, self.files[0])
+
+    def whole(self) -> Any:
+        """The graph with its checks."""
+        graph = self.read()
+        _check_lookups(graph)
+        return graph
+
+
+def _again(away: OpenVinoExecutable, source: Source, kept: Kept) -> OpenVinoExecutable:
+    found = copy.copy(away)
+    try:
+        if kept.is_same():
+            found._open(str(kept.path))
+            return found
+        _log.warning("model %s: %s was written to", away._spec.name, kept.path)
+    except (OSError, RuntimeError) as error:
+        _log.warning("model %s is compiled anew: %s", away._spec.name, error)
+    found._open(source.whole())
+    return found
+
+
 class OpenVino:
     """Runs ONNX files, and torch modules that export to one."""
 
@@ -207,12 +283,16 @@ class OpenVino:
             ModelError: it cannot be exported or read, or holds what is not computed as in torch,
                 or ``int8_static`` has no example rows.
         """
-        graph = read_graph(onnx_file(model), model.spec)
+        path = onnx_file(model)
         bf16, precision = "bf16" in policy.used, policy.name
-        if policy.used <= {"fp32"}:  # in bfloat16 a mean by itself would be rounded
-            exact_norms(graph)
+        exact = policy.used <= {"fp32"}
+        read = partial(_graph_of, path, model.spec, exact)
+        graph = read()
         if "int8_static" not in policy.used:
-            return OpenVinoExecutable(model.spec, graph, device, threads, precision, bf16=bf16)
+            source = Source((path,), read, f"{FORMAT} exact norms: {exact}")
+            return OpenVinoExecutable(
+                model.spec, graph, device, threads, precision, bf16=bf16, source=source
+            )
         path, plan = openvino_file(model, policy, graph)
         executable = self.load(model, path, device, threads, precision)
         executable.report["layers"] = plan
@@ -222,12 +302,30 @@ class OpenVino:
         self, model: Model, path: Path, device: Device, threads: int | None, precision: str
     ) -> OpenVinoExecutable:
         """A file that this backend made of the model before, its ``.bin`` beside it."""
-        graph = _core().read_model(str(path))
+        files = (path, path.with_suffix(".bin"))
+        source = Source(files, partial(_read_file, path), FORMAT)
         executable = OpenVinoExecutable(
-            model.spec, graph, device, threads, precision, bf16="bf16" in precision
+            *(model.spec, source.read(), device, threads, precision),
+            bf16="bf16" in precision,
+            source=source,
         )
-        executable.files = {"model.xml": path, "model.bin": path.with_suffix(".bin")}
+        executable.files = {"model.xml": path, "model.bin": files[1]}
         return executable
+
+
+def _read_file(path: Path) -> Any:
+    return _core().read_model(str(path))
+
+
+def _graph_of(path: Path, spec: ModelSpec, exact: bool) -> Any:
+    """An ONNX file's graph; in float32 with norms as torch computes them.
+
+    In bfloat16 a mean by itself would be rounded.
+    """
+    graph = read_graph(path, spec)
+    if exact:
+        exact_norms(graph)
+    return graph
 
 
 def read_graph(path: Path, spec: ModelSpec) -> Any:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from plinth.engine.backends.base import Backend, Executable, another
-from plinth.engine.cache import cache_folder
+from plinth.engine.cache import cache_folder, used
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
 from plinth.engine.mapped import trim
@@ -250,6 +250,7 @@ def recall(key: str) -> tuple[list[Stretch], Seconds] | None:
         return None
     try:
         data = json.loads(path.read_text())
+        used(path)
         stretches = [Stretch(int(first), str(label)) for first, label in data["stretches"]]
         seconds = {int(rows): dict(found) for rows, found in data["seconds"].items()}
         return (stretches, seconds) if stretches and stretches[0].first == 1 else None

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from plinth.distribution import version
 from plinth.engine.backends.export import onnx_file
-from plinth.engine.cache import cache_folder
+from plinth.engine.cache import cache_folder, keep_bound, used
 from plinth.engine.errors import ModelError
 from plinth.engine.models.digest import digest
 from plinth.engine.models.store import Model
@@ -69,6 +69,7 @@ def quantised_file(model: Model, policy: PrecisionPolicy) -> tuple[Path, dict[st
     path = _place() / f"{_key(source, policy, rows)}.onnx"
     facts = path.with_suffix(".json")
     if path.is_file() and facts.is_file():
+        used(path)
         return path, dict(json.loads(facts.read_text()))
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
         new = Path(folder) / "model.onnx"
@@ -76,6 +77,7 @@ def quantised_file(model: Model, policy: PrecisionPolicy) -> tuple[Path, dict[st
         (Path(folder) / "plan.json").write_text(json.dumps(plan))
         (Path(folder) / "plan.json").replace(facts)
         new.replace(path)
+    keep_bound()
     return path, plan
 
 
@@ -108,6 +110,8 @@ def openvino_file(model: Model, policy: PrecisionPolicy, graph: Any) -> tuple[Pa
             openvino.save_model(_by_nncf(graph, rows, kept), str(new), compress_to_fp16=False)
             new.with_suffix(".bin").replace(path.with_suffix(".bin"))
             new.replace(path)
+        keep_bound()
+    used(path)
     return path, plan
 
 

@@ -355,10 +355,16 @@ def made_again(
         policy: what it was asked for in; ``None``: a variant.
         threads: CPU threads of a forward.
     """
-    device = runs.device
     again: Callable[[], Callable[[], Executable] | None] | None = getattr(runs, "again", None)
-    if again is not None and (read := again()) is not None:
-        return read
+    anew = _made_anew(runs, model, policy, threads)
+    read = None if again is None else again()
+    return anew if read is None else partial(_read, read, anew)
+
+
+def _made_anew(
+    runs: Executable, model: Model, policy: PrecisionPolicy | None, threads: int | None
+) -> Callable[[], Executable] | None:
+    device = runs.device
     if (variant := runs.report.get("variant")) is not None:
         return partial(load_variant, model, device, threads, variant)
     if isinstance(runs, Planned):
@@ -371,6 +377,16 @@ def made_again(
     if policy is None:
         return None
     return partial(compiled, registry.find(runs.backend), model, device, policy, threads)
+
+
+def _read(read: Callable[[], Executable], anew: Callable[[], Executable] | None) -> Executable:
+    """Read once more; made anew where its files were let go of from the cache."""
+    try:
+        return read()
+    except (ModelError, OSError):
+        if anew is None:
+            raise
+        return anew()
 
 
 def _planned(places: list[tuple[int, int]], makes: dict[int, Callable[[], Executable]]) -> Planned:

@@ -105,6 +105,24 @@ def _variant_cells(one: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+@models.command("cache", epilog="Example: PLINTH_CACHE_MB=5000 plinth models cache")
+def show_cache(as_json: JsonOption = False) -> None:
+    """Show what the cache of compiled models holds, after bringing it within its bound."""
+    from plinth.engine.cache import KINDS, cache_bound, cache_root, entries, keep_bound
+
+    gone, held = keep_bound(), entries()
+    kinds = {kind: [entry.bytes for entry in held if entry.kind == kind] for kind in KINDS}
+    if as_json:
+        told = {kind: {"entries": len(found), "bytes": sum(found)} for kind, found in kinds.items()}
+        facts = {"folder": str(cache_root()), "bound_bytes": cache_bound(), "let_go_bytes": gone}
+        show_json(facts | {"bytes": sum(entry.bytes for entry in held), "kinds": told})
+        return
+    rows = [(k, str(len(found)), f"{sum(found) / 1e6:.1f}") for k, found in kinds.items() if found]
+    total = sum(entry.bytes for entry in held)
+    rows.append(("all", str(len(held)), f"{total / 1e6:.1f} of {cache_bound() / 1e6:.0f}"))
+    show_table(f"Cache in {cache_root()}", ("kind", "entries", "MB"), rows)
+
+
 @models.command("families", epilog="Example: plinth models families --json")
 def list_families(as_json: JsonOption = False) -> None:
     """List the model families that are built from a config, with their settings."""

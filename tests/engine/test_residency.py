@@ -20,6 +20,7 @@ from plinth.engine.errors import ModelError, OutOfMemory
 from plinth.engine.mapped import Pages, is_mapped, mappings
 from plinth.engine.memory.streaming import by_planes
 from plinth.engine.models.families import find
+from plinth.engine.runtime.model_table import _read
 
 pytestmark = [
     pytest.mark.cpu,
@@ -237,7 +238,14 @@ def test_six_models_in_the_memory_of_two_answer_every_call(store, backend):
 
 
 @pytest.mark.parametrize("harm", ["none", "written", "gone"])
-def test_a_compiled_model_is_read_again_as_it_was(harm, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("backend", "place"),
+    [("onnxruntime", "onnxruntime/*/constants.bin"), ("openvino", "openvino-graphs/*/model.bin")],
+)
+def test_a_compiled_model_is_read_again_as_it_was(
+    backend, place, harm, tmp_path, monkeypatch, caplog
+):
+    pytest.importorskip(backend)
     monkeypatch.setenv("PLINTH_CACHE", str(tmp_path))
     onnx = pytest.importorskip("onnx")
     weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
@@ -254,12 +262,12 @@ def test_a_compiled_model_is_read_again_as_it_was(harm, tmp_path, monkeypatch, c
     onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
     made = ModelStore(tmp_path / "store")
     made.import_onnx(None, path)
-    executable = prepare(made.load("m"), CPU, "fp32", "onnxruntime")
+    executable = prepare(made.load("m"), CPU, "fp32", backend)
     rows = {"x": torch.randn(2, 3, 9, 9)}
     want = executable.run(rows)["z"]
     read = executable.again()
     assert read is not None
-    (constants,) = (tmp_path / "onnxruntime").glob("*/constants.bin")
+    (constants,) = tmp_path.glob(place)
     assert constants.stat().st_size >= weight.nbytes
     if harm == "written":
         constants.write_bytes(bytes(constants.stat().st_size))
@@ -269,6 +277,16 @@ def test_a_compiled_model_is_read_again_as_it_was(harm, tmp_path, monkeypatch, c
     assert ("m: " in caplog.text) == (harm != "none")
     again = executable.again()
     assert torch.equal(again().run(rows)["z"], want), "what was written to is made anew"
+
+
+def test_what_the_cache_let_go_of_is_made_anew():
+    def read() -> str:
+        raise FileNotFoundError
+
+    assert _read(read, lambda: "made anew") == "made anew"
+    assert _read(lambda: "read", None) == "read"
+    with pytest.raises(FileNotFoundError):
+        _read(read, None)
 
 
 def test_two_lanes_never_have_more_in_memory_than_the_budget(store):
