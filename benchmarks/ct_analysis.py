@@ -1,6 +1,6 @@
 """How long one chest CT takes from folder to report, stage by stage, and how much memory.
 
-    python benchmarks/ct_analysis.py [--slices 200] [--size 512] [--runs 3] [--threads 1] [--json]
+    python benchmarks/ct_analysis.py [--slices 200] [--size 512] [--runs 3] [--threads 1] [--lanes 1] [--json]
 
 The chest phantom is written as uncompressed DICOM CT once; each run reads and analyses it in a
 process of its own on as many CPUs as threads, with the packaged weights and the engine's backend
@@ -51,8 +51,9 @@ def peak_mb() -> float:
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def analyse(folder: Path, rows: int, threads: int, backend: str, precision: str) -> dict[str, Any]:
+def analyse(given: argparse.Namespace) -> dict[str, Any]:
     """Analyse the one series below a folder, twice; seconds and memory by stage of the first."""
+    folder, threads = given.study, given.threads
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     import torch
 
@@ -70,9 +71,14 @@ def analyse(folder: Path, rows: int, threads: int, backend: str, precision: str)
         return now
 
     vertical = CtAnalysis(CtSettings(nodules=True))
-    with Engine(threads=threads, backend=backend, precision=precision) as engine:
+    with Engine(
+        threads=threads // given.lanes,
+        devices=["cpu"] * given.lanes,
+        backend=given.backend,
+        precision=given.precision,
+    ) as engine:
         for model in vertical.models():
-            engine.add(model, batch_range=(1, rows))
+            engine.add(model, batch_range=(1, given.rows))
         memory["engine"] = peak_mb()
         begun = now = time.perf_counter()
         cpu_begun = time.process_time()
@@ -123,6 +129,7 @@ def runs(given: argparse.Namespace) -> list[dict[str, Any]]:
     phantom = Phantom(shape=size, spacing=(spacing[0], spacing[1], spacing[2]))
     command = [sys.executable, __file__, "--rows", str(given.rows), "--threads", str(given.threads)]
     command += ["--backend", given.backend, "--precision", given.precision]
+    command += ["--lanes", str(given.lanes)]
     environment = os.environ | {"OMP_NUM_THREADS": str(given.threads)}
     with tempfile.TemporaryDirectory() as folder:
         write_series(phantom, Path(folder))
@@ -201,13 +208,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rows", type=int, default=4, help="windows at once, at most")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--lanes", type=int, default=1, help="that share the threads")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--precision", default="auto", help="of the network, as in plinth.toml")
     parser.add_argument("--study", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.study is not None:
-        how = (given.rows, given.threads, given.backend, given.precision)
-        print(json.dumps(analyse(given.study, *how)))
+        print(json.dumps(analyse(given)))
         return
     told = summary(runs(given))
     if given.json:

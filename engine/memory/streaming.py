@@ -23,7 +23,7 @@ from plinth.engine.precision.transforms import sharing_copy
 
 TOKENS_AT_ONCE = 64
 """Positions that a fully connected layer of a transformer takes at once where memory is short."""
-PLANES_AT_ONCE = 8
+PLANES_AT_ONCE = 4
 """Planes that a run of 3-D convolutions makes at once where memory is short."""
 _POINTWISE = (nn.BatchNorm3d, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Identity, nn.Dropout)
 

@@ -12,8 +12,8 @@ from plinth.engine.models.families.layers import convolved
 
 def _twice(inside: int, outside: int) -> nn.Sequential:
     return nn.Sequential(
-        convolved(3, inside, outside, 3, relu=nn.ReLU()),
-        convolved(3, outside, outside, 3, relu=nn.ReLU()),
+        convolved(3, inside, outside, 3, relu=nn.ReLU(inplace=True)),
+        convolved(3, outside, outside, 3, relu=nn.ReLU(inplace=True)),
     )
 
 
@@ -41,8 +41,10 @@ class Unet3d(nn.Module):
         for level, block in enumerate(self.down):
             x = block(self.pool(x) if level else x)
             kept.append(x)
-        for widen, block, beside in zip(self.widen, self.up, kept[-2::-1], strict=True):
-            x = block(torch.cat([widen(x), beside], 1))
+        kept.pop()
+        for widen, block in zip(self.widen, self.up, strict=True):
+            # The last reference to what is beside: it is freed before the convolutions.
+            x = block(torch.cat([widen(x), kept.pop()], 1))
         found: Tensor = self.head(x)
         return found
 
