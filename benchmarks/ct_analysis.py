@@ -1,6 +1,6 @@
 """How long one chest CT takes from folder to report, stage by stage, and how much memory.
 
-    python benchmarks/ct_analysis.py [--slices 200] [--size 512] [--runs 3] [--threads 1] [--lanes 1] [--json]
+    python benchmarks/ct_analysis.py [--slices 200] [--runs 3] [--threads 1] [--lanes 1] [--json]
 
 The chest phantom is written as uncompressed DICOM CT once; each run reads and analyses it in a
 process of its own on as many CPUs as threads, with the packaged weights and the engine's backend
