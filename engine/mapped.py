@@ -12,8 +12,9 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,15 @@ _PAGE = mmap.PAGESIZE
 _DIRTY = np.uint64(1 << 63 | 1 << 62)  # present or swapped ...
 _OF_FILE = np.uint64(1 << 61)  # ... and not of the file any more: proc(5), pagemap
 _POPULATE_READ = 22  # madvise(2), Linux 5.14
+
+
+@cache
+def _madvise() -> Callable[[int, int, int], int]:
+    """madvise(2) that lets other threads run: mmap's own method holds the interpreter's lock."""
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    found: Callable[[int, int, int], int] = function
+    return found
 
 
 def trim() -> None:
@@ -155,8 +165,7 @@ class Pages:
         """Bring the pages in with one call of the system, where it has such a call."""
         for found, spans in self._spans.items():
             for start, stop in spans:
-                with suppress(OSError):
-                    found.madvise(_POPULATE_READ, start, stop - start)
+                _madvise()(found.address + start, stop - start, _POPULATE_READ)
 
     def check(self) -> None:
         """See :meth:`Mapping.check`, for all files."""

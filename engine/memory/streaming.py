@@ -1,15 +1,18 @@
 """Running a module in less memory than its weights: layer by layer from a mapped file.
 
-Each layer's pages are read when it runs and given back when it has run, so that one layer's
-weights lie in memory at a time. Where it makes activations small too, a layer runs on part of
-them: the wide layers of a transformer on some tokens, a ``Sequential`` of 3-D convolutions on some
-planes with those that they reach into. Every number is computed from the same numbers as before.
+Each layer's pages are read before it runs, while the one before it computes, and given back when it
+has run, so that two layers' weights lie in memory at a time. Where it makes activations small too,
+a layer runs on part of them: the wide layers of a transformer on some tokens, a ``Sequential`` of
+3-D convolutions on some planes with those that they reach into. Every number is computed from the
+same numbers as before.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,11 +28,13 @@ TOKENS_AT_ONCE = 64
 """Positions that a fully connected layer of a transformer takes at once where memory is short."""
 PLANES_AT_ONCE = 4
 """Planes that a run of 3-D convolutions makes at once where memory is short."""
+AHEAD_BYTES = 32 << 20
+"""Bytes of a layer, at most, that is read while the one before it computes: both lie in memory."""
 _POINTWISE = (nn.BatchNorm3d, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Identity, nn.Dropout)
 
 
 def streamed(executable: Executable) -> TorchExecutable | None:
-    """The same, with one layer's weights in memory at a time.
+    """The same, with the weights of a layer and the next one in memory at a time.
 
     Args:
         executable: eager torch on the host.
@@ -46,10 +51,11 @@ def streamed(executable: Executable) -> TorchExecutable | None:
         module = sharing_copy(executable.module)
     except (TypeError, RuntimeError, AttributeError):
         return None
+    reader = _Reader()
     for part in module.modules():
         pages = Pages(_own(part))
         if pages.bytes:
-            part.register_forward_pre_hook(_Ahead(pages))
+            part.register_forward_pre_hook(_Ahead(reader, pages))
             part.register_forward_hook(_Behind(pages), always_call=True)
         if hasattr(part, "tokens_at_once"):
             setattr(part, "tokens_at_once", TOKENS_AT_ONCE)  # noqa: B010 - whatever module it is
@@ -57,21 +63,68 @@ def streamed(executable: Executable) -> TorchExecutable | None:
             part.forward = partial(by_planes, list(part))  # type: ignore[method-assign]
             inside = Pages(held_tensors(part))
             part.register_forward_hook(_Behind(inside), always_call=True)
-    module.register_forward_hook(_Behind(Pages(held_tensors(module))), always_call=True)
+    module.register_forward_hook(_Last(reader, Pages(held_tensors(module))), always_call=True)
     found = executable.over(module)
     found.weights = max(0, stored_bytes(module) - whole)
     found.report |= {"memory": f"layer by layer; {whole} bytes of weights stay in their file"}
     return found
 
 
-class _Ahead:
-    """Reads the pages of a layer before it runs."""
+class _Reader:
+    """Brings the pages of one layer in while the one before it computes.
 
-    def __init__(self, pages: Pages) -> None:
+    Which layer comes next is known from the forward before. One that comes out of turn is read when
+    it runs.
+    """
+
+    def __init__(self) -> None:
+        self._next: dict[int, Pages] = {}
+        self._begun: dict[int, Future[None]] = {}
+        self._before: int | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Reader:
+        return _Reader()  # of another thread, which forgets what this one has begun
+
+    def arrive(self, pages: Pages) -> None:
+        """Have the pages of a layer in memory, and begin with those of the next."""
+        begun = self._begun.pop(id(pages), None)
+        if begun is None:
+            pages.read_ahead()
+        else:
+            begun.result()
+        if self._before is not None:
+            self._next[self._before] = pages
+        self._before = id(pages)
+        following = self._next.get(id(pages))
+        if following is None or following.bytes > AHEAD_BYTES or id(following) in self._begun:
+            return
+        if len(os.sched_getaffinity(0)) > 1:
+            self._begun[id(following)] = _beside(os.getpid()).submit(following.read_ahead)
+
+    def end(self) -> None:
+        """A forward is over: what was begun ends before its pages are given back."""
+        for begun in self._begun.values():
+            begun.result()
+        self._begun.clear()
+        self._before = None
+
+
+@cache
+def _beside(process: int) -> ThreadPoolExecutor:
+    """The thread that reads ahead; a forked process has one of its own."""
+    del process
+    return ThreadPoolExecutor(1, thread_name_prefix="plinth-ahead")
+
+
+class _Ahead:
+    """Has the pages of a layer in memory before it runs."""
+
+    def __init__(self, reader: _Reader, pages: Pages) -> None:
+        self._reader = reader
         self._pages = pages
 
     def __call__(self, _: nn.Module, __: Any) -> None:
-        self._pages.read_ahead()
+        self._reader.arrive(self._pages)
 
 
 class _Behind:
@@ -81,6 +134,18 @@ class _Behind:
         self._pages = pages
 
     def __call__(self, _: nn.Module, __: Any, ___: Any) -> None:
+        self._pages.give_back()
+
+
+class _Last:
+    """Gives all pages back when a forward is over."""
+
+    def __init__(self, reader: _Reader, pages: Pages) -> None:
+        self._reader = reader
+        self._pages = pages
+
+    def __call__(self, _: nn.Module, __: Any, ___: Any) -> None:
+        self._reader.end()
         self._pages.give_back()
 
 

@@ -1,6 +1,9 @@
 """Weights that lie in their files: shared, streamed, packed, and leaving memory while idle."""
 
+import copy
+import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from plinth.engine.compression.training import compress
 from plinth.engine.devices.device import pick
 from plinth.engine.errors import ModelError, OutOfMemory
 from plinth.engine.mapped import Pages, is_mapped, mappings
-from plinth.engine.memory.streaming import by_planes
+from plinth.engine.memory.streaming import _Reader, by_planes
 from plinth.engine.models.families import find
 from plinth.engine.runtime.model_table import _read
 
@@ -158,6 +161,40 @@ def test_a_model_too_slow_to_be_tried_is_streamed_all_the_same(store, monkeypatc
         assert "layer by layer" in engine.status()["models"]["m1"]["memory"]
         got = engine.submit(Call("m1", rows)).result(30).value
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+class Layer:
+    """Pages that note who reads them."""
+
+    def __init__(self, size: int = 1 << 20) -> None:
+        self.bytes, self.readers = size, []
+
+    def read_ahead(self) -> None:
+        self.readers.append(threading.current_thread().name.partition("_")[0])
+
+
+def test_the_next_layer_is_read_while_one_computes(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    reader, mine = _Reader(), threading.current_thread().name
+    first, second, large, last = layers = (Layer(), Layer(), Layer(1 << 30), Layer())
+
+    def forward(reader, order):
+        for layer in layers:
+            layer.readers.clear()
+        for layer in order:
+            reader.arrive(layer)
+            assert layer.readers, "a layer runs when its pages are there"
+        reader.end()
+        return [layer.readers for layer in layers]
+
+    assert forward(reader, layers) == [[mine]] * 4, "nobody knows what comes next"
+    ahead = ["plinth-ahead"]
+    assert forward(reader, layers) == [[mine], ahead, [mine], ahead]
+    assert forward(copy.deepcopy(reader), layers) == [[mine]] * 4, "another's is not waited for"
+    forward(reader, (first, large, second, last))
+    assert forward(reader, (first, last))[3] == [mine]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    assert forward(reader, layers) == [[mine]] * 4, "one CPU has none to spare"
 
 
 def test_texts_are_streamed_with_their_wide_layers_cut(tmp_path):
