@@ -173,6 +173,21 @@ class Pages:
             found.check()
 
 
+def forget(tensor: Tensor) -> None:
+    """Drop the pages of a file that a tensor was read from and that nobody wrote to.
+
+    Whatever mapped the file; memory that is of no file stays as it is. The pages come again from
+    the file when they are next read.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return
+    start = -(-tensor.data_ptr() // _PAGE) * _PAGE
+    size = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE - start
+    if size > 0 and _is_clean(start, size):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, mmap.MADV_DONTNEED)
+
+
 def _whole(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Whole pages within spans; those that touch one another become one."""
     joined: list[list[int]] = []

@@ -237,7 +237,7 @@ class _Asked:
 def _planned(asked: _Asked, absent: dict[str, str]) -> Executable:
     """The plan of an earlier run as far as it still holds, else a new one."""
     threads = asked.reference.report["threads"]
-    facts = (asked.wanted, asked.most, sorted(absent))
+    facts = (asked.wanted, asked.most, sorted(absent), asked.model.memory)
     key = planner.plan_key(asked.model, asked.reference.device, asked.backends, threads, *facts)
     known = None if asked.single else planner.recall(key)
     if known is not None:
@@ -573,6 +573,11 @@ def _candidate(
     """
     device, threads = asked.reference.device, asked.reference.report["threads"]
     other = None if asked.single or backend.name == "eager" else _apart(asked.model)
+    if not asked.single:
+        half = 2 if "bf16" in policy.used else 1
+        bounded.run(
+            lambda: _check_memory(backend, asked.model, half), f"{backend.name}/{policy.name}"
+        )
     if other is None:
         executable = compiled(backend, asked.model, device, policy, threads)
     else:
@@ -584,6 +589,32 @@ def _candidate(
         lambda: _gate(executable, policy, asked.trial, threads), f"{backend.name}/{policy.name}"
     )
     return executable
+
+
+def _check_memory(backend: Backend, model: Model, share: int) -> None:
+    """Leave out what is foreseen to take more than the model may: it is not even tried.
+
+    Args:
+        backend: which.
+        model: the model.
+        share: of float32 that its numbers take: 1, or 2 for a half.
+
+    Raises:
+        OutOfMemory: names the bytes.
+    """
+    tell = getattr(backend, "run_peak", None)
+    if model.memory is None or tell is None:
+        return
+    found = tell(model)
+    needed = 0 if found is None else found // share
+    if needed > model.memory:
+        raise OutOfMemory(
+            f"a row takes about {needed} bytes at its peak, {model.spec.name} may take "
+            f"{model.memory}",
+            needed=needed,
+            available=model.memory,
+            hint=f"allow it more memory, or name it: backend={backend.name!r}",
+        )
 
 
 def _apart(model: Model) -> Model | None:

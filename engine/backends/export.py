@@ -23,6 +23,7 @@ from plinth.engine.backends.base import installed
 from plinth.engine.backends.eager import in_eval_mode, stored_bytes, unpacked_copy
 from plinth.engine.cache import cache_folder, keep_bound, used
 from plinth.engine.errors import ModelError
+from plinth.engine.models.activations import live_bytes
 from plinth.engine.models.binding import Binding, outputs_by_name
 from plinth.engine.models.digest import digest, lasting_digest
 from plinth.engine.models.other_sizes import Place, free_places, resized, sizes_of
@@ -57,6 +58,25 @@ def compile_peak(model: Model) -> int:
     ``benchmarks/memory.py plan``.
     """
     return 2 * model.onnx.stat().st_size if model.onnx else 3 * stored_bytes(model.module)
+
+
+def run_peak(model: Model, aligned: int = 1) -> int | None:
+    """Bytes of activations that a graph of a model holds at its peak for one row, about.
+
+    Args:
+        model: the model.
+        aligned: channels are held in multiples of so many.
+
+    Returns:
+        ``None`` where nothing is known: an ONNX file, or what cannot be traced.
+    """
+    if model.onnx:
+        return None
+    try:
+        return live_bytes(Traced(model).program, EXAMPLE_ROWS, aligned)
+    except ModelError as error:
+        _log.debug("model %s: %s", model.spec.name, error)
+        return None
 
 
 class _Positional(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plinth.engine.backends.base import Availability, check_finite, installed, named
-from plinth.engine.backends.export import compile_peak, onnx_file, why_not_onnx
+from plinth.engine.backends.export import compile_peak, onnx_file, run_peak, why_not_onnx
 from plinth.engine.backends.quantised import quantised_file
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
@@ -219,6 +219,10 @@ class OnnxRuntime:
     def compile_peak(self, model: Model) -> int:
         """Bytes that :meth:`compile` takes at its peak, about."""
         return compile_peak(model)
+
+    def run_peak(self, model: Model) -> int | None:
+        """Bytes that a forward of one row takes at its peak, about."""
+        return run_peak(model)
 
     def compile(
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None

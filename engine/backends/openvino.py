@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from plinth.engine.backends.base import Availability, check_finite, installed, named
-from plinth.engine.backends.export import compile_peak, onnx_file, why_not_onnx
+from plinth.engine.backends.export import compile_peak, onnx_file, run_peak, why_not_onnx
 from plinth.engine.backends.normalised import exact_norms
 from plinth.engine.backends.quantised import openvino_file
 from plinth.engine.cache import cache_folder, keep_bound
@@ -40,6 +40,7 @@ FORMAT = "1"
 """Of what is done to a graph before it is kept; another one makes them anew."""
 
 INT32 = np.iinfo(np.int32)
+_BLOCK = 16  # channels that lie side by side in its layouts
 _LOOKUPS = ("Gather", "GatherElements", "GatherND")
 _REFUSED = ("ScatterNDUpdate", "ScatterElementsUpdate", "EmbeddingBagOffsetsSum")
 _WIDE = ("Multiply", "Power", "ShiftLeft")
@@ -272,6 +273,10 @@ class OpenVino:
     def compile_peak(self, model: Model) -> int:
         """Bytes that :meth:`compile` takes at its peak, about."""
         return compile_peak(model)
+
+    def run_peak(self, model: Model) -> int | None:
+        """Bytes that a forward of one row takes at its peak, about, in its blocked layout."""
+        return run_peak(model, _BLOCK)
 
     def compile(
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None

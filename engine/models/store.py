@@ -67,6 +67,8 @@ class Model:
         variants: other ways to compute it that a store has, if it has any.
         exact: runs in precision ``"exact"``, whatever the engine runs others in: what these are
             held against.
+        memory: bytes that a forward of one row may take beside the weights; backend ``"auto"`` does
+            not try what is foreseen to take more. ``None``: as much as there is.
     """
 
     spec: ModelSpec
@@ -77,6 +79,7 @@ class Model:
     origin: Mapping[str, Any] | None = None
     variants: Variants | None = None
     exact: bool = False
+    memory: int | None = None
 
     @classmethod
     def from_torch(

@@ -93,7 +93,8 @@ def window_of(network: Network, memory_mb: int) -> Network:
 
     Args:
         network: with a halo, or it is returned as it is.
-        memory_mb: MB for one window, at least what twice the halo takes.
+        memory_mb: MB for one window, at least what twice the halo takes; backends that are foreseen
+            to take more are not tried.
     """
     window = network.recipe.window
     if window.halo is None or window.size is None:
@@ -111,7 +112,8 @@ def window_of(network: Network, memory_mb: int) -> Network:
         if voxels <= most and (best is None or (count * voxels, voxels) < (best[0], best[1])):
             best = (count * voxels, voxels, candidate)
     chosen = min(_candidates(size, halo), key=math.prod) if best is None else best[2]
-    return with_window(network, chosen)
+    cut = with_window(network, chosen)
+    return replace(cut, model=replace(cut.model, memory=memory_mb * 1_000_000))
 
 
 def _candidates(size: Triple, halo: Triple) -> list[Triple]:

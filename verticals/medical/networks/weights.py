@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from plinth.engine import ModelError
 from plinth.engine.backends.export import quiet
+from plinth.engine.mapped import forget
 from plinth.engine.models import program
 
 TRACED = 64  # voxels along each axis of what a graph is made on, at most
@@ -103,7 +104,12 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _like(value: Tensor, wanted: Tensor) -> Tensor:
-    return value if value.dtype == wanted.dtype else value.to(wanted.dtype)
+    """The value in the kind of numbers that is wanted; what it was made from leaves memory."""
+    if value.dtype == wanted.dtype:
+        return value
+    made = value.to(wanted.dtype)
+    forget(value)
+    return made
 
 
 def _without(name: str, prefixes: tuple[str, ...]) -> str:
