@@ -29,32 +29,34 @@ def spread(work: Callable[[T], object], parts: Iterable[T], threads: int | None 
         threads: at the same time; by default the CPUs of this process, up to eight.
 
     Raises:
-        BaseException: the first that ``work`` raised; parts not begun then are left out.
+        BaseException: of the first part, in their order, whose work raised; parts not begun then
+            are left out.
     """
-    todo = deque(parts)
+    todo = deque(enumerate(parts))
     width = min(threads or len(os.sched_getaffinity(0)), MOST, len(todo))
-    failed = threading.Event()
+    failed: dict[int, BaseException] = {}
 
     def take() -> None:
-        while not failed.is_set():
+        while not failed:
             try:
-                part = todo.popleft()
+                number, part = todo.popleft()
             except IndexError:
                 return
             try:
                 work(part)
-            except BaseException:
-                failed.set()
-                raise
+            except BaseException as error:  # noqa: BLE001 - raised below, in the order of parts
+                failed[number] = error
 
     if width < 2:
         take()
-        return
-    with ThreadPoolExecutor(width - 1, thread_name_prefix="plinth-spread") as pool:
-        others = [pool.submit(take) for _ in range(width - 1)]
-        take()
-    for done in others:
-        done.result()
+    else:
+        with ThreadPoolExecutor(width - 1, thread_name_prefix="plinth-spread") as pool:
+            others = [pool.submit(take) for _ in range(width - 1)]
+            take()
+        for done in others:
+            done.result()
+    if failed:  # parts are begun in their order, so that this is the first of all that would fail
+        raise failed[min(failed)]
 
 
 def import_ahead(*modules: str) -> None:

@@ -47,6 +47,22 @@ def test_an_error_is_told_and_ends_the_rest(threads: int) -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("plinth-spread")]
 
 
+def test_of_several_errors_that_of_the_first_part_is_told() -> None:
+    later = threading.Event()
+
+    def work(part: int) -> None:
+        if part == 0:
+            assert later.wait(60)
+        else:
+            later.set()
+        raise ValueError(f"part {part}")
+
+    for _ in range(20):
+        later.clear()
+        with pytest.raises(ValueError, match="part 0"):
+            spread(work, range(2), threads=2)
+
+
 def test_modules_come_ahead_of_their_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "broken_ahead.py").write_text("raise OSError\n")
