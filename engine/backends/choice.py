@@ -362,6 +362,8 @@ class _Stopwatch:
                 begun = time.perf_counter()
                 _run(self._found[label], inputs)
                 taken.append(time.perf_counter() - begun)
+                if self._asked.model.memory is not None:
+                    self._found[label].release()
             slow = max(min(taken) for taken in times.values()) > PROBE_SECONDS
             # Once may be a delay of the machine's; twice is the model's own.
             if time.perf_counter() > until and (turn >= 2 or (turn == 1 and slow)):
@@ -588,6 +590,8 @@ def _candidate(
     checks.run(
         lambda: _gate(executable, policy, asked.trial, threads), f"{backend.name}/{policy.name}"
     )
+    if asked.model.memory is not None:  # what it keeps for its next run is not held beside others
+        executable.release()
     return executable
 
 
