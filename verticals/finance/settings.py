@@ -73,9 +73,9 @@ class FraudSettings(Settings):
     ] = Field(default_factory=lambda: {"EUR": 1.0}, min_length=1)
     features: Declaration | None = None
     rules: RuleBook | None = None
-    hard_amount: Annotated[float, Field(gt=0)] | None = 5000.0
-    max_card_count_5m: Annotated[int, Field(ge=1)] | None = 10
-    max_device_cards_24h: Annotated[int, Field(ge=1)] | None = 5
+    hard_amount: Annotated[float, Field(gt=0, lt=1e15)] | None = 5000.0
+    max_card_count_5m: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = 10
+    max_device_cards_24h: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = 5
     max_ahead_seconds: Annotated[float, Field(ge=0)] | None = 300.0
     lateness_days: Annotated[float, Field(ge=0, le=90)] = 7.0
     max_cards: Entities = 200_000

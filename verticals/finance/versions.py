@@ -20,7 +20,16 @@ from typing import Any, NamedTuple
 import orjson
 import torch
 
-from plinth.engine import ConfigError, Flow, Model, ModelError, ModelStore, PlinthError, Timing
+from plinth.engine import (
+    ConfigError,
+    Flow,
+    Model,
+    ModelError,
+    ModelSpec,
+    ModelStore,
+    PlinthError,
+    Timing,
+)
 from plinth.engine.files import replace_file
 from plinth.verticals.finance.challenger import Promotion, Shadow
 from plinth.verticals.finance.champion import NAME, WINDOW, Champion
@@ -167,9 +176,8 @@ class Versions:
                 f"{width} features, expected probability and variant {place}",
                 hint="train it with python -m plinth.verticals.finance.training.train",
             )
-        review, decline = given.review_threshold, given.decline_threshold
-        review = spec.metrics.get("review_threshold", 0.5) if review is None else review
-        decline = spec.metrics.get("decline_threshold", 0.9) if decline is None else decline
+        review = _threshold(spec, "review_threshold", given.review_threshold)
+        decline = _threshold(spec, "decline_threshold", given.decline_threshold)
         if decline < review:
             raise ConfigError(
                 f"decline_threshold {decline:g} is below review_threshold {review:g} "
@@ -305,6 +313,22 @@ class Versions:
             if self._told != (told := (type(error).__name__, str(error))):
                 log.error("what the challenger has shown cannot be written: %s", error)
             self._told = told
+
+
+def _threshold(spec: ModelSpec, name: str, given: float | None) -> float:
+    """A threshold of the settings, else the model's own.
+
+    Raises:
+        ConfigError: there is none, or it is no probability, so that it would hold for no score.
+    """
+    found = spec.metrics.get(name) if given is None else given
+    if found is None or not 0 <= found <= 1:
+        told = "has no" if found is None else f"has {found:g} as its"
+        raise ConfigError(
+            f"{spec.name} {spec.version} {told} {name}",
+            hint=f"set verticals.finance.{name}, or train it again",
+        )
+    return found
 
 
 def _trained_until(facts: Mapping[str, Any], model: str) -> int:

@@ -80,7 +80,9 @@ def test_an_ensemble_is_stored_and_served_and_gives_reasons(tmp_path: Path) -> N
     alone, told = network.logits(torch.from_numpy(rows)), made.logits(torch.from_numpy(rows))
     assert (told - alone).std() > 0.5
     recipe = replace(RECIPES[0], config={"width": 16})
-    spec = specification(recipe, "2.0.0", "a test", {"review_threshold": 0.0}, model=made)
+    spec = specification(
+        recipe, "2.0.0", "a test", {"review_threshold": 0.0, "decline_threshold": 0.9}, model=made
+    )
     ModelStore(tmp_path).save(spec, made)
     lite = ModelStore(STORE).load("fraud-lite")
     ModelStore(tmp_path).save(lite.spec, lite.module)

@@ -17,13 +17,16 @@ from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
 from plinth.verticals.finance.model import Calibration
 from plinth.verticals.finance.schema import Decision
 from plinth.verticals.finance.settings import STORE
+from plinth.verticals.finance.training.history import Data
 from plinth.verticals.finance.training.quality import (
     auc,
     average_precision,
     calibration_error,
     card_precision,
+    decline_threshold,
 )
 from plinth.verticals.finance.training.simulator import (
+    TABLE,
     Population,
     Table,
     labels_json,
@@ -59,6 +62,25 @@ def test_average_precision_sums_precision_over_recall_steps(
         total += (recall - seen) * fraud[chosen].mean()
         seen = recall
     assert average_precision(scores, fraud) == pytest.approx(total)
+
+
+@given(CASES, st.sampled_from((0.5, 5.0, 50.0)))
+def test_declining_from_the_threshold_on_costs_least_of_all_thresholds(
+    cases: list[tuple[float, bool]], cost: float
+) -> None:
+    scores, fraud = np.array([s for s, _ in cases]), np.array([f for _, f in cases])
+    table = np.zeros(len(cases), TABLE)
+    table["amount"], table["fraud"] = np.arange(len(cases)) + 1.0, fraud
+    nothing = np.zeros(len(cases), np.int64)
+    data = Data(table, np.zeros((len(cases), 1), np.float32), nothing, nothing)
+
+    def costs(threshold: float) -> float:
+        refused = scores >= threshold
+        missed = table["amount"][~refused & fraud].sum()
+        return float(missed + cost * (refused & ~fraud).sum())
+
+    found = decline_threshold(scores, data, np.arange(len(cases)), cost)
+    assert costs(found) == pytest.approx(min(costs(t) for t in (*scores, 1.0)))
 
 
 @pytest.mark.parametrize(("spread", "centre", "gain"), [(1, -5, 2), (4, -20, 3), (2, 30, 5)])

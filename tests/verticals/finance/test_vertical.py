@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 from datetime import datetime
 from pathlib import Path
@@ -471,10 +472,28 @@ def test_thresholds_that_contradict_each_other_are_refused(settings: dict[str, A
         FraudScoring(FraudSettings(**settings))
 
 
+@pytest.mark.parametrize("review", [None, math.nan, 5.0, -0.1])
+def test_a_store_without_a_threshold_that_can_hold_is_refused(
+    review: float | None, tmp_path: Path
+) -> None:
+    for name in ("fraud", "fraud-lite"):
+        model = ModelStore(STORE).load(name)
+        metrics = {"decline_threshold": 0.5} | (
+            {} if review is None else {"review_threshold": review}
+        )
+        spec = model.spec.model_copy(update={"metrics": metrics})
+        ModelStore(tmp_path).save(spec, model.module, facts=ModelStore(STORE).facts(name))
+    with pytest.raises(ConfigError, match="review_threshold"):
+        FraudScoring(FraudSettings(store=tmp_path))
+    FraudScoring(FraudSettings(store=tmp_path, review_threshold=0.1))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"rates": {}},
+        {"hard_amount": math.inf},
+        {"max_card_count_5m": 10**20},
         {"rates": {"eur": 1.0}},
         {"rates": {"EUR": 0.0}},
         {"review_threshold": 1.5},

@@ -98,8 +98,14 @@ def card_days(data: Data, chosen: Rows) -> Rows:
 
 
 def decline_threshold(scores: Scores, data: Data, chosen: Rows, cost: float) -> float:
-    """The score from which refusing costs least: frauds cost their amount, mistakes ``cost``."""
+    """The score from which refusing costs least: frauds cost their amount, mistakes ``cost``.
+
+    1 where it never costs less than to refuse nothing.
+    """
     order = np.argsort(-scores, kind="stable")
-    table = data.table[chosen[order]]
-    change = np.where(table["fraud"], -table["amount"], cost)
-    return float(scores[order][int(np.argmin(np.cumsum(change)))])
+    table, falling = data.table[chosen[order]], scores[order]
+    costs = np.cumsum(np.where(table["fraud"], -table["amount"], cost))
+    last = np.append(np.diff(falling) != 0, True)  # who refuses a score refuses all that have it
+    costs, falling = costs[last], falling[last]
+    least = int(np.argmin(costs))
+    return float(falling[least]) if costs[least] < 0 else 1.0
