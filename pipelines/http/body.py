@@ -41,6 +41,20 @@ def media_type(headers: Headers, allowed: tuple[str, ...]) -> str:
     return given
 
 
+def refuse_packed(headers: Headers) -> None:
+    """Refuse a packed body, by gzip say; it would be read as what it is not.
+
+    Raises:
+        HttpError: ``unsupported_media_type``.
+    """
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise HttpError(
+            "packed bodies are not read here",
+            reason="unsupported_media_type",
+            hint="send the body as it is",
+        )
+
+
 async def chunks(
     receive: Receive, headers: Headers, limit: int, patience: float
 ) -> AsyncIterator[bytes]:

@@ -28,7 +28,7 @@ from plinth.engine import (
     Timing,
 )
 from plinth.pipelines.config.settings import ServeConfig
-from plinth.pipelines.http.body import media_type
+from plinth.pipelines.http.body import media_type, refuse_packed
 from plinth.pipelines.http.disconnect import timed_out
 from plinth.pipelines.http.errors import answer_of, body_of, error_bytes
 from plinth.pipelines.http.health import Health
@@ -174,6 +174,8 @@ class RecordRoute:
         """
         if fields.get(b"content-type") != b"application/json":
             media_type(fields, _JSON)
+        if b"content-encoding" in fields:
+            refuse_packed(fields)
         given = fields.get(_DEADLINE)
         if given is None:
             return self.service.sla

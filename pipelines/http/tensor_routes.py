@@ -20,9 +20,9 @@ from torch import Tensor
 
 from plinth.engine import InputError, PlinthError
 from plinth.pipelines.http.app import json
-from plinth.pipelines.http.body import Headers, chunks, headers_of, media_type
+from plinth.pipelines.http.body import Headers, chunks, headers_of, media_type, refuse_packed
 from plinth.pipelines.http.disconnect import cancel_on_disconnect
-from plinth.pipelines.http.errors import HttpError, error_response
+from plinth.pipelines.http.errors import error_response
 from plinth.pipelines.http.health import Health
 from plinth.pipelines.http.openapi import tensors as documented
 from plinth.pipelines.http.record_routes import answer_fields
@@ -394,12 +394,7 @@ def _model(request: Request) -> tuple[str, str]:
 
 def _check_type(headers: Headers) -> None:
     """Refuse what a page of another site could send without being asked, and packed bodies."""
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise HttpError(
-            "packed bodies are not read here",
-            reason="unsupported_media_type",
-            hint="send the body as it is",
-        )
+    refuse_packed(headers)
     if b"content-type" in headers:
         media_type(headers, _TYPES)
 

@@ -23,6 +23,8 @@ BLOCK = 32
 
 MOST_NODES = 10
 """Of a tree: its table has a place for each set of conditions that hold."""
+LIMIT = 10.0
+"""Deviations beyond which a standardised value is cut off, unless a model says otherwise."""
 
 
 class Standardise(nn.Module):
@@ -35,7 +37,7 @@ class Standardise(nn.Module):
     Shapes: (n, features) float32 to (n, 2 * features) float32.
     """
 
-    def __init__(self, features: int, limit: float = 10.0) -> None:
+    def __init__(self, features: int, limit: float) -> None:
         super().__init__()
         self.limit = limit
         self.mean: Tensor
@@ -140,7 +142,7 @@ class FraudScorer(nn.Module):
     Shapes: (n, features) float32 to (n, 2) float32: probability in [0, 1], variant.
     """
 
-    def __init__(self, features: int, body: nn.Module, variant: int, limit: float = 10.0) -> None:
+    def __init__(self, features: int, body: nn.Module, variant: int, limit: float = LIMIT) -> None:
         super().__init__()
         self.variant = float(variant)
         self.standardise = Standardise(features, limit)
@@ -162,7 +164,7 @@ def fraud_mlp(
     width: int = 64,
     blocks: int = 2,
     dropout: float = 0.2,
-    limit: float = 10.0,
+    limit: float = LIMIT,
 ) -> FraudScorer:
     """The gated residual network over standardised features."""
     layers: Sequence[nn.Module] = (
@@ -245,7 +247,7 @@ def fraud_ensemble(trees: int, nodes: int, **network: Any) -> FraudEnsemble:
     return FraudEnsemble(fraud_mlp(**network), Trees(trees, nodes))
 
 
-def fraud_lite(features: int = 21, limit: float = 10.0) -> FraudScorer:
+def fraud_lite(features: int = 21, limit: float = LIMIT) -> FraudScorer:
     """Logistic regression over the same standardised features: the cheaper variant."""
     return FraudScorer(features, nn.Linear(2 * features, 1), variant=1, limit=limit)
 

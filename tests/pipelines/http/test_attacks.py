@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import socket
 import threading
 from collections.abc import Iterator
@@ -309,6 +310,14 @@ def test_our_own_pages_may_post(tiny: Running) -> None:
     ours = f"http://{tiny.client.base_url.host}:{tiny.client.base_url.port}"
     for fields in ({"origin": ours}, {"sec-fetch-site": "same-origin"}, {"sec-fetch-site": "none"}):
         assert tiny.post(ROUTE, json=GOOD, headers=fields).status_code == 200
+
+
+def test_a_packed_body_is_415_and_not_called_wrong_json(tiny: Running) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    answer = tiny.client.post(ROUTE, content=gzip.compress(BODY), headers=headers)
+    error(answer, 415, "unsupported_media_type")
+    headers["Content-Encoding"] = "identity"
+    assert tiny.client.post(ROUTE, content=BODY, headers=headers).status_code == 200
 
 
 def test_a_body_without_a_type_is_415(tiny: Running) -> None:
