@@ -7,6 +7,8 @@ Studies are chest phantoms as DICOM CT, each of its own. Every run is a ``plinth
 its seconds are those of its summary, the start of the processes included. CPU is that of the whole
 tree; memory is the largest proportional set size (PSS) seen of the command, and of a worker.
 ``whole`` is the time of the whole command, imports and the end of all processes included.
+``steady`` counts from the end of the first study of each process to the end of the last: what a
+night of many studies runs at, without the start.
 With ``--one-core`` there is a run without worker processes on one core (Linux), first in each turn:
 what the others are to be so many times as fast as.
 """
@@ -73,10 +75,14 @@ def measure(folder: Path, processes: int) -> dict[str, Any]:
         if process.returncode:
             raise SystemExit(errors.decode())
         summary = json.loads(told)
+        ends = sorted(each.stat().st_mtime for each in Path(out).glob("*/report.json"))
+    first = max(1, processes) - 1
+    steady = (len(ends) - 1 - first) / (ends[-1] - ends[first])
     return {
         "processes": processes,
         "studies_per_hour": 3600 * summary["done"] / summary["seconds"],
         "studies_per_hour_whole": 3600 * summary["done"] / whole,
+        "studies_per_hour_steady": 3600 * steady,
         "cpu_seconds_per_study": sum(seen.cpu.values()) / summary["done"],
         "command_mb": seen.command / 1e6,
         "worker_mb": seen.worker / 1e6,
@@ -131,23 +137,29 @@ def main() -> None:
         print_json(runs)
         return
     table = Table(
-        *("processes", "studies/h", "of the first", "whole, studies/h", "CPU s a study"),
-        *("command, MB", "worker, MB"),
+        *("processes", "studies/h", "of the first", "whole", "steady", "of the first"),
+        *("CPU s a study", "command, MB", "worker, MB"),
     )
-    base = statistics.median(run["studies_per_hour"] for run in runs if run["processes"] == arms[0])
+
+    def share(own: list[dict[str, Any]], name: str) -> str:
+        base = [run[name] for run in runs if run["processes"] == arms[0]]
+        return f"{statistics.median(run[name] for run in own) / statistics.median(base):.2f}"
+
     for number in arms:
         own = [run for run in runs if run["processes"] == number]
         names = (
             "studies_per_hour",
             "studies_per_hour_whole",
+            "studies_per_hour_steady",
             "cpu_seconds_per_study",
             "command_mb",
             "worker_mb",
         )
         cells = [f"{statistics.median(run[name] for run in own):,.1f}" for name in names]
-        share = statistics.median(run["studies_per_hour"] for run in own) / base
         name = "0, one core" if number == ONE_CORE else str(number)
-        table.add_row(name, cells[0], f"{share:.2f}", *cells[1:])
+        whole, steady, *others = cells[1:]
+        shares = share(own, "studies_per_hour"), share(own, "studies_per_hour_steady")
+        table.add_row(name, cells[0], shares[0], whole, steady, shares[1], *others)
     Console(width=100).print(table)
 
 
