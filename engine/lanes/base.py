@@ -112,14 +112,6 @@ class Held(Protocol):
         """
         ...
 
-    def check_outputs(self, outputs: dict[str, Tensor], rows: int) -> None:
-        """Hold what came from elsewhere against the contract.
-
-        Raises:
-            ModelError: an output is missing, or has another shape.
-        """
-        ...
-
 
 class Lane(ABC):
     """A place where batches run; one thread at a time gives it units.

@@ -40,6 +40,7 @@ from plinth.engine.lanes.base import Lane, LaneDied, Ran, Unit
 from plinth.engine.lanes.cluster.settings import Cluster
 from plinth.engine.lanes.compute_pool import NICENESS, ComputePool
 from plinth.engine.lanes.deadline_watch import DeadlineWatch
+from plinth.engine.lanes.local import LocalLane
 from plinth.engine.lanes.process import HUNG_SECONDS, HUNG_TIMES, UNKNOWN_SECONDS
 from plinth.engine.lanes.thread import LaneThread, StoppedFromOutside
 from plinth.engine.lanes.window_thread import WindowThread
@@ -327,6 +328,7 @@ class Engine:
             ConfigError: an engine of this process runs with another number of threads.
             DeviceError: no device does anything any more in this process.
         """
+        self._refuse_fork()
         if self._state == "running":
             self._lanes.warm()
         with self._lock:
@@ -372,11 +374,18 @@ class Engine:
             if made.revives:
                 made.start()  # takes seconds, for which the lock is not held
             with self._lock:
-                if self._state == "running":
-                    thread.start()
-                self._lanes.join_in(thread)
-                self._register_models()
-                self._wake_one()
+                if self._state in ("closing", "closed"):  # while it was made
+                    over = self._not_running()
+                else:
+                    over = None
+                    if self._state == "running":
+                        thread.start()
+                    self._lanes.join_in(thread)
+                    self._register_models()
+                    self._wake_one()
+            if over is not None:
+                made.close()
+                raise over
         return thread.name
 
     def drain_lane(self, name: str) -> None:
@@ -417,6 +426,8 @@ class Engine:
             drain: finish what was accepted first; otherwise it fails with :class:`Closed`.
         """
         outcomes: Outcomes = []
+        if self._lanes.is_forked:
+            return  # its lanes are the other process's, which goes on with them
         with self._lock:
             if self._state in ("new", "running"):
                 self._state = "closing" if self._lanes.alive else "closed"
@@ -650,7 +661,20 @@ class Engine:
         future.add_done_callback(lambda done: self._cancel(request) if done.cancelled() else None)
         return future
 
+    def _refuse_fork(self) -> None:
+        """Refuse work in a fork of the process in which it was started.
+
+        Raises:
+            EngineFailed: this is one.
+        """
+        if self._lanes.is_forked:
+            raise EngineFailed(
+                f"the engine was started in process {self._lanes.process}, of which this is a fork",
+                hint="make an engine in each process, or start processes by spawn",
+            )
+
     def _request(self, call: Call, waiter: Waiter, since: float | None) -> Request:
+        self._refuse_fork()
         loaded = self._models.get(call.model)
         request = request_of(loaded, call, waiter, self._models.cheaper(loaded))
         request.since = since
@@ -953,7 +977,7 @@ class Engine:
         try:
             rows = _rows_of(batch)
             ran = thread.lane.run(self._unit(batch, loaded, rows, thread))
-            _check_rows(loaded, ran, batch)
+            _check_rows(loaded, ran, batch, thread.lane)
             loaded.see(rows)
         except BaseException as error:  # noqa: BLE001 - a model's failure is its batch's alone
             self._failed(batch, loaded, error, thread)
@@ -990,7 +1014,7 @@ class Engine:
         try:
             try:
                 ran = done.result()
-                _check_rows(loaded, ran, batch)
+                _check_rows(loaded, ran, batch, thread.lane)
             except BaseException as error:  # noqa: BLE001 - as in _execute
                 self._failed(batch, loaded, error, thread)
                 return
@@ -1325,12 +1349,17 @@ def _rows_of(batch: Batch) -> list[dict[str, Tensor]]:
     return [part.work.owner.take(part.work.first + part.first, part.rows) for part in batch.parts]
 
 
-def _check_rows(loaded: LoadedModel, ran: Ran, batch: Batch) -> None:
+def _check_rows(loaded: LoadedModel, ran: Ran, batch: Batch, lane: Lane) -> None:
     """Refuse outputs of another number of rows than were given: they would be others' rows.
 
+    Of a lane that was made elsewhere all is held against the contract.
+
     Raises:
-        ModelError: there are more or fewer.
+        ModelError: there are more or fewer, or they are not what the contract says.
     """
+    if type(lane) is not LocalLane:  # there the model itself is held against it
+        loaded.check_outputs(ran.outputs, batch.rows)
+        return
     for name, tensor in ran.outputs.items():
         if tensor.shape[0] != batch.rows:
             raise ModelError(

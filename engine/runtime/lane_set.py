@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 from collections import Counter
@@ -41,6 +42,8 @@ _log = logging.getLogger("plinth.engine")
 _REHEARSED_SECONDS, _REHEARSAL_SECONDS = 30.0, 2.0
 PROCESS, RAY = "process:", "ray:"
 """Before the name of a device: its lane is a worker process, or one on a machine of a cluster."""
+MAX_LANES = 1024
+"""Of one engine; each has a thread."""
 MakeThread = Callable[[Lane, "int | None"], LaneThread]
 """The thread of a lane: the lane, CPU threads of a forward."""
 
@@ -60,6 +63,7 @@ class LaneSet:
         threads: one for each lane.
         windows: puts windows together beside the lanes; given by the engine.
         changing: held while lanes or models change, so that every lane has every model.
+        process: the number of the process in which they were started.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class LaneSet:
         self._budget = limit
         self._clock = clock
         self._make_thread = make_thread
+        self.process: int | None = None
         self._processes = 0
         self._tables: dict[str, ModelTable] = {}
         self._costs: dict[tuple[str, str], LatencyModel] = {}
@@ -115,6 +120,12 @@ class LaneSet:
         Raises:
             ConfigError, DeviceError: there is no such device, or none is named.
         """
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(
+                f"devices is {names!r}, expected a list of names", hint='such as ["cpu", "cpu"]'
+            )
+        if len(names) > MAX_LANES:
+            raise ConfigError(f"devices names {len(names)} lanes, expected {MAX_LANES} at most")
         devices = [pick(device_of(name)) for name in names]
         devices = devices or [lane.device for lane in lanes[:1]]
         if not devices:
@@ -406,6 +417,11 @@ class LaneSet:
         return any(thread.alive for thread in self.threads)
 
     @property
+    def is_forked(self) -> bool:
+        """Whether this process is a fork of the one in which they were started: without threads."""
+        return self.process is not None and self.process != os.getpid()
+
+    @property
     def is_current(self) -> bool:
         """Whether the caller is a thread of a lane, or the one that puts windows together."""
         return self.windows.is_current or any(thread.is_current for thread in self.threads)
@@ -423,6 +439,7 @@ class LaneSet:
             DeviceError: none of them can be started.
         """
         failed: DeviceError | None = None
+        self.process = os.getpid()
         for thread in self.threads:
             if thread.alive:
                 continue

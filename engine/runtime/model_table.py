@@ -18,7 +18,7 @@ from plinth.engine.backends.eager import TorchExecutable, held_tensors, stored_b
 from plinth.engine.backends.planner import Planned
 from plinth.engine.backends.variants import check_on, degraded_variant, load_variant
 from plinth.engine.devices.device import Device
-from plinth.engine.errors import ModelError, OutOfMemory, PlinthError, nearest
+from plinth.engine.errors import ConfigError, ModelError, OutOfMemory, PlinthError, nearest
 from plinth.engine.flow import Sla
 from plinth.engine.lanes.cluster.settings import Cluster
 from plinth.engine.lanes.process import HUNG_SECONDS
@@ -38,6 +38,7 @@ from plinth.engine.runtime.recent import Recent
 from plinth.engine.scheduler.cost_model import LatencyModel
 
 _log = logging.getLogger(__name__)
+MAX_THREADS, MAX_HUNG = 1024, 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,22 @@ class Execution:
     evict_idle: bool = False
     cluster: Cluster | None = None
     communication: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse what no lane could run with.
+
+        Raises:
+            ConfigError: an impossible value.
+        """
+        for name, value in (("threads", self.threads), ("pipeline_depth", self.depth)):
+            if value is not None and (type(value) is not int or not 1 <= value <= MAX_THREADS):
+                raise ConfigError(
+                    f"{name} is {value!r}, expected a whole number, 1 to {MAX_THREADS}"
+                )
+        if not 0 < self.hung_seconds <= MAX_HUNG:
+            raise ConfigError(
+                f"hung_seconds is {self.hung_seconds!r}, expected 0 < hung_seconds <= {MAX_HUNG}"
+            )
 
 
 class ModelTable:

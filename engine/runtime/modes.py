@@ -60,7 +60,13 @@ class Modes:
                 f"modes.sync_threshold is {threshold!r}, expected a number of items of 1 or more, "
                 "or auto"
             )
-        if self.mode == "sync" and self.pipeline_depth not in (None, 1):
+        depth = self.pipeline_depth
+        if depth is not None and (type(depth) is not int or depth < 1):
+            raise ConfigError(
+                f"modes.pipeline_depth is {depth!r}, expected a whole number of 1 or more",
+                hint="leave it out for the device's own",
+            )
+        if self.mode == "sync" and depth not in (None, 1):
             raise ConfigError(
                 f"modes.pipeline_depth is {self.pipeline_depth}, expected 1 in mode sync: one "
                 "round is in flight",
@@ -83,6 +89,10 @@ class Modes:
             return table
         known = [each.name for each in fields(cls)]
         table = {} if table is None else table
+        if not isinstance(table, Mapping):
+            raise ConfigError(
+                f"modes is {table!r}, expected a table", hint='modes={"mode": "hybrid"}'
+            )
         for key in table:
             if key not in known:
                 raise ConfigError(f"modes.{key} is unknown", hint=nearest(str(key), known))

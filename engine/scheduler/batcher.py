@@ -156,7 +156,7 @@ class Batcher:
         held_until: when to ask :meth:`next` again, after it held back what waits; seconds.
 
     Raises:
-        ConfigError: an impossible share.
+        ConfigError: an impossible share, or no room in the queue.
     """
 
     def __init__(
@@ -169,6 +169,8 @@ class Batcher:
         idle_slice: float = 0.1,
         rounds: bool = False,
     ) -> None:
+        if not max_queue >= 1:
+            raise ConfigError(f"max_queue is {max_queue}, expected 1 row or more")
         self.latency = latency
         self.rounds = Rounds() if rounds else None
         self.max_queue = max_queue

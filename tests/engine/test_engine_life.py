@@ -1,5 +1,6 @@
 """The life of an engine: started, idle, closed, by whichever thread and however often."""
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from plinth.engine import Call, Closed, Engine, Model, ModelSpec, Sla, TensorSpec
+from plinth.engine import Call, Closed, Engine, EngineFailed, Model, ModelSpec, Sla, TensorSpec
 from plinth.engine.scheduler.batcher import Batcher
 from plinth.engine.scheduler.cost_model import LatencyModel
 
@@ -128,3 +129,41 @@ def test_an_idle_engine_never_wakes():
             watch(0.05)  # the turn that answered ends
         watch(1.0)
         assert time.clock_gettime(clock) == before
+
+
+@pytest.mark.cpu
+def test_a_fork_of_the_process_of_an_engine_is_told_so_and_leaves_it_alone():
+    with Engine(devices=["process:cpu"], threads=1) as engine:
+        engine.add(model(Double()))
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                for work in (lambda: engine.run(double()), engine.start):
+                    with pytest.raises(EngineFailed, match="of which this is a fork"):
+                        work()
+                engine.close()
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        for _ in range(3):
+            assert torch.equal(engine.run(double()).value, torch.full((1, 4), 2.0))
+
+
+@pytest.mark.cpu
+def test_a_lane_that_is_ready_after_the_engine_was_closed_is_ended(monkeypatch):
+    engine = Engine(device="cpu", threads=1).start()
+    prepare, lanes = engine._lanes.prepare, []
+
+    def late(lane):
+        thread = prepare(lane)
+        engine.close()
+        lanes.append(lane)
+        return thread
+
+    monkeypatch.setattr(engine._lanes, "prepare", late)
+    with pytest.raises(Closed):
+        engine.add_lane("process:cpu")
+    assert lanes[0].pid is None
+    assert [lane["state"] for lane in engine.status()["lanes"]] == ["stopped"]

@@ -321,6 +321,18 @@ def test_what_ends_lanes_is_found_and_fails_alone():
         assert 3 <= states.count("dead") < 12
 
 
+def test_a_lane_that_lies_about_its_outputs_fails_the_call_and_answers_nothing():
+    class Liar(LocalLane):
+        def run(self, unit: Unit):
+            ran = super().run(unit)
+            return ran._replace(outputs={name: each[:, :2] for name, each in ran.outputs.items()})
+
+    with Engine(lanes=[Liar(HERE)]) as engine:
+        engine.add(net(), batch_range=(1, 8))
+        with pytest.raises(ModelError, match=r"a lane gave .* of 3 rows, expected"):
+            ask(engine, 1, 3).result(WAIT)
+
+
 def test_what_the_lane_that_is_woken_leaves_to_another_is_done_by_that_one():
     """The first lane is the faster one for a lone row, the second one for four."""
     lanes = [LocalLane(HERE, 1, 0), LocalLane(HERE, 1, 1)]

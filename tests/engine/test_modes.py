@@ -320,3 +320,25 @@ def test_answers_of_a_round_come_in_the_order_of_their_requests():
     assert sorted(told) == list(range(60))
     ones = [n for n in told if n % 5 == 0]
     assert ones == sorted(ones)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"devices": "cpu"}, "devices is 'cpu', expected a list of names"),
+        ({"devices": ["cpu", None]}, r"devices is \['cpu', None\], expected a list of names"),
+        ({"device": 0}, r"devices is \(0,\), expected a list of names"),
+        ({"devices": ["cpu"] * 2000}, "devices names 2000 lanes, expected 1024 at most"),
+        ({"threads": 0}, "threads is 0, expected a whole number"),
+        ({"threads": 1.5}, "threads is 1.5, expected a whole number"),
+        ({"pipeline_depth": True}, "pipeline_depth is True, expected a whole number"),
+        ({"hung_seconds": float("nan")}, "hung_seconds is nan"),
+        ({"max_queue": 0}, "max_queue is 0, expected 1 row or more"),
+        ({"modes": {"pipeline_depth": "auto"}}, "modes.pipeline_depth is 'auto', expected a whole"),
+        ({"modes": ["sync"]}, r"modes is \['sync'\], expected a table"),
+        ({"modes": "sync"}, "modes is 'sync', expected a table"),
+    ],
+)
+def test_settings_that_no_lane_could_run_with_are_refused_before_it_starts(given, told):
+    with pytest.raises(ConfigError, match=told):
+        Engine(**given)

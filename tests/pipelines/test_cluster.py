@@ -114,6 +114,15 @@ def test_a_node_that_nobody_hears_ends(tmp_path):
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+def test_a_store_that_would_lie_on_a_disk_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(node_script, "_SHARED_MEMORY", tmp_path)
+    found = os.statvfs(tmp_path)
+    free = found.f_bsize * found.f_bavail
+    node_script._refuse_little_memory(free // 2)
+    with pytest.raises(node_script._RefusedError, match=r"MB free.*--store-mb.*--shm-size"):
+        node_script._refuse_little_memory(2 * free)
+
+
 @pytest.mark.soak
 def test_a_head_is_started_joined_seen_and_ended():
     port, small = free_port(), ("--cpus", "1", "--gpus", "0", "--store-mb", "100")

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 _LOOK_SECONDS = 1.0
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - Ray's own place for its store
 
 
 def main(told: dict[str, Any]) -> int:
@@ -85,13 +86,15 @@ def _look(told: dict[str, Any]) -> None:
     """Find out what Ray would find out after minutes.
 
     Raises:
-        _RefusedError: the head's port is taken, or there is no way into the cluster.
+        _RefusedError: the head's port is taken, there is no way into the cluster, or shared memory
+            is too small.
     """
     if told["head"]:
         host, _, port = told["address"].rpartition(":")
         _refuse_taken(host, int(port))
     else:
         _meet(told["address"])
+    _refuse_little_memory(told["store_bytes"])
 
 
 def _meet(address: str) -> None:
@@ -179,6 +182,19 @@ def _refuse_taken(host: str, port: int) -> None:
         except OSError as error:
             why = f"{host}:{port} cannot be listened on: {error.strerror}"
             raise _RefusedError(why) from None
+
+
+def _refuse_little_memory(needed: int) -> None:
+    """Refuse a store that Ray would put on a disk instead, with a warning in its log."""
+    if not _SHARED_MEMORY.is_dir():
+        return
+    found = os.statvfs(_SHARED_MEMORY)
+    free = found.f_bsize * found.f_bavail
+    if free < needed:
+        raise _RefusedError(
+            f"{_SHARED_MEMORY} has {free >> 20} MB free, and the store is to have {needed >> 20}: "
+            "name less (--store-mb), or give the container more (docker run --shm-size)"
+        )
 
 
 def _say(said: dict[str, Any]) -> bool:
