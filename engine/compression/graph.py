@@ -49,9 +49,15 @@ def chains(module: nn.Module) -> list[Chain]:
     for node in graph.nodes:
         if node.op == "call_module" and runs[node.target] == 1:
             layer = layers[str(node.target)]
-            if isinstance(layer, LINEAR) and getattr(layer, "groups", 1) == 1:
+            if _is_plain(layer):
                 found.append(_follow(node, layers, runs))
     return found
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """A linear layer or convolution of one group whose weight is stored, not computed."""
+    stored = "weight" in layer._parameters
+    return isinstance(layer, LINEAR) and stored and getattr(layer, "groups", 1) == 1
 
 
 def _follow(node: fx.Node, layers: dict[str, nn.Module], runs: Counter[object]) -> Chain:
@@ -61,7 +67,7 @@ def _follow(node: fx.Node, layers: dict[str, nn.Module], runs: Counter[object]) 
         name = str(at.target)
         if at.op == "call_module" and runs[at.target] == 1:
             layer = layers[name]
-            if isinstance(layer, LINEAR) and getattr(layer, "groups", 1) == 1:
+            if _is_plain(layer):
                 same = isinstance(layer, nn.Linear) == isinstance(layers[producer], nn.Linear)
                 return Chain(producer, norm, name if same else None)
             if isinstance(layer, NORMS) and norm is None and at.args[0] is node:

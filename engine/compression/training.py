@@ -100,7 +100,8 @@ def compress(
 
     Raises:
         ConfigError: the recipe has an unknown algorithm or setting, or the module no weights.
-        InputError: there are no rows.
+        InputError: there are no rows, the module's weights or its outputs for them are not all
+            finite, or training diverges.
     """
     return _Training(module, rows, recipe, forward, labels, say).run()
 
@@ -119,12 +120,14 @@ class _Training:
         self.count = len(next(iter(rows.values()), ()))
         if not self.count:
             raise InputError("there are no rows to train on")
+        _check_weights(module)
         self.transforms = recipe.build()
         with warnings.catch_warnings():  # torch's own, of how it copies an exported program
             warnings.filterwarnings("ignore", "`isinstance", FutureWarning)
             self.module = unpack_layers(copy.deepcopy(module)).eval()
         with torch.no_grad():
             self.teacher = _outputs(self.forward, self.module, rows, recipe.batch)
+        _check_outputs(self.teacher)
         self.labels = labels if _has_classes(self.teacher, labels) else None
         for transform in self.transforms:
             transform.reshape(self.module, say)
@@ -150,7 +153,7 @@ class _Training:
                 if not torch.isfinite(loss):
                     raise InputError(
                         f"the loss is {loss.item()} at step {step}",
-                        hint="are there NaN in the rows? else a lower rate",
+                        hint="try a lower rate, or a recipe that removes less",
                     )
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -378,6 +381,25 @@ def _outputs(forward: Forward, module: nn.Module, rows: Rows, batch: int) -> dic
         for first in range(0, count, batch)
     ]
     return {name: torch.cat([part[name] for part in parts]).clone() for name in parts[0]}
+
+
+def _check_weights(module: nn.Module) -> None:
+    for name, value in module.named_parameters():
+        if not torch.isfinite(value).all():
+            raise InputError(
+                f"weight {name} has values that are NaN or infinite",
+                hint="a model that is not whole cannot be a teacher; train it anew",
+            )
+
+
+def _check_outputs(teacher: Rows) -> None:
+    for name, value in teacher.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            row = int((~torch.isfinite(value)).flatten(1).any(1).nonzero()[0])
+            raise InputError(
+                f"output {name} of the model is NaN or infinite for row {row}",
+                hint="leave out the rows that the model has no number for",
+            )
 
 
 def _has_classes(teacher: Rows, labels: Tensor | None) -> bool:

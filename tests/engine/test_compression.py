@@ -370,8 +370,27 @@ def test_rows_that_are_no_numbers_are_refused_before_they_spoil_the_weights(trai
     module, images, _ = trained
     spoiled = images.clone()
     spoiled[3] = float("nan")
-    with pytest.raises(InputError, match="are there NaN in the rows"):
-        compress(module, {"x": spoiled}, recipe(1, quantization_aware={}), forward)
+    for epochs in (0, 1):
+        with pytest.raises(InputError, match="NaN or infinite for row 3"):
+            compress(module, {"x": spoiled}, recipe(epochs, quantization_aware={}), forward)
+
+
+@pytest.mark.parametrize("steps", [{"quantization_aware": {}}, {"low_rank": {"energy": 0.9}}])
+def test_weights_that_are_no_numbers_are_refused_by_name(steps):
+    module = shapes().eval()
+    with torch.no_grad():
+        module[4].weight[0, 0, 0, 0] = float("nan")
+    rows = {"x": torch.randn(60, 1, 8, 8)}
+    with pytest.raises(InputError, match=r"weight 4\.weight has values that are NaN"):
+        compress(module, rows, recipe(0, **steps), forward)
+
+
+def test_a_layer_whose_weight_is_computed_keeps_its_channels():
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 16))
+    module = nn.Sequential(normed, nn.ReLU(), nn.Linear(16, 3)).eval()
+    rows = {"x": torch.randn(60, 8)}
+    with pytest.raises(ConfigError, match="no channel can be removed"):
+        compress(module, rows, recipe(0, pruning={"channels": 0.5}), forward)
 
 
 def test_tied_weights_stay_one_and_are_stored_once(tmp_path):
