@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -68,7 +69,15 @@ def node(monkeypatch, tmp_path):
     return begin
 
 
-def test_an_interrupted_start_leaves_no_process(node, tmp_path):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C is heard, though it is not by default in what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_start_leaves_no_process(interruptible, node, tmp_path):
     began = tmp_path / "began"
     with pytest.raises(KeyboardInterrupt):
         node(

@@ -30,6 +30,7 @@ from plinth.pipelines.stream.chunks import (
     Rewind,
     StreamError,
 )
+from plinth.pipelines.stream.kafka_consumer import Unreadable
 from plinth.pipelines.stream.processor import MAX_FAILURES, KeyPlaces, Processor
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.pipelines.stream.worker import StreamSummary, Worker
@@ -84,6 +85,7 @@ class MemoryLog:
     commits_offsets: bool = True
     writing: Outputs | None = None
     kept_alive: int = 0
+    unreadable: Unreadable = field(default_factory=Unreadable)
     notes: dict[Partition, str] = field(default_factory=dict)
 
     # -- as a consumer -----------------------------------------------------------------------
@@ -360,6 +362,12 @@ def test_records_that_cannot_be_read_end_the_stream_with_a_named_error() -> None
     log.limit = log.size = 0  # whatever the cause: nothing comes, and 8 records wait
     with pytest.raises(StreamError, match="8 records wait and none of them can be read"):
         log.run(TallyVertical(), stall_timeout_s=0.2, max_events=None)
+
+
+def test_what_can_never_be_read_ends_the_stream_with_a_named_error() -> None:
+    log = MemoryLog(lines(8), unreadable=Unreadable("damaged at 3", time.monotonic() - 60, 3))
+    with pytest.raises(StreamError, match=r"cannot be read, tried for 30 s: damaged at 3"):
+        log.run(TallyVertical(), stall_timeout_s=30.0)
 
 
 def test_joining_a_group_however_long_is_not_idling() -> None:
