@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 MOST = 8
 """Threads at most: decoders are bound by memory beyond."""
 
 
-def spread(work: Callable[[T], object], parts: Iterable[T], threads: int | None = None) -> None:
-    """Do ``work`` with each part, several at a time; ends when all of it has ended.
+def spread(work: Callable[[T], R], parts: Iterable[T], threads: int | None = None) -> list[R]:
+    """Do ``work`` with each part, several at a time; what it gave, in the order of parts.
 
     Worth it only where ``work`` spends its time in native code that lets other threads run. A
     single part, or a single CPU, is done in the caller's thread, which always takes its share.
@@ -34,6 +35,7 @@ def spread(work: Callable[[T], object], parts: Iterable[T], threads: int | None 
     """
     todo = deque(enumerate(parts))
     width = min(threads or len(os.sched_getaffinity(0)), MOST, len(todo))
+    found: dict[int, R] = {}
     failed: dict[int, BaseException] = {}
 
     def take() -> None:
@@ -43,7 +45,7 @@ def spread(work: Callable[[T], object], parts: Iterable[T], threads: int | None 
             except IndexError:
                 return
             try:
-                work(part)
+                found[number] = work(part)
             except BaseException as error:  # noqa: BLE001 - raised below, in the order of parts
                 failed[number] = error
 
@@ -57,6 +59,7 @@ def spread(work: Callable[[T], object], parts: Iterable[T], threads: int | None 
             done.result()
     if failed:  # parts are begun in their order, so that this is the first of all that would fail
         raise failed[min(failed)]
+    return [found[number] for number in sorted(found)]
 
 
 def import_ahead(*modules: str) -> None:

@@ -163,33 +163,31 @@ def analyse(volume: Volume, max_slice_spacing_mm: float = 3.0) -> Analysis:
         raise InputError(
             f"no body was found in series {volume.series.id}", field="PixelData", reason="no_body"
         )
-    parts: list[_Counts] = []
     labels = np.zeros(volume.shape, np.uint8)
     rows, columns = _box(flat)
     y, x = y[rows], x[columns]
 
-    def add(planes: list[int]) -> None:
+    def add(planes: list[int]) -> _Counts:
         part = _Counts()
         for k in planes:
             bits = found.bits[z[k]].take(y, 0).take(x, 1)
             part.add(volume.voxels[k, rows, columns], bits, labels[k, rows, columns])
-        parts.append(part)
+        return part
 
-    noise: list[float | None] = []
     filled = set(volume.filled)
     seen = [k for k in range(len(labels)) if k not in filled]
     thin = volume.voxels[:: max(1, volume.shape[0] // 8)]
-    steps: list[Callable[[], None]] = [lambda: noise.append(tissue_noise(thin))]
+    steps: list[Callable[[], Any]] = [partial(tissue_noise, thin)]
     steps += [partial(add, seen[n : n + TOGETHER]) for n in range(0, len(seen), TOGETHER)]
-    spread(lambda step: step(), steps)
+    noise, *parts = spread(lambda step: step(), steps)
     counts = _Counts()
     for part in parts:
         counts.merge(part)
     analysis = Analysis(labels, orientation, found)
     analysis.findings = [
-        *_lung_findings(counts, volume, noise[0]),
+        *_lung_findings(counts, volume, noise),
         *_volume_findings(counts, volume),
-        finding("tissue_noise", "Noise in soft tissue", noise[0], "HU", NOISE_METHOD),
+        finding("tissue_noise", "Noise in soft tissue", noise, "HU", NOISE_METHOD),
     ]
     analysis.warnings = _warnings(volume, orientation, found, counts, max_slice_spacing_mm)
     return analysis

@@ -7,8 +7,9 @@ coarse isotropic grid; which voxels belong to it is decided by thresholds on the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -84,39 +85,38 @@ def regions(volume: Volume, orientation: Orientation) -> Regions:
     grid = fit_spacing(volume.shape, (z, y, x), (COARSE_MM,) * 3)
     hu = cast(Float, orientation.to_patient(resample(volume.voxels, grid, "area").numpy()))
     tissue, body = _body(hu)
-    may, around = np.zeros(hu.shape, np.uint8), np.zeros(hu.shape, np.uint8)
-    sides: list[Bool] = []
-    told: dict[str, str] = {}
-    opened: list[float] = []
 
-    def lungs_and_airway() -> None:
+    def lungs_and_airway() -> tuple[Bits, tuple[Bool, Bool], str]:
+        bits = np.zeros(hu.shape, np.uint8)
         tubes = airway((hu < LUNG_HU) & body, COARSE_MM)
         wide = dilated(tubes)
-        _put(may, wide, AIRWAY)
-        found, told["split"] = _lungs(hu, (hu < COARSE_LUNG_HU) & body & ~wide, body, tubes)
-        sides.extend(found)
+        _put(bits, wide, AIRWAY)
+        sides, split = _lungs(hu, (hu < COARSE_LUNG_HU) & body & ~wide, body, tubes)
         airy = hu < LUNG_HU
-        for side, edge, core in ((found[0], RIGHT, RIGHT_CORE), (found[1], LEFT, LEFT_CORE)):
+        for side, may, core in ((sides[0], RIGHT, RIGHT_CORE), (sides[1], LEFT, LEFT_CORE)):
             if side.any():
-                _mark(may, side, airy, body, (edge, core))
-        _part(may, *found)
+                _mark(bits, side, airy, body, (may, core))
+        _part(bits, *sides)
+        return bits, sides, split
 
-    def around_them() -> None:
-        _put(around, eroded(body), INSIDE)
-        _put(around, dilated(body | tissue), BODY)
-        _put(around, dilated(_bone(hu, body)), BONE)
-        opened.append(_opened_ml(_lung_like(hu, body), tissue))
+    def around_them() -> tuple[Bits, float]:
+        bits = np.zeros(hu.shape, np.uint8)
+        _put(bits, eroded(body), INSIDE)
+        _put(bits, dilated(body | tissue), BODY)
+        _put(bits, dilated(_bone(hu, body)), BONE)
+        return bits, _opened_ml(_lung_like(hu, body), tissue)
 
-    spread(lambda step: step(), (lungs_and_airway, around_them))
+    steps: tuple[Callable[[], Any], ...] = (lungs_and_airway, around_them)
+    (bits, sides, split), (around, opened) = spread(lambda step: step(), steps)
     trim()  # of what two threads held and let go
-    bits = may | around
+    bits |= around
     native = np.ascontiguousarray(orientation.from_patient(bits))
     opaque = tuple(
         opaque_ml((bits & core) > 0, (bits & BONE) > 0, COARSE_MM, right=core == RIGHT_CORE)
         for core in (RIGHT_CORE, LEFT_CORE)
     )
-    touching = _touching(sides[0] | sides[1], _lung_like(hu, body), opened[0])
-    return Regions(grid, native, touching, told["split"], (opaque[0], opaque[1]))
+    touching = _touching(sides[0] | sides[1], _lung_like(hu, body), opened)
+    return Regions(grid, native, touching, split, (opaque[0], opaque[1]))
 
 
 def _put(bits: Bits, mask: Bool, bit: int) -> None:

@@ -91,8 +91,11 @@ def eroded(mask: Bool) -> Bool:
 
 def box_of(mask: Bool, margin: int = 0) -> tuple[slice, ...]:
     """The smallest box around a mask that has a voxel, and a margin as far as the grid goes."""
+    flat = np.any(mask, axis=0)
+    planes = mask.reshape(len(mask), -1)
+    hits: list[Bool] = [np.any(planes, axis=1), np.any(flat, axis=1), np.any(flat, axis=0)]
     spans = []
-    for axis, size in enumerate(mask.shape):
-        hit = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
-        spans.append(slice(max(0, hit[0] - margin), min(size, hit[-1] + 1 + margin)))
+    for hit in hits:
+        (at,) = np.nonzero(hit)
+        spans.append(slice(max(0, int(at[0]) - margin), min(len(hit), int(at[-1]) + 1 + margin)))
     return tuple(spans)

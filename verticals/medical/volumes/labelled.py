@@ -88,18 +88,17 @@ def boxes_of(labels: Labels, values: Sequence[int] | Labels) -> dict[int, Box]:
         labels: (z, y, x).
         values: that are looked for.
     """
-    found: list[tuple[Bool, Bool, Bool]] = []
 
-    def look(planes: range) -> None:
+    def look(planes: range) -> tuple[Bool, Bool, Bool]:
         z, y, x = (np.zeros((len(values), size), bool) for size in labels.shape)
         for k in planes:
             for number, same in _in_plane(labels[k], values):
                 z[number, k] = True
                 y[number] |= same.any(axis=1)
                 x[number] |= same.any(axis=0)
-        found.append((z, y, x))
+        return z, y, x
 
-    spread(look, _parts(len(labels)))
+    found = spread(look, _parts(len(labels)))
     if not found:
         return {}
     z, y, x = (np.logical_or.reduce(one) for one in zip(*found, strict=True))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from scipy.spatial import ConvexHull
 from scipy.spatial.distance import cdist
 
 from plinth.engine.parallel import spread
+from plinth.verticals.medical.volumes.distance import box_of
 
 Mask = npt.NDArray[np.bool_]
 Points = npt.NDArray[np.float64]
@@ -164,30 +165,25 @@ def shape_of(mask: Mask, spacing: tuple[float, float, float]) -> Shape:
     count = int(np.count_nonzero(inside))
     step = np.array(spacing[::-1], float)
     ends = [_ends(inside, axis) for axis in range(3)]
-    parts: dict[str, Callable[[], Any]] = {
-        "surface": lambda: _surface(inside, step),
-        "slice": lambda: _widest(inside, ends, 0, step),
-        "column": lambda: _widest(inside, ends, 1, step),
-        "row": lambda: _widest(inside, ends, 2, step),
-        "widest": lambda: _farthest(_corners(ends) * step),
-    }
-    told: dict[str, Any] = {}
-
-    def measure(part: str) -> None:
-        told[part] = parts[part]()
-
-    spread(measure, parts, threads=1 if inside.size < SMALL else None)
-    area, volume = told["surface"]
+    parts: list[Callable[[], Any]] = [
+        lambda: _surface(inside, step),
+        *(partial(_widest, inside, ends, axis, step) for axis in range(3)),
+        lambda: _farthest(_corners(ends) * step),
+    ]
+    threads = 1 if inside.size < SMALL else None
+    (area, volume), in_slice, in_column, in_row, widest = spread(
+        lambda part: part(), parts, threads
+    )
     return Shape(
         voxels=count,
         volume_mm3=count * float(step.prod()),
         mesh_volume_mm3=volume,
         surface_mm2=area,
         sphericity=(36 * math.pi * volume**2) ** (1 / 3) / area,
-        diameter_mm=told["widest"],
-        diameter_slice_mm=told["slice"],
-        diameter_column_mm=told["column"],
-        diameter_row_mm=told["row"],
+        diameter_mm=widest,
+        diameter_slice_mm=in_slice,
+        diameter_column_mm=in_column,
+        diameter_row_mm=in_row,
     )
 
 
@@ -226,13 +222,7 @@ def values_of(values: npt.NDArray[np.generic]) -> ValueStatistics:
 # -- surface and volume --------------------------------------------------------------------------
 def _cut(mask: Mask) -> Mask:
     """The box around a region, with a margin of one voxel on all sides."""
-    flat = np.any(mask, axis=0)
-    hits = (mask.reshape(len(mask), -1).any(axis=1), flat.any(axis=1), flat.any(axis=0))
-    spans = []
-    for hit in hits:
-        (at,) = np.nonzero(hit)
-        spans.append(slice(int(at[0]), int(at[-1]) + 1))
-    return np.pad(mask[tuple(spans)], 1)
+    return np.pad(mask[box_of(mask)], 1)
 
 
 @cache
