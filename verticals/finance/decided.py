@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 from typing import Any
 
@@ -44,7 +45,7 @@ _RECORD = (
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Decided:
     """Payments of one flow, in order, and what was decided on each.
 
@@ -73,16 +74,18 @@ class Decided:
     rules_version: str
     names: tuple[str, ...]
 
+    @cached_property
     def flags(self) -> npt.NDArray[np.uint8]:
         """What was special about each payment, uint8 (n,), bits as in :class:`Flag`."""
         flags = self.batch.flags
         return flags if self.partial is None else flags | (self.partial * np.uint8(_PARTIAL))
 
+    @cached_property
     def decisions(self) -> list[Decision]:
         """Each as an object."""
         made = []
         rows = zip(self.asked, self.scores, self.by.tolist(), self.levels.tolist(), strict=True)
-        flags = self.flags().tolist()
+        flags = self.flags.tolist()
         for place, (request, score, by, level) in enumerate(rows):
             told = {
                 "schema_version": 1,
@@ -142,7 +145,7 @@ class Decided:
         told = [b"[]"] * len(ids)
         for place in self.verdicts.keys() | self.reasons.keys():
             told[place] = orjson.dumps(self._reasons(place), default=vars)
-        kinds = (self.by.astype(np.int64) << 8 | self.flags()).tolist()
+        kinds = (self.by.astype(np.int64) << 8 | self.flags).tolist()
         ends = {kind: orjson.dumps(self._alike(kind >> 8, kind & 255))[1:] for kind in {*kinds}}
         actions = [_TOLD[level] for level in self.levels.tolist()]
         columns = (ids, _numbers(self.scores), actions, told, [ends[kind] for kind in kinds])
@@ -153,7 +156,7 @@ class Decided:
         wrong: list[int] = []
         if not any(one.model_extra is not None for one in self.asked):
             return wrong
-        for place, (one, flags) in enumerate(zip(self.asked, self.flags().tolist(), strict=True)):
+        for place, (one, flags) in enumerate(zip(self.asked, self.flags.tolist(), strict=True)):
             extra = _extra(one, flags)
             if extra is None:
                 continue

@@ -86,7 +86,6 @@ from plinth.verticals.finance.settings import FraudSettings
 from plinth.verticals.finance.tally import FraudTally, key_of
 from plinth.verticals.finance.versions import Serving, Variant, Versions
 
-PARTIAL = Flag.PARTIAL.value
 Watch = Callable[[Payments, Mapping[str, Sequence[int]]], None]
 """Is shown payments with their scores, and the places where each rule held."""
 _TOLD = (
@@ -214,7 +213,7 @@ class FraudScoring(Vertical[Record, Decision]):
     def infer(self, requests: Sequence[Record]) -> Flow[list[Decision | InputError]]:
         with self.versions.asked() as serving:
             results, decided = yield from self._judged(requests, serving)
-        made = iter(decided.decisions() if decided is not None else ())
+        made = iter(decided.decisions if decided is not None else ())
         return [next(made) if result is None else result for result in results]
 
     def answers(self, requests: Sequence[Record]) -> Flow[list[Decision | Written | InputError]]:
@@ -265,11 +264,11 @@ class FraudScoring(Vertical[Record, Decision]):
             asked, batch, scores.tolist(), by, serving.variants, levels, verdicts, reasons,
             self._partial(asked), self.rules.version, self._features.names,
         )  # fmt: skip
-        if partial := np.count_nonzero(decided.flags() & PARTIAL):
+        if partial := np.count_nonzero(decided.flags & Flag.PARTIAL.value):
             PARTIAL_DECISIONS.inc(float(partial))
         if self._cases is not None:
             answered = [serving.variants[place] for place in by.tolist()]
-            scored = Scored(asked, decided.decisions(), batch.rows, amounts, answered, why)
+            scored = Scored(asked, decided.decisions, batch.rows, amounts, answered, why)
             self._cases.take(scored, serving, self._rule_codes())
         return results, decided
 
