@@ -112,6 +112,7 @@ class EngineMetrics:
         registry = self.registry = CollectorRegistry()
         registry.register(_Sweep(self))
         self._removed: deque[str] = deque(maxlen=REMEMBERED)
+        self._unswept: set[str] = set()
         counter = partial(Counter, registry=registry)
         histogram = partial(Histogram, registry=registry)
         self.calls = counter(
@@ -250,10 +251,17 @@ class EngineMetrics:
         """Show a model no more, from the next scrape on; nor what late answers of it count."""
         self.weights(name, None)
         self._removed.append(name)
+        self._unswept.add(name)
 
     def sweep(self) -> None:
-        """Let go of all series of models that were removed."""
-        for name in set(self._removed):
+        """Let go of all series of models that were removed.
+
+        Of one that was swept before there are new ones only if a late answer was counted.
+        """
+        late = {name for name, _ in list(self._outcomes)} | set(self._models)
+        names = (self._unswept | late) & set(self._removed)
+        self._unswept.clear()
+        for name in names:
             for metric in self._of_models():
                 metric.remove_by_labels({"model": name})
             self.degraded.remove_by_labels({"cheaper": name})
