@@ -185,7 +185,7 @@ def forget(tensor: Tensor) -> None:
     size = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE - start
     if size > 0 and _is_clean(start, size):
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), size, mmap.MADV_DONTNEED)
+            _madvise()(start, size, mmap.MADV_DONTNEED)
 
 
 def _whole(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -326,13 +326,12 @@ class LatencyModel:
         curve = self._curves.get(key)
         if curve is None or not curve.knots or rows < 2:
             return rows
-        level, sizes = curve.level(), {rows: 0.0}
-        count = 1
+        counts, count = [rows], 1
         while count < rows:
-            sizes[count] = 0.0
+            counts.append(count)
             count += max(1, count // 4)
-        for each in sizes:
-            sizes[each] = level * curve.base(each)
+        level = curve.level()
+        sizes = {each: level * curve.base(each) for each in counts}
         best = max(each / (seconds + beside) for each, seconds in sizes.items())
         return min(
             sizes, key=lambda each: price * sizes[each] - each / (sizes[each] + beside) / best

@@ -218,8 +218,9 @@ def _run(
             asked[work] += _second(work, now, question, random)
             return asked[work]
         costs = question.costs.background
-        more = work.key == PATIENT and costs is not None and costs.at_once is not None
-        return [_job(costs, now, random)] if more and costs is not None else []
+        if work.key != PATIENT or costs is None or costs.at_once is None:
+            return []
+        return [_job(costs, now, random)]
 
     run.follow = follow
     works = sorted([*jobs, *asked], key=lambda work: work.arrival)

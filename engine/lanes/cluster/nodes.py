@@ -150,9 +150,7 @@ def start(wanted: Wanted, folder: Path | None = None) -> Running:
             process.pid, created, address, host, wanted.head, said["node"], str(token)
         )
         _write_down(running, folder)
-    except (
-        BaseException
-    ):  # such as an interrupt: a node that is not written down is found by nobody
+    except BaseException:  # an interrupt, too: who is not written down is found by nobody
         _discard(process)
         raise
     _STARTED.append(process)

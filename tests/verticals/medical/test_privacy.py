@@ -178,10 +178,7 @@ def test_two_reconstructions_are_still_two_in_the_copy(
 def test_what_limits_the_values_is_still_said_of_a_copy(
     attributes: dict[str, str], told: str, write: Any, edit: Any, tmp_path: Path
 ) -> None:
-    folder = write(shape=(20, 16, 10))
-    edit(folder, lambda image, _: _set(image, attributes))
-    copied(folder, tmp_path / "out")
-    for place in (folder, tmp_path / "out"):
+    for place in _and_its_copy(write, edit, attributes, tmp_path / "out"):
         assert any(told in issue.message for issue in load_volume(place).verdict.issues)
 
 
@@ -197,10 +194,7 @@ def test_what_limits_the_values_is_still_said_of_a_copy(
 def test_a_map_or_projection_is_still_one_in_the_copy(
     attributes: dict[str, Any], kind: str, write: Any, edit: Any, tmp_path: Path
 ) -> None:
-    folder = write(shape=(20, 16, 10))
-    edit(folder, lambda image, _: _set(image, attributes))
-    copied(folder, tmp_path / "out")
-    for place in (folder, tmp_path / "out"):
+    for place in _and_its_copy(write, edit, attributes, tmp_path / "out"):
         (series,) = discover(place)
         assert str(series.frames[0].header.kind).startswith(kind)
 
@@ -233,6 +227,16 @@ def test_values_that_a_table_makes_are_not_copied_without_it(
 def _set(image: Dataset, attributes: dict[str, Any]) -> None:
     for keyword, value in attributes.items():
         setattr(image, keyword, value)
+
+
+def _and_its_copy(
+    write: Any, edit: Any, attributes: dict[str, Any], out: Path
+) -> tuple[Path, Path]:
+    """A series with these attributes, and its copy."""
+    folder: Path = write(shape=(20, 16, 10))
+    edit(folder, lambda image, _: _set(image, attributes))
+    copied(folder, out)
+    return folder, out
 
 
 def _visit(date: str) -> Callable[[Dataset, int], None]:

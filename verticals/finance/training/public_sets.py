@@ -211,7 +211,9 @@ def _number(text: str, codes: dict[str, int] | None) -> float:
     if not text or text.lower() == "nan":
         return float("nan")
     try:
-        return _finite(float(text.removeprefix("$").replace("_", "?")))
+        if "_" in text:
+            raise ValueError("a text, though Python takes 1_000 for a number")
+        return _finite(float(text.removeprefix("$")))
     except ValueError:
         if codes is None:
             raise

@@ -230,8 +230,9 @@ def files_digest(path: Path) -> str:
 
 def _invalid(path: Path, error: ValidationError) -> ModelError:
     first = error.errors(include_url=False, include_input=False)[0]
-    where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
-    return ModelError(f"{path.name}: {where}{first['msg'].removeprefix('Value error, ')}")
+    where = ".".join(map(str, first["loc"]))  # nothing where the whole is wrong
+    said = first["msg"].removeprefix("Value error, ")
+    return ModelError(f"{path.name}: {where}: {said}" if where else f"{path.name}: {said}")
 
 
 def with_window(network: Network, size: Triple) -> Network:

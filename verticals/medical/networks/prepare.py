@@ -420,21 +420,18 @@ def _crop(state: _State, step: Crop) -> None:
                 reason="empty",
             )
         spans.append(_span(step, axis, (int(found[0]), int(found[-1]) + 1), values.shape[axis]))
-    wanted, spans = (
-        spans,
-        [(max(0, a), min(n, b)) for (a, b), n in zip(spans, values.shape, strict=True)],
-    )
-    box = tuple(slice(*span) for span in spans)
+    there = [(max(0, a), min(n, b)) for (a, b), n in zip(spans, values.shape, strict=True)]
+    box = tuple(slice(*span) for span in there)
     state.values = values[box]
     if not step.above:
         state.outside = ~inside.numpy()[box]
     else:
         _reshape_mask(state, lambda mask: mask[box])
-    state.axes = [axis.cropped(*span) for axis, span in zip(state.axes, spans, strict=True)]
+    state.axes = [axis.cropped(*span) for axis, span in zip(state.axes, there, strict=True)]
     _widen(
         state,
-        [a - low for (low, _), (a, _) in zip(wanted, spans, strict=True)],
-        [high - b for (_, high), (_, b) in zip(wanted, spans, strict=True)],
+        [a - low for (low, _), (a, _) in zip(spans, there, strict=True)],
+        [high - b for (_, high), (_, b) in zip(spans, there, strict=True)],
     )
 
 
