@@ -14,7 +14,7 @@ import orjson
 from plinth.engine import InputError
 from plinth.pipelines.formats.fields import FieldMapping, found_at
 from plinth.pipelines.formats.mapping import DeclaredMapping, Message
-from plinth.verticals.card_numbers import is_card_number
+from plinth.verticals.card_numbers import without_card_numbers
 from plinth.verticals.contract import Vertical
 
 RECEIVED = "received_time"
@@ -145,7 +145,7 @@ def check_messages(
             if message.declared.skip:
                 findings.skipped += 1
             else:
-                _look_at_fields(message, source, findings)
+                _look_at_fields(message, source.value, findings)
                 record = mapping.record(raw)
                 assert record is not None
                 request = vertical.parse_at(record, received)
@@ -193,7 +193,8 @@ def _look_at_fields(message: Message, source: Any, findings: Findings) -> None:
                 found.before = _before(declared, message.declared.root, source)
                 found.after = _shown(value)
     if message.declared.unknown_fields == "ignore":
-        findings.not_taken.update((message.name, path) for path in message.not_taken(source))
+        rest = map(without_card_numbers, message.not_taken(source))
+        findings.not_taken.update((message.name, path) for path in rest)
 
 
 def _before(declared: FieldMapping, root: tuple[str | int, ...], source: Any) -> str:
@@ -205,9 +206,10 @@ def _shown(value: Any) -> str:
     """A value for people, with its type where that matters, and without what may be private."""
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
-    text = str(value)
-    if is_card_number(text):
+    told = value if isinstance(value, int | float) else str(value)
+    if without_card_numbers(told) != told:
         return "a card number"
+    text = str(value)
     text = text if len(text) <= LONGEST else text[:LONGEST] + "..."
     return f'"{text}"' if isinstance(value, str) else text if _plain(value) else "bytes"
 

@@ -12,7 +12,7 @@ import hmac
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import attrgetter
@@ -23,29 +23,26 @@ import orjson
 from plinth import __version__
 from plinth.pipelines.keys import hash_key
 from plinth.pipelines.stream.chunks import Message, Outputs, Partition
-from plinth.verticals.card_numbers import MAX_DIGITS, MIN_DIGITS, is_card_number
+from plinth.verticals.card_numbers import (
+    MIN_DIGITS,
+    SEPARATORS,
+    folded,
+    groups_of_cards,
+    number_at,
+    runs_of_digits,
+)
 from plinth.verticals.contract import Evidence
 
 VERSION = 1
 ZERO = "0" * 64
 _TAIL = re.compile(rb',"hash":"([0-9a-f]{64})"}')
 _TAIL_BYTES = len(',"hash":""}') + 64
-_SEPARATORS = b"-._/: "
-_OF_A_RUN = bytes(ord("0") if code in b"0123456789" + _SEPARATORS else code for code in range(256))
+_OF_A_RUN = bytes(ord("0") if code in b"0123456789" + SEPARATORS else code for code in range(256))
 """Digits and what stands between groups of them become zeros, so that runs are found by a plain
 search, in a fortieth of the time of an expression."""
 _MANY = b"0" * MIN_DIGITS
 _ZEROS = re.compile(rb"0+")
 _ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)", re.DOTALL)
-_NUMBER = re.compile(rb"(?<![.eE+])(?<![eE]-)([2-6][0-9]{13,18})(?:\.0+)?(?![0-9.eE])")
-"""A number that may be a card's, as floats are written too; times in microseconds begin with 1."""
-_RUN = re.compile(rb"[0-9]+(?:[-._/: ]{1,2}[0-9]+)*")
-_GROUP = re.compile(rb"[0-9]+")
-_SHORTEST_GROUP = 3
-"""Digits of a group of a card number; those of dates and hours are shorter."""
-DIGEST = 32
-"""So many digits in hexadecimal are no card number."""
-_HEX = b"0123456789abcdef"
 
 
 class Link(NamedTuple):
@@ -164,7 +161,7 @@ def _content(message: Message) -> bytes:
         return _cleaned(orjson.dumps({"refused": refused}))[1:-1]
     if isinstance(evidence, Evidence):
         texts, numbers, outside = evidence
-        if not outside or _MANY not in outside.translate(_OF_A_RUN):
+        if not outside or (outside.isascii() and _MANY not in outside.translate(_OF_A_RUN)):
             return _ANSWERED % (message.value, texts, numbers)
         told = _cleaned(b'{"answer":%b,"evidence":{%b}}' % (message.value, texts))
         return b"%b,%b}" % (told[1:-2], numbers)
@@ -197,77 +194,58 @@ def _are_words(names: tuple[str, ...]) -> bool:
 
 def _cleaned(body: bytes) -> bytes:
     """The record without anything in it that looks like a card number."""
-    runs = body.translate(_OF_A_RUN)
+    if not body.isascii():
+        text = body.decode()
+        return "".join(_told(text, folded(text))).encode()
+    return b"".join(_told(body, body))
+
+
+def _told(body: Any, plain: bytes) -> list[Any]:
+    """Parts of a record, in order, with stars for what looks like a card number.
+
+    Args:
+        body: the record, bytes or a text.
+        plain: a byte for each of its characters.
+    """
+    runs = plain.translate(_OF_A_RUN)
     if _MANY not in runs:
-        return body
-    plain = body
-    if b"\\" in body:  # digits and quotation marks of escapes are none of the text's
-        plain = _ESCAPE.sub(lambda found: b"\\" * len(found[0]), body)
+        return [body]
+    if b"\\" in plain:  # digits and quotation marks of escapes are none of the text's
+        plain = _ESCAPE.sub(lambda found: b"\\" * len(found[0]), plain)
         runs = plain.translate(_OF_A_RUN)
-    parts: list[bytes] = []
-    told = counted = quotes = 0
+    parts: list[Any] = []
+    told = 0
+    for first, end, quoted in _cards(plain, runs):
+        stars = "*" * (end - first) if quoted else f'"{"*" * _digits(plain[first:end])}"'
+        parts += body[told:first], stars if isinstance(body, str) else stars.encode()
+        told = end
+    return [*parts, body[told:]]
+
+
+def _cards(plain: bytes, runs: bytes) -> Iterator[tuple[int, int, bool]]:
+    """From where to where a card number stands, and whether in a text."""
+    counted = quotes = 0
     while (start := runs.find(_MANY, counted)) >= 0:
         quotes += plain.count(b'"', counted, start)
         counted = _end(_ZEROS, runs, start)
         if plain.startswith(b":0.", start) and not quotes % 2:
             continue  # a number below one, such as a score, and it alone
-        for run in _RUN.finditer(plain, start, counted):
+        for run in runs_of_digits(plain, start, counted):
             first = run.start()
-            if run.end() - first < MIN_DIGITS:
-                continue
             if quotes % 2:
-                clean = _starred(plain, run)
-            elif (number := _NUMBER.match(plain, first)) and _is_card(number[1]):
-                clean = b'"' + b"*" * len(number[1]) + b'"'
-                first -= plain.startswith(b"-", first - 1)
-            else:
-                continue
-            parts += body[told:first], clean
-            told = run.end()
-    return b"".join([*parts, body[told:]])
+                yield from ((*span, True) for span in groups_of_cards(plain, run))
+            elif number_at(plain, first) is not None:
+                yield first - plain.startswith(b"-", first - 1), run.end(), False
+
+
+def _digits(number: bytes) -> int:
+    """Before the point."""
+    return len(number.removeprefix(b"-").partition(b".")[0])
 
 
 def _end(pattern: re.Pattern[bytes], text: bytes, start: int) -> int:
     found = pattern.match(text, start)
     return start if found is None else found.end()
-
-
-def _is_card(digits: bytes) -> bool:
-    return is_card_number(digits.decode())
-
-
-def _starred(text: bytes, run: re.Match[bytes]) -> bytes:
-    """A run of digits in groups, with stars for the groups that are a card number."""
-    if _in_digest(text, run.start(), run.end()):
-        return run[0]
-    groups = [group.span() for group in _GROUP.finditer(run[0])]
-    told, at = bytearray(run[0]), 0
-    while at < len(groups):
-        end = _card_from(run[0], groups, at)
-        if end > at:
-            first, last = groups[at][0], groups[end - 1][1]
-            told[first:last] = b"*" * (last - first)
-        at = max(end, at + 1)
-    return bytes(told)
-
-
-def _card_from(run: bytes, groups: list[tuple[int, int]], at: int) -> int:
-    """Behind which group a card number ends that begins with group ``at``; ``at``: none does."""
-    digits = b""
-    for number, (first, last) in enumerate(groups[at : at + MAX_DIGITS], at + 1):
-        digits += run[first:last]
-        if last - first < _SHORTEST_GROUP or len(digits) > MAX_DIGITS:
-            return at
-        if len(digits) >= MIN_DIGITS and _is_card(digits):
-            return number
-    return at
-
-
-def _in_digest(body: bytes, first: int, end: int) -> bool:
-    """Whether digits are part of a digest in hexadecimal."""
-    before, behind = body[max(0, first - DIGEST) : first], body[end : end + DIGEST]
-    around = len(before) - len(before.rstrip(_HEX)) + len(behind) - len(behind.lstrip(_HEX))
-    return end - first + around >= DIGEST
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from typing_extensions import TypeIs
 
 from plinth.engine.errors import InputError
-from plinth.verticals.card_numbers import MIN_DIGITS, is_card_number
+from plinth.verticals.card_numbers import MIN_DIGITS, is_card_number, without_card_numbers
 
 MIN_AMOUNT = 0.0001
 """The finest subdivision of a currency in ISO 4217; 0 verifies a card without a payment."""
@@ -307,7 +307,8 @@ def read(
 
     Args:
         raw: one JSON object.
-        unknown: what becomes of fields that the schema does not have.
+        unknown: what becomes of fields that the schema does not have; those that are kept have
+            stars for what looks like a card number.
         card_numbers: what becomes of a record with an id that looks like a card number.
 
     Raises:
@@ -316,6 +317,10 @@ def read(
     made = _read(raw, unknown)
     if card_numbers == "refuse":
         _refuse_card_numbers(made)
+    if made.model_extra:
+        told = without_card_numbers(made.model_extra)
+        made.model_extra.clear()
+        made.model_extra.update(told)
     return made
 
 
