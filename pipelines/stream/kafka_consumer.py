@@ -30,6 +30,8 @@ IDLE_S = 0.2
 KEEP_ALIVE_S = 1.0
 OFTEN = 3
 """Times that one error is met before reading is called broken."""
+FORGET_S = 60.0
+"""After so long without it an error is a new one: what lasts comes back within seconds."""
 Plan = dict[Partition, tuple[int, int]]
 
 
@@ -40,21 +42,24 @@ class Unreadable(NamedTuple):
         why: the error.
         since: when it came first, ``monotonic``.
         times: how often it came, with no other between.
+        last: when it came last.
     """
 
     why: str = ""
     since: float = 0.0
     times: int = 0
+    last: float = 0.0
 
     def again(self, why: str) -> Unreadable:
         """With an error that came now."""
-        if why != self.why:
-            return Unreadable(why, time.monotonic(), 1)
-        return self._replace(times=self.times + 1)
+        now = time.monotonic()
+        if why != self.why or now - self.last > FORGET_S:
+            return Unreadable(why, now, 1, now)
+        return self._replace(times=self.times + 1, last=now)
 
     def lasting(self, seconds: float) -> bool:
-        """Whether it stays, and has for longer than so long."""
-        return self.times >= OFTEN and time.monotonic() - self.since > seconds
+        """Whether it came back, for longer than so long."""
+        return self.times >= OFTEN and self.last - self.since > seconds
 
 
 class GroupConsumer:

@@ -365,7 +365,8 @@ def test_records_that_cannot_be_read_end_the_stream_with_a_named_error() -> None
 
 
 def test_what_can_never_be_read_ends_the_stream_with_a_named_error() -> None:
-    log = MemoryLog(lines(8), unreadable=Unreadable("damaged at 3", time.monotonic() - 60, 3))
+    now = time.monotonic()
+    log = MemoryLog(lines(8), unreadable=Unreadable("damaged at 3", now - 60, 3, now))
     with pytest.raises(StreamError, match=r"cannot be read, tried for 30 s: damaged at 3"):
         log.run(TallyVertical(), stall_timeout_s=30.0)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import struct
+from types import SimpleNamespace
 
 import pytest
 from kafka import codec
 from kafka.errors import CorruptRecordError
 from kafka.record.default_records import DefaultRecordBatchBuilder
 
+from plinth.pipelines.stream import kafka_consumer
 from plinth.pipelines.stream.kafka_consumer import OFTEN, Unreadable
 from plinth.pipelines.stream.wire import batches
 from plinth.pipelines.stream.wire.batches import UNREAD, Batch
@@ -88,3 +90,14 @@ def test_reading_is_broken_when_one_error_stays() -> None:
     assert found.again("at offset 5").lasting(0.0)
     assert not found.again("at offset 5").lasting(60.0)
     assert not found.again("at offset 6").lasting(0.0)
+
+
+def test_an_error_that_does_not_come_back_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three alike within weeks ended a worker that had read on all the while."""
+    found = Unreadable()
+    for at in (0.0, 1.0, 2.0):
+        monkeypatch.setattr(kafka_consumer, "time", SimpleNamespace(monotonic=lambda at=at: at))
+        found = found.again("at offset 5")
+    monkeypatch.setattr(kafka_consumer, "time", SimpleNamespace(monotonic=lambda: 90_000.0))
+    assert not found.lasting(30.0)
+    assert found.again("at offset 5").times == 1
