@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import orjson
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from plinth.engine import ConfigError, Flow, InputError, Model, PlinthError, Sla, Timing
+from plinth.engine.tables import Table
 
 Response = TypeVar("Response", bound=BaseModel)
 Artefacts = TypeVar("Artefacts")
@@ -49,15 +50,13 @@ Req = TypeVar("Req")
 Res = TypeVar("Res", bound=BaseModel | WithArtefacts[Any, Any])
 
 
-class Settings(BaseModel):
+class Settings(Table):
     """Base of a vertical's settings: the table ``[verticals.<name>]`` of the config file.
 
     Class attributes:
         live_tables: fields that are tables and may be given as the path of a TOML file that holds
             the table; when the file changes, :meth:`Vertical.reconfigure` gets the new settings.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     live_tables: ClassVar[tuple[str, ...]] = ()
 

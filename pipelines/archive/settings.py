@@ -15,7 +15,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from plinth.engine import ConfigError
-from plinth.pipelines.config.settings import Bytes, Table, TlsConfig, is_loopback
+from plinth.engine.tables import Table
+from plinth.pipelines.config.settings import Bytes, TlsConfig, is_loopback
 from plinth.pipelines.config.source import Origin, places, validated
 from plinth.pipelines.lines import toml
 

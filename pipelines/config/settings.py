@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     model_validator,
 )
 
 from plinth.engine.errors import ConfigError
+from plinth.engine.tables import Table
 from plinth.pipelines.config.source import Origin, Place, from_env, places, put, validated
 from plinth.pipelines.lines import toml
 from plinth.pipelines.stream.settings import StreamConfig
@@ -52,12 +51,6 @@ def parse_bytes(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-
-
-class Table(BaseModel):
-    """Base of every table: unknown keys are refused, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class EngineConfig(Table):
@@ -438,7 +431,7 @@ class SlaConfig(Table):
 class VerticalConfig(Table):
     """``[verticals.<name>]``: the vertical's settings, and two keys the doors own."""
 
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     sla: SlaConfig | None = None
     batch_range: tuple[int, int] | Literal["auto"] | None = Field(
         default=None, description="smallest and largest batch in rows, or `auto`: measured"
@@ -462,7 +455,7 @@ class Config(Table):
     stream: StreamConfig | None = None
     batch: BatchConfig = Field(default_factory=BatchConfig)
     models: ModelsConfig = Field(default_factory=ModelsConfig)
-    verticals: dict[str, VerticalConfig] = {}
+    verticals: dict[str, VerticalConfig] = Field(default_factory=dict)
 
     _origin: Origin = PrivateAttr(default_factory=Origin)
 

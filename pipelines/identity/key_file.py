@@ -25,7 +25,7 @@ from pydantic import Field, field_validator
 from plinth.engine import ConfigError
 from plinth.engine.files import replace_file
 from plinth.engine.metrics import REGISTRY
-from plinth.pipelines.config.settings import Table
+from plinth.engine.tables import Table
 from plinth.pipelines.config.source import Origin, places, validated
 from plinth.pipelines.identity.callers import Bucket, Caller, Role, digest_of
 from plinth.pipelines.lines import toml

@@ -17,7 +17,7 @@ from pydantic import Field
 from plinth.engine.errors import ConfigError, nearest
 from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.scheduler.simulate import Arrivals
-from plinth.pipelines.config.settings import Table
+from plinth.engine.tables import Table
 from plinth.pipelines.config.source import Origin, places, validated
 from plinth.pipelines.lines import toml
 

@@ -8,19 +8,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from plinth.engine import ConfigError
+from plinth.engine.tables import Table
 
 Topic = Annotated[str, Field(min_length=1, max_length=249, pattern=r"^[A-Za-z0-9._-]+$")]
 Guarantee = Literal["exactly_once", "at_least_once"]
 _SERVER = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:,/]+):\d{1,5}")
 
 
-class StreamConfig(BaseModel):
+class StreamConfig(Table):
     """Settings of the Kafka door. Secrets are named by environment variable, never written here."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     bootstrap_servers: str = Field(
         default="127.0.0.1:9092", description="brokers to ask first, host:port, comma between them"

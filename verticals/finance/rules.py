@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from plinth.engine.errors import ConfigError
+from plinth.engine.tables import Table
 from plinth.verticals.finance.expressions import Condition, Kind, condition
 from plinth.verticals.finance.features.online import Flag
 from plinth.verticals.finance.features.program import STANDARD, Program
@@ -44,11 +45,10 @@ def names_of(features: Program) -> dict[str, Kind]:
 NAMES = names_of(STANDARD)
 """What a condition may speak of, with the standard features. Amounts are in base currency."""
 
-_MODEL = ConfigDict(extra="forbid", frozen=True)
 _Entry = Annotated[str, Field(min_length=1, max_length=128)]
 
 
-class Rule(BaseModel):
+class Rule(Table):
     """One rule.
 
     Args:
@@ -59,8 +59,6 @@ class Rule(BaseModel):
         shadow: it is counted and asks for nothing, so that it can be watched before it counts.
     """
 
-    model_config = _MODEL
-
     code: Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]{0,15}$")]
     text: Annotated[str, Field(min_length=1, max_length=120)]
     when: str
@@ -68,7 +66,7 @@ class Rule(BaseModel):
     shadow: bool = False
 
 
-class RuleBook(BaseModel):
+class RuleBook(Table):
     """The table ``[verticals.finance.rules]``, or the file that stands for it.
 
     Args:
@@ -76,8 +74,6 @@ class RuleBook(BaseModel):
         lists: texts that may stand behind ``in``, by name.
         names: what conditions may speak of; Plinth says it where features are declared.
     """
-
-    model_config = _MODEL
 
     names: Annotated[dict[str, Kind] | None, Field(exclude=True, repr=False)] = None
     rule: Annotated[tuple[Rule, ...], Field(max_length=MAX_RULES)]

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from plinth.engine.tables import Table
 from plinth.verticals.finance.features.timeline import DAY, HOUR, MINUTE
 
 Key = Literal["card", "terminal", "customer", "device"]
@@ -43,7 +44,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 _GROUP = Field(default=None, pattern=r"^[A-Z][A-Z0-9_]{0,15}$")
 
 
-class _Feature(BaseModel):
+class _Feature(Table):
     """What all kinds have.
 
     Args:
@@ -51,8 +52,6 @@ class _Feature(BaseModel):
         use: ``model`` and rules see it, ``rules`` alone do, or it is but a part of ratios.
         reason: code of the group of reasons that it belongs to, for what the model sees.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Name
     use: Use = "model"
@@ -151,15 +150,13 @@ Feature = Annotated[
 ]
 
 
-class Declaration(BaseModel):
+class Declaration(Table):
     """The table ``[verticals.finance.features]``, or the file that stands for it.
 
     Args:
         feature: the features, in the order of the columns; those of the model come first.
         reasons: text by the code that features give as their ``reason``.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     feature: Annotated[tuple[Feature, ...], Field(min_length=1, max_length=MAX_FEATURES)]
     reasons: dict[

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from plinth.engine.tables import Table
 
 Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 
 
-class _Step(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Step(Table):
+    """One thing that is done to a volume."""
 
 
 class Orient(_Step):
@@ -219,7 +221,7 @@ Step = Annotated[
 ]
 
 
-class Window(BaseModel):
+class Window(Table):
     """How the prepared volume goes through the network.
 
     Args:
@@ -233,8 +235,6 @@ class Window(BaseModel):
             convolutions, normalisation by constants, and functions of single voxels.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     size: Triple | None = None
     overlap: float = Field(default=0.25, ge=0, le=0.9)
     blend: Literal["gaussian", "constant", "floored"] = "gaussian"
@@ -244,7 +244,7 @@ class Window(BaseModel):
     halo: Triple | None = None
 
 
-class Recipe(BaseModel):
+class Recipe(Table):
     """What a network needs and gives.
 
     Args:
@@ -270,8 +270,6 @@ class Recipe(BaseModel):
         notes: what a reader of the report should know.
         worth: what is known of its quality; empty: nothing, and the report says so.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     version: str = "1"
