@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import stat
 import tomllib
 import zlib
 from codecs import BOM_UTF8
@@ -29,6 +31,26 @@ def toml(text: str) -> dict[str, Any]:
         raise tomllib.TOMLDecodeError("too many lists and tables in each other") from None
     except ValueError as error:
         raise tomllib.TOMLDecodeError(str(error)) from None
+
+
+def whole(path: Path, limit: int) -> bytes:
+    """A file of settings; what is no file, such as a pipe without a writer, is not waited for.
+
+    Args:
+        path: of the file.
+        limit: bytes it may have.
+
+    Raises:
+        OSError: it cannot be read.
+        ConfigError: it is no file, or is larger.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ConfigError(f"{path} is not a file")
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise ConfigError(f"{path} is larger than {limit >> 20} MiB")
+    return raw
 
 
 def opened(path: Path) -> BinaryIO:

@@ -21,7 +21,7 @@ from plinth.engine import ConfigError, PlinthError
 from plinth.engine.metrics import REGISTRY
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.config.source import validated
-from plinth.pipelines.lines import toml
+from plinth.pipelines.lines import toml, whole
 from plinth.verticals import Settings, Vertical
 
 MAX_BYTES = 64 << 20
@@ -105,11 +105,7 @@ def _read(
     path: Path, kind: type[Settings], field: str, others: Mapping[str, Any]
 ) -> Mapping[str, Any]:
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise ConfigError(f"{path} is larger than {MAX_BYTES >> 20} MiB")
-        content = toml(raw.decode())
+        content = toml(whole(path, MAX_BYTES).decode())
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}", hint=f"{field} is the path of a TOML file"

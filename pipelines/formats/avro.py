@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from plinth.pipelines.formats.registry import Decoded, zigzag
+
 MAX_DEPTH = 100
 """Types within types, by which the library's reader calls itself."""
 MAX_VALUES = 100_000
@@ -44,13 +46,15 @@ class AvroSchemas:
             raise ValueError("the schema is too deep or too large")
         return schema
 
-    def read(self, schema: Any, body: bytes) -> Any:
+    def read(self, schema: Any, body: bytes) -> Decoded:
         """A value of a schema; raises whatever comes of bytes that are none."""
         file = io.BytesIO(body)
         value = self._avro.schemaless_reader(file, schema, None)
         if file.tell() != len(body):
             raise ValueError("bytes are left")
-        return value
+        if isinstance(schema, list):  # which of them is said before the value
+            schema = schema[zigzag(body, 0)[0]]
+        return Decoded(value, (schema if isinstance(schema, str) else _name(schema)) or "")
 
 
 class _Shape(NamedTuple):

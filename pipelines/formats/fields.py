@@ -14,7 +14,6 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -22,6 +21,7 @@ from pydantic import (
 )
 
 from plinth.engine import InputError
+from plinth.engine.tables import Table
 from plinth.pipelines.keys import hash_key
 
 MAX_DEPTH = 16
@@ -105,6 +105,20 @@ def found_at(source: Any, path: Path) -> Any:
     return source
 
 
+def is_blocked(source: Any, path: Path) -> bool:
+    """Whether something else than an object, or a list for a number, stands on a path's way."""
+    for step in path:
+        if source is None or source == "":
+            return False
+        if isinstance(source, dict):
+            source = source.get(step if isinstance(step, str) else str(step))
+        elif isinstance(source, list) and isinstance(step, int):
+            source = source[step] if step < len(source) else None
+        else:
+            return True
+    return False
+
+
 def finder(path: Path) -> Callable[[Any], Any]:
     """:func:`found_at` for one path, on messages that are objects."""
     if any(isinstance(step, int) for step in path) or len(path) not in (1, 2):
@@ -121,7 +135,7 @@ def finder(path: Path) -> Callable[[Any], Any]:
     return below
 
 
-class FieldMapping(BaseModel):
+class FieldMapping(Table):
     """How one field is made. A bare text in the file is ``{path = "..."}``.
 
     Args:
@@ -144,7 +158,7 @@ class FieldMapping(BaseModel):
             its HMAC-SHA-256.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     path: PathText | None = None
     join: Annotated[tuple[PathText, ...], Field(min_length=2, max_length=8)] | None = None
@@ -237,12 +251,15 @@ class FieldMapping(BaseModel):
             return lambda source, made: constant
         find, convert = self._finder(root), self._converter()
         default, optional, where = self.default, self.optional, self.source
+        places = [root + path for path in self.places]
 
         def read(source: Any, made: Mapping[str, Any]) -> Any:
             try:
                 value = find(source)
                 if value is not None and not (optional and value == ""):
                     return convert(value, made)
+                if any(is_blocked(source, place) for place in places):
+                    raise _Wrong("type", "a list or one value is where an object was expected")
                 if default is not None or optional:
                     return default
                 raise _Wrong("missing", "nothing is there")

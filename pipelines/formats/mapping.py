@@ -34,6 +34,7 @@ from pydantic import (
 
 from plinth.engine import ConfigError, InputError
 from plinth.engine.errors import nearest
+from plinth.engine.tables import Table
 from plinth.pipelines.formats.avro import AvroSchemas
 from plinth.pipelines.formats.fields import (
     FieldMapping,
@@ -44,8 +45,8 @@ from plinth.pipelines.formats.fields import (
     shown,
 )
 from plinth.pipelines.formats.protobuf import ProtobufSchemas
-from plinth.pipelines.formats.registry import RegistryConfig, SchemaRegistry
-from plinth.pipelines.lines import toml
+from plinth.pipelines.formats.registry import Decoded, RegistryConfig, SchemaRegistry
+from plinth.pipelines.lines import toml, whole
 from plinth.verticals.contract import Vertical
 
 MAX_BYTES = 1 << 20
@@ -59,7 +60,7 @@ Steps = tuple[str | int, ...]
 _PATH: TypeAdapter[Steps] = TypeAdapter(PathText)
 
 
-class Format(BaseModel):
+class Format(Table):
     """``[format]``: how messages are written.
 
     Args:
@@ -69,7 +70,7 @@ class Format(BaseModel):
         registry: where the schemas are.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     kind: Literal["json", "avro", "protobuf"] = Field(default="json", alias="type")
     registry: RegistryConfig | None = None
@@ -83,11 +84,13 @@ class Format(BaseModel):
         return self
 
 
-class MessageMapping(BaseModel):
+class MessageMapping(Table):
     """``[[message]]``: one kind of message, and the record it becomes.
 
     Args:
         name: for people.
+        types: ``type`` in the file: full name, or names, of the type that the message is of, in
+            Avro and Protobuf; one topic may have several. None: every type.
         when: values by path; all must fit, one of a list is enough. Empty: every message.
         root: where the paths of the fields begin, such as ``payload.after``.
         fields: of the record, by name; in this order.
@@ -96,12 +99,13 @@ class MessageMapping(BaseModel):
         skip: messages that are no record: neither answered nor dead letters.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,39}$")]
-    when: dict[str, Scalar | list[Scalar]] = {}
+    types: str | list[str] | None = Field(default=None, alias="type", min_length=1)
+    when: dict[str, Scalar | list[Scalar]] = Field(default_factory=dict)
     root: PathText = ()
-    fields: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], FieldMapping] = {}
+    fields: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], FieldMapping] = Field(
+        default_factory=dict
+    )
     unknown_fields: Literal["ignore", "keep", "refuse"] = "ignore"
     skip: bool = False
 
@@ -125,10 +129,8 @@ class MessageMapping(BaseModel):
         return self
 
 
-class MappingFile(BaseModel):
+class MappingFile(Table):
     """The whole file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Format = Format()
     message: Annotated[list[MessageMapping], Field(min_length=1, max_length=100)]
@@ -140,9 +142,16 @@ class MappingFile(BaseModel):
         if twice:
             raise ValueError(f"two messages are named {twice[0]}")
         for message in messages[:-1]:
-            if not message.when:
+            if not message.when and message.types is None:
                 raise ValueError(f"{message.name} takes every message: those below it get none")
         return messages
+
+    @model_validator(mode="after")
+    def _types(self) -> MappingFile:
+        typed = [message.name for message in self.message if message.types is not None]
+        if typed and self.format.kind == "json":
+            raise ValueError(f"{typed[0]}: type is of Avro and Protobuf; JSON has none: say when")
+        return self
 
 
 class Message:
@@ -151,7 +160,8 @@ class Message:
     def __init__(self, declared: MessageMapping) -> None:
         self.declared = declared
         self.name = declared.name
-        root = declared.root
+        root, types = declared.root, declared.types
+        self._types = None if types is None else {types} if isinstance(types, str) else {*types}
         self._conditions = tuple(
             (
                 finder(_steps(path)),
@@ -167,9 +177,9 @@ class Message:
         taken = [root + place for field in declared.fields.values() for place in field.places]
         self._taken = frozenset([*taken, *map(_steps, declared.when)])
 
-    def fits(self, source: Any) -> bool:
-        """Whether all conditions hold."""
-        return all(
+    def fits(self, source: Any, kind: str) -> bool:
+        """Whether it is of the type, and all conditions hold."""
+        return (self._types is None or kind in self._types) and all(
             (found := find(source)) is not None
             and not isinstance(found, dict | list)
             and _word(found) in wanted
@@ -239,33 +249,35 @@ class DeclaredMapping:
         if self.registry is not None:
             self.registry.prepare(raws)
 
-    def decode(self, raw: bytes) -> dict[str, Any]:
-        """A message as it was written, before any mapping.
+    def decode(self, raw: bytes) -> Decoded:
+        """A message, an object, as it was written, before any mapping.
 
         Raises:
             InputError: it is no JSON object, or no value of a schema that is known.
         """
-        source = decoded_json(raw) if self.registry is None else self.registry.decode(raw)
-        if not isinstance(source, dict):
+        source = Decoded(decoded_json(raw)) if self.registry is None else self.registry.decode(raw)
+        if not isinstance(source.value, dict):
             raise InputError(
                 "the message is not an object", reason="not_an_object", hint="send one JSON object"
             )
         return source
 
-    def kind_of(self, source: Any) -> Message:
+    def kind_of(self, source: Decoded) -> Message:
         """The first kind of message that fits.
 
         Raises:
             InputError: none does.
         """
         for message in self.messages:
-            if message.fits(source):
+            if message.fits(*source):
                 return message
-        asked = {path for message in self.messages for path in message.declared.when}
+        asked = sorted({path for message in self.messages for path in message.declared.when})
+        what = [f"the type {source.type}"] if source.type else []
+        what += [f"what is at {', '.join(asked)}"] if asked else []
         raise InputError(
-            f"no [[message]] of the mapping fits what is at {', '.join(sorted(asked))}",
+            f"no [[message]] of the mapping fits {' and '.join(what)}",
             reason="unmapped_message",
-            hint="add a [[message]] with this value in when; skip = true if it is no record",
+            hint="add a [[message]] with this in type or when; skip = true if it is no record",
         )
 
     def record(self, raw: bytes) -> bytes | None:
@@ -278,7 +290,7 @@ class DeclaredMapping:
         message = self.kind_of(source)
         if message.declared.skip:
             return None
-        return orjson.dumps(message.read(source), default=_as_json)
+        return orjson.dumps(message.read(source.value), default=_as_json)
 
 
 def load_mapping(path: Path, vertical: Vertical[Any, Any]) -> DeclaredMapping:
@@ -305,15 +317,12 @@ def load_mapping(path: Path, vertical: Vertical[Any, Any]) -> DeclaredMapping:
 
 def _declared(path: Path) -> MappingFile:
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+        raw = whole(path, MAX_BYTES)
     except OSError as error:
         raise ConfigError(
             f"cannot read the mapping {path.absolute()}: {error.strerror}",
             hint="stream.mapping is the path of a TOML file",
         ) from None
-    if len(raw) > MAX_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_BYTES >> 20} MiB")
     try:
         content = toml(raw.decode())
         return MappingFile.model_validate(content)

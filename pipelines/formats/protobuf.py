@@ -6,6 +6,8 @@ import base64
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from plinth.pipelines.formats.registry import Decoded, zigzag
+
 MAX_NESTING = 16
 """Messages declared within one another."""
 MAX_FILES = 100
@@ -66,7 +68,7 @@ class ProtobufSchemas:
         add(file)
         return _Schema(pool.FindFileByName(name), {})
 
-    def read(self, schema: _Schema, body: bytes) -> Any:
+    def read(self, schema: _Schema, body: bytes) -> Decoded:
         """The message in a body, behind the path to its type."""
         path, at = _path(body)
         kind = schema.classes.get(path)
@@ -76,11 +78,12 @@ class ProtobufSchemas:
             for step in path[1:]:
                 found = found.nested_types[step]
             kind = schema.classes[path] = self._class_of(found)
-        return self._as_dict(
+        value = self._as_dict(
             kind.FromString(body[at:]),
             preserving_proto_field_name=True,
             always_print_fields_with_no_presence=True,
         )
+        return Decoded(value, kind.DESCRIPTOR.full_name)
 
     def _own(self, path: str, left: list[int]) -> Any:
         """A file that comes with the library, such as that of timestamps."""
@@ -93,23 +96,13 @@ class ProtobufSchemas:
 
 def _path(body: bytes) -> tuple[tuple[int, ...], int]:
     """Which message of the file it is, and where it begins: counts and numbers in zigzag."""
-    count, at = _number(body, 0)
+    count, at = zigzag(body, 0)
     if not 0 <= count <= MAX_NESTING:
         raise ValueError("no path to a message")
     steps = []
     for _ in range(count):
-        step, at = _number(body, at)
+        step, at = zigzag(body, at)
         if step < 0:
             raise ValueError("no path to a message")
         steps.append(step)
     return tuple(steps) or (0,), at
-
-
-def _number(body: bytes, at: int) -> tuple[int, int]:
-    found = shift = 0
-    for place in range(at, min(at + 5, len(body))):
-        found |= (body[place] & 0x7F) << shift
-        shift += 7
-        if body[place] < 0x80:
-            return (found >> 1) ^ -(found & 1), place + 1
-    raise ValueError("no number")

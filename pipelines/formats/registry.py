@@ -11,24 +11,28 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote, urlsplit
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from plinth.engine import ConfigError, InputError, PlinthError
+from plinth.engine.tables import Table
 
 HEAD = 5
 """Bytes before the value: zero, then the id of the schema, most significant byte first."""
 MAX_REFERENCES = 100
 """Other schemas that one schema may need, theirs included."""
+HOLD_S = 10.0
+"""Seconds after which no further schema is asked for in one go; a reader has more to do."""
 NOT_FOUND = 404
+_HINTS = {401: ": see username and password_env", 403: ": see username and password_env"}
 
 log = logging.getLogger("plinth.formats")
 
 
-class RegistryConfig(BaseModel):
+class RegistryConfig(Table):
     """``[format.registry]``.
 
     Args:
@@ -41,8 +45,6 @@ class RegistryConfig(BaseModel):
         max_schema_bytes: a larger answer is refused.
         retry_s: an id that the registry did not know is asked for again after so long.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     url: str
     username: str | None = None
@@ -74,6 +76,13 @@ class RegistryAway(PlinthError):
     reason = "registry"
 
 
+class Decoded(NamedTuple):
+    """A value, and the full name of its type, empty where that has none."""
+
+    value: Any
+    type: str = ""
+
+
 class Schemas(Protocol):
     """What reads the values of one kind of schema.
 
@@ -96,7 +105,7 @@ class Schemas(Protocol):
             named: holds what it refers to, and then itself too.
         """
 
-    def read(self, schema: Any, body: bytes) -> Any:
+    def read(self, schema: Any, body: bytes) -> Decoded:
         """The value in what follows the schema's id; raises whatever is wrong with it."""
 
 
@@ -116,6 +125,7 @@ class SchemaRegistry:
         self._config = config
         self._schemas: OrderedDict[int, Any] = OrderedDict()
         self._unknown: OrderedDict[int, tuple[float, str]] = OrderedDict()
+        self._answers: dict[str, dict[str, Any]] = {}
         self._headers = {"Accept": "application/vnd.schemaregistry.v1+json"}
         if config.username is not None:
             password = os.environ.get(config.password_env)
@@ -131,15 +141,17 @@ class SchemaRegistry:
         """Have the schemas of these messages, as far as the registry has them.
 
         Raises:
-            RegistryAway: it does not answer, or not as a registry does.
+            RegistryAway: it does not answer, or not as a registry does, or takes long; what it
+                gave so far is kept, so that another call gets further.
         """
+        until = time.monotonic() + HOLD_S
         for number in {_id(raw) for raw in raws if raw is not None and _wired(raw)}:
             if number in self._schemas:
                 self._schemas.move_to_end(number)
             elif not self._is_unknown(number):
-                self._learn(number)
+                self._learn(number, until)
 
-    def decode(self, raw: bytes) -> Any:
+    def decode(self, raw: bytes) -> Decoded:
         """The value of a message whose schema is known.
 
         Raises:
@@ -176,15 +188,15 @@ class SchemaRegistry:
         at, _ = self._unknown.get(number, (None, ""))
         return at is not None and time.monotonic() - at < self._config.retry_s
 
-    def _learn(self, number: int) -> None:
-        found = self._get(f"/schemas/ids/{number}{self._reader.query}")
+    def _learn(self, number: int, until: float) -> None:
+        found = self._get(f"/schemas/ids/{number}{self._reader.query}", until)
         if found is None:
             return self._refuse(number, "is not known to the registry")
         if found.get("schemaType", "AVRO") != self._reader.kind:
             return self._refuse(number, f"is no schema of {self._reader.word}")
         try:
             named: dict[str, Any] = {}
-            self._referenced(found, named, [MAX_REFERENCES])
+            self._referenced(found, named, [MAX_REFERENCES], until)
             schema = self._reader.parsed(found, f"schema {number}", named)
         except RegistryAway:
             raise
@@ -192,18 +204,22 @@ class SchemaRegistry:
             log.warning("schema %d cannot be used: %s", number, type(error).__name__)
             return self._refuse(number, "cannot be read")
         self._unknown.pop(number, None)
+        self._answers.clear()
         self._schemas[number] = schema
         if len(self._schemas) > self._config.max_schemas:
             self._schemas.popitem(last=False)
         return None
 
     def _refuse(self, number: int, why: str) -> None:
+        self._answers.clear()
         self._unknown[number] = time.monotonic(), why
         self._unknown.move_to_end(number)
         if len(self._unknown) > self._config.max_schemas:
             self._unknown.popitem(last=False)
 
-    def _referenced(self, found: dict[str, Any], named: dict[str, Any], left: list[int]) -> None:
+    def _referenced(
+        self, found: dict[str, Any], named: dict[str, Any], left: list[int], until: float
+    ) -> None:
         """Parse the schemas that one refers to, theirs first."""
         for reference in found.get("references") or ():
             if reference["name"] in named:
@@ -213,18 +229,27 @@ class SchemaRegistry:
                 raise ValueError("too many references")
             subject = quote(reference["subject"], safe="")
             path = f"/subjects/{subject}/versions/{int(reference['version'])}"
-            other = self._get(path + self._reader.query)
+            other = self._get(path + self._reader.query, until)
             if other is None:
                 raise ValueError("a reference is not known")
-            self._referenced(other, named, left)
+            self._referenced(other, named, left, until)
             self._reader.parsed(other, reference["name"], named)
 
-    def _get(self, path: str) -> dict[str, Any] | None:
-        """One answer; ``None`` for not found.
+    def _get(self, path: str, until: float) -> dict[str, Any] | None:
+        """One answer; ``None`` for not found. It is kept until the schema is known or refused.
 
         Raises:
             RegistryAway: anything else than an answer in time.
         """
+        if path not in self._answers:
+            if time.monotonic() > until:
+                raise self._away(f"it took longer than {HOLD_S:g} s for a few; asking goes on")
+            if (answer := self._ask(path)) is None:
+                return None
+            self._answers[path] = answer
+        return self._answers[path]
+
+    def _ask(self, path: str) -> dict[str, Any] | None:
         config, until = self._config, time.monotonic() + self._config.timeout_s
         parts = urlsplit(config.url)
         try:
@@ -242,7 +267,9 @@ class SchemaRegistry:
             if response.status == NOT_FOUND:
                 return None
             if response.status != 200:
-                raise self._away(f"it answers {response.status}")
+                told = ": give the address that it leads to" if response.status < 400 else ""
+                told = _HINTS.get(response.status, told)
+                raise self._away(f"it answers {response.status}{told}")
             found = orjson.loads(body)
         except (OSError, http.client.HTTPException, orjson.JSONDecodeError) as error:
             raise self._away(type(error).__name__) from None
@@ -272,3 +299,18 @@ def _wired(raw: bytes) -> bool:
 
 def _id(raw: bytes) -> int:
     return int.from_bytes(raw[1:HEAD], "big")
+
+
+def zigzag(body: bytes, at: int) -> tuple[int, int]:
+    """A whole number of at most five bytes as Avro and Protobuf write it, and where it ends.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = shift = 0
+    for place in range(at, min(at + 5, len(body))):
+        found |= (body[place] & 0x7F) << shift
+        shift += 7
+        if body[place] < 0x80:
+            return (found >> 1) ^ -(found & 1), place + 1
+    raise ValueError("no number")

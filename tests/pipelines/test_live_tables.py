@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,9 @@ def test_a_changed_file_takes_over_and_a_wrong_one_changes_nothing(
         ('[lists]\nbad = ["t1"]\n', "rule: Field required"),
         ("x = " + "[" * 50_000, "too many lists"),
         ("x = " + "1" * 5_000, "rules.toml"),
+        (RULE.format("(" * 3_000 + "1" + ")" * 3_000), "rule 1 (B1), when"),
+        (RULE.format("1 and amount > " * 30_000 + "1"), "rule 1 (B1), when"),
+        (RULE.format("-" * 30_000 + "1"), "rule 1 (B1), when"),
     ):
         caplog.clear()
         with caplog.at_level(logging.ERROR):
@@ -72,10 +76,19 @@ def test_a_changed_file_takes_over_and_a_wrong_one_changes_nothing(
     (tmp_path / "rules.toml").unlink()
     live.look()
     assert vertical.rules.version == second, "rules do not end with their file"
+    for make in (Path.mkdir, os.mkfifo, lambda path: path.symlink_to(tmp_path)):
+        caplog.clear()
+        make(tmp_path / "rules.toml")
+        settle(tmp_path / "rules.toml")
+        live.look()
+        assert vertical.rules.version == second
+        assert "rules.toml" in caplog.text
+        (tmp_path / "rules.toml").rename(tmp_path / str(make))
+        live.look()
     write(tmp_path / "rules.toml", RULE.format(10))
     live.look()
     assert vertical.rules.version == first
-    assert (reloads("taken") - before[0], reloads("wrong") - before[1]) == (2, 9)
+    assert (reloads("taken") - before[0], reloads("wrong") - before[1]) == (2, 18)
 
 
 def test_a_file_that_is_being_written_is_read_when_that_is_over(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import struct
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ from tally import TallyVertical, started_engine
 
 from plinth.engine import ConfigError, InputError
 from plinth.pipelines.cli.main import main
+from plinth.pipelines.formats import registry as formats_registry
 from plinth.pipelines.formats.mapping import DeclaredMapping, load_mapping
 from plinth.pipelines.formats.registry import RegistryAway
 from plinth.pipelines.stream.processor import KeyPlaces, Processor
@@ -657,6 +659,121 @@ def test_looking_at_records_of_others_does_without_a_registry(
     assert registry.asked == ["/schemas/ids/7"]
 
 
+def evolved(**changes: Any) -> dict[str, Any]:
+    """The schema of payments with fields of other types, none or new ones."""
+    fields = {field["name"]: field["type"] for field in PAYMENT["fields"]} | changes
+    kept = [{"name": name, "type": kind} for name, kind in fields.items() if kind is not None]
+    return PAYMENT | {"fields": kept}
+
+
+def sent(registry: Registry, number: int, schema: Any, value: Any) -> bytes:
+    """A message of a schema that the registry then has under that number."""
+    import fastavro
+
+    found = {
+        "schema": json.dumps(schema),
+        "references": registry.paths["/schemas/ids/7"]["references"],
+    }
+    registry.paths[f"/schemas/ids/{number}"] = found
+    named: dict[str, Any] = {}
+    fastavro.parse_schema(MONEY, named_schemas=named)
+    body = BytesIO()
+    fastavro.schemaless_writer(body, fastavro.parse_schema(schema, named_schemas=named), value)
+    return struct.pack(">bI", 0, number) + body.getvalue()
+
+
+@pytest.mark.needs("fastavro")
+@pytest.mark.parametrize(
+    ("types", "values", "end"),
+    [
+        ({"mcc": "int"}, {"mcc": 5411}, "same"),
+        ({"device": "string"}, {"device": "d1"}, "same"),
+        ({"at": {"type": "long", "logicalType": "timestamp-micros"}}, {}, "same"),
+        ({"device": None}, {}, "without device_id"),
+        ({"card": None, "pan_token": "string"}, {"pan_token": "tok_9"}, "missing"),
+        ({"device": {"type": "array", "items": "string"}}, {"device": ["d1"]}, "type"),
+        ({"money": {"type": "array", "items": "bank.Money"}}, {}, "type"),
+        ({"money": "double"}, {"money": 12.34}, "type"),
+        ({"card": "bytes"}, {"card": b"tok_9"}, "type"),
+        ({"at": "long"}, {"at": 1_756_728_000_123}, "time"),
+    ],
+)
+def test_a_schema_that_changes_gives_the_same_record_or_says_which_field_does_not(
+    tmp_path: Path, registry: Registry, finance: FraudScoring, types: Any, values: Any, end: str
+) -> None:
+    mapping = mapping_of(tmp_path, AVRO.format(url=registry.url, more=""), finance)
+    same = json.loads(mapping.record(framed()) or b"")
+    money = {"value": Decimal("12.34"), "currency": "EUR"}
+    payment = {"id": "p1", "at": datetime(2025, 9, 1, 12, 0, 0, 123_000, UTC), "card": "tok_9",
+               "device": "d1", "money": [money] if "money" in types else money}  # fmt: skip
+    raw = sent(registry, 8, evolved(**types), payment | values)
+    if end.startswith(("same", "without")):
+        same.pop(end.partition(" ")[2], None)
+        assert json.loads(mapping.record(raw) or b"") == same
+        return
+    with pytest.raises(InputError) as refused:
+        mapping.record(raw)
+    assert refused.value.reason == end
+    assert "tok_9" not in str(refused.value)
+
+
+@pytest.mark.needs("fastavro")
+@pytest.mark.parametrize("union", [False, True])
+def test_types_of_one_topic_are_told_apart_by_their_names(
+    tmp_path: Path, registry: Registry, finance: FraudScoring, union: bool
+) -> None:
+    """A refund has the fields of a payment: only its name says that it is none."""
+    refund = PAYMENT | {"name": "bank.Refund"}
+    text = AVRO.format(url=registry.url, more="")
+    text = text.replace('name = "payment"', 'name = "payment"\ntype = "bank.Payment"')
+    text += '[[message]]\nname = "refund"\ntype = ["bank.Refund", "bank.Void"]\nskip = true\n'
+    mapping = mapping_of(tmp_path, text, finance)
+    money = {"value": Decimal("12.34"), "currency": "EUR"}
+    value = {"id": "p1", "at": 1_756_728_000_123, "card": "tok_9", "device": None, "money": money}
+    kinds: list[Any] = [PAYMENT, refund, PAYMENT | {"name": "bank.Order"}]
+    ends = []
+    for number, kind in enumerate(kinds, 20):
+        told = kinds if union else kind
+        one = (kind["name"], value) if union else value
+        try:
+            ends.append(mapping.record(sent(registry, number, told, one)) is not None)
+        except InputError as refused:
+            ends.append(refused.message)
+    assert ends == [True, False, "no [[message]] of the mapping fits the type bank.Order"]
+
+
+@pytest.mark.needs("fastavro")
+def test_a_registry_that_is_slow_or_leads_elsewhere_holds_nobody_up_and_goes_on(
+    tmp_path: Path, registry: Registry, finance: FraudScoring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapping = mapping_of(tmp_path, AVRO.format(url=registry.url, more=""), finance)
+    monkeypatch.setattr(formats_registry, "HOLD_S", -1.0)
+    with pytest.raises(RegistryAway, match="asking goes on"):
+        mapping.prepare([framed()])
+    monkeypatch.setattr(formats_registry, "HOLD_S", 10.0)
+    money = registry.paths.pop("/subjects/money-value/versions/1")
+    registry.paths["/subjects/money-value/versions/1"] = {"schema": 5}
+    with pytest.raises(RegistryAway, match="not one of a schema registry"):
+        mapping.prepare([framed()])
+    registry.paths["/subjects/money-value/versions/1"] = money
+    mapping.prepare([framed()])
+    assert registry.asked.count("/schemas/ids/7") == 1, "what it gave is kept"
+    for status, hint in (
+        (302, "the address that it leads to"),
+        (401, "password_env"),
+        (500, "500"),
+    ):
+        registry.status = status
+        with pytest.raises(RegistryAway, match=hint):
+            mapping.prepare([framed(10)])
+
+
+def test_a_type_is_not_of_json(tmp_path: Path, finance: FraudScoring) -> None:
+    text = OURS.replace('name = "chargeback"', 'name = "chargeback"\ntype = "x"')
+    with pytest.raises(ConfigError, match="chargeback: type is of Avro and Protobuf"):
+        mapping_of(tmp_path, text, finance)
+
+
 # -- Protobuf ------------------------------------------------------------------------------
 BUF = AVRO.replace('"avro"', '"protobuf"')
 
@@ -738,7 +855,7 @@ def test_protobuf_is_read_by_the_schema_and_the_path_that_it_names(
     assert buf.asked == [
         "/schemas/ids/7?format=serialized", "/subjects/money/versions/2?format=serialized",
     ]  # fmt: skip
-    assert mapping.decode(in_protobuf(count=1 << 60))["count"] == str(1 << 60), "exact"
+    assert mapping.decode(in_protobuf(count=1 << 60)).value["count"] == str(1 << 60), "exact"
 
 
 @pytest.mark.needs("google.protobuf")
@@ -768,8 +885,20 @@ def test_a_protobuf_message_at_fault_is_refused(
     with pytest.raises(InputError) as refused:  # the first message of the file, which has no fields
         mapping.record(in_protobuf(path=b"\x00"))
     assert refused.value.reason == "missing"
+    others = '[[message]]\nname = "other"\ntype = "bank.Other"\nskip = true\n[[message]]'
+    text = BUF.format(url=buf.url, more="").replace("[[message]]", others)
+    apart = mapping_of(tmp_path, text, finance)
+    assert apart.record(in_protobuf(path=b"\x00")) is None
+    assert apart.record(good) == mapping.record(good)
     draw = random.Random(0)
     for _ in range(500):  # whatever comes is read or refused
         raw = good[: draw.randrange(5, len(good))] + draw.randbytes(draw.randrange(12))
         with contextlib.suppress(InputError):
-            assert mapping.decode(raw).keys() <= {"id", "at", "money", "card", "device", "count"}
+            assert mapping.decode(raw).value.keys() <= {
+                "id",
+                "at",
+                "money",
+                "card",
+                "device",
+                "count",
+            }
