@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from prometheus_client import Counter, Gauge
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from plinth.engine import Call, Flow, ModelError, PlinthError
 from plinth.engine.metrics import REGISTRY
 from plinth.engine.optimize.measures import average_precision
+from plinth.engine.tables import Table
 from plinth.verticals.finance.drift import QUANTILES, share_of, stability_index
 from plinth.verticals.finance.features.columns import Columns
 from plinth.verticals.finance.features.online import Batch, Flag
@@ -32,6 +33,8 @@ MAX_WAITING = 16_384
 """Payments that wait to be scored in shadow."""
 MAX_ROWS = 512
 """Of one call in shadow."""
+ALERTS_GROW = 2.0
+"""So many alerts for one of the champion's a challenger may have, unless the rule says a share."""
 COSTS = 1_024
 """Calls whose cost is remembered."""
 
@@ -56,19 +59,18 @@ _LABEL = np.dtype([("key", np.uint64), ("fraud", np.bool_)])
 _NOT_COUNTED = Flag.DUPLICATE.value
 
 
-class Promotion(BaseModel):
+class Promotion(Table):
     """The rule by which a challenger becomes the champion: all of it must hold.
 
     Args:
         min_labelled: payments of which is known whether they are frauds.
         min_frauds: of them.
         min_ap_gain: average precision of the challenger less that of the champion.
-        max_alert_share: share of payments from the challenger's own ``review_threshold`` on.
+        max_alert_share: share of payments from the challenger's own ``review_threshold`` on;
+            absent: twice that of the champion.
         max_cost_us: device microseconds of a payment, 99th percentile over calls in shadow.
         label_days: a payment this old without a label is genuine.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     min_labelled: Annotated[int, Field(ge=1)] = 10_000
     min_frauds: Annotated[int, Field(ge=1)] = 50
@@ -87,13 +89,21 @@ class Promotion(BaseModel):
         if gain is None or not gain > self.min_ap_gain:
             told = "unknown" if gain is None else f"{gain:+.4f}"
             found.append(f"ap_gain: {told}, more than {self.min_ap_gain:+g} is needed")
-        bounds = (("challenger_alert_share", self.max_alert_share), ("cost_us", self.max_cost_us))
+        if figures.get("challenger_recall_own") == 0:
+            found.append("challenger_recall_own: 0, from its own threshold on it finds no fraud")
+        bounds = (("challenger_alert_share", self._alerts(figures)), ("cost_us", self.max_cost_us))
         for name, most in bounds:
             value = figures.get(name)
             if most is not None and (value is None or not value <= most):
                 told = "unknown" if value is None else f"{value:g}"
                 found.append(f"{name}: {told}, at most {most:g} is allowed")
         return found
+
+    def _alerts(self, figures: Mapping[str, float]) -> float:
+        """Share of payments that may be alerts."""
+        if self.max_alert_share is not None:
+            return self.max_alert_share
+        return ALERTS_GROW * figures.get("champion_alert_share", 0.0)
 
 
 class Pair(NamedTuple):
@@ -142,6 +152,7 @@ def compare(pair: Pair, fraud: npt.NDArray[np.int8]) -> dict[str, float]:
     if not frauds or frauds == known.sum():
         return figures
     truth = fraud[known] == 1
+    figures["challenger_recall_own"] = int((new[known] >= own)[truth].sum()) / frauds
     for name, scores, chosen in (("champion", old, alerts), ("challenger", new, highest)):
         hits = int((chosen[known] & truth).sum())
         figures[f"{name}_ap"] = average_precision(truth, scores[known])

@@ -66,7 +66,7 @@ from plinth.verticals.finance.reasons import (
     explain,
     why_other,
 )
-from plinth.verticals.finance.rules import REUSED_ID, Payments, Verdict
+from plinth.verticals.finance.rules import REUSED_ID, Payments, Rules, Verdict
 from plinth.verticals.finance.schema import (
     LATEST,
     Decision,
@@ -255,14 +255,15 @@ class FraudScoring(Vertical[Record, Decision]):
             serving.drift.take(ends, batch, told, self.state, self._started)
             serving.drift.label(len(frauds))
         amounts = [one.amount * self._given.rates[one.currency] for one in asked]
-        verdicts = self._verdicts(asked, amounts, batch, scores)
+        rules = self.rules  # others may come meanwhile; a decision names those it was made by
+        verdicts = self._verdicts(rules, asked, amounts, batch, scores)
         levels = (scores >= review).astype(np.int64)
         levels[scores >= decline] = 2
         for place, verdict in verdicts.items():
             levels[place] = max(levels[place], LEVELS[verdict.action])
         decided = Decided(
             asked, batch, scores.tolist(), by, serving.variants, levels, verdicts, reasons,
-            self._partial(asked), self.rules.version, self._features.names,
+            self._partial(asked), rules.version, self._features.names,
         )  # fmt: skip
         if partial := np.count_nonzero(decided.flags & Flag.PARTIAL.value):
             PARTIAL_DECISIONS.inc(float(partial))
@@ -593,6 +594,7 @@ class FraudScoring(Vertical[Record, Decision]):
 
     def _verdicts(
         self,
+        rules: Rules,
         asked: Sequence[Transaction],
         amounts: Sequence[float],
         batch: Batch,
@@ -606,8 +608,8 @@ class FraudScoring(Vertical[Record, Decision]):
             scores.astype(np.float32),
             self._features,
         )
-        verdicts, hits = self.rules.apply(payments)
-        shadows = {rule.code for rule in self.rules.rules if rule.shadow} if hits else ()
+        verdicts, hits = rules.apply(payments)
+        shadows = {rule.code for rule in rules.rules if rule.shadow} if hits else ()
         for code, held in hits.items():
             RULE_HITS.labels(code, "shadow" if code in shadows else "applied").inc(len(held))
         if self.watch is not None:

@@ -230,6 +230,24 @@ def test_no_figure_that_is_no_number_and_no_equal_is_promoted() -> None:
         assert len(rule.unmet(good | {name: value})) == 1
 
 
+@pytest.mark.parametrize(
+    ("own", "share", "why"),
+    [(0.0, None, "challenger_alert_share: 1, at most 0.2"), (2.0, None, "challenger_recall_own: 0"),
+     (2.0, 1.0, "challenger_recall_own: 0"), (0.8, None, None), (0.0, 1.0, None)],
+)  # fmt: skip
+def test_a_challenger_that_alerts_on_everything_or_finds_nothing_is_not_promoted(
+    own: float, share: float | None, why: str | None
+) -> None:
+    """By its scores it is the better one; by its own threshold nobody could look at its alerts."""
+    places = np.arange(1000, dtype=np.float32) / 1000
+    champion, fraud = places.copy(), (places >= 0.92).astype(np.int8)
+    champion[:5], champion[-5:] = 0.99, 0.01
+    figures = compare(Pair(champion, places, (0.9, own)), fraud)
+    assert figures["ap_gain"] > 0.01
+    unmet = Promotion(min_labelled=1, max_alert_share=share).unmet(figures)
+    assert [why is not None and line.startswith(why) for line in unmet] == ([True] if why else [])
+
+
 def test_rolling_back_twice_goes_back_twice_and_half_a_line_hides_no_other(store: Path) -> None:
     champion = Champion(store)
     add_version(store, "3.0.0")
