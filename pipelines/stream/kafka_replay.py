@@ -16,6 +16,7 @@ from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError, KafkaTimeoutError
 from kafka.structs import TopicPartition
 
+from plinth.pipelines.formats.registry import RegistryAway
 from plinth.pipelines.stream.checkpoint import Checkpoint
 from plinth.pipelines.stream.chunks import Chunk, Partition, Record, StreamError
 from plinth.pipelines.stream.kafka_clients import (
@@ -333,7 +334,7 @@ class Standby:
             raise NotNeeded
         try:
             self._follow()
-        except (KafkaError, OSError, ValueError) as error:
+        except (KafkaError, OSError, ValueError, RegistryAway) as error:
             log.debug("following the worker failed and is tried again: %r", error)
             self.close()
             self._asked = time.monotonic()

@@ -22,6 +22,7 @@ from kafka.errors import KafkaError
 
 from plinth.engine import ConfigError, Engine, Sla
 from plinth.pipelines.formats.mapping import load_mapping
+from plinth.pipelines.formats.registry import RegistryAway
 from plinth.pipelines.observability.tracing import Tracing
 from plinth.pipelines.snapshots import claim
 from plinth.pipelines.state_store import BEGIN_AT, DiskStore
@@ -181,8 +182,7 @@ def run(
         ConfigError: no broker, missing topics or an unusable state folder; nothing has started.
         StreamError: Kafka stayed away or refuses, or the loop stands still; what was committed
             is complete.
-        PlinthError: the engine failed for good, or the schema registry is away while state is
-            rebuilt; nothing of the chunk in hand was committed.
+        PlinthError: the engine failed for good; nothing of the chunk in hand was committed.
     """
 
     origin = {"vertical": vertical.name, "topic": config.input_topic, "group": config.group}
@@ -418,7 +418,13 @@ class Worker:
 
     def _observe(self, chunk: Chunk) -> None:
         self._at("process")
-        self.processor.observe(chunk)
+        while True:
+            try:
+                self.processor.observe(chunk)
+                break
+            except RegistryAway as away:
+                log.warning("%s; trying again", away)
+                self._wait_for_engine(1.0)
         self.checkpoint.observed(chunk)
         count = len(chunk.records)
         self.summary.replayed += count

@@ -19,6 +19,7 @@ from kafka_fixtures import eventually
 from tally import TallyVertical, expect_each_once, started_engine
 
 from plinth.engine import Call, ConfigError, Engine, InputError, ModelError, QueueFull
+from plinth.pipelines.formats.registry import RegistryAway
 from plinth.pipelines.snapshots import claim
 from plinth.pipelines.stream.checkpoint import Checkpoint
 from plinth.pipelines.stream.chunks import (
@@ -406,6 +407,28 @@ def test_a_snapshot_is_picked_up_with_its_offsets_and_only_the_rest_is_read_agai
     again = check(second, path)
     assert second.counts == first.counts
     assert again.plan({P: 34}, {P: 0}) == {P: (30, 34)}
+
+
+def test_a_registry_that_is_away_while_state_is_rebuilt_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ended the worker, whose next start would have met the same."""
+    away, waits = ["no", "no"], []
+
+    def observe(self: Processor, chunk: Chunk) -> None:
+        if away:
+            raise RegistryAway(away.pop())
+        seen(self, chunk)
+
+    seen = Processor.observe
+    monkeypatch.setattr(Processor, "observe", observe)
+    monkeypatch.setattr(Worker, "_wait_for_engine", lambda self, seconds: waits.append(seconds))
+    vertical = TallyVertical()
+    MemoryLog(lines(30), durable=20).run(vertical, max_events=10)
+    whole = TallyVertical()
+    MemoryLog(lines(30)).run(whole)
+    assert vertical.counts == whole.counts
+    assert len(waits) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign"])

@@ -571,7 +571,7 @@ class FraudScoring(Vertical[Record, Decision]):
             f"{field}: more than {self._given.max_ahead_seconds:g} s in the future",
             field=field,
             reason="future_event",
-            hint="check the sender's clock and time zone",
+            hint="check the sender's clock and time zone, and its records' timestamps in Kafka",
         )
 
     def _partial(self, asked: Sequence[Transaction]) -> npt.NDArray[np.bool_] | None:

@@ -41,6 +41,8 @@ Rows = npt.NDArray[np.int64]
 Advance = Callable[[int], None]
 WEEK = 7
 CHUNK = 4096
+MAX_LINE = 1_000_000
+"""Bytes of one record."""
 
 
 What = TypeVar("What", covariant=True)
@@ -206,7 +208,13 @@ def _records(file: Path, rates: Mapping[str, float]) -> Iterator[Arrival[Event |
 
 def _lines(file: Path) -> Iterator[bytes]:
     with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
-        for line in lines:
+        while line := lines.readline(MAX_LINE + 1):
+            if len(line) > MAX_LINE:
+                raise InputError(
+                    f"{file}: a line has more than {MAX_LINE:,} bytes",
+                    hint="one JSON object a line; is it a file of records?",
+                    reason="too_large",
+                )
             yield line.removeprefix(BOM_UTF8)
 
 

@@ -101,6 +101,12 @@ def window_of(data: Data, plan: Plan) -> dict[str, Any]:
     """What a version trained now would be trained on; equal for equal payments and labels."""
     last = plan.last(data)
     rows = data.between(last - plan.days + 1, plan.days)
+    if not len(rows):
+        raise ConfigError(
+            f"no payment lies in the {plan.days} days up to day {last} of the history, which has "
+            f"{data.days:,} days",
+            hint="is the event_time of its first or last payment right?",
+        )
     times = data.table["time"][rows]
     return {
         "from": int(times[0]),

@@ -454,7 +454,9 @@ def rates_of(words: list[str]) -> dict[str, float]:
         try:
             rates[currency] = float(value)
         except ValueError:
-            raise ConfigError(f"--rate {word}: expected a currency and a number") from None
+            rates[currency] = 0.0
+        if not 1e-6 <= rates[currency] <= 100:
+            raise ConfigError(f"--rate {word}: expected a currency and a number from 1e-6 to 100")
     return rates
 
 
