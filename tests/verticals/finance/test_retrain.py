@@ -6,7 +6,9 @@ import gzip
 import logging
 import threading
 from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +29,8 @@ from plinth.verticals.finance.training.simulator import (
     simulate,
     transactions_json,
 )
+from plinth.verticals.finance.training.train import Plan as FirstPlan
+from plinth.verticals.finance.training.train import rates_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -240,6 +244,43 @@ def test_a_history_without_fraud_labels_is_refused(data: Data, tmp_path: Path) -
     with pytest.raises(ConfigError, match="are frauds: genuine ones are needed"):
         train(replace(data, table=frauds, known=data.table["time"]), tmp_path, "1")
     assert not (tmp_path / "fraud").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"decline_cost": nan}, {"decline_cost": -1.0},
+                                   {"decline_cost": inf}, {"alert_budget": 0}])  # fmt: skip
+@pytest.mark.parametrize("kind", [Plan, FirstPlan])
+def test_thresholds_that_nothing_or_everything_is_above_are_not_planned(
+    kind: Any, wrong: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong)).replace("_", " ")):
+        kind(**wrong)
+
+
+def test_a_payment_far_off_and_too_few_cards_are_told_for_what_they_are(
+    data: Data, tmp_path: Path
+) -> None:
+    day = data.day.copy()
+    day[-1] = 29_000
+    with pytest.raises(ConfigError, match="no payment lies in the 14 days up to day 28992"):
+        window_of(replace(data, day=day), QUICK)
+    one = data.table.copy()
+    one["customer"] = 0
+    with pytest.raises(ConfigError, match="of too few cards"):
+        train(replace(data, table=one), tmp_path, "1")
+
+
+def test_a_line_without_end_is_not_read_to_its_end(tmp_path: Path) -> None:
+    file = tmp_path / "payments.jsonl"
+    file.write_bytes(b"\0" * 1_000_002)
+    with pytest.raises(InputError, match=r"payments\.jsonl: a line has more than 1,000,000 bytes"):
+        recorded([file], {"EUR": 1.0}, lambda done: None)
+
+
+@pytest.mark.parametrize("word", ["USD", "USD=x", "USD=nan", "USD=inf", "USD=-1", "USD=0"])
+def test_a_rate_is_a_number_that_money_can_be_worth(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"--rate {word}"):
+        rates_of([word])
+    assert rates_of(["USD=0.9"]) == {"USD": 0.9}
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90.0), ("30m", 1800.0), ("1h", 3600.0)])

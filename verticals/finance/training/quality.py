@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from plinth.engine.errors import ConfigError
 from plinth.verticals.finance.training.history import Data, Rows
 
 Scores = npt.NDArray[np.floating[Any]]
@@ -80,6 +82,22 @@ def measure(scores: Scores, data: Data, chosen: Rows, budget: int) -> dict[str, 
         "ap": average_precision(scores, fraud),
         "card_precision_100": cards,
     }
+
+
+def check_thresholds(budget: int, cost: float) -> None:
+    """See that thresholds can be set by these.
+
+    Args:
+        budget: cards per day that people can look at.
+        cost: base currency lost by refusing a genuine payment.
+
+    Raises:
+        ConfigError: by one of them nothing or everything would be an alert or declined.
+    """
+    if budget < 1:
+        raise ConfigError(f"alert budget {budget}: expected at least 1 card per day")
+    if not 0 < cost < inf:
+        raise ConfigError(f"decline cost {cost:g}: expected more than 0, in base currency")
 
 
 def review_threshold(scores: Scores, data: Data, chosen: Rows, budget: int) -> float:

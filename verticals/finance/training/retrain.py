@@ -26,6 +26,7 @@ from plinth.verticals.finance.features.columns import definitions
 from plinth.verticals.finance.model import FraudScorer
 from plinth.verticals.finance.training.history import WEEK, Data, Rows
 from plinth.verticals.finance.training.quality import (
+    check_thresholds,
     decline_threshold,
     measure,
     review_threshold,
@@ -65,6 +66,9 @@ class Plan:
     decline_cost: float = 50.0
     seed: int = 0
     trees: bool = False
+
+    def __post_init__(self) -> None:
+        check_thresholds(self.alert_budget, self.decline_cost)
 
     @property
     def shift(self) -> int:
@@ -185,6 +189,12 @@ def _train(
     out = data.table["customer"][rows] % HELD_OUT == 0
     chosen, held = rows[~out], rows[out]
     for part in (chosen, held):
+        if not len(part):
+            raise ConfigError(
+                f"the {len(rows):,} payments of the {plan.days} days up to day {last} of the "
+                f"history are of too few cards: one in {HELD_OUT} is held out of training",
+                hint="bring the payments of all cards",
+            )
         fraud = data.table["fraud"][part]
         if fraud.any() and fraud.all():
             raise ConfigError(

@@ -43,6 +43,7 @@ from plinth.verticals.finance.training.history import WEEK, Data, Rows, recorded
 from plinth.verticals.finance.training.quality import (
     calibration_error,
     card_days,
+    check_thresholds,
     decline_threshold,
     measure,
     review_threshold,
@@ -82,6 +83,9 @@ class Plan:
     alert_budget: int = 100
     decline_cost: float = 50.0
     trees: bool = False
+
+    def __post_init__(self) -> None:
+        check_thresholds(self.alert_budget, self.decline_cost)
 
     @property
     def days(self) -> int:
