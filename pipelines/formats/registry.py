@@ -264,7 +264,7 @@ class SchemaRegistry:
                         raise self._away("its answer is too large or too slow")
             finally:
                 connection.close()
-            if response.status == NOT_FOUND:
+            if response.status == NOT_FOUND and _says_unknown(body):
                 return None
             if response.status != 200:
                 told = ": give the address that it leads to" if response.status < 400 else ""
@@ -291,6 +291,15 @@ class SchemaRegistry:
             f"no schema from the registry at {self._config.url}: {why}",
             hint="check [format.registry] of the mapping, and that the registry runs",
         )
+
+
+def _says_unknown(body: bytes) -> bool:
+    """Whether a registry answers (40403: no such schema), not whoever stands before it."""
+    try:
+        code = orjson.loads(body).get("error_code")
+    except (orjson.JSONDecodeError, AttributeError):
+        return False
+    return isinstance(code, int) and 40_400 < code < 40_500
 
 
 def _wired(raw: bytes) -> bool:

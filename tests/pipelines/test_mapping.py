@@ -454,6 +454,7 @@ class Registry:
         }  # fmt: skip
         self.asked: list[str] = []
         self.status = 200
+        self.missing: Any = {"error_code": 40403, "message": "Schema not found"}
         self.authorization: str | None = None
         registry = self
 
@@ -463,8 +464,7 @@ class Registry:
                 registry.authorization = self.headers["Authorization"]
                 found = registry.paths.get(self.path)
                 status = registry.status if found or registry.status != 200 else 404
-                missing = {"error_code": 40403, "message": "Schema not found"}
-                body = json.dumps(found or missing).encode()
+                body = json.dumps(found or registry.missing).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/vnd.schemaregistry.v1+json")
                 self.send_header("Content-Length", str(len(body)))
@@ -758,6 +758,10 @@ def test_a_registry_that_is_slow_or_leads_elsewhere_holds_nobody_up_and_goes_on(
     registry.paths["/subjects/money-value/versions/1"] = money
     mapping.prepare([framed()])
     assert registry.asked.count("/schemas/ids/7") == 1, "what it gave is kept"
+    for missing in ("default backend", {"error_code": 404}, [40403], {"error_code": "40403"}):
+        registry.missing = missing  # a proxy says so, whose registry may have the schema
+        with pytest.raises(RegistryAway, match="it answers 404"):
+            mapping.prepare([framed(10)])
     for status, hint in (
         (302, "the address that it leads to"),
         (401, "password_env"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,6 +26,8 @@ Kind = Literal["number", "condition", "text"]
 Column = npt.NDArray[Any]
 MAX_LENGTH = 1000
 """Characters of one condition."""
+WORD = r"[!-~]+"
+"""What texts of payments are: anything else would equal none of them."""
 MAX_DEPTH = 30
 """Levels of brackets and operators within each other."""
 
@@ -247,8 +250,14 @@ class _Reader:
         if isinstance(node, ast.List | ast.Tuple | ast.Set):
             texts = [one.value for one in node.elts if isinstance(one, ast.Constant)]
             if len(texts) == len(node.elts) and all(isinstance(one, str) for one in texts):
-                return frozenset(map(str, texts))
+                return frozenset(_possible(node, str(one)) for one in texts)
         raise _wrong(node, "expected a list of quoted texts, or the name of a list")
+
+
+def _possible(node: ast.expr, text: str) -> str:
+    if not re.fullmatch(WORD, text):
+        raise _wrong(node, "no payment has a text with spaces or other signs than ASCII, or empty")
+    return text
 
 
 def _constant(node: ast.Constant) -> _Part:
@@ -256,6 +265,7 @@ def _constant(node: ast.Constant) -> _Part:
     if isinstance(value, bool):
         return _Part("condition", lambda rows: value)
     if isinstance(value, str):
+        _possible(node, value)
         return _Part("text", lambda rows: value)
     if isinstance(value, int | float) and abs(value) < 1e15 and isfinite(value):
         number = float(value)

@@ -15,7 +15,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from plinth.engine.errors import ConfigError
 from plinth.engine.tables import Table
-from plinth.verticals.finance.expressions import Condition, Kind, condition
+from plinth.verticals.finance.expressions import WORD, Condition, Kind, condition
 from plinth.verticals.finance.features.online import Flag
 from plinth.verticals.finance.features.program import STANDARD, Program
 from plinth.verticals.finance.schema import Reason, Transaction
@@ -45,7 +45,7 @@ def names_of(features: Program) -> dict[str, Kind]:
 NAMES = names_of(STANDARD)
 """What a condition may speak of, with the standard features. Amounts are in base currency."""
 
-_Entry = Annotated[str, Field(min_length=1, max_length=128)]
+_Entry = Annotated[str, Field(max_length=128, pattern=rf"^{WORD}$")]
 
 
 class Rule(Table):

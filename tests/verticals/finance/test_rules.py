@@ -190,6 +190,9 @@ def test_the_rest_of_a_condition_with_a_division_by_zero_still_counts() -> None:
         ("currency in known", "there is no list known"),
         ("amount in [1, 2]", "at character 1: expected a text, this is a number"),
         ("card in ['a', 3]", "expected a list of quoted texts"),
+        ("card in ['a', 'b ']", "at character 9: no payment has a text with spaces"),
+        ("terminal_id == 'caf\u00e9'", "no payment has a text with spaces or other signs"),
+        ("device_id != ''", "or empty"),
         ("amount and night", "at character 1: expected a condition"),
         ("amount is 5", "'is' is not part"),
         ("__import__('os').system('x')", "at character 1: this is not part of the language"),
@@ -227,6 +230,8 @@ def test_what_is_wrong_with_a_book_is_said_with_the_rule() -> None:
         assert said in str(caught.value)
     with pytest.raises(ValidationError, match="give the list another name"):
         book(one, card=["x"])
+    with pytest.raises(ValidationError, match=r"lists\.stolen"):
+        book(one, stolen=["tok_1", "tok_2 "])
     with pytest.raises(ValidationError, match="rules takes the place of hard_amount"):
         FraudSettings(rules=book(one), hard_amount=100.0)
 
