@@ -295,7 +295,7 @@ class FeatureState:
                 "no payment has this transaction_id, terminal_id and event_time",
                 field="transaction_id",
                 reason="unknown_payment",
-                hint="send the label after its payment, with the same ids and time",
+                hint="send the label after its payment: same ids and time, in Kafka the same key",
             )
         place = self.terminals.touch(label.terminal)
         if not sure:
