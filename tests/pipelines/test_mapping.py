@@ -862,6 +862,75 @@ def test_protobuf_is_read_by_the_schema_and_the_path_that_it_names(
     assert mapping.decode(in_protobuf(count=1 << 60)).value["count"] == str(1 << 60), "exact"
 
 
+def changed_in_protobuf(name: str, to: dict[str, Any]) -> tuple[Any, Any]:
+    """The file with another declaration of one field of payments, or none, and that class."""
+    from google.protobuf import descriptor_pool, message_factory, timestamp_pb2
+
+    money, file = declared_in_protobuf()
+    payment = file.message_type[1].nested_type[0]
+    kept = [field for field in payment.field if field.name != name]
+    number = next((field.number for field in payment.field if field.name == name), 20)
+    del payment.field[:]
+    payment.field.extend(kept)
+    if to:
+        payment.field.add(**{"name": name, "number": number, "label": 1, **to})
+    if name == "device":
+        del payment.oneof_decl[:]
+    pool = descriptor_pool.DescriptorPool()
+    raws = [timestamp_pb2.DESCRIPTOR.serialized_pb]
+    for raw in raws + [one.SerializeToString() for one in (money, file)]:
+        pool.AddSerializedFile(raw)
+    kind = message_factory.GetMessageClass(pool.FindMessageTypeByName("bank.Event.Payment"))
+    return file, kind
+
+
+@pytest.mark.needs("google.protobuf")
+@pytest.mark.parametrize(
+    ("name", "to", "value", "end"),
+    [
+        ("count", {"type": 5}, 7, "same"),
+        ("mcc", {"type": 5}, 5411, "same"),
+        ("device", {"type": 9}, "d1", "same"),
+        ("device", {"type": 9, "label": 3}, ["d1"], "type"),
+        ("device", {"type": 12}, b"d1", "other device_id"),
+        ("device", {"type": 3}, 17, "other device_id"),
+        ("device", {}, None, "no device_id"),
+        ("card", {}, None, "missing"),
+        ("card", {"name": "token", "type": 9}, "tok_9", "missing"),
+        ("money", {"type": 9}, "12.34", "type"),
+        ("money", {"type": 11, "type_name": ".bank.Money", "label": 3}, "list", "type"),
+        ("at", {"type": 3}, 1_756_728_000_123, "time"),
+    ],
+)
+def test_a_protobuf_schema_that_changes_gives_the_same_record_or_says_which_field_does_not(
+    tmp_path: Path, buf: Registry, finance: FraudScoring, name: str, to: Any, value: Any, end: str
+) -> None:
+    mapping = mapping_of(tmp_path, BUF.format(url=buf.url, more=""), finance)
+    same = json.loads(mapping.record(in_protobuf(device="d1")) or b"")
+    file, kind = changed_in_protobuf(name, to)
+    buf.paths["/schemas/ids/8?format=serialized"] = serialized(file) | {
+        "references": buf.paths["/schemas/ids/7?format=serialized"]["references"]
+    }
+    one = {"value": "12.34", "currency": 1}
+    values: dict[str, Any] = {"id": "p1", "card": "tok_9", "money": one, "device": "d1"}
+    values.pop(name, None)
+    if value is not None:
+        values[to.get("name", name)] = [one] if value == "list" else value
+    made = kind(**values)
+    if name != "at":
+        made.at.FromJsonString("2025-09-01T12:00:00.123Z")
+    raw = struct.pack(">bI", 0, 8) + b"\x04\x02\x00" + made.SerializeToString()
+    if end.startswith(("same", "other", "no")):
+        found = json.loads(mapping.record(raw) or b"")
+        told = found.pop("device_id", None), same.pop("device_id")
+        assert found == same
+        assert (told[0] == told[1], told[0] is None) == (end == "same", end.startswith("no"))
+        return
+    with pytest.raises(InputError) as refused:
+        mapping.record(raw)
+    assert refused.value.reason == end
+
+
 @pytest.mark.needs("google.protobuf")
 def test_a_protobuf_message_at_fault_is_refused(
     tmp_path: Path, buf: Registry, finance: FraudScoring
