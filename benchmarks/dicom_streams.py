@@ -149,13 +149,13 @@ def counts(
     path = folder / "image.dcm"
     image.save_as(path, enforce_file_format=True)
     header = read_frames(Source(path))[0].header
-    whole, _ = decode_frame(header, image.PixelData, 0)
+    whole = decode_frame(header, image.PixelData, 0).stored
     for how in CHANGES:
         chance, found = random.Random(f"{seed} {how}"), Counter[str]()
         for _ in range(streams):
             changed = damaged(stream, syntax, how, chance)
             try:
-                values, _ = decode_frame(header, encapsulate([changed]), 0)
+                values = decode_frame(header, encapsulate([changed]), 0).stored
             except InputError:
                 found["found"] += 1
             else:

@@ -79,7 +79,7 @@ def generated(rng: random.Random) -> list[Case]:
     late = rng.random() < 0.3
     series = scan + datetime.timedelta(hours=2) if late else scan
     # The library takes the day of Series Date where only the time of injection is there.
-    whole = injected.date() != series.date() or rng.random() < 0.5
+    whole = injected.date() != series.date() or rng.random() < 0.5 or half_life > 12 * 3600
     common: Case = {
         "SeriesDate": f"{series:%Y%m%d}",
         "SeriesTime": f"{series:%H%M%S.%f}",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from plinth.engine import InputError
 from plinth.pipelines.archive.settings import Rule
 
 WORDS = {
@@ -43,15 +45,22 @@ def facts_of(path: Path, images: int) -> Facts:
     Args:
         path: a DICOM file.
         images: how many the series has.
+
+    Raises:
+        InputError: the file cannot be read.
     """
     from pydicom import dcmread
 
-    header = dcmread(path, stop_before_pixels=True, force=True)
+    try:
+        header = dcmread(path, stop_before_pixels=True, force=True)
+    except Exception as error:  # noqa: BLE001 - pydicom raises whatever damage makes it meet
+        told = f"a header cannot be read: {type(error).__name__}"
+        raise InputError(told, reason="damaged") from None
     places = [header]
     for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-        for macro in (header.get(groups) or [])[:1]:
+        for macro in _first_item(header, groups):
             for name in ("CTReconstructionSequence", "PixelMeasuresSequence"):
-                places += (macro.get(name) or [])[:1]
+                places += _first_item(macro, name)
     return Facts(
         {key: _text(places, keyword) for key, keyword in WORDS.items()},
         _number(_text(places, "SliceThickness")),
@@ -70,9 +79,21 @@ def facts_of_answer(answer: Mapping[str, Any], images: int) -> Facts:
     return Facts(texts, None, images, partial=True)
 
 
+def _said(place: Any, keyword: str) -> Any:
+    """The value of an attribute, ``None`` where it is absent or no value of its kind."""
+    try:
+        return place.get(keyword)
+    except Exception:  # noqa: BLE001 - whatever a damaged value raises, it says nothing
+        return None
+
+
+def _first_item(place: Any, keyword: str) -> list[Any]:
+    return list(_said(place, keyword) or ())[:1]
+
+
 def _text(places: Sequence[Any], keyword: str) -> str | None:
     for place in places:
-        value = place.get(keyword)
+        value = _said(place, keyword)
         if value not in (None, ""):
             many = not isinstance(value, str) and hasattr(value, "__iter__")
             return "\\".join(map(str, value)).strip() if many else str(value).strip()
@@ -81,9 +102,10 @@ def _text(places: Sequence[Any], keyword: str) -> str | None:
 
 def _number(text: str | None) -> float | None:
     try:
-        return None if text is None else float(text)
+        number = math.nan if text is None else float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def why_not(rule: Rule, facts: Facts) -> str | None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from prometheus_client.core import GaugeMetricFamily
 from pydicom import dcmread
 
-from plinth.engine import Engine, EngineFailed, PlinthError, Refused, Sla
+from plinth.engine import Engine, EngineFailed, InputError, PlinthError, Refused, Sla
 from plinth.engine.metrics import REGISTRY
 from plinth.pipelines.archive.dicomweb import DicomWeb, NotWanted, Unreachable
 from plinth.pipelines.archive.queue import Letter, Queue, Ready, digest
@@ -199,7 +199,12 @@ class Service:
             for item in items:
                 if self._stop.is_set():
                     return
-                if name in chosen(self._settings.rules, facts_of(item.paths[0], len(item.paths))):
+                try:
+                    facts = facts_of(item.paths[0], len(item.paths))
+                except InputError as error:
+                    left[error.reason] += 1
+                    continue
+                if name in chosen(self._settings.rules, facts):
                     made += self._item(ready, name, vertical, item, contents)
                 else:
                     left["no_rule"] += 1

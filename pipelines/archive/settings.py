@@ -12,7 +12,14 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from plinth.engine import ConfigError
 from plinth.engine.tables import Table
@@ -60,7 +67,23 @@ def _one_or_more(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+
+
+def _patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Patterns that something can fit."""
+    wanted = [one for one in patterns if not one.startswith("!")]
+    barred = {one[1:].casefold() for one in patterns if one.startswith("!")}
+    if not patterns or not all(one.removeprefix("!").strip() for one in patterns):
+        raise ValueError("an empty pattern fits nothing: leave the key out, or write *")
+    if "*" in barred or (wanted and barred.issuperset(map(str.casefold, wanted))):
+        raise ValueError("nothing can fit: what begins with ! takes away all that may fit")
+    return patterns
+
+
+Patterns = Annotated[Names, AfterValidator(_patterns)]
+AnalysisName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")]
+"""It is the name of a folder of results too."""
 
 
 def _title(title: str) -> str:
@@ -88,7 +111,7 @@ class Listen(Table):
     title: str = "PLINTH"
     host: str = "127.0.0.1"
     port: int = Field(default=11112, ge=0, le=65_535)
-    callers: Patterns = Field(min_length=1)
+    callers: Names = Field(min_length=1)
     quiet_seconds: float = Field(default=20.0, gt=0, le=86_400)
     tls: TlsConfig = TlsConfig()
     max_associations: int = Field(default=10, ge=1, le=500)
@@ -222,6 +245,12 @@ class Rule(Table):
     study_description: Patterns = ("*",)
     min_images: int = Field(default=1, ge=1)
 
+    @model_validator(mode="after")
+    def _in_order(self) -> Rule:
+        if self.thickness_mm is not None and not 0 <= self.thickness_mm[0] <= self.thickness_mm[1]:
+            raise ValueError("thickness_mm: expected two numbers from 0 on, the smaller one first")
+        return self
+
 
 class Archive(Table):
     """The whole file.
@@ -243,8 +272,8 @@ class Archive(Table):
     poll: Poll | None = None
     send: Web | None = None
     store: Peer | None = None
-    analyses: dict[str, Analysis] = Field(min_length=1)
-    rules: tuple[Rule, ...] = Field(min_length=1)
+    analyses: dict[AnalysisName, Analysis] = Field(min_length=1)
+    rules: tuple[Rule, ...]
     max_bytes: Bytes = Field(default=100 << 30, ge=1 << 20)
     keep_days: float = Field(default=7.0, gt=0, le=3650)
 
@@ -254,6 +283,8 @@ class Archive(Table):
             raise ValueError("nothing can come in: add [listen] or [poll]")
         if self.send is not None and self.store is not None:
             raise ValueError("results go to one archive: give [send] or [store], not both")
+        if not self.rules:
+            raise ValueError("no series would be analysed: add [[rules]]")
         for rule in self.rules:
             if rule.analysis not in self.analyses:
                 raise ValueError(
@@ -273,7 +304,7 @@ def read(path: Path) -> Archive:
         ConfigError: names file, line and key, and what was expected.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         data = toml(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(

@@ -164,6 +164,8 @@ class Source:
 def damaged(source: Source, error: Exception) -> InputError:
     """The error for bytes that start as DICOM and do not go on as such."""
     why = str(error) if isinstance(error, Unreadable) else type(error).__name__
+    if isinstance(error, zlib.error):
+        why = "its deflated data set is damaged, or not deflated as PS3.5 A.5 wants it"
     return InputError(
         f"{source.name} cannot be read as DICOM: {why}",
         field=source.name,

@@ -537,15 +537,15 @@ def _unfit(
     series: Series, modalities: tuple[str, ...], burned_in: Literal["skip", "analyse"]
 ) -> tuple[str, str] | None:
     """Why a series is not analysed, in a word and in a sentence."""
-    header = series.frames[0].header
+    kind = series.frames[0].kind
     if series.problem is not None:
         return "not_a_volume", series.problem
     if modalities and series.modality not in modalities:
         return "other_modality", f"not {' or '.join(modalities)}"
     if series.localiser:
         return "localiser", "a localiser"
-    if header.kind is not None:
-        return "derived", f"{header.kind}, whose values are not analysed as HU"
+    if kind is not None:
+        return "derived", f"{kind}, whose values are not analysed as HU"
     marked = any(frame.header.burned_in == "YES" for frame in series.frames)
     if marked and burned_in == "skip":
         return "burned_in", "Burned In Annotation is YES: the pixels may show who the patient is"

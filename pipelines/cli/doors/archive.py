@@ -132,7 +132,7 @@ def try_rules(
     as_json: JsonOption = False,
 ) -> None:
     """Which series of a folder the rules choose, and for each other rule why not."""
-    from plinth.engine import PlinthError
+    from plinth.engine import InputError, PlinthError
     from plinth.pipelines.archive.rules import facts_of, why_not
     from plinth.pipelines.archive.service import found_in
     from plinth.pipelines.archive.settings import read
@@ -147,8 +147,12 @@ def try_rules(
                          "why": error.message})  # fmt: skip
             continue
         for item in items:
-            facts = facts_of(item.paths[0], len(item.paths))
-            reasons = [why_not(r, facts) for r in settings.rules if r.analysis == name]
+            reasons: list[str | None]
+            try:
+                facts = facts_of(item.paths[0], len(item.paths))
+                reasons = [why_not(r, facts) for r in settings.rules if r.analysis == name]
+            except InputError as error:
+                reasons = [error.message]
             fits = any(reason is None for reason in reasons)
             why = "" if fits else "; ".join(filter(None, reasons)) or "no rule asks for it"
             rows.append({"analysis": name, "series": item.id, "images": len(item.paths),

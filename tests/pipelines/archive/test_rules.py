@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis.strategies import lists, sampled_from, text
 from orthanc import study
+from pydantic import ValidationError
+from pydicom import DataElement, dcmread
 
-from plinth.engine import ConfigError
+from plinth.engine import ConfigError, InputError
 from plinth.pipelines.archive.rules import Facts, chosen, facts_of, facts_of_answer, why_not
 from plinth.pipelines.archive.settings import EXAMPLE, Rule, read
 
@@ -54,6 +56,46 @@ def test_every_line_of_a_rule_has_to_hold(wanted: dict[str, object], why: str | 
     assert why_not(rule(**wanted), CHEST) == why
 
 
+@pytest.mark.parametrize(
+    ("wanted", "why"),
+    [
+        ({"modality": []}, "an empty pattern fits nothing"),
+        ({"modality": ""}, "an empty pattern fits nothing"),
+        ({"kernel": ["B30*", "!"]}, "an empty pattern fits nothing"),
+        ({"modality": ["CT", "!ct"]}, "nothing can fit"),
+        ({"description": "!*"}, "nothing can fit"),
+        ({"thickness_mm": [3.0, 0.5]}, "the smaller one first"),
+        ({"thickness_mm": [float("nan"), 1.0]}, "the smaller one first"),
+    ],
+)
+def test_a_rule_that_nothing_or_anything_fits_by_mistake_is_refused(
+    wanted: dict[str, object], why: str
+) -> None:
+    with pytest.raises(ValidationError, match=why):
+        rule(**wanted)
+
+
+@pytest.mark.parametrize("name", ["../../x", "", ".", "a/b", "a b"])
+def test_an_analysis_is_called_what_a_folder_can_be(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "archive.toml"
+    path.write_text(EXAMPLE.replace("analyses.lungs", f'analyses."{name}"'), encoding="utf-8-sig")
+    with pytest.raises(ConfigError, match="String should match pattern"):
+        read(path)
+
+
+def test_values_that_are_none_of_their_kind_say_nothing(tmp_path: Path) -> None:
+    (file,) = study(tmp_path, shape=(8, 7, 1))
+    image = dcmread(file)
+    image["SliceThickness"] = DataElement(0x00180050, "LO", "nan")
+    image["SharedFunctionalGroupsSequence"] = DataElement(0x52009229, "LO", "none")
+    image.save_as(file)
+    assert facts_of(file, 1).thickness is None
+    cut = b"\x02\0\x10\0UI\x14\x001.2.840.10008.1.2.1\0\x08\0\x40\x11SQ\0\0\xff\xff\xff\xff"
+    file.write_bytes(b"\0" * 128 + b"DICM" + cut)
+    with pytest.raises(InputError, match="a header cannot be read"):
+        facts_of(file, 1)
+
+
 def test_what_a_series_does_not_say_fits_nothing_that_is_asked() -> None:
     silent = Facts(dict.fromkeys(CHEST.texts), thickness=None, images=1)
     assert why_not(rule(), silent) is None
@@ -75,7 +117,7 @@ def test_an_archive_s_answer_rules_out_only_what_it_says() -> None:
 )
 def test_a_pattern_that_bars_always_wins(patterns: list[str], name: str) -> None:
     facts = Facts({**CHEST.texts, "description": name}, 1.0, 300)
-    only = why_not(rule(description=[*patterns, "!*"]), facts)
+    only = why_not(Rule.model_construct(analysis="lungs", description=(*patterns, "!*")), facts)
     assert only is not None
 
 

@@ -7,8 +7,11 @@ import random
 import re
 import resource
 import shutil
+import tempfile
 import zipfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,46 @@ def test_every_series_below_a_folder_is_found(write: Write) -> None:
     assert [len(series.frames) for series in found] == [10, 4]
     assert {series.modality for series in found} == {"CT"}
     assert found[0].study_uid == found[1].study_uid
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Nobody's rights, where tests run with all of them."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_may_not_be_entered_or_read_ends_nothing_else(write: Write) -> None:
+    with tempfile.TemporaryDirectory() as base:  # which others than its owner may enter
+        root = Path(base, "root")
+        shutil.copytree(write(), root / "whole")
+        for name, mode in (("listed", 0o444), ("entered", 0o111), ("closed", 0)):
+            shutil.copytree(root / "whole", root / name)
+            (root / name).chmod(mode)
+        os.mkfifo(root / "pipe.dcm")
+        (root / "zero.dcm").symlink_to("/dev/zero")
+        Path(base).chmod(0o755)
+        with unprivileged():
+            found = scan(root)
+        for name in ("listed", "entered", "closed"):
+            (root / name).chmod(0o755)
+    assert [len(series.frames) for series in found.series] == [10]
+    codes = Counter(one.code for one in found.ignored if "truth.json" not in one.name)
+    assert codes == {"unreadable": 10 + 2, "not_a_file": 2}
+    assert all(one.damaged == (one.code == "unreadable") for one in found.ignored
+               if "truth.json" not in one.name)  # fmt: skip
+
+
+def test_a_link_back_to_the_top_shows_nothing_twice(write: Write) -> None:
+    folder = write()
+    (folder / "latest").symlink_to(folder)
+    assert [len(series.frames) for series in discover(folder)] == [10]
 
 
 def test_two_series_in_one_folder_are_never_mixed(write: Write, expected: Any) -> None:

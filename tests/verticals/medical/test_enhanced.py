@@ -10,6 +10,8 @@ import numpy as np
 import pydicom
 import pytest
 
+from plinth.engine import InputError
+from plinth.verticals.medical.dicom.discover import Series, discover
 from plinth.verticals.medical.dicom.loader import load_volume
 
 Write = Callable[..., Path]
@@ -87,3 +89,162 @@ def test_frames_in_any_order_make_the_same_volume(
     assert np.array_equal(volume.voxels, expected())
     assert volume.series.frame_numbers == (4, 2, 6, 1, 8, 10, 9, 7, 5, 3)
     assert len(volume.series.headers()) == 1
+
+
+Change = Callable[[pydicom.Dataset], None]
+
+
+@pytest.fixture
+def series_of(write: Write, tmp_path: Path) -> Callable[..., list[Series]]:
+    """The series in changed enhanced objects of 10 slices, each given by its changes."""
+
+    def series_of(*changes: Change) -> list[Series]:
+        files, folder = sorted(write().glob("*.dcm")), tmp_path / "objects"
+        folder.mkdir()
+        for number, change in enumerate(changes):
+            path = folder / f"{number}.dcm"
+            enhanced(path, files, list(range(10)))
+            image = pydicom.dcmread(path)
+            image.SOPInstanceUID += f".{number}"
+            image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
+            change(image)
+            image.save_as(path)
+        return discover(folder)
+
+    return series_of
+
+
+def with_macro(sequence: str, **values: Any) -> pydicom.Dataset:
+    """A functional group, or item of one, of one macro."""
+    group, item = pydicom.Dataset(), pydicom.Dataset()
+    for keyword, value in values.items():
+        setattr(item, keyword, value)
+    setattr(group, sequence, [item])
+    return group
+
+
+def to_frames(sequence: str, *items: dict[str, Any]) -> Change:
+    """A macro in each frame's functional groups, its items in turn."""
+
+    def change(image: pydicom.Dataset) -> None:
+        for number, group in enumerate(image.PerFrameFunctionalGroupsSequence):
+            group.update(with_macro(sequence, **items[number % len(items)]))
+
+    return change
+
+
+def to_all(sequence: str, **values: Any) -> Change:
+    """A macro in the shared functional groups."""
+    return lambda image: image.SharedFunctionalGroupsSequence[0].update(
+        with_macro(sequence, **values)
+    )
+
+
+def test_stacks_are_never_one_volume_wherever_they_lie(
+    series_of: Callable[..., list[Series]],
+) -> None:
+    def change(image: pydicom.Dataset) -> None:
+        to_frames("FrameContentSequence", {"StackID": "1"}, {"StackID": "2"})(image)
+
+    found = series_of(change)
+    assert [len(one.frames) for one in found] == [5, 5]
+    assert all("StackID" in str(one.part) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            to_all("PixelValueTransformationSequence", RescaleSlope="2", RescaleIntercept="0"),
+            "the slope of frame 1 is not that of the shared functional groups",
+        ),
+        (
+            to_frames("PixelMeasuresSequence", {"PixelSpacing": ["4", "4"]}),
+            "the spacing of frame 1 is not that of the shared functional groups",
+        ),
+        (
+            lambda image: image.SharedFunctionalGroupsSequence.append(pydicom.Dataset()),
+            "2 items of shared functional groups",
+        ),
+        (
+            lambda image: image.PerFrameFunctionalGroupsSequence[3].PlanePositionSequence.append(
+                pydicom.Dataset()
+            ),
+            "2 items of PlanePositionSequence",
+        ),
+    ],
+)
+def test_functional_groups_that_contradict_one_another_are_refused(
+    write: Write, tmp_path: Path, change: Change, why: str
+) -> None:
+    path = tmp_path / "enhanced.dcm"
+    enhanced(path, sorted(write().glob("*.dcm")), list(range(10)))
+    image = pydicom.dcmread(path)
+    change(image)
+    image.save_as(path)
+    with pytest.raises(InputError, match=why):
+        load_volume(path)
+
+
+def test_a_frames_slope_never_goes_with_an_intercept_from_elsewhere(
+    series_of: Callable[..., list[Series]],
+) -> None:
+    def change(image: pydicom.Dataset) -> None:
+        image.RescaleIntercept = "-1024"
+        to_frames("PixelValueTransformationSequence", {"RescaleSlope": "2"})(image)
+
+    (found,) = series_of(change)
+    with pytest.raises(InputError, match="one of Rescale Slope and Rescale Intercept is missing"):
+        load_volume(found)
+
+
+@pytest.mark.parametrize("place", [to_all, to_frames])
+def test_what_functional_groups_say_of_an_image_is_known(
+    series_of: Callable[..., list[Series]], place: Any
+) -> None:
+    def told(image: pydicom.Dataset, sequence: str, **values: Any) -> None:
+        (to_all(sequence, **values) if place is to_all else to_frames(sequence, values))(image)
+
+    def change(image: pydicom.Dataset) -> None:
+        for keyword in ("ConvolutionKernel", "SliceThickness"):
+            if keyword in image:
+                delattr(image, keyword)
+        spacing = image.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing
+        told(image, "CTReconstructionSequence", ConvolutionKernel="B70f")
+        told(image, "PixelMeasuresSequence", SliceThickness="5", PixelSpacing=spacing)
+        image.ContrastBolusAgentSequence = [pydicom.Dataset()]
+
+    facts = load_volume(series_of(change)[0]).series
+    assert (facts.kernel, facts.slice_thickness, facts.contrast) == ("B70f", 5.0, True)
+
+
+@pytest.mark.parametrize("place", [to_all, to_frames])
+def test_a_frame_type_names_what_is_no_attenuation(
+    series_of: Callable[..., list[Series]], place: Any
+) -> None:
+    kind = ["DERIVED", "PRIMARY", "VOLUME", "MONOENERGETIC"]
+    name = "CTImageFrameTypeSequence"
+    change = (
+        to_all(name, FrameType=kind) if place is to_all else to_frames(name, {"FrameType": kind})
+    )
+    (found,) = series_of(change)
+    assert load_volume(found).series.kind == "a virtual monoenergetic image"
+
+
+def test_a_file_of_a_parted_image_that_is_not_there_is_said(
+    series_of: Callable[..., list[Series]],
+) -> None:
+    def part(number: int) -> Change:
+        def change(image: pydicom.Dataset) -> None:
+            image.ConcatenationUID, image.InConcatenationNumber = "1.2.3", number
+            image.InConcatenationTotalNumber = 3
+            for group in image.PerFrameFunctionalGroupsSequence:
+                place = group.PlanePositionSequence[0]
+                x, y, z = place.ImagePositionPatient
+                place.ImagePositionPatient = [x, y, float(z) + 50 * number]
+
+        return change
+
+    (found,) = series_of(part(1), part(2))
+    assert load_volume(found).verdict.status == "partial"
+    assert found.notes[-1].message == "2 of the 3 files of a parted image are here"

@@ -292,7 +292,7 @@ def test_a_refusal_for_a_gap_tells_of_the_image_that_was_left_out(write: Write, 
     edit(sorted(folder.glob("*.dcm"))[4], halve)
     refused = refusal(folder)
     assert refused.reason == "geometry_gap"
-    assert "of another orientation or size, left out: 1 image of 36 x 15" in refused.message
+    assert "of another orientation, size or kind, left out: 1 image of 36 x 15" in refused.message
 
 
 def test_junk_beside_the_slices_is_ignored(write: Write, expected: Any) -> None:

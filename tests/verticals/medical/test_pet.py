@@ -27,6 +27,7 @@ from plinth.engine import InputError
 from plinth.verticals.medical import CtAnalysis, CtSettings, load_volume
 from plinth.verticals.medical.phantom.chest import Phantom
 from plinth.verticals.medical.phantom.dicom import datasets
+from plinth.verticals.medical.volumes import clock
 from plinth.verticals.medical.volumes.suv import suv_by_weight, suv_factor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
@@ -139,6 +140,24 @@ def injected(keyword: str, value: Any) -> Change:
     return change
 
 
+def at(day: str | None, moment: str | None, zone: str | None = None) -> Change:
+    """When the tracer was injected: time of day, date-time, and the offset of the other times."""
+
+    def change(images: list[Dataset]) -> None:
+        injected("RadiopharmaceuticalStartTime", day)(images)
+        injected("RadiopharmaceuticalStartDateTime", moment)(images)
+        every("TimezoneOffsetFromUTC", zone)(images)
+
+    return change
+
+
+def long_lived(images: list[Dataset]) -> None:
+    for image in images:
+        one = image.RadiopharmaceuticalInformationSequence[0]
+        one.RadionuclideCodeSequence[0].CodeMeaning = "^89^Zirconium"
+        one.RadionuclideHalfLife = "282276"
+
+
 def twice(images: list[Dataset]) -> None:
     for image in images:
         image.RadiopharmaceuticalInformationSequence.append(item(images))
@@ -170,6 +189,18 @@ def twice(images: list[Dataset]) -> None:
         (
             injected("RadiopharmaceuticalStartDateTime", "20260101103000"),
             "StartDateTime: it is not Radiopharmaceutical Start Time",
+        ),
+        (at("1100", "20260101100000+0000"), "offset from UTC (+0000), and no Timezone Offset"),
+        (at(None, "20260101110000+0100"), "offset from UTC (+0100), and no Timezone Offset"),
+        (at("1100", "20260101110000+0000", "+0100"), "is not Radiopharmaceutical Start Time"),
+        (at(None, "20260101"), "StartDateTime: it is no date or time, or does not say the minute"),
+        (at(None, "20260101110000+1500", "+0100"), "StartDateTime: it is no offset from UTC"),
+        (at("1100", "20260101110000", "CET"), "TimezoneOffsetFromUTC: it is no date or time"),
+        (at("11", None), "StartTime: it is no date or time, or does not say the minute"),
+        (long_lived, "with a half-life of 78.4 h it may have been days before"),
+        (
+            lambda images: setattr(images[3], "TimezoneOffsetFromUTC", "+0100"),
+            "TimezoneOffsetFromUTC: its images differ",
         ),
         (twice, "Sequence: 2 items, expected one injection"),
         (lambda images: setattr(images[3], "PatientWeight", "71"), "PatientWeight: its images"),
@@ -210,6 +241,68 @@ def test_what_is_assumed_is_said(tmp_path: Path, change: Change, factor: float, 
     top = float(stored.voxels.max())
     assert float(found.voxels.max()) == pytest.approx(top * factor, rel=1e-6)
     assert any(said in issue.message for issue in found.verdict.issues)
+
+
+@pytest.mark.parametrize("text", ["20260101110000 +0100", "20260101110000&0100", "202601011160"])
+def test_a_date_time_is_never_read_in_part(text: str) -> None:
+    with pytest.raises(ValueError, match="it is no"):
+        clock.local_moment(text, None)
+
+
+@pytest.mark.parametrize(
+    "injection",
+    [
+        at(None, "20260101100000+0000", "+0100"),
+        at("110000", "20260101100000.000000+0000", "+0100"),
+        at("110000", "20260101110000+0100"),
+        at(None, "20260101110000", "+0100"),
+        at(None, "20251231230000-1100", "+0100"),
+        at("1100", "202601011600+0530", "+0030"),
+    ],
+)
+def test_date_times_with_an_offset_are_read_on_the_clock_of_the_other_times(
+    injection: Change,
+) -> None:
+    headers = series(injection)
+    assert suv_factor(headers, headers).value == pytest.approx(FACTOR)
+
+
+@pytest.mark.parametrize(
+    "start", ["20260101115000", "20260101115000-0500", "20260102035000.00+1100"]
+)
+def test_ge_says_the_start_with_an_offset_too(start: str) -> None:
+    def later(images: list[Dataset]) -> None:
+        every("SeriesTime", "150000")(images)
+        every("TimezoneOffsetFromUTC", "-0500")(images)
+        for image in images:
+            block = image.private_block(0x0009, "GEMS_PETD_01", create=True)
+            block.add_new(0x0D, "DT", start)
+
+    headers = series(later)
+    assert suv_factor(headers, headers).uptake == pytest.approx(3000)
+
+
+def test_a_scan_over_midnight_counts_from_its_own_dates() -> None:
+    def late(images: list[Dataset]) -> None:
+        every("SeriesTime", "235000")(images)
+        for number, image in enumerate(images):
+            minute = 50 + 2 * number
+            image.AcquisitionDate = "20260102" if minute > 59 else "20260101"
+            image.AcquisitionTime = f"{'00' if minute > 59 else '23'}{minute % 60:02}00"
+        injected("RadiopharmaceuticalStartTime", "225000")(images)
+
+    headers = series(late)
+    assert suv_factor(headers, headers).value == pytest.approx(FACTOR)
+    every("AcquisitionDate", "20260101")(headers)
+    with pytest.raises(InputError, match="as if after midnight their date had not changed"):
+        suv_factor(headers, headers)
+
+
+def test_images_long_after_series_time_are_said() -> None:
+    headers = series(every("AcquisitionTime", "130000"))
+    found = suv_factor(headers, headers)
+    assert found.value == pytest.approx(FACTOR)
+    assert "taken 60 min after Series Time" in found.notes[0]
 
 
 def test_a_time_that_is_none_is_named() -> None:
@@ -253,7 +346,8 @@ def test_the_start_of_a_scan_comes_back_from_frame_reference_times(
         image.ActualFrameDuration = str(round(1000 * seconds))
         one = image.RadiopharmaceuticalInformationSequence[0]
         one.RadionuclideHalfLife = f"{half_life:.10g}"
-        one.RadiopharmaceuticalStartTime = "115900"
+        del one.RadiopharmaceuticalStartTime
+        one.RadiopharmaceuticalStartDateTime = "20260101115900"
         del one.RadionuclideCodeSequence
     found = suv_factor(headers, headers)
     assert found.uptake == pytest.approx(60, abs=0.01)

@@ -12,7 +12,13 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.encaps import encapsulate, generate_frames
-from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEGLosslessSV1
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ImplicitVRLittleEndian,
+    JPEGLosslessSV1,
+)
 
 from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.jpeg import lossless
@@ -301,6 +307,64 @@ def jpeg_lossless(folder: Path) -> None:
         image.PixelData = packed.PixelData
         image["PixelData"].is_undefined_length = True
         image.save_as(path)
+
+
+@pytest.mark.parametrize(
+    ("codec", "options", "syntax", "lossy"),
+    [
+        ("jpegls", {"level": 0}, "80", False),
+        ("jpegls", {"level": 0}, "81", False),
+        ("jpegls", {"level": 2}, "81", True),
+        ("jpegls", {"level": 2}, "80", True),
+        ("jpeg2k", {"reversible": True, "codecformat": "j2k"}, "91", False),
+        ("jpeg2k", {"level": 60, "codecformat": "j2k"}, "91", True),
+        ("jpeg2k", {"level": 60, "codecformat": "j2k"}, "90", True),
+        ("htj2k", {"reversible": True}, "201", False),
+    ],
+)
+def test_a_code_stream_tells_of_its_loss_where_the_header_does_not(
+    write: Write, edit: Edit, expected: Any, codec: str, options: Any, syntax: str, lossy: bool
+) -> None:
+    """Lossless ones are read by another library than the one that wrote them, or equal it."""
+    encode = getattr(pytest.importorskip("imagecodecs"), f"{codec}_encode")
+
+    def pack(image: pydicom.Dataset, _: int) -> None:
+        image.PixelData = encapsulate([encode(image.pixel_array, **options)])
+        image["PixelData"].is_undefined_length = True
+        image["PixelData"].VR = "OB"
+        image.file_meta.TransferSyntaxUID = UID(f"1.2.840.10008.1.2.4.{syntax}")
+
+    folder = write()
+    edit(folder, pack)
+    volume = load_volume(folder)
+    assert ["lossy" in issue.kind for issue in volume.verdict.issues] == [True] * lossy
+    assert np.array_equal(volume.voxels, expected()) is not lossy
+
+
+@pytest.mark.parametrize(("end", "name"), [("110", "JPEG XL Lossless"), ("112", "JPEG XL")])
+def test_jpeg_xl_is_refused_by_its_name(write: Write, edit: Edit, end: str, name: str) -> None:
+    known = UID("1.2.840.10008.1.2.4.201")
+    folder = write(compression="jpegls")
+    edit(folder, lambda image, _: setattr(image.file_meta, "TransferSyntaxUID", known))
+    for path in folder.glob("*.dcm"):
+        raw = path.read_bytes()
+        path.write_bytes(raw.replace(known.encode(), known[:-3].encode() + end.encode(), 1))
+    with pytest.raises(InputError, match=f"stored as {name} ") as refusal:
+        load_volume(folder)
+    assert refusal.value.reason == "unsupported_syntax"
+
+
+def test_a_damaged_deflated_file_is_said_to_be_one(write: Write) -> None:
+    folder = write()
+    for path in folder.glob("*.dcm"):
+        image = pydicom.dcmread(path)
+        image.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        image.save_as(path)
+        raw = path.read_bytes()
+        start = 144 + int.from_bytes(raw[140:144], "little")
+        path.write_bytes(raw[:start] + b"\xff" * 20 + raw[start + 20 :])
+    with pytest.raises(InputError, match="its deflated data set is damaged"):
+        load_volume(folder)
 
 
 @pytest.mark.parametrize("bits", [12, 13, 14, 16])

@@ -196,7 +196,7 @@ def test_a_map_or_projection_is_still_one_in_the_copy(
 ) -> None:
     for place in _and_its_copy(write, edit, attributes, tmp_path / "out"):
         (series,) = discover(place)
-        assert str(series.frames[0].header.kind).startswith(kind)
+        assert str(series.frames[0].kind).startswith(kind)
 
 
 def test_contrast_and_a_sharp_kernel_are_still_said_of_a_copy(

@@ -35,12 +35,29 @@ class StreamFacts:
         columns: of its image.
         components: values of a pixel.
         precision: bits of a value, ``None`` where the header is right about them.
+        lossy: it was made in a way that changes values, whatever the header says.
     """
 
     rows: int
     columns: int
     components: int
     precision: int | None = None
+    lossy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One frame.
+
+    Args:
+        stored: stored bits (y, x) of any unsigned width.
+        precision: bits of a value by its code stream, ``None`` where the format states none.
+        lossy: the code stream says that values were changed.
+    """
+
+    stored: Array
+    precision: int | None = None
+    lossy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +87,12 @@ def _jpeg_ls(module: Any, frame: bytes, _: Header) -> bytes | bytearray | memory
 
 
 def _jpeg_ls_facts(frame: bytes) -> StreamFacts:
-    """From the frame header SOF55 (ITU-T T.87, C.2.2)."""
+    """From the frame header SOF55 and the scan header, with NEAR (ITU-T T.87, C.2.2 and C.2.3)."""
     at = frame.index(b"\xff\xf7") + 4
     precision, rows, columns, components = struct.unpack_from(">BHHB", frame, at)
-    return StreamFacts(rows, columns, components, precision)
+    scan = frame.index(b"\xff\xda", at)
+    near = frame[scan + 5 + 2 * frame[scan + 4]]
+    return StreamFacts(rows, columns, components, precision, near > 0)
 
 
 def _jpeg_facts(frame: bytes) -> StreamFacts:
@@ -86,11 +105,16 @@ def _jpeg_facts(frame: bytes) -> StreamFacts:
 
 
 def _jpeg_2000_facts(frame: bytes) -> StreamFacts:
-    """From the marker SIZ, which follows SOC (ITU-T T.800, A.5.1)."""
+    """From the markers SIZ, which follows SOC, and COD (ITU-T T.800, A.5.1 and A.6.1).
+
+    The wavelet 5-3 gives values back; 9-7 does not.
+    """
     at = frame.index(b"\xff\x4f\xff\x51") + 8
     right, bottom, left, top = struct.unpack_from(">IIII", frame, at)
     components, depth = struct.unpack_from(">HB", frame, at + 32)
-    return StreamFacts(bottom - top, right - left, components, (depth & 0x7F) + 1)
+    coding = frame.index(b"\xff\x52", at)
+    lossy = frame[coding + 13] == 0
+    return StreamFacts(bottom - top, right - left, components, (depth & 0x7F) + 1, lossy)
 
 
 def _jpeg_2000_parts(frame: bytes, _: Array) -> str | None:
@@ -169,6 +193,13 @@ FORMATS = (
 """First bytes of a code stream, and its format; RLE has no mark."""
 
 
+JPEG_XL = {
+    "1.2.840.10008.1.2.4.110": "JPEG XL Lossless",
+    "1.2.840.10008.1.2.4.111": "JPEG XL JPEG Recompression",
+    "1.2.840.10008.1.2.4.112": "JPEG XL",
+}
+"""Names of transfer syntaxes that pydicom does not know yet (PS3.6 table A-1)."""
+
 UNCOMPRESSED = {
     *("1.2.840.10008.1.2", "1.2.840.10008.1.2.1"),
     *("1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"),
@@ -177,7 +208,7 @@ UNCOMPRESSED = {
 
 def syntax_name(syntax: str) -> str:
     """Name and UID of a transfer syntax."""
-    name = UID(syntax).name
+    name = JPEG_XL.get(syntax) or UID(syntax).name
     return syntax if name == syntax else f"{name} ({syntax})"
 
 
@@ -216,7 +247,7 @@ def check_decoder(header: Header) -> None:
         raise InputError(
             f"{header.source.name} is stored as {syntax_name(header.syntax)}, which is not read",
             field=header.source.name,
-            hint="convert it to an uncompressed transfer syntax (gdcmconv --raw, dcmdjpeg)",
+            hint="ask the sender for it uncompressed, as JPEG Lossless, JPEG-LS or JPEG 2000",
             reason="unsupported_syntax",
         )
 
@@ -226,17 +257,13 @@ PANICS = "pyo3_runtime"
 """Where the exception of a decoder in Rust comes from, which is no Exception and has no import."""
 
 
-def decode_frame(header: Header, fragments: bytes, index: int) -> tuple[Array, int | None]:
-    """One frame of an encapsulated file, and the bits of a value that its code stream states.
+def decode_frame(header: Header, fragments: bytes, index: int) -> Decoded:
+    """One frame of an encapsulated file.
 
     Args:
         header: facts of the file.
         fragments: the pixel data's value: offset table and fragments (PS3.5 A.4).
         index: frame from 0.
-
-    Returns:
-        Stored bits (y, x) of any unsigned width, and the precision of a value in bits, ``None``
-        where the format states none.
 
     Raises:
         InputError: truncated or damaged stream, or one of another size or format than the
@@ -272,7 +299,7 @@ def decode_frame(header: Header, fragments: bytes, index: int) -> tuple[Array, i
     wrong = codec.check(frame, values) if codec.check is not None else None
     if wrong is not None:
         raise _broken(header, wrong)
-    return values, None if facts is None else facts.precision
+    return Decoded(values) if facts is None else Decoded(values, facts.precision, facts.lossy)
 
 
 def _check_format(header: Header, frame: bytes) -> None:
@@ -297,7 +324,7 @@ def _checked_facts(codec: Codec, header: Header, frame: bytes) -> StreamFacts | 
         return None
     try:
         facts = codec.facts(frame)
-    except (ValueError, struct.error):
+    except (ValueError, IndexError, struct.error):
         raise _broken(header, "its code stream states no size") from None
     if (facts.rows, facts.columns) != (header.rows, header.columns):
         stated, expected = (f"{o.columns} x {o.rows}" for o in (facts, header))

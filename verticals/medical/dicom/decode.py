@@ -31,7 +31,9 @@ class _TooWide(Exception):
     """A value does not fit int16."""
 
 
-def decode(frames: Sequence[Frame], max_bytes: int = MAX_BYTES) -> Array:
+def decode(
+    frames: Sequence[Frame], max_bytes: int = MAX_BYTES, lossy: set[int] | None = None
+) -> Array:
     """Read the pixels of frames of one size, in the order given.
 
     Every slice is rescaled by its own slope and intercept (PS3.3 C.11.1). The result is int16
@@ -42,6 +44,7 @@ def decode(frames: Sequence[Frame], max_bytes: int = MAX_BYTES) -> Array:
     Args:
         frames: scalar images of equal rows and columns.
         max_bytes: what the result may take; what would take more is refused before any of it is.
+        lossy: gets the numbers of those whose code stream says that values were changed.
 
     Returns:
         (len(frames), rows, columns) int16 or float32, modality units.
@@ -53,14 +56,15 @@ def decode(frames: Sequence[Frame], max_bytes: int = MAX_BYTES) -> Array:
     for header in {frame.header.syntax: frame.header for frame in reversed(frames)}.values():
         codecs.check_decoder(header)
     _check_sizes(frames, max_bytes)
+    lossy = set() if lossy is None else lossy
     whole = all(frame.slope.is_integer() and frame.intercept.is_integer() for frame in frames)
     if whole:
         try:
-            return _decode_as(frames, np.int16)
+            return _decode_as(frames, np.int16, lossy)
         except _TooWide:
             pass
     _check_bytes(frames, np.float32, max_bytes)
-    return _decode_as(frames, np.float32)
+    return _decode_as(frames, np.float32, lossy)
 
 
 def _check_sizes(frames: Sequence[Frame], max_bytes: int) -> None:
@@ -97,7 +101,7 @@ def _too_large(frames: Sequence[Frame], why: str) -> InputError:
     )
 
 
-def _decode_as(frames: Sequence[Frame], dtype: type[np.generic]) -> Array:
+def _decode_as(frames: Sequence[Frame], dtype: type[np.generic], lossy: set[int]) -> Array:
     header = frames[0].header
     out = _room((len(frames), header.rows, header.columns), dtype, header)
     by_file: dict[Source, list[int]] = {}
@@ -105,10 +109,10 @@ def _decode_as(frames: Sequence[Frame], dtype: type[np.generic]) -> Array:
         by_file.setdefault(frame.header.source, []).append(k)
     files = [[(k, frames[k]) for k in slices] for slices in by_file.values()]
     if header.encapsulated and len(files) > 1:
-        spread(lambda slices: _read_file(out, slices), files)
+        spread(lambda slices: _read_file(out, slices, lossy), files)
     else:
         for slices in files:
-            _read_file(out, slices)
+            _read_file(out, slices, lossy)
     return out
 
 
@@ -127,7 +131,7 @@ def _room(shape: tuple[int, int, int], dtype: type[np.generic], header: Header) 
         ) from None
 
 
-def _read_file(out: Array, slices: list[tuple[int, Frame]]) -> None:
+def _read_file(out: Array, slices: list[tuple[int, Frame]], lossy: set[int]) -> None:
     """All wanted frames of one file into their slices of ``out``."""
     header = slices[0][1].header
     if header.encapsulated:
@@ -135,8 +139,10 @@ def _read_file(out: Array, slices: list[tuple[int, Frame]]) -> None:
 
         def read(one: tuple[int, Frame]) -> None:
             k, frame = one
-            stored, precision = codecs.decode_frame(header, fragments, frame.index)
-            _finish(out[k], stored, frame, precision)
+            made = codecs.decode_frame(header, fragments, frame.index)
+            _finish(out[k], made.stored, frame, made.precision)
+            if made.lossy:
+                lossy.add(k)
 
         spread(read, slices)
     elif _direct(header, out):

@@ -368,12 +368,14 @@ def _noted(frames: list[Frame], damaged: dict[str, list[str]], taken: set[str]) 
     """
     found = [one for grouped in group(frames) for one in _series(grouped)]
     series, expected = list(_told_apart(found, taken)), _acquired(frames)
+    parts = _parts_at_hand(frames)
     return [
         replace(
             one,
             notes=(
                 *one.notes,
                 *_lost(one, expected),
+                *_lost_parts(one, parts),
                 *_unnumbered(one, series),
                 *_beside(one, series, damaged),
             ),
@@ -400,6 +402,27 @@ def _lost(one: Series, acquired: Counter[tuple[str, ...]]) -> Iterator[Issue]:
         wanted = max(frame.header.images_in_acquisition or 0 for frame in members)
         if wanted > acquired[name]:
             text = f"{acquired[name]} of the {wanted} images that the acquisition had are here"
+            yield Issue("partial", text)
+
+
+def _parts_at_hand(frames: list[Frame]) -> dict[str, set[int]]:
+    """The numbers of the files at hand of each concatenation."""
+    found: dict[str, set[int]] = {}
+    for part in {frame.header.part for frame in frames}:
+        if part is not None:
+            found.setdefault(part.uid, set()).add(part.number)
+    return found
+
+
+def _lost_parts(one: Series, at_hand: dict[str, set[int]]) -> Iterator[Issue]:
+    """Files that one multi-frame image was parted into, and that are not there."""
+    totals: dict[str, int] = {}
+    for part in {frame.header.part for frame in one.frames}:
+        if part is not None:
+            totals[part.uid] = max(totals.get(part.uid, 0), part.total or 0, part.number)
+    for uid, total in sorted(totals.items()):
+        if len(at_hand[uid]) < total:
+            text = f"{len(at_hand[uid])} of the {total} files of a parted image are here"
             yield Issue("partial", text)
 
 
@@ -437,7 +460,7 @@ def _beside(one: Series, series: list[Series], damaged: dict[str, list[str]]) ->
             yield Issue("no_position", text)
         else:
             size = f"{header.columns} x {header.rows}"
-            text = f"of another orientation or size, left out: {_images(count)} of {size}"
+            text = f"of another orientation, size or kind, left out: {_images(count)} of {size}"
             yield Issue("mixed", text)
     for folder in sorted({frame.header.source.folder for frame in one.frames}):
         for reason in damaged.get(folder, ()):

@@ -58,7 +58,7 @@ NUMBERS = (
 
 SEPARATE = (
     *("KVP", "EchoNumbers", "TemporalPositionIdentifier", "TemporalPositionIndex"),
-    *("DiffusionBValue", "ConvolutionKernel"),
+    *("DiffusionBValue", "ConvolutionKernel", "StackID"),
 )
 """Attributes whose values never share a volume, whether or not positions repeat."""
 
@@ -90,6 +90,8 @@ KEYWORDS = (
     *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "Units", "LossyImageCompression"),
     *("WindowCenter", "WindowWidth", "VOILUTFunction"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
+    *("ConcatenationUID", "InConcatenationNumber", "InConcatenationTotalNumber"),
+    "ContrastBolusAgentSequence",
 )
 
 TAGS = {keyword: Tag(keyword) for keyword in dict.fromkeys((*KEYWORDS, *MARKS))}

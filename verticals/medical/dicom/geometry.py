@@ -80,7 +80,7 @@ class Stack:
         count = len(self.frames)
         if count > 1:
             return float(self.depths[-1]) / (count - 1)
-        return self.frames[0].header.thickness or 1.0
+        return self.frames[0].thickness or 1.0
 
     def affine(self) -> Affine:
         """(4, 4) voxel index (i, j, k) to LPS mm, for a regular stack.
@@ -198,7 +198,7 @@ def _judge(
     straight, even = True, True
     gaps: tuple[tuple[int, int], ...] = ()
     if len(frames) == 1:
-        issues.append(Issue("single_slice", _single(frames[0]), frames[0].header.thickness))
+        issues.append(Issue("single_slice", _single(frames[0]), frames[0].thickness))
     else:
         relative = positions - positions[0]
         lean = _lean(relative @ axes[:, :2], relative @ axes[:, 2])
@@ -212,7 +212,7 @@ def _judge(
 
 
 def _single(frame: Frame) -> str:
-    thickness = frame.header.thickness
+    thickness = frame.thickness
     if thickness is None:
         return "one slice only, without Slice Thickness: 1 mm is assumed"
     return f"one slice only: its thickness of {thickness:g} mm stands for the spacing"

@@ -62,7 +62,7 @@ def identity(frame: Frame) -> tuple[Hashable, ...]:
         header.frame_of_reference,
         () if complete else (header.source.folder, header.origin),
         header.modality,
-        header.kind,
+        frame.kind,
         header.rows,
         header.columns,
         header.sop_class,

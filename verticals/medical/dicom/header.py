@@ -46,8 +46,24 @@ PIXEL_VRS = tuple(vr + b"\0\0" for vr in (b"OW", b"OB", b"OF", b"OD", b"UN"))
 UNDEFINED = 0xFFFFFFFF
 MAX_FRAMES = 1 << 16
 BITS = ("BitsAllocated", "BitsStored", "PixelRepresentation")
+Values = dict[str, tuple[float, ...]]
 FRAME_BYTES = 64
 """Least bytes that a frame of a multi-frame image takes in its file."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ConcatenationPart:
+    """One file of several that hold one multi-frame image together (PS3.3 C.7.6.16.2.2.4).
+
+    Args:
+        uid: Concatenation UID, equal in all of them.
+        number: In-concatenation Number, from 1.
+        total: how many there are, ``None`` where it is not said.
+    """
+
+    uid: str
+    number: int
+    total: int | None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -62,7 +78,7 @@ class Header:
         origin: digest of the attributes that are equal in all images of a series.
         instance_number: Instance Number, if it is one.
         images_in_acquisition: Images in Acquisition.
-        contrast: a Contrast/Bolus Agent is named.
+        contrast: a Contrast/Bolus Agent is named, or coded.
         kind: what a CT image shows instead of attenuation, such as a projection.
         offset: byte where the pixel data's value starts.
         length: declared bytes of it; ``UNDEFINED`` when encapsulated.
@@ -73,6 +89,7 @@ class Header:
         lossy: Lossy Image Compression says that values were changed.
         unsaid: attributes without which stored bits are no values (PS3.3 C.7.6.3), and which
             the file lacks.
+        part: which file it is of several that hold one multi-frame image.
     """
 
     source: Source
@@ -105,13 +122,13 @@ class Header:
     padding: tuple[int, int] | None
     modality_lut: bool
     thickness: float | None
-    kernel: str | None
     image_type: tuple[str, ...]
     windows: tuple[Window, ...]
     burned_in: str | None
     units: str | None
     lossy: bool = False
     unsaid: tuple[str, ...] = ()
+    part: ConcatenationPart | None = None
 
     @property
     def encapsulated(self) -> bool:
@@ -156,6 +173,22 @@ class Frame:
     def placed(self) -> bool:
         """It says where it lies in the patient."""
         return None not in (self.position, self.orientation, self.spacing)
+
+    @property
+    def kind(self) -> str | None:
+        """What it shows instead of attenuation, such as a projection; of a frame by Frame Type."""
+        told = self.marks.get("FrameType", "").split("\\")
+        return self.header.kind or derived_kind(tuple(one.strip() for one in told), "", "")
+
+    @property
+    def kernel(self) -> str | None:
+        """Convolution Kernel, of the file or of the frame."""
+        return self.marks.get("ConvolutionKernel")
+
+    @property
+    def thickness(self) -> float | None:
+        """Slice Thickness in mm, of the file or of the frame, for information only."""
+        return self.header.thickness or _millimetres(self.marks.get("SliceThickness", ""))
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -278,7 +311,8 @@ def _header(
         origin=digest(dataset, ORIGIN),
         instance_number=whole(dataset, "InstanceNumber"),
         images_in_acquisition=whole(dataset, "ImagesInAcquisition"),
-        contrast=text(dataset, "ContrastBolusAgent") is not None,
+        contrast=text(dataset, "ContrastBolusAgent") is not None
+        or bool(_items(dataset, "ContrastBolusAgentSequence")),
         kind=derived_kind(
             texts(dataset, "ImageType"), text(dataset, "SeriesDescription") or "", sop_class
         ),
@@ -297,12 +331,12 @@ def _header(
         padding=_padding(dataset, signed),
         modality_lut=TAGS["ModalityLUTSequence"] in dataset,
         thickness=_thickness(dataset),
-        kernel=text(dataset, "ConvolutionKernel"),
         image_type=texts(dataset, "ImageType"),
         windows=_windows(dataset),
         burned_in=text(dataset, "BurnedInAnnotation"),
         units=text(dataset, "Units"),
         lossy=text(dataset, "LossyImageCompression") == "01",
+        part=_concatenation_part(dataset),
         unsaid=() if pixels[2] else tuple(k for k in BITS if integer(dataset, k) is None),
     )
 
@@ -325,11 +359,23 @@ def _number_of_frames(dataset: Dataset, room: int) -> int:
 
 def _thickness(dataset: Dataset) -> float | None:
     """Slice Thickness in mm, for information only: a bad one is as good as none."""
+    return _millimetres(plain(dataset, "SliceThickness"))
+
+
+def _millimetres(told: str) -> float | None:
     try:
-        thickness: float | None = _first(numbers(dataset, "SliceThickness"))
-    except Unreadable:
+        size = float(told)
+    except ValueError:
         return None
-    return thickness if thickness and 0 < thickness < 1e3 else None
+    return size if 0 < size < 1e3 else None
+
+
+def _concatenation_part(dataset: Dataset) -> ConcatenationPart | None:
+    uid = text(dataset, "ConcatenationUID")
+    number = integer(dataset, "InConcatenationNumber")
+    if uid is None or number is None:
+        return None
+    return ConcatenationPart(uid, number, integer(dataset, "InConcatenationTotalNumber"))
 
 
 def _padding(dataset: Dataset, signed: bool) -> tuple[int, int] | None:
@@ -351,7 +397,12 @@ def _windows(dataset: Dataset) -> tuple[Window, ...]:
 
 
 def _frames(dataset: Dataset, header: Header) -> Iterator[Frame]:
-    """Geometry per frame; a frame's own functional groups come before the shared ones."""
+    """Geometry per frame, of its own functional groups or of the shared ones, never of both.
+
+    Raises:
+        Unreadable: groups for another number of frames, or that contradict the shared ones: which
+            is right nobody can tell (PS3.3 C.7.6.16.1.1 allows a macro in one of the two).
+    """
     base = {
         "position": numbers(dataset, "ImagePositionPatient"),
         "orientation": numbers(dataset, "ImageOrientationPatient"),
@@ -360,17 +411,30 @@ def _frames(dataset: Dataset, header: Header) -> Iterator[Frame]:
         "intercept": numbers(dataset, "RescaleIntercept"),
     }
     marks = _marks(dataset)
-    shared = _items(dataset, "SharedFunctionalGroupsSequence")[:1]
+    shared = _items(dataset, "SharedFunctionalGroupsSequence")
+    if len(shared) > 1:
+        raise Unreadable(f"{len(shared)} items of shared functional groups, expected one")
     groups = _items(dataset, "PerFrameFunctionalGroupsSequence")
     if groups and len(groups) != header.frames:
         raise Unreadable("functional groups and Number of Frames disagree")
     if not groups and header.frames > 1:
         base = base | {"position": ()}
+    for_all: Values = {}
+    for macro in shared:
+        _take(macro, for_all, marks)
+    base = base | for_all
     for index in range(header.frames):
-        macros = (*shared, *groups[index : index + 1])
-        values, own = (dict(base), dict(marks)) if macros else (base, marks)
-        for macro in macros:
-            _take(macro, values, own)
+        values, own = (base, dict(marks)) if groups else (base, marks)
+        if groups:
+            told: Values = {}
+            _take(groups[index], told, own)
+            for name, value in told.items():
+                if value != for_all.get(name, value):
+                    raise Unreadable(
+                        f"the {name} of frame {index + 1} is not that of the shared functional "
+                        "groups, and one of the two is wrong"
+                    )
+            values = base | told
         yield _frame(header, index, values, own)
 
 
@@ -385,21 +449,21 @@ Sequence (PS3.3 C.7.6.16.2), and from nowhere else: private sequences repeat the
 other meanings."""
 
 
-def _take(macro: Dataset, values: dict[str, tuple[float, ...]], marks: dict[str, str]) -> None:
-    for element in macro:
+def _take(group: Dataset, values: Values, marks: dict[str, str]) -> None:
+    """What the macros of functional groups say: all that belongs together, or none of it."""
+    for element in group:
         if element.tag.is_private or element.VR != "SQ" or not element.value:
             continue
-        item = element.value[0]
-        for name, keyword in MACROS.get(int(element.tag), ()):
-            found = numbers(item, keyword)
-            if found:
-                values[name] = found
+        item, names = element.value[0], MACROS.get(int(element.tag), ())
+        if names and len(element.value) > 1:
+            raise Unreadable(f"{len(element.value)} items of {element.keyword}, expected one")
+        found = {name: numbers(item, keyword) for name, keyword in names}
+        if any(found.values()):
+            values.update(found)
         marks.update(_marks(item))
 
 
-def _frame(
-    header: Header, index: int, values: dict[str, tuple[float, ...]], marks: dict[str, str]
-) -> Frame:
+def _frame(header: Header, index: int, values: Values, marks: dict[str, str]) -> Frame:
     for name, said in (("slope", "Rescale Slope"), ("intercept", "Rescale Intercept")):
         if len(values[name]) > 1:
             raise Unreadable(f"{said} has {len(values[name])} values, expected one")

@@ -7,6 +7,7 @@ where vendors leave it out, Series Description does. The description itself is n
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 SCREEN = "1.2.840.10008.5.1.4.1.1.7"
 """Secondary Capture Image Storage, and the start of its multi-frame classes' UIDs."""
@@ -46,6 +47,7 @@ PHRASES = (
 """What an image is, and the words of Series Description that say so."""
 
 
+@lru_cache(maxsize=1024)
 def derived_kind(image_type: tuple[str, ...], description: str, sop_class: str) -> str | None:
     """What a CT image shows instead of attenuation in HU, or ``None``.
 

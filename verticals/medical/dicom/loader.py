@@ -99,11 +99,18 @@ def load_volume(
     notes = (*chosen.notes, *found)
     _refuse(chosen, stack, notes, strict=strict, gaps=gaps)
     _check_rescale(stack.frames)
-    voxels = decode(stack.frames, max_bytes)
+    lossy: set[int] = set()
+    voxels = decode(stack.frames, max_bytes, lossy)
     _check_repeats(stack, voxels)
     notes = (*notes, *_unlike(chosen, stack, voxels, strict=strict))
     facts = _facts(chosen, stack)
-    found = (*notes, *stack.issues, *_padding_note(stack), *_units_note(facts), *_lossy(stack))
+    found = (
+        *notes,
+        *stack.issues,
+        *_padding_note(stack),
+        *_units_note(facts),
+        *_lossy(stack, lossy),
+    )
     verdict = _verdict(found, stack)
     if stack.regular:
         return Volume(voxels, stack.affine(), verdict, facts)
@@ -385,10 +392,11 @@ def _padding_note(stack: Stack) -> tuple[Issue, ...]:
     return (Issue("padding", f"padding of {low:g} HU is shown as {CT_AIR} HU"),)
 
 
-def _lossy(stack: Stack) -> tuple[Issue, ...]:
+def _lossy(stack: Stack, coded: set[int]) -> tuple[Issue, ...]:
     """Images whose values a compression has changed, now or before they were stored as they are."""
     count = sum(
-        frame.header.lossy or frame.header.syntax in LOSSY_SYNTAXES for frame in stack.frames
+        k in coded or frame.header.lossy or frame.header.syntax in LOSSY_SYNTAXES
+        for k, frame in enumerate(stack.frames)
     )
     if not count:
         return ()
@@ -418,10 +426,10 @@ def _facts(series: Series, stack: Stack) -> SeriesFacts:
         spacing=(x, y, stack.step),
         units="/".join(sorted({frame.units for frame in stack.frames})),
         number_of_slices=len(stack.frames),
-        slice_thickness=header.thickness,
-        kernel=header.kernel,
+        slice_thickness=stack.frames[0].thickness,
+        kernel=stack.frames[0].kernel,
         contrast=any(frame.header.contrast for frame in stack.frames),
-        kind=header.kind,
+        kind=stack.frames[0].kind,
         photometric=header.photometric,
         image_type=header.image_type,
         transfer_syntax_uid=header.syntax,

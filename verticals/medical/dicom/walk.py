@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def _is_zip(path: Path) -> bool:
 def _walk(folder: Path, limits: Limits) -> Iterator[Source | Ignored]:
     """Every file below a folder once, whatever symbolic links lead to it; archives opened."""
     seen: set[tuple[int, int]] = set()
+    _first_time(folder, seen)
     unread: list[OSError] = []
     for here, folders, names in os.walk(folder, followlinks=True, onerror=unread.append):
         yield from _unreadable(unread)
@@ -85,16 +87,28 @@ def _walk(folder: Path, limits: Limits) -> Iterator[Source | Ignored]:
         if not folders and not names:
             yield Ignored(here, "an empty folder", code="empty")
         for name in sorted(names):
-            path = Path(here, name)
             if name.upper() == "DICOMDIR":
-                yield Ignored(str(path), "an index; the files themselves are walked", code="index")
-            elif path.is_file() and _is_zip(path):
-                yield from _members(path, limits)
-            elif path.is_file():
-                yield Source(path)
+                path = str(Path(here, name))
+                yield Ignored(path, "an index; the files themselves are walked", code="index")
             else:
-                yield Ignored(str(path), "not a regular file", code="not_a_file")
+                yield from _held(Path(here, name), limits)
     yield from _unreadable(unread)
+
+
+def _held(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
+    """What lies at a path inside a folder: a file, the members of an archive, or nothing."""
+    try:
+        regular = path.is_file()
+    except OSError as error:  # in a folder that may be listed, and not entered
+        reason = f"the file cannot be read: {error.strerror}"
+        yield Ignored(str(path), reason, True, str(path.parent), "unreadable")
+        return
+    if not regular:
+        yield Ignored(str(path), "not a regular file", code="not_a_file")
+    elif _is_zip(path):
+        yield from _members(path, limits)
+    else:
+        yield Source(path)
 
 
 def _unreadable(errors: list[OSError]) -> Iterator[Ignored]:
@@ -206,5 +220,6 @@ def files_of(place: Path) -> Iterator[Source | Ignored]:
         yield from sources(place, DEFAULT_LIMITS)
         return
     for path in sorted(place.iterdir()):
-        if path.is_file():
-            yield Source(path)
+        with suppress(OSError):  # of which the walk has told
+            if path.is_file():
+                yield Source(path)

@@ -11,23 +11,28 @@ from __future__ import annotations
 import datetime
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 from pydicom import Dataset
-from pydicom.valuerep import DA, DT, TM
 
 from plinth.engine.errors import InputError
+from plinth.verticals.medical.volumes import clock
 from plinth.verticals.medical.volumes.volume import Issue, Verdict, Volume
 
+P, T = ParamSpec("P"), TypeVar("T")
 READ = (
     *("Units", "SUVType", "CorrectedImage", "DecayCorrection", "PatientWeight"),
     *("SeriesDate", "SeriesTime", "AcquisitionDate", "AcquisitionTime", "Manufacturer"),
     *("FrameReferenceTime", "ActualFrameDuration", "RadiopharmaceuticalInformationSequence"),
+    "TimezoneOffsetFromUTC",
 )
-SAME = ("Units", "SUVType", "CorrectedImage", "DecayCorrection", "PatientWeight")
+SAME = (
+    *("Units", "SUVType", "CorrectedImage", "DecayCorrection", "PatientWeight"),
+    "TimezoneOffsetFromUTC",
+)
 """Attributes that are equal in all images of a series."""
 
 HALF_LIVES = {
@@ -53,6 +58,10 @@ MIN_DOSE, MAX_DOSE = 1e4, 1e11
 """Bq; less is a dose in MBq."""
 APART = 60.0
 """Seconds by which two statements about the start of a scan may differ unsaid."""
+LATER = 1800.0
+"""Seconds from Series Time to the first image that need no word."""
+MAX_SCAN = 12 * 3600.0
+"""Seconds between the first and the last image; more is a date that midnight did not change."""
 MAX_UPTAKE = 10
 """Half-lives from injection to scan."""
 
@@ -189,7 +198,7 @@ def _by_dose(headers: Sequence[Dataset], whole: Dataset, activity: float) -> Fac
         told = corrected or "it is not said"
         raise _no(f"{told}, expected START or ADMIN", "DecayCorrection")
     start, notes = _scan_start(headers, whole, half_life)
-    uptake, more = _uptake(item, start, half_life)
+    uptake, more = _uptake(item, start, half_life, _zone(headers[0]))
     left = dose * 2 ** (-uptake / half_life)
     return Factor(weight * 1000 / left * activity, uptake, (*notes, *more))
 
@@ -229,11 +238,15 @@ def _scan_start(
     acquired = [_moment(one, "Acquisition") for one in headers]
     back = list(_from_frames(headers, acquired, half_life))
     earliest = min(acquired)
+    if _apart(acquired) > MAX_SCAN:
+        told = f"its images are {_apart(acquired) / 3600:.1f} hours apart, as if after midnight"
+        raise _no(f"{told} their date had not changed", "AcquisitionDate")
     if series <= earliest:
-        return series, _beside(series, back, half_life)
+        return series, _beside(series, earliest, back, half_life)
     text = _private_text(whole, 0x0009, "GEMS_PETD_01", 0x0D)
     if text:
-        return _parsed(DT, text, "(0009,xx0d) of GEMS_PETD_01"), ()
+        keyword = "(0009,xx0d) of GEMS_PETD_01"
+        return _asked(keyword, clock.local_moment, text, _zone(headers[0])), ()
     if len(back) == len(headers):
         if _apart(back) > APART:
             told = f"it puts the start of the scan {_apart(back):.0f} s apart"
@@ -259,11 +272,19 @@ def _from_frames(
 
 
 def _beside(
-    start: datetime.datetime, back: Sequence[datetime.datetime], half_life: float
+    start: datetime.datetime,
+    earliest: datetime.datetime,
+    back: Sequence[datetime.datetime],
+    half_life: float,
 ) -> tuple[str, ...]:
-    """What Frame Reference Times say, where it is not what Series Time says."""
+    """What the images' own times say, where it is not what Series Time says."""
     if not back:
-        return ()
+        late = (earliest - start).total_seconds()
+        told = (
+            f"the first image was taken {late / 60:.0f} min after Series Time, and no Frame "
+            "Reference Time tells whether decay was corrected to the latter, as is assumed"
+        )
+        return (told,) if late > LATER else ()
     off = (min(back) - start).total_seconds()
     if abs(off) <= APART:
         return ()
@@ -279,30 +300,27 @@ def _apart(times: Sequence[datetime.datetime]) -> float:
 
 
 def _uptake(
-    item: Dataset, start: datetime.datetime, half_life: float
+    item: Dataset, start: datetime.datetime, half_life: float, zone: datetime.timedelta | None
 ) -> tuple[float, tuple[str, ...]]:
     """Seconds from injection to ``start``."""
-    keyword = "RadiopharmaceuticalStartDateTime"
-    told, clock = str(item.get(keyword, "") or ""), str(
-        item.get("RadiopharmaceuticalStartTime", "") or ""
-    )  # fmt: skip
+    keyword, of_day = "RadiopharmaceuticalStartDateTime", "RadiopharmaceuticalStartTime"
+    told, day = (str(item.get(name, "") or "").strip(" \0") for name in (keyword, of_day))
     notes: tuple[str, ...] = ()
-    if told.strip():
-        injected = _parsed(DT, told, keyword)
-        if clock.strip():
-            other = _parsed(TM, clock, "RadiopharmaceuticalStartTime")
-            at = datetime.datetime.combine(injected.date(), other)
-            off = abs((at - injected).total_seconds())
-            if min(off, 86_400 - off) > 1:
-                raise _no("it is not Radiopharmaceutical Start Time", keyword)
-    elif clock.strip():
-        time = _parsed(TM, clock, "RadiopharmaceuticalStartTime")
+    time = _asked(of_day, clock.time_of_day, day) if day else None
+    if told:
+        injected = _asked(keyword, clock.local_moment, told, zone, time)
+        if time is not None and not clock.same_time_of_day(injected, time):
+            raise _no("it is not Radiopharmaceutical Start Time", keyword)
+    elif time is not None:
         injected = datetime.datetime.combine(start.date(), time)
         if injected > start:
             injected -= datetime.timedelta(days=1)
             notes = ("the injection is taken to be on the day before the scan",)
+        if (start - injected).total_seconds() + 86_400 <= MAX_UPTAKE * half_life:
+            why = f"with a half-life of {half_life / 3600:.1f} h it may have been days before"
+            raise _no(f"only the time of the injection is there, and {why}", keyword)
     else:
-        raise _no("it is missing", "RadiopharmaceuticalStartTime")
+        raise _no("it is missing", of_day)
     uptake = (start - injected).total_seconds()
     if not 0 <= uptake <= MAX_UPTAKE * half_life:
         raise _no(f"the injection is {uptake:.0f} s before the scan", keyword)
@@ -311,20 +329,30 @@ def _uptake(
 
 # -- values ----------------------------------------------------------------------------------
 def _moment(header: Dataset, which: str) -> datetime.datetime:
-    date = _parsed(DA, str(header.get(f"{which}Date", "") or ""), f"{which}Date")
-    time = _parsed(TM, str(header.get(f"{which}Time", "") or ""), f"{which}Time")
+    date = _told(header, f"{which}Date", clock.date)
+    time = _told(header, f"{which}Time", clock.time_of_day)
     return datetime.datetime.combine(date, time)
 
 
-def _parsed(kind: type, text: str, keyword: str) -> Any:
-    """A date, a time or both, local, without an offset; by pydicom."""
-    try:
-        found = kind(text.strip(" \0"))
-    except (ValueError, TypeError):
-        raise _no("it is no date or time", keyword) from None
-    if found is None or found == "":
+def _zone(header: Dataset) -> datetime.timedelta | None:
+    keyword = "TimezoneOffsetFromUTC"
+    told = str(header.get(keyword, "") or "").strip(" \0")
+    return _asked(keyword, clock.offset, told) if told else None
+
+
+def _told(header: Dataset, keyword: str, read: Callable[[str], T]) -> T:
+    text = str(header.get(keyword, "") or "").strip(" \0")
+    if not text:
         raise _no("it is missing", keyword)
-    return found.replace(tzinfo=None) if hasattr(found, "tzinfo") else found
+    return _asked(keyword, read, text)
+
+
+def _asked(keyword: str, read: Callable[P, T], *text: P.args, **more: P.kwargs) -> T:
+    """What ``read`` makes of an attribute, or the refusal that names it."""
+    try:
+        return read(*text, **more)
+    except ValueError as error:
+        raise _no(str(error), keyword) from None
 
 
 def _number(header: Dataset, keyword: str, default: float | None = None) -> float:
