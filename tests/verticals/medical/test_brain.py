@@ -188,6 +188,19 @@ def _nnunet(folder: Path, **changed: object) -> Path:
     return fold.parent
 
 
+def test_folds_without_final_weights_are_said(tmp_path):
+    extra("dynamic_network_architectures")
+    folder = _nnunet(tmp_path)
+    (folder / "fold_1").mkdir()
+    (folder / "fold_2").mkdir()
+    final = (folder / "fold_0" / "checkpoint_final.pth").read_bytes()
+    (folder / "fold_2" / "checkpoint_best.pth").write_bytes(final)
+    assert load_network(folder).recipe.notes == (
+        "2 fold(s): fold_0, fold_2 (checkpoint_best)",
+        "without weights, left out: fold_1",
+    )
+
+
 def test_an_nnunet_folder_gives_what_its_own_steps_give(tmp_path):
     """Crop, normalise, resample by splines, even windows, logits back, argmax."""
     extra("dynamic_network_architectures")

@@ -13,6 +13,8 @@ import pytest
 from plinth.engine import InputError
 from plinth.verticals.medical.dicom.discover import Series, discover
 from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.output.report import Origin
+from plinth.verticals.medical.output.rtstruct import Structure, write_rtstruct
 
 Write = Callable[..., Path]
 Files = Callable[[str], Path]
@@ -248,3 +250,15 @@ def test_a_file_of_a_parted_image_that_is_not_there_is_said(
     (found,) = series_of(part(1), part(2))
     assert load_volume(found).verdict.status == "partial"
     assert found.notes[-1].message == "2 of the 3 files of a parted image are here"
+
+
+def test_contours_refer_to_the_frame_that_they_are_drawn_on(write: Write, tmp_path: Path) -> None:
+    path = tmp_path / "enhanced.dcm"
+    enhanced(path, sorted(write().glob("*.dcm")), [3, 1, 9, 0, 8, 2, 7, 4, 6, 5])
+    volume = load_volume(path)
+    labels = np.ones(volume.shape, np.uint8)
+    made = Origin(("Research use only.",), "research use only")
+    write_rtstruct(volume, labels, [Structure(1, "all")], "test", made, tmp_path / "rt.dcm")
+    contours = pydicom.dcmread(tmp_path / "rt.dcm").ROIContourSequence[0].ContourSequence
+    frames = [one.ContourImageSequence[0].ReferencedFrameNumber for one in contours]
+    assert frames == [4, 2, 6, 1, 8, 10, 9, 7, 5, 3]

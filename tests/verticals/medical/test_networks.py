@@ -244,6 +244,28 @@ def test_what_a_bundle_would_have_executed_is_refused_by_its_name(changed, named
         load_network(bundle)
 
 
+@pytest.mark.parametrize(
+    ("named", "read"),
+    [
+        ("$@bundle_root + '/models/model.pt'", True),
+        ("$str(@bundle_root) + '/models/model.ts'", True),
+        ("./models/model.safetensors", True),
+        ("$@bundle_root + '/models/model_v2.pt'", False),
+        ("$@bundle_root + '/../models/model.pt'", False),
+        ("/data/best/model.pt", False),
+        ("$[@bundle_root + '/models/fold' + str(n) + '.pt' for n in (0, 1)]", False),
+    ],
+)
+def test_a_bundle_never_runs_with_other_weights_than_its_config_names(named, read, tmp_path):
+    loader = {"_target_": "CheckpointLoader", "load_path": named}
+    bundle = write_bundle(tmp_path / "b", Blobs(), checkpointloader=loader)
+    if read:
+        load_network(bundle)
+    else:
+        with pytest.raises(ModelError, match="names the weights"):
+            load_network(bundle)
+
+
 ORIENT = {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS"}
 SPACE = {"_target_": "Spacingd", "keys": "image", "pixdim": [4, 4, 6], "mode": "bilinear"}
 LOAD = {"_target_": "LoadImaged", "keys": "image"}

@@ -11,7 +11,7 @@ import pydicom
 import pytest
 
 from plinth.verticals.medical.dicom.loader import load_volume
-from plinth.verticals.medical.output import dicom_seg, standard_tables
+from plinth.verticals.medical.output import dicom_seg, seg_frames, standard_tables
 from plinth.verticals.medical.output.derived import made_by
 from plinth.verticals.medical.output.standard_tables import Modules, read_in_parts
 from plinth.verticals.medical.phantom.chest import Phantom
@@ -108,3 +108,42 @@ def test_tables_of_the_standard_are_those_that_highdicom_reads_whole(
     with pytest.raises(ValueError, match="by module"):
         Modules(path)
     assert read_in_parts()
+
+
+@pytest.mark.parametrize("kind", ["binary", "labelmap"])
+@pytest.mark.parametrize("slices", [1, 9])
+def test_rounded_directions_and_single_slices_read_back_where_they_lie(
+    tmp_path: Path, kind: Any, slices: int
+) -> None:
+    """Directions of three digits are not orthogonal to the line that the slices lie on."""
+    from highdicom.seg import segread
+
+    shape, spacing = (22, 20, slices), (15.0, 12.0, 20.0)
+    phantom = Phantom(shape=shape, spacing=spacing, rotation=(3.0, 7.0, -2.0))
+    for path in write_series(phantom, tmp_path / "series"):
+        image = pydicom.dcmread(path)
+        image.Modality = "MR"  # so few and large voxels of a CT look like two scans in turn
+        image.ImageOrientationPatient = [f"{v:.3f}" for v in image.ImageOrientationPatient]
+        image.save_as(path)
+    volume = load_volume(tmp_path / "series")
+    labels = np.random.default_rng(1).integers(0, 2, volume.shape).astype(np.uint8)
+    one = np.ones(1, np.uint8)
+    path = tmp_path / "seg.dcm"
+    dicom_seg.save_seg(volume, labels, one, [_segment(1)], made_by("t", 900, "t"), path, kind)
+    read = segread(path).get_volume(combine_segments=True, allow_missing_positions=True)
+    affine = dicom_seg.highdicom_affine(volume)
+    order = slice(None, None, int(np.sign(read.affine[:3, 0] @ affine[:3, 0])))
+    assert np.array_equal(read.array[order], labels)
+    assert np.allclose(np.abs(read.affine[:3, :3]), np.abs(affine[:3, :3]), atol=0.03)
+    assert list(segread_places(path)) == pytest.approx(list(slice_places(volume)), abs=1e-3)
+
+
+def segread_places(path: Path) -> list[float]:
+    """All coordinates of a SEG's frames, by slice."""
+    return sorted(value for place in seg_frames.places_in(path) for value in place)
+
+
+def slice_places(volume: Any) -> list[float]:
+    """All coordinates of a volume's slices."""
+    index = np.array([[0, 0, k] for k in range(volume.shape[0])], float)
+    return sorted(volume.index_to_lps(index).ravel().tolist())

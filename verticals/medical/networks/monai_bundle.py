@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -83,6 +83,11 @@ PASSED: dict[str, tuple[str, ...]] = {
 }
 """Options that are not looked at, by transform: they are no values, or are read elsewhere."""
 
+WEIGHTS = re.compile(r"[^\s'\"$+,()]*\.(?:pt|pth|ts|safetensors)\b")
+"""A path of weights in a text of a config."""
+READ_WEIGHTS = re.compile(
+    r"(?:@bundle_root)?(?:\.?/)?(?:models/)?model(?:_autocast)?\.(?:pt|ts|safetensors)"
+)
 REFERENCE = re.compile(r"@[\w]+(?:(?:::|#)[\w]+)*")
 DEPTH = 32
 
@@ -612,7 +617,33 @@ def _window(config: _Config) -> Window:
     return window
 
 
+def _texts(value: Any, depth: int = 0) -> Iterator[str]:
+    """All texts of a config."""
+    if isinstance(value, str):
+        yield value
+    elif depth < DEPTH and isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(one, depth + 1)
+
+
+def _check_weights(config: _Config) -> None:
+    """The weights that the config names are those that are read.
+
+    Raises:
+        ModelError: other ones, which would give other labels.
+    """
+    for text in _texts(config.root):
+        for named in WEIGHTS.findall(text):
+            if not READ_WEIGHTS.fullmatch(named):
+                raise ModelError(
+                    f"{config.file} names the weights {named[:80]!r}, and only models/model.* of "
+                    "the bundle's own folder are read",
+                    hint="put them there under that name, and change the config to it",
+                )
+
+
 def _network(folder: Path, config: _Config) -> nn.Module:
+    _check_weights(config)
     models = folder / "models"
     for name in ("model.ts", "model_autocast.ts"):
         if (models / name).is_file():

@@ -106,9 +106,11 @@ def read_nnunet(folder: Path) -> tuple[nn.Module, Recipe]:
             f"{folder.name}: plans.json cannot be used: {type(error).__name__}: {what}",
             hint="plans of nnU-Net 2.4 or newer name their architecture",
         ) from error
-    notes = (f"{len(folds)} fold(s): {', '.join(path.parent.name for path in folds)}",)
+    notes = [f"{len(folds)} fold(s): {', '.join(_fold_name(path) for path in folds)}"]
+    left = [] if folds[0].parent.name == "fold_all" else _without_weights(folder, folds)
+    notes += [f"without weights, left out: {', '.join(left)}"] if left else []
     network = networks[0] if len(networks) == 1 else Mean(networks)
-    return network.eval(), recipe.model_copy(update={"notes": notes})
+    return network.eval(), recipe.model_copy(update={"notes": tuple(notes)})
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -271,6 +273,18 @@ def _folds(folder: Path) -> list[Path]:
     if not found:
         raise ModelError(f"{folder.name} has no fold_*/{CHECKPOINTS[1]}")
     return [path for path in found if path.parent.name == "fold_all"] or found
+
+
+def _fold_name(path: Path) -> str:
+    """The fold's name, and which of its checkpoints it is where that is not the final one."""
+    final = path.stem == "checkpoint_final"
+    return path.parent.name if final else f"{path.parent.name} ({path.stem})"
+
+
+def _without_weights(folder: Path, folds: list[Path]) -> list[str]:
+    """Folds that have a folder and no checkpoint: they are no part of the mean."""
+    used = {path.parent for path in folds}
+    return [one.name for one in sorted(folder.glob("fold_*")) if one.is_dir() and one not in used]
 
 
 def _network(configuration: Mapping[str, Any], outputs: int, path: Path) -> nn.Module:

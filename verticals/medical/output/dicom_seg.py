@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pydicom
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless
+from pydicom.valuerep import DS
 
 from plinth.engine import InputError
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
@@ -36,6 +37,8 @@ from plinth.verticals.medical.volumes.labelled import slices_with
 from plinth.verticals.medical.volumes.volume import Volume
 
 TOLERANCE_MM = 0.01
+ORTHOGONAL = 1e-5
+"""Largest product of two directions, below which highdicom takes them for orthogonal too."""
 Labels = npt.NDArray[np.uint8]
 SegType = Literal["binary", "labelmap"]
 
@@ -90,7 +93,7 @@ def save_seg(
     sources = source_headers(volume)
     images = slice_headers(volume, sources)
     with derived("DICOM SEG", sources):
-        if kind == "binary" and images is not None and matched(volume, images):
+        if kind == "binary" and images is not None and matched(volume, images) and len(images) > 1:
             sample = np.zeros((2, *volume.shape[1:]), np.uint8)  # two have a spacing
             sample.flat[: len(segments)] = np.arange(1, len(segments) + 1)
             head = _made(volume, images[:2], sample, segments, about, kind)
@@ -122,14 +125,20 @@ def _made(
     """
     import highdicom  # heavy: only when a SEG is written
 
-    return highdicom.seg.Segmentation(
+    placed: dict[str, Any]
+    if _leans(volume):
+        placed = {"pixel_array": numbered, **_planes(volume, len(numbered))}
+    else:
+        frame_of_reference = sources[0].FrameOfReferenceUID
+        affine = highdicom_affine(volume)
+        placed = {
+            "pixel_array": highdicom.Volume(
+                numbered, affine, "PATIENT", frame_of_reference_uid=frame_of_reference
+            )
+        }
+    made = highdicom.seg.Segmentation(
         source_images=sources,
-        pixel_array=highdicom.Volume(
-            numbered,
-            highdicom_affine(volume),
-            "PATIENT",
-            frame_of_reference_uid=sources[0].FrameOfReferenceUID,
-        ),
+        **placed,
         segmentation_type=kind.upper(),
         transfer_syntax_uid=ExplicitVRLittleEndian if kind == "binary" else JPEGLSLossless,
         segment_descriptions=segments,
@@ -137,6 +146,32 @@ def _made(
         content_description=RESEARCH_USE[:64],
         **about,
     )
+    if len(numbered) == 1:  # of which highdicom says 1 mm
+        measures = made.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+        measures.SpacingBetweenSlices = DS(volume.spacing[2], auto_format=True)
+    return made
+
+
+def _leans(volume: Volume) -> bool:
+    """Slices stacked so little off their normal that it counts as straight, and highdicom minds."""
+    axes = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
+    return bool(np.abs(axes.T @ axes - np.eye(3)).max() > ORTHOGONAL)
+
+
+def _planes(volume: Volume, count: int) -> dict[str, Any]:
+    """The place of each of the first slices by itself, as highdicom takes it."""
+    import highdicom  # heavy: only when a SEG is written
+
+    x, y, z = volume.spacing
+    row, column = (volume.affine[:3, k] / size for k, size in enumerate((x, y)))
+    places = volume.index_to_lps(np.array([[0, 0, k] for k in range(count)], float))
+    return {
+        "plane_positions": [
+            highdicom.PlanePositionSequence("PATIENT", place) for place in places.tolist()
+        ],
+        "plane_orientation": highdicom.PlaneOrientationSequence("PATIENT", [*row, *column]),
+        "pixel_measures": highdicom.PixelMeasuresSequence((y, x), slice_thickness=z),
+    }
 
 
 def highdicom_affine(volume: Volume) -> npt.NDArray[np.float64]:

@@ -220,7 +220,10 @@ def _contour(volume: Volume, points: Points, k: int, image: Dataset | None) -> D
         ContourData=[f"{value:.4f}" for value in volume.index_to_lps(index).ravel()],
     )
     if image is not None:
-        item.ContourImageSequence = DicomSequence([_reference(image)])
+        reference = _reference(image)
+        if "NumberOfFrames" in image:
+            reference.ReferencedFrameNumber = volume.series.frame_numbers[k]
+        item.ContourImageSequence = DicomSequence([reference])
     return item
 
 

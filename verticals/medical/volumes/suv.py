@@ -22,7 +22,8 @@ from plinth.engine.errors import InputError
 from plinth.verticals.medical.volumes import clock
 from plinth.verticals.medical.volumes.volume import Issue, Verdict, Volume
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 READ = (
     *("Units", "SUVType", "CorrectedImage", "DecayCorrection", "PatientWeight"),
     *("SeriesDate", "SeriesTime", "AcquisitionDate", "AcquisitionTime", "Manufacturer"),
