@@ -182,6 +182,14 @@ def test_what_limits_the_values_is_still_said_of_a_copy(
         assert any(told in issue.message for issue in load_volume(place).verdict.issues)
 
 
+def _frame_type(*values: str) -> list[Dataset]:
+    """Shared functional groups that say what all frames show."""
+    group, item = Dataset(), Dataset()
+    item.FrameType = list(values)
+    group.CTImageFrameTypeSequence = [item]
+    return [group]
+
+
 @pytest.mark.parametrize(
     ("attributes", "kind"),
     [
@@ -189,6 +197,10 @@ def test_what_limits_the_values_is_still_said_of_a_copy(
         ({"ImageType": ["DERIVED", "SECONDARY", "AXIAL", "DE_IODINE"]}, "a material map"),
         ({"SeriesDescription": "Thorax MIP"}, "a maximum or minimum intensity projection"),
         ({"ImageType": ["DERIVED", "PRIMARY", "PERFUSION", "SMITH"]}, "a perfusion"),
+        (
+            {"SharedFunctionalGroupsSequence": _frame_type("DERIVED", "PRIMARY", "SMITH_VMI_70")},
+            "a virtual monoenergetic image",
+        ),
     ],
 )
 def test_a_map_or_projection_is_still_one_in_the_copy(
@@ -199,10 +211,12 @@ def test_a_map_or_projection_is_still_one_in_the_copy(
         assert str(series.frames[0].kind).startswith(kind)
 
 
+@pytest.mark.parametrize("free_text", [True, False])
 def test_contrast_and_a_sharp_kernel_are_still_said_of_a_copy(
-    write: Any, edit: Any, tmp_path: Path
+    write: Any, edit: Any, tmp_path: Path, free_text: bool
 ) -> None:
-    said = {"ContrastBolusAgent": "400 mL for Smith", "ConvolutionKernel": "BONE Smith"}
+    said = {"ContrastBolusAgentSequence": [Dataset()], "ConvolutionKernel": "BONE Smith"}
+    said |= {"ContrastBolusAgent": "400 mL for Smith"} if free_text else {}
     folder = write(shape=(20, 16, 10))
     edit(folder, lambda image, _: _set(image, said))
     copies, _ = copied(folder, tmp_path / "out")

@@ -123,7 +123,8 @@ class Deidentifier:
             setattr(made, keyword, "")
         made.PatientSex = made.get("PatientSex", "")
         _keep_kind(dataset, made, sop_class)
-        if str(dataset.get("ContrastBolusAgent") or "").strip():
+        agent = str(dataset.get("ContrastBolusAgent") or "").strip()
+        if agent or dataset.get("ContrastBolusAgentSequence"):
             made.ContrastBolusAgent = CONTRAST
         made.PatientIdentityRemoved = "YES"
         made.DeidentificationMethod = [*METHOD, f"version {__version__}"]
@@ -189,13 +190,18 @@ class Deidentifier:
         values = [value] if isinstance(value, str) else [str(one) for one in value]
         if keyword in ("ImageType", "FrameType"):
             kept = [
-                one if TERMS[keyword].fullmatch(one) else self._in_place_of(keyword, one)
+                one if TERMS[keyword].fullmatch(one) else self._kind_or_stand_in(keyword, one)
                 for one in values
             ]
             return kept[0] if len(kept) == 1 else kept
         made = self._in_place_of(keyword, "\\".join(values))
         sharp = keyword == "ConvolutionKernel" and SHARP.fullmatch(values[0].strip())
         return f"SHARP {made}" if sharp else made
+
+    def _kind_or_stand_in(self, keyword: str, text: str) -> str:
+        """The term of what an image shows instead of attenuation, where that is said."""
+        kind = derived_kind((text,), "", "")
+        return self._in_place_of(keyword, text) if kind is None else KINDS[kind].split()[0]
 
     def _in_place_of(self, keyword: str, text: str) -> str:
         return f"X{self._digest('text', f'{keyword}={text.strip()}').hex()[:8].upper()}"

@@ -57,7 +57,7 @@ NUMBERS = _names(
     "InstanceNumber SeriesNumber AcquisitionNumber ImagesInAcquisition NumberOfSlices "
     "NumberOfTimeSlices ImageIndex InStackPositionNumber TemporalPositionIndex "
     "TemporalPositionIdentifier NumberOfTemporalPositions DimensionIndexValues "
-    "FrameAcquisitionNumber InConcatenationNumber "
+    "FrameAcquisitionNumber InConcatenationNumber InConcatenationTotalNumber "
     # how they were made
     "KVP XRayTubeCurrent Exposure ExposureTime RepetitionTime EchoTime EffectiveEchoTime "
     "EchoNumbers EchoTrainLength FlipAngle InversionTime MagneticFieldStrength ImagingFrequency "
