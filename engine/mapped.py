@@ -53,6 +53,13 @@ class Mapping(mmap.mmap):
     address: int
     facts: tuple[int, int, int]
 
+    def holds(self, address: int) -> bool:
+        """Whether an address lies in it; none does in one that was closed."""
+        try:
+            return self.address <= address < self.address + len(self)
+        except ValueError:
+            return False
+
     def check(self) -> None:
         """Whether the file is as it was when it was mapped.
 
@@ -111,10 +118,7 @@ def _mapping(tensor: Tensor) -> Mapping | None:
     at = tensor.data_ptr()
     with _LOCK:
         living = [found for ref in _MAPPINGS.values() if (found := ref()) is not None]
-    for found in living:
-        if found.address <= at < found.address + len(found):
-            return found
-    return None
+    return next((found for found in living if found.holds(at)), None)
 
 
 def is_mapped(tensor: Tensor) -> bool:

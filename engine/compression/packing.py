@@ -192,7 +192,8 @@ def _pack(name: str, value: Tensor | Coded) -> tuple[list[Any], bytes]:
         shape, kind, dtype, axis = list(value.shape), "plain", _NAMES[value.dtype], 0
         array = _array(value)
         if value.dtype == torch.float32:
-            half = array.astype(np.float16, casting="same_kind")
+            with np.errstate(over="ignore"):  # what is too large is not kept in half
+                half = array.astype(np.float16, casting="same_kind")
             if half.astype(np.float32).tobytes() == array.tobytes():
                 array, kind = half, "half"
         layout, data = "raw", _planes(array)

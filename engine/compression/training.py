@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,15 @@ class Compressed:
     shared: dict[str, str]
     weights: int
     zeros: int
+
+    def as_now(self) -> Compressed:
+        """The same with what is not coded as the module has it now, its buffers say."""
+        state = self.module.state_dict()
+        tensors = {
+            name: value if isinstance(value, Coded) else state[name].detach().clone()
+            for name, value in self.tensors.items()
+        }
+        return replace(self, tensors=tensors)
 
     def write(self, path: Path) -> None:
         """As a packed file."""

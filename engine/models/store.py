@@ -377,6 +377,45 @@ class ModelStore:
         weights.fill(built, folder / file, name, data.get("shared") or {})
         return Model(spec, built.eval(), variants=variants)
 
+    def network(
+        self, name: str, version: str | None = None, variant: str | None = None
+    ) -> nn.Module | Compressed:
+        """The network of a version, or of a variant of it, as :meth:`save` takes it.
+
+        Packed weights stay the codes that they are, so that what is saved again has the same.
+
+        Args:
+            name: of the model.
+            version: the newest unless one is named.
+            variant: one that has packed weights of its own, as ``plinth compress`` makes them.
+
+        Raises:
+            ModelError: unknown, damaged, no network of a registered architecture, or the variant
+                has no weights.
+        """
+        chosen = self._choose(name, version)
+        spec, data = self.verify(name, chosen), self._manifest(name, chosen)[1]
+        (file,) = data["files"]
+        path = self.root / name / chosen / file
+        if file not in (_WEIGHTS, _PACKED):
+            raise ModelError(
+                f"{name} {chosen} is kept as {file}, not as weights of a registered architecture",
+                hint="save the module that it was made from",
+            )
+        if variant is not None:
+            variants = self.variants(name, chosen)
+            found = variants.get(variant)
+            if _PACKED not in found.files:
+                raise ModelError(
+                    f"variant {variant} of {name} {chosen} has no weights of its own",
+                    hint="plinth compress makes some that do; plinth models show lists them",
+                )
+            path = variants.path(found, _PACKED)
+        if path.name == _WEIGHTS:
+            return self.load(name, chosen).module
+        built = weights.uninitialised(lambda: _build(spec, data.get("factory")))
+        return weights.read_packed(built, path, name)
+
     def size(self, name: str, version: str | None = None) -> int:
         """Bytes of a version's file, without its variants."""
         (facts,) = self._manifest(name, self._choose(name, version))[1]["files"].values()

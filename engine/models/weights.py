@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from plinth.engine.compression import low_rank, pruning
-from plinth.engine.compression.packed_layers import pack_layers, packed_bytes
-from plinth.engine.compression.packing import PackedFile
+from plinth.engine.compression.packed_layers import pack_layers, packed_bytes, unpack_layers
+from plinth.engine.compression.packing import Coded, PackedFile
+from plinth.engine.compression.training import Compressed
 from plinth.engine.errors import ModelError
 from plinth.engine.mapped import Mapping, Pages, map_file
 
@@ -108,6 +109,28 @@ def fill(module: nn.Module, path: Path, name: str, shared: dict[str, str]) -> No
     _hold(module, {key: _facts(value) for key, value in weights.items()}, name)
     _assign(module, weights)
     Pages(weights.values()).give_back()  # they were read to be compared
+
+
+def read_packed(module: nn.Module, path: Path, name: str) -> Compressed:
+    """A packed file as it was written: a module that has its weights, and their codes.
+
+    Args:
+        module: gets the weights, as :func:`fill` says; all of its layers have plain ones.
+        path: the file.
+        name: the model's, for errors.
+
+    Raises:
+        ModelError: as :func:`fill`.
+    """
+    fill(module, path, name, {})
+    unpack_layers(module).eval()
+    with PackedFile(path) as file:
+        own = [key for key, entry in file.entries.items() if entry.kind != "same"]
+        tensors = {key: file.read(key) for key in own}
+        shared = {key: file.entries[key].layout for key in file.entries.keys() - set(own)}
+    codes = [value.codes for value in tensors.values() if isinstance(value, Coded)]
+    zeros = sum(int((each == 0).sum()) for each in codes)
+    return Compressed(module, tensors, shared, sum(each.numel() for each in codes), zeros)
 
 
 def held_bytes(path: Path) -> int:

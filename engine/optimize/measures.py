@@ -131,17 +131,31 @@ def _against_labels(area: Callable[[Any, Any], float]) -> Loss:
         if labels is None:
             raise ConfigError("auc and ap need labels", hint="give the data an array 'labels'")
         name = next(iter(want))
-        if want[name].flatten(1).shape[1] != 1:
-            raise InputError(f"auc and ap need one score per row, got {tuple(want[name].shape)}")
+        column = _score_column(want[name])
         truth = labels.numpy(force=True).astype(bool).ravel()
         if truth.all() or not truth.any():
             raise InputError("auc and ap need rows of both labels, 0 and 1")
         before, after = (
-            area(truth, each[name].double().numpy(force=True).ravel()) for each in (want, got)
+            area(truth, each[name].flatten(1)[:, column].double().numpy(force=True))
+            for each in (want, got)
         )
         return before - after if after == after else float("inf")
 
     return loss
+
+
+def _score_column(want: Tensor) -> int:
+    """Where the one score of each row is; columns that are the same for all rows are none."""
+    flat = want.flatten(1)
+    if flat.shape[1] == 1:
+        return 0
+    scores = (flat != flat[:1]).any(0).nonzero().flatten().tolist()
+    if len(scores) != 1:
+        raise InputError(
+            f"auc and ap need one score per row, got {tuple(want.shape)}, of which {len(scores)} "
+            "differ from row to row"
+        )
+    return int(scores[0])
 
 
 def roc_auc(truth: Any, scores: Any) -> float:

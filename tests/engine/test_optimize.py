@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from plinth.engine import Call, ConfigError, Engine, Model, ModelError, ModelStore, Sla
+from plinth.engine import Call, ConfigError, Engine, InputError, Model, ModelError, ModelStore, Sla
 from plinth.engine.backends import registry
 from plinth.engine.backends.choice import TOLERANCE, compiled
 from plinth.engine.backends.export import onnx_file
@@ -279,6 +279,19 @@ def test_too_few_rows_and_unknown_measures_are_refused(found, tmp_path):
         loss_of("cosin")
     with pytest.raises(ConfigError, match="needs a program"):
         loss_of("command")
+
+
+def test_a_score_beside_columns_that_never_change_is_judged_and_two_scores_are_not():
+    labels = torch.tensor([1, 0, 1, 0])
+    scores = torch.tensor([0.9, 0.1, 0.8, 0.2])
+    want = {"y": torch.stack((scores, torch.ones(4)), dim=1)}
+    got = {"y": torch.stack((1 - scores, torch.zeros(4)), dim=1)}
+    assert loss_of("auc")(got, want, labels) == 1
+    assert loss_of("ap")(want, want, labels) == 0
+    with pytest.raises(InputError, match="2 differ from row to row"):
+        loss_of("ap")(want, {"y": torch.stack((scores, 1 - scores), dim=1)}, labels)
+    with pytest.raises(InputError, match="0 differ from row to row"):
+        loss_of("ap")(want, {"y": torch.ones(4, 2)}, labels)
 
 
 def test_measures_are_what_their_names_say(tmp_path):

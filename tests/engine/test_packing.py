@@ -13,6 +13,7 @@ from plinth.engine import ModelError
 from plinth.engine.compression import coding, packing
 from plinth.engine.compression.coding import CodingError
 from plinth.engine.compression.packing import Coded, PackedFile
+from plinth.engine.mapped import is_mapped
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import packed_mutations
@@ -176,3 +177,11 @@ def test_five_hundred_damaged_files_end_in_a_refusal_each(tmp_path):
     found = packed_mutations.run(500, 11, tmp_path)
     assert found.wrong == []
     assert found.refused > 300
+
+
+def test_a_file_that_was_closed_holds_no_tensor(tmp_path, tensors):
+    packing.write(tmp_path / "w.packed", tensors)
+    with PackedFile(tmp_path / "w.packed") as closed:
+        pass
+    assert closed.path.exists()
+    assert not is_mapped(torch.zeros(4)), "whoever looks for a tensor's file passes it over"
