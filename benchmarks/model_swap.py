@@ -32,15 +32,18 @@ import numpy as np
 import torch
 
 from plinth.engine import Engine, ModelStore, Sla
+from plinth.engine.compression.training import Compressed
 from plinth.pipelines.assembly import running
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.interpreter import set_for_serving
 from plinth.verticals.finance import FraudScoring, FraudSettings
 from plinth.verticals.finance.champion import Champion
 from plinth.verticals.finance.settings import STORE
+from plinth.verticals.finance.training.derived import scorer
 from plinth.verticals.finance.training.simulator import Population, simulate, transactions_json
 
 CHANGE_S = 2.0
+SECOND = "2.0.0"
 
 
 @dataclass(slots=True)
@@ -62,12 +65,14 @@ def two_versions(folder: Path) -> Path:
     """The model that comes with Plinth, twice, the second a little other."""
     for name in ("fraud", "fraud-lite"):
         shutil.copytree(STORE / name, folder / name)
-        model = ModelStore(STORE).load(name)
+        shipped = ModelStore(STORE)
+        stored, spec = shipped.network(name), shipped.verify(name)
         with torch.no_grad():
-            model.module.calibration.shift += 0.01  # type: ignore[union-attr,operator]
-        spec = model.spec.model_copy(update={"version": "2.0.0"})
-        ModelStore(folder).save(spec, model.module, facts=ModelStore(STORE).facts(name))
-    Champion(folder).promote(model.spec.version, by="hand", champion=None)
+            scorer(stored).calibration.shift += 0.01
+        now = stored.as_now() if isinstance(stored, Compressed) else stored
+        other = spec.model_copy(update={"version": SECOND})
+        ModelStore(folder).save(other, now, facts=shipped.facts(name))
+    Champion(folder).promote(spec.version, by="hand", champion=None)
     return folder
 
 
@@ -78,9 +83,10 @@ def changing(store: Path, found: Pass) -> Iterator[None]:
 
     def work() -> None:
         champion = Champion(store)
+        first = ModelStore(store).versions("fraud")[0]
         while not stop.wait(CHANGE_S):
             now = champion.version()
-            champion.promote("1.0.0" if now == "2.0.0" else "2.0.0", by="hand", champion=now)
+            champion.promote(first if now == SECOND else SECOND, by="hand", champion=now)
             found.changes += 1
 
     thread = threading.Thread(target=work, daemon=True)

@@ -25,6 +25,13 @@ finance = typer.Typer(
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="TOML file; default ./plinth.toml if there.")
 ]
+HistoryArgument = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="FILE|FOLDER...",
+        help="Transactions and labels, JSON lines or .gz, in any order; of a folder all.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for scripts.")]
 
 
@@ -76,13 +83,7 @@ def rollback(config_file: ConfigOption = None) -> None:
 
 @finance.command(epilog="Example: plinth finance retrain history/ --every 1h")
 def retrain(
-    history: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="FILE|FOLDER...",
-            help="Transactions and labels, JSON lines or .gz, in any order; of a folder all.",
-        ),
-    ],
+    history: HistoryArgument,
     every: Annotated[
         str | None, typer.Option(help="Again and again: 30m, 1h, 1d. Without: once.")
     ] = None,
@@ -118,6 +119,53 @@ def retrain(
         train_once(settings, history, plan)
     else:
         train_on(settings, history, plan, seconds, threading.Event())
+
+
+@finance.command(epilog="Example: plinth finance rows history/ --out rows.npz")
+def rows(
+    history: HistoryArgument,
+    out: Annotated[Path, typer.Option(help="The file to write, .npz.")],
+    days: Annotated[int, typer.Option(min=1, help="The newest ones whose labels are due.")] = 21,
+    label_days: Annotated[int, typer.Option(min=0, help="That labels take.")] = 7,
+    config_file: ConfigOption = None,
+) -> None:
+    """Write the features of past payments and their labels, as plinth compress takes them."""
+    from plinth.pipelines.cli.finance.adopting import write_rows
+
+    write_rows(_settings(config_file), history, out, days, label_days)
+
+
+@finance.command(epilog="Example: plinth finance adopt packed-70-pruned-int4 history/")
+def adopt(
+    weights: Annotated[
+        str,
+        typer.Argument(
+            help="A variant that plinth compress made, or 'reference': the version's own weights."
+        ),
+    ],
+    history: HistoryArgument,
+    base: Annotated[
+        str | None, typer.Option("--of", help="Version that has them; default: the newest.")
+    ] = None,
+    version: Annotated[str | None, typer.Option(help="To write.", show_default="the time")] = None,
+    label_days: Annotated[int, typer.Option(min=0, help="That labels take.")] = 7,
+    alert_budget: Annotated[int, typer.Option(min=1, help="Cards per day to look at.")] = 100,
+    decline_cost: Annotated[float, typer.Option(help="Base currency, of a mistake.")] = 50.0,
+    config_file: ConfigOption = None,
+) -> None:
+    """Make weights a version of their own; what answers stays.
+
+    Calibration, thresholds, quality and what drift is held against are found anew, on the newest
+    two weeks whose labels are due. Nothing is trained.
+    """
+    from plinth.pipelines.cli.finance.adopting import adopt_weights
+    from plinth.verticals.finance.training.adopt import Adoption
+
+    variant = None if weights == "reference" else weights
+    words = f"plinth finance adopt {weights}" + (f" --of {base}" if base else "")
+    aims = label_days, alert_budget, decline_cost
+    wanted = Adoption(variant, base, version or "", words, *aims)
+    adopt_weights(_settings(config_file), history, wanted)
 
 
 @finance.command(epilog="Example: plinth finance backtest rules.toml --history history.jsonl.gz")

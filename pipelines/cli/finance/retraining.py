@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from plinth.engine import ConfigError, ModelStore, PlinthError
+from plinth.engine import ConfigError, ModelSpec, ModelStore, PlinthError
 from plinth.pipelines.console import say, show_table
 from plinth.verticals.finance.champion import NAME, WINDOW, Champion
 from plinth.verticals.finance.settings import STORE, FraudSettings
@@ -56,6 +56,20 @@ def files_of(history: Sequence[Path]) -> list[Path]:
     return found
 
 
+def new_version() -> str:
+    """The name of a version that is made now."""
+    return f"{datetime.now(UTC):%Y%m%d.%H%M%S}"
+
+
+def show_specs(title: str, specs: Sequence[ModelSpec]) -> None:
+    """What the models of a version are worth, as a table."""
+    rows = [
+        (name, *(f"{spec.metrics[name]:.4f}" for spec in specs))
+        for name in sorted(specs[0].metrics)
+    ]
+    show_table(title, ("measure", *(spec.name for spec in specs)), rows)
+
+
 def train_once(settings: FraudSettings, history: Sequence[Path], plan: Plan) -> str | None:
     """Train and store a version; ``None``: the newest was trained on the same payments.
 
@@ -70,7 +84,7 @@ def train_once(settings: FraudSettings, history: Sequence[Path], plan: Plan) -> 
     if known and models.facts(NAME, known[-1]).get(WINDOW) == window:
         say(f"no other payments or labels than {NAME} {known[-1]} was trained on")
         return None
-    version = f"{datetime.now(UTC):%Y%m%d.%H%M%S}"
+    version = new_version()
     names = ", ".join(path.name for path in history)
     specs = retrain(
         data,
@@ -83,11 +97,7 @@ def train_once(settings: FraudSettings, history: Sequence[Path], plan: Plan) -> 
     ends = [
         f"{datetime.fromtimestamp(window[name] / 1e3, UTC):%Y-%m-%d}" for name in ("from", "to")
     ]
-    rows = [
-        (name, *(f"{spec.metrics[name]:.4f}" for spec in specs))
-        for name in sorted(specs[0].metrics)
-    ]
-    show_table(f"{version}: {ends[0]} to {ends[1]}", ("measure", *(s.name for s in specs)), rows)
+    show_specs(f"{version}: {ends[0]} to {ends[1]}", specs)
     say(
         f"{NAME} {version} stored after {time.monotonic() - begun:.0f} s; "
         f"{Champion(store).version() or version} answers"

@@ -16,9 +16,10 @@ from plinth.verticals.finance.features.online import MODEL_FEATURES
 from plinth.verticals.finance.model import FraudEnsemble, Trees, fraud_mlp
 from plinth.verticals.finance.settings import STORE
 from plinth.verticals.finance.training.boosting import SETTINGS, as_module, with_trees
+from plinth.verticals.finance.training.derived import score
 from plinth.verticals.finance.training.history import simulated
 from plinth.verticals.finance.training.simulator import Population
-from plinth.verticals.finance.training.train import RECIPES, fit, recipes, score, specification
+from plinth.verticals.finance.training.train import RECIPES, fit, recipes, specification
 
 pytestmark = pytest.mark.needs("lightgbm")
 WIDTH = len(MODEL_FEATURES)

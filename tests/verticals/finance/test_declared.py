@@ -291,7 +291,7 @@ def test_a_rule_of_an_undeclared_feature_is_refused_and_a_model_of_one_too() -> 
     with pytest.raises(ValidationError, match="card_speed_24h is not known"):
         FraudSettings.model_validate({"rules": {"rule": [RULE]}})
     features = tomllib.loads(CARDS)
-    with pytest.raises(ModelError, match=r"fraud 1\.0\.0 was trained on the feature weekend"):
+    with pytest.raises(ModelError, match=r"fraud \S+ was trained on the feature weekend"):
         FraudScoring(FraudSettings.model_validate({"features": features}))
     other = with_standard()
     for one in other["feature"]:

@@ -206,5 +206,5 @@ def test_a_damaged_reference_is_refused_by_the_name_of_its_field(tmp_path: Path)
         facts = json.loads(json.dumps(store.facts(name)))
         facts[FACT]["bins"]["amount"]["edges"] = [3.0, 1.0]
         ModelStore(tmp_path).save(model.spec, model.module, facts=facts)
-    with pytest.raises(ModelError, match=r"fraud 1\.0\.0: reference\.bins\.amount"):
+    with pytest.raises(ModelError, match=r"fraud \S+: reference\.bins\.amount"):
         FraudScoring(FraudSettings(store=tmp_path))

@@ -56,7 +56,7 @@ def write(folder: Path, table: Table) -> Path:
 
 
 def weights(store: Path, version: str) -> bytes:
-    return (store / "fraud" / version / "weights.safetensors").read_bytes()
+    return (store / "fraud" / version / "weights.packed").read_bytes()
 
 
 def train(data: Data, store: Path, version: str) -> None:

@@ -66,9 +66,8 @@ def test_training_is_repeatable_and_what_it_stores_scores(tmp_path: Path) -> Non
     )
     assert first.keys() == {"fraud", "fraud-lite"}
     assert first == second
-    weights = "2.0.0/weights.safetensors"
-    for name in first:
-        made, again = (tmp_path / store / name / weights for store in ("one", "two"))
+    for name, weights in (("fraud", "weights.packed"), ("fraud-lite", "weights.safetensors")):
+        made, again = (tmp_path / store / name / "2.0.0" / weights for store in ("one", "two"))
         assert made.read_bytes() == again.read_bytes()
     vertical = FraudScoring(FraudSettings(store=tmp_path / "one"))
     assert [variant.version for variant in vertical.variants] == ["2.0.0", "2.0.0"]

@@ -14,7 +14,8 @@ from plinth.verticals.finance.model import FraudEnsemble, FraudScorer, Trees
 
 SETTINGS: dict[str, Any] = {
     "objective": "binary",
-    "learning_rate": 0.05,
+    "learning_rate": 0.15,
+    "max_delta_step": 1.0,  # of a leaf: where frauds are few, fast learning overshoots without
     "num_leaves": 8,
     "min_child_samples": 40,
     "subsample": 0.8,
@@ -25,7 +26,8 @@ SETTINGS: dict[str, Any] = {
     "num_threads": 1,
     "verbose": -1,
 }
-ROUNDS = 300
+ROUNDS = 48
+"""As good as 300 at a rate of 0.05 without a bound, and a sixth of their cost."""
 SIDES = "left_child", "right_child"
 
 

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 Rows = npt.NDArray[np.int64]
 Advance = Callable[[int], None]
 WEEK = 7
+FIRST_RECORDED = 37
+"""Day of a history from which on the windows of the features are full."""
 CHUNK = 4096
 MAX_LINE = 1_000_000
 """Bytes of one record."""

@@ -16,30 +16,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from plinth.engine import ConfigError, ModelSpec, ModelStore
-from plinth.verticals.finance.champion import NAME, WINDOW, Champion
-from plinth.verticals.finance.drift import FACT, Reference
-from plinth.verticals.finance.features.columns import FACT as SEEN
+from plinth.verticals.finance.champion import NAME, Champion
 from plinth.verticals.finance.features.columns import definitions
-from plinth.verticals.finance.model import FraudScorer
-from plinth.verticals.finance.training.history import WEEK, Data, Rows
-from plinth.verticals.finance.training.quality import (
-    check_thresholds,
-    decline_threshold,
-    measure,
-    review_threshold,
-)
-from plinth.verticals.finance.training.train import (
-    FIRST_RECORDED,
+from plinth.verticals.finance.training.derived import (
     Quality,
-    Recipe,
-    fit,
-    recipes,
+    Settled,
+    facts_of,
     score,
-    specification,
+    scorer,
+    settle,
 )
+from plinth.verticals.finance.training.history import FIRST_RECORDED, WEEK, Data, Rows
+from plinth.verticals.finance.training.quality import check_thresholds, measure
+from plinth.verticals.finance.training.train import Recipe, recipes, specification, trained
 
 HELD_OUT = 5
 """One card in so many is held out of training."""
@@ -93,11 +84,9 @@ class Plan:
 
 
 class Trained(NamedTuple):
-    """A calibrated model, its thresholds, and the rows that were held out."""
+    """A calibrated model with its thresholds, and the rows that were held out."""
 
-    model: FraudScorer
-    review: float
-    decline: float
+    settled: Settled
     held: Rows
 
 
@@ -158,23 +147,20 @@ def retrain(
     made = []
     for recipe in recipes(plan.trees):
         quality = _measured(recipe, data, plan, last, advance)
-        trained = _train(recipe, data, plan, last, advance)
-        found = score(trained.model, data, trained.held)
-        fraud = data.table["fraud"][trained.held]
-        names = data.features.model_names
-        reference = Reference.of(data.rows[trained.held], found, fraud, names)
-        thresholds = {"review_threshold": trained.review, "decline_threshold": trained.decline}
-        found_all = quality | thresholds
-        spec = specification(recipe, version, source, found_all, data.features, trained.model)
-        facts = {FACT: reference.model_dump(), WINDOW: window, SEEN: definitions(data.features)}
-        made.append((spec, trained.model, facts))
-    _keep(store)
-    for spec, model, facts in reversed(made):  # the cheaper variant first: it is asked for by name
-        ModelStore(store).save(spec, model, facts=facts)
+        settled, held = _train(recipe, data, plan, last, advance)
+        thresholds = {"review_threshold": settled.review, "decline_threshold": settled.decline}
+        found = quality | thresholds
+        network = scorer(settled.stored)
+        spec = specification(recipe, version, source, found, data.features, network)
+        facts = facts_of(settled.stored, data, held, window, definitions(data.features))
+        made.append((spec, settled.stored, facts))
+    keep_champion(store)
+    for spec, stored, facts in reversed(made):  # the cheaper one first: it is asked for by name
+        ModelStore(store).save(spec, stored, facts=facts)
     return [spec for spec, _, _ in made]
 
 
-def _keep(store: Path) -> None:
+def keep_champion(store: Path) -> None:
     """Where nobody chose what answers it is the newest: let it stay, whatever is stored next."""
     champion, known = Champion(store), ModelStore(store).versions(NAME)
     if known and champion.version() is None:
@@ -209,14 +195,9 @@ def _train(
                 hint="bring the labels, a longer window (--days), or say how many days they take "
                 "(--label-days)",
             )
-    model = fit(recipe, data, chosen, epochs=plan.epochs, seed=plan.seed, advance=advance)
-    with torch.inference_mode():
-        logits = model.logits(torch.from_numpy(data.rows[held]))
-    model.calibration.fit(logits, torch.from_numpy(data.table["fraud"][held]))
-    scores = score(model, data, held)
-    review = review_threshold(scores, data, held, max(1, round(plan.alert_budget / HELD_OUT)))
-    decline = decline_threshold(scores, data, held, plan.decline_cost)
-    return Trained(model, review, max(review, decline), held)
+    stored = trained(recipe, data, chosen, epochs=plan.epochs, seed=plan.seed, advance=advance)
+    budget = max(1, round(plan.alert_budget / HELD_OUT))
+    return Trained(settle(stored, data, held, budget, plan.decline_cost), held)
 
 
 def _measured(
@@ -229,7 +210,7 @@ def _measured(
     """
     first, end = last - WEEK + 1, last - plan.shift
     before = data.as_known(data.start(first))
-    model, review, decline, _ = _train(recipe, before, plan, end, advance)
+    settled, _ = _train(recipe, before, plan, end, advance)
     test = data.test(first, known_from=end - plan.days + 1)
     fraud = data.table["fraud"][test]
     if not 0 < int(fraud.sum()) < len(fraud):
@@ -239,10 +220,10 @@ def _measured(
             "needed",
             hint="do labels come? see plinth_finance_missing_label_share",
         )
-    scores = score(model, data, test)
+    scores = score(scorer(settled.stored), data, test)
     return {
         **measure(scores, data, test, plan.alert_budget),
-        "alert_share": float(np.mean(scores >= review)),
-        "review_recall": float(np.mean(scores[fraud] >= review)),
-        "decline_recall": float(np.mean(scores[fraud] >= decline)),
+        "alert_share": float(np.mean(scores >= settled.review)),
+        "review_recall": float(np.mean(scores[fraud] >= settled.review)),
+        "decline_recall": float(np.mean(scores[fraud] >= settled.decline)),
     }

@@ -1,6 +1,6 @@
 """Train, calibrate, measure and store the fraud models, on simulated or recorded payments.
 
-``python -m plinth.verticals.finance.training.train --seed 0 --out verticals/finance/store``
+``python -m plinth.verticals.finance.training.train --seed 0 --trees --version 1.1.0``
 
 Protocol (Fraud Detection Handbook, chapter 5): 7 days of training, 7 days in which labels are
 not known yet, 7 days of test; four such folds a week apart. Cards
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import ValidationError
 from rich.console import Console
@@ -31,34 +30,40 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plinth.engine import ConfigError, ModelSpec, ModelStore, PlinthError, TensorSpec
-from plinth.verticals.finance.champion import WINDOW
-from plinth.verticals.finance.drift import FACT, Reference
-from plinth.verticals.finance.features.columns import FACT as SEEN
 from plinth.verticals.finance.features.columns import definitions
 from plinth.verticals.finance.features.language import Declaration
 from plinth.verticals.finance.features.program import STANDARD, Program, compiled
 from plinth.verticals.finance.model import BLOCK, FraudEnsemble, FraudScorer, fraud_lite, fraud_mlp
 from plinth.verticals.finance.training.boosting import at_hand, with_trees
-from plinth.verticals.finance.training.history import WEEK, Data, Rows, recorded, simulated
-from plinth.verticals.finance.training.quality import (
-    calibration_error,
-    card_days,
-    check_thresholds,
-    decline_threshold,
-    measure,
-    review_threshold,
+from plinth.verticals.finance.training.derived import (
+    Quality,
+    Stored,
+    facts_of,
+    judge,
+    pack,
+    score,
+    scorer,
+    settle,
+    week_of,
 )
+from plinth.verticals.finance.training.history import (
+    FIRST_RECORDED,
+    WEEK,
+    Data,
+    Rows,
+    recorded,
+    simulated,
+)
+from plinth.verticals.finance.training.quality import check_thresholds, measure
 from plinth.verticals.finance.training.simulator import Population
 
 COMMAND = "python -m plinth.verticals.finance.training.train"
 
-Quality = dict[str, float]
 Read = Callable[[Callable[[int], None]], Data]
 """Gives the payments; is passed what it tells its progress to."""
 FOLDS = 4
 SIMULATED = Population(days=160)
 FIRST_SIMULATED = 115
-FIRST_RECORDED = 37
 CHUNK = 1 << 16
 MOST_STEPS = 50
 """Of Newton's method; about ten are taken."""
@@ -264,28 +269,18 @@ def recipes(trees: bool) -> tuple[Recipe, ...]:
     return tuple(replace(one, trees=trees and one.cheaper is not None) for one in RECIPES)
 
 
-@torch.inference_mode()
-def score(model: FraudScorer, data: Data, chosen: Rows) -> npt.NDArray[np.float64]:
-    """Probabilities (n,) of some rows."""
-    parts = torch.from_numpy(data.rows[chosen]).split(8192)  # type: ignore[no-untyped-call]
-    return torch.cat([model(part)[:, 0] for part in parts]).double().numpy()
-
-
-def _week_of(data: Data, first: int, known_from: int) -> Rows:
-    """Rows of a week without cards known as defrauded before, frauds and genuine ones among them.
-
-    Raises:
-        ConfigError: there are not both; nothing could be measured on it.
-    """
-    rows = data.test(first, known_from=known_from)
-    frauds = int(data.table["fraud"][rows].sum())
-    if not 0 < frauds < len(rows):
-        raise ConfigError(
-            f"days {first} to {first + WEEK - 1} have {frauds:,} frauds in {len(rows):,} payments "
-            "with cards not known as defrauded before; both kinds are needed",
-            hint="bring payments of more cards, and all their labels",
-        )
-    return rows
+def trained(
+    recipe: Recipe,
+    data: Data,
+    chosen: Rows,
+    *,
+    epochs: int,
+    seed: int,
+    advance: Callable[[int], None],
+) -> Stored:
+    """Fit a model as :func:`fit` does; a network is packed, as it is served."""
+    model = fit(recipe, data, chosen, epochs=epochs, seed=seed, advance=advance)
+    return model if recipe.convex else pack(model, data, chosen)
 
 
 def folds(
@@ -295,8 +290,8 @@ def folds(
     found: list[Quality] = []
     for number in range(FOLDS):
         first = plan.first_day + number * WEEK
-        test = _week_of(data, first + 2 * WEEK, known_from=first)
-        model = fit(
+        test = week_of(data, first + 2 * WEEK, known_from=first)
+        stored = trained(
             recipe,
             data,
             data.between(first, WEEK),
@@ -304,7 +299,8 @@ def folds(
             seed=seed + number,
             advance=advance,
         )
-        found.append(measure(score(model, data, test), data, test, plan.alert_budget))
+        scores = score(scorer(stored), data, test)
+        found.append(measure(scores, data, test, plan.alert_budget))
     values = {name: [quality[name] for quality in found] for name in found[0]}
     means = {f"fold_{name}_mean": float(np.mean(of)) for name, of in values.items()}
     return means | {f"fold_{name}_sd": float(np.std(of, ddof=1)) for name, of in values.items()}
@@ -312,43 +308,20 @@ def folds(
 
 def final(
     recipe: Recipe, data: Data, plan: Plan, seed: int, advance: Callable[[int], None]
-) -> tuple[FraudScorer, Quality, Reference]:
-    """The model to store, with its thresholds, its quality on a week of its own, its reference.
-
-    ``amount_alone_*`` is the baseline on the same week: the amount as the score.
-    """
+) -> tuple[Stored, Quality, dict[str, Any]]:
+    """The model to store, its thresholds and quality on a week of its own, and its facts."""
     first, days = plan.first_day, plan.final_days
     epochs = max(plan.epochs * 2 // 3, 1)
-    week = _week_of(data, first + days + WEEK, known_from=first)
-    test = _week_of(data, first + days + 2 * WEEK, known_from=first)
-    model = fit(recipe, data, data.between(first, days), epochs=epochs, seed=seed, advance=advance)
-    with torch.inference_mode():
-        logits = model.logits(torch.from_numpy(data.rows[week]))
-    model.calibration.fit(logits, torch.from_numpy(data.table["fraud"][week]))
-    scores = score(model, data, week)
-    review = review_threshold(scores, data, week, plan.alert_budget)
-    decline = decline_threshold(scores, data, week, plan.decline_cost)
-
-    scores, fraud = score(model, data, test), data.table["fraud"][test]
-    alerts = card_days(data, test)[scores >= review]
-    refused = scores >= decline
-    amount = measure(data.table["amount"][test], data, test, plan.alert_budget)
+    week = week_of(data, first + days + WEEK, known_from=first)
+    test = week_of(data, first + days + 2 * WEEK, known_from=first)
+    chosen = data.between(first, days)
+    stored = trained(recipe, data, chosen, epochs=epochs, seed=seed, advance=advance)
+    settled = settle(stored, data, week, plan.alert_budget, plan.decline_cost)
+    used = data.table["time"][data.between(first, days + 2 * WEEK)]
+    window = {"from": int(used[0]), "to": int(used[-1])}
     recent = data.between(first + days + WEEK, 2 * WEEK)
-    known = data.table["fraud"][recent]
-    names = data.features.model_names
-    reference = Reference.of(data.rows[recent], score(model, data, recent), known, names)
-    quality = {
-        **measure(scores, data, test, plan.alert_budget),
-        **{f"amount_alone_{name}": value for name, value in amount.items()},
-        "calibration_error": calibration_error(scores, fraud),
-        "review_threshold": review,
-        "decline_threshold": max(review, decline),
-        "alert_cards_per_day": len(np.unique(alerts)) / WEEK,
-        "decline_precision": float(fraud[refused].mean()) if refused.any() else 0.0,
-        "decline_recall": float(refused[fraud].mean()),
-        "review_recall": float((scores[fraud] >= review).mean()),
-    }
-    return model, quality, reference
+    facts = facts_of(settled.stored, data, recent, window, definitions(data.features))
+    return settled.stored, judge(settled, data, test, plan.alert_budget), facts
 
 
 def specification(
@@ -361,7 +334,9 @@ def specification(
 ) -> ModelSpec:
     """What the manifest says; ``model`` where it has trees beside the network."""
     config, kind = dict(recipe.config), "fraud-mlp" if recipe.make is fraud_mlp else "fraud-lite"
+    about = recipe.description
     if isinstance(model, FraudEnsemble):
+        about += ", and boosted trees"
         kind, config = "fraud-ensemble", config | model.trees.shape
     return ModelSpec(
         name=recipe.name,
@@ -370,7 +345,7 @@ def specification(
         config={"features": features.model, **config},
         inputs=(TensorSpec(name="features", shape=(features.model,), dtype="float32"),),
         outputs=(TensorSpec(name="probability_and_variant", shape=(2,), dtype="float32"),),
-        description=recipe.description,
+        description=about,
         licence="Apache-2.0",
         source=source,
         metrics={name: round(value, 6) for name, value in metrics.items()},
@@ -423,17 +398,11 @@ def run(
             total = plan.epochs * FOLDS + max(plan.epochs * 2 // 3, 1)
             bar = progress.add_task(recipe.name, total=total)
             metrics = folds(recipe, data, plan, seed, partial(progress.advance, bar))
-            model, quality, reference = final(
-                recipe, data, plan, seed, partial(progress.advance, bar)
+            stored, quality, facts = final(recipe, data, plan, seed, partial(progress.advance, bar))
+            spec = specification(
+                recipe, version, source, metrics | quality, data.features, scorer(stored)
             )
-            found = metrics | quality
-            spec = specification(recipe, version, source, found, data.features, model)
-            used = data.between(plan.first_day, plan.final_days + 2 * WEEK)
-            times = data.table["time"][used]
-            window = {"from": int(times[0]), "to": int(times[-1])}
-            facts = {FACT: reference.model_dump(), WINDOW: window}
-            facts[SEEN] = definitions(data.features)
-            ModelStore(out).save(spec, model, facts=facts)
+            ModelStore(out).save(spec, stored, facts=facts)
             specs.append(spec)
     return specs
 
@@ -529,7 +498,7 @@ def main(arguments: list[str] | None = None) -> int:
         decline_cost=given.decline_cost,
         trees=at_hand() if given.trees is None else given.trees,
     )
-    console = Console()
+    console, trees = Console(), "--trees" if plan.trees else "--no-trees"
     try:
         features = STANDARD if given.features is None else declared_in(given.features)
         read: Read = partial(simulated, SIMULATED, given.seed, features=features)
@@ -543,7 +512,7 @@ def main(arguments: list[str] | None = None) -> int:
             given.out,
             seed=given.seed,
             version=given.version,
-            source=f"{COMMAND} --seed {given.seed}; {kind} payments",
+            source=f"{COMMAND} --seed {given.seed} {trees}; {kind} payments",
             console=console,
             newest=bool(given.records) and given.first_day is None,
         )
