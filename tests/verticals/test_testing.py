@@ -11,8 +11,9 @@ import torch
 from bills import Basket, Bill, Bills, Files, Loyal, model
 from torch import Tensor, nn
 
-from plinth.engine import Call, Flow, InputError, Model, Tiling
+from plinth.engine import Call, Flow, InputError, Model, Refused, Tiling
 from plinth.verticals.testing import check_vertical, checks, devices_named, feed, run_with_models
+from plinth.verticals.testing.flows import drive
 
 
 # -- feed ------------------------------------------------------------------------------------
@@ -63,6 +64,23 @@ def test_feed_closes_a_flow_that_it_gives_up() -> None:
 
 
 # -- run_with_models -----------------------------------------------------------------------
+def test_a_refusal_reaches_the_flow_as_an_engines_does() -> None:
+    def flow() -> Flow[str]:
+        try:
+            yield Call("m", torch.zeros(1, 2))
+        except Refused as refused:
+            answer = yield Call("m", torch.zeros(2, 2))
+            return f"{refused}, then {len(answer)} rows"
+        return "answered"
+
+    def answer(call: Call) -> Tensor:
+        if len(call.rows) == 1:
+            raise Refused("no time")
+        return call.rows  # type: ignore[return-value]
+
+    assert drive(flow(), answer) == "no time, then 2 rows"
+
+
 def test_run_with_models_answers_without_an_engine() -> None:
     vertical = Bills()
     odd = Basket(customer="bob", prices=[1e7, 0])

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from plinth.engine import Call, Compute, Flow, Model, PlinthError
+from plinth.engine import Call, Compute, Flow, Model, PlinthError, Refused
 from plinth.engine.flow import Tensors, Told, as_mapping, row_count
 from plinth.engine.tiling import WindowGrid, WindowMerger
 from plinth.verticals.contract import Vertical
@@ -65,7 +65,8 @@ def drive(
 
     Args:
         flow: a generator of Calls.
-        answer: gives what the flow is sent for a Call.
+        answer: gives what the flow is sent for a Call; a refusal it raises is thrown into the flow,
+            as an engine's would be.
         around_steps: makes a context in which each of the flow's own steps runs.
 
     Raises:
@@ -93,7 +94,10 @@ def drive(
                 raise AssertionError(
                     f"the flow yielded {type(call).__name__}: yield engine.Call or engine.Compute"
                 )
-            sent = answer(call)
+            try:
+                sent = answer(call)
+            except Refused as refused:
+                advance, sent = flow.throw, refused
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
     finally:

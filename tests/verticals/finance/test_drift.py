@@ -14,9 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import nn
+from payments import leave_reasons_out
+from torch import Tensor, nn
 
-from plinth.engine import ModelError, ModelStore
+from plinth.engine import Call, ModelError, ModelStore
 from plinth.engine.metrics import REGISTRY
 from plinth.verticals.finance import FraudScoring, FraudSettings
 from plinth.verticals.finance.drift import FACT, SCORE, DriftWatch, Reference, stability_index
@@ -52,7 +53,12 @@ class Stream:
     @torch.inference_mode()
     def score(self, table: Table, until: int, frauds: Table) -> None:
         for records in self._read(table, until, frauds, 256):
-            drive(self.vertical.infer(records), lambda call: self.models[call.model](call.rows))
+            drive(self.vertical.infer(records), self._answer)
+
+    def _answer(self, call: Call) -> Tensor:
+        leave_reasons_out(call)
+        found: Tensor = self.models[call.model](call.rows)
+        return found
 
     def observe(self, table: Table, until: int, frauds: Table) -> None:
         for records in self._read(table, until, frauds, 4096):
