@@ -272,11 +272,17 @@ def _memory(size: int) -> int:
 
 def _copy(target: memoryview, source: memoryview) -> None:
     """Copy bytes; NumPy lets other threads run meanwhile."""
-    numpy = sys.modules.get("numpy")
+    numpy = _imported("numpy")
     if numpy is None:
         target[:] = source
     else:
         numpy.copyto(numpy.frombuffer(target, "u1"), numpy.frombuffer(source, "u1"))
+
+
+def _imported(name: str) -> Any:
+    """A module that is imported whole; another thread may be in the middle of it."""
+    module = sys.modules.get(name)
+    return None if getattr(getattr(module, "__spec__", None), "_initializing", False) else module
 
 
 def _address(view: memoryview) -> int:
@@ -300,7 +306,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         """See :class:`pickle.Pickler`."""
-        torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
+        torch, numpy = _imported("torch"), _imported("numpy")
         if torch is not None and type(value) is torch.Tensor and not value.requires_grad:
             with contextlib.suppress(TypeError, RuntimeError):  # a dtype or layout NumPy lacks
                 array = value.numpy()

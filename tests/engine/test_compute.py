@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -188,6 +190,15 @@ def test_what_came_from_a_worker_is_not_copied_to_go_to_the_next(shared: Engine)
     part = given_back[0][1000:900_000]
     ((again,),) = run(shared, Compute(steps.same, part))
     assert np.array_equal(again, part)
+
+
+def test_values_travel_while_another_thread_is_in_the_middle_of_importing(monkeypatch):
+    for name in ("numpy", "torch"):
+        half = ModuleType(name)
+        half.__spec__ = ModuleSpec(name, None)
+        half.__spec__._initializing = True
+        monkeypatch.setitem(sys.modules, name, half)
+    assert worker.unpack(worker.pack({"rows": bytes(100_000)})) == {"rows": bytes(100_000)}
 
 
 def test_a_worker_changes_nobody_elses_array(shared: Engine) -> None:
