@@ -24,6 +24,8 @@ from urllib.request import urlopen
 
 import pytest
 
+from plinth.engine.cache import cache_root
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FRESH = os.environ.get("PLINTH_FRESH_PYTHON")
@@ -94,6 +96,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
     (folder / "empty").mkdir()
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PLINTH", "PYTHON"))}
     env |= {"HOME": str(folder), "OMP_NUM_THREADS": "1", "PLINTH_ENGINE__BACKEND": "eager"}
+    env |= {"PLINTH_CACHE": str(cache_root())}  # exports of the same models by other tests
     return Installed(python, site, folder / "empty", env | {"NO_COLOR": "1", "COLUMNS": "150"})
 
 

@@ -60,6 +60,8 @@ log = logging.getLogger(__name__)
 PROGRESS_S = 1.0
 GONE_S = 3.0
 """A topic that is missing for so long was deleted; brokers may differ for a moment."""
+RECOVER_S = 0.2
+"""Between attempts to settle what was in doubt."""
 IDLE_LOOK_S = 15.0
 """After so long without records, and as often, we look whether the topics are still there."""
 BACKLOG_LOOK_S = 5.0
@@ -613,7 +615,7 @@ class Worker:
             else:
                 return
             self._check_patience(time.monotonic())
-            self._pause.wait(0.2)
+            self._pause.wait(RECOVER_S)
             self.consumer.keep_alive()
 
     def _settle_if_possible(self) -> None:

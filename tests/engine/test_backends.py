@@ -459,10 +459,16 @@ def test_a_model_that_knows_missing_values_keeps_knowing_them():
         assert engine.submit(Call("net", rows)).result(60).value.isfinite().all()
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Where both compile: what torch asks of the machine and its headers are compiled once."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 @pytest.mark.parametrize("backend", ["inductor", "aotinductor"])
-def test_inductor_compiles_for_any_number_of_rows(backend, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+def test_inductor_compiles_for_any_number_of_rows(backend, monkeypatch, compiled):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
     model = Model(scorer().spec, Whole(scorer().module).eval())
     executable = prepare(model, CPU, "fp32", backend)
     for rows in (1, 5, 33):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,14 @@ from plinth.pipelines.stream.worker import StreamSummary, Worker
 P = Partition("in", 0)
 ONE = Layout(1)
 ENGINE = started_engine(TallyVertical())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_to_wait_for() -> Iterator[None]:
+    """What is in doubt can be settled at once: no broker is away."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plinth.pipelines.stream.worker.RECOVER_S", 0.001)
+        yield
 
 
 @dataclass(frozen=True)
