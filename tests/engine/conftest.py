@@ -2,7 +2,7 @@
 
 Every engine that does not ask for a device by name then runs there. ``fake`` is a device made of
 Python with memory of its own, as a GPU has; another word is a kind of device that torch must find.
-Tests marked ``cpu`` are about the CPU, or a backend that only runs there.
+Tests marked ``cpu`` are about the CPU, a backend that only runs there, or no device at all.
 """
 
 import os

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from plinth.engine import Batcher, DeadlineRefused, LatencyModel, QueueFull, Sla, Work
 from plinth.engine.scheduler.deadline_queue import DeadlineQueue, rows_of
 
+pytestmark = pytest.mark.cpu
+
 URGENT = Sla(deadline_ms=200)
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from plinth.engine import ConfigError, cache
 
+pytestmark = pytest.mark.cpu
+
 MB = 1_000_000
 OLD = 7200.0
 

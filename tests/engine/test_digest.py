@@ -13,6 +13,8 @@ from torch import nn
 from plinth.engine.models.digest import digest, lasting_digest, structure_digest
 from plinth.engine.models.families.registry import families
 
+pytestmark = pytest.mark.cpu
+
 NET = """
 from torch import nn
 import helpers

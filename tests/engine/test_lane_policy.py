@@ -22,6 +22,8 @@ from plinth.engine.scheduler.simulate import (
 )
 from tests.engine.lane_models import changed
 
+pytestmark = pytest.mark.cpu
+
 SCENE = Setting()
 URGENT = Sla(deadline_ms=200)
 SEED = 7

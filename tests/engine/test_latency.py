@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from plinth.engine import ConfigError, LatencyModel
 
+pytestmark = pytest.mark.cpu
+
 
 def warmed(path=None) -> LatencyModel:
     model = LatencyModel(path)

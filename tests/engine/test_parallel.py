@@ -10,6 +10,8 @@ import pytest
 
 from plinth.engine.parallel import MOST, import_ahead, spread
 
+pytestmark = pytest.mark.cpu
+
 
 @pytest.mark.parametrize("threads", [None, 1, 2, 100])
 @pytest.mark.parametrize("count", [0, 1, 50])

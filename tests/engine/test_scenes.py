@@ -16,6 +16,8 @@ from plinth.engine.scheduler.simulate import Setting, poisson, replay, warmed
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import batching_scenes
 
+pytestmark = pytest.mark.cpu
+
 SEED = 7
 
 
