@@ -3,9 +3,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 EXTRAS := $(VENV)/.extras
-JOBS   ?= 3
+JOBS   ?= 4
 
-.PHONY: help setup extras demo lint fix test soak fuzz bench-compute coverage image-test wheel-test sbom site clean
+.PHONY: help setup extras demo lint fix test quick soak fuzz bench-compute coverage image-test wheel-test sbom site clean
 
 help:                  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -41,13 +41,17 @@ unexport PYTHONDONTWRITEBYTECODE  # tests start Python a thousand times: compile
 
 QUICK := -m "not clock and not soak"
 FAKE := tests/engine -m "not cpu and not clock and not slow and not soak"
+CLOCK = -m clock $(shell grep -rl --include='test_*.py' 'mark\.clock' tests)
 ALONE := echo "what failed beside others is run once more alone:" && OMP_NUM_THREADS=1 $(BIN)/pytest --last-failed --last-failed-no-failures none
 
 test: export PLINTH_REQUIRE_EXTRAS = 1
-test: extras lint      ## everything: style, types, tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(QUICK) -n $(JOBS) --dist loadfile --no-loadscope-reorder || { test $$? = 1 && $(ALONE) $(QUICK); }
+test: extras           ## everything: style, types, tests
+	$(MAKE) --jobs 2 lint quick
 	export PLINTH_TEST_DEVICE=fake; OMP_NUM_THREADS=1 $(BIN)/pytest $(FAKE) -n $(JOBS) --dist loadfile || { test $$? = 1 && $(ALONE) $(FAKE); }
-	$(BIN)/pytest -m clock || { test $$? = 1 && $(ALONE) -m clock; }
+	$(BIN)/pytest $(CLOCK) || { test $$? = 1 && $(ALONE) $(CLOCK); }
+
+quick: extras          ## what runs beside other things: the tests but those of time, kills and the fake device
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(QUICK) -n $(JOBS) --dist loadfile --no-loadscope-reorder || { test $$? = 1 && $(ALONE) $(QUICK); }
 
 soak: extras           ## what make test leaves out: more kills, outages, memory and whole runs (ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m soak -n 2 --dist loadfile --ignore tests/deploy/test_image.py
