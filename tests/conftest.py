@@ -19,13 +19,19 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "plinth"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of a broker first, which wait more than they compute; then those with most slow tests.
+    """Files of a broker, which wait more than they compute, by turns with those that compute.
 
-    So processes that take whole files (``--dist loadfile``) end together.
+    Those with most slow tests come first, so that processes that take whole files
+    (``--dist loadfile``) are busy all the time and end together.
     """
     broker = {item.path for item in items if item.get_closest_marker("kafka")}
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: (item.path not in broker, -slow[item.path]))
+    ranked = sorted(dict.fromkeys(item.path for item in items), key=lambda path: -slow[path])
+    waiting = [path for path in ranked if path in broker]
+    computing = [path for path in ranked if path not in broker]
+    place = {path: 2 * n for n, path in enumerate(waiting)}
+    place |= {path: 2 * n + 1 for n, path in enumerate(computing)}
+    items.sort(key=lambda item: place[item.path])
 
 
 @pytest.fixture(autouse=True)
