@@ -14,6 +14,8 @@ from plinth.engine.devices.device import pick
 from plinth.engine.mapped import forget
 from plinth.engine.models.activations import live_bytes
 
+pytestmark = pytest.mark.cpu
+
 MB = 1 << 20
 FLOATS = 4
 

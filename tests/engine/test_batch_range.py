@@ -10,6 +10,8 @@ import torch
 from plinth.engine.devices.device import pick
 from plinth.engine.runtime import batch_range
 
+pytestmark = pytest.mark.cpu
+
 CURVES: dict[str, Callable[[int], float]] = {
     "saturates late": lambda n: 120e-6 + 2.3e-6 * n,
     "saturates early": lambda n: 30e-6 + 2e-3 * n,

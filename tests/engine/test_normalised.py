@@ -18,7 +18,7 @@ from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PRESETS
 
 FP32 = PRESETS["fp32"]
-pytestmark = pytest.mark.needs("openvino")
+pytestmark = [pytest.mark.cpu, pytest.mark.needs("openvino")]
 EPS = 1e-5
 
 

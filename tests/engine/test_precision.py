@@ -15,6 +15,8 @@ from plinth.engine.precision.policy import CLASSES, PRESETS, PrecisionPolicy, re
 from plinth.engine.precision.registry import missing
 from plinth.engine.precision.transforms import _Census, apply, flops_by_precision, report
 
+pytestmark = pytest.mark.cpu
+
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)

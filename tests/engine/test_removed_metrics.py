@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from prometheus_client import generate_latest
 
 from plinth.engine.devices.device import pick
 from plinth.engine.metrics import REMEMBERED, EngineMetrics
+
+pytestmark = pytest.mark.cpu
 
 
 class Nothing:
