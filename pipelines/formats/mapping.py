@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,7 +45,7 @@ from plinth.pipelines.formats.fields import (
 )
 from plinth.pipelines.formats.protobuf import ProtobufSchemas
 from plinth.pipelines.formats.registry import Decoded, RegistryConfig, SchemaRegistry
-from plinth.pipelines.lines import toml, whole
+from plinth.pipelines.lines import refuse_double_keys, toml, whole
 from plinth.verticals.contract import Vertical
 
 MAX_BYTES = 1 << 20
@@ -397,25 +396,8 @@ def decoded_json(raw: bytes) -> Any:
             hint="send one JSON object in UTF-8",
             reason="malformed_json",
         ) from None
-    # Where nothing is escaped, quotation marks are of keys and texts alone, and a key that is
-    # there twice has at least two that are not written again.
-    try:
-        if b"\\" in raw or raw.count(b'"') != orjson.dumps(source).count(b'"'):
-            json.loads(raw, object_pairs_hook=_unique)
-    except (orjson.JSONEncodeError, RecursionError):
-        raise InputError("the message is nested too deep", reason="malformed_json") from None
+    refuse_double_keys(raw, source)
     return source
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) < len(pairs):
-        raise InputError(
-            "an object of the message has a key twice",
-            reason="duplicate_key",
-            hint="send each key once",
-        )
-    return keys
 
 
 def _leaves(source: Any, taken: frozenset[Steps]) -> Iterator[tuple[Steps, Any]]:

@@ -14,6 +14,7 @@ from plinth.engine import InputError
 from plinth.pipelines.config.settings import ServeConfig
 from plinth.pipelines.http import openapi as http_openapi
 from plinth.pipelines.http.body import media_type, whole
+from plinth.pipelines.lines import refuse_double_keys
 from plinth.pipelines.records import ask
 from plinth.verticals import Query, Vertical
 
@@ -69,6 +70,7 @@ async def _body(request: Request, config: ServeConfig) -> dict[str, Any]:
         ) from None
     if not isinstance(found, dict):
         raise InputError("expected one JSON object", reason="malformed_json")
+    refuse_double_keys(raw, found)
     if both := sorted(found.keys() & request.path_params.keys()):
         raise InputError(
             f"{both[0]}: stands in the path already", field=both[0], reason="duplicate_key"

@@ -162,6 +162,7 @@ def test_a_wrong_question_is_refused_by_its_field(
 @pytest.mark.parametrize(
     ("body", "status"),
     [(b"{", 400), (b"[]", 400), (b"{}", 422), (b'{"fraud": "yes, I think"}', 422),
+     (b'{"fraud": true, "fraud": false}', 422), (b'{"fraud": true, "fra\\u0075d": false}', 422),
      (b'{"fraud": true, "alert": "0123456789abcdef"}', 422), (b'{"fraud": true}', 404)],
 )  # fmt: skip
 def test_a_wrong_label_is_refused(server: Running, body: bytes, status: int) -> None:
