@@ -29,10 +29,21 @@ def is_card_number(text: str) -> bool:
 
     Whatever stands between, before or behind the digits does not matter, but a letter.
     """
-    if len(text) < MIN_DIGITS or _NO_LETTERS.fullmatch(text) is None:
-        return False
+    return bool(_digits_of(text))
+
+
+def by_digits(text: str) -> str:
+    """A card number by its digits alone, however it is spelled; any other text as it is."""
+    return "".join(_digits_of(text)) or text
+
+
+def _digits_of(text: str) -> list[str]:
+    """Of a card number; none of anything else."""
+    if len(text) < MIN_DIGITS or text[0].isalpha() or _NO_LETTERS.fullmatch(text) is None:
+        return []
     digits = _DIGITS.findall(text if text.isascii() else folded(text).decode())
-    return MIN_DIGITS <= len(digits) <= MAX_DIGITS and _checks([*map(int, digits)])
+    is_one = MIN_DIGITS <= len(digits) <= MAX_DIGITS and _checks([*map(int, digits)])
+    return digits if is_one else []
 
 
 def _checks(digits: list[int]) -> bool:

@@ -23,6 +23,7 @@ from pydantic import (
 from plinth.engine import InputError
 from plinth.engine.tables import Table
 from plinth.pipelines.keys import hash_key
+from plinth.verticals.card_numbers import by_digits
 
 MAX_DEPTH = 16
 """Steps of a path."""
@@ -155,7 +156,7 @@ class FieldMapping(Table):
         default: where nothing is found.
         optional: nothing found, or an empty text, is no error; the field is left out.
         keyed_hash_env: environment variable with a key; the value becomes ``tok_`` and half of
-            its HMAC-SHA-256.
+            its HMAC-SHA-256; of a card number the digits count alone, however it is spelled.
     """
 
     model_config = ConfigDict(populate_by_name=True)
@@ -361,7 +362,8 @@ def _key(variable: str) -> bytes:
 
 
 def _hashed(text: str, key: bytes) -> str:
-    return "tok_" + hmac.new(key, text.encode(), hashlib.sha256).hexdigest()[:32]
+    told = by_digits(text).encode()
+    return "tok_" + hmac.new(key, told, hashlib.sha256).hexdigest()[:32]
 
 
 def _plain(value: Any) -> Any:

@@ -301,6 +301,17 @@ def test_a_card_number_becomes_a_token_with_a_key_of_the_environment(
     assert token.startswith("tok_")
     assert len(token) == 36
     assert "4111" not in token
+    mapping = mapping_of(tmp_path, text, finance)
+    for spelled in (
+        "4111 1111 1111 1111",
+        "4111-1111-1111-1111",
+        "4111111111111111   ",
+        4111111111111111,
+    ):
+        again = AUTH | {"card": {"pan": spelled, "holder": 17}}
+        assert record(mapping, again)["card"] == token, "one card, whoever spells it"
+    other = AUTH | {"card": {"pan": "4111 1111 1111 1112", "holder": 17}}
+    assert record(mapping, other)["card"] != token
 
 
 @pytest.mark.parametrize(
