@@ -53,11 +53,25 @@ class JsonLines(logging.Formatter):
         return json.dumps(told, ensure_ascii=False)
 
 
+def visible(text: str) -> str:
+    """A text as a terminal may show it: what others wrote must not steer it, nor turn its letters.
+
+    Control characters and marks of direction stand as escapes, such as ``\\x1b``.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
 def show_error(message: str, hint: str | None = None) -> None:
     """One panel on stderr (plain lines when stderr is not a terminal, JSON where that is asked)."""
     if _logs_json():
         _JSON_LINES.error(message, extra={"hint": hint})
         return
+    message, hint = visible(message), visible(hint) if hint else None
     if err.is_terminal:
         body = escape(message) + (f"\n[dim]{escape(hint)}[/]" if hint else "")
         err.print(Panel(body, title="error", title_align="left", border_style="red"))
@@ -78,7 +92,7 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
+        table.add_row(*(escape(visible(str(cell))) for cell in row))
     out.print(table)
 
 
@@ -87,7 +101,7 @@ def say(text: str) -> None:
     if _logs_json():
         _JSON_LINES.info(text)
         return
-    err.print(text, highlight=False, markup=False, soft_wrap=True)
+    err.print(visible(text), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

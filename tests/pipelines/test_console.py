@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from plinth.pipelines.console import start_logging
+from plinth.pipelines.console import say, show_error, show_table, start_logging, visible
 
 NAME = "Mustermann^Erika"
 Logged = Callable[[Callable[[], None]], str]
@@ -61,6 +61,19 @@ def test_an_exception_is_told_by_type_and_frames_and_not_by_its_text(
     assert "test_console.py" in said
     assert "ValueError" in said
     assert NAME not in said
+
+
+def test_what_others_wrote_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "a\x1b]0;owned\x07\u202egnp.exe\x9b31m\r[bold]b[/]"
+    show_table("Paths", ("path",), [(text,)])
+    show_error(text, hint=text)
+    say(text)
+    told = capsys.readouterr()
+    for stream in (told.out, told.err):
+        assert not set(stream) & set("\x1b\x07\x9b\u202e\r")
+        assert "[bold]b[/]" in stream
+    assert visible("plain, caf\u00e9\n\tnext") == "plain, caf\u00e9\n\tnext"
+    assert visible("\x1b\u202e") == "\\x1b\\u202e"
 
 
 def test_our_own_words_pass_unchanged(logged: Logged) -> None:
