@@ -52,7 +52,7 @@ def whole(path: Path, limit: int) -> bytes:
             raise ConfigError(f"{path} is not a file")
         raw = file.read(limit + 1)
     if len(raw) > limit:
-        raise ConfigError(f"{path} is larger than {limit >> 20} MiB")
+        raise ConfigError(f"{path} is larger than {limit:,} bytes")
     return raw
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 from kafka.errors import KafkaError
 from kafka.net.sasl.oauth import AbstractTokenProvider
 
+from plinth.engine import ConfigError
+from plinth.pipelines.lines import whole
+
 MAX_BYTES = 65_536
 READ_AGAIN_S = 300.0
 """A client that asks for the life of a token hears so much at most: then the file is read anew."""
@@ -33,11 +36,10 @@ class TokenFile(AbstractTokenProvider):  # type: ignore[misc]
             KafkaError: the file cannot be read, or holds no token; its content is not told.
         """
         try:
-            with self._path.open("rb") as file:
-                text = file.read(MAX_BYTES + 1).decode("ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            text = whole(self._path, MAX_BYTES).decode("ascii").strip()
+        except (OSError, UnicodeDecodeError, ConfigError) as error:
             raise KafkaError(f"no token can be read from {self._path}: {error}") from None
-        if not text or len(text) > MAX_BYTES or len(text.split()) > 1:
+        if not text or len(text.split()) > 1:
             raise KafkaError(f"{self._path} must hold one token of at most {MAX_BYTES} characters")
         return text
 

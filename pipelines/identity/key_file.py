@@ -28,7 +28,7 @@ from plinth.engine.metrics import REGISTRY
 from plinth.engine.tables import Table
 from plinth.pipelines.config.source import Origin, places, validated
 from plinth.pipelines.identity.callers import Bucket, Caller, Role, digest_of
-from plinth.pipelines.lines import toml
+from plinth.pipelines.lines import toml, whole
 from plinth.pipelines.live_tables import Marks
 
 log = logging.getLogger("plinth.keys")
@@ -117,8 +117,7 @@ def read(path: Path) -> KeyFile:
         ConfigError: names file, line and key, and what was expected.
     """
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
+        raw = whole(path, MAX_BYTES)
     except OSError as error:
         raise ConfigError(
             f"cannot read the keys in {path}: {error.strerror}",

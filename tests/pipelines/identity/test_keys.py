@@ -350,6 +350,11 @@ def test_a_wrong_file_changes_nothing_and_is_told(
     path.unlink()
     keys.look()
     assert identity.caller({b"x-api-key": key.encode()}).name == "a"
+    os.mkfifo(path)
+    settle(path)
+    keys.look()  # on the thread that answers, which must not wait for somebody to write
+    assert "keys.toml is not a file" in caplog.messages[-1]
+    assert identity.caller({b"x-api-key": key.encode()}).name == "a"
 
 
 def test_a_key_ends_when_its_time_is_over() -> None:
