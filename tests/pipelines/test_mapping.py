@@ -24,11 +24,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tally import TallyVertical, started_engine
 
-from plinth.engine import ConfigError, InputError
+from plinth.engine import ConfigError, Engine, InputError
 from plinth.pipelines.cli.main import main
 from plinth.pipelines.formats import registry as formats_registry
 from plinth.pipelines.formats.mapping import DeclaredMapping, load_mapping
 from plinth.pipelines.formats.registry import RegistryAway
+from plinth.pipelines.stream.chunks import Chunk, Partition
 from plinth.pipelines.stream.processor import KeyPlaces, Processor
 from plinth.verticals.finance import FraudScoring
 
@@ -787,6 +788,26 @@ def test_a_type_is_not_of_json(tmp_path: Path, finance: FraudScoring) -> None:
     text = OURS.replace('name = "chargeback"', 'name = "chargeback"\ntype = "x"')
     with pytest.raises(ConfigError, match="chargeback: type is of Avro and Protobuf"):
         mapping_of(tmp_path, text, finance)
+
+
+@pytest.mark.needs("fastavro")
+def test_a_stream_waits_for_a_registry_and_makes_no_dead_letters_meanwhile(
+    tmp_path: Path, registry: Registry, finance: FraudScoring
+) -> None:
+    mapping = mapping_of(tmp_path, AVRO.format(url=registry.url, more=""), finance)
+    one: Any = SimpleNamespace(value=framed()[:-3], timestamp=9, topic="in", partition=0, offset=0)
+    place, engine = Partition("in", 0), Engine()
+    steps = Processor(finance, engine, mapping=mapping).process(
+        Chunk([one], {place: 0}, {place: 1})
+    )
+    for status in (503, 401, 302, 500):
+        registry.status = status
+        assert next(steps) == 1.0
+    registry.status = 200
+    with pytest.raises(StopIteration) as end:
+        next(steps)
+    (message,) = end.value.value.messages
+    assert message.error.reason == "malformed_avro"
 
 
 # -- Protobuf ------------------------------------------------------------------------------
