@@ -14,6 +14,7 @@ model is loaded. The page cache is warm.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -58,6 +59,7 @@ def analyse(given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from plinth.engine import Engine, InputError
+    from plinth.pipelines.interpreter import frozen
     from plinth.verticals.medical.vertical import CtAnalysis, CtSettings
 
     torch.set_num_threads(threads)
@@ -71,15 +73,19 @@ def analyse(given: argparse.Namespace) -> dict[str, Any]:
         return now
 
     vertical = CtAnalysis(CtSettings(nodules=True))
-    with Engine(
-        threads=threads // given.lanes,
-        devices=["cpu"] * given.lanes,
-        backend=given.backend,
-        precision=given.precision,
-    ) as engine:
+    with (
+        contextlib.ExitStack() as held,
+        Engine(
+            threads=threads // given.lanes,
+            devices=["cpu"] * given.lanes,
+            backend=given.backend,
+            precision=given.precision,
+        ) as engine,
+    ):
         for model in vertical.models():
             engine.add(model, batch_range=(1, given.rows))
         memory["engine"] = peak_mb()
+        held.enter_context(frozen())
         begun = now = time.perf_counter()
         cpu_begun = time.process_time()
         (item,) = vertical.discover(folder)

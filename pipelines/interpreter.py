@@ -51,24 +51,36 @@ def beside_others() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def frozen() -> Iterator[None]:
+    """Inside the block what lives by now is never looked through for garbage (``gc.freeze``).
+
+    A full collection over all that torch and models bring takes 0.1 s, after an export up to 0.3;
+    whoever then makes many objects, such as a report, has several. New garbage is found as before.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextlib.contextmanager
 def set_for_serving(thresholds: tuple[int, ...] = (GC_THRESHOLD,)) -> Iterator[None]:
     """Inside the block collect garbage less often, and switch between threads more often.
 
-    Objects that live by now are frozen (``gc.freeze``): a full collection over all that torch
-    brings stops every thread for 0.1 s. Requests and records leave next to no cycles, and at the
-    default threshold looking for them takes an eighth of the CPU. A payment waits several times
-    for threads that analyse a CT, each time for up to the switch interval.
+    Objects that live by now are :func:`frozen`. Requests and records leave next to no cycles, and
+    at the default threshold looking for them takes an eighth of the CPU. A payment waits several
+    times for threads that analyse a CT, each time for up to the switch interval.
 
     Args:
         thresholds: of the generations, as ``gc.set_threshold`` takes them.
     """
     before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*thresholds)
-    try:
-        with _switching(SWITCH_INTERVAL_S):
-            yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
+    with frozen():
+        gc.set_threshold(*thresholds)
+        try:
+            with _switching(SWITCH_INTERVAL_S):
+                yield
+        finally:
+            gc.set_threshold(*before)

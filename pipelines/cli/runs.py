@@ -28,7 +28,7 @@ from plinth.pipelines.console import err, say, show_json, show_table
 from plinth.pipelines.folders.batch import Batch, Carry, Summary, check_folders
 from plinth.pipelines.folders.batch import Progress as Step
 from plinth.pipelines.folders.carrier import Carrier, own_engine, shares_of
-from plinth.pipelines.interpreter import STREAM_THRESHOLDS, set_for_serving
+from plinth.pipelines.interpreter import STREAM_THRESHOLDS, frozen, set_for_serving
 from plinth.pipelines.live_models import AnyVertical
 from plinth.pipelines.live_tables import LiveTables
 from plinth.pipelines.observability.tracing import batch_span, tracing_while
@@ -214,7 +214,10 @@ def _batch_engine(config: Config, vertical: AnyVertical) -> Iterator[tuple[Engin
     if own is None:
         steps = config.engine.model_copy(update={"compute_workers": processes})
         config = config.model_copy(update={"engine": steps})
-        with running(config, {vertical.name: vertical}, follow=True, steps_soon=True) as engine:
+        with (
+            running(config, {vertical.name: vertical}, follow=True, steps_soon=True) as engine,
+            frozen(),
+        ):
             yield engine, None
         return
     with (

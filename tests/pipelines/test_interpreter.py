@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from contextlib import ExitStack
 
 import pytest
@@ -13,6 +14,7 @@ from plinth.pipelines.interpreter import (
     STREAM_THRESHOLDS,
     SWITCH_INTERVAL_S,
     beside_others,
+    frozen,
     set_for_serving,
 )
 
@@ -35,3 +37,18 @@ def test_a_stream_looks_for_old_garbage_next_to_never_and_others_as_before() -> 
     with set_for_serving(STREAM_THRESHOLDS):
         assert gc.get_threshold() == STREAM_THRESHOLDS
     assert gc.get_threshold() == before
+
+
+def test_what_lives_is_frozen_and_new_garbage_is_still_found() -> None:
+    class Loop:
+        def __init__(self) -> None:
+            self.me = self
+
+    old = Loop()
+    with frozen():
+        assert gc.get_freeze_count() > 0
+        assert not any(one is old for one in gc.get_objects())
+        found = weakref.ref(Loop())
+        gc.collect()
+        assert found() is None
+    assert gc.get_freeze_count() == 0

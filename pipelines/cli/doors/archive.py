@@ -54,6 +54,7 @@ def run(
     from plinth.pipelines.archive.settings import read
     from plinth.pipelines.assembly import running
     from plinth.pipelines.config.settings import load
+    from plinth.pipelines.interpreter import frozen
     from plinth.pipelines.process import Signals, metrics_at
 
     settings = read(file)
@@ -62,6 +63,7 @@ def run(
     try:
         with (
             running(load(config), verticals) as engine,
+            frozen(),
             metrics_at(metrics) as url,
         ):
             service = Service(settings, verticals, engine, queue)

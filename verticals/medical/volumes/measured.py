@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
+from plinth.engine.parallel import spread
 from plinth.verticals.medical.volumes.labelled import Patch, boxes_of, part_of
 from plinth.verticals.medical.volumes.shape import (
     Mask,
@@ -98,19 +99,20 @@ def measured(
         By key, in the order of ``titles``.
     """
     boxes = boxes_of(labels, list(titles)) | {patch.label: patch.box for patch in patches}
-    found: dict[str, Measured] = {}
-    for label, (key, title) in titles.items():
-        if label not in boxes:
-            continue
+
+    def one_of(label: int) -> Measured | None:
         z, y, x = (
             slice(max(0, span.start - 1), min(size, span.stop + 1))
             for span, size in zip(boxes[label], labels.shape, strict=True)
         )
         around = (z, y, x)
         inside = part_of(labels, around, patches) == label
-        if inside.any():
-            found[key] = _measured(title, volume, inside, volume.voxels[around])
-    return found
+        title = titles[label][1]
+        return _measured(title, volume, inside, volume.voxels[around]) if inside.any() else None
+
+    present = [label for label in titles if label in boxes]
+    found = zip(present, spread(one_of, present), strict=True)
+    return {titles[label][0]: one for label, one in found if one is not None}
 
 
 def _measured(title: str, volume: Volume, inside: Mask, voxels: Voxels) -> Measured:
