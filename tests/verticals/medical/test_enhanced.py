@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,3 +263,23 @@ def test_contours_refer_to_the_frame_that_they_are_drawn_on(write: Write, tmp_pa
     contours = pydicom.dcmread(tmp_path / "rt.dcm").ROIContourSequence[0].ContourSequence
     frames = [one.ContourImageSequence[0].ReferencedFrameNumber for one in contours]
     assert frames == [4, 2, 6, 1, 8, 10, 9, 7, 5, 3]
+
+
+def test_a_stack_for_each_slice_is_none_and_rounding_no_contradiction(
+    series_of: Callable[..., list[Series]],
+) -> None:
+    def change(image: pydicom.Dataset) -> None:
+        spacing = [float(v) + 1e-5 for v in (8, 9)]
+        to_frames("PixelMeasuresSequence", {"PixelSpacing": spacing})(image)
+        for group in image.PerFrameFunctionalGroupsSequence:
+            place = group.PlanePositionSequence[0].ImagePositionPatient
+            group.update(with_macro("FrameContentSequence", StackID=f"{float(place[2]):.0f}"))
+        twice = [copy.deepcopy(one) for one in image.PerFrameFunctionalGroupsSequence]
+        for time, group in enumerate([*image.PerFrameFunctionalGroupsSequence, *twice]):
+            group.FrameContentSequence[0].TemporalPositionIndex = 1 + time // 10
+        image.PerFrameFunctionalGroupsSequence.extend(twice)
+        image.NumberOfFrames, image.PixelData = 20, image.PixelData * 2
+
+    found = series_of(change)
+    assert [len(one.frames) for one in found] == [10, 10]
+    assert all(load_volume(one).verdict.ok for one in found)

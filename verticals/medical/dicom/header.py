@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
@@ -47,6 +48,8 @@ UNDEFINED = 0xFFFFFFFF
 MAX_FRAMES = 1 << 16
 BITS = ("BitsAllocated", "BitsStored", "PixelRepresentation")
 Values = dict[str, tuple[float, ...]]
+ROUNDED = 1e-5
+"""Difference, also as a share, of a number that is told twice with more or fewer digits."""
 FRAME_BYTES = 64
 """Least bytes that a frame of a multi-frame image takes in its file."""
 
@@ -429,13 +432,21 @@ def _frames(dataset: Dataset, header: Header) -> Iterator[Frame]:
             told: Values = {}
             _take(groups[index], told, own)
             for name, value in told.items():
-                if value != for_all.get(name, value):
+                if not _agree(value, for_all.get(name, value)):
                     raise Unreadable(
                         f"the {name} of frame {index + 1} is not that of the shared functional "
                         "groups, and one of the two is wrong"
                     )
             values = base | told
         yield _frame(header, index, values, own)
+
+
+def _agree(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """The same numbers, but for how they were rounded."""
+    return len(one) == len(other) and all(
+        math.isclose(a, b, rel_tol=ROUNDED, abs_tol=ROUNDED)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 MACROS = {

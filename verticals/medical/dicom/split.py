@@ -17,6 +17,7 @@ from plinth.verticals.medical.volumes.volume import Issue
 ORIGIN = "series attributes"
 """Stands for the digest of what all images of a series have in common (``elements.ORIGIN``)."""
 
+STACK = "StackID"
 LEAST_SWEPT, MOST_PASSES = 3, 4
 """Images of a pass over the volume at least, and such passes at most."""
 
@@ -77,6 +78,10 @@ def _separating(frames: Sequence[Frame]) -> tuple[str, ...]:
         if len(values) > 1 and max(values.values()) > 1:
             found.append(mark)
     depths = _depths(frames)
+    if STACK in found:  # a number for each slice is no stack
+        stacks = _by_value([_told(frame, STACK) for frame in frames], depths)
+        if all(np.ptp(one) < SAME_PLACE_MM for one in stacks):
+            found.remove(STACK)
     for mark in (*INTERLEAVED, ORIGIN):
         if not found and _interleaved(_by_value([_told(frame, mark) for frame in frames], depths)):
             found.append(mark)
