@@ -18,7 +18,7 @@ from plinth.engine import ConfigError, ModelSpec, ModelStore, PlinthError, Tenso
 from plinth.pipelines.bench.over_http import connections_for
 from plinth.pipelines.cli.benchmark import EPILOG, benchmark
 
-pytestmark = pytest.mark.clock
+clock = pytest.mark.clock  # the others hold beside whatever else runs
 QUICK = ("--quantile", "0.9", "--seconds", "0.2")
 Plinth = Callable[..., Any]
 
@@ -61,6 +61,7 @@ def test_help_teaches(plinth: Plinth) -> None:
         assert words in said
 
 
+@clock
 def test_one_rate_of_a_server(plinth: Plinth, base: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("[1, 2, 3, 4]\n\n[5, 6, 7, 8]\n")
     found = plinth(
@@ -89,6 +90,7 @@ def test_the_body_comes_from_the_servers_docs(plinth: Plinth, base: str) -> None
     assert "--body FILE" in (told.value.hint or "")
 
 
+@clock
 def test_the_search_with_its_table_and_picture(plinth: Plinth, base: str, tmp_path: Path) -> None:
     said = plinth(
         f"{base}/plain", "--method", "GET", "--sla-ms", "500", *QUICK, "--warm-up", "0",
@@ -117,6 +119,7 @@ def test_a_server_that_only_errs_is_told_at_once(plinth: Plinth, base: str) -> N
         plinth(f"{base}/noise", *arguments)
 
 
+@clock
 def test_scenarios_of_a_vertical(plinth: Plinth, tmp_path: Path) -> None:
     (tmp_path / "numbers.jsonl").write_text('{"id": "a", "value": 1}\n{"id": "b", "value": 2}\n')
     found = plinth(
@@ -130,6 +133,7 @@ def test_scenarios_of_a_vertical(plinth: Plinth, tmp_path: Path) -> None:
     assert (tmp_path / "logs/server/mlperf_log_summary.txt").is_file()
 
 
+@clock
 def test_the_search_asks_loadgen_too(plinth: Plinth) -> None:
     arguments = ("--scenario", "server", *QUICK, "--start-rate", "200", "--max-rate", "400")
     found = plinth("tiny", *arguments, "--json")
@@ -153,6 +157,7 @@ def test_a_vertical_of_folders_without_a_deadline(plinth: Plinth, tmp_path: Path
         plinth("shelf", "--scenario", "server")
 
 
+@clock
 def test_a_model_of_the_store(
     plinth: Plinth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

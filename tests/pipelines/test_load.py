@@ -17,7 +17,7 @@ from plinth.pipelines.bench.load import Load, LoadResult, poisson
 from plinth.pipelines.bench.load_client import ENGINE
 from plinth.pipelines.http.record_routes import timing_json
 
-pytestmark = pytest.mark.clock
+clock = pytest.mark.clock  # the others hold beside whatever else runs
 PARALLEL = 2
 ONE_STALL = [b""] * 100 + [b"stall"] + [b""] * 900
 
@@ -45,6 +45,7 @@ def test_arrivals_are_poisson_and_seeded() -> None:
     assert even.pvalue < 1e-6, "the test would notice a metronome"
 
 
+@clock
 def test_requests_leave_when_they_are_due(base: str) -> None:
     result = load(f"{base}/plain", rate=200.0, seconds=1.0)
     assert np.array_equal(result.due, poisson(200.0, 1.0, 0))
@@ -54,6 +55,7 @@ def test_requests_leave_when_they_are_due(base: str) -> None:
     assert np.median(left - result.due) < 0.005, "as Poisson as the schedule, but for the noise"
 
 
+@clock
 @pytest.mark.parametrize("connections", [1, 64])
 def test_a_stall_is_seen_by_every_request_that_fell_into_it(base: str, connections: int) -> None:
     """A client that waited for the stalled answer would have seen it once, and told of one."""
@@ -126,6 +128,7 @@ def test_errors_are_counted_with_their_reason(base: str, path: str, said: str) -
     assert any(part in reason for part in said.split("|"))
 
 
+@clock
 def test_silence_ends_in_timeouts_and_unsent_requests_are_told(base: str) -> None:
     result = load(f"{base}/silence", rate=200.0, connections=1, timeout=0.2)
     assert result.timeouts > 4, "the connection is opened anew after a timeout"
@@ -135,6 +138,7 @@ def test_silence_ends_in_timeouts_and_unsent_requests_are_told(base: str) -> Non
     assert any("were never sent" in problem for problem in result.problems())
 
 
+@clock
 def test_too_few_connections_for_the_promise_are_told(base: str) -> None:
     settings: Any = {"bodies": ONE_STALL, "connections": 2}
     result = load(f"{base}/stall", rate=900.0, seconds=0.5, **settings)
@@ -154,6 +158,7 @@ def test_warm_up_is_sent_and_does_not_count(base: str) -> None:
     assert seen["POST /note?by=warm-up "] == len(times) > result.offered
 
 
+@clock
 def test_a_real_engine_answers_and_the_client_is_cheap(base: str) -> None:
     bodies = [json.dumps([float(n)] * 4).encode() for n in range(8)]
     result = load(f"{base}/double", bodies=bodies, rate=500.0, connections=64)
