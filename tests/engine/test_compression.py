@@ -31,6 +31,14 @@ from plinth.engine.optimize.recipes import Goal, ladder, shrink
 pytestmark = pytest.mark.cpu
 
 
+@pytest.fixture(scope="module", autouse=True)
+def timed_in_a_moment():
+    """Nothing here is about the speed of what is found."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plinth.engine.optimize.recipes.TIMED_SECONDS", 0.01)
+        yield
+
+
 @architecture("test-shapes")
 def shapes() -> nn.Module:
     """A small convolutional network: (n, 1, 8, 8) to logits (n, 3)."""

@@ -17,6 +17,14 @@ from plinth.pipelines.cli.variants.compress import bytes_of
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="module", autouse=True)
+def timed_in_a_moment():
+    """Nothing here is about the speed of what is found."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plinth.engine.optimize.recipes.TIMED_SECONDS", 0.01)
+        yield
+
+
 @architecture("test-sums")
 def sums() -> nn.Module:
     return nn.Sequential(
