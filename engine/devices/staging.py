@@ -38,10 +38,7 @@ class _Slot:
 
     def views(self, way: str, wanted: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> Rows:
         """A tensor for each name, in one buffer that grows by doubling; ordinary ones if large."""
-        sizes = {
-            name: prod(shape) * torch.empty((), dtype=dtype).element_size()
-            for name, (dtype, shape) in wanted.items()
-        }
+        sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in wanted.items()}
         starts, end = {}, 0
         for name, size in sizes.items():
             starts[name], end = end, end + -(-size // _ALIGNED) * _ALIGNED
@@ -202,9 +199,7 @@ def _gathered(slot: _Slot, parts: Sequence[Rows]) -> Rows:
     count = sum(len(next(iter(part.values()))) for part in parts)
     wanted = {name: (each.dtype, (count, *each.shape[1:])) for name, each in first.items()}
     rows = slot.views("in", wanted)
-    for name, whole in rows.items():
-        done = 0
-        for part in parts:
-            whole[done : done + len(part[name])].copy_(part[name])
-            done += len(part[name])
+    with torch.inference_mode():
+        for name, whole in rows.items():
+            torch.cat([part[name] for part in parts], out=whole)
     return rows

@@ -208,7 +208,7 @@ def test_a_device_that_fails_is_said_to_everybody_and_is_not_started_again(monke
 
 
 def test_graphs_replay_without_the_models_python_where_that_is_faster(monkeypatch):
-    monkeypatch.setattr("plinth.engine.runtime.graphs.GAIN", 0.0)  # as if it were
+    monkeypatch.setattr("plinth.engine.runtime.graphs.LOSS", 1e9)  # as if it were
     with Engine(graphs=True) as engine:
         engine.add(model(Double()), batch_range=(1, 12))
         loaded = engine._models.get("net")
@@ -223,6 +223,21 @@ def test_graphs_replay_without_the_models_python_where_that_is_faster(monkeypatc
             engine.submit(Call("net", rows(3, 3))).result(WAIT).value, 2 * rows(3, 3)
         )
         assert Double.calls == calls + 1
+
+
+def test_numbers_of_rows_that_padding_would_slow_have_graphs_of_their_own(monkeypatch):
+    def by_rows(self, run, inputs):
+        return len(next(iter(inputs.values())))
+
+    monkeypatch.setattr("plinth.engine.runtime.graphs.Graphed._seconds", by_rows)
+    with Engine(graphs=True) as engine:
+        engine.add(model(Double()), batch_range=(1, 12))
+        kept = engine._models.get("net").executable.report["graphs"]["rows"]
+        assert kept == [[n, n] for n in (1, 2, 3, 4, 5, 6, 7, 8, 12)]
+        for count in range(1, 13):
+            calls, value = Double.calls, engine.submit(Call("net", rows(count, count))).result(WAIT)
+            assert torch.equal(value.value, 2 * rows(count, count))
+            assert Double.calls == calls + (count in (9, 10, 11))
 
 
 def test_what_cannot_be_captured_runs_without_graphs_and_says_why():
