@@ -442,6 +442,11 @@ class Vertical(ABC, Generic[Req, Res]):
         """
         yield from self.discover(folder)
 
+    def surveying(self, folder: Path) -> Flow[list[Item | LeftOut]]:
+        """:meth:`survey` as a flow, for doors that take a folder whole; see :meth:`loading`."""
+        yield from ()
+        return list(self.survey(folder))
+
     def load(self, item: Item) -> Req:
         """Read one item found by :meth:`discover`.
 

@@ -11,7 +11,7 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -122,34 +122,30 @@ def software_fault(what: str, step: str, error: BaseException) -> SoftwareFault:
     )
 
 
-def survey(vertical: Vertical[Any, Any], folder: Path) -> Iterator[Item | LeftOut]:
+def survey(
+    vertical: Vertical[Any, Any], folder: Path, engine: Engine | None = None
+) -> Iterator[Item | LeftOut]:
     """What the vertical finds below a folder, as it finds it; ids of items can name folders.
 
     An id that cannot, or that was given before, is replaced by one made from it; which stays the
     same as long as the files keep their places. An item that replaces one of its id keeps it.
 
+    Args:
+        vertical: the domain.
+        folder: where to look.
+        engine: runs what takes long; all is told at the end then. ``None``: it is found here.
+
     Raises:
         InputError: the vertical found the folder unreadable.
         SoftwareFault: the vertical failed.
+        PlinthError: the engine's.
     """
-    seen: set[str] = set()
     try:
-        for found in vertical.survey(folder):
-            if isinstance(found, LeftOut):
-                yield found
-                continue
-            name = found.id
-            seen -= set(found.replaces)
-            if not _ID.fullmatch(name) or name in seen:
-                places = (os.path.relpath(path, folder) for path in sorted(found.paths))
-                name = _safe_name(name, "\0".join(places))
-            if name in seen:
-                raise SoftwareFault(
-                    f"{vertical.name} found the same files twice and gave them one id",
-                    hint="this is a fault in the vertical",
-                )
-            seen.add(name)
-            yield found if name == found.id else replace(found, id=name)
+        if engine is None:
+            yield from _named(vertical, folder, vertical.survey(folder))
+        else:
+            found = engine.run(vertical.surveying(folder), Sla()).value
+            yield from _named(vertical, folder, found)
     except PlinthError:
         raise
     except OSError as error:
@@ -160,6 +156,29 @@ def survey(vertical: Vertical[Any, Any], folder: Path) -> Iterator[Item | LeftOu
         ) from error
     except FAULTS as error:
         raise software_fault(vertical.name, STEPS["find"], error) from error
+
+
+def _named(
+    vertical: Vertical[Any, Any], folder: Path, all_found: Iterable[Item | LeftOut]
+) -> Iterator[Item | LeftOut]:
+    """What was found, with ids that can name folders and are given once."""
+    seen: set[str] = set()
+    for found in all_found:
+        if isinstance(found, LeftOut):
+            yield found
+            continue
+        name = found.id
+        seen -= set(found.replaces)
+        if not _ID.fullmatch(name) or name in seen:
+            places = (os.path.relpath(path, folder) for path in sorted(found.paths))
+            name = _safe_name(name, "\0".join(places))
+        if name in seen:
+            raise SoftwareFault(
+                f"{vertical.name} found the same files twice and gave them one id",
+                hint="this is a fault in the vertical",
+            )
+        seen.add(name)
+        yield found if name == found.id else replace(found, id=name)
 
 
 def _safe_name(text: str, told_apart_by: str) -> str:

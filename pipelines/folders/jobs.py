@@ -459,7 +459,7 @@ class Jobs:
     def _run(self, job: Job) -> None:
         vertical = self._verticals[job.vertical]
         found: list[Item] = []
-        for one in survey(vertical, job.received):
+        for one in survey(vertical, job.received, self._engine):
             if isinstance(one, LeftOut):
                 self._leave_out(job, one)
             else:

@@ -21,8 +21,9 @@ from plinth.verticals.medical.ct.analysis import (
     analyse,
 )
 from plinth.verticals.medical.dicom.decode import MAX_BYTES
-from plinth.verticals.medical.dicom.discover import Series
+from plinth.verticals.medical.dicom.discover import Found, Series, survey
 from plinth.verticals.medical.dicom.loader import Gaps, load_volume
+from plinth.verticals.medical.dicom.walk import Ignored
 from plinth.verticals.medical.nodules.candidates import (
     Candidates,
     NetworkInput,
@@ -120,6 +121,11 @@ def load(where: Series | Path, name: str, how: Reading) -> Volume:
     series = None if isinstance(where, Series) else name
     volume = load_volume(where, how.strict, series=series, gaps=how.gaps, max_bytes=how.max_bytes)
     return suv_by_weight(volume) if how.suv and volume.series.modality == "PT" else volume
+
+
+def survey_whole(folder: Path) -> list[Found | Ignored]:
+    """Series and files left out below a folder, told when all of it was seen."""
+    return list(survey(folder, settled=None))
 
 
 def find_by_rules(

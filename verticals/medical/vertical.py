@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from plinth.verticals.medical.ct.analysis import MIN_SLICES, Analysis
 from plinth.verticals.medical.ct.findings import Finding
 from plinth.verticals.medical.ct.segment import BONE_HU, COARSE_MM, LUNG_HU, TISSUE_HU
 from plinth.verticals.medical.dicom.choose import LISTED
-from plinth.verticals.medical.dicom.discover import SETTLED, Series, survey
+from plinth.verticals.medical.dicom.discover import SETTLED, Found, Series, survey
 from plinth.verticals.medical.dicom.walk import Ignored
 from plinth.verticals.medical.mr.brain import (
     SOURCE,
@@ -53,6 +53,7 @@ from plinth.verticals.medical.steps import (
     load,
     look_closer,
     measure_nodules,
+    survey_whole,
 )
 from plinth.verticals.medical.volumes.volume import SeriesFacts, Verdict, Volume
 
@@ -274,7 +275,7 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
         Raises:
             InputError: there are images, but no CT series that can be analysed.
         """
-        found = self._survey(folder, None)
+        found = self._sorted(folder, survey(folder, settled=None))
         yield from (one for one in found if isinstance(one, Item))
 
     def survey(self, folder: Path) -> Iterator[Item | LeftOut]:
@@ -283,16 +284,23 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
         Raises:
             InputError: there are images, but no CT series that can be analysed.
         """
-        return self._survey(folder, SETTLED)
+        return self._sorted(folder, survey(folder, settled=SETTLED))
 
-    def _survey(self, folder: Path, settled: int | None) -> Iterator[Item | LeftOut]:
+    def surveying(self, folder: Path) -> Flow[list[Item | LeftOut]]:
+        found: list[Found | Ignored] = yield Compute(survey_whole, folder)
+        return list(self._sorted(folder, found))
+
+    def _sorted(
+        self, folder: Path, all_found: Iterable[Found | Ignored]
+    ) -> Iterator[Item | LeftOut]:
+        """Of all series those that can be analysed; what is left out tells why."""
         own = self.settings.network
         modalities: tuple[str, ...] = ("CT",) if self.settings.brain is None else ("CT", "MR")
         if own is not None:
             modalities = self._user_network(own).network.recipe.modality
         left: dict[str, tuple[Series, LeftOut]] = {}
         fit = 0
-        for found in survey(folder, settled=settled):
+        for found in all_found:
             if isinstance(found, Ignored):
                 yield LeftOut(Path(found.name), found.code, found.reason, failed=found.damaged)
                 continue

@@ -50,6 +50,19 @@ def test_it_conforms(series: Path) -> None:
     check_vertical(vertical, [another], folder=series.parent).raise_if_failed()
 
 
+def test_a_folder_is_read_in_one_heavy_step_that_another_process_may_run(series: Path) -> None:
+    vertical = CtAnalysis()
+    told = list(vertical.survey(series))
+    flow = vertical.surveying(series)
+    step = next(flow)
+    assert isinstance(step, Compute)
+    carried = pickle.loads(pickle.dumps(step))  # noqa: S301 - our own
+    with pytest.raises(StopIteration) as ended:
+        flow.send(pickle.loads(pickle.dumps(carried.run())))  # noqa: S301 - our own
+    assert ended.value.value == told
+    assert [type(one) for one in told] == [LeftOut, Item]  # truth.json is no image
+
+
 def test_another_process_need_not_find_a_series_again(series: Path) -> None:
     here, there = CtAnalysis(), CtAnalysis()
     (item,) = here.discover(series)
