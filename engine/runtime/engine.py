@@ -606,6 +606,7 @@ class Engine:
         driver = FlowDriver(flow, self._clock)
         loop = asyncio.get_running_loop()
         mailbox = self._mailboxes.get(loop) or self._new_mailbox(loop)
+        follows = False
         while (call := driver.call) is not None:
             if isinstance(call, Compute):
                 await self._compute_async(driver, call, sla)
@@ -614,6 +615,7 @@ class Engine:
                 future: asyncio.Future[Result] = loop.create_future()
                 waiter = LoopWaiter(mailbox, future)
                 request = self._request(call, waiter, driver.since(sla))
+                request.follows, follows = follows, True
                 alone = self._admit(request, sla, direct=True)
                 if alone is not None:
                     # Unless more comes in this pass of the loop, and makes a batch with it.
@@ -633,8 +635,15 @@ class Engine:
         for other in list(self._mailboxes):
             if other.is_closed():
                 self._mailboxes.pop(other, None)
-        mailbox = self._mailboxes[loop] = Mailbox(loop)
+        mailbox = self._mailboxes[loop] = Mailbox(loop, self._resumed)
         return mailbox
+
+    def _resumed(self) -> None:
+        """The callers of an event loop who were answered have asked for more, or will not."""
+        if self._batcher.anticipation.is_open:
+            with self._lock:
+                self._batcher.anticipation.resumed()
+                self._wake_one()
 
     async def _compute_async(self, driver: FlowDriver[T], step: Compute, sla: Sla | None) -> None:
         """Run a flow's step; cancelling the task ends it."""
@@ -808,6 +817,8 @@ class Engine:
         now = self._clock()
         if not self._batcher.knows(request.key):
             self._register(request)
+        if request.follows:
+            self._batcher.anticipation.followed()
         self._requests.add(request)
         if promise.deadline_ms is not None or self._modes.in_rounds:
             self._deadlines.accepted()
@@ -897,13 +908,16 @@ class Engine:
             several = len(self._lanes.threads) > 1
             if several and self._batcher:
                 self._wake_one()
-            if batch is None and not outcomes and (several or thread.in_flight):
-                # What waits is not to be queued behind what runs, or is left to another lane, which
-                # is not always the one that is woken first.
+            held = self._batcher.held_until - self._clock()
+            waits = several or thread.in_flight or held < float("inf")
+            if batch is None and not outcomes and waits:
+                # What waits is held for a moment, is not to be queued behind what runs, or is left
+                # to another lane, which is not always the one that is woken first.
                 for other in self._lanes.others(thread):
                     if other.takes_more:
                         other.wake.notify()
-                thread.wake.wait(None if thread.in_flight else _LEFT)
+                longest = None if thread.in_flight else _LEFT
+                thread.wake.wait(max(held, 0.0) if held < float("inf") else longest)
         self._settle(outcomes)
         if batch is None:
             return True
@@ -1037,6 +1051,9 @@ class Engine:
         if not self._puts_apart(batch, loaded, ran):
             outcomes = self._deliver(batch, loaded, ran, now)
         if not self._modes.in_rounds:
+            if batch.urgent and self._mailboxes and thread.is_current:
+                with self._lock:
+                    self._batcher.anticipation.answered(thread.number, now)
             self._settle(outcomes)
         with self._lock:
             if ran.largest < batch.rows:

@@ -106,10 +106,12 @@ class Mailbox:
 
     Args:
         loop: where the callers wait; make the mailbox in its thread.
+        resumed: called there when all whose outcomes came together have gone on.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, resumed: Callable[[], None]) -> None:
         self._loop = loop
+        self._resumed = resumed
         self._thread = threading.get_ident()
         self._waiting: deque[tuple[asyncio.Future[Result], Result | PlinthError]] = deque()
         self._woken = False
@@ -135,6 +137,7 @@ class Mailbox:
         self._woken = False
         while self._waiting:
             _finish(*self._waiting.popleft())
+        self._loop.call_soon(self._resumed)  # behind the tasks that this has woken
 
 
 class LoopWaiter:
@@ -168,6 +171,7 @@ class Request:
         number: its place in the order of arrival, where answers come in order.
         asked: when it came; ``due``: when its promise ends.
         lock: held by the lane that gives it rows; several may have some.
+        follows: its flow was answered before and asks for more.
     """
 
     loaded: LoadedModel
@@ -186,6 +190,7 @@ class Request:
     number: int = 0
     asked: float = 0.0
     due: float = float("inf")
+    follows: bool = False
     timing: Timing = field(default_factory=Timing)
     works: list[Work] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)

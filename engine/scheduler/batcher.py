@@ -20,6 +20,8 @@ The policy, when a lane is free:
    of background work runs. Its predicted time stays below the blocking bound, and it has the
    fewest rows that keep 97 % of the rows per second that this bound allows, or fewer still: a
    share of the tightest promise by which it is shorter is worth half that share of them.
+5. A slice waits a moment for callers who were just answered and may ask for more at once, where
+   that has paid off lately; see ``anticipation``.
 
 With several lanes there is one queue for all. Each batch is planned with the costs of the lane
 that runs it; rows that another lane can still do in time are left to it, and nobody is refused
@@ -44,6 +46,7 @@ from operator import attrgetter
 
 from plinth.engine.errors import ConfigError, DeadlineRefused, QueueFull
 from plinth.engine.flow import Sla
+from plinth.engine.scheduler.anticipation import Anticipation
 from plinth.engine.scheduler.background import PROMISE_MEMORY, Background
 from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.scheduler.deadline_queue import DeadlineQueue, rows_of
@@ -154,6 +157,7 @@ class Batcher:
         lanes: where batches run; there is one from the start.
         rounds: who may take what in rounds; ``None``: any lane that has room takes the next batch.
         held_until: when to ask :meth:`next` again, after it held back what waits; seconds.
+        anticipation: told of callers who were answered and may ask for more.
 
     Raises:
         ConfigError: an impossible share, or no room in the queue.
@@ -183,6 +187,7 @@ class Batcher:
         self._virtual_time = 0.0
         self._last_start = float("-inf")
         self.held_until = float("inf")
+        self.anticipation = Anticipation()
 
     # -- settings and state ------------------------------------------------------------------
     def register(
@@ -447,11 +452,13 @@ class Batcher:
             self._sweep(queue, turn.starts, now, refused)
         batch = self._slice(turn) if self._background.in_deficit else None
         if batch is None:
-            batch = self._urgent_batch(turn, refused) or self._slice(turn)
+            batch = self._urgent_batch(turn, refused) or self._slice_unless_held(turn)
         if batch is not None:
             end = start + here.costs.predict(batch.key, batch.rows, 0.5)
             self.lanes.change(here, [*here.running, batch], end)
             self._background.account(batch)
+            if not batch.urgent:
+                self.anticipation.slice_begun(batch.predicted)
         return batch
 
     def _form_round(self, now: float, refused: list[Refusal]) -> None:
@@ -622,6 +629,15 @@ class Batcher:
         queue = self._queue(work)
         queue.arrived(0, work.deadline - work.begun, now)
         self._add(queue, work)
+
+    def _slice_unless_held(self, turn: _Turn) -> Batch | None:
+        """A slice, unless it is better begun when callers who were answered have asked for more."""
+        if self._background:
+            until = self.anticipation.until(turn.lane.number, turn.now)
+            if until > turn.now:
+                self.held_until = min(self.held_until, until)
+                return None
+        return self._slice(turn)
 
     def _slice(self, turn: _Turn) -> Batch | None:
         lane, ahead, rounds = turn.lane, 0.0, self.rounds

@@ -149,9 +149,11 @@ class Replay:
         lost: the ``id`` of batches whose lane died before they ended.
         follow: the work that comes because some was done, and when that was (seconds); it arrives
             then or later.
+        resumes: seconds from the end of an urgent batch until its callers have asked for more.
     """
 
     follow: Callable[[Work, float], Sequence[Work]] | None = None
+    resumes: float = 0.0
 
     def __init__(
         self,
@@ -164,7 +166,7 @@ class Replay:
         self._costs = costs
         self._lane_costs = lane_costs or {}
         self._ends: list[tuple[float, int, Ran]] = []
-        self._held = float("inf")
+        self._held = self._resumed = float("inf")
         self._left: dict[Work, int] = {}
         self._following: list[tuple[float, int, Work]] = []
         self._numbers = count()
@@ -205,6 +207,9 @@ class Replay:
             self.lost.add(id(ran))
             return now
         self.batcher.finished(batch, ran.seconds, now)
+        if batch.urgent and self.follow is not None:
+            self.batcher.anticipation.answered(batch.lane, now)
+            self._resumed = now + self.resumes
         for part in batch.parts:
             left = self._left.get(part.work, part.work.rows) - part.rows
             if left:
@@ -242,7 +247,8 @@ class Replay:
             arrival = coming[0].arrival if coming else float("inf")
             changed = changing[0].at if changing else float("inf")
             following = self._following[0][0] if self._following else float("inf")
-            now = min(arrival, following, changed, self.next_end, self._held)
+            resumed = self._resumed if self._held < float("inf") else float("inf")
+            now = min(arrival, following, changed, self.next_end, self._held, resumed)
             if now == float("inf") or now >= until:
                 while self.next_end < float("inf"):
                     self.end()
@@ -254,7 +260,13 @@ class Replay:
                 while coming and coming[0].arrival <= now:
                     self._admit(coming.popleft())
             elif now == following:
-                self._admit(heapq.heappop(self._following)[2])
+                work = heapq.heappop(self._following)[2]
+                if work.sla.deadline_ms is not None:
+                    self.batcher.anticipation.followed()
+                self._admit(work)
+            elif now == resumed:
+                self._resumed = float("inf")
+                self.batcher.anticipation.resumed()
             elif now == self.next_end:
                 self.end()
             self.start(now)

@@ -222,7 +222,7 @@ def _run(
             return []
         return [_job(costs, now, random)]
 
-    run.follow = follow
+    run.follow, run.resumes = follow, _in_the_door(question)
     works = sorted([*jobs, *asked], key=lambda work: work.arrival)
     trace = run.through(works, seconds if jobs else float("inf"))
     return trace, asked, seconds
@@ -233,13 +233,18 @@ def _second(work: Work, now: float, question: Question, random: np.random.Genera
     costs = question.costs.urgent
     if random.random() >= costs.again:
         return []
-    at = now + 0.5 * float(np.median(costs.outside))  # it has been in the door between
+    at = now + _in_the_door(question)
     left, pieces = costs.again_rows, list[Work]()
     while left:
         rows = min(left, costs.most)
         pieces.append(Work(URGENT, rows, at, question.sla, since=work.arrival))
         left -= rows
     return pieces
+
+
+def _in_the_door(question: Question) -> float:
+    """Seconds from an answer of the engine until its caller asks it for more."""
+    return 0.5 * float(np.median(question.costs.urgent.outside))
 
 
 def _jobs(costs: Costs, lanes: int, random: np.random.Generator) -> list[Work]:
