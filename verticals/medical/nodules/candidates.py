@@ -155,14 +155,19 @@ def find_candidates(answer: Tensor) -> Candidates:
         answer: (Z, Y, X) uint8 labels on the working grid; above 0 is nodule.
     """
     labels, count = ndimage.label(answer.numpy() > 0, FULL)
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    sizes = np.zeros(count + 1, np.int64)
+    for plane in labels:  # indices of all voxels at once take eight bytes each
+        sizes += np.bincount(plane.ravel(), minlength=count + 1)
     sizes[0] = 0
     order = np.argsort(-sizes, kind="stable")
     order = order[sizes[order] >= MIN_VOXELS]
     kept = order[:MAX_CANDIDATES]
     numbers = np.zeros(count + 1, np.uint8)
     numbers[kept] = np.arange(1, len(kept) + 1)
-    numbered = numbers[labels]
+    numbered = np.empty(labels.shape, np.uint8)
+    for into, plane in zip(numbered, labels, strict=True):
+        np.take(numbers, plane, out=into)
+    del labels
     boxes = [cast(Box, box) for box in ndimage.find_objects(numbered)]
     return Candidates(numbered, boxes, len(order) - len(kept))
 
