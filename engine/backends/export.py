@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import logging
 import platform
@@ -35,6 +36,7 @@ FORMAT = "5"  # of what is kept in the cache
 _EDGE = 1 << 14  # sizes above are not tried: it would take too long
 KNOWN_MODULES = 64
 _LASTING: dict[str, str | None] = {}  # lasting digests by digest
+_TRANSLATIONS: dict[tuple[tuple[str, Any], ...], Any] = {}  # torch's table by what was asked for
 _EXPORTING = threading.RLock()  # torch's tracer keeps what it does in the process
 _log = logging.getLogger(__name__)
 
@@ -126,7 +128,7 @@ def onnx_place(model: Model) -> Path | None:
 def _exported(model: Model, program: torch.export.ExportedProgram, path: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as folder:
         new = Path(folder) / "model.onnx"
-        with refusing(model, "exported to ONNX"), quiet():
+        with refusing(model, "exported to ONNX"), quiet(), _translations_kept():
             converted = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -142,6 +144,37 @@ def _exported(model: Model, program: torch.export.ExportedProgram, path: Path) -
         new.replace(path)
     keep_bound()
     return path
+
+
+@contextlib.contextmanager
+def _translations_kept() -> Iterator[None]:
+    """Within, torch's table of translations to ONNX is made once in the process, then copied.
+
+    torch makes it for each export from the source text of 500 functions, which takes a second:
+    half of what the export of a small model takes. A torch without this table exports as ever.
+    """
+    try:
+        from torch.onnx._internal.exporter import _registration
+    except ImportError:
+        yield
+        return
+    table: Any = _registration.ONNXRegistry
+    before = vars(table)["from_torchlib"]
+
+    def kept(**wanted: Any) -> Any:
+        key = tuple(sorted(wanted.items()))
+        if key not in _TRANSLATIONS:
+            _TRANSLATIONS.clear()
+            _TRANSLATIONS[key] = before.__get__(None, table)(**wanted)
+        found = copy.copy(_TRANSLATIONS[key])
+        found.functions = {name: list(made) for name, made in found.functions.items()}
+        return found
+
+    table.from_torchlib = staticmethod(kept)
+    try:
+        yield
+    finally:
+        table.from_torchlib = before
 
 
 class Traced:

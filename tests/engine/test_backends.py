@@ -19,7 +19,7 @@ from plinth.engine import (
     ModelSpec,
     TensorSpec,
 )
-from plinth.engine.backends import Availability, Executable, backends, prepare
+from plinth.engine.backends import Availability, Executable, backends, export, prepare
 from plinth.engine.backends.choice import difference
 from plinth.engine.backends.eager import TorchExecutable
 from plinth.engine.backends.export import onnx_file
@@ -402,6 +402,25 @@ def test_inductor_compiles_for_any_number_of_rows(backend, monkeypatch, compiled
     for rows in (1, 5, 33):
         x = torch.randn(rows, 8)
         torch.testing.assert_close(executable.run({"x": x})["score"], model.module(x).detach())
+
+
+def test_torchs_translations_are_made_once_and_files_are_what_they_were(monkeypatch, tmp_path):
+    from torch.onnx._internal.exporter import _registration
+
+    made, before = [], _registration._torchlib_registry.get_torchlib_ops
+    monkeypatch.setattr(
+        _registration._torchlib_registry, "get_torchlib_ops", lambda: made.append(1) or before()
+    )
+    table, files = vars(_registration.ONNXRegistry)["from_torchlib"], []
+    export._TRANSLATIONS.clear()
+    for n in range(3):
+        monkeypatch.setenv("PLINTH_CACHE", str(tmp_path / str(n)))
+        files.append(onnx_file(scorer()).read_bytes())
+        (kept,) = export._TRANSLATIONS.values()
+        assert kept.functions
+    assert files[0] == files[1] == files[2]
+    assert len(made) == 1
+    assert vars(_registration.ONNXRegistry)["from_torchlib"] is table, "others export as ever"
 
 
 class Steps(nn.Module):
