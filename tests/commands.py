@@ -16,6 +16,8 @@ PRELOADED = [
     *("torch", "plinth.pipelines.cli.main", "plinth.engine", "plinth.engine.benchmark"),
     *("plinth.verticals.finance", "plinth.verticals.medical", "plinth.pipelines.http.server"),
     *("plinth.pipelines.stream.worker", "plinth.pipelines.cli.runs"),
+    *("torch._dynamo", "torch.onnx._internal.exporter._registration", "onnxruntime"),
+    *("onnxscript.function_libs.torch_lib.ops", "highdicom", "SimpleITK"),
 ]
 
 
