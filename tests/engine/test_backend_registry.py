@@ -13,6 +13,7 @@ from plinth.engine import ConfigError
 from plinth.engine.backends import Backend, registry
 from plinth.engine.devices.hardware import HARDWARE, hardware
 
+pytestmark = pytest.mark.cpu
 SOURCE = Path(__file__).resolve().parent.parent / "example_backend"
 OURS = {"eager", "inductor", "aotinductor", "onnxruntime", "openvino"}
 
