@@ -81,6 +81,7 @@ def test_one_rate_of_a_server(plinth: Plinth, base: str, tmp_path: Path) -> None
     assert "secret" not in json.dumps(found)
 
 
+@clock
 def test_the_body_comes_from_the_servers_docs(plinth: Plinth, base: str) -> None:
     arguments = ("--rate", "100", "--sla-ms", "500", *QUICK, "--warm-up", "0", "--json")
     found = plinth(f"{base}/double", *arguments)
