@@ -8,8 +8,10 @@ so that weights in a file take memory only while something computes with them.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
+import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +28,8 @@ _PAGE = mmap.PAGESIZE
 _DIRTY = np.uint64(1 << 63 | 1 << 62)  # present or swapped ...
 _OF_FILE = np.uint64(1 << 61)  # ... and not of the file any more: proc(5), pagemap
 _POPULATE_READ = 22  # madvise(2), Linux 5.14
+_SCAN = 0xC0606610  # PAGEMAP_SCAN of linux/fs.h, Linux 6.7; its argument is twelve numbers
+_IS_FILE, _IS_PRESENT, _IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
 
 
 @cache
@@ -208,13 +212,41 @@ def _whole(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 def _is_clean(address: int, size: int) -> bool:
     """Whether all pages are still those of the file; False where the system does not say."""
-    count = size // _PAGE
     try:
-        with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
-            file.seek(address // _PAGE * 8)
-            data = file.read(count * 8)
+        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return _own_pages(pagemap, address, size) == 0
+    except OSError:  # an older system
+        return _has_no_own_flag(pagemap, address, size)
+    finally:
+        os.close(pagemap)
+
+
+def _has_no_own_flag(pagemap: int, address: int, size: int) -> bool:
+    try:
+        data = os.pread(pagemap, size // _PAGE * 8, address // _PAGE * 8)
     except OSError:
         return False
     flags = np.frombuffer(data, np.uint64)
     own = (flags & _DIRTY != 0) & (flags & _OF_FILE == 0)
-    return len(flags) == count and not own.any()
+    return len(flags) == size // _PAGE and not own.any()
+
+
+def _own_pages(pagemap: int, address: int, size: int) -> int:
+    """0, or 1 where a page is this process's own; a tenth of the time of reading all flags.
+
+    Raises:
+        OSError: the system has no such call.
+    """
+    found = (ctypes.c_uint64 * 3)()
+    wanted = (
+        _IS_FILE,
+        _IS_FILE,
+        _IS_PRESENT | _IS_SWAPPED,
+        _IS_PRESENT,
+    )  # not of a file, but there
+    place = ctypes.addressof(found)
+    scan = struct.pack("=12Q", 96, 0, address, address + size, 0, place, 1, 1, *wanted)
+    return fcntl.ioctl(pagemap, _SCAN, bytearray(scan))

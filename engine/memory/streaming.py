@@ -24,8 +24,9 @@ from plinth.engine.backends.eager import TorchExecutable, held_tensors, stored_b
 from plinth.engine.mapped import Pages
 from plinth.engine.precision.transforms import sharing_copy
 
-TOKENS_AT_ONCE = 64
-"""Positions that a fully connected layer of a transformer takes at once where memory is short."""
+TOKENS_AT_ONCE = 512
+"""Tokens, of all rows, that the wide layers of a transformer take at once where memory is short.
+Fewer make a matrix product slower: a library brings all weights into its own order for each."""
 PLANES_AT_ONCE = 4
 """Planes that a run of 3-D convolutions makes at once where memory is short."""
 AHEAD_BYTES = 32 << 20

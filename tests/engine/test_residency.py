@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from plinth.engine import Call, Engine, Model, ModelSpec, ModelStore, TensorSpec, architecture
+from plinth.engine import (
+    Call,
+    Engine,
+    Model,
+    ModelSpec,
+    ModelStore,
+    TensorSpec,
+    architecture,
+    mapped,
+)
 from plinth.engine.backends import choice, prepare
 from plinth.engine.backends.base import cpu_threads
 from plinth.engine.compression.registry import Recipe
@@ -21,8 +30,10 @@ from plinth.engine.compression.training import compress
 from plinth.engine.devices.device import pick
 from plinth.engine.errors import ModelError, OutOfMemory
 from plinth.engine.mapped import Pages, is_mapped, mappings
+from plinth.engine.memory import streaming
 from plinth.engine.memory.streaming import _Reader, by_planes
 from plinth.engine.models.families import find
+from plinth.engine.models.families.layers import by_tokens
 from plinth.engine.runtime.model_table import _read
 
 pytestmark = [
@@ -118,6 +129,40 @@ def test_what_was_written_to_is_never_given_back(store):
     assert torch.equal(store.load("net").module.conv.weight * 2, want), "the file is as it was"
 
 
+@pytest.mark.parametrize("asked", ["_own_pages", "_has_no_own_flag"])
+def test_every_system_tells_a_page_that_was_written_to(tmp_path, monkeypatch, asked):
+    if asked == "_has_no_own_flag":  # as a system that has no such call
+
+        def missing(*_):
+            raise OSError
+
+        monkeypatch.setattr(mapped, "_own_pages", missing)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(64 * 4096))
+    weights = torch.frombuffer(mapped.map_file(path), dtype=torch.uint8)
+    pages = Pages([weights])
+    assert weights.sum() == 0
+    assert pages.give_back() == 64 * 4096
+    weights[63 * 4096] = 7
+    assert pages.give_back() == 0
+    assert weights[63 * 4096] == 7
+
+
+def test_wide_layers_take_so_many_tokens_of_all_rows():
+    seen = []
+
+    def layer(tokens: Tensor) -> Tensor:
+        seen.append(len(tokens))
+        return tokens * 2
+
+    x = torch.randn(3, 5, 4).transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(by_tokens(layer, x, 4), x * 2)
+    assert seen == [4, 4, 4, 3]
+    seen.clear()
+    assert torch.equal(by_tokens(layer, x, 15), x * 2)
+    assert seen == [3], "all rows at once"
+
+
 def test_equal_weights_of_versions_are_one_in_memory(store):
     first, second = store.load("net", "1"), store.load("net", "2")
     same = first.module.state_dict(), second.module.state_dict()
@@ -197,7 +242,8 @@ def test_the_next_layer_is_read_while_one_computes(monkeypatch):
     assert forward(reader, layers) == [[mine]] * 4, "one CPU has none to spare"
 
 
-def test_texts_are_streamed_with_their_wide_layers_cut(tmp_path):
+def test_texts_are_streamed_with_their_wide_layers_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "TOKENS_AT_ONCE", 48)
     family = find("bert")
     model = family.model({**family.small, "width": 64, "inner": 512, "vocabulary": 4000})
     store = ModelStore(tmp_path)

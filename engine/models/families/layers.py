@@ -78,20 +78,21 @@ def turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def by_tokens(layer: Callable[[Tensor], Tensor], x: Tensor, at_once: int) -> Tensor:
-    """A layer that takes each token by itself, on so many at once; 0: on all."""
-    if not at_once or x.shape[1] <= at_once:
+    """A layer that takes each token by itself, on so many of (n, length) at once; 0: on all."""
+    if not at_once or x.shape[0] * x.shape[1] <= at_once:
         return layer(x)
-    found = torch.empty_like(x)
-    for first in range(0, x.shape[1], at_once):
-        found[:, first : first + at_once] = layer(x[:, first : first + at_once])
-    return found
+    tokens = x.flatten(0, 1)
+    found = torch.empty_like(tokens)
+    for given, made in zip(tokens.split(at_once), found.split(at_once), strict=True):
+        made.copy_(layer(given))
+    return found.view(x.shape)
 
 
 class Residual(nn.Module):
     """A block of a transformer with its norms before (``pre``) or after its parts.
 
     Attributes:
-        tokens_at_once: how many the fully connected layers take at once; 0: all, and fastest.
+        tokens_at_once: how many, of all rows, the fully connected layers take at once; 0: all.
 
     Args:
         width: of the tokens.
