@@ -124,11 +124,14 @@ class Lane(ABC):
 
     Attributes:
         inline: whether :meth:`run` runs a unit in the thread that calls it.
+        checked: whether outputs have been held against the contract where they were made; of
+            others the engine holds them against it.
         revives: whether :meth:`start` can help after it died, so that the engine tries at once.
         lost: told when it dies, also while it has nothing to run.
     """
 
     inline = False
+    checked = False
     revives = False
     lost: Callable[[LaneDied], None] | None = None
 

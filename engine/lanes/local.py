@@ -41,6 +41,8 @@ class LocalLane(Lane):
         ConfigError: an impossible depth.
     """
 
+    checked = True  # by the model itself
+
     def __init__(
         self,
         device: Device,

@@ -174,12 +174,22 @@ class LaneThread:
             else:
                 future.set_result(None)
 
-    def join(self) -> None:
-        """Wait until the thread has ended; several callers may wait at once."""
+    def join(self, seconds: float = -1) -> bool:
+        """Wait until the thread has ended, or so long; several callers may wait at once.
+
+        Returns:
+            Whether nobody has to wait for it any more.
+        """
         thread = self._thread
-        if thread is not None and not self.is_current:
-            with self._joining:
-                thread.join()
+        if thread is None or self.is_current:
+            return True
+        if not self._joining.acquire(timeout=seconds):
+            return False
+        try:
+            thread.join(None if seconds < 0 else seconds)
+            return not thread.is_alive()
+        finally:
+            self._joining.release()
 
     def _steps(self) -> bool:
         """Run steps until one is the last, or the lane dies; True when it is well again."""

@@ -40,7 +40,6 @@ from plinth.engine.lanes.base import Lane, LaneDied, Ran, Unit
 from plinth.engine.lanes.cluster.settings import Cluster
 from plinth.engine.lanes.compute_pool import NICENESS, ComputePool
 from plinth.engine.lanes.deadline_watch import DeadlineWatch
-from plinth.engine.lanes.local import LocalLane
 from plinth.engine.lanes.process import HUNG_SECONDS, HUNG_TIMES, UNKNOWN_SECONDS
 from plinth.engine.lanes.thread import LaneThread, StoppedFromOutside
 from plinth.engine.lanes.window_thread import WindowThread
@@ -78,6 +77,8 @@ _LOOK = 1.0
 """Seconds after which a caller that still waits looks whether the device thread lives."""
 _RESTART = 3.0
 """Seconds in which a lane that died is likely to be well again, before one was."""
+_LOOK_SECONDS = 0.1
+"""Between two looks whether what an engine that ends waits for has hung."""
 _LEFT = 0.005
 """Seconds after which a lane looks again at work that it left to a faster one."""
 _log = logging.getLogger("plinth.engine")
@@ -326,7 +327,7 @@ class Engine:
 
         Raises:
             ConfigError: an engine of this process runs with another number of threads.
-            DeviceError: no device does anything any more in this process.
+            DeviceError: no device does anything any more in this process, or a batch hangs there.
         """
         self._refuse_fork()
         if self._state == "running":
@@ -339,7 +340,7 @@ class Engine:
             raise ConfigError(
                 "the device thread cannot wait for its own end", hint="start it from another"
             )
-        self._lanes.join()
+        self._await_lanes({})
         self._lanes.warm()
         if self._steps is not None:
             self._steps.open()
@@ -424,6 +425,10 @@ class Engine:
 
         Args:
             drain: finish what was accepted first; otherwise it fails with :class:`Closed`.
+
+        Raises:
+            EngineFailed: a batch hangs: it runs for more than ``hung_seconds`` and 20 times what
+                it should, or for two minutes where nobody knows. Whoever waits is told the same.
         """
         outcomes: Outcomes = []
         if self._lanes.is_forked:
@@ -431,7 +436,9 @@ class Engine:
         with self._lock:
             if self._state in ("new", "running"):
                 self._state = "closing" if self._lanes.alive else "closed"
+            due: dict[int, float] = {}
             if not drain:
+                due = self._batcher.hung_at(self._patience)  # nobody knows once all is forgotten
                 waiting = {work.owner for work in self._batcher.clear()}
                 outcomes = self._fail(waiting, Closed("the engine was closed"))
             self._lanes.wake_all()
@@ -440,11 +447,52 @@ class Engine:
             self._steps.close(drain, wait=not self._lanes.is_current)
         if self._lanes.is_current:
             return
+        self._await_lanes(due)
         self._lanes.close()
         with self._lock:
             self._deadlines.stop()
             self._lanes.save_costs()
         self._deadlines.join()
+
+    def _await_lanes(self, due: Mapping[int, float]) -> None:
+        """Wait until all lanes have ended.
+
+        Args:
+            due: when some of them count as hung, by their numbers.
+
+        Raises:
+            EngineFailed: none goes on, for those that run something hang; names them.
+        """
+        while not self._lanes.join(_LOOK_SECONDS):
+            self._refuse_hung(due)
+
+    def _refuse_hung(self, due: Mapping[int, float]) -> None:
+        """Let nobody wait for lanes of which none goes on; raises as :meth:`_await_lanes`."""
+        with self._lock:
+            now, known = self._clock(), {**due, **self._batcher.hung_at(self._patience)}
+            hung = {number for number, when in known.items() if when <= now}
+            living = [thread for thread in self._lanes if thread.alive]
+            goes_on = [
+                thread
+                for thread in living
+                if thread.number not in hung and (thread.in_flight or self._batcher)
+            ]
+            names = [each.name for each in living if each.number in hung and each.in_flight]
+            told = self._broken
+        if isinstance(told, EngineFailed):  # who closed before was told
+            raise EngineFailed(told.message, hint=told.hint)
+        if not names or goes_on:
+            return
+        error = EngineFailed(
+            f"the batch on {', '.join(names)} does not end",
+            hint="end the process: a thread cannot be stopped; does the model wait for something?",
+        )
+        self._fail_all(error)
+        raise error
+
+    @property
+    def _patience(self) -> Patience:
+        return Patience(self._lanes.hung_seconds, HUNG_TIMES, UNKNOWN_SECONDS)
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -1196,8 +1244,7 @@ class Engine:
         Returns:
             What is to be told, and when the next of them counts as hung.
         """
-        patience = Patience(self._lanes.hung_seconds, HUNG_TIMES, UNKNOWN_SECONDS)
-        numbers, again = self._batcher.hung(now, patience)
+        numbers, again = self._batcher.hung(now, self._patience)
         outcomes: Outcomes = []
         for thread in self._lanes:
             if thread.number not in numbers or thread.answering:
@@ -1369,12 +1416,12 @@ def _rows_of(batch: Batch) -> list[dict[str, Tensor]]:
 def _check_rows(loaded: LoadedModel, ran: Ran, batch: Batch, lane: Lane) -> None:
     """Refuse outputs of another number of rows than were given: they would be others' rows.
 
-    Of a lane that was made elsewhere all is held against the contract.
+    Of a lane that has not held them against the contract, all of it is.
 
     Raises:
         ModelError: there are more or fewer, or they are not what the contract says.
     """
-    if type(lane) is not LocalLane:  # there the model itself is held against it
+    if not lane.checked:
         loaded.check_outputs(ran.outputs, batch.rows)
         return
     for name, tensor in ran.outputs.items():

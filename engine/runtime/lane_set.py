@@ -454,14 +454,13 @@ class LaneSet:
         if failed is not None and not self.alive:
             raise failed
 
-    def join(self) -> None:
-        """Wait until all threads have ended."""
-        for thread in list(self.threads):
-            thread.join()
+    def join(self, seconds: float = -1) -> bool:
+        """Wait until all threads have ended, or so long for each; whether they have."""
+        ended = [thread.join(seconds) for thread in list(self.threads)]
+        return all(ended)
 
     def close(self) -> None:
-        """Wait until all threads have ended; no lane holds anything after that."""
-        self.join()
+        """End what lanes hold; their threads have ended."""
         self.windows.join()
         for thread in self.threads:
             if not thread.alive:

@@ -41,7 +41,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import takewhile
-from math import frexp
+from math import frexp, inf
 from operator import attrgetter
 
 from plinth.engine.errors import ConfigError, DeadlineRefused, QueueFull
@@ -538,18 +538,19 @@ class Batcher:
             Their numbers, and when the next one counts as hung; infinity: none runs, or nobody
             waits for it.
         """
-        found: list[int] = []
-        again = float("inf")
         if all(lane.running for lane in self.lanes):
-            return found, again
-        for lane in self.lanes:
-            if lane.running:
-                at = lane.busy_until + patience.seconds(lane.seconds(lane.running))
-                if at <= now:
-                    found.append(lane.number)
-                else:
-                    again = min(again, at)
-        return found, again
+            return [], float("inf")
+        at = self.hung_at(patience)
+        later = (when for when in at.values() if when > now)
+        return [number for number, when in at.items() if when <= now], min(later, default=inf)
+
+    def hung_at(self, patience: Patience) -> dict[int, float]:
+        """When each lane that runs something counts as hung, by its number."""
+        return {
+            lane.number: lane.busy_until + patience.seconds(lane.seconds(lane.running))
+            for lane in self.lanes
+            if lane.running
+        }
 
     def _silent(self, work: Work, now: float) -> DeadlineRefused:
         allowed = work.deadline - work.begun

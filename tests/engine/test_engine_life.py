@@ -96,6 +96,39 @@ def test_a_callback_in_the_device_thread_may_close_the_engine():
     assert not thread.is_alive()
 
 
+@pytest.mark.parametrize("drain", [True, False])
+def test_a_batch_that_hangs_keeps_nobody_who_closes_and_nobody_who_waits(drain):
+    engine, module = Engine(hung_seconds=0.05), Held()
+    asked = held(engine, module)
+    thread = device_thread()
+    for _ in range(2):
+        with pytest.raises(EngineFailed, match="the batch on cpu/0 does not end") as caught:
+            engine.close(drain=drain)
+        assert "end the process" in caught.value.hint
+    with pytest.raises(EngineFailed, match="does not end"):
+        engine.start()
+    told = [future.exception(30) for future in asked]
+    assert [type(error) for error in told] == [EngineFailed, EngineFailed if drain else Closed]
+    module.go.set()
+    thread.join(30)
+    with engine:  # what hung has come back after all
+        assert engine.run(double()).value.sum() == 8
+
+
+def test_a_batch_that_takes_as_long_as_it_should_is_awaited():
+    engine, module = Engine(hung_seconds=0.05), Held()
+    first, second = held(engine, module)
+    for lane in engine._batcher.lanes:
+        lane.busy_until += 10.0
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(engine.close)
+        with pytest.raises(TimeoutError):
+            closing.result(0.5)
+        module.go.set()
+        closing.result(30)
+    assert (first.result(0).value.sum(), second.result(0).value.sum()) == (8, 8)
+
+
 def test_what_comes_before_the_start_or_after_the_end_is_told_so():
     engine = Engine()
     engine.add(model(Double()))

@@ -323,6 +323,8 @@ def test_what_ends_lanes_is_found_and_fails_alone():
 
 def test_a_lane_that_lies_about_its_outputs_fails_the_call_and_answers_nothing():
     class Liar(LocalLane):
+        checked = False
+
         def run(self, unit: Unit):
             ran = super().run(unit)
             return ran._replace(outputs={name: each[:, :2] for name, each in ran.outputs.items()})
