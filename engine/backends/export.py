@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -37,6 +38,9 @@ _EDGE = 1 << 14  # sizes above are not tried: it would take too long
 KNOWN_MODULES = 64
 _LASTING: dict[str, str | None] = {}  # lasting digests by digest
 _TRANSLATIONS: dict[tuple[tuple[str, Any], ...], Any] = {}  # torch's table by what was asked for
+_PEAKS: WeakKeyDictionary[nn.Module, dict[tuple[object, int], int | None]] = WeakKeyDictionary()
+CHANNEL_BLOCK = 16
+"""Channels that lie side by side in blocked layouts."""
 _EXPORTING = threading.RLock()  # torch's tracer keeps what it does in the process
 _log = logging.getLogger(__name__)
 
@@ -65,6 +69,8 @@ def compile_peak(model: Model) -> int:
 def run_peak(model: Model, aligned: int = 1) -> int | None:
     """Bytes of activations that a graph of a model holds at its peak for one row, about.
 
+    A module is traced once for each size of its rows, whichever backends and precisions ask.
+
     Args:
         model: the model.
         aligned: channels are held in multiples of so many.
@@ -74,11 +80,23 @@ def run_peak(model: Model, aligned: int = 1) -> int | None:
     """
     if model.onnx:
         return None
+    known = _PEAKS.setdefault(model.module, {})
+    contract = model.spec.model_dump_json(include={"inputs", "outputs"})
+    sizes = contract, *(tuple(each.shape[1:]) for each in (model.example or {}).values())
+    if (sizes, aligned) not in known:
+        for each, found in _peaks(model, {1, CHANNEL_BLOCK, aligned}).items():
+            known[sizes, each] = found
+    return known[sizes, aligned]
+
+
+def _peaks(model: Model, alignments: set[int]) -> dict[int, int | None]:
+    """As :func:`run_peak`, for several alignments."""
     try:
-        return live_bytes(Traced(model).program, EXAMPLE_ROWS, aligned)
+        program = Traced(model).program
     except ModelError as error:
         _log.debug("model %s: %s", model.spec.name, error)
-        return None
+        return dict.fromkeys(alignments)
+    return {aligned: live_bytes(program, EXAMPLE_ROWS, aligned) for aligned in alignments}
 
 
 class _Positional(nn.Module):

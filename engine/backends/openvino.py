@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 
 from plinth.engine.backends.base import Availability, check_finite, installed, named
-from plinth.engine.backends.export import compile_peak, onnx_file, run_peak, why_not_onnx
+from plinth.engine.backends.export import (
+    CHANNEL_BLOCK,
+    compile_peak,
+    onnx_file,
+    run_peak,
+    why_not_onnx,
+)
 from plinth.engine.backends.normalised import exact_norms
 from plinth.engine.backends.quantised import openvino_file
 from plinth.engine.cache import cache_folder, keep_bound
@@ -40,7 +46,6 @@ FORMAT = "1"
 """Of what is done to a graph before it is kept; another one makes them anew."""
 
 INT32 = np.iinfo(np.int32)
-_BLOCK = 16  # channels that lie side by side in its layouts
 _LOOKUPS = ("Gather", "GatherElements", "GatherND")
 _REFUSED = ("ScatterNDUpdate", "ScatterElementsUpdate", "EmbeddingBagOffsetsSum")
 _WIDE = ("Multiply", "Power", "ShiftLeft")
@@ -276,7 +281,7 @@ class OpenVino:
 
     def run_peak(self, model: Model) -> int | None:
         """Bytes that a forward of one row takes at its peak, about, in its blocked layout."""
-        return run_peak(model, _BLOCK)
+        return run_peak(model, CHANNEL_BLOCK)
 
     def compile(
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None

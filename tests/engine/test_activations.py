@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from plinth.engine import Model
+from plinth.engine.backends import export
 from plinth.engine.backends.choice import prepare
 from plinth.engine.backends.export import Traced, run_peak
 from plinth.engine.devices.device import pick
@@ -61,6 +62,24 @@ def test_channels_are_held_in_blocks() -> None:
     plane = 16 * 16 * FLOATS
     assert live_bytes(program, 2) == 40 * plane
     assert live_bytes(program, 2, aligned=16) == 64 * plane
+
+
+def test_a_module_is_traced_once_for_each_size_whoever_asks(monkeypatch) -> None:
+    traced = []
+
+    class Counted(Traced):
+        def __init__(self, model: Model) -> None:
+            traced.append(model)
+            super().__init__(model)
+
+    monkeypatch.setattr(export, "Traced", Counted)
+    model = model_of(nn.Sequential(nn.Conv2d(4, 20, 1), nn.Conv2d(20, 20, 1)), 4, 16, 16)
+    plane = 16 * 16 * FLOATS
+    for aligned, planes in ((16, 64), (1, 40), (16, 64), (8, 48)):
+        found = run_peak(replace(model, memory=aligned), aligned)
+        assert found == planes * plane
+    assert len(traced) == 2, "of 8 nobody had asked"
+    assert run_peak(model_of(model.module, 4, 8, 8)) == 40 * plane / 4
 
 
 def test_what_would_take_more_than_a_model_may_is_not_tried() -> None:
