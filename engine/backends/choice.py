@@ -17,6 +17,7 @@ from plinth.engine.backends.base import Backend, Executable, Wrapped, cpu_thread
 from plinth.engine.backends.planner import Bounded, Planned, Stretch
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, ModelError, OutOfMemory, PlinthError
+from plinth.engine.mapped import trim
 from plinth.engine.models.other_sizes import other_sizes, sizes_of
 from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PRESETS, PrecisionPolicy, resolve
@@ -190,6 +191,7 @@ class Turns(Wrapped):
         if self._before is not None:
             self._before.join()
             self._before = None
+            trim()  # what the trial freed lies beside what is computed now
         with self._lock:
             self._check()
             return self.inner.run(inputs)

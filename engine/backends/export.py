@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import hashlib
 import logging
 import platform
@@ -160,6 +161,8 @@ def _exported(model: Model, program: torch.export.ExportedProgram, path: Path) -
             tidy_recurrent(proto)
             _refuse_negative_ids(proto, new)
         new.replace(path)
+    del converted, proto
+    _forget_graph()
     keep_bound()
     return path
 
@@ -193,6 +196,22 @@ def _translations_kept() -> Iterator[None]:
         yield
     finally:
         table.from_torchlib = before
+
+
+def _forget_graph() -> None:
+    """Free the graph that was optimised last.
+
+    Each rule of onnxscript's optimiser keeps the graph it was tried on last, with the weights that
+    were folded (``SimplePatternMatcher`` of onnxscript/rewriter/_matcher.py); a graph of one node
+    takes its place.
+    """
+    import onnxscript.optimizer
+    from onnx import TensorProto, helper
+
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Sqrt", ["x"], ["y"])], "one", [x], [y])
+    onnxscript.optimizer.optimize(helper.make_model(graph))
+    gc.collect()
 
 
 class Traced:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from plinth.engine import Call, ConfigError, Engine, Model, ModelSpec, TensorSpec, Tiling
 from plinth.engine.backends import prepare
+from plinth.engine.backends.export import _forget_graph
 from plinth.engine.devices.device import pick
 from plinth.engine.errors import OutOfMemory
 from plinth.engine.memory.foresight import foreseen, outgrows
@@ -362,3 +364,27 @@ def test_inside_the_limit_of_a_cgroup_batches_are_cut_and_nothing_is_killed():
     assert refused == ["refused", str(2 * limit), str(limit)]
     assert answered[:2] == ["answered", "True"]
     assert int(answered[2]) < 60, "256 rows take 2 GiB"
+
+
+def test_the_optimiser_of_graphs_forgets_the_last_one_with_its_weights():
+    """Without that, an exported ResNet stayed in memory once more."""
+    onnx, onnx_ir = pytest.importorskip("onnx"), pytest.importorskip("onnx_ir")
+    optimizer = pytest.importorskip("onnxscript.optimizer")
+    helper, numbers = onnx.helper, onnx.TensorProto.FLOAT
+    sizes = {"w": (67, 3, 3, 3), "scale": (67,), "bias": (67,), "mean": (67,), "var": (67,)}
+    weights = [onnx.numpy_helper.from_array(np.ones(s, np.float32), n) for n, s in sizes.items()]
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("BatchNormalization", ["c", "scale", "bias", "mean", "var"], ["y"]),
+    ]
+    x, y = (helper.make_tensor_value_info(name, numbers, [1, None, 8, 8]) for name in "xy")
+    optimizer.optimize(helper.make_model(helper.make_graph(nodes, "net", [x], [y], weights)))
+
+    def held() -> list[tuple[int, ...]]:
+        gc.collect()
+        found = [each for each in gc.get_objects() if type(each) is onnx_ir.Tensor]
+        return [tuple(each.shape) for each in found]
+
+    assert sizes["w"] in held(), "if it forgets by itself, _forget_graph can go"
+    _forget_graph()
+    assert sizes["w"] not in held()
