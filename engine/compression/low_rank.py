@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,8 @@ class Factors(Transform):
         """
         found = 0
         for path, layer in list(_layers(module)):
+            if cast(Tensor, layer.weight).dtype != torch.float32:
+                continue
             made = _factored(layer, self.energy)
             if made is not None:
                 _put(module, path, made)

@@ -61,6 +61,8 @@ _DTYPES: dict[str, torch.dtype] = {
     )
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+STORED = frozenset(_NAMES)
+"""Dtypes that a packed file can hold."""
 
 
 @dataclass(frozen=True, slots=True)

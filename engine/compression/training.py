@@ -19,7 +19,7 @@ from plinth.engine.compression.distillation import Distillation, apart
 from plinth.engine.compression.feedback import moments
 from plinth.engine.compression.graph import NORMS, chains
 from plinth.engine.compression.packed_layers import unpack_layers
-from plinth.engine.compression.packing import Coded
+from plinth.engine.compression.packing import STORED, Coded
 from plinth.engine.compression.registry import Recipe, Weight
 from plinth.engine.errors import ConfigError, InputError
 
@@ -134,6 +134,7 @@ class _Training:
         with warnings.catch_warnings():  # torch's own, of how it copies an exported program
             warnings.filterwarnings("ignore", "`isinstance", FutureWarning)
             self.module = unpack_layers(copy.deepcopy(module)).eval()
+        _make_gradients_dense(self.module)
         with torch.no_grad():
             self.teacher = _outputs(self.forward, self.module, rows, recipe.batch)
         _check_outputs(self.teacher)
@@ -142,7 +143,12 @@ class _Training:
             transform.reshape(self.module, say)
         self.weights = _weights(self.module)
         if not self.weights:
-            raise ConfigError("the model has no weights of two or more dimensions to compress")
+            kinds = {str(value.dtype).removeprefix("torch.") for value in module.parameters()}
+            raise ConfigError(
+                "the model has no float32 weights of two or more dimensions to compress; its "
+                f"parameters are {', '.join(sorted(kinds)) or 'none'}",
+                hint="bring others to float32 first: module.float()",
+            )
         for transform in self.transforms:
             transform.begin(self.weights)
 
@@ -393,12 +399,26 @@ def _outputs(forward: Forward, module: nn.Module, rows: Rows, batch: int) -> dic
 
 
 def _check_weights(module: nn.Module) -> None:
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor) and value.dtype not in STORED:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"tensor {name} is {kind}, which a packed file does not hold",
+                hint="make it two real tensors" if value.is_complex() else "bring it to float32",
+            )
     for name, value in module.named_parameters():
         if not torch.isfinite(value).all():
             raise InputError(
                 f"weight {name} has values that are NaN or infinite",
                 hint="a model that is not whole cannot be a teacher; train it anew",
             )
+
+
+def _make_gradients_dense(module: nn.Module) -> None:
+    """Look-up tables with sparse gradients are trained like others: Adam takes none."""
+    for part in module.modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            part.sparse = False
 
 
 def _check_outputs(teacher: Rows) -> None:

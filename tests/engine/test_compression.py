@@ -393,6 +393,33 @@ def test_weights_that_are_no_numbers_are_refused_by_name(steps):
         compress(module, rows, recipe(0, **steps), forward)
 
 
+@pytest.mark.parametrize("steps", [{"quantization_aware": {}}, {"low_rank": {"energy": 0.5}}])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda net: net.double(), "no float32 weights|no layer becomes smaller"),
+        (
+            lambda net: net.register_buffer("phase", torch.ones(2, dtype=torch.complex64)),
+            "tensor phase is complex64, which a packed file does not hold",
+        ),
+    ],
+)
+def test_weights_of_other_kinds_are_refused_before_any_training(steps, change, said):
+    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
+    change(net)
+    rows = {"x": torch.randn(60, 16, dtype=net[0].weight.dtype)}
+    with pytest.raises(ConfigError, match=said):
+        compress(net, rows, recipe(1, **steps), forward)
+
+
+def test_a_table_with_sparse_gradients_is_trained_like_others():
+    net = nn.Sequential(nn.Embedding(50, 16, sparse=True), nn.Flatten(), nn.Linear(32, 3)).eval()
+    rows = {"x": torch.randint(0, 50, (60, 2))}
+    small = compress(net, rows, recipe(1, quantization_aware={"bits": "int4"}), forward)
+    assert net[0].sparse
+    assert not torch.equal(small.module[0].weight, net[0].weight)
+
+
 def test_a_layer_whose_weight_is_computed_keeps_its_channels():
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 16))
     module = nn.Sequential(normed, nn.ReLU(), nn.Linear(16, 3)).eval()
