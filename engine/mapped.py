@@ -249,4 +249,4 @@ def _own_pages(pagemap: int, address: int, size: int) -> int:
     )  # not of a file, but there
     place = ctypes.addressof(found)
     scan = struct.pack("=12Q", 96, 0, address, address + size, 0, place, 1, 1, *wanted)
-    return fcntl.ioctl(pagemap, _SCAN, bytearray(scan))
+    return int(fcntl.ioctl(pagemap, _SCAN, bytearray(scan)))

@@ -83,7 +83,7 @@ def by_tokens(layer: Callable[[Tensor], Tensor], x: Tensor, at_once: int) -> Ten
         return layer(x)
     tokens = x.flatten(0, 1)
     found = torch.empty_like(tokens)
-    for given, made in zip(tokens.split(at_once), found.split(at_once), strict=True):
+    for given, made in zip(torch.split(tokens, at_once), torch.split(found, at_once), strict=True):
         made.copy_(layer(given))
     return found.view(x.shape)
 
