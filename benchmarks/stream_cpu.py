@@ -86,7 +86,7 @@ def once(events: int, size: int) -> dict[str, Any]:
         running(Config(), {"finance": vertical}, follow=False) as engine,
         set_for_serving(STREAM_THRESHOLDS),
     ):
-        steps = processor.Processor(vertical, engine, stateful=True)
+        steps = processor.Processor(vertical, engine, stateful=True, sla=vertical.sla)
         trail = audit.AuditTrail("finance", None)
         for first in range(0, len(records), size):
             if first == len(records) // 2 // size * size:

@@ -3,17 +3,30 @@
 Libraries choose kernels by the shape of a batch, and the last rows of a batch often go another way
 than the others: the same row then differs in its last bits from batch to batch, differently on
 every kind of processor. A forward that always gets the same number of rows always goes one way.
+Where a library's kernels give a larger forward the same bits, several blocks are one forward: which
+kernels run depends on shapes and threads alone, so a trial on this machine tells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from plinth.engine.backends.base import Executable, Wrapped, another
 from plinth.engine.flow import cat_rows, row_count
+from plinth.engine.models.spec import ModelSpec
+
+WIDEST = 16
+"""Blocks of one forward at most, where it gives the same bits; halves of it are tried too."""
+TRIED = 4
+"""Forwards of each size that are compared, row for row."""
+SLOW = 0.002
+"""Seconds of a block from which on fewer calls save nothing worth a trial."""
+DISTINCT = 0.5
+"""Share of the compared rows whose outputs must differ from all others, or nothing was seen."""
 
 
 class Blocks(Wrapped):
@@ -22,28 +35,57 @@ class Blocks(Wrapped):
     Args:
         inner: what runs a block.
         rows: of a block; the last one is filled up with copies of its last row.
+        sizes: rows of larger forwards, descending, of which each row has the bits it has in a
+            block; see :meth:`widened`.
     """
 
-    def __init__(self, inner: Executable, rows: int) -> None:
+    def __init__(self, inner: Executable, rows: int, sizes: tuple[int, ...] = ()) -> None:
         super().__init__(inner)
         self.rows = rows
+        self.sizes = sizes
+
+    def widened(self, spec: ModelSpec) -> Blocks:
+        """Several blocks at once, where every row of a trial came out bit for bit as in a block.
+
+        Only for a backend that runs a graph by a library alone: its order of arithmetic depends on
+        the shape, the place of a row and the threads, and all places of each shape are tried.
+        """
+        if spec.free or not self.inner.is_native(self.rows):
+            return self
+        block = spec.example(self.rows)
+        if min(self._seconds(block) for _ in range(3)) > SLOW:
+            return self
+        example = spec.example(TRIED * WIDEST * self.rows)
+        alone = self.run(example)
+        told = torch.cat([tensor.flatten(1).double() for tensor in alone.values()], 1)
+        if len(told.unique(dim=0)) < DISTINCT * len(told):
+            return self
+        sizes, blocks = list[int](), WIDEST
+        while blocks > 1:
+            size = blocks * self.rows
+            part = {name: rows[: TRIED * size] for name, rows in example.items()}
+            found = Blocks(self.inner, size).run(part)
+            if all(torch.equal(rows, alone[name][: TRIED * size]) for name, rows in found.items()):
+                sizes.append(size)
+            blocks //= 2
+        return Blocks(self.inner, self.rows, tuple(sizes))
+
+    def _seconds(self, inputs: Mapping[str, Tensor]) -> float:
+        begun = perf_counter()
+        self.inner.run(inputs)
+        return perf_counter() - begun
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Executable`; inputs have at least one row."""
-        count = row_count(inputs)
-        outputs = [self.inner.run(self._block(inputs, at)) for at in range(0, count, self.rows)]
+        count, first, outputs = row_count(inputs), 0, list[dict[str, Tensor]]()
+        for size in (*self.sizes, self.rows):
+            while count - first >= size or (size == self.rows and first < count):
+                outputs.append(self.inner.run(_block(inputs, first, size)))
+                first += size
         whole = cat_rows(outputs)
+        if first == count:
+            return whole
         return {name: tensor[:count] for name, tensor in whole.items()}
-
-    def _block(self, inputs: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
-        block = {name: rows[first : first + self.rows] for name, rows in inputs.items()}
-        missing = self.rows - row_count(block)
-        if not missing:
-            return block
-        return {
-            name: torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
-            for name, rows in block.items()
-        }
 
     def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Executable`."""
@@ -52,8 +94,20 @@ class Blocks(Wrapped):
     def another(self) -> Blocks | None:
         """One more for another thread; see ``base.another``."""
         inner = another(self.inner)
-        return None if inner is None else Blocks(inner, self.rows)
+        return None if inner is None else Blocks(inner, self.rows, self.sizes)
 
     def is_native(self, rows: int) -> bool:
         """See :class:`Executable`."""
         return self.inner.is_native(self.rows)
+
+
+def _block(inputs: Mapping[str, Tensor], first: int, size: int) -> dict[str, Tensor]:
+    """Rows from ``first`` on; where fewer are left the last one fills the block up."""
+    block = {name: rows[first : first + size] for name, rows in inputs.items()}
+    missing = size - row_count(block)
+    if not missing:
+        return block
+    return {
+        name: torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
+        for name, rows in block.items()
+    }

@@ -445,7 +445,7 @@ def load_model(
         module = executable.module if isinstance(executable, TorchExecutable) else None
         executable = _fitted(executable, budget_of(device, budget))
         if model.spec.block is not None:
-            executable = Blocks(executable, model.spec.block)
+            executable = Blocks(executable, model.spec.block).widened(model.spec)
         if executable.report.get("untried"):  # a batch of several rows was never seen to be right
             room = Room(max(0, budget_of(device, budget) - executable.weights))
             return LoadedModel(model, sla, executable, 1, room)

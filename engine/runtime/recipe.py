@@ -220,7 +220,7 @@ def cook(recipe: Recipe, device: Device, threads: int) -> tuple[Model, Executabl
         ranges = [(first, made[backend, policy.name]) for first, backend, policy in recipe.parts]
         executable = Planned(ranges) if len(ranges) > 1 else ranges[0][1]
     if recipe.spec.block is not None:
-        executable = Blocks(executable, recipe.spec.block)
+        executable = Blocks(executable, recipe.spec.block).widened(recipe.spec)
     return model, executable
 
 

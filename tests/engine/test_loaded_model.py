@@ -21,6 +21,8 @@ from plinth.engine import (
     Tiling,
 )
 from plinth.engine.backends import prepare
+from plinth.engine.backends.base import Wrapped
+from plinth.engine.backends.blocks import Blocks
 from plinth.engine.devices.device import pick
 from plinth.engine.errors import OutOfMemory
 from plinth.engine.metrics import REGISTRY
@@ -182,6 +184,58 @@ def test_a_model_of_blocks_always_gets_so_many_rows_and_each_caller_its_own():
             assert torch.equal(engine.run(call("in-blocks", x)).value, 2 * x)
     assert set(counted.seen[ready:]) == {8}
     assert len(counted.seen) - ready == 1 + 1 + 1 + 2 + 8  # 50 rows are batches of 20, 20 and 10
+
+
+class Kernels(Wrapped):
+    """A library whose forwards of many rows add an error, or give the same for every row."""
+
+    def __init__(self, inner, error=0.0, blind=False, of=None):
+        super().__init__(inner)
+        self.error, self.blind, self.of, self.seen = error, blind, of, []
+
+    def run(self, inputs):
+        rows = len(inputs["x"])
+        self.seen.append(rows)
+        found = inputs["x"] * (not self.blind)
+        if rows == (self.of or rows):
+            found[8:9] += self.error
+        return {"y": found}
+
+    def is_native(self, rows):
+        return True
+
+
+@pytest.mark.parametrize("how", [{}, {"error": 1e-3}, {"blind": True}])
+def test_blocks_go_together_where_a_trial_saw_the_same_bits(how):
+    plain = model("in-blocks", nn.Identity())
+    kernels = Kernels(prepare(plain, pick("cpu"), "fp32", "eager"), **how)
+    blocks = Blocks(kernels, 8).widened(plain.spec)
+    assert blocks.sizes == (() if how else (128, 64, 32, 16))
+    kernels.seen.clear()
+    rows = torch.randn(205, 4)
+    found = blocks.run({"x": rows})["y"]
+    assert kernels.seen == ([8] * 26 if how else [128, 64, 8, 8])
+    assert torch.equal(found, rows * (not how.get("blind")))
+    assert blocks.run({"x": rows[:8]})["y"].shape == (8, 4)
+
+
+def test_a_size_with_other_bits_is_left_out():
+    plain = model("in-blocks", nn.Identity())
+    kernels = Kernels(prepare(plain, pick("cpu"), "fp32", "eager"), error=1e-3, of=64)
+    assert Blocks(kernels, 8).widened(plain.spec).sizes == (128, 32, 16)
+
+
+@pytest.mark.cpu
+def test_a_row_has_the_same_bits_alone_and_among_many_on_onnx_runtime():
+    layers = nn.Sequential(nn.Linear(4, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 4))
+    plain = model("bits", layers)
+    blocks = Model(plain.spec.model_copy(update={"block": 32}), plain.module)
+    rows = torch.randn(301, 4)
+    with Engine(backend="onnxruntime") as engine:
+        engine.add(blocks, batch_range=(1, 301))
+        together = engine.run(call("bits", rows)).value
+        alone = torch.cat([engine.run(call("bits", row[None])).value for row in rows[::7]])
+    assert torch.equal(together[::7], alone)
 
 
 def test_a_model_that_exceeds_the_budget_is_refused_with_its_bytes():
