@@ -20,6 +20,11 @@ from plinth.verticals import Vertical, registry
 
 log = logging.getLogger("plinth.assembly")
 
+Rows = tuple[int, int] | None
+"""Smallest and largest batch; ``None``: nothing is said."""
+STREAM_ROWS = 1, 1024
+"""Of a stream: calls come as whole chunks, and nobody waits for a row that comes between them."""
+
 
 def chosen(config: Config, names: Sequence[str] = ()) -> list[str]:
     """Which verticals to run: those asked for, those with a table, or all that can be imported.
@@ -99,7 +104,11 @@ def doors(kind: type[Vertical[Any, Any]]) -> list[str]:
 
 
 def build_engine(
-    config: Config, verticals: Mapping[str, Vertical[Any, Any]], *, steps_soon: bool = False
+    config: Config,
+    verticals: Mapping[str, Vertical[Any, Any]],
+    *,
+    steps_soon: bool = False,
+    rows: Rows = None,
 ) -> Engine:
     """An engine, not yet started, that has every model of the verticals.
 
@@ -109,6 +118,8 @@ def build_engine(
         config: the settings of all.
         verticals: by name.
         steps_soon: what forks workers for heavy steps is started beside the models.
+        rows: smallest and largest batch where neither config nor vertical says; ``None``: the
+            engine's own.
 
     Raises:
         ConfigError: a setting of ``[engine]`` is wrong for this machine, or two verticals bring
@@ -122,22 +133,23 @@ def build_engine(
             engine.prepare_steps(type(vertical).__module__)
     brought: dict[str, tuple[str, Model, object]] = {}
     for vertical in verticals.values():
-        rows = _batch_range(vertical, config)
+        batches = _batch_range(vertical, config, rows)
         for model in models_of(vertical, config):
             name = model.spec.name
-            by, first, range_ = brought.setdefault(name, (vertical.name, model, rows))
-            _check_shared(name, (by, first, range_), (vertical.name, model, rows))
-            _add(engine, config, vertical, model)
+            by, first, range_ = brought.setdefault(name, (vertical.name, model, batches))
+            _check_shared(name, (by, first, range_), (vertical.name, model, batches))
+            _add(engine, config, vertical, model, batches)
     return engine
 
 
-def _batch_range(vertical: Vertical[Any, Any], config: Config) -> Any:
-    return config.vertical(vertical.name).batch_range or vertical.batch_range
+def _batch_range(vertical: Vertical[Any, Any], config: Config, otherwise: Rows) -> Any:
+    return config.vertical(vertical.name).batch_range or vertical.batch_range or otherwise
 
 
-def _add(engine: Engine, config: Config, vertical: Vertical[Any, Any], model: Model) -> None:
+def _add(
+    engine: Engine, config: Config, vertical: Vertical[Any, Any], model: Model, rows: Any
+) -> None:
     """Add a model of a vertical, with the settings of its table."""
-    rows = _batch_range(vertical, config)
     options: dict[str, Any] = {} if rows is None else {"batch_range": rows}
     engine.add(model, sla=sla_of(vertical, config), **options)
 
@@ -149,6 +161,7 @@ def running(
     *,
     follow: bool = False,
     steps_soon: bool = False,
+    rows: Rows = None,
 ) -> Iterator[Engine]:
     """The engine of :func:`build_engine`, started; at the end it is closed, then the verticals.
 
@@ -156,19 +169,19 @@ def running(
         config: the settings of all.
         verticals: by name.
         follow: take up defaults that change in the store meanwhile.
-        steps_soon: see :func:`build_engine`.
+        steps_soon, rows: see :func:`build_engine`.
     """
     with contextlib.ExitStack() as stack:
         for vertical in verticals.values():
             stack.callback(vertical.close)
-        built = build_engine(config, verticals, steps_soon=steps_soon)
+        built = build_engine(config, verticals, steps_soon=steps_soon, rows=rows)
         engine = stack.enter_context(built)
         if follow:
 
             def add(vertical: Vertical[Any, Any], model: Model) -> None:
                 if config.engine.backend in ("auto", "onnxruntime"):
                     export_ahead(model)
-                _add(engine, config, vertical, model)
+                _add(engine, config, vertical, model, _batch_range(vertical, config, rows))
 
             stack.enter_context(following(engine, list(verticals.values()), add))
         yield engine

@@ -58,7 +58,7 @@ class Blocks(Wrapped):
         example = spec.example(TRIED * WIDEST * self.rows)
         alone = self.run(example)
         told = torch.cat([tensor.flatten(1).double() for tensor in alone.values()], 1)
-        if len(told.unique(dim=0)) < DISTINCT * len(told):
+        if len(set(map(tuple, told.tolist()))) < DISTINCT * len(told):
             return self
         sizes, blocks = list[int](), WIDEST
         while blocks > 1:

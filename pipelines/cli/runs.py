@@ -22,7 +22,7 @@ from rich.progress import (
 
 from plinth.engine import ConfigError, Engine
 from plinth.engine.models.store import choose_store
-from plinth.pipelines.assembly import doors, load_vertical, running, sla_of
+from plinth.pipelines.assembly import STREAM_ROWS, doors, load_vertical, running, sla_of
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.console import err, say, show_json, show_table
 from plinth.pipelines.folders.batch import Batch, Carry, Summary, check_folders
@@ -67,7 +67,7 @@ def run_stream(config: Config, name: str, metrics: str | None, as_json: bool) ->
         Signals(stop.set).handled(),
         metrics_at(metrics) as url,
         tracing_while(os.environ) as tracing,
-        running(config, {name: vertical}, follow=True) as engine,
+        running(config, {name: vertical}, follow=True, rows=STREAM_ROWS) as engine,
         set_for_serving(STREAM_THRESHOLDS),
     ):
         say(f"streaming {config.stream.input_topic} -> {config.stream.output_topic}")
@@ -111,7 +111,10 @@ def run_rebuild(config: Config, name: str, wanted: str) -> int:
     vertical = load_vertical(config, name)
     equal = count = 0
     why: Counter[str] = Counter()
-    with running(config, {name: vertical}) as engine, set_for_serving(STREAM_THRESHOLDS):
+    with (
+        running(config, {name: vertical}, rows=STREAM_ROWS) as engine,
+        set_for_serving(STREAM_THRESHOLDS),
+    ):
         found = rebuild(
             vertical,
             engine,

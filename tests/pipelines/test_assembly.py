@@ -92,6 +92,14 @@ def test_a_shared_model_has_one_batch_range():
         build_engine(config, both)
 
 
+def test_rows_of_a_batch_are_what_config_or_vertical_says_and_else_what_the_caller_does():
+    one = {"a": bringing("a", 2.0)}
+    told = Config.model_validate(EAGER | {"verticals": {"a": {"batch_range": [1, 8]}}})
+    for config, most in ((Config.model_validate(EAGER), 256), (told, 8)):
+        engine = build_engine(config, one, rows=(1, 256))
+        assert engine.status()["models"]["risk"]["largest_batch"] == most
+
+
 @architecture("test-assembly-times")
 def times(factor: float) -> Times:
     return Times(factor)
