@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from kafka.admin import KafkaAdminClient, MemberToRemove
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient, MemberToRemove
 from kafka.errors import (
     AuthorizationError,
     FencedInstanceIdError,
@@ -40,6 +40,7 @@ RETRY_BACKOFF_MS = 5
 """A transaction that begins before the last one's markers are written waits so long."""
 LEAVE_MS = 3_000
 """Longest wait for a broker, and for its answer, when a place in the group is given up."""
+POLICY = "cleanup.policy"
 HEADROOM = 128 * 1024
 """Bytes of a message beside a record: key and headers."""
 Noted = dict[Partition, tuple[int, str]]
@@ -262,11 +263,16 @@ def noted(ends: Mapping[Partition, int], layout: Layout, notes: Mapping[Partitio
 
 
 # -- topics --------------------------------------------------------------------------------
-def prepare(config: StreamConfig) -> dict[str, int]:
+def prepare(config: StreamConfig, *, whole: bool = False) -> dict[str, int]:
     """Reach the broker and see that the topics are there; number of partitions by topic.
 
+    Args:
+        config: of the stream.
+        whole: the input must keep its records, since a state is made of them.
+
     Raises:
-        ConfigError: no broker answers, it refuses us, or topics are missing; says what to do.
+        ConfigError: no broker answers, it refuses us, topics are missing, or the input does not
+            keep its records; says what to do.
     """
     options = config.client_options()
     with quiet_client() as heard:
@@ -279,11 +285,33 @@ def prepare(config: StreamConfig) -> dict[str, int]:
         except (KafkaError, OSError, ValueError) as error:
             raise unreachable(config, error, heard) from None
     try:
-        return _topics(admin, config)
+        found = _topics(admin, config)
+        if whole:
+            _refuse_compacted(admin, config.input_topic)
+        return found
     except KafkaError as error:
         raise unreachable(config, error) from None
     finally:
         admin.close()
+
+
+def _refuse_compacted(admin: Any, topic: str) -> None:
+    """See that Kafka does not remove all but the last record of each key."""
+    asked = ConfigResource(ConfigResourceType.TOPIC, topic, {POLICY: None})
+    try:
+        told = admin.describe_configs([asked], config_filter="all")
+    except KafkaError as error:  # not every broker knows that question
+        log.debug("whether %s is compacted is not told: %r", topic, error)
+        return
+    policy = told.get("topic", {}).get(topic, {}).get(POLICY)
+    if policy is None:
+        log.debug("whether %s is compacted is not told to us", topic)
+    elif "compact" in str(policy["value"]):
+        raise ConfigError(
+            f"topic {topic} has {POLICY}={policy['value']}: all but the last record of each key "
+            "vanish, and a state made of what is left would be another one",
+            hint=f"kafka-configs.sh --alter --topic {topic} --add-config {POLICY}=delete",
+        )
 
 
 class Heard(logging.Handler):

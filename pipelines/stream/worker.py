@@ -189,6 +189,7 @@ def run(
 
     origin = {"vertical": vertical.name, "topic": config.input_topic, "group": config.group}
 
+    whole = vertical.snapshot() is not None
     parts = None
     if config.state_store == "disk" and config.state_dir is not None:
         parts = config.state_dir / "parts"
@@ -225,7 +226,7 @@ def run(
 
     standby, ready = None, None
     if config.standby:
-        prepare(config)
+        prepare(config, whole=whole)
         ready = state(followed=parts)
         standby = Standby(config, *ready, stop)
         log.info("standing by for the worker that holds %s", config.state_dir)
@@ -235,7 +236,7 @@ def run(
             contextlib.ExitStack() as held,
         ):
             if standby is None:
-                prepare(config)
+                prepare(config, whole=whole)
             else:
                 standby.close()
                 log.info("taking over %s", config.state_dir)

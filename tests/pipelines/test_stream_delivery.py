@@ -95,6 +95,16 @@ def test_what_is_appended_keeps_its_order_over_batches_and_transactions(
 
 
 @real_kafka
+def test_a_compacted_input_is_refused_where_a_state_is_made_of_it(kafka_node: KafkaNode) -> None:
+    """A restart would build the state from the last record of each card alone."""
+    config = kafka_node.config()
+    kafka_node.create(config.input_topic, 1, **{"cleanup.policy": "compact,delete"})
+    with pytest.raises(ConfigError, match=r"cleanup\.policy=compact,delete: all but the last"):
+        stream(config)
+    prepare(config)  # for who has no state
+
+
+@real_kafka
 def test_an_append_outside_a_transaction_is_refused(kafka_node: KafkaNode) -> None:
     config = kafka_node.config(partitions=1)
     prepare(config)
