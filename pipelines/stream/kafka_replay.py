@@ -7,9 +7,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from kafka import KafkaConsumer
 from kafka.admin import KafkaAdminClient
@@ -51,7 +52,8 @@ AGAIN_S = 0.05
 class Replay:
     """Reads [from, to) of some partitions, merged by record timestamp.
 
-    The order between partitions is that of the timestamps; within one it is the log's own.
+    The order between partitions is that of the timestamps; within one it is the log's own, and
+    where timestamps go back there, the latest before counts.
 
     Args:
         config: which Kafka.
@@ -61,7 +63,8 @@ class Replay:
     def __init__(self, config: StreamConfig, ranges: Mapping[Partition, tuple[int, int]]) -> None:
         self._ends = {place: to for place, (_, to) in ranges.items()}
         self._at = {place: start for place, (start, _) in ranges.items()}
-        self._held: dict[Partition, deque[Record]] = {place: deque() for place in ranges}
+        self._held: dict[Partition, deque[_Held]] = {place: deque() for place in ranges}
+        self._latest = dict.fromkeys(ranges, -1)
         self._heard = time.monotonic()
         self._consumer = reader(config)
         self._consumer.assign([TopicPartition(*place) for place in ranges])
@@ -127,11 +130,18 @@ class Replay:
             end = self._ends.get(place)
             if end is not None:
                 self._heard = now
-                self._held[place].extend(r for r in records if r.offset < end)
+                self._hold(place, (r for r in records if r.offset < end))
                 if records[-1].offset + 1 >= end:
                     self._end(place)
         if now - self._heard > SILENCE_S / 10:
             self._look(now - self._heard > SILENCE_S)
+
+    def _hold(self, place: Partition, records: Iterable[Record]) -> None:
+        latest, held = self._latest[place], self._held[place]
+        for record in records:
+            latest = max(latest, record.timestamp)
+            held.append(_Held(latest, record))
+        self._latest[place] = latest
 
     def _look(self, long: bool) -> None:
         """End the partitions whose last records are transaction markers or were deleted."""
@@ -157,25 +167,31 @@ class Replay:
         del self._ends[place]
 
     def _merge(self, *, everything: bool) -> Chunk | None:
-        waiting = [self._held[place][-1].timestamp for place in self._ends if self._held[place]]
+        waiting = [self._latest[place] for place in self._ends if self._held[place]]
         until = None if everything or not waiting else min(waiting)
-        records: list[Record] = []
+        records: list[_Held] = []
         starts: dict[Partition, int] = {}
         ends: dict[Partition, int] = {}
         for place, held in self._held.items():
             before = len(records)
-            while held and (until is None or held[0].timestamp <= until):
+            while held and (until is None or held[0].time <= until):
                 records.append(held.popleft())
             if len(records) > before:
                 starts[place] = self._at[place]
-                ends[place] = self._at[place] = records[-1].offset + 1
-        # stable, so each partition keeps its own order where its timestamps go back
-        records.sort(key=_timestamp)
-        return Chunk(records, starts, ends, None, True) if records else None
+                ends[place] = self._at[place] = records[-1].record.offset + 1
+        records.sort(key=_time)  # stable, and within a partition these never go back
+        merged = [one.record for one in records]
+        return Chunk(merged, starts, ends, None, True) if merged else None
 
 
-def _timestamp(record: Any) -> int:
-    return int(record.timestamp)
+class _Held(NamedTuple):
+    """A record, and the latest timestamp of its partition up to it."""
+
+    time: int
+    record: Record
+
+
+_time = attrgetter("time")
 
 
 class Log:

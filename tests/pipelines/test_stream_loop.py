@@ -9,18 +9,21 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kafka.structs import TopicPartition
 from kafka_fixtures import eventually
 from tally import TallyVertical, expect_each_once, started_engine
 
 from plinth.engine import Call, ConfigError, Engine, InputError, ModelError, QueueFull
 from plinth.pipelines.formats.registry import RegistryAway
 from plinth.pipelines.snapshots import claim
+from plinth.pipelines.stream import kafka_replay
 from plinth.pipelines.stream.checkpoint import Checkpoint
 from plinth.pipelines.stream.chunks import (
     Chunk,
@@ -415,6 +418,57 @@ def test_a_snapshot_is_picked_up_with_its_offsets_and_only_the_rest_is_read_agai
     again = check(second, path)
     assert second.counts == first.counts
     assert again.plan({P: 34}, {P: 0}) == {P: (30, 34)}
+
+
+class Logs:
+    """What a reader of the past asks of a client, over partitions in memory."""
+
+    def __init__(self, times: dict[int, list[int]]) -> None:
+        self.logs = {TopicPartition("in", number): found for number, found in times.items()}
+        self.at = dict.fromkeys(self.logs, 0)
+
+    def assign(self, places: list[TopicPartition]) -> None:
+        assert set(places) == set(self.logs)
+
+    def seek(self, place: TopicPartition, offset: int) -> None:
+        self.at[place] = offset
+
+    def poll(self, wait_ms: int, max_records: int) -> dict[TopicPartition, list[Any]]:
+        found = {}
+        for place, times in self.logs.items():
+            at = self.at[place]
+            part = [SimpleNamespace(partition=place.partition, offset=at + n, timestamp=time)
+                    for n, time in enumerate(times[at : at + 2])]  # fmt: skip
+            self.at[place] += len(part)
+            found |= {place: part} if part else {}
+        return found
+
+    def close(self, **_: Any) -> None:
+        """Nothing is open."""
+
+
+@given(
+    st.dictionaries(
+        st.integers(0, 3), st.lists(st.integers(0, 50), min_size=1, max_size=12), min_size=1
+    )
+)
+def test_the_past_is_read_to_its_end_and_in_the_logs_order_whatever_its_timestamps(
+    times: dict[int, list[int]],
+) -> None:
+    """Where each partition held a record older than all heads, nothing more was ever read."""
+    spans = {Partition("in", number): (0, len(found)) for number, found in times.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kafka_replay, "reader", lambda config: Logs(times))
+        replay = kafka_replay.Replay(StreamConfig(input_topic="in", output_topic="out"), spans)
+        read: list[Any] = []
+        for _ in range(4 * sum(map(len, times.values())) + 4):
+            chunk = replay.take()
+            read += chunk.records if chunk is not None else []
+    for number, found in times.items():
+        mine = [record.offset for record in read if record.partition == number]
+        assert mine == list(range(len(found)))
+    if all(found == sorted(found) for found in times.values()):
+        assert [one.timestamp for one in read] == sorted(one.timestamp for one in read)
 
 
 def test_a_registry_that_is_away_while_state_is_rebuilt_is_waited_for(
