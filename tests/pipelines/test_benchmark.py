@@ -146,6 +146,7 @@ def test_the_search_asks_loadgen_too(plinth: Plinth) -> None:
     assert found["scenarios"] == []
 
 
+@clock
 def test_a_vertical_of_folders_without_a_deadline(plinth: Plinth, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/one.txt").write_text("1")
