@@ -126,12 +126,43 @@ def _dice(got: Tensor, want: Tensor) -> float:
     return 1 - sum(scores) / len(scores) if scores else 0.0
 
 
+def check_labels(labels: Tensor | None, rows: Rows) -> None:
+    """Refuse labels that do not belong to some rows.
+
+    Args:
+        labels: (n, ...), or ``None``.
+        rows: (n, ...) by input name.
+
+    Raises:
+        InputError: there are more or fewer, or one is not a number; names it.
+    """
+    if labels is None:
+        return
+    count = len(next(iter(rows.values())))
+    if not labels.ndim or len(labels) != count:
+        given = len(labels) if labels.ndim else "one"
+        raise InputError(f"there are {given} labels for {count} rows", field="labels")
+    if labels.is_floating_point() and not bool(labels.isfinite().all()):
+        row = int((~labels.isfinite()).reshape(count, -1).any(1).nonzero()[0])
+        raise InputError(
+            f"the label of row {row} is not a number",
+            field="labels",
+            hint="leave out the rows whose label nobody knows",
+        )
+
+
 def _against_labels(area: Callable[[Any, Any], float]) -> Loss:
     def loss(got: Rows, want: Rows, labels: Tensor | None) -> float:
         if labels is None:
             raise ConfigError("auc and ap need labels", hint="give the data an array 'labels'")
         name = next(iter(want))
         column = _score_column(want[name])
+        if labels.numel() != len(want[name]) or not bool(((labels == 0) | (labels == 1)).all()):
+            raise InputError(
+                f"auc and ap need one label for each row, 0 or 1; they are {tuple(labels.shape)}, "
+                f"{labels.min().item():g} to {labels.max().item():g}",
+                field="labels",
+            )
         truth = labels.numpy(force=True).astype(bool).ravel()
         if truth.all() or not truth.any():
             raise InputError("auc and ap need rows of both labels, 0 and 1")

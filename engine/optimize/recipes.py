@@ -31,7 +31,7 @@ from plinth.engine.errors import ConfigError, PlinthError
 from plinth.engine.models.binding import Binding, outputs_by_name
 from plinth.engine.models.store import Model
 from plinth.engine.models.weights import PACKED
-from plinth.engine.optimize.measures import Loss, Rows, digest_of, outputs_of
+from plinth.engine.optimize.measures import Loss, Rows, check_labels, digest_of, outputs_of
 from plinth.engine.precision.policy import PRESETS
 
 MIN_ROWS = 20
@@ -212,10 +212,13 @@ class _Search:
         self.seen = {name: tensor[~held] for name, tensor in goal.rows.items()}
         self.held = {name: tensor[held] for name, tensor in goal.rows.items()}
         given = goal.labels
+        check_labels(given, goal.rows)
         self.labels = (None, None) if given is None else (given[~held], given[held])
         binding, spec = Binding(goal.model.spec, goal.model.module), goal.model.spec
         self.forward = lambda module, rows: outputs_by_name(spec, binding.call(module, rows))
         self.want = self._run(goal.model.module)
+        if given is not None:  # what cannot be judged is told before anything is trained
+            goal.loss(self.want, self.want, self.labels[1])
         self.points: list[Small] = []
         self.refused: dict[str, str] = {}
 

@@ -38,7 +38,7 @@ from plinth.engine.backends.quantised import (
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, PlinthError
 from plinth.engine.models.store import Model
-from plinth.engine.optimize.measures import Loss, Rows, digest_of, outputs_of
+from plinth.engine.optimize.measures import Loss, Rows, check_labels, digest_of, outputs_of
 from plinth.engine.precision.policy import PRESETS, PrecisionPolicy, resolve
 
 MIN_ROWS = 8
@@ -172,6 +172,7 @@ class _Search:
         self.task, self.say = task, say
         self._until = time.monotonic() + task.seconds
         model = task.model
+        check_labels(task.labels, task.rows)
         self.seen, self.held = (
             {name: tensor[first::2] for name, tensor in task.rows.items()} for first in (0, 1)
         )

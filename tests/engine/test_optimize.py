@@ -1,6 +1,7 @@
 """The search for the fastest way within an allowed loss, and the variants it ends in."""
 
 import json
+import math
 import shutil
 import sys
 import threading
@@ -22,6 +23,7 @@ from plinth.engine.devices.device import pick
 from plinth.engine.optimize import search as optimize
 from plinth.engine.optimize.keep import keep
 from plinth.engine.optimize.measures import average_precision, loss_of, roc_auc
+from plinth.engine.optimize.recipes import Goal, shrink
 from plinth.engine.optimize.search import Task, alike, search
 from plinth.engine.precision.policy import PrecisionPolicy, resolve
 
@@ -292,6 +294,26 @@ def test_a_score_beside_columns_that_never_change_is_judged_and_two_scores_are_n
         loss_of("ap")(want, {"y": torch.stack((scores, 1 - scores), dim=1)}, labels)
     with pytest.raises(InputError, match="0 differ from row to row"):
         loss_of("ap")(want, {"y": torch.ones(4, 2)}, labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([1.0, math.nan, 0.0, 1.0], "the label of row 1 is not a number"),
+        ([1, 0, 1], "there are 45 labels for 60 rows"),
+        ([1, 0, 2, 1], "0 or 1; they are .*, 0 to 2"),
+        ([[1, 0], [0, 1], [1, 0], [0, 1]], "one label for each row"),
+    ],
+)
+def test_labels_that_are_none_are_refused_before_anything_is_trained(labels, said, tmp_path):
+    module = nn.Linear(3, 1).eval()
+    model = Model.from_torch(module, example=torch.rand(2, 3), name="line")
+    (spec,) = model.spec.inputs
+    rows = {spec.name: torch.rand(60, 3)}
+    many = torch.tensor(labels).repeat(15, *[1] * (torch.tensor(labels).ndim - 1))
+    goal = Goal(model, rows, loss_of("auc"), 0.1, 1000, CPU, labels=many)
+    with pytest.raises(InputError, match=said):
+        shrink(goal, tmp_path)
 
 
 def test_measures_are_what_their_names_say(tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from plinth.engine import Call, Engine, ModelSpec, ModelStore, TensorSpec, architecture
+from plinth.engine import Call, Engine, InputError, ModelSpec, ModelStore, TensorSpec, architecture
 from plinth.pipelines.cli.main import app
 from plinth.pipelines.cli.variants.compress import bytes_of
 
@@ -156,3 +156,11 @@ def test_sizes_are_read_as_people_write_them():
     assert bytes_of("200 KiB", 1) == 204_800
     assert bytes_of("32x", 102_400) == 3_200
     assert bytes_of("5000", 1) == 5_000
+
+
+@pytest.mark.parametrize("whole", [b"PK\x03\x04nonsense", b"\x93NUMPY\x01", b""])
+def test_a_file_of_rows_that_is_none_is_refused_by_name(store, tmp_path, whole):
+    (tmp_path / "rows.npz").write_bytes(whole)
+    ended = run(store, "--data", str(tmp_path / "rows.npz"))
+    assert isinstance(ended.exception, InputError)
+    assert "rows.npz cannot be read" in ended.exception.message

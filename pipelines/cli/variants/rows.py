@@ -17,6 +17,9 @@ def read_rows(path: Path, names: list[str]) -> tuple[dict[str, Any], Any]:
     Raises:
         InputError: it cannot be read.
     """
+    import zlib
+    from zipfile import BadZipFile
+
     import numpy as np
     import torch
     from safetensors import SafetensorError
@@ -28,10 +31,19 @@ def read_rows(path: Path, names: list[str]) -> tuple[dict[str, Any], Any]:
         if path.suffix == ".safetensors":
             rows = load_file(path)
         else:
-            loaded = np.load(path, allow_pickle=False)
-            arrays = {names[0]: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+            with path.open("rb") as file:
+                loaded = np.load(file, allow_pickle=False)
+                arrays = {names[0]: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
             rows = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        EOFError,
+        BadZipFile,
+        zlib.error,
+        SafetensorError,
+    ) as error:
         raise InputError(
             f"{path} cannot be read: {error}",
             hint="write it with numpy.savez, or safetensors.torch.save_file",
