@@ -28,9 +28,9 @@ from torch import Tensor, nn
 import plinth.verticals.finance.model  # noqa: F401  (registers the architectures)
 from plinth.engine import Engine, ModelStore
 from plinth.verticals.finance import FraudScoring
+from plinth.verticals.finance.decisions.reasons import MASKED, Coalitions, Groups, log_odds
 from plinth.verticals.finance.features.columns import Columns
 from plinth.verticals.finance.features.program import STANDARD
-from plinth.verticals.finance.reasons import MASKED, Coalitions, Groups, log_odds
 from plinth.verticals.finance.schema import Decision
 from plinth.verticals.finance.settings import STORE
 from plinth.verticals.finance.training.history import simulated

@@ -37,8 +37,8 @@ from plinth.pipelines.assembly import running
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.interpreter import set_for_serving
 from plinth.verticals.finance import FraudScoring, FraudSettings
-from plinth.verticals.finance.champion import Champion
 from plinth.verticals.finance.settings import STORE
+from plinth.verticals.finance.succession.champion import Champion
 from plinth.verticals.finance.training.derived import scorer
 from plinth.verticals.finance.training.simulator import Population, simulate, transactions_json
 

@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from plinth.pipelines.interpreter import STREAM_THRESHOLDS, set_for_serving
-from plinth.pipelines.snapshots import read_snapshot, write_snapshot
-from plinth.pipelines.state_store import BEGIN_AT, FULL_AT, DiskStore, KeptState
+from plinth.pipelines.state.snapshots import read_snapshot, write_snapshot
+from plinth.pipelines.state.store import BEGIN_AT, FULL_AT, DiskStore, KeptState
 from plinth.verticals.finance import FraudScoring, FraudSettings
 from plinth.verticals.finance.features.online import Batch, Event
 

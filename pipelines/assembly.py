@@ -14,8 +14,8 @@ from plinth.engine import ConfigError, Engine, Model, Sla
 from plinth.engine.models.store import choose_store, default_store
 from plinth.engine.optimize.export_ahead import export_ahead
 from plinth.pipelines.config.settings import Config
-from plinth.pipelines.live_models import following
-from plinth.pipelines.live_tables import settings_of
+from plinth.pipelines.live.models import following
+from plinth.pipelines.live.tables import settings_of
 from plinth.verticals import Vertical, registry
 
 log = logging.getLogger("plinth.assembly")

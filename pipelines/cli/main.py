@@ -215,7 +215,7 @@ def serve(
     )
     from plinth.pipelines.assembly import load_verticals, running
     from plinth.pipelines.http import server as door
-    from plinth.pipelines.snapshots import kept_states
+    from plinth.pipelines.state.snapshots import kept_states
 
     config.check_access()
     bound = door.bind(config.serve.host, config.serve.port)

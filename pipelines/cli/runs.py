@@ -29,8 +29,8 @@ from plinth.pipelines.folders.batch import Batch, Carry, Summary, check_folders
 from plinth.pipelines.folders.batch import Progress as Step
 from plinth.pipelines.folders.carrier import Carrier, own_engine, shares_of
 from plinth.pipelines.interpreter import STREAM_THRESHOLDS, frozen, set_for_serving
-from plinth.pipelines.live_models import AnyVertical
-from plinth.pipelines.live_tables import LiveTables
+from plinth.pipelines.live.models import AnyVertical
+from plinth.pipelines.live.tables import LiveTables
 from plinth.pipelines.observability.tracing import batch_span, tracing_while
 from plinth.pipelines.process import Signals, metrics_at
 from plinth.verticals import registry

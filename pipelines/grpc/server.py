@@ -39,7 +39,7 @@ from plinth.pipelines.grpc.arrivals import Arrivals, Places
 from plinth.pipelines.grpc.messages import HEALTH, INFERENCE, message
 from plinth.pipelines.identity.callers import EVERYTHING, Caller, Identity, Need, Role
 from plinth.pipelines.identity.request_log import RequestLog
-from plinth.pipelines.live_tables import Marks
+from plinth.pipelines.live.tables import Marks
 from plinth.pipelines.observability.tracing import HEADER as TRACE
 from plinth.pipelines.observability.tracing import Tracing
 from plinth.pipelines.oip.service import ModelService, check_parameters, less, within

@@ -53,11 +53,11 @@ from plinth.pipelines.identity.callers import Identity
 from plinth.pipelines.identity.known import identity_of
 from plinth.pipelines.identity.request_log import RequestLog
 from plinth.pipelines.interpreter import set_for_serving
-from plinth.pipelines.live_tables import LiveTables
+from plinth.pipelines.live.tables import LiveTables
 from plinth.pipelines.observability.tracing import Tracing, tracing_from
 from plinth.pipelines.oip.service import ModelService, load_at_start
 from plinth.pipelines.records import RecordService
-from plinth.pipelines.state_store import STEP_S, KeptState
+from plinth.pipelines.state.store import STEP_S, KeptState
 from plinth.verticals import Vertical
 from plinth.verticals.contract import StateError
 

@@ -29,7 +29,7 @@ from plinth.engine.tables import Table
 from plinth.pipelines.config.source import Origin, places, validated
 from plinth.pipelines.identity.callers import Bucket, Caller, Role, digest_of
 from plinth.pipelines.lines import toml, whole
-from plinth.pipelines.live_tables import Marks
+from plinth.pipelines.live.tables import Marks
 
 log = logging.getLogger("plinth.keys")
 

@@ -17,8 +17,8 @@ from typing import Any
 import lmdb
 
 from plinth.engine import InputError
-from plinth.pipelines.snapshots import read_header, read_snapshot, write_snapshot
-from plinth.pipelines.state_store import DiskStore, FollowedStore, KeptState
+from plinth.pipelines.state.snapshots import read_header, read_snapshot, write_snapshot
+from plinth.pipelines.state.store import DiskStore, FollowedStore, KeptState
 from plinth.pipelines.stream.chunks import UNKNOWN, Chunk, Layout, Partition
 from plinth.verticals.contract import Vertical
 

@@ -24,8 +24,8 @@ from plinth.engine import ConfigError, Engine, Sla
 from plinth.pipelines.formats.mapping import load_mapping
 from plinth.pipelines.formats.registry import RegistryAway
 from plinth.pipelines.observability.tracing import Tracing
-from plinth.pipelines.snapshots import claim
-from plinth.pipelines.state_store import BEGIN_AT, DiskStore
+from plinth.pipelines.state.snapshots import claim
+from plinth.pipelines.state.store import BEGIN_AT, DiskStore
 from plinth.pipelines.stream import kafka_python
 from plinth.pipelines.stream.audit import AuditTrail, key_of
 from plinth.pipelines.stream.checkpoint import Checkpoint

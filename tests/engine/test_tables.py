@@ -12,9 +12,9 @@ from plinth.engine import ConfigError
 from plinth.engine.tables import Table
 from plinth.pipelines.config.settings import Config, load
 from plinth.pipelines.formats.mapping import MappingFile
-from plinth.pipelines.live_tables import settings_of
+from plinth.pipelines.live.tables import settings_of
+from plinth.verticals.finance.decisions.rules import RuleBook
 from plinth.verticals.finance.features.language import Declaration
-from plinth.verticals.finance.rules import RuleBook
 from plinth.verticals.finance.settings import FraudSettings
 from plinth.verticals.medical.networks.recipe import Recipe
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from plinth.pipelines.state_store import DiskStore
+from plinth.pipelines.state.store import DiskStore
 from plinth.pipelines.stream.checkpoint import MAX_BEHIND, Checkpoint
 from plinth.pipelines.stream.chunks import Partition
 from plinth.verticals.finance import FraudScoring, FraudSettings

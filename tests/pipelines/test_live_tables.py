@@ -14,7 +14,7 @@ from plinth.engine import ConfigError
 from plinth.engine.metrics import REGISTRY
 from plinth.pipelines.assembly import load_vertical
 from plinth.pipelines.config.settings import load
-from plinth.pipelines.live_tables import LiveTables
+from plinth.pipelines.live.tables import LiveTables
 from plinth.verticals import registry
 
 RULE = '[[rule]]\ncode = "B1"\ntext = "A limit"\nwhen = "amount > {}"\naction = "decline"\n'

@@ -19,7 +19,7 @@ import pytest
 from state_on_disk import payments
 
 from plinth.engine import ConfigError, InputError
-from plinth.pipelines.state_store import DiskStore, KeptState
+from plinth.pipelines.state.store import DiskStore, KeptState
 from plinth.verticals.contract import StateError
 from plinth.verticals.finance import FraudScoring, FraudSettings
 

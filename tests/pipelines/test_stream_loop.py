@@ -22,7 +22,7 @@ from tally import TallyVertical, expect_each_once, started_engine
 
 from plinth.engine import Call, ConfigError, Engine, InputError, ModelError, QueueFull
 from plinth.pipelines.formats.registry import RegistryAway
-from plinth.pipelines.snapshots import claim
+from plinth.pipelines.state.snapshots import claim
 from plinth.pipelines.stream import kafka_replay
 from plinth.pipelines.stream.checkpoint import Checkpoint
 from plinth.pipelines.stream.chunks import (

@@ -24,7 +24,7 @@ from plinth.pipelines.stream.kafka_clients import prepare
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.pipelines.stream.worker import StreamSummary, run
 from plinth.verticals.finance import FraudScoring, FraudSettings
-from plinth.verticals.finance.champion import Champion
+from plinth.verticals.finance.succession.champion import Champion
 from plinth.verticals.finance.training.simulator import Population, simulate, transactions_json
 from plinth.verticals.testing.flows import drive
 

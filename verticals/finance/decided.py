@@ -20,8 +20,8 @@ import orjson
 from plinth.engine.errors import InputError
 from plinth.verticals.card_numbers import MIN_DIGITS
 from plinth.verticals.contract import Evidence, Written
+from plinth.verticals.finance.decisions.rules import Action, Verdict
 from plinth.verticals.finance.features.online import Batch, Flag
-from plinth.verticals.finance.rules import Action, Verdict
 from plinth.verticals.finance.schema import Decision, Reason, Transaction, unchecked
 from plinth.verticals.finance.versions import Variant
 

@@ -9,11 +9,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from plinth.verticals.contract import Settings
-from plinth.verticals.finance.challenger import Promotion
+from plinth.verticals.finance.decisions.rules import RuleBook, limits, names_of
 from plinth.verticals.finance.features.language import Declaration
 from plinth.verticals.finance.features.program import STANDARD, Program, compiled
-from plinth.verticals.finance.rules import RuleBook, limits, names_of
 from plinth.verticals.finance.schema import CardNumbers, UnknownFields
+from plinth.verticals.finance.succession.challenger import Promotion
 
 STORE = Path(__file__).parent / "store"
 Probability = Annotated[float, Field(ge=0, le=1)]

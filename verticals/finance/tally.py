@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from plinth.verticals.contract import Tally
+from plinth.verticals.finance.decisions.rules import REUSED_ID, Payments, Rules
 from plinth.verticals.finance.features.online import Flag
-from plinth.verticals.finance.rules import REUSED_ID, Payments, Rules
 from plinth.verticals.finance.schema import (
     Decision,
     Label,

@@ -32,15 +32,15 @@ from plinth.engine import (
 )
 from plinth.engine.compression.packed_layers import unpack_layers
 from plinth.engine.files import replace_file
-from plinth.verticals.finance.challenger import Promotion, Shadow
-from plinth.verticals.finance.champion import NAME, WINDOW, Champion
-from plinth.verticals.finance.drift import DriftWatch, Reference
+from plinth.verticals.finance.decisions.reasons import Groups
+from plinth.verticals.finance.decisions.rules import Action
 from plinth.verticals.finance.features.columns import Columns
 from plinth.verticals.finance.features.program import Program
 from plinth.verticals.finance.features.timeline import NEVER
-from plinth.verticals.finance.reasons import Groups
-from plinth.verticals.finance.rules import Action
 from plinth.verticals.finance.settings import STORE, FraudSettings
+from plinth.verticals.finance.succession.challenger import Promotion, Shadow
+from plinth.verticals.finance.succession.champion import NAME, WINDOW, Champion
+from plinth.verticals.finance.succession.drift import DriftWatch, Reference
 
 log = logging.getLogger(__name__)
 

@@ -48,7 +48,13 @@ from plinth.verticals.finance.cases.questions import (
 from plinth.verticals.finance.cases.questions import Labelled as Marked
 from plinth.verticals.finance.cases.standing import standing
 from plinth.verticals.finance.decided import LEVELS, Decided
-from plinth.verticals.finance.drift import DriftWatch
+from plinth.verticals.finance.decisions.reasons import (
+    ESTIMATED,
+    NO_TIME,
+    explain,
+    why_other,
+)
+from plinth.verticals.finance.decisions.rules import REUSED_ID, Payments, Rules, Verdict
 from plinth.verticals.finance.features import parts, persistence
 from plinth.verticals.finance.features.online import (
     Batch,
@@ -60,13 +66,6 @@ from plinth.verticals.finance.features.online import (
 )
 from plinth.verticals.finance.features.timeline import DAY, NEVER
 from plinth.verticals.finance.metrics import PARTIAL_DECISIONS, RULE_HITS, TableMetrics
-from plinth.verticals.finance.reasons import (
-    ESTIMATED,
-    NO_TIME,
-    explain,
-    why_other,
-)
-from plinth.verticals.finance.rules import REUSED_ID, Payments, Rules, Verdict
 from plinth.verticals.finance.schema import (
     LATEST,
     Decision,
@@ -83,6 +82,7 @@ from plinth.verticals.finance.schema import (
     read,
 )
 from plinth.verticals.finance.settings import FraudSettings
+from plinth.verticals.finance.succession.drift import DriftWatch
 from plinth.verticals.finance.tally import FraudTally, key_of
 from plinth.verticals.finance.versions import Serving, Variant, Versions
 

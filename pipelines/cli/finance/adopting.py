@@ -13,9 +13,9 @@ from plinth.engine import ConfigError, ModelStore
 from plinth.engine.files import replace_file
 from plinth.pipelines.cli.finance.retraining import files_of, new_version, show_specs
 from plinth.pipelines.console import say, written_anew
-from plinth.verticals.finance.champion import NAME
 from plinth.verticals.finance.features.columns import Columns
 from plinth.verticals.finance.settings import STORE, FraudSettings
+from plinth.verticals.finance.succession.champion import NAME
 from plinth.verticals.finance.training.adopt import Adoption, adopt
 from plinth.verticals.finance.training.history import FIRST_RECORDED, Data, recorded
 

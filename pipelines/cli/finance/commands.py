@@ -13,8 +13,8 @@ import typer
 from plinth.pipelines.console import FAILED, say, show_json, show_table
 
 if TYPE_CHECKING:
-    from plinth.verticals.finance.champion import Champion
     from plinth.verticals.finance.settings import FraudSettings
+    from plinth.verticals.finance.succession.champion import Champion
 
 finance = typer.Typer(
     help="Versions of the fraud model: which one answers, and which comes next.",
@@ -194,7 +194,7 @@ def backtest(
 def _settings(config_file: Path | None) -> FraudSettings:
     from plinth.engine import ConfigError
     from plinth.pipelines.config.settings import load
-    from plinth.pipelines.live_tables import settings_of
+    from plinth.pipelines.live.tables import settings_of
     from plinth.verticals.finance.settings import FraudSettings
 
     settings, _ = settings_of(load(config_file), "finance", FraudSettings)
@@ -208,22 +208,22 @@ def _settings(config_file: Path | None) -> FraudSettings:
 
 
 def _champion(settings: FraudSettings) -> Champion:
-    from plinth.verticals.finance.champion import Champion
     from plinth.verticals.finance.settings import STORE
+    from plinth.verticals.finance.succession.champion import Champion
 
     return Champion(settings.store or STORE)
 
 
 def _newest(champion: Champion) -> str:
     from plinth.engine import ModelStore
-    from plinth.verticals.finance.champion import NAME
+    from plinth.verticals.finance.succession.champion import NAME
 
     return ModelStore(champion.store).verify(NAME).version
 
 
 def _report(champion: Champion) -> dict[str, Any]:
     from plinth.engine import ConfigError
-    from plinth.verticals.finance.champion import NAME
+    from plinth.verticals.finance.succession.champion import NAME
     from plinth.verticals.finance.versions import REPORT
 
     path = champion.store / NAME / REPORT

@@ -14,8 +14,8 @@ import torch
 
 from plinth.engine import ConfigError, ModelSpec, ModelStore, PlinthError
 from plinth.pipelines.console import say, show_table
-from plinth.verticals.finance.champion import NAME, WINDOW, Champion
 from plinth.verticals.finance.settings import STORE, FraudSettings
+from plinth.verticals.finance.succession.champion import NAME, WINDOW, Champion
 from plinth.verticals.finance.training.history import recorded
 from plinth.verticals.finance.training.retrain import Plan, retrain, window_of
 

@@ -14,7 +14,7 @@ from plinth.pipelines.assembly import running
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.console import say, show_json, show_table
 from plinth.pipelines.lines import Refusals, numbered, opened
-from plinth.pipelines.live_tables import settings_of
+from plinth.pipelines.live.tables import settings_of
 from plinth.verticals.finance import FraudScoring, FraudSettings
 from plinth.verticals.finance.schema import is_label
 from plinth.verticals.finance.tally import RuleTally, Stopped

@@ -11,7 +11,7 @@ import ssl
 from pathlib import Path
 
 from plinth.engine import ConfigError
-from plinth.pipelines.live_tables import Marks
+from plinth.pipelines.live.tables import Marks
 
 log = logging.getLogger("plinth.tls")
 

@@ -16,8 +16,8 @@ from serving import Running, error, running
 from tally import TallyVertical
 
 from plinth.engine import ConfigError, PlinthError
-from plinth.pipelines.snapshots import kept_states, write_snapshot
-from plinth.pipelines.state_store import DiskStore
+from plinth.pipelines.state.snapshots import kept_states, write_snapshot
+from plinth.pipelines.state.store import DiskStore
 from plinth.verticals import registry
 from plinth.verticals.contract import StateError
 from plinth.verticals.finance import FraudScoring

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
 from http_latency import serving
 
-from plinth.pipelines.snapshots import kept_states
+from plinth.pipelines.state.snapshots import kept_states
 from plinth.verticals.finance import FraudScoring, FraudSettings
 
 ROUTE = "/v1/finance/score"

@@ -33,7 +33,7 @@ from plinth.pipelines.identity.callers import (
     RateLimited,
 )
 from plinth.pipelines.identity.key_file import FileKeys, add, revoke
-from plinth.pipelines.live_tables import mark_of
+from plinth.pipelines.live.tables import mark_of
 
 RECORD = {"id": "a", "value": 2}
 DOUBLE, INFER = "/v1/tiny/double", "/v2/models/twice/infer"

@@ -15,12 +15,12 @@ from tiny_verticals import Tiny
 
 from plinth.engine import Model
 from plinth.pipelines.identity.key_file import add
-from plinth.pipelines.live_models import following
+from plinth.pipelines.live.models import following
 from plinth.pipelines.web.desk import LEVELS, threshold
 from plinth.verticals import Vertical
 from plinth.verticals.finance import FraudScoring
-from plinth.verticals.finance.champion import Champion
 from plinth.verticals.finance.settings import FraudSettings
+from plinth.verticals.finance.succession.champion import Champion
 from plinth.verticals.finance.training.simulator import Population, simulate, transactions_json
 
 HERE = Path(__file__)

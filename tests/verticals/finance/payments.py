@@ -9,7 +9,7 @@ from typing import Any
 from plinth.engine import Call, Refused
 from plinth.verticals.contract import Written
 from plinth.verticals.finance import FraudScoring
-from plinth.verticals.finance.reasons import MASKED
+from plinth.verticals.finance.decisions.reasons import MASKED
 from plinth.verticals.finance.schema import Record
 from plinth.verticals.finance.training.simulator import rfc3339
 from plinth.verticals.testing import feed

@@ -10,8 +10,8 @@ import torch
 
 from plinth.engine import ModelStore
 from plinth.engine.compression.packed_layers import unpack_layers
-from plinth.verticals.finance.champion import WINDOW
 from plinth.verticals.finance.settings import STORE
+from plinth.verticals.finance.succession.champion import WINDOW
 
 
 def add_version(

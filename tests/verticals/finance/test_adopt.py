@@ -18,11 +18,11 @@ from plinth.engine.compression.packing import Coded, PackedFile
 from plinth.engine.compression.training import Compressed
 from plinth.pipelines.cli.main import main
 from plinth.verticals.finance import FraudScoring, FraudSettings
-from plinth.verticals.finance.champion import WINDOW, Champion
-from plinth.verticals.finance.drift import Reference
 from plinth.verticals.finance.features.timeline import DAY
 from plinth.verticals.finance.model import FraudEnsemble
 from plinth.verticals.finance.settings import STORE
+from plinth.verticals.finance.succession.champion import WINDOW, Champion
+from plinth.verticals.finance.succession.drift import Reference
 from plinth.verticals.finance.training.adopt import Adoption, adopt
 from plinth.verticals.finance.training.derived import pack, score, scorer
 from plinth.verticals.finance.training.history import Data, simulated

@@ -25,10 +25,16 @@ from torch import Tensor
 from plinth.engine import Call, ConfigError, Flow, ModelError, Timing
 from plinth.engine.metrics import REGISTRY
 from plinth.verticals.finance import FraudScoring, FraudSettings
-from plinth.verticals.finance.challenger import MAX_WAITING, Pair, Promotion, Shadow, compare
-from plinth.verticals.finance.champion import WINDOW, Champion
 from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
 from plinth.verticals.finance.schema import Decision, Record
+from plinth.verticals.finance.succession.challenger import (
+    MAX_WAITING,
+    Pair,
+    Promotion,
+    Shadow,
+    compare,
+)
+from plinth.verticals.finance.succession.champion import WINDOW, Champion
 from plinth.verticals.finance.training.simulator import (
     Population,
     labels_json,
@@ -341,7 +347,7 @@ def test_a_rule_does_not_promote_what_was_decided_otherwise_meanwhile(store: Pat
 def test_a_process_that_holds_the_decisions_is_named_and_not_waited_for_without_end(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("plinth.verticals.finance.champion.LOCK_SECONDS", 0.05)
+    monkeypatch.setattr("plinth.verticals.finance.succession.champion.LOCK_SECONDS", 0.05)
     with (store / "fraud" / "champion.lock").open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match=r"champion\.lock"):

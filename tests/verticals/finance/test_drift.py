@@ -20,11 +20,17 @@ from torch import Tensor, nn
 from plinth.engine import Call, ModelError, ModelStore
 from plinth.engine.metrics import REGISTRY
 from plinth.verticals.finance import FraudScoring, FraudSettings
-from plinth.verticals.finance.drift import FACT, SCORE, DriftWatch, Reference, stability_index
 from plinth.verticals.finance.features.online import FEATURES, MODEL_FEATURES, Batch, FeatureState
 from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
 from plinth.verticals.finance.schema import Record
 from plinth.verticals.finance.settings import STORE
+from plinth.verticals.finance.succession.drift import (
+    FACT,
+    SCORE,
+    DriftWatch,
+    Reference,
+    stability_index,
+)
 from plinth.verticals.finance.training.simulator import (
     Population,
     Table,

@@ -14,11 +14,7 @@ from hypothesis import strategies as st
 
 import plinth.verticals.finance.model  # noqa: F401  (registers the architectures)
 from plinth.engine import Closed, ModelStore, QueueFull
-from plinth.verticals.finance.features.columns import Columns
-from plinth.verticals.finance.features.language import Declaration
-from plinth.verticals.finance.features.online import MODEL_FEATURES
-from plinth.verticals.finance.features.program import STANDARD, compiled
-from plinth.verticals.finance.reasons import (
+from plinth.verticals.finance.decisions.reasons import (
     MASKED,
     MIN_EFFECT,
     MOST_ROWS,
@@ -26,6 +22,10 @@ from plinth.verticals.finance.reasons import (
     explain,
     log_odds,
 )
+from plinth.verticals.finance.features.columns import Columns
+from plinth.verticals.finance.features.language import Declaration
+from plinth.verticals.finance.features.online import MODEL_FEATURES
+from plinth.verticals.finance.features.program import STANDARD, compiled
 from plinth.verticals.finance.settings import STORE
 
 GROUPS = Groups(Columns.all(STANDARD))

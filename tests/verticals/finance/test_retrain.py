@@ -18,8 +18,8 @@ from plinth.engine import ConfigError, InputError, ModelStore
 from plinth.pipelines.cli.finance.retraining import files_of, seconds_of, train_on, train_once
 from plinth.pipelines.cli.main import main
 from plinth.verticals.finance import FraudScoring, FraudSettings
-from plinth.verticals.finance.champion import WINDOW, Champion
 from plinth.verticals.finance.features.timeline import DAY
+from plinth.verticals.finance.succession.champion import WINDOW, Champion
 from plinth.verticals.finance.training.history import Data, recorded, simulated
 from plinth.verticals.finance.training.retrain import Plan, retrain, window_of
 from plinth.verticals.finance.training.simulator import (

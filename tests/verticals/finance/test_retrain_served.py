@@ -16,9 +16,9 @@ from plinth.pipelines.assembly import running
 from plinth.pipelines.cli.main import main
 from plinth.pipelines.config.settings import Config
 from plinth.verticals.finance import FraudScoring, FraudSettings
-from plinth.verticals.finance.champion import Champion
 from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
 from plinth.verticals.finance.schema import Decision
+from plinth.verticals.finance.succession.champion import Champion
 from plinth.verticals.finance.training.simulator import (
     Population,
     Table,

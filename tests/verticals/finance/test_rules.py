@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from plinth.engine import ConfigError
 from plinth.verticals.finance import FraudScoring, FraudSettings
-from plinth.verticals.finance.expressions import condition
+from plinth.verticals.finance.decisions.expressions import condition
+from plinth.verticals.finance.decisions.rules import NAMES, Payments, RuleBook, limits
 from plinth.verticals.finance.features.online import FEATURES, Flag
-from plinth.verticals.finance.rules import NAMES, Payments, RuleBook, limits
 from plinth.verticals.finance.schema import Transaction
 
 BUILT_IN = limits(5000.0, 10, 5).compiled()

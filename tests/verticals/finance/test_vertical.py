@@ -33,7 +33,7 @@ from plinth.engine import (
 from plinth.engine.metrics import REGISTRY
 from plinth.verticals.contract import Written
 from plinth.verticals.finance import FraudScoring, FraudSettings
-from plinth.verticals.finance.reasons import MOST_ROWS
+from plinth.verticals.finance.decisions.reasons import MOST_ROWS
 from plinth.verticals.finance.schema import Decision, Label, Transaction
 from plinth.verticals.finance.settings import STORE
 from plinth.verticals.testing import check_vertical, checks, feed

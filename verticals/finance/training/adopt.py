@@ -15,9 +15,9 @@ from typing import Any
 
 from plinth.engine import ConfigError, ModelError, ModelSpec, ModelStore
 from plinth.engine.compression.training import Compressed
-from plinth.verticals.finance.champion import NAME, WINDOW
 from plinth.verticals.finance.features.columns import Columns, definitions
 from plinth.verticals.finance.features.timeline import ALWAYS, NEVER
+from plinth.verticals.finance.succession.champion import NAME, WINDOW
 from plinth.verticals.finance.training.derived import (
     Stored,
     facts_of,

@@ -17,10 +17,10 @@ from torch import nn
 from plinth.engine import ConfigError
 from plinth.engine.compression.registry import Recipe as Packing
 from plinth.engine.compression.training import Compressed, compress
-from plinth.verticals.finance.champion import WINDOW
-from plinth.verticals.finance.drift import FACT, Reference
 from plinth.verticals.finance.features.columns import FACT as SEEN
 from plinth.verticals.finance.model import FraudEnsemble, FraudScorer
+from plinth.verticals.finance.succession.champion import WINDOW
+from plinth.verticals.finance.succession.drift import FACT, Reference
 from plinth.verticals.finance.training.history import WEEK, Data, Rows
 from plinth.verticals.finance.training.quality import (
     calibration_error,

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plinth.engine import ConfigError, ModelSpec, ModelStore
-from plinth.verticals.finance.champion import NAME, Champion
 from plinth.verticals.finance.features.columns import definitions
+from plinth.verticals.finance.succession.champion import NAME, Champion
 from plinth.verticals.finance.training.derived import (
     Quality,
     Settled,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from plinth.engine import ConfigError, InputError, PlinthError
-from plinth.pipelines.state_store import DiskStore, KeptState
+from plinth.pipelines.state.store import DiskStore, KeptState
 from plinth.verticals import Vertical
 from plinth.verticals.contract import StateError
 

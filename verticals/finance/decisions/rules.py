@@ -15,7 +15,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from plinth.engine.errors import ConfigError
 from plinth.engine.tables import Table
-from plinth.verticals.finance.expressions import WORD, Condition, Kind, condition
+from plinth.verticals.finance.decisions.expressions import WORD, Condition, Kind, condition
 from plinth.verticals.finance.features.online import Flag
 from plinth.verticals.finance.features.program import STANDARD, Program
 from plinth.verticals.finance.schema import Reason, Transaction
@@ -142,7 +142,7 @@ class Payments:
         return len(self.asked)
 
     def column(self, name: str) -> npt.NDArray[Any]:
-        """See :class:`plinth.verticals.finance.expressions.Rows`.
+        """See :class:`plinth.verticals.finance.decisions.expressions.Rows`.
 
         Numbers but the amount are float32, and numbers that a rule compares them with are rounded
         alike: what equals a limit is not above it.

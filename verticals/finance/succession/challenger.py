@@ -22,12 +22,12 @@ from plinth.engine import Call, Flow, ModelError, PlinthError
 from plinth.engine.metrics import REGISTRY
 from plinth.engine.optimize.measures import average_precision
 from plinth.engine.tables import Table
-from plinth.verticals.finance.drift import QUANTILES, share_of, stability_index
 from plinth.verticals.finance.features.columns import Columns
 from plinth.verticals.finance.features.online import Batch, Flag
 from plinth.verticals.finance.features.program import STANDARD
 from plinth.verticals.finance.features.timeline import DAY, NEVER
 from plinth.verticals.finance.schema import Label, Transaction, milliseconds
+from plinth.verticals.finance.succession.drift import QUANTILES, share_of, stability_index
 
 MAX_WAITING = 16_384
 """Payments that wait to be scored in shadow."""

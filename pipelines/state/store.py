@@ -28,8 +28,8 @@ from prometheus_client import Gauge, Histogram
 from plinth.engine import ConfigError, InputError
 from plinth.engine.lanes.worker_process import WorkerProcess
 from plinth.engine.metrics import REGISTRY
-from plinth.pipelines import state_writer
-from plinth.pipelines.state_writer import (
+from plinth.pipelines.state import writer as state_writer
+from plinth.pipelines.state.writer import (
     ABOUT,
     COMMIT,
     DATABASES,

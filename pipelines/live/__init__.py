@@ -1,0 +1,1 @@
+"""What changes while work goes on: models, and tables of verticals."""

@@ -1,0 +1,1 @@
+"""State on disk: whole snapshots, or parts larger than memory."""

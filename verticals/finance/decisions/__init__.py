@@ -1,0 +1,1 @@
+"""What a decision rests on: rules, the language of their conditions, reasons."""

@@ -1,0 +1,1 @@
+"""How one version of the model follows another: champion, challenger, drift."""
