@@ -19,7 +19,8 @@ transformers: as transformers runs them with and without autograd, and by the en
 a memory budget smaller than the weights, which streams them layer by layer; answers are compared.
 ``times``: the CPU seconds of the same, but for naive, in one process by turns.
 ``idle``: 20 models in a budget of 5, called at random in an open loop, against all in memory.
-``volumes``: a 3-D U-Net on 256^3 voxels, whole and by windows with a halo; an encoder of CT with
+``volumes``: a 3-D U-Net on 256^3 voxels: layer after layer, a few planes at a time by the engine,
+and by windows with a halo; an encoder of CT with
 117 million weights (a ResNet-152 inflated to three dimensions, its weights random) on
 160 x 224 x 224 voxels, as it is and in a budget of 1 GB.
 """
@@ -66,6 +67,7 @@ from plinth.engine import (
 from plinth.engine.backends import choice
 from plinth.engine.mapped import trim
 from plinth.engine.models.families import find
+from plinth.engine.models.families import volumes as family
 from plinth.engine.runtime import loaded_model
 
 TEXTS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
@@ -73,7 +75,7 @@ TEXTS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "gpt2": ({"width": 1024, "depth": 24, "heads": 16}, (4, 256)),
 }
 WAYS = ("naive", "inference_mode", "engine", "streamed")
-VOLUME_WAYS = ("whole", "windows", "streamed")
+VOLUME_WAYS = ("whole", "planes", "windows", "streamed")
 PLANNED: dict[str, tuple[dict[str, Any], tuple[int, ...], int]] = {
     "resnet": ({}, (3, 224, 224), 8),
     "unet3d": ({"widths": [8, 16, 32]}, (1, 64, 64, 64), 2),
@@ -534,7 +536,7 @@ def volumes(options: Namespace) -> Iterator[dict[str, Any]]:
                 continue
             if "unet" in options.networks and way != "streamed":
                 yield fresh("volume", folder, way)
-            if "encoder" in options.networks and way != "windows":
+            if "encoder" in options.networks and way in ("whole", "streamed"):
                 if not (whole / "store").exists():
                     fresh("encoder", folder, "save")
                 yield fresh("encoder", folder, way)
@@ -588,8 +590,14 @@ def volume_inside(folder: str, way: str) -> dict[str, Any]:
     kept = Path(folder) / "labels.npy"
     with peak() as found:
         begun = time.process_time()
-        if way == "whole":
+        if way == "whole":  # one layer after the other
+            family.LARGE = sys.maxsize
             labels = model.run({"volume": volume[None]})["logits"][0].argmax(0).byte()
+        elif way == "planes":
+            with Engine(backend="eager", threads=1) as engine:
+                engine.add(model, batch_range=(1, 1))
+                logits = tensor_of(engine.submit(Call("unet", volume[None])).result(3600).value)
+            labels = logits[0].argmax(0).byte()
         else:
             tiling = Tiling((128, 152, 152), halo=(24, 24, 24), reduce="argmax")
             with Engine(backend="eager", threads=1) as engine:

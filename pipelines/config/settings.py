@@ -109,7 +109,7 @@ class EngineConfig(Table):
         gt=0,
         le=3600,
         description="a batch in a worker process (`process:cpu`, `ray:cpu`) is never taken for "
-        "hung before",
+        "hung before, nor one that a shutdown waits for",
     )
     graphs: bool | None = Field(
         default=None,

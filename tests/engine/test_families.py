@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from plinth.engine import Call, Engine, InputError, ModelError, ModelStore
 from plinth.engine.backends import prepare
 from plinth.engine.devices.device import pick
-from plinth.engine.models.families import families, find
+from plinth.engine.models.families import families, find, planes, volumes
 from plinth.engine.models.signature import apart, check_rows
 
 pytestmark = pytest.mark.cpu
@@ -56,6 +56,32 @@ def test_every_backend_agrees_with_eager(name, backend):
         given = model.rows(rows)
         for name, want in model.run(given).items():
             assert apart(ready.run(given)[name], want) <= 1e-4
+
+
+@pytest.mark.parametrize("widths", [[4, 8], [4, 8, 12]])
+@pytest.mark.parametrize("size", [(4, 8, 12), (20, 16, 8), (36, 12, 20)])
+def test_a_large_volume_is_computed_a_few_planes_at_a_time(monkeypatch, widths, size):
+    net = find("unet3d").model({"widths": widths, "channels": 2}, seed=1).module
+    for number, norm in enumerate(each for each in net.modules() if hasattr(each, "running_var")):
+        torch.manual_seed(number)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    volume = torch.randn(2, 2, *size)
+    seen = []
+    convolved = planes.convolved
+
+    def watched(layer, piece, reach=0):
+        seen.append(piece.shape[2] - 2 * reach)
+        return convolved(layer, piece, reach)
+
+    monkeypatch.setattr(planes, "convolved", watched)
+    with torch.inference_mode():
+        whole = net(volume)
+        assert not seen
+        monkeypatch.setattr(volumes, "LARGE", 0)
+        assert torch.allclose(net(volume), whole, atol=1e-5)
+    assert seen
+    assert max(seen) <= planes.PLANES
 
 
 @pytest.mark.parametrize("name", TEXTS)

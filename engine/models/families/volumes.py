@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from plinth.engine.models.families import planes
 from plinth.engine.models.families.layers import convolved
+
+LARGE = 256 << 20
+"""Bytes of the finest features of a volume above which a U-Net makes a few planes at a time."""
 
 
 def _twice(inside: int, outside: int) -> nn.Sequential:
@@ -36,6 +40,8 @@ class Unet3d(nn.Module):
 
     def forward(self, volume: Tensor) -> Tensor:
         """Logits (n, classes, depth, height, width)."""
+        if self._is_large(volume):
+            return torch.cat([self._by_planes(row[None]) for row in volume])
         kept: list[Tensor] = []
         x = volume
         for level, block in enumerate(self.down):
@@ -47,6 +53,46 @@ class Unet3d(nn.Module):
             x = block(torch.cat([widen(x), kept.pop()], 1))
         found: Tensor = self.head(x)
         return found
+
+    def _is_large(self, volume: Tensor) -> bool:
+        if torch.compiler.is_compiling() or self.training or not self.up:
+            return False
+        if 4 * self.head.in_channels * volume[0, 0].numel() < LARGE:
+            return False
+        blocks = [*self.down, *self.up]
+        layers = [conv for block in blocks for conv, _ in _stages(block)]
+        return planes.can_stream([*layers, self.head], volume)
+
+    def _by_planes(self, volume: Tensor) -> Tensor:
+        """The logits of one volume; of the finest features those beside alone are held whole."""
+        kept, x = list[Tensor](), volume
+        for level, block in enumerate(self.down):
+            x = self.pool(x) if level else x
+            plane, depth = (x.shape[3], x.shape[4]), x.shape[2]
+            x = planes.gathered(planes.streamed(_stages(block), planes.cut(x), plane), depth)
+            kept.append(x)
+        kept.pop()
+        for widen, block in zip(self.widen, self.up, strict=True):
+            beside = kept.pop()
+            plane, depth = (beside.shape[3], beside.shape[4]), beside.shape[2]
+            pieces = planes.streamed(_stages(block), _joined(widen, x, beside), plane)
+            if not kept:
+                pieces = (planes.convolved(self.head, piece) for piece in pieces)
+            x = planes.gathered(pieces, depth)
+        return x
+
+
+def _stages(block: nn.Module) -> list[tuple[nn.Conv3d, Callable[[Tensor], Tensor]]]:
+    """The convolutions of :func:`_twice`, each with what follows it."""
+    return [(part[0], part[1:]) for part in block]  # type: ignore[attr-defined]
+
+
+def _joined(widen: nn.Module, coarse: Tensor, beside: Tensor) -> Iterator[Tensor]:
+    """Some planes at a time: coarse features made twice as wide, and what lies beside them."""
+    for first in range(0, beside.shape[2], planes.PLANES):
+        near = beside[:, :, first : first + planes.PLANES]
+        half = coarse[:, :, first // 2 : (first + near.shape[2]) // 2]
+        yield torch.cat([widen(half), near], 1)
 
 
 class Basic3d(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from medical.own_networks import extra
 
 from plinth.engine import Call, Engine, ModelError
-from plinth.verticals.medical.networks import streamed
+from plinth.engine.models.families import planes
 from plinth.verticals.medical.networks.analysis import tiling_of, window_of
 from plinth.verticals.medical.networks.load import load_network, with_window
 from plinth.verticals.medical.networks.meshnet import MeshNet
@@ -69,13 +69,13 @@ def test_planes_one_after_the_other_give_the_labels_of_one_pass(
     network = MeshNet(layers, activation, labels=True).eval()
     volume = torch.rand(2, 1, depth, 19, 23)
     seen: list[tuple[int, int]] = []
-    convolved = streamed.convolved
+    convolved = planes.convolved
 
-    def watched(layer: torch.nn.Conv3d, planes: torch.Tensor, reach: int = 0) -> torch.Tensor:
-        seen.append((planes.shape[2] - 2 * reach, planes.shape[0]))
-        return convolved(layer, planes, reach)
+    def watched(layer: torch.nn.Conv3d, given: torch.Tensor, reach: int = 0) -> torch.Tensor:
+        seen.append((given.shape[2] - 2 * reach, given.shape[0]))
+        return convolved(layer, given, reach)
 
-    monkeypatch.setattr(streamed, "convolved", watched)
+    monkeypatch.setattr(planes, "convolved", watched)
     whole = network(volume)
     assert not seen  # with gradients it is one pass
     with torch.inference_mode():
@@ -83,7 +83,7 @@ def test_planes_one_after_the_other_give_the_labels_of_one_pass(
     assert labels.dtype == torch.uint8
     assert labels.is_contiguous()
     assert (labels != whole).float().mean() < 1e-3
-    assert {count for count, _ in seen} <= set(range(1, streamed.PLANES + 1))
+    assert {count for count, _ in seen} <= set(range(1, planes.PLANES + 1))
     assert {rows for _, rows in seen} == {1}
 
 

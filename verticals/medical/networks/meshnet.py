@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plinth.engine import ModelError
+from plinth.engine.models.families.planes import can_stream, convolved, cut, gathered, streamed
 from plinth.verticals.medical.networks.recipe import (
     Conform,
     Orient,
@@ -28,7 +29,6 @@ from plinth.verticals.medical.networks.recipe import (
     Triple,
     Window,
 )
-from plinth.verticals.medical.networks.streamed import can_stream, convolved, streamed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -100,12 +100,10 @@ class MeshNet(nn.Module):
     def _labels_of(self, volume: Tensor) -> Tensor:
         """(1, 1, z, y, x) to labels, a few planes of each result at a time."""
         *body, head = (cast(nn.Conv3d, layer) for layer in self.layers)
-        labels, done = torch.empty(volume.shape, dtype=torch.uint8), 0
-        for planes in streamed(body, ACTIVATIONS[self.activation], volume):
-            most = convolved(head, planes).argmax(1, keepdim=True)
-            labels[:, :, done : done + most.shape[2]] = most
-            done += most.shape[2]
-        return labels
+        stages = [(layer, ACTIVATIONS[self.activation]) for layer in body]
+        made = streamed(stages, cut(volume), (volume.shape[3], volume.shape[4]))
+        most = (convolved(head, each).argmax(1, keepdim=True).to(torch.uint8) for each in made)
+        return gathered(most, volume.shape[2])
 
 
 def is_meshnet(folder: Path) -> bool:

@@ -38,25 +38,42 @@ def _plain(layer: nn.Conv3d) -> bool:
     return layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu"
 
 
+def cut(volume: Tensor) -> Iterator[Tensor]:
+    """The planes of a volume (1, c, z, y, x), some at a time."""
+    for first in range(0, volume.shape[2], PLANES):
+        yield volume[:, :, first : first + PLANES]
+
+
 def streamed(
-    layers: Sequence[nn.Conv3d], function: Callable[[Tensor], Tensor], volume: Tensor
+    stages: Sequence[tuple[nn.Conv3d, Callable[[Tensor], Tensor]]],
+    pieces: Iterator[Tensor],
+    plane: tuple[int, int],
 ) -> Iterator[Tensor]:
     """What convolutions make of a volume, each followed by a function, plane by plane.
 
     Args:
-        layers: padded to keep the size, without strides.
-        function: of single voxels.
-        volume: (1, c, z, y, x) float32.
+        stages: convolutions padded to keep the size, without strides; functions of single voxels.
+        pieces: (1, c, n, y, x) float32, the next n planes of the volume, at most :data:`PLANES`.
+        plane: y and x.
 
     Yields:
         (1, k, n, y, x), the next n planes.
     """
-    pieces: Iterator[Tensor] = (
-        volume[:, :, first : first + PLANES] for first in range(0, volume.shape[2], PLANES)
-    )
-    for layer in layers:
-        pieces = _convolved(layer, function, pieces, (volume.shape[3], volume.shape[4]))
+    for layer, function in stages:
+        pieces = _convolved(layer, function, pieces, plane)
     return pieces
+
+
+def gathered(pieces: Iterator[Tensor], depth: int) -> Tensor:
+    """The volume (1, k, depth, y, x) that pieces (1, k, n, y, x) are of."""
+    whole, done = None, 0
+    for piece in pieces:
+        if whole is None:
+            whole = piece.new_empty((*piece.shape[:2], depth, *piece.shape[3:]))
+        whole[:, :, done : done + piece.shape[2]] = piece
+        done += piece.shape[2]
+    assert whole is not None, "a volume has planes"
+    return whole
 
 
 def convolved(layer: nn.Conv3d, planes: Tensor, reach: int = 0) -> Tensor:
