@@ -79,7 +79,9 @@ def test_a_large_volume_is_computed_a_few_planes_at_a_time(monkeypatch, widths, 
         whole = net(volume)
         assert not seen
         monkeypatch.setattr(volumes, "LARGE", 0)
-        assert torch.allclose(net(volume), whole, atol=1e-5)
+        for part in (1, volumes.PART):  # the smallest parts, and all in one
+            monkeypatch.setattr(volumes, "PART", part)
+            assert torch.allclose(net(volume), whole, atol=1e-5)
     assert seen
     assert max(seen) <= planes.PLANES
 

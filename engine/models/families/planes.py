@@ -66,14 +66,23 @@ def streamed(
 
 def gathered(pieces: Iterator[Tensor], depth: int) -> Tensor:
     """The volume (1, k, depth, y, x) that pieces (1, k, n, y, x) are of."""
-    whole, done = None, 0
-    for piece in pieces:
-        if whole is None:
-            whole = piece.new_empty((*piece.shape[:2], depth, *piece.shape[3:]))
-        whole[:, :, done : done + piece.shape[2]] = piece
-        done += piece.shape[2]
-    assert whole is not None, "a volume has planes"
+    (whole,) = in_parts(pieces, depth, depth)
     return whole
+
+
+def in_parts(pieces: Iterator[Tensor], depth: int, most: int) -> list[Tensor]:
+    """The same in parts of at most so many planes, each of which can be freed by itself."""
+    parts: list[Tensor] = []
+    room = 0  # planes of the last part that are still to come
+    for piece in pieces:
+        while piece.shape[2]:
+            if not room:
+                room = min(most, depth - sum(part.shape[2] for part in parts))
+                parts.append(piece.new_empty((*piece.shape[:2], room, *piece.shape[3:])))
+            count, first = min(room, piece.shape[2]), parts[-1].shape[2] - room
+            parts[-1][:, :, first : first + count] = piece[:, :, :count]
+            piece, room = piece[:, :, count:], room - count
+    return parts
 
 
 def convolved(layer: nn.Conv3d, planes: Tensor, reach: int = 0) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from plinth.engine.models.families import planes
 from plinth.engine.models.families.layers import convolved
 
+PART = 32 << 20
+"""Bytes of features that are freed at once: of so many the C library keeps none for later."""
 LARGE = 256 << 20
 """Bytes of the finest features of a volume above which a U-Net makes a few planes at a time."""
 
@@ -64,18 +66,22 @@ class Unet3d(nn.Module):
         return planes.can_stream([*layers, self.head], volume)
 
     def _by_planes(self, volume: Tensor) -> Tensor:
-        """The logits of one volume; of the finest features those beside alone are held whole."""
-        kept, x = list[Tensor](), volume
+        """The logits of one volume; what lies beside is freed as it is used."""
+        kept, x = list[list[Tensor]](), volume
         for level, block in enumerate(self.down):
-            x = self.pool(x) if level else x
+            x = torch.cat([self.pool(part) for part in kept[-1]], 2) if level else x
             plane, depth = (x.shape[3], x.shape[4]), x.shape[2]
-            x = planes.gathered(planes.streamed(_stages(block), planes.cut(x), plane), depth)
-            kept.append(x)
-        kept.pop()
+            pieces = planes.streamed(_stages(block), planes.cut(x), plane)
+            if level == len(self.down) - 1:
+                x = planes.gathered(pieces, depth)
+            else:
+                bytes_each = 4 * _stages(block)[-1][0].out_channels * plane[0] * plane[1]
+                most = planes.PLANES * -(-PART // (planes.PLANES * bytes_each))
+                kept.append(planes.in_parts(pieces, depth, most))
         for widen, block in zip(self.widen, self.up, strict=True):
-            beside = kept.pop()
-            plane, depth = (beside.shape[3], beside.shape[4]), beside.shape[2]
-            pieces = planes.streamed(_stages(block), _joined(widen, x, beside), plane)
+            parts, depth = kept.pop(), 2 * x.shape[2]
+            plane = (parts[0].shape[3], parts[0].shape[4])
+            pieces = planes.streamed(_stages(block), _joined(widen, x, parts), plane)
             if not kept:
                 pieces = (planes.convolved(self.head, piece) for piece in pieces)
             x = planes.gathered(pieces, depth)
@@ -87,12 +93,14 @@ def _stages(block: nn.Module) -> list[tuple[nn.Conv3d, Callable[[Tensor], Tensor
     return [(part[0], part[1:]) for part in block]  # type: ignore[attr-defined]
 
 
-def _joined(widen: nn.Module, coarse: Tensor, beside: Tensor) -> Iterator[Tensor]:
+def _joined(widen: nn.Module, coarse: Tensor, parts: list[Tensor]) -> Iterator[Tensor]:
     """Some planes at a time: coarse features made twice as wide, and what lies beside them."""
-    for first in range(0, beside.shape[2], planes.PLANES):
-        near = beside[:, :, first : first + planes.PLANES]
-        half = coarse[:, :, first // 2 : (first + near.shape[2]) // 2]
-        yield torch.cat([widen(half), near], 1)
+    done = 0
+    while parts:
+        for near in planes.cut(parts.pop(0)):
+            half = coarse[:, :, done // 2 : (done + near.shape[2]) // 2]
+            done += near.shape[2]
+            yield torch.cat([widen(half), near], 1)
 
 
 class Basic3d(nn.Module):
