@@ -106,7 +106,7 @@ class Mailbox:
 
     Args:
         loop: where the callers wait; make the mailbox in its thread.
-        resumed: called there when all whose outcomes came together have gone on.
+        resumed: called there when all whose outcomes another thread has posted have gone on.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, resumed: Callable[[], None]) -> None:
@@ -128,7 +128,7 @@ class Mailbox:
             return
         self._woken = True
         try:
-            self._loop.call_soon_threadsafe(self._open)
+            self._loop.call_soon_threadsafe(self._open_posted)
         except RuntimeError:
             self._waiting.clear()
             _log.debug("an event loop closed before its answers came")
@@ -137,6 +137,9 @@ class Mailbox:
         self._woken = False
         while self._waiting:
             _finish(*self._waiting.popleft())
+
+    def _open_posted(self) -> None:
+        self._open()
         self._loop.call_soon(self._resumed)  # behind the tasks that this has woken
 
 
