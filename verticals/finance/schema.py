@@ -32,6 +32,8 @@ MAX_AMOUNT = 10_000_000.0
 EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 LATEST = datetime(2100, 1, 1, tzinfo=UTC)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MAX_ID, MAX_CARD = 64, 128
+"""Characters of an id, and of a card's token."""
 _FIELD = re.compile(r"[a-z][a-z_]{0,39}")
 
 
@@ -43,10 +45,12 @@ def _no_card_number(token: str) -> str:
     return token
 
 
-Id = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[!-~]+$")]
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID, pattern=r"^[!-~]+$")]
 """1 to 64 printable ASCII characters without spaces."""
 _Token = Annotated[
-    str, Field(min_length=1, max_length=128, pattern=r"^[!-~]+$"), AfterValidator(_no_card_number)
+    str,
+    Field(min_length=1, max_length=MAX_CARD, pattern=r"^[!-~]+$"),
+    AfterValidator(_no_card_number),
 ]
 CardToken = Annotated[_Token, Field(repr=False)]
 """A token or keyed hash, 1 to 128 printable ASCII characters; never the card number itself."""

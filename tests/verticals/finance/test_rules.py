@@ -215,6 +215,34 @@ def test_what_is_wrong_with_a_condition_is_said_with_its_place(when: str, said: 
     assert said in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("when", "said"),
+    [
+        ("currency == 'eur'", "three capital letters, did you mean EUR?"),
+        ("not ('EURO' != currency)", "at character 6: currency never is that: EURO is no currency"),
+        ("currency in ['EUR', 'usd']", "did you mean USD?"),
+        ("currency not in west", "did you mean CHF?"),
+        ("card == '4111111111111111'", "looks like a card number"),
+        ("card in cards", "looks like a card number"),
+        ("terminal_id == '" + "t" * 65 + "'", "more than 64 characters"),
+        ("score >= 90", "90 is no probability"),
+        ("0.1 < score < 1.5", "1.5 is no probability"),
+        ("-1 < score", "-1 is no probability"),
+    ],
+)  # fmt: skip
+def test_what_no_payment_can_have_is_refused_and_not_compared(when: str, said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        book(("B1", when, "review"), west=["EUR", "chf"], cards=["t", "4111-1111-1111-1111"])
+    assert said in str(caught.value)
+    assert "4111" not in str(caught.value.errors()[0]["msg"])
+
+
+def test_what_payments_may_have_is_compared() -> None:
+    for when in ("currency in west", "score >= 1 or score <= 0", "card in cards", "amount > 90",
+                 "card == terminal_id", "-1 < amount"):  # fmt: skip
+        book(("B1", when, "review"), west=["EUR", "CHF"], cards=["tok_1"])
+
+
 def test_what_is_wrong_with_a_book_is_said_with_the_rule() -> None:
     one = ("B1", "night", "review")
     for rules, said in (

@@ -24,6 +24,8 @@ from plinth.engine.errors import ConfigError
 
 Kind = Literal["number", "condition", "text"]
 Column = npt.NDArray[Any]
+Possible = Callable[[Any], str | None]
+"""Of a name: why none of its values ever is this text or number, or ``None``: one may be."""
 MAX_LENGTH = 1000
 """Characters of one condition."""
 WORD = r"[!-~]+"
@@ -106,7 +108,10 @@ class Condition:
 
 
 def condition(
-    text: str, names: Mapping[str, Kind], lists: Mapping[str, Collection[str]] | None = None
+    text: str,
+    names: Mapping[str, Kind],
+    lists: Mapping[str, Collection[str]] | None = None,
+    possible: Mapping[str, Possible] | None = None,
 ) -> Condition:
     """Read a condition.
 
@@ -114,6 +119,8 @@ def condition(
         text: such as ``amount > 500 and (night or card_count_1h >= 4)``.
         names: what it may speak of, and the kind of each.
         lists: collections of texts that may stand behind ``in``, by name.
+        possible: of names whose values have a form: what is wrong with a text or number that one
+            is compared with, or ``None``.
 
     Raises:
         ConfigError: says at which character, what was expected and the nearest known name.
@@ -128,7 +135,7 @@ def condition(
         raise ConfigError(
             f"{where}this is no condition", hint="such as: amount > 500 and night"
         ) from None
-    part = _Reader(names, lists or {}).read(tree.body, 0)
+    part = _Reader(names, lists or {}, possible or {}).read(tree.body, 0)
     if part.kind != "condition":
         raise ConfigError(
             f"it is a {part.kind}, expected a condition", hint="such as: amount > 500 and night"
@@ -140,6 +147,7 @@ def condition(
 class _Reader:
     names: Mapping[str, Kind]
     lists: Mapping[str, Collection[str]]
+    possible: Mapping[str, Possible]
 
     def read(self, node: ast.expr, depth: int, *, opposite: bool = False) -> _Part:
         """What a node says, or the opposite of a condition.
@@ -221,6 +229,8 @@ class _Reader:
         if one.kind == "condition":
             raise _wrong(left, "a condition is not compared", hint="write it, or 'not' before it")
         other = self._of(right, one.kind, depth)
+        self._see_possible(left, right, _value_of(right))
+        self._see_possible(right, left, _value_of(left))
         if one.kind == "text" and op not in (ast.Eq, ast.NotEq):
             raise _wrong(left, "texts are compared by ==, != and in alone")
         if op is ast.NotEq and (one.computed or other.computed):
@@ -229,6 +239,7 @@ class _Reader:
 
     def _member(self, left: ast.expr, right: ast.expr, wanted: bool, depth: int) -> _Part:
         text, members = self._of(left, "text", depth), self._list(right)
+        self._see_possible(left, right, *members)
 
         def value(rows: Rows) -> Any:
             found = np.asarray(text.value(rows), dtype=object)
@@ -236,6 +247,15 @@ class _Reader:
             return np.array(held, dtype=bool).reshape(found.shape)
 
         return _Part("condition", value)
+
+    def _see_possible(self, name: ast.expr, where: ast.expr, *values: str | float | None) -> None:
+        """Refuse what a name never is, which would make the comparison hold never, or always."""
+        check = self.possible.get(name.id) if isinstance(name, ast.Name) else None
+        if check is None:
+            return
+        for value in values:
+            if value is not None and (why := check(value)) is not None:
+                raise _wrong(where, f"{ast.unparse(name)} never is that: {why}")
 
     def _list(self, node: ast.expr) -> frozenset[str]:
         if isinstance(node, ast.Name):
@@ -252,6 +272,15 @@ class _Reader:
             if len(texts) == len(node.elts) and all(isinstance(one, str) for one in texts):
                 return frozenset(_possible(node, str(one)) for one in texts)
         raise _wrong(node, "expected a list of quoted texts, or the name of a list")
+
+
+def _value_of(node: ast.expr) -> str | float | None:
+    """Of a text, or of a number with its sign, that is written out; else ``None``."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _value_of(node.operand)
+        return -value if isinstance(value, int | float) else None
+    found = node.value if isinstance(node, ast.Constant) else None
+    return found if isinstance(found, str | int | float) else None
 
 
 def _possible(node: ast.expr, text: str) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -15,10 +16,17 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from plinth.engine.errors import ConfigError
 from plinth.engine.tables import Table
-from plinth.verticals.finance.decisions.expressions import WORD, Condition, Kind, condition
+from plinth.verticals.card_numbers import is_card_number
+from plinth.verticals.finance.decisions.expressions import (
+    WORD,
+    Condition,
+    Kind,
+    Possible,
+    condition,
+)
 from plinth.verticals.finance.features.online import Flag
 from plinth.verticals.finance.features.program import STANDARD, Program
-from plinth.verticals.finance.schema import Reason, Transaction
+from plinth.verticals.finance.schema import MAX_CARD, MAX_ID, Reason, Transaction
 
 Action = Literal["approve", "review", "decline"]
 MAX_RULES = 200
@@ -44,6 +52,39 @@ def names_of(features: Program) -> dict[str, Kind]:
 
 NAMES = names_of(STANDARD)
 """What a condition may speak of, with the standard features. Amounts are in base currency."""
+
+_CURRENCY = re.compile("[A-Z]{3}")
+
+
+def _currency(text: str) -> str | None:
+    if _CURRENCY.fullmatch(text):
+        return None
+    near = text.upper()
+    meant = f", did you mean {near}?" if _CURRENCY.fullmatch(near) else ""
+    return f"{text} is no currency, which has three capital letters{meant}"
+
+
+def _id(text: str) -> str | None:
+    return None if len(text) <= MAX_ID else f"{text} has more than {MAX_ID} characters"
+
+
+def _card(text: str) -> str | None:
+    if is_card_number(text):
+        return "it looks like a card number, and records with one are refused: write the token"
+    return None if len(text) <= MAX_CARD else f"a token has at most {MAX_CARD} characters"
+
+
+def _score(number: float) -> str | None:
+    return None if 0 <= number <= 1 else f"{number:g} is no probability, 0 to 1"
+
+
+POSSIBLE: Mapping[str, Possible] = {
+    "currency": _currency,
+    "card": _card,
+    **dict.fromkeys(("customer_id", "terminal_id", "device_id"), _id),
+    "score": _score,
+}
+"""What values that have a form may be compared with."""
 
 _Entry = Annotated[str, Field(max_length=128, pattern=rf"^{WORD}$")]
 
@@ -97,7 +138,7 @@ class RuleBook(Table):
                 raise ValueError(f"rule {place + 1}: the code {rule.code} is taken by Plinth")
             seen.add(rule.code)
             try:
-                conditions.append(condition(rule.when, names, self.lists))
+                conditions.append(condition(rule.when, names, self.lists, POSSIBLE))
             except ConfigError as error:
                 hint = f" ({error.hint})" if error.hint else ""
                 raise ValueError(
