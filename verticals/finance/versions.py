@@ -38,9 +38,10 @@ from plinth.verticals.finance.features.columns import Columns
 from plinth.verticals.finance.features.program import Program
 from plinth.verticals.finance.features.timeline import NEVER
 from plinth.verticals.finance.settings import STORE, FraudSettings
-from plinth.verticals.finance.succession.challenger import Promotion, Shadow
+from plinth.verticals.finance.succession.challenger import Promotion, Shadow, Thresholds
 from plinth.verticals.finance.succession.champion import NAME, WINDOW, Champion
 from plinth.verticals.finance.succession.drift import DriftWatch, Reference
+from plinth.verticals.finance.succession.probation import Probation
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,11 @@ class Variant(NamedTuple):
     decline: float
     digest: str
 
+    @property
+    def thresholds(self) -> Thresholds:
+        """Both of them."""
+        return Thresholds(self.review, self.decline)
+
     def stricter(self, action: Action, score: float) -> Action:
         """What the rules ask for, or the score, whichever is stricter."""
         if action == "decline" or score >= self.decline:
@@ -80,6 +86,7 @@ class Serving:
         drift: what its payments are held against, if the store says.
         trained_until: event time of the newest payment it was trained on, milliseconds.
         flows: that began with it and have not ended, whatever thread they run on.
+        probation: counts what it declines, once it answers.
     """
 
     asked_as: tuple[str, ...]
@@ -89,6 +96,7 @@ class Serving:
     drift: DriftWatch | None
     trained_until: int = NEVER
     flows: set[object] = field(default_factory=set)
+    probation: Probation = field(default_factory=lambda: Probation(None))
 
     @property
     def name(self) -> str:
@@ -135,6 +143,7 @@ class Versions:
         """
         version = self._given.model_version or self.champion.version()
         self.serving, models = self._read(version, NAME)
+        self.serving.probation = self._probation(self.serving.version)
         self._ready = {NAME: self.serving}
         self._asked: tuple[str, str] | None = None
         self._again = -inf
@@ -220,6 +229,7 @@ class Versions:
             PlinthError: what is asked for cannot be read; it is asked for again in a minute, or
                 when something else is.
         """
+        self._watch()
         self._consider()
         wanted = self._wanted()
         now = self._clock()
@@ -242,13 +252,14 @@ class Versions:
             return
         self._ready[coming.name] = coming
         if coming.name == NAME:
+            coming.probation = self.serving.probation
             self.serving = coming
         elif coming.version != self._champion():
             now, given = self.serving.variants[0], self._given
-            review = now.review, coming.variants[0].review
+            both = now.thresholds, coming.variants[0].thresholds
             memory = given.challenger_payments, given.challenger_share
             since = max(self.serving.trained_until, coming.trained_until)
-            self.shadow = Shadow(coming.name, review, *memory, since, coming.columns)
+            self.shadow = Shadow(coming.name, both, *memory, since, coming.columns)
             log.info("%s %s scores beside %s, in shadow", NAME, coming.version, now.version)
 
     def _champion(self) -> str:
@@ -263,6 +274,7 @@ class Versions:
             if second is None or second.version != champion:
                 return SECOND, champion
             log.info("%s %s answers from now on, after %s", NAME, champion, self.serving.version)
+            second.probation = self._probation(champion)
             self.serving, self.shadow = second, None
             return NAME, champion
         version = self._given.challenger
@@ -286,6 +298,33 @@ class Versions:
         """Note what that took."""
         if self.shadow is not None:
             self.shadow.cost(timing.device)
+
+    def _probation(self, version: str) -> Probation:
+        """Of a version that is about to answer."""
+        if self._given.model_version is not None:
+            return Probation(None)
+        changes = (line for line in self.champion.decisions() if line["to"] != line["from"])
+        to_it = [line for line in changes if line["to"] == version]
+        return Probation.of(to_it[-1] if to_it else None, self._rule)
+
+    def _watch(self) -> None:
+        """Take a version back that declines far more than it did in shadow."""
+        serving = self.serving
+        figures = serving.probation.exceeded()
+        if figures is None:
+            return
+        serving.probation = Probation(None)
+        try:
+            before = self.champion.take_back(serving.version, {"probation": figures})
+        except PlinthError as error:
+            log.error("%s %s cannot be taken back: %s", NAME, serving.version, error)
+            before = None
+        log.error(
+            "%s %s declines %.3g of %d payments by its score, at most %.3g is allowed by what it "
+            "showed in shadow; %s",
+            NAME, serving.version, figures["decline_share"], figures["payments"],
+            figures["at_most"], f"{before} answers again" if before else "it answers on",
+        )  # fmt: skip
 
     def _consider(self) -> None:
         """Hold the challenger against the rule; promote it when all of it holds."""

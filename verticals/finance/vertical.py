@@ -259,6 +259,7 @@ class FraudScoring(Vertical[Record, Decision]):
         verdicts = self._verdicts(rules, asked, amounts, batch, scores)
         levels = (scores >= review).astype(np.int64)
         levels[scores >= decline] = 2
+        serving.probation.take(len(levels), int(np.count_nonzero(levels == 2)))
         for place, verdict in verdicts.items():
             levels[place] = max(levels[place], LEVELS[verdict.action])
         decided = Decided(

@@ -32,9 +32,11 @@ from plinth.verticals.finance.succession.challenger import (
     Pair,
     Promotion,
     Shadow,
+    Thresholds,
     compare,
 )
 from plinth.verticals.finance.succession.champion import WINDOW, Champion
+from plinth.verticals.finance.succession.probation import LEAST, Probation
 from plinth.verticals.finance.training.simulator import (
     Population,
     labels_json,
@@ -44,6 +46,7 @@ from plinth.verticals.finance.training.simulator import (
 from plinth.verticals.testing.flows import drive
 
 PEOPLE = Population(customers=150, terminals=100, days=30, radius=30, bad_terminals=1.0)
+HALF = (Thresholds(0.5, 0.9),) * 2
 EASY = {"min_labelled": 500, "min_frauds": 20, "min_ap_gain": 0.02}
 
 
@@ -162,11 +165,45 @@ def test_the_better_version_is_promoted_by_the_rule_and_the_reason_is_written_do
     assert Process.of(store, challenger="newest").version == "1.0.0", "a restart keeps to it"
 
 
+@pytest.mark.parametrize(
+    ("by", "threshold", "rule", "stays"),
+    [("rule", 0.0, EASY, False), ("rule", 1.0, EASY, True), ("hand", 0.0, EASY, True),
+     ("rule", 0.0, None, True), ("rule", 0.0, {**EASY, "max_decline_share": 1.0}, True)],
+)  # fmt: skip
+def test_a_version_that_declines_far_more_than_in_shadow_is_taken_back(
+    store: Path, records: list[bytes], by: Any, threshold: float, rule: Any, stays: bool
+) -> None:
+    figures = {"champion_decline_share": 0.001, "challenger_decline_share": 0.001}
+    Champion(store).promote("2.0.0", by=by, champion="1.0.0", why={"figures": figures})
+    given = {"challenger": "newest", "promotion": rule} if rule else {}
+    process = Process.of(store, review_threshold=0.0, decline_threshold=threshold, **given)
+    process.settle()
+    process.score(read(process, records[: LEAST - 1]))
+    process.settle()
+    assert process.version == "2.0.0", "too few to tell"
+    process.score(read(process, records[LEAST - 1 : LEAST + 600]))
+    process.settle()
+    assert process.version == ("2.0.0" if stays else "1.0.0")
+    last = Champion(store).decisions()[-1]
+    if not stays:
+        assert (last["by"], last["from"], last["to"]) == ("rollback", "2.0.0", "1.0.0")
+        assert last["why"]["probation"]["decline_share"] == 1.0
+        assert Champion(store).take_back("2.0.0", {}) is None, "once"
+
+
+def test_chance_takes_no_version_back() -> None:
+    for declined, exceeded in ((20, False), (37, False), (39, True)):
+        probation = Probation(0.01)
+        probation.take(2_000, declined)
+        assert (probation.exceeded() is not None) == exceeded
+
+
 NEVER = {
     "labelled": {"min_labelled": 10**6},
     "frauds": {"min_frauds": 10**5},
     "ap_gain": {"min_ap_gain": 0.9},
     "challenger_alert_share": {"max_alert_share": 1e-9},
+    "challenger_decline_share": {"max_decline_share": 1e-9},
     "cost_us": {"max_cost_us": 1e-9},
 }
 """By the figure that it is about, what no challenger fulfils."""
@@ -236,10 +273,11 @@ def test_a_version_that_cannot_be_loaded_leaves_what_serves(
 
 
 def test_no_figure_that_is_no_number_and_no_equal_is_promoted() -> None:
-    rule = Promotion(max_alert_share=0.5)
-    good = {"labelled": 1e5, "frauds": 100.0, "ap_gain": 0.01, "challenger_alert_share": 0.1}
+    rule = Promotion(max_alert_share=0.5, max_decline_share=0.5)
+    shares = {"challenger_alert_share": 0.1, "challenger_decline_share": 0.1}
+    good = {"labelled": 1e5, "frauds": 100.0, "ap_gain": 0.01, **shares}
     assert rule.unmet(good) == []
-    for name, value in (("ap_gain", nan), ("ap_gain", 0.0), ("challenger_alert_share", nan)):
+    for name, value in (("ap_gain", nan), ("ap_gain", 0.0), *((name, nan) for name in shares)):
         assert len(rule.unmet(good | {name: value})) == 1
 
 
@@ -255,10 +293,28 @@ def test_a_challenger_that_alerts_on_everything_or_finds_nothing_is_not_promoted
     places = np.arange(1000, dtype=np.float32) / 1000
     champion, fraud = places.copy(), (places >= 0.92).astype(np.int8)
     champion[:5], champion[-5:] = 0.99, 0.01
-    figures = compare(Pair(champion, places, (0.9, own)), fraud)
+    figures = compare(Pair(champion, places, (Thresholds(0.9, 2.0), Thresholds(own, 2.0))), fraud)
     assert figures["ap_gain"] > 0.01
     unmet = Promotion(min_labelled=1, max_alert_share=share).unmet(figures)
     assert [why is not None and line.startswith(why) for line in unmet] == ([True] if why else [])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "own", "share", "why"),
+    [(0.95, 0.8, None, "decline_share: 0.2, at most 0.1 "), (2.0, 0.95, None, "at most 0 "),
+     (0.95, 0.9, None, None), (0.95, 0.95, 0.01, "at most 0.01 "), (2.0, 0.95, 0.06, None)],
+)  # fmt: skip
+def test_a_challenger_that_declines_far_more_than_the_champion_is_not_promoted(
+    theirs: float, own: float, share: float | None, why: str | None
+) -> None:
+    """As many alerts as the champion has, all of which would be declined unseen."""
+    places = np.arange(1000, dtype=np.float32) / 1000
+    champion, fraud = places.copy(), (places >= 0.92).astype(np.int8)
+    champion[:5], champion[-5:] = 0.99, 0.01
+    both = Thresholds(0.9, theirs), Thresholds(0.8, own)
+    figures = compare(Pair(champion, places, both), fraud)
+    unmet = Promotion(min_labelled=1, max_decline_share=share).unmet(figures)
+    assert [why is not None and why in line for line in unmet] == ([True] if why else [])
 
 
 def test_rolling_back_twice_goes_back_twice_and_half_a_line_hides_no_other(store: Path) -> None:
@@ -282,7 +338,7 @@ def test_what_a_cheaper_variant_scored_and_what_came_again_is_not_compared_twice
     batches: tuple[list[Any], Any],
 ) -> None:
     payments, batch = batches
-    shadow = Shadow("x", (0.5, 0.5), 10_000, 1.0)
+    shadow = Shadow("x", HALF, 10_000, 1.0)
     output = np.tile(np.array([[0.1, 0.0]], np.float32), (1000, 1))
     output[:400, 1] = 1.0
     for _ in range(3):
@@ -432,7 +488,7 @@ def test_labels_are_joined_to_their_payments_and_silence_for_a_week_means_genuin
     vertical = FraudScoring(FraudSettings(max_ahead_seconds=None))
     table = simulate(PEOPLE, seed=5)
     payments = [vertical.parse(raw) for raw in transactions_json(table)]
-    shadow = Shadow("x", (0.5, 0.5), 100_000, 1.0)
+    shadow = Shadow("x", HALF, 100_000, 1.0)
     dice = np.random.default_rng(2)
     old, new = dice.random((2, len(table))).astype(np.float32)
     for start in range(0, len(table), 500):
@@ -451,7 +507,7 @@ def test_labels_are_joined_to_their_payments_and_silence_for_a_week_means_genuin
     assert shadow.flow() is None
     known = table["time"] <= table["time"][-1] - 7 * DAY
     fraud = np.where(table["fraud"], 1, np.where(known, 0, -1)).astype(np.int8)
-    expected = compare(Pair(old, new, (0.5, 0.5)), fraud)
+    expected = compare(Pair(old, new, HALF), fraud)
     found = shadow.figures(7.0)
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert found["frauds"] == table["fraud"].sum()
@@ -471,11 +527,11 @@ def test_versions_are_compared_at_the_same_number_of_alerts(
 ) -> None:
     old, new = (np.array([row[at] for row in rows], np.float32) for at in (0, 1))
     fraud = np.array([row[2] for row in rows], np.int8)
-    same = compare(Pair(old, old, (review, review)), fraud)
+    same = compare(Pair(old, old, (Thresholds(review, 1.0),) * 2), fraud)
     assert same["psi"] == 0
     assert same.get("ap_gain", 0.0) == 0.0
     assert same.get("champion_recall") == same.get("challenger_recall")
-    found = compare(Pair(old, new, (review, review)), fraud)
+    found = compare(Pair(old, new, (Thresholds(review, 1.0),) * 2), fraud)
     assert found["psi"] >= 0
     alerts = {place for place, score in enumerate(old) if score >= review}
     ranked = sorted(range(len(new)), key=lambda place: -new[place])[: len(alerts)]
@@ -502,7 +558,7 @@ def test_what_waits_is_bounded_and_what_is_left_out_is_counted(
     batches: tuple[list[Any], Any],
 ) -> None:
     payments, batch = batches
-    shadow, before = Shadow("x", (0.5, 0.5), 1_000, 1.0), left_out()
+    shadow, before = Shadow("x", HALF, 1_000, 1.0), left_out()
     for _ in range(20):
         shadow.offer(payments, batch, np.tile(np.array([[0.1, 0.0]], np.float32), (1000, 1)))
     assert left_out() - before == 20_000 - MAX_WAITING // 1000 * 1000
@@ -518,7 +574,7 @@ def test_a_share_of_the_cards_is_scored_and_of_those_every_payment(
     batches: tuple[list[Any], Any],
 ) -> None:
     payments, batch = batches
-    shadow = Shadow("x", (0.5, 0.5), 10_000, 0.25)
+    shadow = Shadow("x", HALF, 10_000, 0.25)
     shadow.offer(payments, batch, np.tile(np.array([[0.1, 0.0]], np.float32), (1000, 1)))
     flow = shadow.flow()
     assert flow is not None

@@ -33,8 +33,9 @@ MAX_WAITING = 16_384
 """Payments that wait to be scored in shadow."""
 MAX_ROWS = 512
 """Of one call in shadow."""
-ALERTS_GROW = 2.0
-"""So many alerts for one of the champion's a challenger may have, unless the rule says a share."""
+GROWS = 2.0
+"""So many alerts, and so many payments declined, for one of the champion's a challenger may have,
+unless the rule says a share."""
 COSTS = 1_024
 """Calls whose cost is remembered."""
 
@@ -68,6 +69,7 @@ class Promotion(Table):
         min_ap_gain: average precision of the challenger less that of the champion.
         max_alert_share: share of payments from the challenger's own ``review_threshold`` on;
             absent: twice that of the champion.
+        max_decline_share: and from its own ``decline_threshold`` on; absent: twice likewise.
         max_cost_us: device microseconds of a payment, 99th percentile over calls in shadow.
         label_days: a payment this old without a label is genuine.
     """
@@ -76,6 +78,7 @@ class Promotion(Table):
     min_frauds: Annotated[int, Field(ge=1)] = 50
     min_ap_gain: Annotated[float, Field(ge=-1, le=1)] = 0.0
     max_alert_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_decline_share: Annotated[float, Field(gt=0, le=1)] | None = None
     max_cost_us: Annotated[float, Field(gt=0)] | None = None
     label_days: Annotated[float, Field(ge=0, le=90)] = 7.0
 
@@ -91,19 +94,33 @@ class Promotion(Table):
             found.append(f"ap_gain: {told}, more than {self.min_ap_gain:+g} is needed")
         if figures.get("challenger_recall_own") == 0:
             found.append("challenger_recall_own: 0, from its own threshold on it finds no fraud")
-        bounds = (("challenger_alert_share", self._alerts(figures)), ("cost_us", self.max_cost_us))
-        for name, most in bounds:
+        for name, most in (
+            ("challenger_alert_share", _most(self.max_alert_share, figures, "alert")),
+            ("challenger_decline_share", most_declined(self, figures)),
+            ("cost_us", self.max_cost_us),
+        ):
             value = figures.get(name)
             if most is not None and (value is None or not value <= most):
                 told = "unknown" if value is None else f"{value:g}"
                 found.append(f"{name}: {told}, at most {most:g} is allowed")
         return found
 
-    def _alerts(self, figures: Mapping[str, float]) -> float:
-        """Share of payments that may be alerts."""
-        if self.max_alert_share is not None:
-            return self.max_alert_share
-        return ALERTS_GROW * figures.get("champion_alert_share", 0.0)
+
+def _most(said: float | None, figures: Mapping[str, float], what: str) -> float:
+    """Share of payments that may be alerts, or be declined."""
+    return GROWS * figures.get(f"champion_{what}_share", 0.0) if said is None else said
+
+
+def most_declined(rule: Promotion, figures: Mapping[str, float]) -> float:
+    """Share of payments that a challenger may decline by its score, as the figures are."""
+    return _most(rule.max_decline_share, figures, "decline")
+
+
+class Thresholds(NamedTuple):
+    """From which scores on a version asks for a review, and declines."""
+
+    review: float
+    decline: float
 
 
 class Pair(NamedTuple):
@@ -111,12 +128,12 @@ class Pair(NamedTuple):
 
     Args:
         champion, challenger: (n,) scores.
-        review: from which scores on each of them asks for a review.
+        thresholds: of each of them.
     """
 
     champion: Scores
     challenger: Scores
-    review: tuple[float, float]
+    thresholds: tuple[Thresholds, Thresholds]
 
 
 def compare(pair: Pair, fraud: npt.NDArray[np.int8]) -> dict[str, float]:
@@ -132,8 +149,8 @@ def compare(pair: Pair, fraud: npt.NDArray[np.int8]) -> dict[str, float]:
     Returns:
         Figures by name; those that need labels only where frauds and genuine payments are known.
     """
-    old, new, (review, own) = pair
-    alerts = old >= review
+    old, new, (theirs, own) = pair
+    alerts = old >= theirs.review
     budget = int(alerts.sum())
     highest = _highest(new, budget)
     edges = np.unique(np.quantile(old, QUANTILES, method="lower"))
@@ -144,7 +161,9 @@ def compare(pair: Pair, fraud: npt.NDArray[np.int8]) -> dict[str, float]:
         "labelled": float(known.sum()),
         "frauds": float(frauds),
         "champion_alert_share": float(alerts.mean()),
-        "challenger_alert_share": float((new >= own).mean()),
+        "challenger_alert_share": float((new >= own.review).mean()),
+        "champion_decline_share": float((old >= theirs.decline).mean()),
+        "challenger_decline_share": float((new >= own.decline).mean()),
         "psi": stability_index(share_of(edges, new), share_of(edges, old)),
     }
     if budget:
@@ -152,7 +171,7 @@ def compare(pair: Pair, fraud: npt.NDArray[np.int8]) -> dict[str, float]:
     if not frauds or frauds == known.sum():
         return figures
     truth = fraud[known] == 1
-    figures["challenger_recall_own"] = int((new[known] >= own)[truth].sum()) / frauds
+    figures["challenger_recall_own"] = int((new[known] >= own.review)[truth].sum()) / frauds
     for name, scores, chosen in (("champion", old, alerts), ("challenger", new, highest)):
         hits = int((chosen[known] & truth).sum())
         figures[f"{name}_ap"] = average_precision(truth, scores[known])
@@ -209,7 +228,7 @@ class Shadow:
 
     Args:
         model: name of the challenger in the engine.
-        review: from which scores on champion and challenger ask for a review.
+        thresholds: of champion and challenger.
         payments: remembered at most, 24 bytes each, and as many labels, 9 bytes each.
         share: of cards whose payments are scored, above 0 to 1.
         since: milliseconds; payments up to this event time are left out, since one of the two may
@@ -220,13 +239,13 @@ class Shadow:
     def __init__(
         self,
         model: str,
-        review: tuple[float, float],
+        thresholds: tuple[Thresholds, Thresholds],
         payments: int,
         share: float,
         since: int = NEVER,
         columns: Columns | None = None,
     ) -> None:
-        self._model, self._review = model, review
+        self._model, self._thresholds = model, thresholds
         self._below = round(share * (1 << 32))
         self._since, self._columns = since, columns or Columns.all(STANDARD)
         self._offers: deque[_Offer] = deque()
@@ -334,7 +353,7 @@ class Shadow:
             at = np.minimum(np.searchsorted(keys, payments["key"]), len(keys) - 1)
             told = keys[at] == payments["key"]
             fraud[told] = labels["fraud"][first][at][told]
-        pair = Pair(payments["champion"], payments["challenger"], self._review)
+        pair = Pair(payments["champion"], payments["challenger"], self._thresholds)
         figures = compare(pair, fraud)
         figures["days"] = (newest - int(payments["time"].min())) / DAY
         if self._costs:

@@ -166,6 +166,26 @@ class Champion:
             self._write(before, "rollback", now, None)
         return now, before
 
+    def take_back(self, version: str, why: Mapping[str, Any]) -> str | None:
+        """Let the version answer again that did before this one, if this one still does.
+
+        Args:
+            version: that is taken back.
+            why: the figures.
+
+        Returns:
+            What answers now; ``None`` where another does than ``version``, and nothing was done.
+
+        Raises:
+            ConfigError: there was none before.
+        """
+        with self._alone():
+            if self.version() != version:
+                return None
+            _, before = self._before()
+            self._write(before, "rollback", version, why)
+        return before
+
     def _before(self) -> tuple[str, str]:
         now = self.version()
         changes = [line for line in self.decisions() if line["to"] != line["from"]]
