@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from plinth import __version__
+from plinth.engine import InputError
 from plinth.pipelines.keys import hash_key
 from plinth.pipelines.stream.chunks import Message, Outputs, Partition
 from plinth.verticals.card_numbers import (
@@ -109,11 +110,12 @@ class AuditTrail:
     Args:
         vertical: its name.
         key: makes the hashes such that nobody without it can write the chain anew.
+        max_bytes: a decision of which a record would have more becomes a dead letter.
     """
 
-    def __init__(self, vertical: str, key: bytes | None) -> None:
+    def __init__(self, vertical: str, key: bytes | None, max_bytes: int = 100_000_000) -> None:
         self._software = orjson.dumps(f"{vertical} {__version__}")
-        self._key = key
+        self._key, self._max_bytes = key, max_bytes
         self._noted: dict[tuple[str, int], Link] = {}
         self._chains: dict[tuple[str, int], _Chain] = {}
 
@@ -133,9 +135,13 @@ class AuditTrail:
             if chain is None:
                 chain = self._begin(Partition(record.topic, record.partition))
             chain.number += 1
+            content = _content(message)
+            if len(content) > self._max_bytes:
+                _refuse(message, len(content), self._max_bytes)
+                content = _content(message)
             body = _RECORD % (
                 *(chain.head, chain.number, chain.digest, record.offset),
-                *(record.timestamp, same, _content(message)),
+                *(record.timestamp, same, content),
             )
             chain.digest = digest = digest_of(body, key).encode()
             audit.append((chain.place, _SIGNED % (body, digest)))
@@ -148,6 +154,16 @@ class AuditTrail:
         end = self._noted.get(place, Link())
         chain = self._chains[place] = _Chain(place, head, end.number, end.digest.encode())
         return chain
+
+
+def _refuse(message: Message, size: int, limit: int) -> None:
+    """Make a dead letter of an answer of which no record can be kept."""
+    message.value, message.evidence = b"", None
+    message.error = InputError(
+        f"the audit record of the answer has {size} bytes, at most {limit} are taken",
+        reason="too_large",
+        hint="raise stream.max_record_bytes and the topics' max.message.bytes, or send less",
+    )
 
 
 def _content(message: Message) -> bytes:

@@ -387,7 +387,7 @@ class ConfluentWriter:
             "enable.idempotence": True,
             "compression.type": config.compression,
             "message.max.bytes": config.max_record_bytes + HEADROOM,
-            "batch.size": 1_000_000,
+            "batch.size": min(1_000_000, config.max_record_bytes),
             "linger.ms": 5,  # a commit does not wait for it
             "partitioner": "murmur2_random",  # as every other client chooses by key
             "on_delivery": self._delivered,

@@ -18,6 +18,12 @@ log = logging.getLogger(__name__)
 
 MAX_TEXT = 500
 MAX_OWN_HEADERS = 16_384
+MAX_KEY = 32_768
+BESIDE = 40_000
+"""Bytes of key and headers for which topics have room beside ``max_record_bytes``: with its default
+and what brokers take by default, 1,048,588, that leaves 8 KB for the frame of a batch."""
+FRAME = 6
+"""Bytes of a header beside its name and value, at most, where these are below 1 MB."""
 ATTEMPT = "plinth_attempt"
 REASON = "plinth_error-reason"
 TRUNCATED = "plinth_truncated-from-bytes"
@@ -55,8 +61,12 @@ def headers(record: Record, error: InputError, *, group: str, vertical: str, app
 def own(record: Record) -> Headers:
     """The record's own headers, without those of an earlier dead letter; none if they are huge."""
     kept = [(name, value or b"") for name, value in record.headers if not name.startswith(OURS)]
-    size = sum(len(name) + len(value) for name, value in kept)
-    return kept if size <= MAX_OWN_HEADERS else []
+    return kept if size_of(kept) <= MAX_OWN_HEADERS else []
+
+
+def size_of(some: Headers) -> int:
+    """Bytes that headers take in a message, at most."""
+    return sum(len(name.encode()) + len(value) + FRAME for name, value in some)
 
 
 def attempt(record: Record) -> int:
@@ -65,12 +75,20 @@ def attempt(record: Record) -> int:
     return int(text) if text.isdigit() and len(text) < 10 else 0
 
 
-def payload(record: Record, limit: int) -> tuple[bytes | None, Headers]:
-    """The original bytes, and a header with the full size when they had to be cut to ``limit``."""
+def payload(record: Record, limit: int, beside: int = 0) -> tuple[bytes | None, Headers]:
+    """The original bytes, and a header with the full size when they had to be cut.
+
+    Args:
+        record: the original record.
+        limit: ``max_record_bytes``.
+        beside: bytes of key and headers; where these have more than :data:`BESIDE`, the value has
+            less, so that a topic that takes answers takes every dead letter.
+    """
     value = record.value
+    limit -= max(0, beside - BESIDE)
     if value is None or len(value) <= limit:
         return value, []
-    return value[:limit], [(TRUNCATED, str(len(value)).encode())]
+    return value[: max(0, limit)], [(TRUNCATED, str(len(value)).encode())]
 
 
 class DeadLetterShare:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -29,6 +29,7 @@ from kafka.net.compat import KafkaNetClient
 
 from plinth.engine import ConfigError
 from plinth.pipelines.stream.chunks import Layout, Partition, Record, StreamError
+from plinth.pipelines.stream.dead_letters import BESIDE
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.pipelines.stream.wire.batches import read_bounded
 
@@ -41,6 +42,7 @@ RETRY_BACKOFF_MS = 5
 LEAVE_MS = 3_000
 """Longest wait for a broker, and for its answer, when a place in the group is given up."""
 POLICY = "cleanup.policy"
+MOST = "max.message.bytes"
 HEADROOM = 128 * 1024
 """Bytes of a message beside a record: key and headers."""
 Noted = dict[Partition, tuple[int, str]]
@@ -288,6 +290,7 @@ def prepare(config: StreamConfig, *, whole: bool = False) -> dict[str, int]:
         found = _topics(admin, config)
         if whole:
             _refuse_compacted(admin, config.input_topic)
+        _warn_of_small(admin, config)
         return found
     except KafkaError as error:
         raise unreachable(config, error) from None
@@ -295,23 +298,38 @@ def prepare(config: StreamConfig, *, whole: bool = False) -> dict[str, int]:
         admin.close()
 
 
+def _settings_of(admin: Any, topics: Sequence[str], name: str) -> dict[str, str]:
+    """A setting of topics, of those that the brokers tell it of."""
+    asked = [ConfigResource(ConfigResourceType.TOPIC, topic, {name: None}) for topic in topics]
+    try:
+        told = admin.describe_configs(asked, config_filter="all").get("topic", {})
+    except KafkaError as error:  # not every broker knows that question
+        log.debug("%s of %s is not told: %r", name, ", ".join(topics), error)
+        return {}
+    return {t: str(told[t][name]["value"]) for t in topics if name in told.get(t, {})}
+
+
 def _refuse_compacted(admin: Any, topic: str) -> None:
     """See that Kafka does not remove all but the last record of each key."""
-    asked = ConfigResource(ConfigResourceType.TOPIC, topic, {POLICY: None})
-    try:
-        told = admin.describe_configs([asked], config_filter="all")
-    except KafkaError as error:  # not every broker knows that question
-        log.debug("whether %s is compacted is not told: %r", topic, error)
-        return
-    policy = told.get("topic", {}).get(topic, {}).get(POLICY)
-    if policy is None:
-        log.debug("whether %s is compacted is not told to us", topic)
-    elif "compact" in str(policy["value"]):
+    policy = _settings_of(admin, [topic], POLICY).get(topic, "")
+    if "compact" in policy:
         raise ConfigError(
-            f"topic {topic} has {POLICY}={policy['value']}: all but the last record of each key "
+            f"topic {topic} has {POLICY}={policy}: all but the last record of each key "
             "vanish, and a state made of what is left would be another one",
             hint=f"kafka-configs.sh --alter --topic {topic} --add-config {POLICY}=delete",
         )
+
+
+def _warn_of_small(admin: Any, config: StreamConfig) -> None:
+    """Say which topics do not take the largest message that may be written to them."""
+    most = config.max_record_bytes + BESIDE
+    for topic, told in _settings_of(admin, config.topics[1:], MOST).items():
+        if told.isdecimal() and int(told) < most:
+            log.warning(
+                "topic %s has %s=%s: a larger answer or dead letter will end the stream; raise it "
+                "to %d, or lower stream.max_record_bytes",
+                topic, MOST, told, most,
+            )  # fmt: skip
 
 
 class Heard(logging.Handler):

@@ -357,7 +357,7 @@ def _options(config: StreamConfig, identity: str) -> dict[str, Any]:
         "request_timeout_ms": config.commit_timeout_ms * 2,
         "delivery_timeout_ms": config.commit_timeout_ms * 2 + 1_000,
         "max_request_size": config.max_record_bytes + HEADROOM,
-        "batch_size": 131_072,
+        "batch_size": min(131_072, config.max_record_bytes),
         "metrics_enabled": False,
         "allow_auto_create_topics": False,
     }

@@ -13,7 +13,7 @@ from collections import deque
 from functools import partial
 from typing import Any
 
-from kafka.errors import KafkaError
+from kafka.errors import InvalidProducerEpochError, KafkaError, ProducerFencedError
 
 from plinth import __version__
 from plinth.pipelines.stream.chunks import (
@@ -24,7 +24,7 @@ from plinth.pipelines.stream.chunks import (
     Rewind,
     StreamError,
 )
-from plinth.pipelines.stream.dead_letters import headers, payload
+from plinth.pipelines.stream.dead_letters import MAX_KEY, headers, payload, size_of
 from plinth.pipelines.stream.kafka_clients import (
     AbandonableThread,
     Client,
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 POSITION = "plinth_position"
 """Header of answers and dead letters: ``partition@offset;`` of the record, then the position."""
-MAX_KEY = 32_768
 LEAVE_S = 5.0
 LOST_S = 1.0
 """After so long a commit that lost a broker is begun anew: the client may wait for ever."""
@@ -49,6 +48,9 @@ USUAL_TIMES = 5.0
 wait for ever for a coordinator that moved. To give up early is safe, and costs half a second."""
 LEAST_S = 1.5
 LATEST = 50
+FENCES, FENCED_S = 6, 60.0
+"""So often within so long a worker is put out of its own transactions by another of its name alone:
+where a broker was lost, or a transaction took too long, each of its producers is once."""
 
 
 class KafkaSink(ABC):
@@ -83,6 +85,7 @@ class KafkaSink(ABC):
         self._deadline = config.commit_timeout_ms / 1e3
         self._latest: deque[float] = deque(maxlen=LATEST)
         self._given_up = 0
+        self._fenced: deque[float] = deque(maxlen=FENCES)
 
     # -- writing ---------------------------------------------------------------------------
     def start(self, outputs: Outputs) -> None:
@@ -117,7 +120,7 @@ class KafkaSink(ABC):
             cause = "broker_lost" if lost() else "commit_timeout"
             self._given_up += 1
         except KafkaError as error:
-            if final := hopeless(error, self.config):
+            if final := hopeless(error, self.config) or self._another(error):
                 raise final from None
             why, cause = repr(error), "commit_failed"
         else:
@@ -172,6 +175,21 @@ class KafkaSink(ABC):
         """Send the messages and make them durable; runs on the sink's own thread."""
 
     # -- shared ----------------------------------------------------------------------------
+    def _another(self, error: KafkaError) -> StreamError | None:
+        """What to end with where another worker takes this one's transactions, again and again."""
+        if not isinstance(error, ProducerFencedError | InvalidProducerEpochError):
+            return None
+        now = time.monotonic()
+        self._fenced.append(now)
+        if len(self._fenced) < FENCES or now - self._fenced[0] > FENCED_S:
+            return None
+        return StreamError(
+            f"another worker of group {self.config.group} writes under this one's name, "
+            f"{self._identity!r}, and each ends the other's transactions",
+            hint="give every worker a stream.instance_id, or a state_dir, of its own: a copy of a "
+            "state_dir has the name of the first; what was committed is complete",
+        )
+
     def _timed(self, producer: Writer, outputs: Outputs) -> float:
         started = time.perf_counter()
         self._commit(producer, outputs)
@@ -237,11 +255,12 @@ class KafkaSink(ABC):
         record, error = message.record, message.error
         assert error is not None
         topic = self.config.dead_letters
-        value, cut = payload(record, self.config.max_record_bytes)
         head = headers(
             record, error, group=self.config.group, vertical=self._vertical, app=self._app
         )
         key = record.key if record.key is None or len(record.key) <= MAX_KEY else None
+        beside = len(key or b"") + size_of(head) + size_of(more)
+        value, cut = payload(record, self.config.max_record_bytes, beside)
         if value is None and key is None:
             value = b""
         place = record.partition if producer.width(topic) == width else None

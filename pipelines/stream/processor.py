@@ -40,6 +40,7 @@ from plinth.pipelines.stream.chunks import (
     Poisoned,
     Record,
 )
+from plinth.pipelines.stream.dead_letters import MAX_KEY
 from plinth.pipelines.stream.metrics import APART, CHUNK_SECONDS, REFUSED
 from plinth.pipelines.stream.wire.batches import MAX_UNPACKED, UNREAD
 from plinth.verticals.contract import Vertical, Written
@@ -411,7 +412,9 @@ class Processor:
         key, value, evidence = result
         if len(value) > self.max_record_bytes:
             return Message(record, error=_unfit(value, self.max_record_bytes, "the answer"))
-        return Message(record, record.key if key is None else key, value, evidence=evidence)
+        if key is None and (key := record.key) is not None and len(key) > MAX_KEY:
+            return Message(record, error=_long_key(key))
+        return Message(record, key, value, evidence=evidence)
 
     def _encode(self, record: Record, request: Any, result: Any) -> Message:
         if isinstance(result, InputError):
@@ -429,12 +432,10 @@ class Processor:
             return Message(record, error=_failure("encode", error))
         if len(value) > self.max_record_bytes:
             return Message(record, error=_unfit(value, self.max_record_bytes, "the answer"))
-        return Message(
-            record,
-            record.key if key is None else key.encode(),
-            value,
-            evidence=evidence,
-        )
+        own = record.key if key is None else key.encode()
+        if own is not None and len(own) > MAX_KEY:
+            return Message(record, error=_long_key(own))
+        return Message(record, own, value, evidence=evidence)
 
 
 def _result(future: Future[Any]) -> Steps:
@@ -484,6 +485,14 @@ def _without_value(record: Record) -> InputError:
             hint="have the producer send smaller batches",
         )
     return InputError("the record has no value", reason="empty_record", hint="send one JSON object")
+
+
+def _long_key(key: bytes) -> InputError:
+    return InputError(
+        f"the key of the answer has {len(key)} bytes, at most {MAX_KEY} are taken",
+        reason="too_large",
+        hint="send records with a shorter key: it is the answer's, too",
+    )
 
 
 def _unfit(raw: bytes, limit: int, what: str = "the record") -> InputError:

@@ -38,7 +38,7 @@ from plinth.pipelines.stream.chunks import (
     Rewind,
     StreamError,
 )
-from plinth.pipelines.stream.dead_letters import DeadLetterShare
+from plinth.pipelines.stream.dead_letters import BESIDE, DeadLetterShare
 from plinth.pipelines.stream.kafka_clients import (
     AbandonableThread,
     Client,
@@ -221,7 +221,8 @@ def run(
     trail = None
     if config.audit_topic is not None:
         vertical.audited = True
-        trail = AuditTrail(vertical.name, key_of(config.audit_key_env))
+        room = config.max_record_bytes + BESIDE // 2
+        trail = AuditTrail(vertical.name, key_of(config.audit_key_env), room)
     mapping = load_mapping(config.mapping, vertical) if config.mapping else None
 
     standby, ready = None, None
@@ -306,10 +307,12 @@ class Worker:
         stop: ends the loop.
         on_progress: told about once a second.
         trail: makes audit records; ``None``: none are kept.
+        to_end: end as soon as all that is committed in its partitions was read.
 
     Attributes:
         step: what the loop does now, and since when (``monotonic``).
         mine: partitions that the answers are of; of a changing group there may be others by now.
+        at_end: all that was committed was read when nothing came last.
     """
 
     def __init__(
@@ -323,8 +326,11 @@ class Worker:
         on_progress: Callable[[StreamProgress], None] | None = None,
         *,
         trail: AuditTrail | None = None,
+        to_end: bool = False,
     ) -> None:
         self.config = config
+        self.to_end = to_end
+        self.at_end = False
         self.trail = trail
         self.processor = processor
         self.checkpoint = checkpoint
@@ -539,6 +545,8 @@ class Worker:
         if now - self._busy >= IDLE_LOOK_S:
             self._look_for_topics(IDLE_LOOK_S)
         quiet = min(BACKLOG_LOOK_S, self.config.stall_timeout_s / 2)
+        if self.to_end and self.consumer.partitions:
+            quiet = 0.0
         if self.consumer.joined and now - max(self._moved, self._counted) >= quiet:
             self._counted = now
             self._look_for_backlog(now)
@@ -552,6 +560,7 @@ class Worker:
             return
         if moved or not unread:
             self._moved = now
+        self.at_end = not unread and self.consumer.partitions > 0
         self._check_stall(now, f"{unread} records wait and none of them can be read")
 
     def _look_after(self) -> None:
@@ -582,6 +591,8 @@ class Worker:
             if left <= 0:
                 return True
             self.consumer.limit = min(config.max_records, left)
+        if self.to_end and self.consumer.partitions:
+            return self.at_end
         return config.idle_exit_s is not None and self._idle(now, config.idle_exit_s)
 
     def _idle(self, now: float, limit: float) -> bool:

@@ -204,7 +204,7 @@ def test_hostile_payments_become_dead_letters_and_honest_ones_decisions(
 @real_kafka
 @each_client
 def test_answers_that_kafka_refuses_stop_the_stream_and_come_once_it_takes_them(
-    kafka_node: KafkaNode, client: str
+    kafka_node: KafkaNode, client: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = kafka_node.config(max_events=200, client=client)
     kafka_node.fill(config, spends(200))
@@ -212,6 +212,7 @@ def test_answers_that_kafka_refuses_stop_the_stream_and_come_once_it_takes_them(
     kafka_node.create(config.output_topic, **{"max.message.bytes": "100"})
     with pytest.raises(StreamError, match=r"max\.message\.bytes"):
         stream(config)
+    assert f"{config.output_topic} has max.message.bytes=100: a larger answer" in caplog.text
     assert kafka_node.read(config.output_topic) == []
     kafka_node.delete(config.output_topic)
     stream(config)
@@ -375,7 +376,10 @@ def test_dead_letters_go_back_once_and_not_for_ever(kafka_node: KafkaNode) -> No
     config = kafka_node.config(partitions=1)
     kafka_node.fill(config, [(b"a", b"{bad"), (b"c0", b'{"id": 0, "card": "c0", "amount": -1}')])
     assert stream(config).dead_letters == {"malformed_json": 1, "negative": 1}
-    assert redeliver(config, reasons=["negative"]).scored == 1
+    waits = config.model_copy(update={"idle_exit_s": 600.0})
+    began = time.monotonic()
+    assert redeliver(waits, reasons=["negative"]).scored == 1
+    assert time.monotonic() - began < 60, "it knows the end, and waits for no more"
     assert redeliver(config, reasons=["negative"]).scored == 0
     assert stream(config).dead_letters == {"negative": 1}
     again = kafka_node.read(config.input_topic)[-1]

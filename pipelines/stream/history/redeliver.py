@@ -20,6 +20,7 @@ from plinth.pipelines.stream.worker import StreamSummary, Worker, join
 from plinth.verticals.contract import Vertical
 
 IDLE_EXIT_S = 3.0
+"""Without partitions, which another that sends dead letters back has, it ends after so long."""
 
 
 def redeliver(
@@ -31,9 +32,9 @@ def redeliver(
 ) -> StreamSummary:
     """Write dead letters again to ``config.input_topic``, original bytes, key and headers.
 
-    Runs to the end of the dead-letter topic and remembers where it was, under the group
-    ``<group>.redeliver``: a second call sends only what is new. Letters that are passed over stay
-    in the topic.
+    Runs to the end of the dead-letter topic, waits for no more, and remembers where it was, under
+    the group ``<group>.redeliver``: a second call sends only what is new. Letters that are passed
+    over stay in the topic.
 
     Args:
         config: the stream whose dead letters they are.
@@ -67,6 +68,7 @@ def redeliver(
         _Redelivery(frozenset(reasons), max_attempts),
         Checkpoint(_Letters(), None, {}, 0),
         stop or threading.Event(),
+        to_end=True,
     )
     return worker.run_supervised()
 
