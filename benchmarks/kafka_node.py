@@ -187,7 +187,7 @@ class KafkaNode(Kafka):
 
     Args:
         home: an Apache Kafka 4 distribution.
-        folder: empty; for its data, settings and log.
+        folder: for its data, settings and log; it goes on with data that are there.
         prefix: what to start it with, such as ``("taskset", "-c", "0")``.
         number: which node of its cluster it is.
         ports: of broker and controller of every node of the cluster; by default it is alone.
@@ -235,7 +235,8 @@ class KafkaNode(Kafka):
         self.env = {**os.environ, "KAFKA_HEAP_OPTS": "-Xmx384M", "LOG_DIR": str(folder)}
         self._held: Guarded | None = None
         subprocess.run(
-            [home / "bin/kafka-storage.sh", "format", "--config", self.properties,
+            [home / "bin/kafka-storage.sh", "format", "--ignore-formatted",
+             "--config", self.properties,
              "--cluster-id", "5L6g3nShT-eMCtK--X86sw", *users],
             env=self.env,
             check=True,
@@ -304,7 +305,7 @@ class KafkaCluster(Kafka):
 
     Args:
         home: an Apache Kafka 4 distribution.
-        folder: empty; for their data, settings and logs.
+        folder: for their data, settings and logs.
     """
 
     def __init__(self, home: Path, folder: Path) -> None:
@@ -313,7 +314,7 @@ class KafkaCluster(Kafka):
         self.nodes: list[KafkaNode] = []
         for number in (1, 2, 3):
             own = folder / str(number)
-            own.mkdir()
+            own.mkdir(exist_ok=True)
             self.nodes.append(KafkaNode(home, own, number=number, ports=ports))
         # none of them listens before two of them have elected a controller
         with ThreadPoolExecutor(3) as pool:

@@ -1,7 +1,10 @@
 """What a state on disk costs beside one in memory: throughput, pauses, restore; features equal.
 
     python benchmarks/state_on_disk.py [--events 1000000] [--cards 200000] [--in-memory 20000]
-    python benchmarks/state_on_disk.py --events 10000000 --cards 2000000 --arms disk
+    python benchmarks/state_on_disk.py --events 10000000 --cards 4000000 --in-memory 200000 \\
+        --arms disk --folder build/state [--seconds 240]
+    python benchmarks/state_on_disk.py --events 10100000 --cards 4000000 --in-memory 200000 \\
+        --arms disk --folder build/state --rate 3000 --chunk 60
 
 The same payments go in chunks of 512 to a state that is all in memory and to one of which at most
 ``--in-memory`` cards, terminals, customers and devices are, in turns, each with checkpoints every
@@ -9,6 +12,10 @@ The same payments go in chunks of 512 to a state that is all in memory and to on
 are of a tenth of the cards. Told are CPU time a payment (of all threads; of the process that writes
 by itself), how long each chunk was held up by the checkpoints, what the snapshot of the whole takes
 instead, and how long a new process needs until it has answered its first chunk from either.
+
+With ``--folder`` the state on disk is kept, and the same command goes on where its last checkpoint
+was, until there are ``--events`` or ``--seconds`` have passed. With ``--rate`` a chunk is due at
+its time, as payments come; told is how much later than that it was answered.
 """
 
 from __future__ import annotations
@@ -19,7 +26,7 @@ import random
 import resource
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,11 +53,13 @@ PER_SECOND = 500
 TABLES = ("cards", "terminals", "customers", "devices")
 
 
-def payments(count: int, cards: int, seed: int = 0) -> Iterator[list[Event]]:
+def payments(
+    count: int, cards: int, seed: int = 0, *, start: int = 0, chunk: int = CHUNK
+) -> Iterator[list[Event]]:
     """Payments in chunks: half of them of a tenth of the cards, ten cards to a terminal."""
-    draw = np.random.default_rng(seed)
-    for first in range(0, count, CHUNK):
-        size = min(CHUNK, count - first)
+    for first in range(start, count, chunk):
+        draw = np.random.default_rng((seed, first))
+        size = min(chunk, count - first)
         busy = draw.random(size) < 0.5
         number = np.where(busy, draw.integers(0, cards // 10, size), draw.integers(0, cards, size))
         place = draw.integers(0, max(cards // 10, 8), size)
@@ -76,9 +85,11 @@ class Arm:
         limits: dict[str, Any] = {f"max_{table}": limit for table in TABLES}
         self.vertical = FraudScoring(FraudSettings(max_events=1_000_000_000, **limits))
         self.kept: KeptState | None = None
+        self.taken = 0
         if folder is not None:
             self.kept = KeptState(self.vertical, DiskStore(folder, ORIGIN))
-            self.kept.load()
+            self.taken = self.kept.load().get("events", 0)
+        self.late: list[float] = []
         self.cpu = 0.0
         self.pauses: list[float] = []
         self.steps: list[float] = []
@@ -92,6 +103,7 @@ class Arm:
         began = time.perf_counter()
         batch = self.vertical.state.update(events)
         self._since += time.perf_counter() - began
+        self.taken += len(events)
         if self.kept is not None:
             self._look_after(self.kept)
         return batch
@@ -100,7 +112,7 @@ class Arm:
         began, cpu, unsaved = time.perf_counter(), time.thread_time(), self.vertical.unsaved()
         if not kept.busy and (self._since >= self._interval or unsaved >= BEGIN_AT):
             self._since, self._began = 0.0, began
-            kept.begin({})
+            kept.begin({"events": self.taken})
         busy = kept.busy
         self.waits += unsaved >= FULL_AT
         if not kept.step() and busy:
@@ -131,6 +143,54 @@ def timed(into: dict[str, float], name: str) -> Iterator[None]:
     into[name] = time.perf_counter() - began
 
 
+def flood(arms: Sequence[Arm], chunks: Iterator[list[Event]], seconds: float) -> int:
+    """Chunks to all arms, in turns, as fast as they go; how many turns had other features."""
+    until, unequal = time.monotonic() + seconds, 0
+    while time.monotonic() < until and (turn := list(islice(chunks, TURN))):
+        rows: set[bytes] = set()
+        for arm in random.sample(arms, len(arms)):
+            began = time.process_time()
+            taken = [arm.take(chunk) for chunk in turn]
+            arm.cpu += time.process_time() - began
+            rows.add(b"".join(one.rows.tobytes() + one.flags.tobytes() for one in taken))
+        unequal += len(rows) > 1
+    return unequal
+
+
+def pace(arm: Arm, chunks: Iterator[list[Event]], rate: float, seconds: float) -> None:
+    """Chunks when they are due; notes by how many seconds later than that each was answered."""
+    due = time.perf_counter()
+    until, cpu = due + seconds, time.process_time()
+    for chunk in chunks:
+        due += len(chunk) / rate
+        if due > until:
+            break
+        time.sleep(max(0.0, due - time.perf_counter()))
+        arm.take(chunk)
+        arm.late.append(time.perf_counter() - due)
+    arm.cpu = time.process_time() - cpu
+
+
+def told(name: str, arm: Arm, start: int) -> dict[str, float]:
+    """Figures of an arm that had so many payments when it began."""
+    figures = {f"{name}: CPU us a payment": arm.cpu / max(1, arm.taken - start) * 1e6}
+    if arm.late:
+        late = np.sort(arm.late) * 1e3
+        for share in (0.5, 0.99, 0.999, 1.0):
+            place = min(int(len(late) * share), len(late) - 1)
+            figures[f"answered after it was due, ms p{share * 100:g}"] = float(late[place])
+    if arm.kept is not None and arm.pauses:
+        pauses = np.sort(arm.pauses) * 1e3
+        figures["payments in the state"] = arm.taken
+        figures["held up ms a chunk p99"] = float(pauses[int(len(pauses) * 0.99)])
+        figures["held up ms a chunk max"] = float(pauses[-1])
+        figures["of CPU ms a chunk max"] = max(arm.steps) * 1e3
+        figures["chunks that waited for the disk"] = arm.waits
+        figures["checkpoints"] = len(arm.checkpoints)
+        figures["checkpoint s max"] = max(arm.checkpoints, default=0.0)
+    return figures
+
+
 def restored(figures: dict[str, float], folder: Path, arms: dict[str, Arm], given: Any) -> None:
     """How long a snapshot takes, and how long until a new state has answered a chunk."""
     chunk = next(payments(CHUNK, given.cards, seed=1))
@@ -146,7 +206,7 @@ def restored(figures: dict[str, float], folder: Path, arms: dict[str, Arm], give
     if (disk := arms.get("disk")) is not None and disk.kept is not None:
         with timed(figures, "last checkpoint s"):
             disk.kept.finish()
-            disk.kept.begin({})
+            disk.kept.begin({"events": disk.taken})
             disk.kept.finish()
         figures["disk MiB"] = disk.kept.store.bytes_on_disk / (1 << 20)
         disk.kept.store.close()
@@ -169,35 +229,30 @@ def main() -> None:
     parser.add_argument("--in-memory", type=int, default=20_000)
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between checkpoints")
     parser.add_argument("--arms", nargs="+", default=["memory", "disk"], choices=["memory", "disk"])
+    parser.add_argument("--chunk", type=int, default=CHUNK, help="payments of a chunk")
+    parser.add_argument("--rate", type=float, default=0, help="payments a second; 0: at once")
+    parser.add_argument("--folder", type=Path, help="keeps the state on disk, to go on with it")
+    parser.add_argument("--seconds", type=float, default=1e9, help="of this run at most")
     given = parser.parse_args()
+    if (given.folder is not None or given.rate) and given.arms != ["disk"]:
+        parser.error("--folder and --rate are for the state on disk alone: --arms disk")
     figures: dict[str, float] = {}
     BUILD.mkdir(exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=BUILD) as name,
         set_for_serving(STREAM_THRESHOLDS),
     ):
-        folder, garbage = Path(name), Collections()
+        folder, garbage = given.folder or Path(name), Collections()
         places = {"memory": (None, 100_000_000), "disk": (folder / "state", given.in_memory)}
         arms = {one: Arm(*places[one], given.interval) for one in given.arms}
-        chunks, unequal = payments(given.events, given.cards), 0
-        while turn := list(islice(chunks, TURN)):
-            rows: set[bytes] = set()
-            for arm in random.sample(list(arms.values()), len(arms)):
-                began = time.process_time()
-                taken = [arm.take(chunk) for chunk in turn]
-                arm.cpu += time.process_time() - began
-                rows.add(b"".join(one.rows.tobytes() + one.flags.tobytes() for one in taken))
-            unequal += len(rows) > 1
+        start, unequal = max(arm.taken for arm in arms.values()), 0
+        chunks = payments(given.events, given.cards, start=start, chunk=given.chunk)
+        if given.rate:
+            pace(*arms.values(), chunks, given.rate, given.seconds)
+        else:
+            unequal = flood(list(arms.values()), chunks, given.seconds)
         for one, arm in arms.items():
-            figures[f"{one}: CPU us a payment"] = arm.cpu / given.events * 1e6
-            if arm.kept is not None:
-                pauses = np.sort(arm.pauses) * 1e3
-                figures["held up ms a chunk p99"] = float(pauses[int(len(pauses) * 0.99)])
-                figures["held up ms a chunk max"] = float(pauses[-1])
-                figures["of CPU ms a chunk max"] = max(arm.steps) * 1e3
-                figures["chunks that waited for the disk"] = arm.waits
-                figures["checkpoints"] = len(arm.checkpoints)
-                figures["checkpoint s max"] = max(arm.checkpoints, default=0.0)
+            figures |= told(one, arm, start)
         figures["of CPU ms a look for garbage max"] = garbage.longest * 1e3
         if len(arms) == 2:
             figures["turns with other features"] = unequal

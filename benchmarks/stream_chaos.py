@@ -2,7 +2,7 @@
 
     python benchmarks/stream_chaos.py [--records 1000000] [--worker-kills 50] [--broker-kills 5]
         [--alerts 0.2] [--workers 2] [--growths 2] [--brokers 3] [--rate 0] [--silence 5] [--disk]
-        [--json]
+        [--folder build/chaos] [--part 240] [--json]
 
 Payments are written to a real Kafka (KAFKA_HOME, else ../shared/kafka) in every codec in turn,
 each batch by its own producer; a share of them are alerts with reasons. Meanwhile workers
@@ -11,6 +11,9 @@ with SIGKILL and started again, brokers likewise, one at a time, and the input g
 So much is written that every kill has work in hand. A reader of committed records counts every
 answer. Exit code 1 if one payment was not answered exactly once, or if one waited longer than
 ``--silence`` seconds for its answer although it had been written before, while others were killed.
+
+With ``--folder`` the run can be taken in parts: after ``--part`` seconds all is stopped in order,
+the exit code is 3, and the same command goes on with the same log, state and counts.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,9 @@ from plinth.pipelines.stream.settings import StreamConfig  # noqa: E402
 CODECS = (None, "gzip", "snappy", "lz4", "zstd")
 BATCH = 2_000
 CARDS = 5_000
+KILLS = "worker", "broker"
+GOES_ON = 3
+"""Exit code of a part that was not the last."""
 SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
@@ -84,7 +90,7 @@ class Workers:
         own = {"instance_id": f"w{number}", "state_dir": self.folder / f"w{number}"}
         told = self.config.model_dump(mode="json", exclude_unset=True) | own | {"standby": True}
         settings = {f"PLINTH_STREAM__{k.upper()}": str(v) for k, v in told.items() if v is not None}
-        path = self.folder / f"worker-{number}-{len(self.log)}.log"
+        path = self.folder / f"worker-{number}-{time.time():.3f}.log"
         with path.open("wb") as log:
             started = subprocess.Popen(
                 [sys.executable, "-m", "plinth", "stream", "finance", "--json"],
@@ -167,19 +173,24 @@ class Written:
 
     count: int = 0
     most: int = 0
+    over: bool = False
 
 
 def feed(config: StreamConfig, given: argparse.Namespace, written: Written) -> None:
     """Write the payments, batch by batch, each in the next codec."""
-    grow_at = [given.records * n // (given.growths + 1) for n in range(1, given.growths + 1)]
-    dice = random.Random(1)
-    began = time.monotonic()
     size = min(BATCH, int(2 * given.rate) or BATCH)
-    for number, first in enumerate(range(0, given.records, size)):
+    start = written.count
+    grow_at = [given.records * n // (given.growths + 1) for n in range(1, given.growths + 1)]
+    grow_at = [at for at in grow_at if at > start - size]
+    began = time.monotonic()
+    for first in range(start, given.records, size):
+        number, dice = first // size, random.Random(first)
         if given.rate:
-            time.sleep(max(0.0, began + first / given.rate - time.monotonic()))
-        while first > written.most:
+            time.sleep(max(0.0, began + (first - start) / given.rate - time.monotonic()))
+        while first > written.most and not written.over:
             time.sleep(0.01)
+        if written.over:
+            return
         if grow_at and first >= grow_at[0]:
             grow_at.pop(0)
             grow(config)
@@ -208,14 +219,65 @@ def grow(config: StreamConfig) -> None:
         admin.create_partitions({config.input_topic: 2 * count})
 
 
-class Reader:
-    """Reads committed answers and dead letters, and how long none came while some were due."""
+@dataclass
+class Progress:
+    """What is done, and kept from part to part.
 
-    def __init__(self, kafka: Kafka, config: StreamConfig) -> None:
-        self.seen: Counter[str] = Counter()
-        self.dead = 0
-        self.decisions: Counter[str] = Counter()
-        self.silences: list[tuple[float, str]] = []
+    Args:
+        topics: settings of the stream that name its topics and its group.
+        acts: what is to be killed, in order.
+        done: acts that were done.
+        written: payments.
+        seconds: of all parts.
+        ended: exit codes of workers that ended by themselves.
+        dead: dead letters.
+        decisions: how many of each.
+        positions: of the reader, by topic and partition.
+        silences: the longest, seconds, and what was done last before.
+    """
+
+    topics: dict[str, str] = field(default_factory=dict)
+    acts: list[str] = field(default_factory=list)
+    done: int = 0
+    written: int = 0
+    seconds: float = 0.0
+    ended: list[int] = field(default_factory=list)
+    dead: int = 0
+    decisions: dict[str, int] = field(default_factory=dict)
+    positions: list[tuple[str, int, int]] = field(default_factory=list)
+    silences: list[tuple[float, str]] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, given: argparse.Namespace, folder: Path) -> Progress:
+        """That of the last part; a new one where there was none."""
+        with contextlib.suppress(FileNotFoundError):
+            return cls(**json.loads((folder / "progress.json").read_text()))
+        acts = ["worker"] * given.worker_kills
+        acts += ["broker"] * (given.broker_kills if given.brokers == 3 else 0)
+        random.shuffle(acts)
+        return cls(acts=acts)
+
+    def save(self, folder: Path, answers: bytearray) -> None:
+        """Keep it, and how often each payment was answered."""
+        (folder / "answers").write_bytes(answers)
+        (folder / "progress.json").write_text(json.dumps(asdict(self)))
+
+
+class Reader:
+    """Reads committed answers and dead letters, and how long none came while some were due.
+
+    Args:
+        kafka: where they are.
+        config: of the stream.
+        progress: goes on where that stood, and is kept up to date.
+        answers: how often each payment was answered.
+    """
+
+    def __init__(
+        self, kafka: Kafka, config: StreamConfig, progress: Progress, answers: bytearray
+    ) -> None:
+        self.progress, self.answers = progress, answers
+        self.different = len(answers) - answers.count(0)
         self._dead_topic = config.dead_letters
         self._came = time.monotonic()
         self._consumer = KafkaConsumer(
@@ -225,9 +287,12 @@ class Reader:
             enable_auto_commit=False,
         )
         topics = (config.output_topic, config.dead_letters)
-        self._consumer.assign(
-            [TopicPartition(t, p) for t in topics for p in self._consumer.partitions_for_topic(t)]
-        )
+        self._places = [
+            TopicPartition(t, p) for t in topics for p in self._consumer.partitions_for_topic(t)
+        ]
+        self._consumer.assign(self._places)
+        for topic, partition, at in progress.positions:
+            self._consumer.seek(TopicPartition(topic, partition), at)
 
     def read(self, due: int, lately: str) -> int:
         """Take what is there; how many different payments are answered by now.
@@ -237,88 +302,133 @@ class Reader:
             lately: what was done last, to be told of a silence.
         """
         polled = self._consumer.poll(200)
-        now = time.monotonic()
-        if polled or len(self.seen) >= due:
-            self.silences.append((now - self._came, lately))
+        now, progress = time.monotonic(), self.progress
+        if polled or self.different >= due:
+            progress.silences = sorted([*progress.silences, (now - self._came, lately)])[-50:]
             self._came = now
         for place, records in polled.items():
             for record in records:
                 made = json.loads(record.value)
-                self.seen[made["transaction_id"]] += 1
+                number = int(made["transaction_id"][1:])
+                self.different += not self.answers[number]
+                self.answers[number] = min(255, self.answers[number] + 1)
                 if place.topic == self._dead_topic:
-                    self.dead += 1
+                    progress.dead += 1
                 else:
-                    self.decisions[made["decision"]] += 1
-        return len(self.seen)
+                    decision = made["decision"]
+                    progress.decisions[decision] = progress.decisions.get(decision, 0) + 1
+        return self.different
 
     def close(self) -> None:
-        """Close the client."""
+        """Note how far it read, and close the client."""
+        self.progress.positions = [
+            (place.topic, place.partition, self._consumer.position(place)) for place in self._places
+        ]
         self._consumer.close()
 
 
-def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One run; the report."""
-    home = find_home()
-    kafka: KafkaCluster | KafkaNode = (
-        KafkaCluster(home, folder) if given.brokers == 3 else KafkaNode(home, folder)
-    )
-    nodes = kafka.nodes if isinstance(kafka, KafkaCluster) else []
+def settings(given: argparse.Namespace, kafka: Kafka, progress: Progress, folder: Path) -> Any:
+    """Of the stream: its topics are those of the first part."""
+    more = {"state_store": "disk", "state_dir": folder} if given.disk else {}
     config = kafka.config(
         partitions=4,
         idle_exit_s=None,
         metadata_max_age_ms=2_000,
         snapshot_interval_s=given.interval,
-        **({"state_store": "disk", "state_dir": folder} if given.disk else {}),
         commit_timeout_ms=given.commit_timeout_ms,
+        **more,
+        **progress.topics,
     )
+    names = "input_topic", "output_topic", "group"
+    progress.topics = {name: getattr(config, name) for name in names}
     prepare(config)
-    workers = Workers(config, given.workers, folder)
-    reader = Reader(kafka, config)
-    written = Written()
-    feeder = threading.Thread(target=feed, args=(config, given, written), daemon=True)
-    feeder.start()
-    acts = ["worker"] * given.worker_kills + ["broker"] * (given.broker_kills if nodes else 0)
-    random.shuffle(acts)
-    done, lately, began = 0, "start", time.monotonic()
-    brokers = Brokers(nodes)
+    return config
+
+
+def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One run, or a part of it; the report of all that was done."""
+    home, began = find_home(), time.monotonic()
+    progress, answers = Progress.begin(given, folder), bytearray(given.records)
+    with contextlib.suppress(FileNotFoundError):
+        answers[:] = (folder / "answers").read_bytes()
+    kafka: KafkaCluster | KafkaNode = (
+        KafkaCluster(home, folder) if given.brokers == 3 else KafkaNode(home, folder)
+    )
     try:
-        while (answered := reader.read(written.count, lately)) < given.records:
-            workers.revive()
-            # a little further than where the next act is due: it has work in hand, and takes place
-            due = given.records * (done + 1) // (len(acts) + 1)
-            written.most = due + BATCH
-            if len(workers.ended) > given.records // 1_000 + 10:
-                break  # they cannot even start
-            if (
-                done < len(acts)
-                and answered >= due
-                and (workers if acts[done] == "worker" else brokers).kill_one()
-            ):
-                lately = acts[done]
-                done += 1
-            if time.monotonic() - began > given.timeout:
-                break
-        for _ in range(10):  # whatever came twice comes now
-            reader.read(0, "end")
+        config = settings(given, kafka, progress, folder)
+        reader = Reader(kafka, config, progress, answers)
+        workers = Workers(config, given.workers, folder)
+        written = Written(progress.written)
+        feeder = threading.Thread(target=feed, args=(config, given, written), daemon=True)
+        feeder.start()
+        try:
+            nodes = kafka.nodes if isinstance(kafka, KafkaCluster) else []
+            act(given, workers, Brokers(nodes), reader, written)
+        finally:
+            written.over = True
+            workers.stop()
+            feeder.join(120)
+            progress.written = written.count
+            progress.ended += workers.ended
+            progress.seconds += time.monotonic() - began
+            reader.close()
+            progress.save(folder, answers)
     finally:
-        workers.stop()
-        reader.close()
         kafka.kill()
-    seconds = time.monotonic() - began
+    return report_of(progress, answers)
+
+
+def act(
+    given: argparse.Namespace,
+    workers: Workers,
+    brokers: Brokers,
+    reader: Reader,
+    written: Written,
+) -> None:
+    """Kill, one after the other, while payments are answered, until all are or the time is over."""
+    progress, began, lately = reader.progress, time.monotonic(), "start"
+    acts = progress.acts
+    while (answered := reader.read(written.count, lately)) < given.records:
+        workers.revive()
+        # a little further than where the next act is due: it has work in hand, and takes place
+        due = given.records * (progress.done + 1) // (len(acts) + 1)
+        written.most = due + BATCH
+        if len(workers.ended) > given.records // 1_000 + 10:
+            break  # they cannot even start
+        if (
+            progress.done < len(acts)
+            and answered >= due
+            and (workers if acts[progress.done] == "worker" else brokers).kill_one()
+        ):
+            lately = acts[progress.done]
+            progress.done += 1
+        if time.monotonic() - began > given.part:
+            break
+    for _ in range(10):  # whatever came twice comes now
+        reader.read(0, "end")
+
+
+def report_of(progress: Progress, answers: bytearray) -> dict[str, Any]:
+    """What was found so far."""
+    answered = len(answers) - answers.count(0)
     return {
-        "records": given.records,
-        "answered": len(reader.seen),
-        "lost": given.records - len(reader.seen),
-        "twice": sum(count - 1 for count in reader.seen.values()),
-        "dead_letters": reader.dead,
-        "decisions": dict(reader.decisions),
-        "kills": dict(Counter(acts[:done])),
-        "ended_by_themselves": [code for code in workers.ended if code],
-        "seconds": round(seconds, 1),
-        "records_per_second": round(len(reader.seen) / seconds, 1),
+        "records": len(answers),
+        "written": progress.written,
+        "answered": answered,
+        "not_answered": len(answers) - answered,
+        "twice": sum(answers) - answered,
+        "dead_letters": progress.dead,
+        "decisions": progress.decisions,
+        "kills": dict(Counter(progress.acts[: progress.done])),
+        "ended_by_themselves": [code for code in progress.ended if code],
+        "seconds": round(progress.seconds, 1),
+        "records_per_second": round(answered / progress.seconds, 1),
         "longest_silences_s": [
-            (round(length, 2), after) for length, after in sorted(reader.silences)[:-6:-1]
+            (round(length, 2), after) for length, after in progress.silences[:-6:-1]
         ],
+        "longest_after_a_kill_s": round(
+            max((length for length, after in progress.silences if after in KILLS), default=0.0), 2
+        ),
     }
 
 
@@ -340,21 +450,27 @@ def main() -> None:
     parser.add_argument("--interval", type=float, default=5.0, help="seconds between checkpoints")
     parser.add_argument("--logs", action="store_true", help="show what the workers logged")
     parser.add_argument("--silence", type=float, default=5.0, help="seconds; longer is a failure")
-    parser.add_argument("--timeout", type=float, default=7_200, help="seconds of the whole run")
+    parser.add_argument("--folder", type=Path, help="keeps the run, so that it can go on")
+    parser.add_argument("--part", type=float, default=7_200, help="seconds of this part of it")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        report = run(given, Path(folder))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left behind
+    with contextlib.ExitStack() as held:
+        folder = given.folder or Path(held.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        report = run(given, folder)
         if report["ended_by_themselves"] or given.logs:
-            for path in sorted(Path(folder).glob("worker-*.log")):
+            for path in sorted(folder.glob("worker-*.log")):
                 print(path.name, path.read_text()[-2_000:], sep="\n", file=sys.stderr)
-    silent = [length for length, after in report["longest_silences_s"] if after != "start"]
     report["ok"] = (
-        not (report["lost"] or report["twice"]) and max(silent, default=0) < given.silence
+        not (report["not_answered"] or report["twice"])
+        and report["longest_after_a_kill_s"] < given.silence
     )
     if given.json:
         print_json(report)
     else:
         print(json.dumps(report, indent=2))
+    if given.folder is not None and report["not_answered"] and not report["twice"]:
+        raise SystemExit(GOES_ON)
     raise SystemExit(0 if report["ok"] else 1)
 
 
