@@ -248,7 +248,7 @@ def main() -> None:
         start, unequal = max(arm.taken for arm in arms.values()), 0
         chunks = payments(given.events, given.cards, start=start, chunk=given.chunk)
         if given.rate:
-            pace(*arms.values(), chunks, given.rate, given.seconds)
+            pace(arms["disk"], chunks, given.rate, given.seconds)
         else:
             unequal = flood(list(arms.values()), chunks, given.seconds)
         for one, arm in arms.items():
