@@ -5,7 +5,7 @@ READY  := $(VENV)/.ready
 EXTRAS := $(VENV)/.extras
 JOBS   ?= 4
 
-.PHONY: help setup extras demo lint fix test quick soak fuzz bench-compute coverage image-test wheel-test sbom site clean
+.PHONY: help setup extras fast demo lint fix test quick soak fuzz bench-compute coverage image-test wheel-test sbom site clean
 
 help:                  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -24,6 +24,9 @@ extras: $(EXTRAS)      ## what only some tests need: OpenVINO, MONAI, transforme
 $(EXTRAS): $(READY) requirements-extras.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-extras.lock
 	touch $(EXTRAS)
+
+fast: setup            ## hot code compiled, where there is a C compiler (a minute); the source runs where it is newer
+	$(BIN)/python -m plinth.compiled
 
 demo: setup            ## the sample stream and the sample study, in under three minutes
 	$(BIN)/plinth demo

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 import pytest
 from hypothesis import settings
 
+os.environ["PLINTH_COMPILED"] = "0"  # tests are of the source; tests/test_compiled.py of the rest
+
 from plinth.pipelines.console import PlacesOnly
 
 # Shared, noisy machines: an example's first call may pay for imports and lazy set-up. One commit

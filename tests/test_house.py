@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("engine", "verticals", "pipelines")
 MAY_IMPORT = {
     "engine": {"distribution", "engine"},
-    "verticals": {"distribution", "engine", "verticals"},
-    "pipelines": {"distribution", "engine", "verticals", "pipelines"},
+    "verticals": {"compiled", "distribution", "engine", "verticals"},
+    "pipelines": {"compiled", "distribution", "engine", "verticals", "pipelines"},
 }
 DOORS = {
     *("fastapi", "starlette", "uvicorn", "granian", "httpx", "requests", "aiohttp", "http"),

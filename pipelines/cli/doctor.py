@@ -111,6 +111,13 @@ def _packages(config: Config) -> Iterator[Finding]:
         yield Finding(f"extra {extra}", state, found, advice)
 
 
+def _hot_code(config: Config) -> Iterator[Finding]:
+    from plinth.compiled import hot_code_is_compiled, how_hot_code_runs
+
+    advice = "" if hot_code_is_compiled() else "for a faster stream: python -m plinth.compiled"
+    yield Finding("hot code", "fine", how_hot_code_runs(), advice)
+
+
 def _devices(config: Config) -> Iterator[Finding]:
     from plinth.engine import PlinthError
     from plinth.engine.devices.device import Absent, devices
@@ -230,6 +237,7 @@ def _access(config: Config) -> Iterator[Finding]:
 LOOKS: tuple[Callable[[Config], Iterator[Finding]], ...] = (
     _python,
     _packages,
+    _hot_code,
     _devices,
     _limits,
     _folders,

@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from plinth.compiled import how_hot_code_runs
 from plinth.engine import ConfigError, Engine
 from plinth.engine.models.store import choose_store
 from plinth.pipelines.assembly import STREAM_ROWS, doors, load_vertical, running, sla_of
@@ -71,6 +72,7 @@ def run_stream(config: Config, name: str, metrics: str | None, as_json: bool) ->
         set_for_serving(STREAM_THRESHOLDS),
     ):
         say(f"streaming {config.stream.input_topic} -> {config.stream.output_topic}")
+        say(f"hot code: {how_hot_code_runs()}")
         if url is not None:
             say(f"metrics: {url}")
         summary = stream.run(

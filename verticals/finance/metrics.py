@@ -8,6 +8,7 @@ from functools import partial
 
 from prometheus_client import Counter, Gauge
 
+from plinth.compiled import hot_code_is_compiled
 from plinth.engine.metrics import REGISTRY
 from plinth.verticals.finance.features.online import FeatureState
 
@@ -43,6 +44,12 @@ ENTRIES = Gauge(
     ("table",),
     registry=REGISTRY,
 )
+COMPILED = Gauge(
+    "plinth_finance_features_compiled",
+    "1 where the code of the features runs compiled, 0 where it is interpreted.",
+    registry=REGISTRY,
+)
+COMPILED.set(hot_code_is_compiled())
 TABLES = ("cards", "terminals", "customers", "devices")
 
 

@@ -31,7 +31,6 @@ MAX_AMOUNT = 10_000_000.0
 """No single card payment is larger; a larger one is a fault of the sender."""
 EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 LATEST = datetime(2100, 1, 1, tzinfo=UTC)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MAX_ID, MAX_CARD = 64, 128
 """Characters of an id, and of a card's token."""
 _FIELD = re.compile(r"[a-z][a-z_]{0,39}")
@@ -423,18 +422,6 @@ def _refuse_double_keys(raw: bytes) -> None:
         return keys
 
     json.loads(raw, object_pairs_hook=unique)
-
-
-def milliseconds(time: datetime) -> int:
-    """Whole milliseconds since 1970-01-01T00:00Z; finer digits are cut off."""
-    since = time - _EPOCH
-    return since.days * 86_400_000 + since.seconds * 1_000 + since.microseconds // 1_000
-
-
-def place_of(payment: Transaction) -> tuple[float, float] | None:
-    """Latitude and longitude of a payment, degrees, if they are known."""
-    lat, lon = payment.latitude, payment.longitude
-    return None if lat is None or lon is None else (lat, lon)
 
 
 def refusal(error: ValidationError) -> InputError:

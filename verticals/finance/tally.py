@@ -15,13 +15,13 @@ import numpy.typing as npt
 from plinth.verticals.contract import Tally
 from plinth.verticals.finance.decisions.rules import REUSED_ID, Payments, Rules
 from plinth.verticals.finance.features.online import Flag
+from plinth.verticals.finance.features.timeline import milliseconds
 from plinth.verticals.finance.schema import (
     Decision,
     Label,
     Record,
     is_follow_up,
     is_label,
-    milliseconds,
 )
 
 _DAY = 86_400_000

@@ -58,13 +58,14 @@ from plinth.verticals.finance.decisions.rules import REUSED_ID, Payments, Rules,
 from plinth.verticals.finance.features import parts, persistence
 from plinth.verticals.finance.features.online import (
     Batch,
-    Event,
     FeatureState,
     Flag,
     Labelled,
     Limits,
+    Told,
+    event_of,
 )
-from plinth.verticals.finance.features.timeline import DAY, NEVER
+from plinth.verticals.finance.features.timeline import DAY, NEVER, milliseconds
 from plinth.verticals.finance.metrics import PARTIAL_DECISIONS, RULE_HITS, TableMetrics
 from plinth.verticals.finance.schema import (
     LATEST,
@@ -77,8 +78,6 @@ from plinth.verticals.finance.schema import (
     is_follow_up,
     is_label,
     is_payment,
-    milliseconds,
-    place_of,
     read,
 )
 from plinth.verticals.finance.settings import FraudSettings
@@ -504,7 +503,7 @@ class FraudScoring(Vertical[Record, Decision]):
         requests: Sequence[Record],
         results: list[Decision | InputError | None],
         frauds: list[Label],
-    ) -> Iterator[Event]:
+    ) -> Iterator[Told]:
         """Events of the transactions, in order; labels take effect in between.
 
         Args:
@@ -547,7 +546,7 @@ class FraudScoring(Vertical[Record, Decision]):
             self._cases.note(label)
         return _noted(label, partial=not found)
 
-    def _event(self, request: Transaction) -> Event | InputError:
+    def _event(self, request: Transaction) -> Told | InputError:
         rate = self._given.rates.get(request.currency)
         if rate is None:
             return InputError(
@@ -556,16 +555,7 @@ class FraudScoring(Vertical[Record, Decision]):
                 reason="unknown_currency",
                 hint="add its rate to [verticals.finance.rates]",
             )
-        return Event(
-            request.transaction_id,
-            milliseconds(request.event_time),
-            request.amount * rate,
-            request.card,
-            request.customer_id,
-            request.terminal_id,
-            request.device_id,
-            place_of(request),
-        )
+        return event_of(request, rate)
 
     def _future(self, field: str) -> InputError:
         return InputError(

@@ -28,7 +28,8 @@ from plinth.verticals.finance.features.online import (
     Limits,
 )
 from plinth.verticals.finance.features.persistence import pack, unpack
-from plinth.verticals.finance.features.program import STANDARD, compiled, distance
+from plinth.verticals.finance.features.places import distance
+from plinth.verticals.finance.features.program import STANDARD, compiled
 from plinth.verticals.finance.training.simulator import Population, events, simulate
 from plinth.verticals.finance.training.train import declared_in
 

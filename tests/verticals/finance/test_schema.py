@@ -15,12 +15,12 @@ from payments import NOON, label, payment
 
 from plinth.engine import InputError
 from plinth.verticals.finance import FraudScoring, FraudSettings
+from plinth.verticals.finance.features.timeline import milliseconds
 from plinth.verticals.finance.schema import (
     Decision,
     Label,
     Transaction,
     UnknownFields,
-    milliseconds,
     read,
 )
 

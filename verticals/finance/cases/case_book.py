@@ -34,7 +34,8 @@ from plinth.verticals.finance.cases.questions import (
     WhatIf,
 )
 from plinth.verticals.finance.features.online import FeatureState
-from plinth.verticals.finance.schema import Decision, Label, Transaction, milliseconds
+from plinth.verticals.finance.features.timeline import milliseconds
+from plinth.verticals.finance.schema import Decision, Label, Transaction
 from plinth.verticals.finance.tally import SEEN, days_of, key_of, truth_of
 from plinth.verticals.finance.versions import Serving, Variant
 

@@ -222,6 +222,7 @@ def reach(one: Any, known: Mapping[str, Any]) -> int:
     return 0 if isinstance(one, Value) else int(one.over)
 
 
-def read(path: Path) -> Declaration:
-    """The declaration of a file that comes with Plinth."""
+def standard() -> Declaration:
+    """The declaration that comes with Plinth."""
+    path = Path(__file__).with_name("standard.toml")
     return Declaration.model_validate(tomllib.loads(path.read_text("utf-8")))

@@ -7,15 +7,13 @@ to the narrowest, each within the one before. Nothing of a record is ever part o
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import asin, cos, radians, sin, sqrt
-from operator import sub
-from pathlib import Path
-from struct import Struct
-from typing import Any, NamedTuple
+from hashlib import sha256
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple, cast
 
 from plinth.verticals.finance.features.language import (
     KEYS,
@@ -30,13 +28,10 @@ from plinth.verticals.finance.features.language import (
     Speed,
     Value,
     reach,
-    read,
+    standard,
 )
 from plinth.verticals.finance.features.timeline import DAY, HOUR, UNITS, Sums
 
-EARTH_KM = 6_371.0
-MIN_GAP = 1_000
-"""Milliseconds; payments nearer in time count as this far apart for a speed."""
 NATIVE: Mapping[str, Mapping[str, str]] = {
     "card": {"sums": "sums", "terminal": "terminals"},
     "terminal": {"card": "cards"},
@@ -49,8 +44,24 @@ _VALUES = {
     "weekend": f"((time // {DAY} + 3) % 7 >= 5)",
     "night": f"(time % {DAY} < {7 * HOUR})",
 }
-Place = tuple[float, float]
-"""Latitude and longitude, degrees."""
+_HEAD = """\
+from __future__ import annotations
+
+from bisect import bisect_right
+from operator import sub
+from struct import Struct
+
+from plinth.verticals.finance.features.places import speed
+from plinth.verticals.finance.features.timeline import Card, Device, Terminal, Timeline
+
+_pack = Struct("{columns}f").pack
+
+
+def row(
+    time: int, units: int, card: Card, card_end: int, terminal: Terminal, terminal_end: int,
+    customer: Timeline, customer_end: int, device: Device | None, device_end: int,
+) -> bytes:
+"""
 
 
 class Again(NamedTuple):
@@ -134,13 +145,6 @@ def compiled(declaration: Declaration) -> Program:
         grouped[one.reason].append(one.name)
     columns = _columns(declaration)
     text = _Writer(declaration, columns).text()
-    space: dict[str, Any] = {
-        "bisect_right": bisect_right,
-        "pack": Struct(f"{len(names)}f").pack,
-        "sub": sub,
-        "speed": speed,
-    }
-    exec(compile(text, "<declared features>", "exec"), space)  # noqa: S102 - of checked words and numbers
     return Program(
         declaration,
         names,
@@ -149,10 +153,30 @@ def compiled(declaration: Declaration) -> Program:
         {name: reach(known[name], known) for name in names},
         tuple((c, t, tuple(grouped[c])) for c, t in declaration.reasons.items() if c in grouped),
         columns,
-        space["row"],
+        _function(text),
         _again(known, names),
         text,
     )
+
+
+def _function(text: str) -> Callable[..., bytes]:
+    """The function of a text, compiled ahead of time if it was."""
+    name = f"{__package__}.{_module(text)}"
+    if find_spec(name) is not None:
+        made: Callable[..., bytes] = import_module(name).row
+        return made
+    space: dict[str, Any] = {"__name__": name}
+    exec(compile(text, "<declared features>", "exec"), space)  # noqa: S102 - of checked words and numbers
+    return cast("Callable[..., bytes]", space["row"])
+
+
+def _module(text: str) -> str:
+    return f"row_{sha256(text.encode()).hexdigest()[:16]}"
+
+
+def generated() -> dict[str, str]:
+    """Modules of the features that come with Plinth, for :mod:`plinth.compiled`: name and text."""
+    return {_module(STANDARD.text): STANDARD.text}
 
 
 def _columns(declaration: Declaration) -> dict[str, tuple[str, ...]]:
@@ -206,8 +230,8 @@ class _Writer:
 
     def text(self) -> str:
         """The function as Python."""
-        ends = ", ".join(f"{key}, {key}_end" for key in KEYS)
-        lines = [f"def row(time, units, {ends}):"]
+        values = [self._value(one) for one in self._declared.columns()]
+        lines: list[str] = []
         for key in KEYS:
             body = self._of(key)
             if body and key == "device":
@@ -216,8 +240,9 @@ class _Writer:
                 lines += ["    else:", *(f"        {line}" for line in body)]
             else:
                 lines += [f"    {line}" for line in body]
-        values = [self._value(one) for one in self._declared.columns()]
-        return "\n".join([*lines, f"    return pack({', '.join(values)})", ""])
+        told = "".join(f"        {value},\n" for value in values)
+        whole = "\n".join(lines)
+        return f"{_HEAD.format(columns=len(values))}{whole}\n    return _pack(\n{told}    )\n"
 
     def _by(self, key: Key) -> list[Any]:
         return [one for one in self._declared.feature if getattr(one, "by", None) == key]
@@ -235,10 +260,11 @@ class _Writer:
         if sums:
             lines.append(f"sums_{key} = {self._column(key, 'sums')}")
             lines.append(f"total_{key} = sums_{key}[{key}_end]")
-        before = "0"
+        before, last = "0", f"{key}_end - 1"
         for span in sorted({one.over for one in plain}, reverse=True):
             name = f"{key}_{span}"
-            lines.append(f"{name} = bisect_right(times_{key}, time - {span}, {before}, {key}_end)")
+            found = f"bisect_right(times_{key}, time - {span}, {before}, {last})"
+            lines.append(f"{name} = {before} if {before} == {last} else {found}")
             before = name
         for one in mine:
             if not isinstance(one, Risk):
@@ -290,9 +316,9 @@ class _Writer:
             risks.sort(key=lambda one: one.over)
             names = ", ".join(map(self._var, risks)) + ","
             spans = ", ".join(str(one.over) for one in risks) + ","
-            zeros = "0.0, " * len(risks)
+            zeros = " = ".join(map(self._var, risks)) + " = 0.0"
             shares = f"terminal.shares(time, {after}, ({spans}))"
-            lines.append(f"{names} = {shares} if terminal.marks else ({zeros})")
+            lines += ["if terminal.marks:", f"    {names} = {shares}", "else:", f"    {zeros}"]
         return lines
 
     def _parts(self, one: Any) -> tuple[str, int, str]:
@@ -333,30 +359,5 @@ def _times(value: str, number: int, count: str) -> str:
     return f"({' * '.join(words)})" if len(words) > 1 else value
 
 
-def speed(places: Sequence[Place | None], times: Sequence[int], start: int, end: int) -> float:
-    """Kilometres per hour to the last entry of a window from the newest before it with a place.
-
-    Args:
-        places, times: of the timeline.
-        start, end: of the window; ``end - 1`` is the payment itself.
-    """
-    here = places[end - 1]
-    if here is None:
-        return 0.0
-    for at in range(end - 2, start - 1, -1):
-        there = places[at]
-        if there is not None:
-            hours = max(times[end - 1] - times[at], MIN_GAP) / HOUR
-            return distance(here, there) / hours
-    return 0.0
-
-
-def distance(one: Place, other: Place) -> float:
-    """Kilometres along the great circle (haversine: R. W. Sinnott, Sky and Telescope 68, 1984)."""
-    (lat, lon), (lat2, lon2) = (tuple(map(radians, place)) for place in (one, other))
-    half = sin((lat2 - lat) / 2) ** 2 + cos(lat) * cos(lat2) * sin((lon2 - lon) / 2) ** 2
-    return 2 * EARTH_KM * asin(min(1.0, sqrt(half)))
-
-
-STANDARD = compiled(read(Path(__file__).with_name("standard.toml")))
+STANDARD = compiled(standard())
 """The features of the models that come with Plinth."""

@@ -11,6 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
@@ -39,6 +40,13 @@ LEAVE_AT_ONCE = 64
 """Entities that leave memory for the disk at a time."""
 UNITS = 10_000
 """Amounts are counted in 1/10000 of the base currency, the finest subdivision of ISO 4217."""
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def milliseconds(time: datetime) -> int:
+    """Whole milliseconds since 1970-01-01T00:00Z; finer digits are cut off."""
+    since = time - _EPOCH
+    return since.days * DAY + since.seconds * 1_000 + since.microseconds // 1_000
 
 
 class Sums:

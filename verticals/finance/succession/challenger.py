@@ -25,8 +25,8 @@ from plinth.engine.tables import Table
 from plinth.verticals.finance.features.columns import Columns
 from plinth.verticals.finance.features.online import Batch, Flag
 from plinth.verticals.finance.features.program import STANDARD
-from plinth.verticals.finance.features.timeline import DAY, NEVER
-from plinth.verticals.finance.schema import Label, Transaction, milliseconds
+from plinth.verticals.finance.features.timeline import DAY, NEVER, milliseconds
+from plinth.verticals.finance.schema import Label, Transaction
 from plinth.verticals.finance.succession.drift import QUANTILES, share_of, stability_index
 
 MAX_WAITING = 16_384

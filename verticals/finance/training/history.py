@@ -22,15 +22,14 @@ from plinth.verticals.finance.features.online import (
     FeatureState,
     Flag,
     Labelled,
+    event_of,
 )
 from plinth.verticals.finance.features.program import STANDARD, Program
-from plinth.verticals.finance.features.timeline import ALWAYS, DAY, LABEL_DELAY
+from plinth.verticals.finance.features.timeline import ALWAYS, DAY, LABEL_DELAY, milliseconds
 from plinth.verticals.finance.schema import (
     Label,
     Transaction,
     is_follow_up,
-    milliseconds,
-    place_of,
     read,
 )
 from plinth.verticals.finance.training.simulator import TABLE, Population, Table, events, simulate
@@ -229,16 +228,7 @@ def _record(made: Transaction | Label, rates: Mapping[str, float]) -> Arrival[Ev
         return Arrival(known if received is None else received, label)
     if made.currency not in rates:
         raise InputError(f"currency: there is no rate for {made.currency}", field="currency")
-    event = Event(
-        made.transaction_id,
-        time,
-        made.amount * rates[made.currency],
-        made.card,
-        made.customer_id,
-        made.terminal_id,
-        made.device_id,
-        place_of(made),
-    )
+    event = Event(*event_of(made, rates[made.currency]))
     return Arrival(time if received is None else received, event)
 
 
