@@ -29,10 +29,12 @@ from torch import Tensor, nn
 
 from plinth.engine.compression.training import Compressed
 from plinth.engine.errors import ModelError
-from plinth.engine.models import estimators, program, weights
+from plinth.engine.models import program, weights
 from plinth.engine.models.binding import Binding, outputs_by_name
 from plinth.engine.models.digest import digest
 from plinth.engine.models.fidelity import Run, compare, versions
+from plinth.engine.models.fitted import estimators
+from plinth.engine.models.fitted.trees import rows_at_thresholds
 from plinth.engine.models.onnx import OnnxModule, read_contract
 from plinth.engine.models.signature import Example, Wishes, derive, given_rows
 from plinth.engine.models.spec import ModelSpec, TensorSpec, hold_against, spec_of
@@ -149,13 +151,16 @@ class Model:
             ModelError: it cannot be converted, gives words, or other answers in ONNX.
         """
         named = name or type(estimator).__name__.lower()
-        rows = {estimators.INPUT: estimators.as_rows(example, named)}
-        path = estimators.to_onnx(estimator, rows[estimators.INPUT], named)
+        given = estimators.as_rows(example, named)
+        path = estimators.to_onnx(estimator, given, named)
         spec = spec_of(path, read_contract(path, outputs), named, version)
         spec = spec.model_copy(update={"source": type(estimator).__qualname__})
-        model = cls(spec, _read(path, spec), path, given_rows(named, spec.inputs, rows))
+        rows = given_rows(named, spec.inputs, {estimators.INPUT: given})
+        model = cls(spec, _read(path, spec), path, rows)
         shapes = {tensor.name: tensor.shape for tensor in spec.outputs}
-        found = compare(named, model.run, estimators.predictor(estimator, shapes), rows)
+        met = rows_at_thresholds(path, given.shape[1])
+        tried = {estimators.INPUT: given if met is None else torch.cat([given, met])}
+        found = compare(named, model.run, estimators.predictor(estimator, shapes), tried)
         libraries = versions(*estimators.LIBRARIES)
         origin = found.model_dump(mode="json") | {"kind": "estimator", "libraries": libraries}
         return replace(model, origin=origin)

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from serving import Running, await_ready, error, running, until
@@ -252,12 +253,14 @@ def test_boosted_trees_answer_as_at_home_from_their_own_files(
             trees.booster_.save_model(str(path))
         else:
             trees = (xgboost.XGBRegressor if regress else xgboost.XGBClassifier)(**plain)
-            trees.fit(rows, wanted.astype(int) if not regress else wanted)
+            trees.fit(
+                pd.DataFrame(rows, columns=names), wanted.astype(int) if not regress else wanted
+            )
             path = tmp_path / "trees.ubj"
             trees.save_model(str(path))
         home = trees.predict(rows) if regress else trees.predict_proba(rows)
     with model_at(path, None, Options()) as (model, facts):
-        assert facts["features"] == (names if kind == "lightgbm" else [])
+        assert facts["features"] == names
         assert facts["missing"] == ([] if kind == "lightgbm" else [0, 1, 2])
         found = model.run({"X": torch.from_numpy(rows)})
     key = "variable" if regress else "probabilities"

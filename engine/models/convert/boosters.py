@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from plinth.engine.errors import ModelError
-from plinth.engine.models import estimators
 from plinth.engine.models.convert.source import Request, Source
 from plinth.engine.models.fidelity import Run, compare
+from plinth.engine.models.fitted import estimators
+from plinth.engine.models.fitted.trees import rows_at_thresholds
 from plinth.engine.models.onnx import OnnxModule, read_contract
 from plinth.engine.models.signature import given_rows
 from plinth.engine.models.spec import spec_of
@@ -42,21 +43,24 @@ def read(path: Path, request: Request) -> Source:
     except ImportError as error:
         raise ModelError(f"reading {path} needs {error.name}", hint=_INSTALL) from error
     given = (request.example or {}).get(estimators.INPUT, (request.example or {}).get(""))
-    noise = np.random.default_rng(0)
-    rows = given if given is not None else noise.normal(size=(_ROWS, len(features)))
-    tensors = {estimators.INPUT: estimators.as_rows(rows, request.name)}
-    onnx = estimators.to_onnx(booster, tensors[estimators.INPUT], request.name)
+    noise = np.random.default_rng(0).normal(size=(_ROWS, len(features)))
+    rows = estimators.as_rows(noise if given is None else given, request.name)
+    onnx = estimators.to_onnx(booster, rows, request.name)
+    met = rows_at_thresholds(onnx, len(features))
+    rows = met if given is None and met is not None else rows
     spec = spec_of(
         onnx, read_contract(onnx, request.options.outputs), request.name, request.version
     ).model_copy(update={"source": path.name})
     names = tuple(t.name for t in spec.inputs), tuple(t.name for t in spec.outputs)
-    example = given_rows(request.name, spec.inputs, tensors)
+    example = given_rows(request.name, spec.inputs, {estimators.INPUT: rows})
     model = Model(spec, OnnxModule(onnx, *names).eval(), onnx, example)
     named = [name for name in features if name]
 
     def at_home(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {key: value for key, value in run(given).items() if key in names[1]}
 
+    if met is not None and rows is not met:
+        compare(request.name, model.run, at_home, {estimators.INPUT: met})
     return Source(
         model,
         run=at_home,

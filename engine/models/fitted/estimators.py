@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from plinth.engine.cache import cache_folder
 from plinth.engine.errors import ModelError
+from plinth.engine.models.fitted.trees import for_float32
 
 _INSTALL = "pip install 'plinth-engine[convert]'"
 _OPSET = {"": 18, "ai.onnx.ml": 3}
@@ -48,9 +51,11 @@ def to_onnx(estimator: Any, rows: Tensor, name: str) -> Path:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            data = convert(estimator, rows).SerializeToString()
+            data = convert(for_float32(estimator), rows).SerializeToString()
     except ImportError as error:
         raise ModelError(f"converting {library} needs {error.name}", hint=_INSTALL) from error
+    except ModelError:
+        raise
     except Exception as error:  # converters raise errors of every kind
         reason = str(error).strip().partition("\n")[0][:200]
         raise ModelError(
@@ -66,12 +71,55 @@ def to_onnx(estimator: Any, rows: Tensor, name: str) -> Path:
 
 
 def _sklearn(estimator: Any, rows: Tensor) -> Any:
-    from skl2onnx import to_onnx as exported
+    from skl2onnx import convert_sklearn
+    from skl2onnx.common.data_types import FloatTensorType
     from sklearn.base import is_classifier
 
-    options = {"zipmap": False} if is_classifier(estimator) else None
-    example = {INPUT: rows[:1].numpy()}
-    return exported(estimator, example[INPUT], options=options, target_opset=_OPSET)
+    return convert_sklearn(
+        estimator,
+        initial_types=[(INPUT, FloatTensorType([None, rows.shape[1]]))],
+        options={id(estimator): {"zipmap": False}} if is_classifier(estimator) else None,
+        target_opset=_OPSET,
+        custom_conversion_functions=_histograms(),
+    )
+
+
+def _histograms() -> dict[type, Callable[[Any, Any, Any], None]]:
+    """Converters of histogram boosting, whose lists of bools onnx no longer takes for integers."""
+    from skl2onnx.operator_converters import random_forest as trees
+    from sklearn import ensemble
+
+    def plain(convert: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
+        return lambda scope, operator, container: convert(scope, operator, _Integers(container))
+
+    return {
+        ensemble.HistGradientBoostingClassifier: plain(
+            trees.convert_sklearn_random_forest_classifier
+        ),
+        ensemble.HistGradientBoostingRegressor: plain(
+            trees.convert_sklearn_random_forest_regressor_converter
+        ),
+    }
+
+
+class _Integers:
+    """A container of skl2onnx that takes lists of bools for integers."""
+
+    def __init__(self, container: Any) -> None:
+        self._container = container
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._container, name)
+
+    def add_node(self, *given: Any, **attributes: Any) -> None:
+        """As the container's."""
+        plain = {
+            name: [int(one) if isinstance(one, bool) else one for one in value]
+            if isinstance(value, list)
+            else value
+            for name, value in attributes.items()
+        }
+        self._container.add_node(*given, **plain)
 
 
 def _boosted(converter: str, **options: Any) -> Callable[[Any, Tensor], Any]:
@@ -85,10 +133,26 @@ def _boosted(converter: str, **options: Any) -> Callable[[Any, Tensor], Any]:
     return convert
 
 
+def _xgboost(estimator: Any, rows: Tensor) -> Any:
+    """Without the names of features, which the converter takes for errors."""
+    booster = estimator.get_booster()
+    kind = json.loads(booster.save_config())["learner"]["gradient_booster"]["name"]
+    if kind != "gbtree" or "c" in (booster.feature_types or ()):
+        what = "categories" if kind == "gbtree" else f"booster {kind}"
+        raise ModelError(
+            f"XGBoost's {what} cannot be converted",
+            hint="train with booster='gbtree' and categories as numbers, or call it from a "
+            "vertical's flow",
+        )
+    plain = copy.deepcopy(estimator)
+    plain.get_booster().feature_names = plain.get_booster().feature_types = None
+    return _boosted("convert_xgboost")(plain, rows)
+
+
 _CONVERTERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "sklearn": _sklearn,
     "lightgbm": _boosted("convert_lightgbm", zipmap=False),
-    "xgboost": _boosted("convert_xgboost"),
+    "xgboost": _xgboost,
 }
 
 
@@ -135,7 +199,8 @@ def as_rows(example: Any, name: str) -> Tensor:
     """Rows (n, features) in float32 from an array, a tensor or a data frame of numbers.
 
     Raises:
-        ModelError: not two-dimensional, empty, not numbers, or beyond float32.
+        ModelError: not two-dimensional, empty, not numbers, beyond float32, or whole numbers that
+            float32 rounds.
     """
     try:
         array = np.asarray(example)
@@ -154,4 +219,13 @@ def as_rows(example: Any, name: str) -> Tensor:
         rows = torch.from_numpy(array.astype(np.float32))
     if bool((rows.isinf() & ~torch.from_numpy(np.isinf(array.astype(np.float64)))).any()):
         raise ModelError(f"model {name}: the example has numbers beyond float32")
+    whole = array.astype(np.float64)
+    lost = (whole == np.floor(whole)) & (rows.double().numpy() != whole)
+    if lost.any():
+        row, column = np.argwhere(lost)[0]
+        raise ModelError(
+            f"model {name}: column {column} of the example has whole numbers as "
+            f"{whole[row, column]:.0f}, which rows in float32 cannot tell from their neighbours",
+            hint="fit on smaller numbers: a time since some day, a code in place of an id",
+        )
     return rows

@@ -1,0 +1,1 @@
+"""Fitted estimators of other libraries, and what float32 makes of their trees."""
