@@ -60,6 +60,8 @@ PASSING = {
 WIDTH_S = 5.0
 """Longest wait for the number of partitions of a topic."""
 CLOSE_S = 3.0
+TOLD_S = 0.1
+"""Longest wait for what is told of a message that failed."""
 LOOK_S = 0.5
 """How long a commit is waited for before it is seen whether its producer was given up."""
 
@@ -432,7 +434,7 @@ class ConfluentWriter:
         try:
             self._producer.produce(topic, value, key, number, headers=headers or None)
         except KafkaException as error:
-            raise _translated(error.args[0]) from None
+            raise self._why(error) from None
         except BufferError as error:
             raise KafkaTimeoutError(f"the queue of the client is full: {error}") from None
 
@@ -452,18 +454,25 @@ class ConfluentWriter:
         if self._failed:
             raise _translated(self._failed[0])
 
+    def _why(self, error: KafkaException) -> KafkaError:
+        """What went wrong: where messages failed, that says more than that the transaction did.
+
+        A transaction ends with the first of its messages that fails, and every call says so from
+        then on; what is told of the message itself comes with the next poll.
+        """
+        if self._producer is not None and not self._failed:
+            self._producer.poll(TOLD_S)
+        return _translated(self._failed[0] if self._failed else error.args[0])
+
     def commit(self, offsets: Noted, owner: Any, seconds: float) -> None:
         """See :class:`Writer`."""
         producer, until = self._producer, time.monotonic() + seconds
-        with _as_kafka_errors():
+        try:
             producer.send_offsets_to_transaction(_as_offsets(offsets), owner.metadata, seconds)
-            try:
-                while not self._committed(producer, until):
-                    pass
-            except KafkaException:
-                producer.poll(0)
-                self._see_failed()  # says more than that the transaction must be aborted
-                raise
+            while not self._committed(producer, until):
+                pass
+        except KafkaException as error:
+            raise self._why(error) from None
 
     def _committed(self, producer: Any, until: float) -> bool:
         """Wait a little for a commit, which goes on at the next call; none once it is given up."""

@@ -38,6 +38,8 @@ from plinth.pipelines.stream.settings import StreamConfig
 
 log = logging.getLogger(__name__)
 
+REFUSED = "commit_refused"
+"""Cause to go back for: Kafka or its client refuses, and not since somebody is away."""
 POSITION = "plinth_position"
 """Header of answers and dead letters: ``partition@offset;`` of the record, then the position."""
 LEAVE_S = 5.0
@@ -65,6 +67,7 @@ class KafkaSink(ABC):
     Attributes:
         commits_offsets: offsets are committed with the outputs; else the consumer must commit
             them once the outputs are written.
+        trouble: why the last that was begun did not become durable.
     """
 
     producers = 1
@@ -85,6 +88,7 @@ class KafkaSink(ABC):
         self._deadline = config.commit_timeout_ms / 1e3
         self._latest: deque[float] = deque(maxlen=LATEST)
         self._given_up = 0
+        self.trouble = ""
         self._fenced: deque[float] = deque(maxlen=FENCES)
 
     # -- writing ---------------------------------------------------------------------------
@@ -122,13 +126,14 @@ class KafkaSink(ABC):
         except KafkaError as error:
             if final := hopeless(error, self.config) or self._another(error):
                 raise final from None
-            why, cause = repr(error), "commit_failed"
+            why, cause = repr(error), "commit_failed" if error.retriable else REFUSED
         else:
             COMMIT_SECONDS.labels(self.config.guarantee).observe(seconds)
             self._latest.append(seconds)
             self._given_up = 0
             return Committed(outputs, seconds)
         log.warning("%d records were not committed: %s", len(outputs.chunk.records), why)
+        self.trouble = why
         self._give_up_producers()
         raise Rewind(cause)
 

@@ -42,7 +42,7 @@ CHUNK_SECONDS = Histogram(
 )
 RECOVERIES = Counter(
     "plinth_kafka_recoveries_total",
-    "Returns to the committed offsets by cause: assigned, commit_failed, commit_timeout, poison.",
+    "Returns to the committed offsets by cause: assigned, commit_failed, commit_refused, poison.",
     ("cause",),
     registry=REGISTRY,
 )

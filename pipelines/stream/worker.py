@@ -47,7 +47,12 @@ from plinth.pipelines.stream.kafka_clients import (
 )
 from plinth.pipelines.stream.kafka_consumer import GroupConsumer
 from plinth.pipelines.stream.kafka_replay import NotNeeded, Standby
-from plinth.pipelines.stream.kafka_sink import AtLeastOnceSink, ExactlyOnceSink, KafkaSink
+from plinth.pipelines.stream.kafka_sink import (
+    REFUSED,
+    AtLeastOnceSink,
+    ExactlyOnceSink,
+    KafkaSink,
+)
 from plinth.pipelines.stream.metrics import DEAD_LETTERS, RECORDS, RECOVERIES, STATE_SINCE
 from plinth.pipelines.stream.processor import KeyPlaces, Processor
 from plinth.pipelines.stream.settings import StreamConfig
@@ -66,6 +71,8 @@ IDLE_LOOK_S = 15.0
 """After so long without records, and as often, we look whether the topics are still there."""
 BACKLOG_LOOK_S = 5.0
 """After so long without a commit, and as often, we ask whether records wait unread."""
+TRIES = 5
+"""Times that a commit is refused though Kafka answers, before the stream is said to stand still."""
 KEPT_TIMES = 100_000
 GRACE_S = 5.0
 
@@ -354,6 +361,7 @@ class Worker:
         self._looked = self._counted = 0.0
         self._pause = threading.Event()
         self._abandoned = False
+        self._refused: list[float] = []
 
     # -- the run ---------------------------------------------------------------------------
     def run_supervised(self) -> StreamSummary:
@@ -528,6 +536,7 @@ class Worker:
         self._times.append(committed.seconds)
         self._ended = time.perf_counter(), time.process_time()
         self._alive = self._moved = time.monotonic()
+        self._refused.clear()
 
     def _snapshot(self, *, last: bool = False) -> None:
         self._at("snapshot")
@@ -612,6 +621,7 @@ class Worker:
             self.checkpoint.dirty = True
         self._settle_if_possible()
         self._check_reading()
+        self._note_refused(why)
         while True:
             self._at("recover")
             try:
@@ -619,8 +629,9 @@ class Worker:
                 if self._unsettled:
                     self._look_for_topics()
                 self._resume()
-            except Rewind:
+            except Rewind as again:
                 self._settle_if_possible()
+                self._note_refused(again)
             except (TimeoutError, KafkaError) as error:
                 log.warning("recovering from %s is tried again: %r", why.cause, error)
                 self._trouble = f"; last: {error!r}"
@@ -629,6 +640,22 @@ class Worker:
             self._check_patience(time.monotonic())
             self._pause.wait(RECOVER_S)
             self.consumer.keep_alive()
+
+    def _note_refused(self, why: Rewind) -> None:
+        """Raise when commits are refused again and again, though all that comes before succeeds.
+
+        What does not answer is a matter of ``outage_timeout_s``.
+        """
+        if why.cause != REFUSED:
+            return
+        now = time.monotonic()
+        self._refused = [*self._refused[:TRIES], now]
+        lasted = now - self._refused[0]
+        if len(self._refused) > TRIES and lasted > self.config.stall_timeout_s:
+            raise StreamError(
+                f"no commit for {lasted:.0f} s, though Kafka answers: {self.sink.trouble}",
+                hint="what was committed is complete; the brokers' logs say more",
+            )
 
     def _settle_if_possible(self) -> None:
         try:

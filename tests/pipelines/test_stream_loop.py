@@ -35,9 +35,10 @@ from plinth.pipelines.stream.chunks import (
     StreamError,
 )
 from plinth.pipelines.stream.kafka_consumer import Unreadable
+from plinth.pipelines.stream.kafka_sink import REFUSED
 from plinth.pipelines.stream.processor import MAX_FAILURES, KeyPlaces, Processor
 from plinth.pipelines.stream.settings import StreamConfig
-from plinth.pipelines.stream.worker import StreamSummary, Worker
+from plinth.pipelines.stream.worker import TRIES, StreamSummary, Worker
 
 P = Partition("in", 0)
 ONE = Layout(1)
@@ -77,8 +78,8 @@ def lines(count: int, **amounts: float) -> list[Line]:
 class MemoryLog:
     """One partition in memory, consumer and sink at once.
 
-    ``fates`` says what becomes of each commit: "ok", "lost" (nothing was written, and we are
-    told so) or "doubt" (it was written, and we are told it was not).
+    ``fates`` says what becomes of each commit: "ok", "lost" or refused (nothing was written, and we
+    are told so) or "doubt" (it was written, and we are told it was not).
     """
 
     records: list[Line]
@@ -95,6 +96,7 @@ class MemoryLog:
     layout: Layout = ONE
     replaying: int = 0
     commits_offsets: bool = True
+    trouble: str = "too large"
     writing: Outputs | None = None
     kept_alive: int = 0
     unreadable: Unreadable = field(default_factory=Unreadable)
@@ -157,7 +159,7 @@ class MemoryLog:
         if outputs is None:
             return None
         fate = self.fates.pop(0) if self.fates else "ok"
-        if fate != "lost":
+        if fate not in ("lost", REFUSED):
             self.durable = outputs.chunk.ends[P]
             self.written += outputs.messages
         if fate != "ok":
@@ -381,6 +383,16 @@ def test_what_can_never_be_read_ends_the_stream_with_a_named_error() -> None:
     log = MemoryLog(lines(8), unreadable=Unreadable("damaged at 3", now - 60, 3, now))
     with pytest.raises(StreamError, match=r"cannot be read, tried for 30 s: damaged at 3"):
         log.run(TallyVertical(), stall_timeout_s=30.0)
+
+
+def test_commits_that_are_refused_without_end_end_the_stream_by_name() -> None:
+    log = MemoryLog(lines(8), [REFUSED] * 100_000)
+    with pytest.raises(StreamError, match=r"no commit for .* though Kafka answers: too large"):
+        log.run(TallyVertical(), stall_timeout_s=0.02)
+    assert log.written == []
+    log = MemoryLog(lines(8), ([REFUSED] * TRIES + ["ok"]) * 10)
+    log.run(TallyVertical(), stall_timeout_s=1e-6)
+    expect_each_once(log.answers(), 8)
 
 
 def test_joining_a_group_however_long_is_not_idling() -> None:

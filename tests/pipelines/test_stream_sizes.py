@@ -154,7 +154,7 @@ def test_who_is_fenced_again_and_again_says_that_another_has_its_name(
         for seconds in (*[FENCED_S / 2] * FENCES, *[0.1] * (FENCES - 3)):
             now += seconds
             made.start(outputs(record))
-            with pytest.raises(Rewind, match="commit_failed"):
+            with pytest.raises(Rewind, match="commit_refused"):
                 made.finish()
             made.ready()
         now += 0.1
