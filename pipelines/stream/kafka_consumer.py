@@ -26,6 +26,8 @@ from plinth.pipelines.stream.settings import StreamConfig
 
 log = logging.getLogger(__name__)
 
+REPLAY_FAILED = "replay_failed"
+"""Cause to go back for: the past could not be read."""
 IDLE_S = 0.2
 KEEP_ALIVE_S = 1.0
 OFTEN = 3
@@ -142,7 +144,7 @@ class GroupConsumer:
             log.warning("reading again for the state failed and is started anew: %r", error)
             self._note_failure(error)
             self._claim = None
-            raise Rewind("replay_failed") from None
+            raise Rewind(REPLAY_FAILED) from None
         if chunk is None and not self._replay.partitions:
             self._end_replay()
             if not self.member.begin(self._positions):

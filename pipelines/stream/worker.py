@@ -45,7 +45,7 @@ from plinth.pipelines.stream.kafka_clients import (
     hopeless,
     prepare,
 )
-from plinth.pipelines.stream.kafka_consumer import GroupConsumer
+from plinth.pipelines.stream.kafka_consumer import REPLAY_FAILED, GroupConsumer
 from plinth.pipelines.stream.kafka_replay import NotNeeded, Standby
 from plinth.pipelines.stream.kafka_sink import (
     REFUSED,
@@ -446,7 +446,7 @@ class Worker:
         count = len(chunk.records)
         self.summary.replayed += count
         RECORDS.labels(self.config.input_topic, "replayed").inc(count)
-        self._moved = self._busy = time.monotonic()
+        self._alive = self._moved = self._busy = time.monotonic()
 
     def _process(self, chunk: Chunk) -> Outputs:
         """Answers of a chunk; while the engine is not ready, stay in the group and watch."""
@@ -574,7 +574,7 @@ class Worker:
 
     def _look_after(self) -> None:
         now = time.monotonic()
-        if self.consumer.joined:
+        if self.consumer.joined and not self.consumer.replaying:
             self._alive = now
         else:
             self._moved = now  # a matter of outage_timeout_s
@@ -636,6 +636,8 @@ class Worker:
                 log.warning("recovering from %s is tried again: %r", why.cause, error)
                 self._trouble = f"; last: {error!r}"
             else:
+                if why.cause != REPLAY_FAILED:
+                    self._alive = time.monotonic()
                 return
             self._check_patience(time.monotonic())
             self._pause.wait(RECOVER_S)
@@ -726,7 +728,8 @@ class Worker:
                 raise self._not_drained()
         if now - self._alive > self.config.outage_timeout_s:
             raise StreamError(
-                f"no commit and no group membership for {self.config.outage_timeout_s:g} s "
+                f"no commit and no group membership for {self.config.outage_timeout_s:g} s, or "
+                "none of the records that the state is to be rebuilt from, "
                 f"at {self.config.bootstrap_servers}{self._trouble}",
                 hint="check the brokers; what was committed is complete, start again to go on",
             )

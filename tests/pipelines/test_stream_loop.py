@@ -34,7 +34,7 @@ from plinth.pipelines.stream.chunks import (
     Rewind,
     StreamError,
 )
-from plinth.pipelines.stream.kafka_consumer import Unreadable
+from plinth.pipelines.stream.kafka_consumer import REPLAY_FAILED, Unreadable
 from plinth.pipelines.stream.kafka_sink import REFUSED
 from plinth.pipelines.stream.processor import MAX_FAILURES, KeyPlaces, Processor
 from plinth.pipelines.stream.settings import StreamConfig
@@ -393,6 +393,19 @@ def test_commits_that_are_refused_without_end_end_the_stream_by_name() -> None:
     log = MemoryLog(lines(8), ([REFUSED] * TRIES + ["ok"]) * 10)
     log.run(TallyVertical(), stall_timeout_s=1e-6)
     expect_each_once(log.answers(), 8)
+
+
+def test_a_past_that_never_comes_ends_the_stream_by_name() -> None:
+    class Silent(MemoryLog):
+        def poll(self) -> Chunk | None:
+            self.replaying = 1
+            self.kept_alive += 1
+            if not self.joined or self.kept_alive % 3 == 0:
+                raise Rewind(REPLAY_FAILED if self.joined else "assigned")
+            return None
+
+    with pytest.raises(StreamError, match=r"none of the records that the state is to be rebuilt"):
+        Silent(lines(8)).run(TallyVertical(), outage_timeout_s=0.1, max_events=None)
 
 
 def test_joining_a_group_however_long_is_not_idling() -> None:
