@@ -89,6 +89,7 @@ class Arm:
         if folder is not None:
             self.kept = KeptState(self.vertical, DiskStore(folder, ORIGIN))
             self.taken = self.kept.load().get("events", 0)
+        self.before = self.taken
         self.late: list[float] = []
         self.cpu = 0.0
         self.pauses: list[float] = []
@@ -171,9 +172,9 @@ def pace(arm: Arm, chunks: Iterator[list[Event]], rate: float, seconds: float) -
     arm.cpu = time.process_time() - cpu
 
 
-def told(name: str, arm: Arm, start: int) -> dict[str, float]:
-    """Figures of an arm that had so many payments when it began."""
-    figures = {f"{name}: CPU us a payment": arm.cpu / max(1, arm.taken - start) * 1e6}
+def told(name: str, arm: Arm) -> dict[str, float]:
+    """Figures of an arm."""
+    figures = {f"{name}: CPU us a payment": arm.cpu / max(1, arm.taken - arm.before) * 1e6}
     if arm.late:
         late = np.sort(arm.late) * 1e3
         for share in (0.5, 0.99, 0.999, 1.0):
@@ -211,7 +212,7 @@ def restored(figures: dict[str, float], folder: Path, arms: dict[str, Arm], give
         figures["disk MiB"] = disk.kept.store.bytes_on_disk / (1 << 20)
         disk.kept.store.close()
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        writing = (used.ru_utime + used.ru_stime) / given.events
+        writing = (used.ru_utime + used.ru_stime) / max(1, disk.taken - disk.before)
         figures["disk: CPU us a payment, process that writes"] = writing * 1e6
         with timed(figures, "restore from disk s"):
             again = Arm(folder / "state", given.in_memory, given.interval)
@@ -252,7 +253,7 @@ def main() -> None:
         else:
             unequal = flood(list(arms.values()), chunks, given.seconds)
         for one, arm in arms.items():
-            figures |= told(one, arm, start)
+            figures |= told(one, arm)
         figures["of CPU ms a look for garbage max"] = garbage.longest * 1e3
         if len(arms) == 2:
             figures["turns with other features"] = unequal
