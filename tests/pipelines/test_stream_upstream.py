@@ -336,3 +336,49 @@ def test_a_rebuilt_state_is_that_of_the_uninterrupted_run_whatever_the_clock_say
     again = stream(config.model_copy(update={"max_events": None}), later)
     assert (again.records, again.replayed) == (0, 24)
     assert later.snapshot() == first.snapshot()
+
+
+@pytest.mark.soak
+@pytest.mark.needs("confluent_kafka")
+def test_both_clients_read_an_odd_log_alike(kafka_node: KafkaNode) -> None:
+    """Aborted and committed transactions, times of all kinds, no key, no value, headers."""
+    base = kafka_node.config(partitions=2)
+    hours = {f"message.timestamp.{way}.max.ms": str(2**62) for way in ("before", "after")}
+    kafka_node.create(base.input_topic, 2, **hours)
+    prepare(base)
+    times = (0, 1, int(time.time() * 1e3), 4_102_444_800_000, 253_402_300_799_000)
+    producer = KafkaProducer(
+        bootstrap_servers=base.bootstrap_servers,
+        transactional_id=base.group,
+        compression_type="lz4",
+    )
+    with contextlib.closing(producer):
+        producer.init_transactions()
+        for turn in range(8):
+            producer.begin_transaction()
+            for n, (key, value) in enumerate(spends(50, start=50 * turn)):
+                producer.send(base.input_topic, value, key, timestamp_ms=times[n % len(times)])
+            if turn == 5:
+                odd = [("a", b"1"), ("a", b"\xff"), ("", b"")]
+                producer.send(base.input_topic, None, b"x", odd, partition=0)
+                producer.send(base.input_topic, b"", b"", partition=0)
+                producer.send(base.input_topic, b"{", None, odd, partition=1)
+            if turn % 2:
+                producer.commit_transaction()
+            else:
+                producer.abort_transaction()
+    told = []
+    for client in ("kafka-python", "confluent"):
+        own = {"client": client, "group": f"g-{client}-{base.group}"[:30]}
+        own |= {"output_topic": f"{base.output_topic}-{len(told)}"}
+        own |= {"dead_letter_topic": f"{base.input_topic}.dead-{len(told)}"}
+        config = base.model_copy(update=own)
+        summary = stream(config)
+        letters = [
+            (one.key, one.value, [pair for pair in one.headers if pair[0] in ("a", "")])
+            for one in kafka_node.read(config.dead_letters)
+        ]
+        answers = {one["id"]: one for one in kafka_node.answers(config)}
+        told.append((summary.scored, summary.dead_letters, answers, letters))
+    assert told[0][:2] == (200, {"empty_record": 1, "malformed_json": 2})
+    assert told[0] == told[1]
