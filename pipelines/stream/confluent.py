@@ -60,6 +60,8 @@ PASSING = {
 WIDTH_S = 5.0
 """Longest wait for the number of partitions of a topic."""
 CLOSE_S = 3.0
+PURGED = {Failure._PURGE_QUEUE, Failure._PURGE_INFLIGHT}
+"""What is told of messages of a transaction that failed for another cause."""
 TOLD_S = 0.1
 """Longest wait for what is told of a message that failed."""
 LOOK_S = 0.5
@@ -462,7 +464,8 @@ class ConfluentWriter:
         """
         if self._producer is not None and not self._failed:
             self._producer.poll(TOLD_S)
-        return _translated(self._failed[0] if self._failed else error.args[0])
+        told = [one for one in self._failed if one.code() not in PURGED]
+        return _translated(told[0] if told else error.args[0])
 
     def commit(self, offsets: Noted, owner: Any, seconds: float) -> None:
         """See :class:`Writer`."""

@@ -320,6 +320,7 @@ class Worker:
         step: what the loop does now, and since when (``monotonic``).
         mine: partitions that the answers are of; of a changing group there may be others by now.
         at_end: all that was committed was read when nothing came last.
+        refused: when commits were refused, since the last one that was not.
     """
 
     def __init__(
@@ -361,7 +362,7 @@ class Worker:
         self._looked = self._counted = 0.0
         self._pause = threading.Event()
         self._abandoned = False
-        self._refused: list[float] = []
+        self.refused: list[float] = []
 
     # -- the run ---------------------------------------------------------------------------
     def run_supervised(self) -> StreamSummary:
@@ -536,7 +537,7 @@ class Worker:
         self._times.append(committed.seconds)
         self._ended = time.perf_counter(), time.process_time()
         self._alive = self._moved = time.monotonic()
-        self._refused.clear()
+        self.refused.clear()
 
     def _snapshot(self, *, last: bool = False) -> None:
         self._at("snapshot")
@@ -651,9 +652,9 @@ class Worker:
         if why.cause != REFUSED:
             return
         now = time.monotonic()
-        self._refused = [*self._refused[:TRIES], now]
-        lasted = now - self._refused[0]
-        if len(self._refused) > TRIES and lasted > self.config.stall_timeout_s:
+        self.refused = [*self.refused[:TRIES], now]
+        lasted = now - self.refused[0]
+        if len(self.refused) > TRIES and lasted > self.config.stall_timeout_s:
             raise StreamError(
                 f"no commit for {lasted:.0f} s, though Kafka answers: {self.sink.trouble}",
                 hint="what was committed is complete; the brokers' logs say more",
