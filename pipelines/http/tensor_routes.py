@@ -26,6 +26,7 @@ from plinth.pipelines.http.errors import error_response
 from plinth.pipelines.http.health import Health
 from plinth.pipelines.http.openapi import tensors as documented
 from plinth.pipelines.http.record_routes import answer_fields
+from plinth.pipelines.lines import refuse_double_keys
 from plinth.pipelines.oip.service import ModelService, check_parameters, less
 from plinth.pipelines.oip.tensors import NAMES as DATATYPE_NAMES
 from plinth.pipelines.oip.tensors import (
@@ -131,13 +132,31 @@ def _header_length(declared: bytes | None, whole: int) -> int:
 
 def _loaded(raw: memoryview) -> object:
     try:
-        return orjson.loads(raw)
+        found = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise InputError(
             f"the body is not JSON: {error.msg} at byte {error.pos}",
             hint=f"where binary tensors follow, {HEADER_LENGTH} says how long the JSON is",
             reason="malformed_json",
         ) from None
+    refuse_double_keys(bytes(raw), _without_numbers(found))
+    return found
+
+
+def _without_numbers(found: object) -> object:
+    """A request without the values of its tensors of numbers, which have no keys to be twice there.
+
+    Of those that have some all the same, the raw body has more quotation marks than this.
+    """
+    if not isinstance(found, dict) or not isinstance(found.get("inputs"), list):
+        return found
+    inputs = [
+        each | {"data": []}
+        if isinstance(each, dict) and each.get("datatype") != "BYTES" and "data" in each
+        else each
+        for each in found["inputs"]
+    ]
+    return found | {"inputs": inputs}
 
 
 def _object(what: str, given: object) -> dict[str, Any]:

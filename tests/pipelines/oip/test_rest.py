@@ -244,6 +244,29 @@ def test_a_wrong_request_is_refused_with_what_to_do(
 
 
 @pytest.mark.parametrize(
+    ("fields", "data"),
+    [
+        ('"id": "a", "id": "b", ', "[1.0]"),
+        ('"parameters": {"timeout": 9, "\\u0074imeout": 8}, ', "[1.0]"),
+        ("", '[1.0], "data": [2.0]'),
+        ("", '[1.0], "datatype": "FP32"'),
+        ("", '[{"a": 1, "a": 2}]'),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(server: Running, fields: str, data: str) -> None:
+    tensor = f'{{"name": "rows", "datatype": "FP32", "shape": [1, 1], "data": {data}}}'
+    body = f'{{{fields}"inputs": [{tensor}]}}'
+    response = server.post("/v2/models/twice/infer", content=body.encode())
+    assert "a key twice" in told(response, 400)
+
+
+def test_a_number_without_end_is_no_fault_of_the_server(server: Running) -> None:
+    # What is escaped has its keys read again, by Python.
+    body = f'{{"id": "\\u0061", "inputs": [{{"shape": [{"9" * 5000}]}}]}}'
+    told(server.post("/v2/models/twice/infer", content=body.encode()), 400)
+
+
+@pytest.mark.parametrize(
     ("length", "size", "tail", "sentence"),
     [
         ("x", 4, b"\0\0\0\0", "inference-header-content-length is no number"),
