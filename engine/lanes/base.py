@@ -48,6 +48,8 @@ class Ran(NamedTuple):
         largest: rows of the largest batch of this model that fits there from now on.
         halvings: how often it did not fit into memory and was run in halves.
         precision: what it was computed in, such as ``"eager/fp32"``.
+        held_up: it waited until weights had come back into memory, or until there was room: no
+            other batch costs as much because of it.
     """
 
     outputs: dict[str, Tensor]
@@ -55,6 +57,7 @@ class Ran(NamedTuple):
     largest: int
     halvings: int
     precision: str
+    held_up: bool = False
 
 
 class LaneDied(DeviceError):

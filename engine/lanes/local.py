@@ -20,6 +20,7 @@ from plinth.engine.devices.device import Device
 from plinth.engine.devices.staging import Staging
 from plinth.engine.errors import ConfigError
 from plinth.engine.lanes.base import Held, Lane, LaneDied, Ran, Rows, Unit
+from plinth.engine.memory.residency import HELD_UP
 
 _REHEARSAL_SECONDS = 5.0
 """Of the rehearsals of a model; none is begun later."""
@@ -131,10 +132,11 @@ class LocalLane(Lane):
         if self.device.kind != "cpu":
             return self._launch(unit)()
         model = self._models[unit.model]
-        halvings, begun = model.halvings, self._clock()
+        halvings, times, begun = model.halvings, HELD_UP.times, self._clock()
         outputs = model.run(model.joined(list(unit.parts)), self.place)
         seconds = self._clock() - begun
-        return Ran(outputs, seconds, model.most, model.halvings - halvings, model.precision)
+        halvings, held_up = model.halvings - halvings, HELD_UP.times > times
+        return Ran(outputs, seconds, model.most, halvings, model.precision, held_up)
 
     def _launch(self, unit: Unit) -> Callable[[], Ran]:
         """Send a unit to an accelerator; what is given waits for it."""

@@ -2,7 +2,8 @@
 
 A model that leaves is brought back by the next batch that asks for it, whose callers wait a little
 longer. Weights in a mapped file leave by giving their clean pages back, a compiled model by being
-let go of; that one is compiled again.
+let go of; that one is compiled again. What a return takes is not what its batch costs: batches that
+were held up are told by :data:`HELD_UP`, and nothing is learned from them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,19 @@ MOST_WAIT = 30.0
 """Seconds that a batch waits for the memory of others that run."""
 
 
+class HeldUp(threading.local):
+    """Batches of the calling thread that waited for memory.
+
+    Attributes:
+        times: how many, so far: weights had to come back for them, or there was no room.
+    """
+
+    times = 0
+
+
+HELD_UP = HeldUp()
+
+
 @dataclass(slots=True, eq=False)
 class Seat:
     """The place of one model's weights.
@@ -35,12 +49,18 @@ class Seat:
         bytes: how many they are.
         leave: gives their memory back.
         back: brings them back.
+        resident: their memory is theirs.
+        away: they are not there, or not yet again.
+        users: batches that run or wait for them.
+        returns: how often they came back.
+        lock: held while they do.
     """
 
     bytes: int
     leave: Callable[[], None]
     back: Callable[[], None]
     resident: bool = True
+    away: bool = False
     users: int = 0
     returns: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -97,13 +117,15 @@ class Residency:
         begun = False
         try:
             with self._changed:
-                self._wait_for(seat, forward)
+                waited = self._wait_for(seat, forward)
                 self._running.append(forward)
                 begun = True
                 seat.returns += not seat.resident
                 seat.resident = True
+                HELD_UP.times += waited or seat.away
             with seat.lock:
                 seat.back()
+                seat.away = False
             yield
         finally:
             with self._changed:
@@ -112,9 +134,11 @@ class Residency:
                     self._running.remove(forward)
                 self._changed.notify_all()
 
-    def _wait_for(self, seat: Seat, forward: int) -> None:
-        until = time.monotonic() + MOST_WAIT
+    def _wait_for(self, seat: Seat, forward: int) -> bool:
+        """Wait until there is room for a batch; whether there was none at first."""
+        until, waited = time.monotonic() + MOST_WAIT, False
         while (missing := self._make_room(seat, forward)) > 0 and self._running:
+            waited = True
             if not self._changed.wait(until - time.monotonic()):
                 raise OutOfMemory(
                     f"{missing} bytes are missing beside the batches that run",
@@ -122,6 +146,7 @@ class Residency:
                     available=seat.bytes + forward - missing,
                     hint="raise memory_budget, or use fewer lanes",
                 )
+        return waited
 
     def _make_room(self, seat: Seat, forward: int) -> int:
         """Let idle models leave; bytes that are missing still."""
@@ -132,7 +157,7 @@ class Residency:
             idle = [s for s in self._seats if s.resident and not s.users and s is not seat]
             if missing <= 0 or not idle:
                 return missing
-            idle[0].resident = False
+            idle[0].resident, idle[0].away = False, True
             idle[0].leave()
 
 

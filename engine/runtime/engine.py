@@ -1107,7 +1107,7 @@ class Engine:
             if ran.largest < batch.rows:
                 self._batcher.shrink(batch.key, ran.largest)
             thread.busy += seconds
-            self._batcher.finished(batch, seconds, now)
+            self._batcher.finished(batch, None if ran.held_up else seconds, now)
             self._give_back(thread)
             if self._modes.in_rounds:
                 outcomes = self._at_barrier(outcomes)

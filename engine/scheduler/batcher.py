@@ -563,11 +563,18 @@ class Batcher:
             retry_after=self._drained(work.key, now),
         )
 
-    def finished(self, batch: Batch, seconds: float, now: float) -> None:
-        """Learn what a batch really took; its lane is free from ``now`` on, or runs the next."""
+    def finished(self, batch: Batch, seconds: float | None, now: float) -> None:
+        """Learn what a batch really took; its lane is free from ``now`` on, or runs the next.
+
+        Args:
+            batch: as it was given to the lane.
+            seconds: what it took; ``None``: nothing is to be learned, as something else took time.
+            now: seconds.
+        """
         lane = self.lanes.get(batch.lane)
         if lane is not None:
-            lane.costs.observe(batch.key, batch.rows, seconds)
+            if seconds is not None:
+                lane.costs.observe(batch.key, batch.rows, seconds)
             self.lanes.done(batch, now)
         self._settings(batch.key).failures = 0
 

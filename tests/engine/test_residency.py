@@ -4,6 +4,7 @@ import copy
 import os
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from plinth.engine import (
     Model,
     ModelSpec,
     ModelStore,
+    Sla,
     TensorSpec,
     architecture,
     mapped,
@@ -30,7 +32,7 @@ from plinth.engine.compression.training import compress
 from plinth.engine.devices.device import pick
 from plinth.engine.errors import ModelError, OutOfMemory
 from plinth.engine.mapped import Pages, is_mapped, mappings
-from plinth.engine.memory import streaming
+from plinth.engine.memory import residency, streaming
 from plinth.engine.memory.streaming import _Reader, by_planes
 from plinth.engine.models.families import find
 from plinth.engine.models.families.layers import by_tokens
@@ -370,6 +372,32 @@ def test_what_the_cache_let_go_of_is_made_anew():
     assert _read(lambda: "read", None) == "read"
     with pytest.raises(FileNotFoundError):
         _read(read, None)
+
+
+def test_what_a_return_takes_is_not_learned_as_the_cost_of_its_batch(store, monkeypatch):
+    passed, back = [0.0], residency.Evictable._back
+
+    def slow(self):
+        passed[0] += 7.0 if self.seat.away else 0.0
+        back(self)
+
+    monkeypatch.setattr(residency.Evictable, "_back", slow)
+    models = [store.load(f"m{number}") for number in range(2)]
+    rows, one = models[0].rows(1), sum(t.nbytes for t in models[0].module.parameters())
+    with Engine(
+        backend="eager",
+        threads=1,
+        memory_budget=int(1.4 * one),
+        evict_idle=True,
+        clock=lambda: time.monotonic() + passed[0],
+    ) as engine:
+        for model in models:
+            engine.add(model, batch_range=(1, 2))
+        for turn in range(12):
+            engine.submit(Call(f"m{turn % 2}", rows)).result(60)
+        assert passed[0] >= 7 * 11
+        assert max(cost for each in engine.costs().values() for cost in each.values()) < 1.0
+        engine.submit(Call("m1", rows), Sla(deadline_ms=1500)).result(60)  # it lies in memory
 
 
 def test_two_lanes_never_have_more_in_memory_than_the_budget(store):
