@@ -1,7 +1,7 @@
 """CT studies per hour of ``plinth batch medical`` by worker processes, and what each takes.
 
     python benchmarks/batch_processes.py [--studies 16] [--processes 0 1 2] [--repeats 1]
-        [--one-core] [--json]
+        [--one-core] [--ceiling] [--json]
 
 Studies are chest phantoms as DICOM CT, each of its own. Every run is a ``plinth batch`` of its own;
 its seconds are those of its summary, the start of the processes included. CPU is that of the whole
@@ -10,7 +10,10 @@ tree; memory is the largest proportional set size (PSS) seen of the command, and
 ``steady`` counts from the end of the first study of each process to the end of the last: what a
 night of many studies runs at, without the start.
 With ``--one-core`` there is a run without worker processes on one core (Linux), first in each turn:
-what the others are to be so many times as fast as.
+what the others are to be so many times as fast as. With ``--ceiling`` there is also what the
+machine itself gives: a run of that kind on each core at once, which share nothing (steady: from
+the last of their first studies to the first of their last), and loops of arithmetic that stay in
+the cache of their core, one alone and one on each core at once.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from head import parser_of, print_json
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
+import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -45,6 +49,20 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_
 
 ONE_CORE = -1
 """In the place of a number of processes: none, on one core."""
+LOOP = """
+import time, numpy
+rows = numpy.random.default_rng(0).random((96, 96), numpy.float32)
+def run(until, turns=0):
+    while time.time() < until:
+        for _ in range(20):
+            rows @ rows
+        turns += 1
+    return turns
+run(float({begin}))
+print(run(float({begin}) + {seconds}))
+"""
+"""Products of matrices of 37 kB, for so many seconds from a time on; prints how many, by twenty."""
+LOOP_SECONDS = 4.0
 
 
 def measure(folder: Path, processes: int) -> dict[str, Any]:
@@ -89,6 +107,70 @@ def measure(folder: Path, processes: int) -> dict[str, Any]:
     }
 
 
+def side_by_side(folder: Path) -> dict[str, float]:
+    """Two runs on a core of their own each, of half the studies: studies per hour of both.
+
+    Counted between the last of their first studies and the first of their last, while both work.
+    """
+    studies = sorted(folder.iterdir())
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    with tempfile.TemporaryDirectory() as place:
+        running = []
+        for number, core in enumerate(cores):
+            own, out = Path(place) / f"in-{number}", Path(place) / f"out-{number}"
+            own.mkdir()
+            for study in studies[number::2]:
+                (own / study.name).symlink_to(study)
+            command = ["taskset", "--cpu-list", str(core), sys.executable, "-m", "plinth", "batch"]
+            command += ["medical", str(own), "--out", str(out), "--processes", "0"]
+            running.append(
+                subprocess.Popen(
+                    command,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    env=os.environ | ONE_THREAD,
+                )
+            )
+        for process in running:
+            _, errors = process.communicate()
+            if process.returncode:
+                raise SystemExit(errors.decode())
+        ends = [
+            sorted(each.stat().st_mtime for each in Path(place).glob(f"out-{number}/*/report.json"))
+            for number in range(len(cores))
+        ]
+    first, last = max(own[0] for own in ends), min(own[-1] for own in ends)
+    done = sum(_done(own, first, last) for own in ends)
+    return {"studies_per_hour_steady": 3600 * done / (last - first)}
+
+
+def _done(ends: list[float], first: float, last: float) -> float:
+    """Studies of a run that were done between two times, the begun ones in part."""
+    return float(np.interp(last, ends, range(len(ends))) - np.interp(first, ends, range(len(ends))))
+
+
+def loops(cores: list[int]) -> float:
+    """Turns of the loop per second, of one on each core at once."""
+    begin = time.time() + 2.0
+    code = LOOP.format(begin=begin, seconds=LOOP_SECONDS)
+    running = [
+        subprocess.Popen(
+            ["taskset", "--cpu-list", str(core), sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            env=os.environ | ONE_THREAD,
+        )
+        for core in cores
+    ]
+    return sum(int(each.communicate()[0]) for each in running) / LOOP_SECONDS
+
+
+def ceiling(folder: Path) -> dict[str, float]:
+    """What the machine gives to two runs that share nothing."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    alone = loops(cores[:1])
+    return side_by_side(folder) | {"loops_alone": alone, "loops_together": loops(cores)}
+
+
 class Watch:
     """CPU seconds by process, and the largest PSS of the command and of a worker, bytes."""
 
@@ -127,14 +209,19 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=1, help="of each, in turns")
     parser.add_argument("--one-core", action="store_true", help="also without processes, on one")
+    parser.add_argument("--ceiling", action="store_true", help="also what the machine gives")
     given = parser.parse_args()
+    given.one_core |= given.ceiling
     arms = [ONE_CORE] * given.one_core + given.processes
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(given.studies):
             write_series(Phantom(seed=seed), Path(folder) / f"study-{seed}")
-        runs = [measure(Path(folder), n) for _ in range(given.repeats) for n in arms]
+        runs, ceilings = list[dict[str, Any]](), list[dict[str, float]]()
+        for _ in range(given.repeats):
+            runs += [measure(Path(folder), n) for n in arms]
+            ceilings += [ceiling(Path(folder))] if given.ceiling else []
     if given.json:
-        print_json(runs)
+        print_json({"runs": runs, "ceilings": ceilings})
         return
     table = Table(
         *("processes", "studies/h", "of the first", "whole", "steady", "of the first"),
@@ -160,7 +247,17 @@ def main() -> None:
         whole, steady, *others = cells[1:]
         shares = share(own, "studies_per_hour"), share(own, "studies_per_hour_steady")
         table.add_row(name, cells[0], shares[0], whole, steady, shares[1], *others)
-    Console(width=100).print(table)
+    console = Console(width=100)
+    console.print(table)
+    for found in ceilings:
+        base = statistics.median(
+            run["studies_per_hour_steady"] for run in runs if run["processes"] == ONE_CORE
+        )
+        steady, both = found["studies_per_hour_steady"], found["loops_together"]
+        console.print(
+            f"two runs that share nothing: {steady:,.0f} steady, {steady / base:.2f} of one core; "
+            f"two loops: {both / found['loops_alone']:.2f} of one"
+        )
 
 
 if __name__ == "__main__":

@@ -380,6 +380,7 @@ class Batcher:
             batch = self._background.alone(work, here)
         else:
             batch = self._urgent_alone(work, due / 1e3, now, here)
+        here.ended = None
         if batch is not None:
             self.lanes.change(here, [batch], end)
             self._background.account(batch)
@@ -453,7 +454,9 @@ class Batcher:
         batch = self._slice(turn) if self._background.in_deficit else None
         if batch is None:
             batch = self._urgent_batch(turn, refused) or self._slice_unless_held(turn)
-        if batch is not None:
+        if batch is None:
+            here.ended = None
+        else:
             end = start + here.costs.predict(batch.key, batch.rows, 0.5)
             self.lanes.change(here, [*here.running, batch], end)
             self._background.account(batch)
@@ -574,8 +577,13 @@ class Batcher:
         lane = self.lanes.get(batch.lane)
         if lane is not None:
             if seconds is not None:
+                lane.began(now - seconds)
                 lane.costs.observe(batch.key, batch.rows, seconds)
             self.lanes.done(batch, now)
+            # Of several lanes, one may be left to wait for another; deep ones begin by themselves.
+            at_once = len(self.lanes) == 1 and lane.depth == 1 and bool(self)
+            if at_once:
+                lane.ended = batch.key, now
         self._settings(batch.key).failures = 0
 
     def died(self, batch: Batch, now: float) -> list[Work]:

@@ -17,18 +17,20 @@ from math import exp, inf, log
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from plinth.engine.errors import ConfigError
 from plinth.engine.scheduler.work import BatchKey
 
+T = TypeVar("T")
 _MEMORY = 256  # batches remembered for the quantiles
 _SHIFT = 6  # batches in a row on one side of the band mean that the cost has changed
 _BAND = 1.2
 _LEARN = 0.05  # how fast the curve's own shape follows
-_SPREAD = 101  # delays of each key that are kept in the file
-_SEEN, _ONE_IN = 512, 16  # batches that plans are made from; once full, one in so many is taken
+_SPREAD, _KEPT = 101, 1 << 16  # delays of each key in the file, at least; of all keys, about
+_SEEN, _ONE_IN = 512, 16  # of what plans are made from; once full, one in so many is taken
 _REBUILD = 8  # batches after which the moved curve is tabulated anew
 _LEAK = 2e-4  # of what the shape was moved, forgotten with each batch
 _YOUNG = 5  # batches of which a knot that no warm-up measured becomes the median
@@ -66,6 +68,24 @@ class _Sample:
 
 
 @dataclass(slots=True)
+class _Seen(Generic[T]):
+    """Some of thousands, for plans: the later the more likely.
+
+    The last few hundred in a row would be those of a few seconds, in which what is rare and
+    makes the tail of a plan is mostly missing.
+    """
+
+    values: list[T] = field(default_factory=list)
+    random: Random = field(default_factory=lambda: Random(0))
+
+    def add(self, value: T) -> None:
+        if len(self.values) < _SEEN:
+            self.values.append(value)
+        elif self.random.random() < 1 / _ONE_IN:
+            self.values[self.random.randrange(_SEEN)] = value
+
+
+@dataclass(slots=True)
 class _Curve:
     """Cost of one batch key: a curve over rows, times a level, plus a delay.
 
@@ -75,6 +95,8 @@ class _Curve:
     they were measured, ``common`` is the moving mean of the steps by which knots move. ``young``
     has what was seen, less the level, at knots that so far one or a few batches have made: the
     first batches of a size are slow, and some more rows seem to cost next to nothing after them.
+    ``seen`` are batches, rows and seconds; ``turns`` are the seconds from the end of a batch until
+    the lane has begun the next.
     """
 
     knots: dict[int, float] = field(default_factory=dict)
@@ -86,8 +108,8 @@ class _Curve:
     moved: int = 0
     common: float = 0.0
     young: dict[int, list[float]] = field(default_factory=dict)
-    seen: list[tuple[int, float]] = field(default_factory=list)
-    random: Random = field(default_factory=lambda: Random(0))
+    seen: _Seen[tuple[int, float]] = field(default_factory=lambda: _Seen[tuple[int, float]]())
+    turns: _Seen[float] = field(default_factory=lambda: _Seen[float]())
 
     def rebuild(self, rows: int) -> None:
         size = max(rows, len(self.table) - 1, max(self.knots, default=1))
@@ -127,7 +149,7 @@ class _Curve:
 
     def observe(self, rows: int, seconds: float) -> None:
         base = self.base(rows)
-        self._see(rows, seconds)
+        self.seen.add((rows, seconds))
         self.ratios.add(seconds / base)
         self._forget_if_shifted()
         expected = self.level() * base
@@ -137,27 +159,17 @@ class _Curve:
         else:
             self._follow(rows, seconds / expected - 1)
 
-    def _see(self, rows: int, seconds: float) -> None:
-        """Remember a batch for plans: of thousands, the later the more likely.
-
-        The last few hundred in a row would be those of a few seconds, in which what is rare and
-        makes the tail of a plan is mostly missing.
-        """
-        if len(self.seen) < _SEEN:
-            self.seen.append((rows, seconds))
-        elif self.random.random() < 1 / _ONE_IN:
-            self.seen[self.random.randrange(_SEEN)] = rows, seconds
-
     def usual(self) -> tuple[float, _Sample]:
         """Level and delays over all that is remembered, also of before the cost last changed.
 
         A change drops what is to be predicted from, but not what a plan has to reckon with.
         """
-        if not self.seen:
+        seen = self.seen.values
+        if not seen:
             return self.level(), _Sample()
-        ratios = sorted(seconds / self.base(rows) for rows, seconds in self.seen)
+        ratios = sorted(seconds / self.base(rows) for rows, seconds in seen)
         level = ratios[len(ratios) // 2]
-        delays = sorted(seconds - level * self.base(rows) for rows, seconds in self.seen)
+        delays = sorted(seconds - level * self.base(rows) for rows, seconds in seen)
         return level, _Sample(deque(delays), delays)
 
     def _forget_if_shifted(self) -> None:
@@ -263,6 +275,12 @@ class LatencyModel:
             curve.young[rows] = []
         curve.observe(rows, max(seconds, 1e-7))
 
+    def turned(self, key: BatchKey, seconds: float) -> None:
+        """Note how long a lane took from the end of a batch until it had begun the next."""
+        curve = self._curves.get(key)
+        if curve is not None:
+            curve.turns.add(seconds)
+
     def predict(self, key: BatchKey, rows: int, quantile: float = 0.99) -> float:
         """Upper quantile of the seconds a batch of ``rows`` takes; 0.0 for an unknown key."""
         curve = self._curves.get(key)
@@ -356,7 +374,7 @@ class LatencyModel:
             del self._curves[key]
 
     def save(self) -> None:
-        """Write the curves to ``path`` (JSON), atomically; and the delays, for who plans ahead."""
+        """Write the curves to ``path`` (JSON), atomically; delays and turns for who plans ahead."""
         if self.path is None:
             return
         usual = {key: curve.usual() for key, curve in self._curves.items()}
@@ -366,8 +384,15 @@ class LatencyModel:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        delays = {key: found.spread(_SPREAD) for key, (_, found) in usual.items()}
-        part.write_text(json.dumps({"format": 1, "seconds": data, "delays": delays}))
+        # A request is late by the longest of several: the last half per cent counts, too.
+        each = max(_SPREAD, min(_SEEN, _KEPT // max(1, len(usual))))
+        delays = {key: found.spread(each) for key, (_, found) in usual.items()}
+        turns = {
+            key: _Sample(deque(), sorted(curve.turns.values)).spread(each)
+            for key, curve in self._curves.items()
+        }
+        told = {"format": 1, "seconds": data, "delays": delays, "turns": turns}
+        part.write_text(json.dumps(told))
         part.replace(self.path)
 
     def restore(self) -> int:

@@ -31,6 +31,7 @@ class LaneState:
     Attributes:
         running: what it was given and has not done, in order.
         busy_until: when all of that is likely to be done.
+        ended: what it did last, and when, while the next batch could have begun at once.
     """
 
     number: int
@@ -38,6 +39,14 @@ class LaneState:
     depth: int = 1
     running: list[Batch] = field(default_factory=list)
     busy_until: float = 0.0
+    ended: tuple[BatchKey, float] | None = None
+
+    def began(self, at: float) -> None:
+        """A batch began at a time: how long that took since the last one is learned."""
+        if self.ended is not None:
+            key, since = self.ended
+            self.costs.turned(key, max(0.0, at - since))
+        self.ended = None
 
     def seconds(self, batches: Iterable[Batch]) -> float:
         """How long batches are likely to take here."""
@@ -225,6 +234,7 @@ class LaneTable:
         lane = self._lanes.get(batch.lane)
         if lane is None:
             return
+        lane.ended = None
         left = [each for each in lane.running if each is not batch]
         self.change(lane, left, now + lane.seconds(left) if left else now)
 

@@ -150,10 +150,12 @@ class Replay:
         follow: the work that comes because some was done, and when that was (seconds); it arrives
             then or later.
         resumes: seconds from the end of an urgent batch until its callers have asked for more.
+        turn: seconds from the end of a batch until its lane begins the next.
     """
 
     follow: Callable[[Work, float], Sequence[Work]] | None = None
     resumes: float = 0.0
+    turn: Callable[[Batch], float] | None = None
 
     def __init__(
         self,
@@ -166,6 +168,7 @@ class Replay:
         self._costs = costs
         self._lane_costs = lane_costs or {}
         self._ends: list[tuple[float, int, Ran]] = []
+        self._turning: list[tuple[float, int, Ran]] = []
         self._held = self._resumed = float("inf")
         self._left: dict[Work, int] = {}
         self._following: list[tuple[float, int, Work]] = []
@@ -201,12 +204,15 @@ class Replay:
 
     def end(self) -> float:
         """Let the next batch end; returns when that is."""
-        now, _, ran = heapq.heappop(self._ends)
+        now, number, ran = heapq.heappop(self._ends)
         batch = ran.batch
         if batch.lane in self._dead:
             self.lost.add(id(ran))
             return now
-        self.batcher.finished(batch, ran.seconds, now)
+        if self.turn is None:
+            self.batcher.finished(batch, ran.seconds, now)
+        else:
+            heapq.heappush(self._turning, (now + self.turn(batch), number, ran))
         if batch.urgent and self.follow is not None:
             self.batcher.anticipation.answered(batch.lane, now)
             self._resumed = now + self.resumes
@@ -248,7 +254,8 @@ class Replay:
             changed = changing[0].at if changing else float("inf")
             following = self._following[0][0] if self._following else float("inf")
             resumed = self._resumed if self._held < float("inf") else float("inf")
-            now = min(arrival, following, changed, self.next_end, self._held, resumed)
+            turned = self._turning[0][0] if self._turning else float("inf")
+            now = min(arrival, following, changed, self.next_end, turned, self._held, resumed)
             if now == float("inf") or now >= until:
                 while self.next_end < float("inf"):
                     self.end()
@@ -269,6 +276,9 @@ class Replay:
                 self.batcher.anticipation.resumed()
             elif now == self.next_end:
                 self.end()
+            elif now == turned:
+                ran = heapq.heappop(self._turning)[2]
+                self.batcher.finished(ran.batch, ran.seconds, now)
             self.start(now)
 
 

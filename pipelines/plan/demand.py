@@ -110,6 +110,12 @@ class Costs(Table):
     delays: tuple[float, ...] = Field(
         default=(0.0,), min_length=1, description="what single batches took beyond that, seconds"
     )
+    turns: tuple[float, ...] = Field(
+        default=(0.0,),
+        min_length=1,
+        description="what passed from the end of a batch until its lane had begun the next, "
+        "seconds: answers handed out, the next batch formed, the interpreter waited for",
+    )
     outside: tuple[float, ...] = Field(
         default=(0.0,),
         min_length=1,
@@ -228,7 +234,7 @@ def _measured(path: Path, text: str, urgent: str | None, background: str | None)
     try:
         file = json.loads(text)
         seconds: Mapping[str, Any] = dict(file["seconds"])
-        delays = dict(file.get("delays", {}))
+        delays, turns = dict(file.get("delays", {})), dict(file.get("turns", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a latency file: {type(error).__name__}") from None
 
@@ -241,7 +247,12 @@ def _measured(path: Path, text: str, urgent: str | None, background: str | None)
                 f"{path} has {what} of {name or 'one model'}",
                 hint=f"name one by {option}: {nearest(name or '', names)}",
             )
-        return {"seconds": seconds[found[0]], "delays": delays.get(found[0]) or [0.0]}
+        key = found[0]
+        return {
+            "seconds": seconds[key],
+            "delays": delays.get(key) or [0.0],
+            "turns": turns.get(key) or [0.0],
+        }
 
     found = {"urgent": of(urgent, "--model")}
     return found | ({} if background is None else {"background": of(background, "--study-model")})

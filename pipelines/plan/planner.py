@@ -277,7 +277,10 @@ def _pool(question: Question, lanes: int) -> Replay:
     batcher.register_sla(question.sla)
     for _ in range(lanes - 1):
         batcher.add_lane()
-    return Replay(batcher, costs)
+    run = Replay(batcher, costs)
+    turns = {key: np.array(each.turns) for key, each in kinds.items() if each is not None}
+    run.turn = lambda batch: float(random.choice(turns[batch.key]))
+    return run
 
 
 def _drawn(costs: Costs, random: np.random.Generator) -> Cost:

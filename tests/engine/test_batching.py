@@ -40,6 +40,32 @@ def test_a_lone_request_runs_at_once():
     assert batch.predicted == pytest.approx(0.021)
 
 
+def test_how_long_a_lane_takes_to_begin_again_is_learned_while_work_waits(monkeypatch):
+    queue, turns = batcher(), []
+    monkeypatch.setattr(queue.latency, "turned", lambda *turn: turns.append(turn))
+    for rows in (128, 2, 1):
+        queue.admit(work(rows=rows, sla=Sla(deadline_ms=900)), 0.0)
+    queue.finished(queue.next(0.0)[0], 0.148, 0.148)
+    queue.finished(queue.next(0.1485)[0], 0.023, 0.174)  # it began at 151 ms
+    assert turns == [("a", pytest.approx(0.003))]
+    queue.admit(work(1.0), 1.0)
+    queue.finished(queue.next(1.0)[0], 0.021, 1.021)
+    queue.finished(queue.alone(work(1.5), 1.5, 0), 0.021, 1.521)
+    assert len(turns) == 1, "nothing waited when the batch before was done"
+    for n in range(2):
+        queue.admit(work(2.0, sla=Sla(deadline_ms=(22, 900)[n])), 2.0)
+    queue.finished(queue.next(2.0)[0], 0.021, 2.021)
+    queue.clear()
+    assert queue.next(2.03)[0] is None
+    queue.finished(queue.alone(work(3.0), 3.0, 0), 0.021, 3.021)
+    for _ in range(3):
+        queue.admit(work(4.0, rows=128, sla=Sla(deadline_ms=900)), 4.0)
+    queue.finished(queue.next(4.0)[0], 0.148, 4.148)
+    queue.failed(queue.next(4.148)[0], 4.3)
+    queue.finished(queue.next(4.3)[0], 0.148, 4.45)
+    assert len(turns) == 1, "the batch between failed"
+
+
 PROMISES = st.sampled_from([Sla(), URGENT, Sla(deadline_ms=22), Sla(deadline_ms=900, quantile=0.5)])
 
 

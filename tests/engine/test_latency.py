@@ -129,5 +129,16 @@ def test_the_file_knows_of_what_is_rare_and_how_rare_it_is(tmp_path):
         model.observe("net", 32, 0.052)
     model.save()
     delays = json.loads((tmp_path / "costs.json").read_text())["delays"]["net"]
-    assert len(delays) == 101
-    assert 1 <= sum(delay > 0.060 for delay in delays) <= 3
+    assert len(delays) == 512
+    assert 4 <= sum(delay > 0.060 for delay in delays) <= 18
+    for n in range(1000):
+        model.observe(f"net[{n}]", 32, 0.052)
+        for _ in range(200):
+            model.turned(f"net[{n}]", 0.001)
+    model.turned("unknown", 0.001)
+    model.save()
+    told = json.loads((tmp_path / "costs.json").read_text())
+    assert len(told["delays"]["net"]) == 101, "of many keys, less is kept"
+    assert told["turns"].keys() == told["seconds"].keys()
+    assert told["turns"]["net"] == []
+    assert told["turns"]["net[7]"] == [0.001] * 101

@@ -1,6 +1,7 @@
 """``plinth plan``: lanes for a load, from costs, in virtual time."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,12 +163,14 @@ def test_costs_that_an_engine_measured_are_read_by_model(tmp_path: Path):
         for rows in (1, 8):
             latency.seed(model, rows, 0.01 * rows)
     latency.observe("fraud@1#a/cpu", 1, 0.013)
+    latency.turned("fraud@1#a/cpu", 0.002)
     latency.save()
     read = read_costs(latency.path, "fraud", "nodules", 400)
     assert set(read.urgent.seconds) == {1, 8}
     assert len(read.urgent.delays) == 1
+    assert read.urgent.turns == (0.002,)
     assert read.background is not None
-    assert read.background.rows == 400
+    assert (read.background.rows, read.background.turns) == (400, (0.0,))
     with pytest.raises(ConfigError, match="no costs of froud"):
         read_costs(latency.path, "froud", None, None)
     with pytest.raises(ConfigError, match="2 batch keys of one model"):
@@ -226,3 +229,18 @@ def test_requests_that_ask_a_second_time_wait_for_a_second_batch():
     some = urgent.model_copy(update={"again": 0.02})
     shown = plan(Question(CostFile(urgent=some), 0.2, 0.5, seconds=600.0), [1]).points[0]
     assert (shown.p50, shown.p99) == pytest.approx((14.0, 74.0))
+
+
+def test_a_lane_takes_a_moment_from_the_end_of_a_batch_to_the_next():
+    urgent = Costs(seconds={1: 0.010, 4: 0.040}, again=1.0)
+    slow = urgent.model_copy(update={"turns": (0.005,)})
+    shown = plan(Question(CostFile(urgent=slow), 0.2, 0.5, seconds=60.0), [1]).points[0]
+    assert shown.p50 == pytest.approx(10 + 5 + 10), "its second batch begins after the first"
+
+    def rows(costs: Costs) -> float:
+        asked = Question(CostFile(urgent=urgent, background=costs), 0.2, 1.0, seconds=30.0)
+        asked = replace(asked, patient=Patient(10.0, 1.0, "studies"))
+        return plan(asked, [1]).points[0].jobs_possible
+
+    patient = Costs(seconds={1: 0.010}, rows=1)
+    assert rows(patient.model_copy(update={"turns": (0.010,)})) < 0.52 * rows(patient)
