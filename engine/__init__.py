@@ -14,7 +14,7 @@ from plinth.engine.errors import (
     QueueFull,
     Refused,
 )
-from plinth.engine.flow import Answer, Call, Compute, Flow, Sla, Timing, Told
+from plinth.engine.flow import Answer, Call, Compute, Flow, Pause, Sla, Timing, Told
 from plinth.engine.models.store import (
     Model,
     ModelSpec,
@@ -50,6 +50,7 @@ __all__ = [
     "ModelError",
     "ModelSpec",
     "ModelStore",
+    "Pause",
     "PlinthError",
     "QueueFull",
     "Refused",

@@ -141,6 +141,16 @@ class Compute:
         return self.function(*self.arguments)
 
 
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A moment in a flow at which others go first: what follows needs no device, and may take long.
+
+    Where the answers of one batch are told together in an event loop, a flow that goes on here at
+    once keeps those behind it from asking for more, and a slice of background work begins before
+    them. Elsewhere nobody waits at it. The flow is sent ``None``.
+    """
+
+
 def _name_of(function: object) -> str:
     module = getattr(function, "__module__", None)
     name = getattr(function, "__qualname__", None) or repr(type(function).__qualname__)
@@ -153,8 +163,8 @@ def _is_of_module(function: object) -> bool:
     return callable(function) and found is function
 
 
-Flow = Generator[Call | Compute, Any, T]
-"""A generator that yields Calls and Computes, is sent their results and returns T."""
+Flow = Generator[Call | Compute | Pause, Any, T]
+"""A generator that yields Calls, Computes and Pauses, is sent their results and returns T."""
 
 
 @dataclass(slots=True)

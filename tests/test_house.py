@@ -44,13 +44,13 @@ FLAT = 14
 ENGINE_NAMES = """
     Answer Batch Batcher Call Cancelled Closed Compute ComputeError ConfigError DeadlineRefused
     DeviceError Engine EngineFailed Flow InputError LatencyModel Model ModelError ModelSpec
-    ModelStore PlinthError QueueFull Refused Sla TensorSpec Tiling Timing Told Work architecture
-    from_pretrained
+    ModelStore Pause PlinthError QueueFull Refused Sla TensorSpec Tiling Timing Told Work
+    architecture from_pretrained
 """
 VERTICALS_NAMES = "Item LeftOut Query Settings Tally Vertical WithArtefacts"
 PLINTH_NAMES = """
     Answer Call Cancelled Closed Compute ComputeError ConfigError DeadlineRefused DeviceError
-    Engine EngineFailed Flow InputError Item Model ModelError ModelSpec ModelStore PlinthError
+    Engine EngineFailed Flow InputError Item Model ModelError ModelSpec ModelStore Pause PlinthError
     QueueFull Refused Settings Sla TensorSpec Tiling Timing Vertical WithArtefacts __version__
     architecture from_pretrained
 """

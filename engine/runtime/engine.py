@@ -651,11 +651,16 @@ class Engine:
 
     async def run_async(self, flow: Flow[T], sla: Sla | None = None) -> Answer[T]:
         """Drive a flow in the running event loop; cancelling the task cancels its work."""
-        driver = FlowDriver(flow, self._clock)
+        driver = FlowDriver(flow, self._clock, pauses=True)
         loop = asyncio.get_running_loop()
         mailbox = self._mailboxes.get(loop) or self._new_mailbox(loop)
         follows = False
-        while (call := driver.call) is not None:
+        while (call := driver.call) is not None or driver.paused:
+            if call is None:
+                if mailbox.crowded:
+                    await asyncio.sleep(0)  # the others whom this batch has woken go first
+                driver.computed(None)
+                continue
             if isinstance(call, Compute):
                 await self._compute_async(driver, call, sla)
                 continue

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from plinth.engine.flow import Answer, Call, Compute, Flow, Sla, Tensors, Timing, Told
+from plinth.engine.flow import Answer, Call, Compute, Flow, Pause, Sla, Tensors, Timing, Told
 from plinth.engine.models.store import Model
 
 T = TypeVar("T")
@@ -32,11 +32,23 @@ class Result:
 
 
 class FlowDriver(Generic[T]):
-    """A flow under way: the call it waits for, and what its answer will tell."""
+    """A flow under way: the call it waits for, and what its answer will tell.
 
-    def __init__(self, flow: Flow[T], clock: Clock) -> None:
+    Args:
+        flow: what is driven.
+        clock: seconds, monotonic.
+        pauses: whether it stops at a :class:`Pause`, until :meth:`computed`.
+
+    Attributes:
+        call: what it waits for; ``None``: it is over, or paused.
+        paused: it has stopped for others.
+    """
+
+    def __init__(self, flow: Flow[T], clock: Clock, *, pauses: bool = False) -> None:
         self._flow = flow
         self._clock = clock
+        self._pauses = pauses
+        self.paused = False
         self._begun = clock()
         self._timing = Timing()
         self._models: dict[str, str] = {}
@@ -71,7 +83,7 @@ class FlowDriver(Generic[T]):
         self._step(lambda: self._flow.send(value))
 
     def computed(self, value: object) -> None:
-        """Give the flow what the function of its step returned."""
+        """Give the flow what the function of its step returned; ``None`` after a pause."""
         self._step(lambda: self._flow.send(value))
 
     def since(self, sla: Sla | None) -> float | None:
@@ -96,10 +108,15 @@ class FlowDriver(Generic[T]):
         told = (self._models, self._degraded, self._late, self._precision, self._modes)
         return Answer(self._value[0], self._timing, *told)
 
-    def _step(self, advance: Callable[[], Call | Compute]) -> None:
-        self.call = None
+    def _step(self, advance: Callable[[], Call | Compute | Pause]) -> None:
+        self.call, self.paused = None, False
         try:
             call = advance()
+            while isinstance(call, Pause):
+                if self._pauses:
+                    self.paused = True
+                    return
+                call = next(self._flow)
         except StopIteration as stop:
             self._value.append(stop.value)
             return

@@ -107,6 +107,9 @@ class Mailbox:
     Args:
         loop: where the callers wait; make the mailbox in its thread.
         resumed: called there when all whose outcomes another thread has posted have gone on.
+
+    Attributes:
+        crowded: several callers were woken together, the last time that any were.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, resumed: Callable[[], None]) -> None:
@@ -115,6 +118,7 @@ class Mailbox:
         self._thread = threading.get_ident()
         self._waiting: deque[tuple[asyncio.Future[Result], Result | PlinthError]] = deque()
         self._woken = False
+        self.crowded = False
 
     def put(self, future: asyncio.Future[Result], outcome: Result | PlinthError) -> None:
         """Hand over an outcome; from other threads it lies until :meth:`post`."""
@@ -134,7 +138,7 @@ class Mailbox:
             _log.debug("an event loop closed before its answers came")
 
     def _open(self) -> None:
-        self._woken = False
+        self._woken, self.crowded = False, len(self._waiting) > 1
         while self._waiting:
             _finish(*self._waiting.popleft())
 

@@ -20,6 +20,7 @@ from plinth.engine import (
     Flow,
     InputError,
     ModelError,
+    Pause,
     PlinthError,
     QueueFull,
     Refused,
@@ -369,12 +370,14 @@ class Processor:
         except StopIteration as end:
             return end.value
 
-    def _answer(self, call: Call | Compute) -> Steps:
+    def _answer(self, call: Call | Compute | Pause) -> Steps:
         """What the engine answers to a call; one too large for its queue goes in parts.
 
         Work that is refused is offered again later: the vertical's own steps, which may have
         changed its state, do not run a second time.
         """
+        if isinstance(call, Pause):
+            return None
         if isinstance(call, Compute):
             future = self.engine.compute(call)
             try:

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from plinth.engine import Batcher, Call, Engine, EngineFailed, LatencyModel, Model, ModelSpec, Sla
+from plinth.engine import (
+    Batcher,
+    Call,
+    Engine,
+    EngineFailed,
+    LatencyModel,
+    Model,
+    ModelSpec,
+    Pause,
+    Sla,
+)
 from plinth.engine import TensorSpec as Shape
 from plinth.engine.backends import prepare
 from plinth.engine.devices.device import pick
@@ -170,6 +180,37 @@ def test_in_an_event_loop_one_call_runs_there_and_calls_of_one_pass_make_a_batch
     assert alone == [("caller", 1)]
     assert values == [0.0, 2.0, 4.0, 6.0]
     assert {name for name, _ in notes.batches} == {"plinth-device"}
+
+
+def test_who_pauses_lets_those_of_his_batch_ask_for_more_first(noting):
+    engine, notes = noting
+    engine._models.get("noting").executable.native = False  # it runs on the lane
+    done = []
+
+    def ends():
+        yield Call("noting", torch.ones(1, 4))
+        assert (yield Pause()) is None
+        done.append("ended")
+        return len(done)
+
+    def asks():
+        yield Call("noting", torch.ones(1, 4))
+        done.append("asked")
+        return (yield Call("noting", torch.ones(1, 4)))
+
+    async def main():
+        notes.gate = threading.Event()
+        held = asyncio.ensure_future(engine.run_async(flow(8)))
+        await asyncio.to_thread(notes.inside.wait, 60)
+        calls = [asyncio.ensure_future(engine.run_async(f())) for f in (ends, ends, asks)]
+        await asyncio.to_thread(str)  # they have asked when this is over
+        notes.gate.set()
+        await asyncio.gather(held, *calls)
+
+    asyncio.run(main())
+    assert [rows for _, rows in notes.batches[:2]] == [8, 3]
+    assert done == ["asked", "ended", "ended"]
+    assert engine.run(ends()).value == 4, "a caller that waits alone pauses for nobody"
 
 
 def test_a_module_that_may_wait_for_something_never_runs_in_an_event_loop(noting):

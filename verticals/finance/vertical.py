@@ -26,6 +26,7 @@ from plinth.engine import (
     InputError,
     Model,
     ModelError,
+    Pause,
     Sla,
     Timing,
 )
@@ -241,6 +242,8 @@ class FraudScoring(Vertical[Record, Decision]):
             raise ModelError(f"{serving.name} {serving.version} gave a score outside of [0, 1]")
         review, decline = np.array([(v.review, v.decline) for v in serving.variants]).T[:, by]
         alerts = np.flatnonzero(scores >= review).tolist()
+        if not alerts:
+            yield Pause()  # an alert of the same batch asks for its reasons first
         why, reasons = yield from _explained(serving, rows, output, alerts)
         asked = [
             request

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from plinth.engine import Call, Compute, Flow, Model, PlinthError, Refused
+from plinth.engine import Call, Compute, Flow, Model, Pause, PlinthError, Refused
 from plinth.engine.flow import Tensors, Told, as_mapping, row_count
 from plinth.engine.tiling import WindowGrid, WindowMerger
 from plinth.verticals.contract import Vertical
@@ -90,6 +90,9 @@ def drive(
                     except Exception as error:  # noqa: BLE001 - the flow's own to handle
                         advance, sent = flow.throw, error
                     continue
+            if isinstance(call, Pause):
+                sent = None
+                continue
             if not isinstance(call, Call):
                 raise AssertionError(
                     f"the flow yielded {type(call).__name__}: yield engine.Call or engine.Compute"
