@@ -53,6 +53,7 @@ class LaneThread:
         died_at: when it last did.
         over: the thread has ended, or is about to.
         chores: what the thread does before its next step, one behind each.
+        answers: of the batch that it has run, which its next step tells.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class LaneThread:
         self.died_at = 0.0
         self.over = True
         self.chores: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self.answers: list[Any] = []
         self._step = step
         self._ended = ended
         self._back = back
@@ -99,7 +101,12 @@ class LaneThread:
     @property
     def is_current(self) -> bool:
         """Whether the caller is its thread, or one in which its lane is done with batches."""
-        return threading.current_thread() is self._thread or self.lane.is_current()
+        return self.is_own or self.lane.is_current()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the caller is its thread."""
+        return threading.current_thread() is self._thread
 
     @property
     def is_well(self) -> bool:
@@ -165,7 +172,7 @@ class LaneThread:
         return [future for _, future in made]
 
     def _do_chore(self) -> None:
-        if self.chores:
+        if self.chores and not self.answers:
             chore, future = self.chores.popleft()
             try:
                 chore()

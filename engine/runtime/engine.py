@@ -946,39 +946,64 @@ class Engine:
     # -- the lanes' threads ------------------------------------------------------------------
     def _step(self, thread: LaneThread) -> bool:
         """Wait for a batch and give it to a lane; False when the lane is to end."""
-        with self._lock:
-            if thread.absent and not thread.given_up:
-                self._returns(thread)
-            while self._broken is None and thread.died is None and self._is_idle(thread):
-                thread.wake.wait()
-            if (error := self._broken or thread.died) is not None:
-                raise error
-            if thread.chores and not (self._batcher and thread.has_room):
-                return True
-            if thread.draining or not self._batcher:
-                return False
-            batch, outcomes = self._next(thread)
-            several = len(self._lanes.threads) > 1
-            if several and self._batcher:
-                self._wake_one()
-            held = self._batcher.held_until - self._clock()
-            waits = several or thread.in_flight or held < float("inf")
-            if batch is None and not outcomes and waits:
-                # What waits is held for a moment, is not to be queued behind what runs, or is left
-                # to another lane, which is not always the one that is woken first.
-                for other in self._lanes.others(thread):
-                    if other.takes_more:
-                        other.wake.notify()
-                longest = None if thread.in_flight else _LEFT
-                thread.wake.wait(max(held, 0.0) if held < float("inf") else longest)
+        answers, thread.answers = thread.answers, []
+        try:
+            with self._lock:
+                batch, outcomes, goes_on = self._take(thread, waits=not answers)
+        finally:
+            self._settle(answers)
         self._settle(outcomes)
         if batch is None:
-            return True
+            return goes_on
         if thread.lane.inline:
             self._execute(batch, thread)
         else:
             self._submit(batch, thread)
         return True
+
+    def _take(self, thread: LaneThread, *, waits: bool) -> tuple[Batch | None, Outcomes, bool]:
+        """The next batch of a lane, who is refused for it, and whether the lane goes on.
+
+        With the lock held.
+
+        Args:
+            thread: the lane's.
+            waits: until there is one; otherwise somebody is to be told something first.
+        """
+        if thread.absent and not thread.given_up:
+            self._returns(thread)
+        while self._broken is None and thread.died is None and self._is_idle(thread):
+            if not waits:
+                return None, [], True
+            thread.wake.wait()
+        if (error := self._broken or thread.died) is not None:
+            raise error
+        if thread.chores and not (self._batcher and thread.has_room):
+            return None, [], True
+        if thread.draining or not self._batcher:
+            return None, [], False
+        batch, outcomes = self._next(thread)
+        several = len(self._lanes.threads) > 1
+        if several and self._batcher:
+            self._wake_one()
+        if batch is None and not outcomes and waits:
+            self._wait_held(thread, several=several)
+        return batch, outcomes, True
+
+    def _wait_held(self, thread: LaneThread, *, several: bool) -> None:
+        """Wait while a lane does not begin what waits; with the lock held.
+
+        It is held for a moment, is not to be queued behind what runs, or is left to another lane,
+        which is not always the one that is woken first.
+        """
+        held = self._batcher.held_until - self._clock()
+        if not (several or thread.in_flight or held < float("inf")):
+            return
+        for other in self._lanes.others(thread):
+            if other.takes_more:
+                other.wake.notify()
+        longest = None if thread.in_flight else _LEFT
+        thread.wake.wait(max(held, 0.0) if held < float("inf") else longest)
 
     def _is_idle(self, thread: LaneThread) -> bool:
         """Whether a lane has nothing to begin, or no room for it; with the lock held."""
@@ -992,6 +1017,8 @@ class Engine:
 
     def _ended(self, thread: LaneThread, error: BaseException | None) -> None:
         """The thread of a lane ends: whoever waits for nobody any more is told why."""
+        answers, thread.answers = thread.answers, []
+        self._settle(answers)
         with self._lock:
             thread.over = True
             others = self._lanes.others(thread) or self._lanes.is_one_reviving
@@ -1096,7 +1123,11 @@ class Engine:
             self._lanes.wake_all()
 
     def _finish(self, batch: Batch, loaded: LoadedModel, ran: Ran, thread: LaneThread) -> None:
-        """Hand out the answers of a batch; learning and counting come after them."""
+        """Hand out the answers of a batch; learning and counting come after them.
+
+        While work waits the lane's thread forms its next batch first: who is told wakes up and
+        wants the interpreter, and the lane would wait for it several times before it begins.
+        """
         if self._was_given_up(batch, thread):
             return
         now, seconds = self._clock(), ran.seconds
@@ -1107,7 +1138,10 @@ class Engine:
             if batch.urgent and self._mailboxes and thread.is_current:
                 with self._lock:
                     self._batcher.anticipation.answered(thread.number, now)
-            self._settle(outcomes)
+            if thread.is_own and thread.lane.inline and self._batcher:
+                thread.answers += outcomes
+            else:
+                self._settle(outcomes)
         with self._lock:
             if ran.largest < batch.rows:
                 self._batcher.shrink(batch.key, ran.largest)

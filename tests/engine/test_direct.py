@@ -213,6 +213,29 @@ def test_who_pauses_lets_those_of_his_batch_ask_for_more_first(noting):
     assert engine.run(ends()).value == 4, "a caller that waits alone pauses for nobody"
 
 
+def test_the_next_batch_is_formed_before_callers_are_told_and_nobody_is_forgotten(
+    noting, monkeypatch
+):
+    engine, notes = noting
+    notes.gate, waited = threading.Event(), []
+    calls = [engine.submit(Call("noting", torch.ones(8, 4))) for _ in range(2)]
+    assert notes.inside.wait(60)
+    calls[0].add_done_callback(lambda _: waited.append(engine._batcher.urgent_rows))
+    notes.gate.set()
+    assert all(call.result(60).value.shape == (8, 4) for call in calls)
+    assert waited == [0]
+
+    notes.inside.clear()
+    notes.gate.clear()
+    calls = [engine.submit(Call("noting", torch.ones(8, 4))) for _ in range(2)]
+    assert notes.inside.wait(60)
+    monkeypatch.setattr(engine._batcher, "finished", lambda *_: 1 / 0)  # the books break
+    notes.gate.set()
+    assert calls[0].result(60).value.shape == (8, 4)
+    with pytest.raises(EngineFailed):
+        calls[1].result(60)
+
+
 def test_a_module_that_may_wait_for_something_never_runs_in_an_event_loop(noting):
     engine, notes = noting
     engine._models.get("noting").executable.native = False
