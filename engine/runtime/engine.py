@@ -654,7 +654,7 @@ class Engine:
         driver = FlowDriver(flow, self._clock, pauses=True)
         loop = asyncio.get_running_loop()
         mailbox = self._mailboxes.get(loop) or self._new_mailbox(loop)
-        follows = False
+        before: float | None = None
         while (call := driver.call) is not None or driver.paused:
             if call is None:
                 if mailbox.crowded:
@@ -668,7 +668,7 @@ class Engine:
                 future: asyncio.Future[Result] = loop.create_future()
                 waiter = LoopWaiter(mailbox, future)
                 request = self._request(call, waiter, driver.since(sla))
-                request.follows, follows = follows, True
+                request.follows = before
                 alone = self._admit(request, sla, direct=True)
                 if alone is not None:
                     # Unless more comes in this pass of the loop, and makes a batch with it.
@@ -678,6 +678,7 @@ class Engine:
                 except asyncio.CancelledError:
                     self._cancel(request)
                     raise
+                before = request.answered
                 driver.send(result)
             except PlinthError as error:
                 driver.throw(error)
@@ -870,8 +871,8 @@ class Engine:
         now = self._clock()
         if not self._batcher.knows(request.key):
             self._register(request)
-        if request.follows:
-            self._batcher.anticipation.followed()
+        if request.follows is not None:
+            self._batcher.followed(request.key, now - request.follows)
         self._requests.add(request)
         if promise.deadline_ms is not None or self._modes.in_rounds:
             self._deadlines.accepted()
@@ -1405,7 +1406,7 @@ class Engine:
         timing.queue = max(0.0, now - work.arrival - timing.device)
         timing.total = now - work.arrival
         value = request.value()
-        request.over = True
+        request.over, request.answered = True, now
         self._requests.discard(request)
         request.works.clear()  # a cycle would be left to the garbage collector
         used, late = request.ran(work.key), now > work.deadline

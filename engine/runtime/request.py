@@ -178,7 +178,8 @@ class Request:
         number: its place in the order of arrival, where answers come in order.
         asked: when it came; ``due``: when its promise ends.
         lock: held by the lane that gives it rows; several may have some.
-        follows: its flow was answered before and asks for more.
+        answered: when it was.
+        follows: when its flow was answered before and asks for more; ``None``: it was not.
     """
 
     loaded: LoadedModel
@@ -197,7 +198,8 @@ class Request:
     number: int = 0
     asked: float = 0.0
     due: float = float("inf")
-    follows: bool = False
+    answered: float = 0.0
+    follows: float | None = None
     timing: Timing = field(default_factory=Timing)
     works: list[Work] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -586,6 +586,11 @@ class Batcher:
                 lane.ended = batch.key, now
         self._settings(batch.key).failures = 0
 
+    def followed(self, key: BatchKey, seconds: float) -> None:
+        """A caller who was answered asks for more, of this key, so many seconds after that."""
+        self.anticipation.followed()
+        self.latency.followed(key, seconds)
+
     def died(self, batch: Batch, now: float) -> list[Work]:
         """Let a batch wait again whose lane ended before it was done, at the head of the queue.
 

@@ -96,7 +96,7 @@ class _Curve:
     has what was seen, less the level, at knots that so far one or a few batches have made: the
     first batches of a size are slow, and some more rows seem to cost next to nothing after them.
     ``seen`` are batches, rows and seconds; ``turns`` are the seconds from the end of a batch until
-    the lane has begun the next.
+    the lane has begun the next; ``followed`` those from an answer until its caller asks for more.
     """
 
     knots: dict[int, float] = field(default_factory=dict)
@@ -110,6 +110,7 @@ class _Curve:
     young: dict[int, list[float]] = field(default_factory=dict)
     seen: _Seen[tuple[int, float]] = field(default_factory=lambda: _Seen[tuple[int, float]]())
     turns: _Seen[float] = field(default_factory=lambda: _Seen[float]())
+    followed: _Seen[float] = field(default_factory=lambda: _Seen[float]())
 
     def rebuild(self, rows: int) -> None:
         size = max(rows, len(self.table) - 1, max(self.knots, default=1))
@@ -281,6 +282,12 @@ class LatencyModel:
         if curve is not None:
             curve.turns.add(seconds)
 
+    def followed(self, key: BatchKey, seconds: float) -> None:
+        """Note how long an answer was away until its caller asked for more of the same."""
+        curve = self._curves.get(key)
+        if curve is not None:
+            curve.followed.add(seconds)
+
     def predict(self, key: BatchKey, rows: int, quantile: float = 0.99) -> float:
         """Upper quantile of the seconds a batch of ``rows`` takes; 0.0 for an unknown key."""
         curve = self._curves.get(key)
@@ -374,7 +381,7 @@ class LatencyModel:
             del self._curves[key]
 
     def save(self) -> None:
-        """Write the curves to ``path`` (JSON), atomically; delays and turns for who plans ahead."""
+        """Write the curves to ``path`` (JSON), atomically; the rest for who plans ahead."""
         if self.path is None:
             return
         usual = {key: curve.usual() for key, curve in self._curves.items()}
@@ -387,11 +394,19 @@ class LatencyModel:
         # A request is late by the longest of several: the last half per cent counts, too.
         each = max(_SPREAD, min(_SEEN, _KEPT // max(1, len(usual))))
         delays = {key: found.spread(each) for key, (_, found) in usual.items()}
-        turns = {
-            key: _Sample(deque(), sorted(curve.turns.values)).spread(each)
-            for key, curve in self._curves.items()
+
+        def spread(seen: _Seen[float]) -> list[float]:
+            return _Sample(deque(), sorted(seen.values)).spread(each)
+
+        turns = {key: spread(curve.turns) for key, curve in self._curves.items()}
+        followed = {key: spread(curve.followed) for key, curve in self._curves.items()}
+        told = {
+            "format": 1,
+            "seconds": data,
+            "delays": delays,
+            "turns": turns,
+            "followed": followed,
         }
-        told = {"format": 1, "seconds": data, "delays": delays, "turns": turns}
         part.write_text(json.dumps(told))
         part.replace(self.path)
 

@@ -126,6 +126,11 @@ class Costs(Table):
         default=0.0, ge=0, le=1, description="share of requests that ask a second time, after that"
     )
     again_rows: int = Field(default=1, ge=1, description="rows of what they ask then")
+    followed: tuple[float, ...] = Field(
+        default=(),
+        description="seconds from an answer of the engine until its caller asks for more; none "
+        "known: half of the median of ``outside``",
+    )
     max_rows: int | None = Field(
         default=None, ge=1, description="rows of the largest batch; none: the largest measured"
     )
@@ -235,6 +240,7 @@ def _measured(path: Path, text: str, urgent: str | None, background: str | None)
         file = json.loads(text)
         seconds: Mapping[str, Any] = dict(file["seconds"])
         delays, turns = dict(file.get("delays", {})), dict(file.get("turns", {}))
+        followed = dict(file.get("followed", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not a latency file: {type(error).__name__}") from None
 
@@ -252,6 +258,7 @@ def _measured(path: Path, text: str, urgent: str | None, background: str | None)
             "seconds": seconds[key],
             "delays": delays.get(key) or [0.0],
             "turns": turns.get(key) or [0.0],
+            "followed": followed.get(key) or [],
         }
 
     found = {"urgent": of(urgent, "--model")}

@@ -222,7 +222,7 @@ def _run(
             return []
         return [_job(costs, now, random)]
 
-    run.follow, run.resumes = follow, _in_the_door(question)
+    run.follow, run.resumes = follow, float(np.median(_followed(question)))
     works = sorted([*jobs, *asked], key=lambda work: work.arrival)
     trace = run.through(works, seconds if jobs else float("inf"))
     return trace, asked, seconds
@@ -233,7 +233,7 @@ def _second(work: Work, now: float, question: Question, random: np.random.Genera
     costs = question.costs.urgent
     if random.random() >= costs.again:
         return []
-    at = now + _in_the_door(question)
+    at = now + float(random.choice(_followed(question)))
     left, pieces = costs.again_rows, list[Work]()
     while left:
         rows = min(left, costs.most)
@@ -242,9 +242,10 @@ def _second(work: Work, now: float, question: Question, random: np.random.Genera
     return pieces
 
 
-def _in_the_door(question: Question) -> float:
+def _followed(question: Question) -> tuple[float, ...]:
     """Seconds from an answer of the engine until its caller asks it for more."""
-    return 0.5 * float(np.median(question.costs.urgent.outside))
+    costs = question.costs.urgent
+    return costs.followed or (0.5 * float(np.median(costs.outside)),)
 
 
 def _jobs(costs: Costs, lanes: int, random: np.random.Generator) -> list[Work]:

@@ -142,6 +142,8 @@ def test_a_flow_asks_for_more_before_the_next_slice_begins():
     engine = Engine(device="cpu")
     engine.add(noted("urgent"), batch_range=(1, 4))
     engine.add(noted("patient"), batch_range=(1, 1))
+    followed = []
+    engine._batcher.latency.followed = lambda *told: followed.append(told)
     with engine:
         Noted.ran.clear()
         Noted.gate.clear()
@@ -151,3 +153,6 @@ def test_a_flow_asks_for_more_before_the_next_slice_begins():
         engine._batcher.latency.seed(key, 1, 20.0)  # so a slice may wait for two seconds
         assert torch.equal(asyncio.run(both(engine)), torch.full((1, 2), 2.0))
     assert Noted.ran[:3] == ["patient", "urgent", "urgent"]
+    ((key, seconds),) = followed
+    assert key.startswith("urgent@")
+    assert 0 < seconds < 30

@@ -164,11 +164,12 @@ def test_costs_that_an_engine_measured_are_read_by_model(tmp_path: Path):
             latency.seed(model, rows, 0.01 * rows)
     latency.observe("fraud@1#a/cpu", 1, 0.013)
     latency.turned("fraud@1#a/cpu", 0.002)
+    latency.followed("fraud@1#a/cpu", 0.003)
     latency.save()
     read = read_costs(latency.path, "fraud", "nodules", 400)
     assert set(read.urgent.seconds) == {1, 8}
     assert len(read.urgent.delays) == 1
-    assert read.urgent.turns == (0.002,)
+    assert (read.urgent.turns, read.urgent.followed) == ((0.002,), (0.003,))
     assert read.background is not None
     assert (read.background.rows, read.background.turns) == (400, (0.0,))
     with pytest.raises(ConfigError, match="no costs of froud"):
@@ -226,6 +227,9 @@ def test_requests_that_ask_a_second_time_wait_for_a_second_batch():
     urgent = Costs(seconds={1: 0.010, 4: 0.040}, again=1.0, again_rows=6, outside=(0.004,))
     found = plan(Question(CostFile(urgent=urgent), 0.2, 0.5, seconds=60.0), [1]).points[0]
     assert found.p50 == pytest.approx(10 + 40 + 20 + 4), "six rows are two batches"
+    soon = urgent.model_copy(update={"followed": (0.001,), "outside": (0.400,), "again_rows": 1})
+    shown = plan(Question(CostFile(urgent=soon), 0.2, 0.5, seconds=60.0), [1]).points[0]
+    assert shown.refused == 0, "its second batch is done 21 ms after it came"
     some = urgent.model_copy(update={"again": 0.02})
     shown = plan(Question(CostFile(urgent=some), 0.2, 0.5, seconds=600.0), [1]).points[0]
     assert (shown.p50, shown.p99) == pytest.approx((14.0, 74.0))
