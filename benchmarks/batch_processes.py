@@ -253,9 +253,9 @@ def main() -> None:
         base = statistics.median(
             run["studies_per_hour_steady"] for run in runs if run["processes"] == ONE_CORE
         )
-        steady, both = found["studies_per_hour_steady"], found["loops_together"]
+        apart, both = found["studies_per_hour_steady"], found["loops_together"]
         console.print(
-            f"two runs that share nothing: {steady:,.0f} steady, {steady / base:.2f} of one core; "
+            f"two runs that share nothing: {apart:,.0f} steady, {apart / base:.2f} of one core; "
             f"two loops: {both / found['loops_alone']:.2f} of one"
         )
 
