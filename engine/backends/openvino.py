@@ -370,9 +370,21 @@ def _blobs(device: Device) -> Path:
 
 
 def _places(ports: Any, names: list[str]) -> dict[str, int]:
-    return {
-        name: next(i for i, port in enumerate(ports) if name in port.get_names()) for name in names
-    }
+    """Where the ports of these names are.
+
+    Raises:
+        ModelError: OpenVINO has none of a name, or several.
+    """
+    named = [port.get_names() for port in ports]
+    found = {name: [at for at, own in enumerate(named) if name in own] for name in names}
+    for name, at in found.items():
+        if len(at) != 1:
+            raise ModelError(
+                f"OpenVINO has {len(at)} inputs or outputs by the name {name}, expected one",
+                hint="give inputs and outputs of the model names of their own, or name another "
+                "backend",
+            )
+    return {name: at for name, (at,) in found.items()}
 
 
 def _weight_bytes(graph: Any) -> int:

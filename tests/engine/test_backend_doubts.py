@@ -99,3 +99,18 @@ def test_a_model_that_knows_missing_values_keeps_knowing_them():
         engine.add(model)
         rows = torch.full((1, 8), torch.nan)
         assert engine.submit(Call("net", rows)).result(60).value.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "backend", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.needs("openvino"))]
+)
+def test_an_output_may_have_the_name_of_an_input_where_the_backend_can_tell_them_apart(backend):
+    module = nn.Linear(8, 8).eval()
+    model = Model(spec({"x": (8,)}, {"x": (8,)}), module)
+    with pytest.raises(ModelError, match=r"by the name x|name \(x\)"):
+        prepare(model, CPU, "fp32", backend)
+    with Engine(threads=1) as engine:
+        engine.add(model)
+        rows = torch.randn(3, 8)
+        found = engine.submit(Call("net", rows)).result(60).value
+        torch.testing.assert_close(found, module(rows), rtol=1e-3, atol=1e-3)
