@@ -289,6 +289,24 @@ def test_a_key_maps_a_cohort_alike_and_another_key_otherwise(
 
 
 @pytest.mark.parametrize(
+    ("offset", "kept"),
+    [("+0100", "+0100"), ("-0330", "-0330"), ("+2500", None), ("4711", None), ("+0100 X", None)],
+)
+def test_an_offset_from_utc_stays_with_the_date_times_that_need_it(
+    write: Callable[..., Path],
+    edit: Callable[..., None],
+    tmp_path: Path,
+    offset: str,
+    kept: str | None,
+) -> None:
+    """Without it a SUV of a copy, whose injection is told with an offset, is refused."""
+    folder = write(shape=(20, 16, 1))
+    edit(folder, lambda image, _: setattr(image, "TimezoneOffsetFromUTC", offset))
+    (copy,), _ = copied(folder, tmp_path / "copies")
+    assert copy.get("TimezoneOffsetFromUTC") == kept
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda image, k: setattr(image, "BurnedInAnnotation", "YES"), "burned_in"),

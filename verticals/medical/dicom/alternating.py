@@ -32,8 +32,8 @@ neighbours have, is not of the stack. Real series lie at 1 or above."""
 TISSUE = (-200, 300)
 """HU between which the level of a slice is taken."""
 
-SAMPLES = 1 << 14
-"""Pixels of a slice that are looked at, about."""
+SAMPLES, ENOUGH = 1 << 14, 64
+"""Pixels of a slice that are looked at, about; and of soft tissue in one place, at least."""
 
 Numbers = npt.NDArray[np.float64]
 Rows = list[Array]
@@ -68,7 +68,8 @@ def _differ(rows: Rows, hounsfield: bool) -> str | None:
     """How odd and even slices differ in noise or level."""
     noise = _noise(rows)
     if noise is not None:
-        ratio = abs(_in_turn(np.log(noise)))
+        told = np.log(noise)
+        ratio = abs(_in_turn(told[1:-1] - (told[:-2] + told[2:]) / 2))
         if ratio >= NOISE:
             return f"their noise differs by a factor of {np.exp(ratio):.2f}"
     level = _level(rows) if hounsfield else None
@@ -97,23 +98,34 @@ def _bends(plane: Array) -> npt.NDArray[np.float32]:
 
 
 def _level(rows: Rows) -> Numbers | None:
-    """Mean of soft tissue; ``None`` where a slice has none."""
+    """How far soft tissue of each slice but the ends lies above the mean of both neighbours.
+
+    The median over the places that are soft tissue in all three: what a slice holds besides does
+    not count, which changes from one to the next where they lie far apart. ``None`` where three
+    slices share no soft tissue.
+    """
     low, high = TISSUE
+    soft = [(plane > low) & (plane < high) for plane in rows]
     found = []
-    for plane in rows:
-        tissue = plane[(plane > low) & (plane < high)]
-        if not tissue.size:
+    for n in range(1, len(rows) - 1):
+        shared = soft[n - 1] & soft[n] & soft[n + 1]
+        if np.count_nonzero(shared) < ENOUGH:
             return None
-        found.append(float(tissue.mean(dtype=np.float64)))
+        before, here, after = (rows[k][shared].astype(np.float32) for k in (n - 1, n, n + 1))
+        found.append(float(np.median(here - (before + after) / 2)))
     return np.array(found)
 
 
-def _in_turn(values: Numbers) -> float:
-    """How far odd values lie from even ones, if nearly all do so in the same sense; else 0."""
-    bend = values[1:-1] - (values[:-2] + values[2:]) / 2
-    bend[1::2] *= -1
-    middle = float(np.median(bend))
-    same = float((np.sign(bend) == np.sign(middle)).mean())
+def _in_turn(bends: Numbers) -> float:
+    """How far odd slices lie from even ones, if nearly all do so in the same sense; else 0.
+
+    Args:
+        bends: of each slice but the ends, what it has above the mean of its neighbours.
+    """
+    signed = bends.copy()
+    signed[1::2] *= -1
+    middle = float(np.median(signed))
+    same = float((np.sign(signed) == np.sign(middle)).mean())
     return middle if same >= STEADY else 0.0
 
 

@@ -114,10 +114,13 @@ TERMS = {
     "MRAcquisitionType": re.compile("2D|3D"),
     "ComplexImageComponent": re.compile("MAGNITUDE|PHASE|REAL|IMAGINARY|MIXED"),
     "SeriesType": re.compile("STATIC|DYNAMIC|GATED|WHOLE BODY|IMAGE|REPROJECTION"),
+    "TimezoneOffsetFromUTC": re.compile(r"[+-](0\d|1[0-4])[0-5]\d"),
     "PatientSex": re.compile("[FMO]"),
     "PatientAge": re.compile(r"0[0-8]\d[DWMY]"),
 }
-"""Text that is kept where each of its values is one of these, which no name is."""
+"""Text that is kept where each of its values is one of these, which no name is. The offset from UTC
+stays (PS3.15 E.3.6 allows it with modified dates): date-times keep theirs, and without it they
+cannot be read on the clock of the other times."""
 
 STAND_INS = _names(
     "ConvolutionKernel RescaleType ImageType FrameType FilterType ScanOptions StackID "
