@@ -9,9 +9,10 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from socketserver import BaseServer
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Protocol, Self, cast
 
 from pydicom import dcmread
 from pynetdicom import (
@@ -44,10 +45,34 @@ SPARE = 4
 """Connections beyond the associations, which are told that there are too many."""
 PIECE = 64 << 10
 
+NAMED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+NUMBER, NAME = ("PatientID", "IssuerOfPatientID"), ("PatientName", "PatientBirthDate")
 SUCCESS, OUT_OF_RESOURCES, MISMATCH, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xA900, 0xC000
 """Status of C-STORE (PS3.4 B.2.3)."""
 
-Keep = Callable[[str, str, bytes], object]
+
+class Keeper(Protocol):
+    """Where images outlive this process; what it raises is told to the sender."""
+
+    def kept(self, study_uid: str, image_uid: str) -> bytes | None:
+        """The image as it is here, if it is."""
+
+    def put(self, study_uid: str, image_uid: str, content: bytes) -> object:
+        """Keep an image; when this returns, it is on disk."""
+
+    def sending(self, study_uid: str, series_uid: str) -> float:
+        """A caller begins to send images of a series; returns when."""
+
+    def ended(self, study_uid: str, series_uid: str, since: float, *, whole: bool) -> None:
+        """A caller sends no more of a series, because that was all or not."""
+
+
+@dataclass(slots=True)
+class _Sent:
+    """What one caller has sent: since when, by study and series; of which an image was not kept."""
+
+    since: dict[tuple[str, str], float] = field(default_factory=dict)
+    lost: set[tuple[str, str]] = field(default_factory=set)
 
 
 class _Socket(AssociationSocket):  # type: ignore[misc]
@@ -139,8 +164,7 @@ class Listener:
 
     Args:
         settings: ``[listen]``.
-        keep: puts (Study Instance UID, SOP Instance UID, file) where it outlives us; what it
-            raises is told to the sender.
+        keeper: gets the images.
         reported: what an archive says of the storage commitment that it was asked for.
 
     Raises:
@@ -148,13 +172,16 @@ class Listener:
     """
 
     def __init__(
-        self, settings: Listen, keep: Keep, reported: Callable[[Any], Any] | None = None
+        self, settings: Listen, keeper: Keeper, reported: Callable[[Any], Any] | None = None
     ) -> None:
         silence()
-        self._keep = keep
+        self._keeper, self._needs_release = keeper, settings.needs_release
+        self._sent: dict[Any, _Sent] = {}
         handlers: list[tuple[Any, Any]] = [
             (evt.EVT_C_STORE, self._store),
             (evt.EVT_REJECTED, _rejected),
+            (evt.EVT_RELEASED, lambda event: self._ended(event.assoc, whole=True)),
+            (evt.EVT_ABORTED, self._aborted),
         ]
         entity = AE(ae_title=settings.title)
         entity.require_called_aet = True
@@ -210,26 +237,58 @@ class Listener:
         request = event.request
         content: bytes = event.encoded_dataset()
         try:
-            header = dcmread(
-                io.BytesIO(content),
-                stop_before_pixels=True,
-                specific_tags=["StudyInstanceUID", "SOPInstanceUID"],
-            )
-            study, image = (str(header.get(name) or "") for name in
-                            ("StudyInstanceUID", "SOPInstanceUID"))  # fmt: skip
+            (study, series, image), owner = _said(content)
         except MALFORMED:
             return NOT_UNDERSTOOD
         if not study or image != str(request.AffectedSOPInstanceUID):
             return MISMATCH  # a result could not be filed in a study without a UID
+        before = self._keeper.kept(study, image)
+        if before is not None and _said(before)[1] != owner:
+            log.error(
+                "an image was not taken: its UIDs are those of another patient's image that is here"
+            )
+            return MISMATCH
+        sent = self._sent.setdefault(event.assoc, _Sent())
         try:
-            self._keep(study, image, content)
+            if (study, series) not in sent.since:
+                sent.since[study, series] = self._keeper.sending(study, series)
+            self._keeper.put(study, image, content)
         except StorageError as error:
+            sent.lost.add((study, series))
             log.warning("an image was not taken: %s", error.message)
             return OUT_OF_RESOURCES
         except PlinthError as error:
             log.error("an image was not taken: %s", error.message)
             return NOT_UNDERSTOOD
         return SUCCESS
+
+    def _aborted(self, event: Any) -> None:
+        """An association ended without a release: in silence it may have been all, else not."""
+        silent = event.assoc.dul.idle_timer_expired()
+        self._ended(event.assoc, whole=silent or not self._needs_release)
+
+    def _ended(self, association: Any, *, whole: bool) -> None:
+        """Tell what became of all that an association has brought."""
+        sent = self._sent.pop(association, None)
+        if sent is None:
+            return
+        try:
+            for (study, series), since in sent.since.items():
+                all_kept = (study, series) not in sent.lost
+                self._keeper.ended(study, series, since, whole=whole and all_kept)
+        except StorageError as error:
+            log.error("how a transfer ended cannot be kept: %s", error.message)
+
+
+def _said(content: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The identifiers of an image, and whose it is: by number, by name where there is none."""
+    wanted = [*NAMED, *NUMBER, *NAME]
+    header = dcmread(io.BytesIO(content), stop_before_pixels=True, specific_tags=wanted)
+
+    def told(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(header.get(one) or "") for one in names)
+
+    return told(NAMED), told(NUMBER) if header.get("PatientID") else told(NAME)
 
 
 def _rejected(event: Any) -> None:

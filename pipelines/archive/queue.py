@@ -51,9 +51,15 @@ CREATE TABLE IF NOT EXISTS series (
     series TEXT PRIMARY KEY, images INTEGER NOT NULL, since REAL NOT NULL,
     fetched INTEGER NOT NULL, study TEXT NOT NULL DEFAULT '', fetching INTEGER NOT NULL DEFAULT 0
 );
+CREATE TABLE IF NOT EXISTS transfers (
+    study TEXT NOT NULL, series TEXT NOT NULL, at REAL NOT NULL, broken INTEGER NOT NULL,
+    PRIMARY KEY (study, series)
+);
+UPDATE transfers SET broken = 1;
 """
 """``outbox.state``: waiting, sent or refused; ``jobs.state``: begun, done or failed;
-``studies.state``: open, done, failed or incomplete."""
+``studies.state``: open, done, failed or incomplete; ``transfers``: what callers have begun to send,
+and have not said that it is all. What was on its way when the process ended was broken off."""
 
 Arrived = Literal["new", "same", "changed"]
 
@@ -206,6 +212,16 @@ class Queue:
         """The folder of a study's images."""
         return self.folder / "images" / study
 
+    def kept(self, study_uid: str, image_uid: str) -> bytes | None:
+        """The file of an image, ``None`` if it is not here."""
+        if not self.has(study_uid, image_uid):
+            return None
+        try:
+            path = self.images(digest(study_uid)) / f"{digest(image_uid)}.dcm"
+            return path.read_bytes()
+        except FileNotFoundError:  # deleted meanwhile
+            return None
+
     def has(self, study_uid: str, image_uid: str) -> bool:
         """Whether an image is here."""
         values = (digest(study_uid), digest(image_uid))
@@ -215,6 +231,44 @@ class Queue:
         """Digest of the content by file name, of a study's images."""
         rows = self._all("SELECT image, content FROM images WHERE study = ? AND here", (study,))
         return {f"{image}.dcm": content for image, content in rows}
+
+    def sending(self, study_uid: str, series_uid: str) -> float:
+        """A caller begins to send images of a series; returns when, for :meth:`ended`."""
+        now = float(self._now())
+        with self._change() as db:
+            db.execute(
+                "INSERT OR IGNORE INTO transfers (study, series, at, broken) VALUES (?, ?, ?, 0)",
+                (digest(study_uid), digest(series_uid), now),
+            )
+        return now
+
+    def ended(self, study_uid: str, series_uid: str, since: float, *, whole: bool) -> None:
+        """A caller sends no more of a series.
+
+        Args:
+            study_uid: Study Instance UID.
+            series_uid: Series Instance UID.
+            since: when it began.
+            whole: it said so itself; otherwise it was broken off, and the study is not whole before
+                a caller that begins later has sent of that series again and said so.
+        """
+        key = (digest(study_uid), digest(series_uid))
+        with self._change() as db:
+            if not whole:
+                db.execute(
+                    "INSERT OR REPLACE INTO transfers (study, series, at, broken) "
+                    "VALUES (?, ?, ?, 1)",
+                    (*key, self._now()),
+                )
+                return
+            db.execute(
+                "DELETE FROM transfers WHERE study = ? AND series = ? AND at <= ?", (*key, since)
+            )
+            db.execute(
+                "UPDATE studies SET state = 'open', message = '', last = ? WHERE study = ? AND "
+                "state = 'incomplete' AND study NOT IN (SELECT study FROM transfers WHERE broken)",
+                (self._now(), key[0]),
+            )
 
     # -- what an archive has -------------------------------------------------------------------
     def stable(self, series_uid: str, images: int, quiet: float) -> bool:
@@ -264,6 +318,11 @@ class Queue:
     def missing(self, study: str) -> int:
         """Images of a study that were here once and were deleted since."""
         question = "SELECT COUNT(*) FROM images WHERE study = ? AND NOT here"
+        return int(self._one(question, (study,))[0])
+
+    def broken_off(self, study: str) -> int:
+        """Series of a study that a caller began to send and did not say that it was all."""
+        question = "SELECT COUNT(*) FROM transfers WHERE study = ? AND broken"
         return int(self._one(question, (study,))[0])
 
     def finish(self, ready: Ready, message: str = "", state: str = "done") -> None:
@@ -372,7 +431,10 @@ class Queue:
             )
 
     def retry(self) -> int:
-        """Let refused files, failed analyses and failed studies be tried again; how many."""
+        """Let refused files, failed analyses and failed studies be tried again; how many.
+
+        A study that was broken off is then analysed as it is here.
+        """
         with self._change() as db:
             count = db.execute(
                 "UPDATE outbox SET state = 'waiting', not_before = 0 WHERE state = 'refused'"
@@ -380,9 +442,12 @@ class Queue:
             failed = db.execute("SELECT DISTINCT study FROM jobs WHERE state = 'failed'").fetchall()
             count += db.execute("DELETE FROM jobs WHERE state = 'failed'").rowcount
             db.executemany("UPDATE studies SET state = 'open' WHERE study = ?", failed)
+            broken = "SELECT study FROM transfers WHERE broken"
             count += db.execute(
-                "UPDATE studies SET state = 'open', message = '' WHERE state = 'failed'"
+                "UPDATE studies SET state = 'open', message = '' WHERE state = 'failed' OR "  # noqa: S608
+                f"(state = 'incomplete' AND study IN ({broken}))"
             ).rowcount
+            db.execute("DELETE FROM transfers WHERE broken")
         return count
 
     # -- keeping house -------------------------------------------------------------------------
@@ -402,6 +467,7 @@ class Queue:
             with self._lock:
                 with self._change() as db:
                     db.execute("UPDATE images SET here = 0 WHERE study = ?", (study,))
+                    db.execute("DELETE FROM transfers WHERE study = ?", (study,))
                 shutil.rmtree(self.images(study), ignore_errors=True)
                 shutil.rmtree(self.folder / "results" / study, ignore_errors=True)
                 self._bytes = self._one("SELECT COALESCE(SUM(bytes), 0) FROM images WHERE here")[0]

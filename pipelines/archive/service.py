@@ -97,6 +97,7 @@ class Service:
         self._engine, self._queue = engine, queue
         self._stop = threading.Event()
         self._broken: PlinthError | None = None
+        self._told = ""
         self.port: int | None = None
 
     def stop(self) -> None:
@@ -138,7 +139,7 @@ class Service:
                 from plinth.pipelines.archive.listener import Listener
 
                 reported = None if peer is None else peer.reported
-                door = Listener(settings.listen, self._queue.put, reported)
+                door = Listener(settings.listen, self._queue, reported)
                 self.port = stack.enter_context(door).port
             ready()
             self._stop.wait()
@@ -180,9 +181,8 @@ class Service:
                 pause = min(2 * pause, LONGEST)
 
     def _study(self, ready: Ready) -> None:
-        gone = self._queue.missing(ready.study)
-        if gone:
-            told = f"{gone} images of it were deleted since they came: send the whole study again"
+        told = self._why_incomplete(ready.study)
+        if told:
             log.warning("study %s is not analysed: %s", ready.study, told)
             self._queue.finish(ready, told, "incomplete")
             return
@@ -214,6 +214,18 @@ class Service:
             *(ready.study, len(contents), made, f"; left out: {said}" if said else ""),
         )
         self._queue.finish(ready, fault, "failed" if fault else "done")
+
+    def _why_incomplete(self, study: str) -> str:
+        gone = self._queue.missing(study)
+        if gone:
+            return f"{gone} images of it were deleted since they came: send the whole study again"
+        broken = self._queue.broken_off(study)
+        if broken:
+            return (
+                f"the sender broke off while it sent {broken} series of it: send the study again, "
+                "or have it analysed as it is with plinth archive retry"
+            )
+        return ""
 
     def _item(
         self,
@@ -305,13 +317,18 @@ class Service:
             first = datetime.date.today() - datetime.timedelta(days=poll.days - 1)
             wanted["StudyDate"] = f"{first:%Y%m%d}-"
         failed = 0
+        passed = Counter[str]()
         for one in web.ask("series", **wanted):
             count = one.get("NumberOfSeriesRelatedInstances", "")
             study, series = one.get("StudyInstanceUID"), one.get("SeriesInstanceUID")
-            if not (study and series and count.isdecimal()) or self._stop.is_set():
+            if self._stop.is_set():
+                return
+            if not (study and series):
                 continue
-            images = int(count)
+            images = int(count) if count.isdecimal() else 0
             if not 0 < images <= MAX_IMAGES:
+                many = f"has more than {MAX_IMAGES} images"
+                passed[many if images else "does not say how many images it has"] += 1
                 continue
             facts = facts_of_answer(one, images)
             if all(why_not(rule, facts) for rule in self._settings.rules):
@@ -327,6 +344,14 @@ class Service:
                         raise
                     continue
                 self._queue.fetched(series, images)
+        self._passed_over(passed)
+
+    def _passed_over(self, passed: Counter[str]) -> None:
+        """Tell of series that are never fetched, whenever there are others than before."""
+        told = ", ".join(f"{count} that {why}" for why, count in sorted(passed.items()))
+        if told and told != self._told:
+            log.warning("series of the archive are not fetched: %s", told)
+        self._told = told
 
     def _fetch(self, web: DicomWeb, study: str, series: str, images: int, max_bytes: int) -> None:
         """Every image that the archive says a series has, each the one that was asked for."""

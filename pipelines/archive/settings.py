@@ -106,6 +106,8 @@ class Listen(Table):
         max_object_bytes: bytes of one image.
         idle_seconds: a caller that says nothing for so long is hung up on; and the longest time
             that one message unit may take to come.
+        needs_release: what a caller sent that ends without a release, other than by silence, is
+            not analysed before it is sent again; false for callers that never release.
     """
 
     title: str = "PLINTH"
@@ -117,6 +119,7 @@ class Listen(Table):
     max_associations: int = Field(default=10, ge=1, le=500)
     max_object_bytes: Bytes = Field(default=1 << 30, ge=1 << 10)
     idle_seconds: float = Field(default=30.0, gt=0, le=3600)
+    needs_release: bool = True
 
     _check_title = field_validator("title")(_title)
 

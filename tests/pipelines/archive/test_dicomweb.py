@@ -140,7 +140,9 @@ def test_another_image_than_was_asked_for_is_not_taken(study: str, own: str) -> 
         check_asked(b"\0" * 128 + b"DICM" + b"\xff" * 50, "1.2", "1.3")
 
 
-def test_a_series_that_cannot_be_fetched_keeps_no_other_waiting(pacs: Pacs, tmp_path: Path) -> None:
+def test_a_series_that_cannot_be_fetched_keeps_no_other_waiting(
+    pacs: Pacs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """One lists fewer than it counts, one gives another image, one fails; the last is whole."""
     series: list[Answers] = []
 
@@ -163,7 +165,8 @@ def test_a_series_that_cannot_be_fetched_keeps_no_other_waiting(pacs: Pacs, tmp_
     has("1.2", ["3.3"], 1, lambda _: image("1.2", "3.9"))
     has("1.3", ["3.4"], 1, lambda _: b"no DICOM")
     has("1.4", ["3.5", "3.6"], 2, lambda own: image("1.4", own))
-    pacs.answers["series"] = series
+    uncounted = {"0020000D": {"Value": ["1.5"]}, "0020000E": {"Value": ["9.9"]}}
+    pacs.answers["series"] = [uncounted, *series]
     wanted = Archive.model_validate(
         {
             "folder": tmp_path,
@@ -179,6 +182,8 @@ def test_a_series_that_cannot_be_fetched_keeps_no_other_waiting(pacs: Pacs, tmp_
         thread.start()
         last = digest("1.4")
         eventually(lambda: len(queue.contents(last)) == 2 or not thread.is_alive())
+        said = "series of the archive are not fetched: 1 that does not say how many images it has"
+        eventually(lambda: said in caplog.text)
         running.stop()
         thread.join(30)
     try:

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hypothesis.strategies import binary, integers, sampled_from
 
 from plinth.engine import ConfigError
-from plinth.pipelines.archive.queue import MAX_ATTEMPTS, Queue
+from plinth.pipelines.archive.queue import MAX_ATTEMPTS, Queue, digest
 from plinth.pipelines.folders.storage import StorageFull
 
 
@@ -65,6 +65,49 @@ def test_the_same_image_again_is_no_news_and_another_content_is(queue: Queue, cl
     assert queue.ready(0) is None
     assert queue.put("1.2", "1.2.1", b"corrected") == "changed"
     assert queue.ready(0) is not None
+
+
+def test_only_a_later_caller_that_says_so_makes_whole_what_was_broken_off(
+    queue: Queue, clock: Clock
+) -> None:
+    queue.put("1.2", "1.2.1", b"first")
+    study = digest("1.2")
+    one = queue.sending("1.2", "1.2.7")
+    clock.now += 1
+    other = queue.sending("1.2", "1.2.7")
+    clock.now += 1
+    queue.ended("1.2", "1.2.7", one, whole=False)
+    queue.ended("1.2", "1.2.7", other, whole=True)  # began before, and had its own part
+    assert queue.broken_off(study) == 1
+    ready = queue.ready(0)
+    assert ready is not None
+    queue.finish(ready, "broken off", "incomplete")
+    clock.now += 1
+    queue.ended("1.2", "1.2.8", queue.sending("1.2", "1.2.8"), whole=True)  # another series
+    assert queue.broken_off(study) == 1
+    assert queue.ready(0) is None
+    again = queue.sending("1.2", "1.2.7")
+    assert queue.put("1.2", "1.2.1", b"first") == "same"
+    queue.ended("1.2", "1.2.7", again, whole=True)
+    assert queue.broken_off(study) == 0
+    assert queue.ready(0) is not None
+
+
+def test_what_was_on_its_way_when_the_process_ended_was_broken_off(
+    tmp_path: Path, clock: Clock
+) -> None:
+    with closing(Queue(tmp_path / "archive", clock=clock)) as queue:
+        queue.put("1.2", "1.2.1", b"first")
+        queue.sending("1.2", "1.2.7")
+        assert queue.broken_off(digest("1.2")) == 0
+    with closing(Queue(tmp_path / "archive", clock=clock)) as queue:
+        assert queue.broken_off(digest("1.2")) == 1
+        ready = queue.ready(0)
+        assert ready is not None
+        queue.finish(ready, "broken off", "incomplete")
+        assert queue.retry() == 1  # whoever knows that it was all may say so
+        assert queue.broken_off(digest("1.2")) == 0
+        assert queue.ready(0) is not None
 
 
 def test_what_comes_while_a_study_is_worked_on_is_not_forgotten(queue: Queue) -> None:
