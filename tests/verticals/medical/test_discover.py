@@ -285,6 +285,31 @@ def test_a_dicomdir_leads_to_its_files(write: Write, tmp_path: Path, expected: A
     assert np.array_equal(volume.voxels, expected())
 
 
+def test_files_that_a_dicomdir_lists_and_that_are_absent_are_missed(
+    write: Write, tmp_path: Path
+) -> None:
+    """A disc that was copied in part: the end of a series leaves no trace in its positions."""
+    made = FileSet()
+    for path in (*write("one").glob("*.dcm"), *write("other", series=2).glob("*.dcm")):
+        made.add(path)
+    made.write(tmp_path / "media")
+    whole, second = discover(tmp_path / "media")
+    for frame in sorted(whole.frames, key=lambda one: one.position or ())[-2:]:
+        frame.header.source.path.unlink()
+    for place in (tmp_path / "media", tmp_path / "media" / "DICOMDIR"):
+        found = scan(place)
+        assert sorted(len(one.frames) for one in found.series) == [8, 10]
+        verdicts = {one.id: load_volume(one).verdict for one in found.series}
+        assert verdicts[second.id].ok
+        (cut,) = (verdict for verdict in verdicts.values() if not verdict.ok)
+        assert cut.status == "partial"
+        assert "DICOMDIR lists more images that are absent: 2" in cut.issues[0].message
+        assert sum(one.count for one in found.ignored if one.code == "absent") == 2
+    for frame in discover(tmp_path / "media")[-1].frames:  # a series that was left behind
+        frame.header.source.path.unlink()
+    assert not any(one.code == "absent" for one in scan(tmp_path / "media").ignored)
+
+
 def test_media_in_capitals_are_found_in_lower_case(write: Write, tmp_path: Path) -> None:
     made = FileSet()
     for path in write("source").glob("*.dcm"):

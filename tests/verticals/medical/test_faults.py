@@ -15,6 +15,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     UID,
+    CTImageStorage,
     EnhancedCTImageStorage,
     JPEG2000Lossless,
     JPEGLosslessSV1,
@@ -23,7 +24,9 @@ from pydicom.uid import (
 from scipy import ndimage
 
 from plinth.engine import InputError
+from plinth.verticals.medical.dicom.alternating import unlike_neighbours
 from plinth.verticals.medical.dicom.discover import discover, scan
+from plinth.verticals.medical.dicom.kinds import derived_kind
 from plinth.verticals.medical.dicom.loader import load_volume
 from plinth.verticals.medical.volumes.volume import Array
 
@@ -307,6 +310,52 @@ def test_slices_of_two_kinds_in_turn_are_never_ok(
         with pytest.raises(InputError, match="odd and even slices are of two kinds") as caught:
             load_volume(folder)
         assert caught.value.reason == "geometry_alternating"
+
+
+@pytest.mark.parametrize(("raised", "found"), [(0.0, False), (10.0, True)])
+def test_organs_that_alternate_by_chance_are_not_two_kinds(raised: float, found: bool) -> None:
+    """Slices 20 mm apart: every second one holds more bone, as it may be."""
+    chance = np.random.default_rng(5)
+    voxels = np.full((9, 64, 64), 40.0) + chance.normal(0, 12, (9, 64, 64))
+    for k, columns in enumerate((2, 8, 3, 9, 2, 8, 3, 8, 2)):
+        here = chance.integers(64) + np.arange(columns)
+        voxels[k, :, here % 64] += 160
+    voxels[1::2] += raised
+    told, _ = unlike_neighbours(np.rint(voxels).astype(np.int16), hounsfield=True)
+    assert (told is not None) == found
+    assert not found or "soft tissue differs by" in str(told)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("Thorax 1.5 Br40 3", None),
+        ("Thorax post CPR 120 kV", None),
+        ("Monitoring", None),
+        ("Lung MIPs 8mm", "projection"),
+        ("VRT Thorax", "projection or rendering"),
+        ("70 keV", "virtual monoenergetic"),
+        ("DE_Mono+_070keV", "virtual monoenergetic"),
+        ("MonoE 50", "virtual monoenergetic"),
+        ("DE Lung PBV 1.5", "material map"),
+        ("CaSupp 25", "material map"),
+        ("Virtual Non-Contrast", "material map"),
+        ("Rho/Z", "electron density"),
+        ("CTA Subtraction", "subtraction"),
+        ("CTA bone removed", "subtraction"),
+    ],
+)
+def test_what_a_description_says_is_no_attenuation_is_not_analysed(
+    said: str, kind: str | None
+) -> None:
+    found = derived_kind(("ORIGINAL", "PRIMARY", "AXIAL"), said, CTImageStorage)
+    assert (found is None) == (kind is None)
+    assert kind is None or kind in str(found)
+
+
+def test_a_curved_reformat_is_no_stack_of_slices() -> None:
+    kinds = ("DERIVED", "SECONDARY", "MPR", "CURVED")
+    assert derived_kind(kinds, "", CTImageStorage) == "a curved reformat"
 
 
 def other_rescale(image: pydicom.Dataset) -> None:

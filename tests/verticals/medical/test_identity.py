@@ -103,6 +103,48 @@ def test_scrubbed_studies_of_two_runs_have_outputs_of_their_own(write: Write, ed
     assert first.id != second.id
 
 
+def test_a_series_that_two_names_share_is_said_not_to_be_whole(write: Write, edit: Edit) -> None:
+    """A name that was corrected while the images came: two halves, each as if it were all."""
+
+    def corrected(image: pydicom.Dataset, k: int) -> None:
+        image.PatientName = "Phantom^Chest^Corrected" if k > 4 else image.PatientName
+
+    folder = write()
+    edit(folder, corrected)
+    halves = discover(folder)
+    assert [len(one.frames) for one in halves] == [5, 5]
+    for one in halves:
+        (issue,) = load_volume(one).verdict.issues
+        assert issue.kind == "identity"
+        assert "it is not whole" in issue.message
+        assert "Phantom" not in issue.message
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [
+        ("ISO_IR 100", "ISO_IR 192", "Müller^Jörg"),
+        ("GB18030", "ISO_IR 192", "Wang^XiaoDong=王^小东"),
+        (["", "ISO 2022 IR 87"], "ISO_IR 192", "Yamada^Tarou=山田^太郎"),
+        (["", "ISO 2022 IR 149"], "ISO_IR 192", "Hong^Gildong=洪^吉洞=홍^길동"),
+    ],
+)
+def test_a_name_in_two_character_sets_is_one_patient(
+    write: Write, edit: Edit, one: str | list[str], other: str, name: str
+) -> None:
+    """A router that rewrote some of the images parts no series."""
+
+    def rewritten(image: pydicom.Dataset, k: int) -> None:
+        image.SpecificCharacterSet = other if k % 2 else one
+        image.PatientName = name
+
+    folder = write()
+    edit(folder, rewritten)
+    (series,) = discover(folder)
+    assert len(series.frames) == 10
+    assert load_volume(series).verdict.issues == ()
+
+
 def test_empty_uids_are_said(write: Write, edit: Edit) -> None:
     folder = write()
     edit(folder, everything)

@@ -145,6 +145,31 @@ def test_padding_outside_the_range_of_hu_becomes_air(
     assert [issue.kind for issue in volume.verdict.issues] == ["padding"]
 
 
+@pytest.mark.parametrize(
+    ("vr", "padding", "signed"),
+    [("US", 63536, False), ("SS", -2000, False), ("SS", -3024, True), ("SS", -2100, True)],
+)
+def test_padding_that_takes_more_bits_than_are_stored_becomes_air(
+    write: Write, edit: Edit, expected: Any, vr: str, padding: int, signed: bool
+) -> None:
+    """-2000 in 12 bits reads 2096 without its upper bits: a frame of bone around the patient."""
+
+    def pad(image: pydicom.Dataset, _: int) -> None:
+        stored = np.frombuffer(image.PixelData, "<u2").astype(np.int16) - 1024 * signed
+        stored[:50] = padding if padding < 32768 else padding - 65536
+        image.PixelData = stored.tobytes()
+        image.PixelRepresentation, image.RescaleIntercept = int(signed), -1024 * (not signed)
+        image.add_new("PixelPaddingValue", vr, padding)
+
+    folder = write()
+    edit(folder, pad)
+    exact = expected()
+    exact.reshape(10, -1)[:, :50] = -1024
+    volume = load_volume(folder, strict=True)
+    assert np.array_equal(volume.voxels, exact)
+    assert [issue.kind for issue in volume.verdict.issues] == ["padding"]
+
+
 def test_a_padding_value_inside_the_range_of_hu_is_kept(
     write: Write, edit: Edit, expected: Any
 ) -> None:

@@ -207,12 +207,32 @@ def _value(header: Header) -> bytes:
 def _finish(out: Array, stored: Array, frame: Frame, precision: int | None = None) -> None:
     """Mask and sign stored bits, rescale, replace padding; ``stored`` may share ``out``."""
     header = frame.header
+    beside = _padding_beside(stored, header)
     values = _significant(stored, header, precision)
     if out.dtype == np.int16:
         _rescale_whole(out, values, frame, max(header.bits_stored, precision or 0))
     else:
         np.copyto(out, values * frame.slope + frame.intercept, casting="same_kind")
     _replace_padding(out, frame)
+    if beside is not None:
+        out[beside] = CT_AIR
+
+
+def _padding_beside(stored: Array, header: Header) -> Array | None:
+    """Where a CT image holds padding that takes more bits than Bits Stored has.
+
+    Such as -2000 as 63536 in an image of 12 bits: its low bits alone would be bone.
+    """
+    bits = header.bits_stored
+    if header.padding is None or header.modality != "CT" or header.high_bit != bits - 1:
+        return None
+    (low, high), most = header.padding, 1 << (bits - header.signed)
+    if high < most and low >= (-most if header.signed else 0):
+        return None
+    width = stored.dtype.itemsize
+    raw = stored.view(f"{'i' if header.signed else 'u'}{width}")
+    found: Array = (raw >= low) & (raw <= high)
+    return found
 
 
 def _significant(stored: Array, header: Header, precision: int | None) -> Array:

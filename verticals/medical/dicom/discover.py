@@ -190,6 +190,9 @@ class _Survey:
         self._told: dict[Hashable, _Told] = {}
         self._ids: set[str] = set()
         self._damaged: dict[str, list[str]] = {}
+        self._absent = Counter[str]()  # images of a series that an index lists
+        self._owner: dict[int, str] = {}  # of each series: whose first image it was
+        self._shared: set[int] = set()
         self._scattered = False
 
     def over(self, found: Iterable[Source | Ignored]) -> Iterator[Found | Ignored]:
@@ -199,6 +202,7 @@ class _Survey:
                 self._note(read)
                 yield read
                 continue
+            self._claim(read[0].header)
             key = study_of(read[0])
             study = self._open.pop(key, None) or _Study()
             study.frames += read
@@ -211,8 +215,32 @@ class _Survey:
 
     def _note(self, ignored: Ignored) -> None:
         """Keep the first damaged files of each folder: a series may miss them."""
-        reasons = self._damaged.setdefault(ignored.folder, []) if ignored.damaged else []
+        known = ignored.damaged and not ignored.series
+        reasons = self._damaged.setdefault(ignored.folder, []) if known else []
         reasons += [ignored.reason] * (len(reasons) < DAMAGED)
+        if ignored.series:
+            self._absent[ignored.series] += ignored.count
+
+    def _claim(self, header: Header) -> None:
+        """Note whose a series is by its identifiers, and that others claim it too."""
+        if header.study_uid and header.series_uid:
+            claimed = hash((header.study_uid, header.series_uid))
+            if self._owner.setdefault(claimed, header.patient) != header.patient:
+                self._shared.add(claimed)
+
+    def _beyond(self, one: Series) -> Iterator[Issue]:
+        """What other studies' images and an index tell of a series."""
+        header = one.frames[0].header
+        if hash((header.study_uid, header.series_uid)) in self._shared:
+            text = (
+                "images of another patient ID, name or birth date carry the same Study and Series "
+                "Instance UID and are not in this volume: if it is one patient, it is not whole"
+            )
+            yield Issue("identity", text)
+        absent = self._absent.get(header.series_uid, 0)
+        if absent:
+            text = f"of this series the DICOMDIR lists more images that are absent: {absent}"
+            yield Issue("partial", text)
 
     def _complete(self, before: int) -> Iterator[Found]:
         """Tell the studies whose last image came before a file."""
@@ -240,7 +268,8 @@ class _Survey:
     def _tell(self, key: Hashable, frames: list[Frame]) -> Iterator[Found]:
         before = self._told[key].series if key in self._told else {}
         self._ids -= set(before)
-        series = _noted(frames, self._damaged, self._ids)
+        noted = _noted(frames, self._damaged, self._ids)
+        series = [replace(one, notes=(*one.notes, *self._beyond(one))) for one in noted]
         self._ids |= {one.id for one in series}
         now: dict[str, Hashable] = {one.id: (len(one.frames), one.notes) for one in series}
         wrong = tuple(name for name, how in before.items() if now.get(name) != how)

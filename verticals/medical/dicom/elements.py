@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import unicodedata
+import warnings
 from typing import Any, cast
 
 from pydicom import Dataset
 from pydicom.tag import BaseTag, Tag
 
-from plinth.verticals.medical.source import Unreadable
+from plinth.verticals.medical.source import MALFORMED, Unreadable
 
 MARKS = (
     "TemporalPositionIdentifier",
@@ -123,11 +125,25 @@ def spelt(keyword: str, value: str) -> str:
 
 def digest(dataset: Dataset, keywords: tuple[str, ...]) -> str:
     """A stand-in for values that must not be kept; empty when all of them are."""
-    told = {keyword: plain(dataset, keyword).rstrip("^").casefold() for keyword in keywords}
+    told = {keyword: _spoken(dataset, keyword).rstrip("^").casefold() for keyword in keywords}
     values = [spelt(keyword, value) for keyword, value in told.items()]
     if not any(values):
         return ""
     return hashlib.blake2b("\0".join(values).encode(), digest_size=12).hexdigest()
+
+
+def _spoken(dataset: Dataset, keyword: str) -> str:
+    """Text as its character set means it: one name in two of them is one name."""
+    raw = plain(dataset, keyword)
+    if raw.isascii() and "\x1b" not in raw:
+        return raw
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, which hold the text
+        try:
+            told = str(dataset[TAGS[keyword]].value)
+        except MALFORMED:
+            return raw
+    return unicodedata.normalize("NFC", told).strip(" \0")
 
 
 def whole(dataset: Dataset, keyword: str) -> int | None:

@@ -15,6 +15,7 @@ SCREEN = "1.2.840.10008.5.1.4.1.1.7"
 TERMS = {
     "a maximum or minimum intensity projection": "MIP MINIP MAXIMUM MINIMUM MAXIP",
     "a projection or rendering": "VRT SSD VOLREN PROJECTION RENDERING 3D_RENDERING",
+    "a curved reformat": "CPR CURVED",
     "a virtual monoenergetic image": "VMI MONOE MONOENERGETIC MONO_KEV",
     "a material map (iodine, water, virtual non-contrast)": (
         "IODINE VNC VIRTUAL_NONCONTRAST MAT_SPECIFIC MAT_FRACTIONAL MAT_MODIFIED MAT_REMOVED "
@@ -35,11 +36,24 @@ JOINED = frozenset(["VMI", "MONOE", "MONOENERGETIC", "IODINE", "VNC", "MIP", "MI
 """Terms that tell also as one word of several joined by underscores."""
 
 PHRASES = (
-    ("a maximum or minimum intensity projection", r"\b(mip|min-?ip|maxip)\b"),
-    ("a virtual monoenergetic image", r"\bmono ?-?e?(energetic)?[ _+]*\d{2,3} ?kev\b|\bvmi\b"),
-    ("a material map (iodine, water, virtual non-contrast)", r"\b(iodine|vnc|iod[- ]?map)\b"),
-    ("a map of electron density or atomic number", r"\belectron density\b|\bz[- ]?eff(ective)?\b"),
+    ("a maximum or minimum intensity projection", r"\b(mip|min-?ip|maxip)s?\b"),
+    ("a projection or rendering", r"\b(vrt|(volume|3d)[- ]rendering|ray ?sum)\b"),
+    (
+        "a virtual monoenergetic image",
+        r"\bmono ?-?e?(energetic)?[ _+]*\d{2,3} ?kev\b|\bvmi\b|\b\d{2,3} ?kev\b|"
+        r"\bmono ?([+]|(e|plus|energetic)\b)",
+    ),
+    (
+        "a material map (iodine, water, virtual non-contrast)",
+        r"\b(iodine|vnc|iod[- ]?map|virtual non[- ]?contrast|pbv|perfused blood|uric acid|"
+        r"ca ?supp|calcium suppress(ed|ion))\b",
+    ),
+    (
+        "a map of electron density or atomic number",
+        r"\belectron density\b|\bz[- ]?eff(ective)?\b|\beff(ective)?[ .]+z\b|\brho ?/? ?z\b",
+    ),
     ("a perfusion or parametric map", r"\b(cbf|cbv|mtt|ttp|tmax|perfusion map)\b"),
+    ("a subtraction", r"\b(subtract(ed|ion)|subtraktion|dsa|bone ?remov(ed|al))\b"),
     ("a dose report", r"\bdose (report|info|record)\b|\bpatient protocol\b"),
     ("a screen capture", r"\bscreen ?(save|shot|capture)\b"),
     ("a localiser", r"\b(scout|topogram|surview|locali[sz]er)\b"),

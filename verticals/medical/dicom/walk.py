@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydicom import Dataset
 
@@ -32,6 +34,8 @@ class Ignored:
         damaged: it is DICOM, but cannot be read: an image may be missing from a series.
         folder: where it lies, to tell which series may miss it.
         code: the reason in a word.
+        series: Series Instance UID of images that are known to be missing.
+        count: how many of them are.
     """
 
     name: str
@@ -39,6 +43,8 @@ class Ignored:
     damaged: bool = False
     folder: str = field(default="", repr=False)
     code: str = "left_out"
+    series: str = field(default="", repr=False)
+    count: int = 1
 
 
 def sources(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
@@ -88,8 +94,7 @@ def _walk(folder: Path, limits: Limits) -> Iterator[Source | Ignored]:
             yield Ignored(here, "an empty folder", code="empty")
         for name in sorted(names):
             if name.upper() == "DICOMDIR":
-                path = str(Path(here, name))
-                yield Ignored(path, "an index; the files themselves are walked", code="index")
+                yield from _indexed(Path(here, name), limits)
             else:
                 yield from _held(Path(here, name), limits)
     yield from _unreadable(unread)
@@ -140,39 +145,122 @@ def _members(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
 
 
 def _directory(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
-    """The files that a DICOMDIR refers to (PS3.10 8.5, PS3.3 F), never outside its folder."""
-    index = Source(path).dataset(pixels=False)
+    """The files that a DICOMDIR refers to, never outside its folder."""
+    root = path.parent.resolve()
+    for one in listed(path, limits):
+        if one.path is None:
+            yield Ignored(str(path), "the DICOMDIR names what no file is called", True, str(root))
+        elif not one.path.is_relative_to(root):
+            reason = "the DICOMDIR points outside its folder"
+            yield Ignored(one.reference, reason, True, code="outside")
+        elif not one.here:
+            reason = "listed in the DICOMDIR but absent"
+            yield Ignored(str(one.path), reason, True, code="absent", series=one.series)
+        else:
+            yield Source(one.path)
+
+
+def _indexed(path: Path, limits: Limits) -> Iterator[Ignored]:
+    """A DICOMDIR in a folder: not itself read, but it tells of files that are not here."""
+    yield Ignored(str(path), "an index; the files themselves are walked", code="index")
+    for series, count in lost(path, limits).items():
+        reason = f"{count} images that it lists of a series are absent, others of it are here"
+        yield Ignored(str(path), reason, True, code="absent", series=series, count=count)
+
+
+# -- what a DICOMDIR lists (PS3.10 8.5, PS3.3 F) ---------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A file that a DICOMDIR refers to.
+
+    Args:
+        reference: Referenced File ID, as it stands there.
+        path: where it would lie, ``None`` where that is no name of a file.
+        series: Series Instance UID of the record above it, empty where there is none.
+    """
+
+    reference: str
+    path: Path | None
+    series: str
+
+    @property
+    def here(self) -> bool:
+        """There is such a file."""
+        return self.path is not None and self.path.is_file()
+
+
+def listed(index: Path, limits: Limits) -> Iterator[Listed]:
+    """The files of a DICOMDIR in its order, wherever they would lie.
+
+    Args:
+        index: the DICOMDIR.
+        limits: ``files`` bounds its records.
+
+    Raises:
+        InputError: it cannot be read, or has too many records.
+    """
     try:
-        records: list[Dataset] = list(index.get("DirectoryRecordSequence") or [])
+        records = list(Source(index).dataset(pixels=False).get("DirectoryRecordSequence") or [])
+        owner = _owners(records)
     except MALFORMED as error:
-        raise damaged(Source(path), error) from None
+        raise damaged(Source(index), error) from None
     if len(records) > limits.files:
         raise InputError(
-            f"{path} has {len(records)} records, at most {limits.files} are read",
-            field=str(path),
+            f"{index} has {len(records)} records, at most {limits.files} are read",
+            field=str(index),
             hint="give a folder of one study or patient",
             reason="too_many_files",
         )
-    root = path.parent.resolve()
+    root = index.parent.resolve()
     for record in records:
+        series = owner.get(_place(record), "")
         try:
             reference = record.get("ReferencedFileID")
             if not reference:
                 continue
             parts = [reference] if isinstance(reference, str) else [str(part) for part in reference]
-            target = _spelt(root, parts).resolve()
-            there = target.is_file()
+            path = _spelt(root, parts).resolve()
+            path.is_file()
         except MALFORMED:  # a null byte, say, or a name that is too long
-            yield Ignored(str(path), "the DICOMDIR names what no file is called", True, str(root))
+            yield Listed("", None, series)
             continue
-        if not target.is_relative_to(root):
-            yield Ignored(
-                "/".join(parts), "the DICOMDIR points outside its folder", True, code="outside"
-            )
-        elif not there:
-            yield Ignored(str(target), "listed in the DICOMDIR but absent", True, code="absent")
-        else:
-            yield Source(target)
+        yield Listed("/".join(parts), path, series)
+
+
+def lost(index: Path, limits: Limits) -> Counter[str]:
+    """How many files that a DICOMDIR lists are absent, by series of which others are here."""
+    absent, here = Counter[str](), set[str]()
+    try:
+        for one in listed(index, limits):
+            if one.here:
+                here.add(one.series)
+            elif one.series:
+                absent[one.series] += 1
+    except InputError:  # what lies beside it is read without it
+        return Counter()
+    return Counter({series: count for series, count in absent.items() if series in here})
+
+
+def _owners(records: list[Dataset]) -> dict[int, str]:
+    """Series Instance UID of the records below each series record, by their place in the file."""
+    found = {_place(record): record for record in records}
+    owner: dict[int, str] = {}
+    for record in records:
+        uid = str(record.get("SeriesInstanceUID") or "")
+        below = _offset(record, "OffsetOfReferencedLowerLevelDirectoryEntity") if uid else 0
+        while below in found and below not in owner:
+            owner[below] = uid
+            below = _offset(found[below], "OffsetOfTheNextDirectoryRecord")
+    return owner
+
+
+def _place(record: Any) -> int:
+    return int(getattr(record, "seq_item_tell", None) or -1)
+
+
+def _offset(record: Dataset, keyword: str) -> int:
+    value = record.get(keyword)
+    return value if isinstance(value, int) else 0
 
 
 def _spelt(root: Path, parts: list[str]) -> Path:
@@ -193,6 +281,7 @@ def _spelt(root: Path, parts: list[str]) -> Path:
     return here
 
 
+# -- images ----------------------------------------------------------------------------------
 def read_images(found: Source | Ignored) -> list[Frame] | Ignored:
     """The images of a file, one or more, or why there are none."""
     if isinstance(found, Ignored):
