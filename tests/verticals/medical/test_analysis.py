@@ -22,6 +22,7 @@ from plinth.verticals.medical.ct.analysis import (
     LUNG_RIGHT,
     Analysis,
     analyse,
+    check_ct,
 )
 from plinth.verticals.medical.ct.findings import density, withheld
 from plinth.verticals.medical.phantom.chest import FAT, LUNG, MUSCLE, OUTER, Phantom
@@ -165,7 +166,7 @@ def test_a_body_without_lungs_is_measured_with_a_warning(plain: tuple[Volume, An
     told = values(found)
     assert told["lungs_volume"] is told["lungs_density"] is told["lungs_laa950"] is None
     assert told["body_volume"] == pytest.approx(values(analysis)["body_volume"], rel=0.01)
-    assert any("no lungs were found" in warning for warning in found.warnings)
+    assert any("no lungs of at least 100 mL" in warning for warning in found.warnings)
 
 
 def test_a_collapsed_lung_is_said_to_be_missing(plain: tuple[Volume, Analysis]) -> None:
@@ -223,7 +224,7 @@ def test_bowel_is_no_lung(
 ) -> None:
     found = bowel(*plain, hu, spread, radius)
     assert values(found)["lungs_volume"] is None
-    assert any("no lungs were found" in warning for warning in found.warnings)
+    assert any("no lungs of at least 100 mL" in warning for warning in found.warnings)
 
 
 def round_view(volume: Volume, radius: float, aside: float) -> Volume:
@@ -395,6 +396,22 @@ def test_values_that_are_not_hu_are_refused(plain: tuple[Volume, Analysis]) -> N
     error = refusal(replace(volume, voxels=(volume.voxels.astype(np.int16) + 1024)))
     assert error.reason == "not_hu"
     assert "Rescale" in str(error)
+
+
+@pytest.mark.parametrize(("corners", "reason"), [(0, "not_hu"), (100, "not_hu"), (-2000, None)])
+def test_a_frame_of_tissue_around_a_round_field_of_view_is_refused(
+    plain: tuple[Volume, Analysis], corners: int, reason: str | None
+) -> None:
+    """The air inside it would be air inside the body: lungs of 5.9 litres in place of 3.1."""
+    volume = plain[0]
+    y, x = np.mgrid[-1 : 1 : volume.shape[1] * 1j, -1 : 1 : volume.shape[2] * 1j]
+    framed = refilled(volume, np.broadcast_to(x**2 + y**2 > 1.05, volume.shape), corners)
+    if reason is None:
+        check_ct(framed)
+        return
+    error = refusal(framed)
+    assert error.reason == reason
+    assert f"filled with {corners} HU at the corners of 72 of 72 slices" in error.message
 
 
 def test_air_alone_is_refused(plain: tuple[Volume, Analysis]) -> None:

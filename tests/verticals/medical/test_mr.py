@@ -50,6 +50,17 @@ def test_only_t1_weighted_heads_are_taken_and_others_are_told_why(made, said):
     assert (why is None) if said is None else (why is not None and said in why)
 
 
+@pytest.mark.parametrize("kind", ["P", "PHASE MAP", "R", "T1 MAP"])
+def test_phases_parts_and_maps_are_no_weighted_images(kind):
+    """They lie beside the magnitudes, with the same times in their headers."""
+    volume, _ = brain(600, 800)
+    check_head(volume)
+    series = replace(volume.series, image_type=("ORIGINAL", "PRIMARY", kind, "ND"))
+    with pytest.raises(InputError, match="not magnitudes") as refused:
+        check_head(replace(volume, series=series))
+    assert refused.value.reason == "not_t1_head"
+
+
 def brain(
     grey: float, white: float, *, spacing: float = 2.5, side: int = 64
 ) -> tuple[Volume, np.ndarray]:

@@ -36,6 +36,7 @@ from plinth.verticals.medical.ct.segment import (
     LEFT_CORE,
     LUNG_EDGE_HU,
     LUNG_HU,
+    MIN_LUNG_ML,
     RIGHT,
     RIGHT_CORE,
     TISSUE_HU,
@@ -52,6 +53,8 @@ LUNG_RIGHT, LUNG_LEFT, BONE_LABEL, NODULE = 1, 2, 3, 4
 LOWEST = -1100
 MIN_SLICES, MIN_EXTENT_MM = 8, 30.0
 AIRY_HU, MIN_AIR = -300, 0.001
+FRAMED = 0.5
+"""Share of slices that have one tissue-like value at all corners, beyond which that is a frame."""
 TOGETHER = 16
 """Planes that one thread counts before it takes others."""
 
@@ -115,6 +118,7 @@ def check_ct(volume: Volume) -> None:
     middle = float(np.median(dense)) if dense.size else float("nan")
     airy = 1 - dense.size / sample.size
     if -150 <= middle <= 500 and airy >= MIN_AIR and float(sample.min()) >= -10_000:
+        _check_corners(volume)
         return
     raise InputError(
         f"series {volume.series.id} does not look like HU: {100 * airy:.1f} % of it lie below "
@@ -124,6 +128,29 @@ def check_ct(volume: Volume) -> None:
         hint="check Rescale Slope and Intercept; localisers and derived maps are not HU",
         reason="not_hu",
     )
+
+
+def _check_corners(volume: Volume) -> None:
+    """Refuse a round field of view in a frame of one value that counts as tissue.
+
+    The air between body and frame would be air inside the body. Corners of a real image differ by
+    their noise.
+    """
+    size = max(2, min(volume.shape[1:]) // 64)
+    ends = (slice(None, size), slice(-size, None))
+    blocks = [volume.voxels[:, rows, columns] for rows in ends for columns in ends]
+    corners = np.stack(blocks, axis=1).reshape(len(volume.voxels), -1)
+    value = float(corners[len(corners) // 2, 0])
+    framed = int((corners == corners.dtype.type(value)).all(axis=1).sum())
+    if value > TISSUE_HU and framed > FRAMED * len(corners):
+        raise InputError(
+            f"series {volume.series.id} is filled with {value:g} HU at the corners of {framed} of "
+            f"{len(corners)} slices, which cannot be told from tissue: what lies outside of the "
+            "field of view has to be air",
+            field="PixelPaddingValue",
+            hint="give the original images, or fill what lies outside with -1024 HU",
+            reason="not_hu",
+        )
 
 
 def _check_kind(volume: Volume) -> None:
@@ -360,11 +387,15 @@ def _warnings(
         )
     right, left = counts.lung[LUNG_RIGHT], counts.lung[LUNG_LEFT]
     if not right and not left:
-        warnings.append("no lungs were found in the field of view: lung measurements are empty")
+        warnings.append(
+            f"no lungs of at least {MIN_LUNG_ML:g} mL each, as an infant's may not have, were "
+            "found in the field of view: lung measurements are empty"
+        )
     elif not (right and left):
         side = "right" if left else "left"
         warnings.append(
-            f"no {side} lung was found: it is absent, collapsed or cut by the field of view"
+            f"no {side} lung of at least {MIN_LUNG_ML:g} mL was found: it is absent, collapsed, "
+            "cut by the field of view or an infant's"
         )
     elif not MIN_RATIO <= right / left <= MAX_RATIO:
         side = "left" if right > left else "right"

@@ -25,6 +25,13 @@ WORTH = (
     "template, never validated on patients; cerebrospinal fluid is not told apart"
 )
 PLACES = frozenset({"HEAD", "BRAIN", "SKULL", "HEADNECK", "CEREBRUM"})
+NO_MAGNITUDE = {
+    **dict.fromkeys(("P", "PHASE", "PHASE MAP"), "phases"),
+    **dict.fromkeys(("R", "REAL", "I", "IMAGINARY"), "real or imaginary parts"),
+    **dict.fromkeys(("T1 MAP", "T2 MAP", "T2_STAR MAP", "R2 MAP", "ADC"), "a map"),
+}
+"""Values of Image Type of images whose values are no weighting (PS3.3 C.8.3.1.1.1, and makers')."""
+
 LONGEST_ECHO_MS = 20.0
 LONGEST_REPETITION_MS = 1200.0
 INVERSION_MS = (300.0, 1400.0)
@@ -47,6 +54,7 @@ class Weighting:
         place: Body Part Examined.
         contrast: a contrast agent is named.
         angiography: Angio Flag is Y.
+        kind: what the images hold instead of magnitudes, empty where nothing says so.
     """
 
     echo_ms: float | None = None
@@ -55,6 +63,7 @@ class Weighting:
     place: str = ""
     contrast: bool = False
     angiography: bool = False
+    kind: str = ""
 
     def why_not_t1(self) -> str | None:
         """Why the series is not a T1-weighted image of a head; ``None``: nothing speaks against it.
@@ -68,6 +77,8 @@ class Weighting:
                 f"the {self.place.lower()}" if BODY_PART.fullmatch(self.place) else "another part"
             )
             return f"it is of {place} (Body Part Examined), not of a head"
+        if self.kind:
+            return f"its images hold {self.kind}, not magnitudes"
         if self.angiography:
             return "it is an angiography"
         if self.echo_ms is not None and self.echo_ms > LONGEST_ECHO_MS:
@@ -92,8 +103,9 @@ class Weighting:
 
 def weighting(facts: SeriesFacts) -> Weighting:
     """How a series was made, by its first image; nothing is known where there is none."""
+    kinds = [NO_MAGNITUDE[one] for one in facts.image_type if one in NO_MAGNITUDE]
     if not facts.sources:
-        return Weighting()
+        return Weighting(kind="".join(kinds[:1]))
     header = facts.sources[0].dataset(pixels=False)
     return Weighting(
         echo_ms=_number(header, "EchoTime"),
@@ -102,6 +114,7 @@ def weighting(facts: SeriesFacts) -> Weighting:
         place=str(header.get("BodyPartExamined") or "").strip().upper(),
         contrast=bool(header.get("ContrastBolusAgent")),
         angiography=header.get("AngioFlag") == "Y",
+        kind="".join(kinds[:1]),
     )
 
 
