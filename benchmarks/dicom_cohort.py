@@ -1,22 +1,26 @@
 """A cohort of very many files: how long until the first result, and how fast the walk is.
 
     python benchmarks/dicom_cohort.py [--files 1000000] [--walked 100000] [--json]
-    python benchmarks/dicom_cohort.py --studies 200 [--shape 256,256,60] [--json]
+    python benchmarks/dicom_cohort.py --studies 200 [--shape 256,256,60] [--keep FOLDER] [--json]
     python benchmarks/dicom_cohort.py --whole --files 1000000 --one-in 1000 [--json]
 
 With ``--studies`` so many studies are analysed to the end, with the outputs that are on by default,
-and told are studies per hour. Without, it writes small CT studies of 24 images each, every one
-with identifiers of its own, runs ``plinth batch medical`` over them in process until the first
-result stands on disk, and then reads ``--walked`` headers to measure the walk. With ``--whole`` the
-batch goes on to the end; one study in ``--one-in`` is CT and analysed, the others say that they are
-MR and are left out, so that what is measured is files and not analyses. Told are the first result,
-the whole, the largest memory, and that what was done, failed and was left out is what was written.
+and told are studies per hour, and the memory of all processes after each study. ``--keep FOLDER
+--seconds N`` ends after about so many seconds, and the next call goes on there. Without, it writes
+small CT studies of 24 images each, every one with identifiers of its own, runs ``plinth batch
+medical`` over them in process until the first result stands on disk, and then reads ``--walked``
+headers to measure the walk. With ``--whole`` the batch goes on to the end; one study in
+``--one-in`` is CT and analysed, the others say that they are MR and are left out, so that what is
+measured is files and not analyses. Told are the first result, the whole, the largest memory, and
+that what was done, failed and was left out is what was written.
 A million files take 4 GB of disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import json
 import os
 import resource
 import sys
@@ -138,23 +142,64 @@ def first_result(cohort: Path, out: Path) -> float:
     return seconds[0]
 
 
-def whole(cohort: Path, out: Path, studies: int) -> dict[str, float]:
-    """Analyse a cohort to the end."""
-    done: list[str] = []
+def whole(place: Path, studies: int, shape: tuple[int, int, int], most: float) -> dict[str, Any]:
+    """Analyse a cohort to the end, or for some time: the next call goes on where this one stopped.
 
-    def note(step: Progress) -> None:
-        if step.kind == "finished":
-            assert step.state == "done", step
-            done.append(step.item)
-
+    Args:
+        place: holds the cohort, the results and what earlier calls took; made where it is not.
+        studies: of the cohort.
+        shape: columns, rows, slices of each.
+        most: seconds after which no further study is begun.
+    """
+    told, cohort = place / "taken.json", place / "cohort"
+    if not cohort.exists():
+        write_cohort(place, studies * shape[2], shape)
+    taken = json.loads(told.read_text()) if told.exists() else {"seconds": 0.0, "peak_mb": 0}
+    largest = Largest()
     workers = len(os.sched_getaffinity(0))
     with Engine(backend="auto", compute_workers=workers) as engine:
         begun = time.perf_counter()
-        Batch(CtAnalysis(), engine, cohort, out, processes=workers, on_progress=note).run()
-        seconds = time.perf_counter() - begun
-    assert len(done) == studies, f"{len(done)} of {studies}"
-    each = seconds / studies
-    return {"seconds_each": round(each, 3), "studies_per_hour": round(3600 / each)}
+
+        def note(step: Progress) -> None:
+            if step.kind == "finished":
+                assert step.state == "done", step
+                largest.look()
+                if time.perf_counter() - begun > most:
+                    batch.stop()
+
+        out = place / "out"
+        batch = Batch(CtAnalysis(), engine, cohort, out, processes=workers, on_progress=note)
+        batch.run()
+        taken["seconds"] += time.perf_counter() - begun
+    taken["peak_mb"] = max(taken["peak_mb"], largest.mb)
+    told.write_text(json.dumps(taken))
+    done = sum(1 for _ in out.glob("*/report.json"))
+    return {
+        "studies_done": done,
+        "of": studies,
+        "seconds": round(taken["seconds"], 1),
+        "studies_per_hour": round(3600 * done / taken["seconds"]),
+        "peak_mb_of_all_processes": taken["peak_mb"],
+    }
+
+
+class Largest:
+    """The most memory that this process and its children held together when it was looked at.
+
+    Proportional set size: what several of them share counts once.
+    """
+
+    def __init__(self) -> None:
+        self.mb = 0
+
+    def look(self) -> None:
+        """Look now."""
+        total = 0
+        me = psutil.Process()
+        for process in (me, *me.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+        self.mb = max(self.mb, round(total / 1e6))
 
 
 def walk(cohort: Path, files: int) -> dict[str, float]:
@@ -179,13 +224,15 @@ def main() -> None:
     parser.add_argument("--one-in", type=int, default=1000, help="studies of which one is CT")
     parser.add_argument("--walked", type=int, default=100_000, help="headers of the walk")
     parser.add_argument("--studies", type=int, help="analyse so many to the end instead")
+    parser.add_argument("--keep", type=Path, help="folder of theirs, to go on in a later call")
+    parser.add_argument("--seconds", type=float, default=3e4, help="for this call, about")
     parser.add_argument("--shape", default="256,256,60", help="columns, rows, slices of these")
     given = parser.parse_args()
     if given.studies:
         x, y, z = (int(n) for n in given.shape.split(","))
         with tempfile.TemporaryDirectory() as name:
-            write_cohort(Path(name), given.studies * z, (x, y, z))
-            rate = whole(Path(name) / "cohort", Path(name) / "out", given.studies)
+            place = given.keep or Path(name)
+            rate = whole(place, given.studies, (x, y, z), given.seconds)
         print_json(rate) if given.json else print(rate)
         return
     if given.whole:

@@ -2,6 +2,7 @@
 
     python benchmarks/volumes.py NETWORK [--side 160] [--window 96] [--overlap 0.5] [--json]
     python benchmarks/volumes.py NETWORK --study T1_FOLDER --ways monai,plinth [--json]
+    python benchmarks/volumes.py DEEPBET --study T1_FOLDER --own-window --window 128 [--json]
 
 NETWORK is a MeshNet folder (exact windows at its halo), or any network that ``plinth batch
 --model`` takes. Each way runs in a fresh process with one thread on the same volume: smooth
@@ -10,7 +11,8 @@ are CPU seconds of the volume alone, the peak memory of the process above what i
 imports, what loading and measuring the network takes included, and Dice of the worst class against
 the first of the ways: ``whole`` (one eager pass over the whole volume), ``naive`` (eager windows,
 all logits held, then argmax), ``monai`` (``monai.inferers.sliding_window_inference``, then argmax),
-``plinth`` (the engine with ``--backend``).
+``plinth`` (the engine with ``--backend``; with ``--own-window`` in the windows that the network's
+own metadata asks for, as ``plinth batch`` runs it).
 """
 
 from __future__ import annotations
@@ -121,11 +123,13 @@ def by_engine(network: Any, volume: Any, given: argparse.Namespace) -> Ran:
 
     a, b, c = volume.shape[1:]
     whole = network.recipe.window.halo is not None
-    size = (a, b, c) if whole else tuple(min(given.window, n) for n in (a, b, c))
+    own = network.recipe.window.size if given.own_window else None
+    wanted = own or (given.window,) * 3
+    size = (a, b, c) if whole else tuple(min(w, n) for w, n in zip(wanted, (a, b, c), strict=True))
     network = window_of(with_window(network, size), given.memory_mb)
     z, y, x = (Axis(n, m, m, 0.0, 1.0, (0, m)) for n, m in enumerate((a, b, c)))
     ready = Prepared(volume, (z, y, x), (a, b, c))
-    tiling = tiling_of(ready, network.recipe, overlap=given.overlap)
+    tiling = tiling_of(ready, network.recipe, overlap=0.0 if own else given.overlap)
     with Engine(threads=1, backend=given.backend) as engine:
         engine.add(network.model, batch_range=(1, 1))
         begun = time.process_time()
@@ -151,6 +155,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
             out = Path(scratch) / f"{way}.npy"
             options = ["--window", given.window, "--overlap", given.overlap]
             options += ["--backend", given.backend, "--memory-mb", given.memory_mb]
+            options += ["--own-window"] * given.own_window
             words = [
                 __file__,
                 given.network,
@@ -213,6 +218,7 @@ def main() -> None:
     parser.add_argument("--study", type=Path, help="a folder with one DICOM series instead")
     parser.add_argument("--window", type=int, default=96)
     parser.add_argument("--overlap", type=float, default=0.5)
+    parser.add_argument("--own-window", action="store_true", help="of the network, for plinth")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--memory-mb", type=int, default=300, help="for one window")
     parser.add_argument("--ways", default="whole,naive,monai,plinth")
