@@ -158,7 +158,7 @@ def secure(tmp_path: Path) -> Iterator[Orthanc]:
 
 
 def test_an_object_is_stored_once_and_the_archive_commits_itself(
-    secure: Orthanc, tmp_path: Path
+    secure: Orthanc, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """By C-FIND, C-STORE and storage commitment, whose report comes by the door; all over TLS."""
     orthanc = secure
@@ -166,6 +166,7 @@ def test_an_object_is_stored_once_and_the_archive_commits_itself(
     ours = {"certificate": certificate, "key": key}
     over = {"tls": True, "ca": tmp_path / "ca.pem", **ours}
     queue = Queue(tmp_path / "taken")
+    request.addfinalizer(queue.close)
     door = {**listening(orthanc), "tls": {**ours, "client_ca": tmp_path / "ca.pem"}}
     files = study(tmp_path / "study", seed=5, shape=(20, 20, 3), spacing=(17.0, 17.0, 60.0))
     image = dcmread(files[0])
