@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import stat
 import tomllib
@@ -13,8 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import orjson
 
 from plinth.engine import ConfigError, InputError
 
@@ -54,34 +51,6 @@ def whole(path: Path, limit: int) -> bytes:
     if len(raw) > limit:
         raise ConfigError(f"{path} is larger than {limit:,} bytes")
     return raw
-
-
-def refuse_double_keys(raw: bytes, found: Any) -> None:
-    """Raise InputError where an object has a key twice: readers differ in which of them counts.
-
-    Args:
-        raw: JSON.
-        found: what it says.
-    """
-    # Where nothing is escaped, quotation marks are of keys and texts alone, and a key that is
-    # there twice has at least two that are not written again.
-    try:
-        if b"\\" in raw or raw.count(b'"') != orjson.dumps(found).count(b'"'):
-            # Numbers are left as they stand: Python refuses to make those of 4,301 digits.
-            json.loads(raw, object_pairs_hook=_unique, parse_int=str, parse_float=str)
-    except (orjson.JSONEncodeError, RecursionError):
-        raise InputError("the message is nested too deep", reason="malformed_json") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = dict(pairs)
-    if len(keys) < len(pairs):
-        raise InputError(
-            "an object of the message has a key twice",
-            reason="duplicate_key",
-            hint="send each key once",
-        )
-    return keys
 
 
 def opened(path: Path) -> BinaryIO:

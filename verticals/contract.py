@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from plinth.engine import ConfigError, Flow, InputError, Model, PlinthError, Sla, Timing
 from plinth.engine.tables import Table
+from plinth.verticals.double_keys import refuse_double_keys
 
 Response = TypeVar("Response", bound=BaseModel)
 Artefacts = TypeVar("Artefacts")
@@ -352,13 +353,14 @@ class Vertical(ABC, Generic[Req, Res]):
         except ValidationError as error:
             raise invalid(error) from None
         try:  # pydantic also reads NaN, Infinity and 1e999, which RFC 8259 and a model do not know
-            orjson.loads(raw)
+            found = orjson.loads(raw)
         except orjson.JSONDecodeError as error:
             raise InputError(
                 f"the record is not JSON: {error.msg} at byte {error.pos}",
                 hint="send one JSON object",
                 reason="malformed_json",
             ) from None
+        refuse_double_keys(raw, found)
         return record  # type: ignore[return-value]
 
     def parse_at(self, raw: bytes, received: float | None) -> Req:

@@ -45,8 +45,9 @@ from plinth.pipelines.formats.fields import (
 )
 from plinth.pipelines.formats.protobuf import ProtobufSchemas
 from plinth.pipelines.formats.registry import Decoded, RegistryConfig, SchemaRegistry
-from plinth.pipelines.lines import refuse_double_keys, toml, whole
+from plinth.pipelines.lines import toml, whole
 from plinth.verticals.contract import Vertical
+from plinth.verticals.double_keys import refuse_double_keys
 
 MAX_BYTES = 1 << 20
 """Of a mapping file."""

@@ -14,9 +14,9 @@ from plinth.engine import InputError
 from plinth.pipelines.config.settings import ServeConfig
 from plinth.pipelines.http import openapi as http_openapi
 from plinth.pipelines.http.body import media_type, whole
-from plinth.pipelines.lines import refuse_double_keys
 from plinth.pipelines.records import ask
 from plinth.verticals import Query, Vertical
+from plinth.verticals.double_keys import refuse_double_keys
 
 MAX_BODY = 64 << 10
 _JSON = ("application/json",)

@@ -26,7 +26,6 @@ from plinth.pipelines.http.errors import error_response
 from plinth.pipelines.http.health import Health
 from plinth.pipelines.http.openapi import tensors as documented
 from plinth.pipelines.http.record_routes import answer_fields
-from plinth.pipelines.lines import refuse_double_keys
 from plinth.pipelines.oip.service import ModelService, check_parameters, less
 from plinth.pipelines.oip.tensors import NAMES as DATATYPE_NAMES
 from plinth.pipelines.oip.tensors import (
@@ -38,6 +37,7 @@ from plinth.pipelines.oip.tensors import (
     to_json,
 )
 from plinth.pipelines.records import late_at_door
+from plinth.verticals.double_keys import refuse_double_keys
 
 HEADER_LENGTH = "inference-header-content-length"
 _TYPES = ("application/json", "application/octet-stream")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -24,6 +22,7 @@ from typing_extensions import TypeIs
 
 from plinth.engine.errors import InputError
 from plinth.verticals.card_numbers import MIN_DIGITS, is_card_number, without_card_numbers
+from plinth.verticals.double_keys import refuse_double_keys
 
 MIN_AMOUNT = 0.0001
 """The finest subdivision of a currency in ISO 4217; 0 verifies a card without a payment."""
@@ -375,8 +374,9 @@ def _read(raw: bytes, unknown: UnknownFields) -> Record:
         texts += made.received_time is not None
         if raw.count(b'"') == 2 * (len(given) + texts):
             return made
-        if "fraud" not in _object(raw):
-            _refuse_double_keys(raw)
+        found = _object(raw)
+        if "fraud" not in found:
+            refuse_double_keys(raw, found)
             return made
     try:
         known = other.model_validate_json(raw)
@@ -389,7 +389,7 @@ def _read(raw: bytes, unknown: UnknownFields) -> Record:
             reason="label_before_payment",
             hint="are the two swapped, or has one another time zone?",
         )
-    _refuse_double_keys(raw)
+    refuse_double_keys(raw, _object(raw))
     return known
 
 
@@ -400,28 +400,6 @@ def _object(raw: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _refuse_double_keys(raw: bytes) -> None:
-    """Raise InputError where an object of the record has a key twice.
-
-    Readers of JSON differ in which of the two counts, so none does.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = dict(pairs)
-        if len(keys) < len(pairs):
-            name = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-            name = name if _FIELD.fullmatch(name) else "a field"
-            raise InputError(
-                f"{name}: is there twice",
-                field=name,
-                reason="duplicate_key",
-                hint="send each field once",
-            )
-        return keys
-
-    json.loads(raw, object_pairs_hook=unique)
 
 
 def refusal(error: ValidationError) -> InputError:

@@ -80,6 +80,12 @@ def test_a_number_that_json_does_not_know_is_400(tiny: Running, value: str) -> N
     error(tiny.post(ROUTE, content=f"[{body}]"), 400, "malformed_json")
 
 
+@pytest.mark.parametrize("again", ['"value"', '"v\\u0061lue"'])
+def test_a_key_that_is_there_twice_is_refused(tiny: Running, again: str) -> None:
+    body = f'{{"id":"a","value":1,{again}:2}}'
+    assert error(tiny.post(ROUTE, content=body), 422, "duplicate_key")["field"] == "value"
+
+
 @pytest.mark.parametrize("value", ["soon", "-5", "0", "nan", "inf"])
 def test_a_senseless_deadline_is_400(tiny: Running, value: str) -> None:
     response = tiny.post(ROUTE, json=GOOD, headers={"x-slo-deadline-ms": value})
