@@ -428,9 +428,11 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, float | bool]]:
     """The numbers of a result by dotted name.
 
     Of a list, those of entries that have a ``key`` and a ``value``; the rest of it, and texts, are
-    left out.
+    left out. Of ``warnings`` it is how many there are.
     """
-    if isinstance(value, dict):
+    if name == "warnings" and isinstance(value, list):
+        yield name, len(value)
+    elif isinstance(value, dict):
         for key, inner in value.items():
             yield from _numbers(inner, f"{name}.{key}" if name else key)
     elif isinstance(value, list):

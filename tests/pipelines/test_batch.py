@@ -14,9 +14,11 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pydicom
 import pytest
 from serving import until
 from tiny_verticals import GATE, Gate, Page, Shelf, install
@@ -29,6 +31,9 @@ from plinth.pipelines.folders.batch import Batch, Progress, Summary
 from plinth.pipelines.folders.journal import Journal
 from plinth.pipelines.folders.storage import write_whole
 from plinth.verticals import Item, LeftOut, Settings
+from plinth.verticals.medical import CtAnalysis, CtSettings
+from plinth.verticals.medical.phantom.chest import Phantom
+from plinth.verticals.medical.phantom.dicom import write_series
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from commands import Command
@@ -555,3 +560,22 @@ def test_the_journal_is_for_its_owner_to_read(engine: Engine, shelf: Path, tmp_p
     assert entries["a"]["files"] == ["report.html", "twice.txt"]
     assert entries["a"]["facts"] == {"bytes": 1}
     assert os.access(tmp_path / "out" / "a", os.R_OK | os.X_OK)
+
+
+def test_the_cohort_s_table_tells_whole_scans_from_others(tmp_path: Path) -> None:
+    """Who averages over its columns sees which rows are of a scan that was cut."""
+    chest = Phantom(shape=(40, 34, 24), spacing=(8.4, 8.2, 9.0))
+    write_series(chest, tmp_path / "in" / "whole")
+    for path in write_series(replace(chest, seed=8), tmp_path / "in" / "cut")[12:]:
+        path.unlink()
+    for path in (tmp_path / "in" / "cut").glob("*.dcm"):
+        image = pydicom.dcmread(path)
+        image.ImagesInAcquisition = 24
+        image.save_as(path)
+    settings = CtSettings(page=False, pictures=False, segmentation=False, measurements=False)
+    with Engine(devices=["cpu"]) as engine:
+        Batch(CtAnalysis(settings), engine, tmp_path / "in", tmp_path / "out").run()
+    rows = {row["source"]: row for row in _table(tmp_path / "out" / "cohort.csv") if row["id"]}
+    assert rows["whole"]["geometry.ok"] == "True"
+    assert rows["cut"]["geometry.ok"] == "False"
+    assert float(rows["cut"]["warnings"]) > float(rows["whole"]["warnings"])

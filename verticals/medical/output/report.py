@@ -115,7 +115,7 @@ class CtReport(BaseModel):
         study: pseudonym of the Study Instance UID, or the UID where the settings keep it.
         series: pseudonym of the Series Instance UID, or the UID.
         source: facts of the series, without personal data.
-        geometry: the loader's verdict: ``status`` and ``issues`` with mm.
+        geometry: the loader's verdict: ``status``, ``ok`` and ``issues`` with mm.
         grid: (x, y, z) ``voxels`` and ``spacing_mm`` of the analysed volume.
         findings: the measured numbers, with units and methods.
         nodules: candidates, largest first; ``None`` when they were not looked for

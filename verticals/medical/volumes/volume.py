@@ -107,8 +107,9 @@ class Verdict:
         return self.status.startswith("resampled") or self.status == "gaps_filled"
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: ``status`` and ``issues``."""
-        return {"status": self.status, "issues": [issue.as_dict() for issue in self.issues]}
+        """JSON-ready: ``status``, whether that is ``"ok"``, and ``issues``."""
+        issues = [issue.as_dict() for issue in self.issues]
+        return {"status": self.status, "ok": self.ok, "issues": issues}
 
 
 @dataclass(frozen=True, slots=True)
