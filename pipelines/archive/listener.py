@@ -69,8 +69,12 @@ class Keeper(Protocol):
 
 @dataclass(slots=True)
 class _Sent:
-    """What one caller has sent: since when, by study and series; of which an image was not kept."""
+    """What one caller has sent: since when, by study and series; of which an image was not kept.
 
+    ``socket.received`` counts the bytes that came since its last message was whole.
+    """
+
+    socket: _Socket
     since: dict[tuple[str, str], float] = field(default_factory=dict)
     lost: set[tuple[str, str]] = field(default_factory=set)
 
@@ -179,6 +183,7 @@ class Listener:
         self._sent: dict[Any, _Sent] = {}
         handlers: list[tuple[Any, Any]] = [
             (evt.EVT_C_STORE, self._store),
+            (evt.EVT_C_ECHO, _echo),
             (evt.EVT_REJECTED, _rejected),
             (evt.EVT_RELEASED, lambda event: self._ended(event.assoc, whole=True)),
             (evt.EVT_ABORTED, self._aborted),
@@ -233,7 +238,8 @@ class Listener:
 
     def _store(self, event: Any) -> int:
         """One image: kept on disk before it is answered."""
-        event.assoc.dul.socket.received = 0
+        plug = event.assoc.dul.socket
+        plug.received = 0
         request = event.request
         content: bytes = event.encoded_dataset()
         try:
@@ -248,7 +254,7 @@ class Listener:
                 "an image was not taken: its UIDs are those of another patient's image that is here"
             )
             return MISMATCH
-        sent = self._sent.setdefault(event.assoc, _Sent())
+        sent = self._sent.setdefault(event.assoc, _Sent(plug))
         try:
             if (study, series) not in sent.since:
                 sent.since[study, series] = self._keeper.sending(study, series)
@@ -264,7 +270,9 @@ class Listener:
 
     def _aborted(self, event: Any) -> None:
         """An association ended without a release: in silence it may have been all, else not."""
-        silent = event.assoc.dul.idle_timer_expired()
+        sent = self._sent.get(event.assoc)
+        silent = event.assoc.dul.idle_timer_expired() and sent is not None
+        silent = silent and sent.socket.received == 0
         self._ended(event.assoc, whole=silent or not self._needs_release)
 
     def _ended(self, association: Any, *, whole: bool) -> None:
@@ -278,6 +286,11 @@ class Listener:
                 self._keeper.ended(study, series, since, whole=whole and all_kept)
         except StorageError as error:
             log.error("how a transfer ended cannot be kept: %s", error.message)
+
+
+def _echo(event: Any) -> int:
+    event.assoc.dul.socket.received = 0
+    return SUCCESS
 
 
 def _said(content: bytes) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -98,16 +98,23 @@ def is_cut_off(sender: Any, last: bytes = b"") -> None:
     plug.close()
 
 
+BEGUN = struct.pack(">BBL", 4, 0, 100) + bytes(10)
+
+
 def stops_in_a_message(sender: Any) -> None:
-    is_cut_off(sender, struct.pack(">BBL", 4, 0, 100) + bytes(10))
+    is_cut_off(sender, BEGUN)
 
 
-@pytest.mark.parametrize("end", [aborts, is_cut_off, stops_in_a_message])
+def falls_silent_in_a_message(sender: Any) -> None:
+    sender.dul.socket.socket.sendall(BEGUN)
+
+
+@pytest.mark.parametrize("end", [aborts, is_cut_off, stops_in_a_message, falls_silent_in_a_message])
 def test_a_study_that_its_sender_broke_off_is_not_whole(
     tmp_path: Path, images: list[Path], end: Callable[[Any], None]
 ) -> None:
     """Half a chest is a chest with small lungs: nothing in what came says that more was to come."""
-    with door(tmp_path) as (port, queue):
+    with door(tmp_path, idle_seconds=1) as (port, queue):
         key = digest(dcmread(images[0]).StudyInstanceUID)
         with caller(port) as sender:
             assert sender.send_c_store(dcmread(images[0])).Status == 0
@@ -147,7 +154,7 @@ def test_what_was_broken_off_is_told_and_not_analysed(tmp_path: Path) -> None:
     ("settings", "end"),
     [
         pytest.param({}, lambda sender: sender.release(), id="release"),
-        pytest.param({"idle_seconds": 0.3}, lambda sender: None, id="silence"),
+        pytest.param({"idle_seconds": 0.3}, lambda sender: sender.send_c_echo(), id="silence"),
         pytest.param({"needs_release": False}, lambda sender: sender.abort(), id="setting"),
     ],
 )
