@@ -271,9 +271,9 @@ class Listener:
     def _aborted(self, event: Any) -> None:
         """An association ended without a release: in silence it may have been all, else not."""
         sent = self._sent.get(event.assoc)
-        silent = event.assoc.dul.idle_timer_expired() and sent is not None
-        silent = silent and sent.socket.received == 0
-        self._ended(event.assoc, whole=silent or not self._needs_release)
+        if sent is not None:
+            silent = event.assoc.dul.idle_timer_expired() and sent.socket.received == 0
+            self._ended(event.assoc, whole=silent or not self._needs_release)
 
     def _ended(self, association: Any, *, whole: bool) -> None:
         """Tell what became of all that an association has brought."""
