@@ -41,6 +41,7 @@ for features in (program.STANDARD, every):
     for limits in (Limits(), Limits(0, 20, 10, 15, 8, 400, 16, 64, 32, 16)):
         chance = random.Random(7)
         state, sent, now = FeatureState(limits, features), [], 1_750_000_000_000
+        told = []
         for number in range(4_000):
             now += chance.choice((0, 1, 1_000, 60_000, 3_600_000))
             late = chance.choice((0, 0, 0, 0, 5_000, 86_400_000, 9 * 86_400_000))
@@ -58,14 +59,21 @@ for features in (program.STANDARD, every):
                 old = chance.choice(sent)
                 label = Labelled(old[0], old[5], old[1], now, chance.random() < 0.8, old[3])
                 try:
+                    state.journal = told.append
                     digest.update(repr(state.label(label)).encode())
                 except InputError as error:
                     digest.update(str(error).encode())
                 continue
             sent.append(event)
+            state.journal = told.append
             batch = state.update([event])
             digest.update(batch.rows.tobytes() + batch.flags.tobytes())
             if number % 1_000 == 999:
+                again = FeatureState(limits, features)
+                if number == 999:
+                    for entry in told:
+                        again.enter(entry)
+                    assert pack(again) == pack(state)
                 state = unpack(pack(state), limits, features)
         try:
             state.update([("x", now, -1.0, "c", "u", "m", None, None)])

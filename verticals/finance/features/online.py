@@ -269,8 +269,9 @@ class FeatureState:
             *fields, elsewhere = told
             self.label(Labelled(*fields), elsewhere)
         else:
-            event = Event(*told)
-            self._take(event._replace(place=event.place and (event.place[0], event.place[1])))
+            transaction, time, amount, card, customer, terminal, device, place = told
+            where = None if place is None else (place[0], place[1])
+            self._take((transaction, time, amount, card, customer, terminal, device, where))
 
     def update(self, events: Iterable[Told]) -> Batch:
         """Take events in, in this order, and return the features of each as of its time.
