@@ -296,7 +296,8 @@ def test_files_that_a_dicomdir_lists_and_that_are_absent_are_missed(
     whole, second = discover(tmp_path / "media")
     for frame in sorted(whole.frames, key=lambda one: one.position or ())[-2:]:
         frame.header.source.path.unlink()
-    for place in (tmp_path / "media", tmp_path / "media" / "DICOMDIR"):
+    zipped(tmp_path / "media", tmp_path / "media.zip")
+    for place in (tmp_path / "media", tmp_path / "media" / "DICOMDIR", tmp_path / "media.zip"):
         found = scan(place)
         assert sorted(len(one.frames) for one in found.series) == [8, 10]
         verdicts = {one.id: load_volume(one).verdict for one in found.series}

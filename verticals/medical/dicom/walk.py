@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydicom import Dataset
@@ -69,7 +69,7 @@ def sources(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
     elif path.name.upper() == "DICOMDIR":
         yield from _directory(path, limits)
     elif _is_zip(path):
-        yield from open_archive(path, limits)
+        yield from _archived(path, limits)
     else:
         yield Source(path)
 
@@ -139,9 +139,19 @@ def _first_time(folder: Path, seen: set[tuple[int, int]]) -> bool:
 def _members(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
     """The members of an archive inside a folder; one that is refused stops nobody else."""
     try:
-        yield from open_archive(path, limits)
+        yield from _archived(path, limits)
     except InputError as error:
         yield Ignored(str(path), error.message, True, str(path.parent), error.reason)
+
+
+def _archived(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
+    """The members of an archive; an index among them tells first of those that are not there."""
+    members = open_archive(path, limits)
+    names = {(one.member or "").replace("\\", "/").casefold() for one in members}
+    for one in members:
+        if PurePosixPath(one.member or "").name.upper() == "DICOMDIR":
+            yield from _absent(one.name, lost_of(one, names, limits))
+    yield from members
 
 
 def _directory(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
@@ -163,9 +173,13 @@ def _directory(path: Path, limits: Limits) -> Iterator[Source | Ignored]:
 def _indexed(path: Path, limits: Limits) -> Iterator[Ignored]:
     """A DICOMDIR in a folder: not itself read, but it tells of files that are not here."""
     yield Ignored(str(path), "an index; the files themselves are walked", code="index")
-    for series, count in lost(path, limits).items():
+    yield from _absent(str(path), lost(path, limits))
+
+
+def _absent(index: str, lost_images: Counter[str]) -> Iterator[Ignored]:
+    for series, count in lost_images.items():
         reason = f"{count} images that it lists of a series are absent, others of it are here"
-        yield Ignored(str(path), reason, True, code="absent", series=series, count=count)
+        yield Ignored(index, reason, True, code="absent", series=series, count=count)
 
 
 # -- what a DICOMDIR lists (PS3.10 8.5, PS3.3 F) ---------------------------------------------
@@ -199,26 +213,9 @@ def listed(index: Path, limits: Limits) -> Iterator[Listed]:
     Raises:
         InputError: it cannot be read, or has too many records.
     """
-    try:
-        records = list(Source(index).dataset(pixels=False).get("DirectoryRecordSequence") or [])
-        owner = _owners(records)
-    except MALFORMED as error:
-        raise damaged(Source(index), error) from None
-    if len(records) > limits.files:
-        raise InputError(
-            f"{index} has {len(records)} records, at most {limits.files} are read",
-            field=str(index),
-            hint="give a folder of one study or patient",
-            reason="too_many_files",
-        )
     root = index.parent.resolve()
-    for record in records:
-        series = owner.get(_place(record), "")
+    for parts, series in _references(Source(index), limits):
         try:
-            reference = record.get("ReferencedFileID")
-            if not reference:
-                continue
-            parts = [reference] if isinstance(reference, str) else [str(part) for part in reference]
             path = _spelt(root, parts).resolve()
             path.is_file()
         except MALFORMED:  # a null byte, say, or a name that is too long
@@ -229,16 +226,62 @@ def listed(index: Path, limits: Limits) -> Iterator[Listed]:
 
 def lost(index: Path, limits: Limits) -> Counter[str]:
     """How many files that a DICOMDIR lists are absent, by series of which others are here."""
-    absent, here = Counter[str](), set[str]()
     try:
-        for one in listed(index, limits):
-            if one.here:
-                here.add(one.series)
-            elif one.series:
-                absent[one.series] += 1
+        return _lost((one.here, one.series) for one in listed(index, limits))
     except InputError:  # what lies beside it is read without it
         return Counter()
+
+
+def lost_of(index: Source, names: set[str], limits: Limits) -> Counter[str]:
+    """The same of an archive that holds its DICOMDIR.
+
+    Args:
+        index: the member.
+        names: of all members, in lower case.
+        limits: ``files`` bounds its records.
+    """
+    root = PurePosixPath((index.member or "").replace("\\", "/")).parent
+    try:
+        found = _references(index, limits)
+        return _lost(
+            (str(root.joinpath(*parts)).casefold() in names, series) for parts, series in found
+        )
+    except InputError:
+        return Counter()
+
+
+def _lost(found: Iterable[tuple[bool, str]]) -> Counter[str]:
+    absent, here = Counter[str](), set[str]()
+    for there, series in found:
+        if there:
+            here.add(series)
+        elif series:
+            absent[series] += 1
     return Counter({series: count for series, count in absent.items() if series in here})
+
+
+def _references(index: Source, limits: Limits) -> Iterator[tuple[list[str], str]]:
+    """The parts of each Referenced File ID, and the Series Instance UID of the record above it."""
+    try:
+        records = list(index.dataset(pixels=False).get("DirectoryRecordSequence") or [])
+        owner = _owners(records)
+    except MALFORMED as error:
+        raise damaged(index, error) from None
+    if len(records) > limits.files:
+        raise InputError(
+            f"{index.name} has {len(records)} records, at most {limits.files} are read",
+            field=index.name,
+            hint="give a folder of one study or patient",
+            reason="too_many_files",
+        )
+    for record in records:
+        try:
+            reference = record.get("ReferencedFileID")
+        except MALFORMED:
+            reference = "\0"  # no file is called so
+        if reference:
+            parts = [reference] if isinstance(reference, str) else [str(part) for part in reference]
+            yield parts, owner.get(_place(record), "")
 
 
 def _owners(records: list[Dataset]) -> dict[int, str]:
