@@ -32,8 +32,10 @@ def classifiers():
 def boosted():
     import lightgbm
     import xgboost
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    yield lightgbm.LGBMClassifier(n_estimators=5, verbose=-1)
+    yield make_pipeline(StandardScaler(), lightgbm.LGBMClassifier(n_estimators=5, verbose=-1))
     yield xgboost.XGBClassifier(n_estimators=5)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import hashlib
-import json
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from plinth.engine.cache import cache_folder
 from plinth.engine.errors import ModelError
-from plinth.engine.models.fitted.trees import for_float32
+from plinth.engine.models.fitted.trees import convertible
 
 _INSTALL = "pip install 'plinth-engine[convert]'"
 _OPSET = {"": 18, "ai.onnx.ml": 3}
@@ -51,7 +51,7 @@ def to_onnx(estimator: Any, rows: Tensor, name: str) -> Path:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            data = convert(for_float32(estimator), rows).SerializeToString()
+            data = convert(convertible(estimator), rows).SerializeToString()
     except ImportError as error:
         raise ModelError(f"converting {library} needs {error.name}", hint=_INSTALL) from error
     except ModelError:
@@ -75,12 +75,44 @@ def _sklearn(estimator: Any, rows: Tensor) -> Any:
     from skl2onnx.common.data_types import FloatTensorType
     from sklearn.base import is_classifier
 
+    _know_boosted()
     return convert_sklearn(
         estimator,
         initial_types=[(INPUT, FloatTensorType([None, rows.shape[1]]))],
         options={id(estimator): {"zipmap": False}} if is_classifier(estimator) else None,
         target_opset=_OPSET,
         custom_conversion_functions=_histograms(),
+    )
+
+
+@cache
+def _know_boosted() -> None:
+    """Let skl2onnx convert what ends a pipeline in LightGBM or XGBoost, where they are there."""
+    with contextlib.suppress(ImportError):
+        import lightgbm
+        from onnxmltools.convert.lightgbm.operator_converters.LightGbm import convert_lightgbm
+
+        _know(lightgbm.LGBMClassifier, convert_lightgbm)
+        _know(lightgbm.LGBMRegressor, convert_lightgbm, split=None)
+    with contextlib.suppress(ImportError):
+        import xgboost
+        from onnxmltools.convert.xgboost.operator_converters.XGBoost import convert_xgboost
+
+        _know(xgboost.XGBClassifier, convert_xgboost)
+        _know(xgboost.XGBRegressor, convert_xgboost)
+
+
+def _know(made: type, convert: Any, **options: Any) -> None:
+    """Have skl2onnx convert estimators of a class so."""
+    from skl2onnx import update_registered_converter
+    from skl2onnx.common import shape_calculator as shapes
+
+    shape = shapes.calculate_linear_regressor_output_shapes
+    if made.__name__.endswith("Classifier"):
+        shape = shapes.calculate_linear_classifier_output_shapes
+        options |= {"nocl": [True, False], "zipmap": [True, False, "columns"]}
+    update_registered_converter(
+        made, f"Boosted{made.__name__}", shape, convert, options=options or None
     )
 
 
@@ -133,26 +165,10 @@ def _boosted(converter: str, **options: Any) -> Callable[[Any, Tensor], Any]:
     return convert
 
 
-def _xgboost(estimator: Any, rows: Tensor) -> Any:
-    """Without the names of features, which the converter takes for errors."""
-    booster = estimator.get_booster()
-    kind = json.loads(booster.save_config())["learner"]["gradient_booster"]["name"]
-    if kind != "gbtree" or "c" in (booster.feature_types or ()):
-        what = "categories" if kind == "gbtree" else f"booster {kind}"
-        raise ModelError(
-            f"XGBoost's {what} cannot be converted",
-            hint="train with booster='gbtree' and categories as numbers, or call it from a "
-            "vertical's flow",
-        )
-    plain = copy.deepcopy(estimator)
-    plain.get_booster().feature_names = plain.get_booster().feature_types = None
-    return _boosted("convert_xgboost")(plain, rows)
-
-
 _CONVERTERS: dict[str, Callable[[Any, Tensor], Any]] = {
     "sklearn": _sklearn,
     "lightgbm": _boosted("convert_lightgbm", zipmap=False),
-    "xgboost": _xgboost,
+    "xgboost": _boosted("convert_xgboost"),
 }
 
 

@@ -1,8 +1,9 @@
-"""Trees in float32: where their thresholds lie, and thresholds that float32 rows meet exactly."""
+"""Trees in float32: where their thresholds lie, and which that float32 rows meet exactly."""
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from plinth.engine.errors import ModelError
+
 ROWS = 256
 """Rows that :func:`rows_at_thresholds` makes."""
 _TREES = ("TreeEnsembleClassifier", "TreeEnsembleRegressor")
+_ZERO = np.float32(1e-35)
+"""LightGBM takes what is nearer to 0 for 0, and has thresholds there."""
 _CATEGORICAL = 1
 """Bit of ``decision_type`` in LightGBM's files: the threshold is the number of a set."""
 
@@ -41,20 +46,29 @@ def rows_at_thresholds(onnx: Path, features: int) -> Tensor | None:
         at, codes = (np.array(sorted(one), np.float32) for one in found.get(feature, ((), ())))
         beside = [np.nextafter(at, np.float32(edge)) for edge in (-np.inf, np.inf)]
         rows[:, feature] = numbers.choice(np.concatenate([at, *beside, codes, [0, 1]]), ROWS)
+    rows[np.abs(rows) <= _ZERO] = 0
     return torch.from_numpy(rows)
 
 
-def for_float32(estimator: Any) -> Any:
-    """The same trees with thresholds in float32, for rows in float32 of the very same answers.
+def convertible(estimator: Any) -> Any:
+    """The same estimator as converters take it: thresholds in float32, features without names.
 
     LightGBM and scikit-learn's histogram boosting compare in float64: ``x <= t``. Of float32 x
     that holds exactly where x is at most the largest float32 number that is not above t; the
     nearest one, which converters take, may be above it.
 
     Args:
-        estimator: a booster or an estimator; others than these two are returned as they are.
+        estimator: a booster, an estimator, or a pipeline that ends in one; others than these of
+            trees are returned as they are. It is not changed.
+
+    Raises:
+        ModelError: trees of XGBoost for which there is no converter.
     """
     library, name = type(estimator).__module__.partition(".")[0], type(estimator).__name__
+    if library == "sklearn" and name == "Pipeline":
+        made = copy.copy(estimator)
+        made.steps = [*estimator.steps[:-1], (estimator.steps[-1][0], convertible(estimator[-1]))]
+        return made
     if library == "lightgbm" and name == "Booster":
         return _lightgbm(estimator)
     if library == "lightgbm" and hasattr(estimator, "_Booster"):
@@ -63,6 +77,8 @@ def for_float32(estimator: Any) -> Any:
         if np.asarray(getattr(made, "_classes", 0)).dtype == bool:
             made._classes = made._classes.astype(np.int64)  # of bools the converter makes words
         return made
+    if library == "xgboost" and hasattr(estimator, "get_booster"):
+        return _xgboost(estimator)
     if name.startswith("HistGradientBoosting") and hasattr(estimator, "_predictors"):
         made = copy.copy(estimator)
         made._predictors = copy.deepcopy(estimator._predictors)
@@ -70,6 +86,22 @@ def for_float32(estimator: Any) -> Any:
             tree.nodes["num_threshold"] = _at_most(tree.nodes["num_threshold"])
         return made
     return estimator
+
+
+def _xgboost(estimator: Any) -> Any:
+    """Without the names of features, which its converter takes for errors."""
+    booster = estimator.get_booster()
+    kind = json.loads(booster.save_config())["learner"]["gradient_booster"]["name"]
+    if kind != "gbtree" or "c" in (booster.feature_types or ()):
+        what = "categories" if kind == "gbtree" else f"booster {kind}"
+        raise ModelError(
+            f"XGBoost's {what} cannot be converted",
+            hint="train with booster='gbtree' and categories as numbers, or call it from a "
+            "vertical's flow",
+        )
+    plain = copy.deepcopy(estimator)
+    plain.get_booster().feature_names = plain.get_booster().feature_types = None
+    return plain
 
 
 def _at_most(thresholds: npt.ArrayLike) -> npt.NDArray[np.float64]:
