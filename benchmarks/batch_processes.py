@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -108,12 +109,13 @@ def measure(folder: Path, processes: int) -> dict[str, Any]:
 
 
 def side_by_side(folder: Path) -> dict[str, float]:
-    """Two runs on a core of their own each, of half the studies: studies per hour of both.
+    """Two runs on a core of their own each, of half the studies: per hour of both, and CPU seconds.
 
     Counted between the last of their first studies and the first of their last, while both work.
     """
     studies = sorted(folder.iterdir())
     cores = sorted(os.sched_getaffinity(0))[:2]
+    spent = _children_cpu()
     with tempfile.TemporaryDirectory() as place:
         running = []
         for number, core in enumerate(cores):
@@ -140,8 +142,19 @@ def side_by_side(folder: Path) -> dict[str, float]:
             for number in range(len(cores))
         ]
     first, last = max(own[0] for own in ends), min(own[-1] for own in ends)
+    if first >= last:
+        raise SystemExit("the two runs were not at work together: use more --studies")
     done = sum(_done(own, first, last) for own in ends)
-    return {"studies_per_hour_steady": 3600 * done / (last - first)}
+    return {
+        "studies_per_hour_steady": 3600 * done / (last - first),
+        "cpu_seconds_per_study": (_children_cpu() - spent) / len(studies),
+    }
+
+
+def _children_cpu() -> float:
+    """CPU seconds of all processes that were waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _done(ends: list[float], first: float, last: float) -> float:
@@ -255,7 +268,8 @@ def main() -> None:
         )
         apart, both = found["studies_per_hour_steady"], found["loops_together"]
         console.print(
-            f"two runs that share nothing: {apart:,.0f} steady, {apart / base:.2f} of one core; "
+            f"two runs that share nothing: {apart:,.0f} steady, {apart / base:.2f} of one core, "
+            f"{found['cpu_seconds_per_study']:.1f} CPU s a study; "
             f"two loops: {both / found['loops_alone']:.2f} of one"
         )
 

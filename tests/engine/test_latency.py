@@ -133,7 +133,7 @@ def test_the_file_knows_of_what_is_rare_and_how_rare_it_is(tmp_path):
     assert 4 <= sum(delay > 0.060 for delay in delays) <= 18
     for n in range(1000):
         model.observe(f"net[{n}]", 32, 0.052)
-        for _ in range(200):
+        for _ in range(110):
             model.turned(f"net[{n}]", 0.001)
     model.turned("unknown", 0.001)
     model.save()
