@@ -23,6 +23,7 @@ from stores import add_version
 from torch import Tensor
 
 from plinth.engine import Call, ConfigError, Flow, ModelError, Timing
+from plinth.engine.flow import Pause
 from plinth.engine.metrics import REGISTRY
 from plinth.verticals.finance import FraudScoring, FraudSettings
 from plinth.verticals.finance.features.timeline import DAY, LABEL_DELAY
@@ -236,10 +237,10 @@ def test_a_flow_keeps_to_the_version_it_began_with(store: Path, records: list[by
         flow = process.vertical.infer(request)
         return flow, next(flow)
 
-    def end(flow: Flow[Any], call: Call) -> Decision:
+    def end(flow: Flow[Any], call: Call | Pause) -> Decision:
         while True:
             try:
-                call = flow.send(process.answer(call))
+                call = flow.send(None if isinstance(call, Pause) else process.answer(call))
             except StopIteration as stop:
                 return stop.value[0]  # type: ignore[no-any-return]
 
