@@ -151,6 +151,37 @@ def check_labels(labels: Tensor | None, rows: Rows) -> None:
         )
 
 
+def check_tells(loss: Loss, want: Rows, labels: Tensor | None, max_loss: float) -> None:
+    """Refuse rows by which a model that always says the same would be good enough.
+
+    As where all rows are equal, or where ``cosine`` measures single scores.
+
+    Args:
+        loss: the measure.
+        want: outputs (n, ...) of the reference by name.
+        labels: of the rows, or ``None``.
+        max_loss: what may be lost.
+
+    Raises:
+        InputError: they cannot tell a good model from a bad one; names what would be lost.
+    """
+    same = {
+        name: (tensor.mean(0, keepdim=True) if tensor.is_floating_point() else tensor[:1]).expand(
+            tensor.shape
+        )
+        for name, tensor in want.items()
+    }
+    lost = loss(same, want, labels)
+    if lost <= max_loss:
+        raise InputError(
+            f"these rows cannot tell a good model from a bad one: one that gave the same answer to "
+            f"all {len(next(iter(want.values())))} that judge would lose {max(0.0, lost):.5f}, "
+            f"allowed is {max_loss}",
+            hint="give rows that differ as those to come do, allow less, or use another metric; "
+            "cosine is for vectors, auc or ap for single scores",
+        )
+
+
 def _against_labels(area: Callable[[Any, Any], float]) -> Loss:
     def loss(got: Rows, want: Rows, labels: Tensor | None) -> float:
         if labels is None:

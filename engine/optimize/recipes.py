@@ -31,7 +31,14 @@ from plinth.engine.errors import ConfigError, PlinthError
 from plinth.engine.models.binding import Binding, outputs_by_name
 from plinth.engine.models.store import Model
 from plinth.engine.models.weights import PACKED
-from plinth.engine.optimize.measures import Loss, Rows, check_labels, digest_of, outputs_of
+from plinth.engine.optimize.measures import (
+    Loss,
+    Rows,
+    check_labels,
+    check_tells,
+    digest_of,
+    outputs_of,
+)
 from plinth.engine.precision.policy import PRESETS
 
 MIN_ROWS = 20
@@ -219,6 +226,7 @@ class _Search:
         self.want = self._run(goal.model.module)
         if given is not None:  # what cannot be judged is told before anything is trained
             goal.loss(self.want, self.want, self.labels[1])
+        check_tells(goal.loss, self.want, self.labels[1], goal.max_loss)
         self.points: list[Small] = []
         self.refused: dict[str, str] = {}
 

@@ -38,7 +38,14 @@ from plinth.engine.backends.quantised import (
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ConfigError, PlinthError
 from plinth.engine.models.store import Model
-from plinth.engine.optimize.measures import Loss, Rows, check_labels, digest_of, outputs_of
+from plinth.engine.optimize.measures import (
+    Loss,
+    Rows,
+    check_labels,
+    check_tells,
+    digest_of,
+    outputs_of,
+)
 from plinth.engine.precision.policy import PRESETS, PrecisionPolicy, resolve
 
 MIN_ROWS = 8
@@ -187,6 +194,7 @@ class _Search:
         self.want = outputs_of(self.reference.run, self.seen, task.batch)
         self.pass_seconds = time.monotonic() - begun
         self.want_held = outputs_of(self.reference.run, self.held, task.batch)
+        check_tells(task.loss, self.want_held, self.labels[1], task.max_loss)
         self.reference_seconds: list[float] = []
         self.making: dict[str, float] = {}
         self.step = 0.0

@@ -316,6 +316,32 @@ def test_labels_that_are_none_are_refused_before_anything_is_trained(labels, sai
         shrink(goal, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("metric", "outputs", "labels", "rows"),
+    [
+        ("cosine", 3, None, torch.ones(60, 3)),  # all are one row
+        ("cosine", 1, None, torch.rand(60, 3)),  # a single score has no direction
+        ("top1", 3, None, torch.ones(60, 3)),
+        ("accuracy", 3, torch.zeros(60, dtype=torch.int64), torch.ones(60, 3)),
+        ("command", 3, None, torch.ones(60, 3)),
+    ],
+)
+def test_rows_that_cannot_tell_a_good_model_from_a_bad_one_are_refused(
+    metric, outputs, labels, rows, tmp_path
+):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 8), nn.Sigmoid(), nn.Linear(8, outputs), nn.Sigmoid())
+    model = Model.from_torch(module.eval(), example=torch.rand(2, 3), name="line")
+    (spec,) = model.spec.inputs
+    loss = loss_of(metric, [sys.executable, "-c", "print(0.01)"])
+    goal = Goal(model, {spec.name: rows}, loss, 0.02, 1000, CPU, labels=labels)
+    with pytest.raises(InputError, match="cannot tell a good model from a bad one"):
+        shrink(goal, tmp_path)
+    task = Task(model, goal.rows, loss, 0.02, CPU, labels=labels, backends=("eager",))
+    with pytest.raises(InputError, match="cannot tell a good model from a bad one"):
+        search(task, tmp_path)
+
+
 def test_measures_are_what_their_names_say(tmp_path):
     truth = np.array([0, 0, 1, 1, 0, 1], bool)
     scores = np.array([0.1, 0.4, 0.35, 0.8, 0.4, 0.4])
