@@ -30,6 +30,10 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _LIMIT = 4 << 20  # bytes of variant.json
 
 
+class VariantExists(ModelError):
+    """A variant of that name is there already."""
+
+
 class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -143,15 +147,19 @@ class Variants:
         """Write a variant with copies of its files; whole or not at all.
 
         Raises:
-            ModelError: one of that name exists, or it is of another reference.
+            VariantExists: one of that name exists.
+            ModelError: it is of another reference, or cannot be written.
         """
         target = self.folder / variant.name
         if variant.reference != self.reference:
             raise ModelError(f"variant {variant.name} is of another reference")
         if target.exists():
             raise _exists(target)
-        self.folder.mkdir(exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".part-", dir=self.folder))
+        try:
+            self.folder.mkdir(exist_ok=True)
+            part = Path(tempfile.mkdtemp(prefix=".part-", dir=self.folder))
+        except OSError as error:
+            raise _unwritten(target, error) from error
         try:
             for name, path in files.items():
                 shutil.copyfile(path, part / name)
@@ -169,7 +177,7 @@ class Variants:
         except OSError as error:
             if target.exists():
                 raise _exists(target) from error
-            raise
+            raise _unwritten(target, error) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
         return whole
@@ -250,7 +258,7 @@ class Variants:
             self.get(name)
         self.folder.mkdir(exist_ok=True)
         told = json.dumps({"default": name, "before": before}).encode()
-        replace_file(self.folder / "default.json", told, mode=0o600)
+        replace_file(self.folder / "default.json", told)
         return before
 
     def _read(self, path: Path) -> Variant:
@@ -272,8 +280,15 @@ class Variants:
         return variant
 
 
-def _exists(target: Path) -> ModelError:
+def _unwritten(target: Path, error: OSError) -> ModelError:
     return ModelError(
+        f"variant {target.name} cannot be written to {target.parent}: {error.strerror}",
+        hint="nothing of it is there; see to the disk, and run it again",
+    )
+
+
+def _exists(target: Path) -> VariantExists:
+    return VariantExists(
         f"variant {target.name} exists already in {target.parent}",
         hint="variants never change; give another name, or remove its folder",
     )

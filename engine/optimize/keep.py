@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from plinth.engine.models.variants import Evidence, Variant, Variants
+from plinth.engine.models.variants import Evidence, Variant, VariantExists, Variants
 from plinth.engine.models.weights import PACKED
 from plinth.engine.optimize.recipes import Frontier, Goal, Small
 from plinth.engine.optimize.search import Found, Point, Task
@@ -15,6 +16,7 @@ from plinth.engine.precision.onnx_graph import saturates
 from plinth.engine.precision.policy import PRESETS
 
 MAX_VARIANTS = 4
+_TRIES = 8  # to find a name beside other searches
 _LIBRARIES = ("torch", "onnxruntime", "openvino", "nncf")
 
 
@@ -35,11 +37,13 @@ def keep(found: Found, task: Task, variants: Variants, *, metric: str, data: str
     """
     best = [found.best] if found.best else []
     others = [point for point in found.front if point is not found.best]
-    written = [
-        _write(point, found, task, variants, {"metric": metric, "data": data})
-        for point in [*best, *others][:MAX_VARIANTS]
-    ]
-    variants.set_default(written[0].name if best else None)
+    written = []
+    if not best:
+        variants.set_default(None)
+    for point in [*best, *others][:MAX_VARIANTS]:
+        written.append(_write(point, found, task, variants, {"metric": metric, "data": data}))
+        if point is found.best:  # before others find the disk full
+            variants.set_default(written[0].name)
     return written
 
 
@@ -63,12 +67,11 @@ def keep_small(
     others = [point for point in found.front if point is not found.best]
     within = sorted(others, key=lambda point: (point.loss > goal.max_loss, point.bytes))
     facts = {"metric": metric, "data": data}
-    written = [
-        _write_small(point, found, goal, variants, facts)
-        for point in [*best, *within][:MAX_VARIANTS]
-    ]
-    if best:
-        variants.set_default(written[0].name)
+    written = []
+    for point in [*best, *within][:MAX_VARIANTS]:
+        written.append(_write_small(point, found, goal, variants, facts))
+        if point is found.best:  # before others find the disk full
+            variants.set_default(written[0].name)
     return written
 
 
@@ -89,7 +92,7 @@ def _write_small(
     )
     words = re.sub(r"[^a-z0-9]+", "-", point.label.replace("%", "").lower()).strip("-")
     variant = Variant(
-        name=_free(f"packed-{words}", variants),
+        name=f"packed-{words}",
         backend=goal.backend,
         precision=PRESETS["fp32"].as_dict(),
         compression=point.label,
@@ -97,7 +100,18 @@ def _write_small(
         reference=variants.reference,
         evidence=evidence,
     )
-    return variants.add(variant, {PACKED.name: point.path})
+    return _add(variant, {PACKED.name: point.path}, variants)
+
+
+def _add(variant: Variant, files: Mapping[str, Path], variants: Variants) -> Variant:
+    """Write a variant under its name, or with a number where somebody was there before."""
+    for _ in range(_TRIES):
+        name = _free(variant.name, variants)
+        try:
+            return variants.add(variant.model_copy(update={"name": name}), files)
+        except VariantExists as error:  # another search ended just now
+            taken = error
+    raise taken
 
 
 def _circumstances(found: Found | Frontier, asked: Task | Goal) -> dict[str, Any]:
@@ -131,7 +145,7 @@ def _write(
     )
     exact = bool(files) and "int8" in "".join(point.policy.used) and not saturates()
     variant = Variant(
-        name=_free_name(point, variants),
+        name=_name(point),
         backend=point.backend,
         precision=point.policy.as_dict(),
         device=task.device.kind,
@@ -139,13 +153,13 @@ def _write(
         reference=variants.reference,
         evidence=evidence,
     )
-    return variants.add(variant, files)
+    return _add(variant, files, variants)
 
 
-def _free_name(point: Point, variants: Variants) -> str:
+def _name(point: Point) -> str:
     used = "-".join(sorted(point.policy.used)) or "fp32"
     base = f"{point.backend}-{used}".replace("_", "-")
-    return _free(base + (f"-keep{point.kept}" if point.kept else ""), variants)
+    return base + (f"-keep{point.kept}" if point.kept else "")
 
 
 def _free(base: str, variants: Variants) -> str:

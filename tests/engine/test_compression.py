@@ -1,5 +1,8 @@
 """Pruning, quantisation-aware training and distillation compose, and end in a packed file."""
 
+import errno
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -308,6 +311,52 @@ def test_a_search_leaves_its_frontier_in_the_store_with_evidence(kept):
     assert evidence.sparsity > 0.4
     assert evidence.speed > 0
     store.verify("shapes")
+
+
+def test_two_searches_that_end_at_once_both_keep_what_they_found(kept, monkeypatch):
+    store, frontier, (taken, *_), _ = kept
+    variants = store.variants("shapes")
+    monkeypatch.setattr("plinth.engine.optimize.keep.MAX_VARIANTS", 1)
+    listed = iter([[]])  # before the other one had written
+    look = variants.list
+    monkeypatch.setattr(variants, "list", lambda: next(listed, None) or look())
+    goal = Goal(store.load("shapes"), {}, loss_of("accuracy"), 0.08, 1, pick("cpu"))
+    (written,) = keep_small(frontier, goal, variants, metric="accuracy", data="lines")
+    try:
+        assert written.name == f"{taken.name}.2"
+        assert variants.get(written.name).files == taken.files
+    finally:
+        variants.set_default(taken.name)
+        shutil.rmtree(variants.folder / written.name)
+
+
+def test_a_disk_that_fills_up_keeps_the_best_and_leaves_nothing_in_part(kept, monkeypatch):
+    store, frontier, (taken, *_), _ = kept
+    best = frontier.best
+    other = replace(best, bytes=2 * best.bytes, loss=best.loss - 1)
+    two = replace(frontier, points=[best, other])
+    variants = store.variants("shapes")
+    there = sorted(variants.folder.iterdir())
+    goal = Goal(store.load("shapes"), {}, loss_of("accuracy"), 0.08, 1, pick("cpu"))
+    copy, copied = shutil.copyfile, []
+
+    def full_after_one(source, target):
+        copied.append(target)
+        if len(copied) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return copy(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", full_after_one)
+    try:
+        with pytest.raises(ModelError, match=r"cannot be written to .*: No space left on device"):
+            keep_small(two, goal, variants, metric="accuracy", data="lines")
+        assert variants.default == f"{taken.name}.2"
+        assert sorted(variants.folder.iterdir()) == sorted(
+            [*there, variants.folder / f"{taken.name}.2"]
+        )
+    finally:
+        variants.set_default(taken.name)
+        shutil.rmtree(variants.folder / f"{taken.name}.2", ignore_errors=True)
 
 
 @pytest.mark.parametrize("backend", ["eager", "onnxruntime"])

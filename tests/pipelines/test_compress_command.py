@@ -10,7 +10,16 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from plinth.engine import Call, Engine, InputError, ModelSpec, ModelStore, TensorSpec, architecture
+from plinth.engine import (
+    Call,
+    ConfigError,
+    Engine,
+    InputError,
+    ModelSpec,
+    ModelStore,
+    TensorSpec,
+    architecture,
+)
 from plinth.pipelines.cli.main import app
 from plinth.pipelines.cli.variants.compress import bytes_of
 
@@ -156,6 +165,9 @@ def test_sizes_are_read_as_people_write_them():
     assert bytes_of("200 KiB", 1) == 204_800
     assert bytes_of("32x", 102_400) == 3_200
     assert bytes_of("5000", 1) == 5_000
+    for none in ("0", "-1MB", "3,2MB", "1e3kB", "nan", "x", "9" * 400, "9" * 30 + "x", "0.5"):
+        with pytest.raises(ConfigError, match="is no size"):
+            bytes_of(none, 1_000)
 
 
 @pytest.mark.parametrize("whole", [b"PK\x03\x04nonsense", b"\x93NUMPY\x01", b""])

@@ -161,9 +161,11 @@ def bytes_of(target: str, reference: int) -> int:
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", target.lower())
     number = float(found[1]) if found else 0.0
     unit = found[2] if found else ""
-    if not number or unit not in (*_UNITS, "x"):
-        raise ConfigError(f"--target {target} is no size", hint="such as 3.2MB, 200KiB or 32x")
-    return int(reference / number if unit == "x" else number * _UNITS[unit])
+    if number and unit in (*_UNITS, "x"):
+        size = reference / number if unit == "x" else number * _UNITS[unit]
+        if 1 <= size < 1 << 62:
+            return int(size)
+    raise ConfigError(f"--target {target} is no size", hint="such as 3.2MB, 200KiB or 32x")
 
 
 def _recipes(
