@@ -15,6 +15,7 @@ from plinth.engine.backends.base import Availability, named
 from plinth.engine.compression.packed_layers import has_packed, unpack_layers
 from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
+from plinth.engine.mapped import mappings
 from plinth.engine.models.binding import Binding
 from plinth.engine.models.program import ProgramModule
 from plinth.engine.models.store import Model
@@ -71,13 +72,17 @@ class TorchExecutable:
         self._binding = Binding(model.spec, model.module)
         self._copies_inputs = True
         self._copies_outputs = True
+        self._files = tuple(mappings(held_tensors(module)))
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run rows; they may lie on the host or on the device, and come back on the device.
 
         Raises:
-            ModelError: the module is in training mode, loses rows, or wrote into its input.
+            ModelError: the module is in training mode, loses rows, or wrote into its input; or
+                somebody wrote into the file that its weights lie in.
         """
+        for file in self._files:
+            file.check()
         if self.module.training:
             raise ModelError(
                 f"model {self._spec.name} was put into training mode while it is served",
@@ -91,6 +96,8 @@ class TorchExecutable:
             )
             if self._copies_outputs:
                 output = {name: tensor.clone() for name, tensor in output.items()}
+        for file in self._files:  # it may have been written to meanwhile
+            file.check()
         if not self._copies_inputs and before != _versions(given):
             self._copies_inputs = True
             raise ModelError(

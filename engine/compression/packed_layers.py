@@ -42,7 +42,7 @@ class _PackedWeight(nn.Module):
             pairs = torch.stack((codes & 15, codes >> 4), -1).reshape(-1)
             codes = pairs[: torch.Size(self.size).numel()].to(torch.int8) - 8
         scales = self.scales.float().reshape(-1, *(1 for _ in self.size[1:]))
-        return codes.reshape(self.size).float() * scales
+        return codes.reshape(self.size).float().mul_(scales)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

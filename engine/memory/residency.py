@@ -154,7 +154,8 @@ class Residency:
             taken = sum(each.bytes for each in self._seats if each.resident and each is not seat)
             taken += sum(self._running)
             missing = taken + seat.bytes + forward - self._free()
-            idle = [s for s in self._seats if s.resident and not s.users and s is not seat]
+            idle = [s for s in self._seats if s.resident and s.bytes and not s.users]
+            idle = [s for s in idle if s is not seat]
             if missing <= 0 or not idle:
                 return missing
             idle[0].resident, idle[0].away = False, True
@@ -226,6 +227,8 @@ class Evictable(Wrapped):
         self._pages = Pages(held_tensors(inner.module)) if make is None else None  # type: ignore[attr-defined]
         self._beside = Pages(() if beside is None else held_tensors(beside))
         size = inner.weights if self._pages is None else self._pages.bytes
+        if inner.report.get("memory"):  # layer by layer: nothing stays between two batches
+            size = 0
         self.seat = Seat(size, self._leave, self._back)
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

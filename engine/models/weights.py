@@ -33,6 +33,7 @@ PACKED = Path("weights.packed")
 MAX_HEADER_BYTES = 16 << 20
 SHARED_BYTES = 64 << 10
 """Tensors of so many bytes are looked for among those of other models."""
+_READ_BYTES = 8 << 20  # of a file in memory while its tensors are read to be compared
 
 _DTYPES = {
     "F64": torch.float64,
@@ -108,7 +109,7 @@ def fill(module: nn.Module, path: Path, name: str, shared: dict[str, str]) -> No
     weights |= {alias: weights[stored] for alias, stored in shared.items() if stored in weights}
     _hold(module, {key: _facts(value) for key, value in weights.items()}, name)
     _assign(module, weights)
-    Pages(weights.values()).give_back()  # they were read to be compared
+    Pages(weights.values()).give_back()  # the ends of those that were read to be compared
 
 
 def read_packed(module: nn.Module, path: Path, name: str) -> Compressed:
@@ -253,15 +254,28 @@ def _at(mapping: Mapping, place: int, dtype: torch.dtype, shape: tuple[int, ...]
     return torch.frombuffer(mapping, dtype=dtype, count=count, offset=place).reshape(shape)
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether bytes are the same; no more than a piece of each is in memory for it."""
+    for pair in zip(one.split(_READ_BYTES), other.split(_READ_BYTES), strict=True):
+        same = torch.equal(*pair)
+        Pages(pair).give_back()
+        if not same:
+            return False
+    return True
+
+
 def _shared(tensor: Tensor, mapping: Mapping) -> Tensor:
     """The same tensor where another model has it already, bit for bit; else itself."""
-    own = tensor.reshape(-1).view(torch.uint8)
-    key = (zlib.crc32(own.numpy().data), str(tensor.dtype), tuple(tensor.shape))
+    own, crc = tensor.reshape(-1).view(torch.uint8), 0
+    for piece in own.split(_READ_BYTES):
+        crc = zlib.crc32(piece.numpy().data, crc)
+        Pages([piece]).give_back()  # it was read to be compared
+    key = (crc, str(tensor.dtype), tuple(tensor.shape))
     with _LOCK:
         there, place = _LOADED.get(key), _PLACES.get(key, 0)
     if there is not None:
         other = _at(there, place, tensor.dtype, tuple(tensor.shape))
-        if torch.equal(other.reshape(-1).view(torch.uint8), own):
+        if _equal(other.reshape(-1).view(torch.uint8), own):
             return other
     with _LOCK:
         _LOADED[key], _PLACES[key] = mapping, tensor.data_ptr() - mapping.address

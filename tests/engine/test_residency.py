@@ -33,6 +33,7 @@ from plinth.engine.devices.device import pick
 from plinth.engine.errors import ModelError, OutOfMemory
 from plinth.engine.mapped import Pages, is_mapped, mappings
 from plinth.engine.memory import residency, streaming
+from plinth.engine.memory.plan import _Kernel
 from plinth.engine.memory.streaming import _Reader, by_planes
 from plinth.engine.models.families import find
 from plinth.engine.models.families.layers import by_tokens
@@ -121,6 +122,23 @@ def test_weights_lie_in_their_file_and_come_back_from_it(store):
         assert pages.give_back() == pages.bytes
 
 
+def test_weights_that_are_read_to_be_compared_are_not_in_memory_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("plinth.engine.models.weights._READ_BYTES", 1 << 20)
+    store = ModelStore(tmp_path)
+    store.save(spec_of("wide", width=1536), deep(1536))
+    meter = _Kernel()
+    for there in ("nowhere", "in another model"):
+        meter.start(anew=True)
+        model = store.load("wide")
+        taken = meter.stop()
+        weights = sum(p.nbytes for p in model.module.parameters())
+        assert weights > 75_000_000
+        assert taken < weights / 3, there
+        if there == "nowhere":
+            kept = model
+    assert model.module.first.weight.data_ptr() == kept.module.first.weight.data_ptr()
+
+
 def test_what_was_written_to_is_never_given_back(store):
     model = store.load("net")
     with torch.no_grad():
@@ -196,6 +214,27 @@ def test_a_model_larger_than_the_budget_runs_layer_by_layer(store):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
         with pytest.raises(OutOfMemory, match="weights, the budget is 15000000"):
             engine.add(whole(store.load("m2")))  # of which no file is there
+
+
+def test_streamed_models_among_those_that_leave_hold_nothing_and_find_room(store):
+    models = [store.load(f"m{number}") for number in range(3)]
+    rows = models[0].rows(2)
+    store.save(spec_of("small", width=300), deep(300))
+    models.append(store.load("small"))
+    with Engine(backend="eager", threads=1, memory_budget=12_000_000, evict_idle=True) as engine:
+        for model in models:
+            engine.add(model, batch_range=(1, 2))
+        facts = engine.status()["models"]
+        assert [name for name, each in facts.items() if each["memory"]] == ["m0", "m1", "m2"]
+        assert engine._models._stays >= 0
+        assert all(each.resident_weights >= 0 for each in engine._models.all())
+        for turn in range(12):
+            model = models[turn % 4]
+            want = whole(model).run(rows)["y"]
+            got = engine.submit(Call(model.spec.name, rows)).result(30).value
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        facts = engine.status()["models"]
+        assert [facts[f"m{number}"]["returns"] for number in range(3)] == [0, 0, 0]
 
 
 def test_a_model_too_slow_to_be_tried_is_streamed_all_the_same(store, monkeypatch):
@@ -431,6 +470,30 @@ def test_a_file_that_was_written_to_while_its_model_was_away_is_not_served(tmp_p
         with pytest.raises(ModelError, match=r"weights.safetensors was written to while"):
             engine.submit(Call("one", rows)).result(30)
         assert engine.submit(Call("two", rows)).result(30).value.shape == (1, 4)
+
+
+@pytest.mark.parametrize("budget", [1 << 30, 8 << 20], ids=["whole", "layer by layer"])
+def test_a_file_that_was_written_to_under_a_running_engine_is_not_served(tmp_path, budget):
+    store = ModelStore(tmp_path)
+    folder = store.save(spec_of("one"), deep(WIDTH))
+    rows = store.load("one").rows(1)
+    with Engine(backend="eager", threads=1, memory_budget=budget) as engine:
+        engine.add(store.load("one"), batch_range=(1, 1))
+        streams = engine.status()["models"]["one"]["memory"]
+        assert (streams is not None) == (budget < 1 << 30)
+        want = engine.submit(Call("one", rows)).result(30).value
+        other = tmp_path / "other"
+        shutil.copyfile(folder / "weights.safetensors", other)
+        other.replace(folder / "weights.safetensors")  # this one is seen by the next start alone
+        assert torch.equal(engine.submit(Call("one", rows)).result(30).value, want)
+    with Engine(backend="eager", threads=1, memory_budget=budget) as engine:
+        engine.add(store.load("one"), batch_range=(1, 1))
+        engine.submit(Call("one", rows)).result(30)
+        with (folder / "weights.safetensors").open("r+b") as file:
+            file.seek(-4, 2)
+            file.write(b"\0\0\0\0")
+        with pytest.raises(ModelError, match=r"weights.safetensors was written to while"):
+            engine.submit(Call("one", rows)).result(30)
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4", "ternary"])
