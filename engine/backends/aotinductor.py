@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plinth.engine.backends.base import Availability
+from plinth.engine.backends.base import Availability, Wrapped
 from plinth.engine.backends.eager import TorchExecutable, in_eval_mode
 from plinth.engine.backends.export import Traced, quiet, refusing
 from plinth.engine.backends.inductor import compiler
@@ -22,6 +22,18 @@ from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PrecisionPolicy
 
 FORMAT = "1"  # of what is kept in the cache
+
+
+class Library(Wrapped):
+    """A library; its weights lie in its file, which is mapped, and once more as they are computed.
+
+    Args:
+        inner: what calls it. The module beside it is not read any more.
+    """
+
+    def __init__(self, inner: TorchExecutable) -> None:
+        super().__init__(inner)
+        self.weights = 2 * inner.weights
 
 
 class AotInductor:
@@ -47,7 +59,7 @@ class AotInductor:
 
     def compile(
         self, model: Model, device: Device, policy: PrecisionPolicy, threads: int | None
-    ) -> TorchExecutable:
+    ) -> Library:
         """Compile it for any rows, or load what was compiled before.
 
         Raises:
@@ -58,12 +70,9 @@ class AotInductor:
             loaded: Any = torch._inductor.aoti_load_package(str(library), run_single_threaded=True)
         names = [tensor.name for tensor in model.spec.inputs]
         outputs = [tensor.name for tensor in model.spec.outputs]
-        return TorchExecutable(
-            self.name,
-            model,
-            in_eval_mode(model),
-            device,
-            compiled=_call(loaded.loader.boxed_run, names, outputs),
+        call = _call(loaded.loader.boxed_run, names, outputs)
+        return Library(
+            TorchExecutable(self.name, model, in_eval_mode(model), device, compiled=call)
         )
 
 

@@ -39,6 +39,7 @@ _EDGE = 1 << 14  # sizes above are not tried: it would take too long
 KNOWN_MODULES = 64
 _LASTING: dict[str, str | None] = {}  # lasting digests by digest
 _TRANSLATIONS: dict[tuple[tuple[str, Any], ...], Any] = {}  # torch's table by what was asked for
+_KNOWN_TORCH = ("2.13",)  # whose private table of translations is what it is taken for here
 _PEAKS: WeakKeyDictionary[nn.Module, dict[tuple[object, int], int | None]] = WeakKeyDictionary()
 CHANNEL_BLOCK = 16
 """Channels that lie side by side in blocked layouts."""
@@ -172,13 +173,14 @@ def _translations_kept() -> Iterator[None]:
     """Within, torch's table of translations to ONNX is made once in the process, then copied.
 
     torch makes it for each export from the source text of 500 functions, which takes a second:
-    half of what the export of a small model takes. A torch without this table exports as ever.
+    half of what the export of a small model takes. There is no public way to hand it a table; a
+    torch whose private one was not looked at here exports as ever.
     """
-    try:
-        from torch.onnx._internal.exporter import _registration
-    except ImportError:
+    if ".".join(torch.__version__.split(".")[:2]) not in _KNOWN_TORCH:
         yield
         return
+    from torch.onnx._internal.exporter import _registration
+
     table: Any = _registration.ONNXRegistry
     before = vars(table)["from_torchlib"]
 
@@ -211,7 +213,19 @@ def _forget_graph() -> None:
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Sqrt", ["x"], ["y"])], "one", [x], [y])
     onnxscript.optimizer.optimize(helper.make_model(graph))
+    _forget_sizes()
     gc.collect()
+
+
+def _forget_sizes() -> None:
+    """Free what torch keeps of each operation on tensors whose sizes are symbols.
+
+    It is kept for the process by the symbols of one trace, which no other trace has: about 5 kB
+    an operation that nobody asks for again.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    FakeTensorMode.cache_clear()
 
 
 class Traced:
@@ -237,8 +251,11 @@ class Traced:
         inputs = tuple(rows[each.name] for each in spec.inputs)
         module = _Positional(self._model)
         with _EXPORTING, refusing(self._model, "exported to ONNX"), quiet():
-            program = torch.export.export(module, inputs, dynamic_shapes=(shapes,))
-            _refuse_narrow(self._model, module, program, rows)
+            try:
+                program = torch.export.export(module, inputs, dynamic_shapes=(shapes,))
+                _refuse_narrow(self._model, module, program, rows)
+            finally:
+                _forget_sizes()
         return program
 
     @cached_property

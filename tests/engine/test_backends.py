@@ -21,7 +21,7 @@ from plinth.engine import (
 )
 from plinth.engine.backends import Availability, Executable, backends, export, prepare
 from plinth.engine.backends.choice import difference
-from plinth.engine.backends.eager import TorchExecutable
+from plinth.engine.backends.eager import TorchExecutable, stored_bytes
 from plinth.engine.backends.export import onnx_file
 from plinth.engine.backends.inductor import Inductor
 from plinth.engine.backends.onnxruntime import OrtExecutable
@@ -399,6 +399,8 @@ def test_inductor_compiles_for_any_number_of_rows(backend, monkeypatch, compiled
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
     model = Model(scorer().spec, Whole(scorer().module).eval())
     executable = prepare(model, CPU, "fp32", backend)
+    times = 2 if backend == "aotinductor" else 1  # in its file, and laid out in memory
+    assert executable.weights == times * stored_bytes(model.module)
     for rows in (1, 5, 33):
         x = torch.randn(rows, 8)
         torch.testing.assert_close(executable.run({"x": x})["score"], model.module(x).detach())
@@ -421,6 +423,29 @@ def test_torchs_translations_are_made_once_and_files_are_what_they_were(monkeypa
     assert files[0] == files[1] == files[2]
     assert len(made) == 1
     assert vars(_registration.ONNXRegistry)["from_torchlib"] is table, "others export as ever"
+
+
+def test_a_torch_whose_private_table_nobody_looked_at_exports_as_ever(monkeypatch, tmp_path):
+    monkeypatch.setenv("PLINTH_CACHE", str(tmp_path))
+    monkeypatch.setattr(export, "_KNOWN_TORCH", ())
+    export._TRANSLATIONS.clear()
+    assert onnx_file(scorer()).stat().st_size
+    assert not export._TRANSLATIONS
+
+
+def test_an_export_leaves_nothing_of_the_sizes_that_were_traced(monkeypatch, tmp_path):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    cleared, clear = [], FakeTensorMode.cache_clear
+    monkeypatch.setattr(
+        FakeTensorMode,
+        "cache_clear",
+        lambda: (cleared.append(len(FakeTensorMode.cache)), clear()),
+    )
+    monkeypatch.setenv("PLINTH_CACHE", str(tmp_path))
+    onnx_file(scorer())
+    assert cleared[0] > 0, "torch keeps them; if it does not, _forget_sizes can go"
+    assert not FakeTensorMode.cache
 
 
 class Steps(nn.Module):
