@@ -349,7 +349,8 @@ class PackedFile:
         if magic != MAGIC:
             self._refuse(0, f"it begins with {magic!r}, a packed file with {MAGIC!r}")
         if version != VERSION or zero:
-            self._refuse(8, f"its format is {version}.{zero}, this release reads {VERSION}.0")
+            hint = "update plinth-engine" if version > VERSION and not zero else _HINT
+            self._refuse(8, f"its format is {version}.{zero}, this release reads {VERSION}.0", hint)
         if size > min(MAX_HEAD_BYTES, self.size - _START.size):
             self._refuse(12, f"its head is to have {size} bytes, more than there are or may be")
         packed = self._bytes[_START.size : _START.size + size]
@@ -408,8 +409,8 @@ class PackedFile:
                 _START.size, f"it is to unpack to {total} bytes, a file of its size to {allowed}"
             )
 
-    def _refuse(self, offset: int, reason: str) -> NoReturn:
-        raise ModelError(f"{self.path} at byte {offset}: {reason}", hint=_HINT)
+    def _refuse(self, offset: int, reason: str, hint: str = _HINT) -> NoReturn:
+        raise ModelError(f"{self.path} at byte {offset}: {reason}", hint=hint)
 
 
 _KINDS = {
