@@ -141,6 +141,17 @@ def test_a_damage_is_named_with_file_and_offset(tmp_path, tensors, at, change, r
     assert f"{path} at byte " in str(refused.value)
 
 
+def test_a_file_of_a_newer_format_says_to_update(tmp_path, tensors):
+    path = tmp_path / "net.packed"
+    packing.write(path, tensors)
+    data = bytearray(path.read_bytes())
+    data[8] += 1
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match=r"its format is 2.0, this release reads 1.0") as refused:
+        PackedFile(path)
+    assert refused.value.hint == "update plinth-engine"
+
+
 def test_a_flipped_bit_names_its_tensor_and_a_short_file_its_end(tmp_path, tensors):
     path = tmp_path / "weights.packed"
     packing.write(path, tensors)
