@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -163,8 +164,11 @@ def check_tells(loss: Loss, want: Rows, labels: Tensor | None, max_loss: float) 
         max_loss: what may be lost.
 
     Raises:
+        ConfigError: what may be lost is no number from 0 on.
         InputError: they cannot tell a good model from a bad one; names what would be lost.
     """
+    if not 0 <= max_loss < math.inf:
+        raise ConfigError(f"max_loss is {max_loss}", hint="a number from 0 on, such as 0.01")
     same = {
         name: (tensor.mean(0, keepdim=True) if tensor.is_floating_point() else tensor[:1]).expand(
             tensor.shape

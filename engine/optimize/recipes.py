@@ -172,9 +172,10 @@ class Frontier:
 
     @property
     def front(self) -> list[Small]:
-        """Points that none beats in both bytes and loss, smallest first."""
+        """Points that none beats in both bytes and loss, smallest first; not those that fail."""
         front: list[Small] = []
-        for point in sorted(self.points, key=lambda p: (p.bytes, p.loss)):
+        known = [point for point in self.points if math.isfinite(point.loss)]
+        for point in sorted(known, key=lambda p: (p.bytes, p.loss)):
             if all(point.loss < other.loss for other in front):
                 front.append(point)
         return front

@@ -139,7 +139,8 @@ class Found:
         ordered = sorted(self.points, key=lambda p: (-p.speed, p.loss))
         front: list[Point] = []
         for point in ordered:
-            if point.speed > 1 and all(point.loss < other.loss for other in front):
+            fails = not math.isfinite(point.loss)
+            if point.speed > 1 and not fails and all(point.loss < p.loss for p in front):
                 front.append(point)
         return front
 

@@ -330,6 +330,21 @@ def test_two_searches_that_end_at_once_both_keep_what_they_found(kept, monkeypat
         shutil.rmtree(variants.folder / written.name)
 
 
+def test_what_gave_no_numbers_is_not_kept(kept):
+    """Its loss could not be read again, nor with it any variant of the model."""
+    store, frontier, _, images = kept
+    failed = replace(frontier.best, bytes=1, loss=float("inf"))
+    none = replace(frontier, points=[failed], best=None)
+    goal = Goal(store.load("shapes"), {"x": images}, loss_of("top1"), 0.08, 1, pick("cpu"))
+    variants = store.variants("shapes")
+    before = variants.list()
+    assert keep_small(none, goal, variants, metric="accuracy", data="lines") == []
+    assert variants.list() == before
+    for allowed in (float("nan"), float("inf"), -0.1):
+        with pytest.raises(ConfigError, match="max_loss is"):
+            shrink(replace(goal, max_loss=allowed), store.root)
+
+
 def test_a_disk_that_fills_up_keeps_the_best_and_leaves_nothing_in_part(kept, monkeypatch):
     store, frontier, (taken, *_), _ = kept
     best = frontier.best
