@@ -256,7 +256,7 @@ def _at(mapping: Mapping, place: int, dtype: torch.dtype, shape: tuple[int, ...]
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     """Whether bytes are the same; no more than a piece of each is in memory for it."""
-    for pair in zip(one.split(_READ_BYTES), other.split(_READ_BYTES), strict=True):
+    for pair in zip(*(torch.split(each, _READ_BYTES) for each in (one, other)), strict=True):
         same = torch.equal(*pair)
         Pages(pair).give_back()
         if not same:
@@ -267,7 +267,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 def _shared(tensor: Tensor, mapping: Mapping) -> Tensor:
     """The same tensor where another model has it already, bit for bit; else itself."""
     own, crc = tensor.reshape(-1).view(torch.uint8), 0
-    for piece in own.split(_READ_BYTES):
+    for piece in torch.split(own, _READ_BYTES):
         crc = zlib.crc32(piece.numpy().data, crc)
         Pages([piece]).give_back()  # it was read to be compared
     key = (crc, str(tensor.dtype), tuple(tensor.shape))
