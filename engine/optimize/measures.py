@@ -99,10 +99,15 @@ def _top1(got: Tensor, want: Tensor) -> float:
     return float((got.argmax(1) != want.argmax(1)).double().mean())
 
 
+def _scored(want: Rows) -> str:
+    """The output that scores: the first of floats, since labels of classes are none."""
+    return next((n for n, tensor in want.items() if tensor.is_floating_point()), next(iter(want)))
+
+
 def _accuracy(got: Rows, want: Rows, labels: Tensor | None) -> float:
     if labels is None:
         raise ConfigError("accuracy needs labels", hint="give the data an array 'labels'")
-    name = next(iter(want))
+    name = _scored(want)
     if want[name].ndim != 2 or want[name].shape[1] < 2 or labels.shape != want[name].shape[:1]:
         raise InputError(
             f"accuracy needs outputs (rows, classes) and a label for each row, got "
@@ -190,7 +195,7 @@ def _against_labels(area: Callable[[Any, Any], float]) -> Loss:
     def loss(got: Rows, want: Rows, labels: Tensor | None) -> float:
         if labels is None:
             raise ConfigError("auc and ap need labels", hint="give the data an array 'labels'")
-        name = next(iter(want))
+        name = _scored(want)
         column = _score_column(want[name])
         if labels.numel() != len(want[name]) or not bool(((labels == 0) | (labels == 1)).all()):
             raise InputError(

@@ -296,6 +296,14 @@ def test_a_score_beside_columns_that_never_change_is_judged_and_two_scores_are_n
         loss_of("ap")(want, {"y": torch.ones(4, 2)}, labels)
 
 
+def test_labels_are_held_against_the_scores_beside_the_classes_that_a_model_names():
+    labels = torch.tensor([2, 0, 1, 0])
+    want = {"label": labels, "probabilities": torch.eye(3)[labels]}
+    got = {"label": labels, "probabilities": torch.eye(3)[labels.roll(1)]}
+    assert loss_of("accuracy")(want, want, labels) == 0
+    assert loss_of("accuracy")(got, want, labels) == 1
+
+
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
