@@ -251,7 +251,9 @@ class Progress:
     def begin(cls, given: argparse.Namespace, folder: Path) -> Progress:
         """That of the last part; a new one where there was none."""
         with contextlib.suppress(FileNotFoundError):
-            return cls(**json.loads((folder / "progress.json").read_text()))
+            told = json.loads((folder / "progress.json").read_text())
+            silences = [(length, after) for length, after in told.pop("silences")]
+            return cls(**told, silences=silences)
         acts = ["worker"] * given.worker_kills
         acts += ["broker"] * (given.broker_kills if given.brokers == 3 else 0)
         random.shuffle(acts)
