@@ -462,8 +462,9 @@ class ConfluentWriter:
         A transaction ends with the first of its messages that fails, and every call says so from
         then on; what is told of the message itself comes with the next poll.
         """
-        if self._producer is not None and not self._failed:
-            self._producer.poll(TOLD_S)
+        producer = self._producer  # none, once it was given up
+        if producer is not None and not self._failed:
+            producer.poll(TOLD_S)
         told = [one for one in self._failed if one.code() not in PURGED]
         return _translated(told[0] if told else error.args[0])
 
