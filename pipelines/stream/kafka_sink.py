@@ -50,6 +50,8 @@ USUAL_TIMES = 5.0
 wait for ever for a coordinator that moved. To give up early is safe, and costs half a second."""
 LEAST_S = 1.5
 LATEST = 50
+MAX_LEFT = 16
+"""Commits that never came back, each with a thread and a producer, beyond which the worker ends."""
 FENCES, FENCED_S = 6, 60.0
 """So often within so long a worker is put out of its own transactions by another of its name alone:
 where a broker was lost, or a transaction took too long, each of its producers is once."""
@@ -89,6 +91,7 @@ class KafkaSink(ABC):
         self._latest: deque[float] = deque(maxlen=LATEST)
         self._given_up = 0
         self.trouble = ""
+        self._left: list[Pending[float]] = []
         self._fenced: deque[float] = deque(maxlen=FENCES)
 
     # -- writing ---------------------------------------------------------------------------
@@ -119,7 +122,7 @@ class KafkaSink(ABC):
         try:
             seconds = pending.wait(0.0)
         except TimeoutError:
-            self._abandon_thread()
+            self._leave_behind(pending)
             why = f"no answer in {time.monotonic() - began:.1f} s"
             cause = "broker_lost" if lost() else "commit_timeout"
             self._given_up += 1
@@ -205,6 +208,21 @@ class KafkaSink(ABC):
             if producer is not None:
                 self._slots[slot] = None
                 producer.give_up()
+
+    def _leave_behind(self, pending: Pending[float]) -> None:
+        """Wait no more for a commit.
+
+        Raises:
+            StreamError: too many never came back. Kafka-python ends such a wait with its producer;
+                librdkafka does not where the group's coordinator was lost (its issue 5456).
+        """
+        self._abandon_thread()
+        self._left = [one for one in (*self._left, pending) if not one.done(0.0)]
+        if len(self._left) > MAX_LEFT:
+            raise StreamError(
+                f"{len(self._left)} commits of the Kafka client never came back",
+                hint="what was committed is complete; start again to go on",
+            )
 
     def _abandon_thread(self) -> None:
         self._thread.close()

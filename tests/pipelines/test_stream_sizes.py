@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -161,3 +162,28 @@ def test_who_is_fenced_again_and_again_says_that_another_has_its_name(
         made.start(outputs(record))
         with pytest.raises(StreamError, match=r"another worker of group plinth writes.*'w1'"):
             made.finish()
+
+
+def test_commits_that_never_come_back_are_counted_and_end_the_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("plinth.pipelines.stream.kafka_sink.MAX_LEFT", 2)
+    monkeypatch.setattr("plinth.pipelines.stream.kafka_sink.LEAST_S", 0.01)
+    freed = threading.Event()
+
+    class Stuck(Kept):
+        def commit(self, offsets: Noted, owner: Any, seconds: float) -> None:
+            freed.wait(30)
+
+    with contextlib.closing(sink(Stuck())) as made:
+        made._latest.append(0.0)  # so that a commit may take LEAST_S alone
+        for _ in range(2):
+            made.start(outputs(Line(0, b"{}")))
+            with pytest.raises(Rewind, match="commit_timeout"):
+                made.finish()
+            made._given_up = 0
+            made.ready()
+        made.start(outputs(Line(0, b"{}")))
+        with pytest.raises(StreamError, match="3 commits of the Kafka client never came back"):
+            made.finish()
+        freed.set()
