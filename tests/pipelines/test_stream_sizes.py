@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from kafka.errors import InvalidProducerEpochError, KafkaError, ProducerFencedError
+from kafka.errors import (
+    FencedInstanceIdError,
+    InvalidProducerEpochError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    ProducerFencedError,
+)
 from tally import TallyVertical
 from test_stream_loop import ENGINE, ONE, Line, P, process
 
@@ -187,3 +193,22 @@ def test_commits_that_never_come_back_are_counted_and_end_the_stream(
         with pytest.raises(StreamError, match="3 commits of the Kafka client never came back"):
             made.finish()
         freed.set()
+
+
+@pytest.mark.needs("confluent_kafka")
+def test_what_is_told_of_a_message_says_more_than_that_its_transaction_failed() -> None:
+    from confluent_kafka import KafkaError as Failure
+    from confluent_kafka import KafkaException
+
+    from plinth.pipelines.stream.confluent import ConfluentWriter
+
+    purged, large = Failure(Failure._PURGE_QUEUE), Failure(Failure.MSG_SIZE_TOO_LARGE)
+    writer = ConfluentWriter.__new__(ConfluentWriter)
+    writer._producer = None
+    for failed, code, expected in (
+        ([purged, large], Failure._STATE, MessageSizeTooLargeError),
+        ([purged], Failure.FENCED_INSTANCE_ID, FencedInstanceIdError),
+        ([], Failure._FENCED, ProducerFencedError),
+    ):
+        writer._failed = failed
+        assert type(writer._why(KafkaException(Failure(code)))) is expected
