@@ -192,6 +192,16 @@ def test_a_version_that_declines_far_more_than_in_shadow_is_taken_back(
         assert Champion(store).take_back("2.0.0", {}) is None, "once"
 
 
+def test_a_decision_that_says_nothing_of_declines_takes_no_version_back() -> None:
+    rule, line = Promotion(), {"by": "rule", "from": "1", "to": "2"}
+    for why, share in ((None, False), ({"figures": {"ap_gain": 0.1}}, False),
+                       ({"figures": {"challenger_decline_share": 0.0}}, True)):  # fmt: skip
+        probation = Probation.of({**line, "why": why} if why else line, rule)
+        probation.take(LEAST, LEAST)
+        assert (probation.exceeded() is not None) == share
+    assert Probation.of(None, rule).exceeded() is None
+
+
 def test_chance_takes_no_version_back() -> None:
     for declined, exceeded in ((20, False), (37, False), (39, True)):
         probation = Probation(0.01)

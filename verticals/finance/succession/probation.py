@@ -63,7 +63,9 @@ class Probation:
             return cls(None)
         why = decision.get("why")
         figures = why.get("figures") if isinstance(why, Mapping) else None
-        return cls(most_declined(rule, figures) if isinstance(figures, Mapping) else None)
+        if not isinstance(figures, Mapping) or "challenger_decline_share" not in figures:
+            return cls(None)  # decided by an earlier Plinth, which did not look
+        return cls(most_declined(rule, figures))
 
     def take(self, payments: int, declined: int) -> None:
         """Count payments, and how many of them the score declines."""
