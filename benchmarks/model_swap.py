@@ -53,7 +53,7 @@ from plinth.verticals.finance.training.simulator import Population, simulate, tr
 CHANGE_S = 2.0
 BEFORE = 50_000
 """Payments that make the state, before anything is timed."""
-WARM_S = 60.0
+WARM_S = 150.0
 SECOND = "2.0.0"
 
 
