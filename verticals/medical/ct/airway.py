@@ -25,6 +25,14 @@ def labels_in_plane(mask: Bool) -> tuple[Labels, int]:
     return labels, int(count)
 
 
+def voxels_of(labels: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
+    """Voxels of each label from 0 to ``count``, plane by plane: counting copies what it counts."""
+    found = np.zeros(count + 1, np.int64)
+    for plane in labels:
+        found += np.bincount(plane.ravel(), minlength=count + 1)
+    return found
+
+
 def airway(air: Bool, spacing: float) -> Bool:
     """Air of the trachea and main bronchi.
 
@@ -42,7 +50,7 @@ def airway(air: Bool, spacing: float) -> Bool:
     none = np.zeros_like(air)
     if count == 0:
         return none
-    area = np.bincount(labels.ravel(), minlength=count + 1) * spacing**2
+    area = voxels_of(labels, count) * spacing**2
     filled = np.flatnonzero(air.any(axis=(1, 2)))
     x = np.nonzero(air.any(axis=(0, 1)))[0]
     middle = (x[0] + x[-1]) / 2

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from plinth.engine.mapped import trim
 from plinth.engine.parallel import spread
-from plinth.verticals.medical.ct.airway import airway, labels_in_plane
+from plinth.verticals.medical.ct.airway import airway, labels_in_plane, voxels_of
 from plinth.verticals.medical.ct.missing import opaque_ml
 from plinth.verticals.medical.volumes.distance import box_of, closed, deep, dilated, eroded, near
 from plinth.verticals.medical.volumes.orientation import Orientation
@@ -141,7 +141,7 @@ def _body(hu: Float) -> tuple[Bool, Bool]:
     labels, count = ndimage.label(core)
     if count == 0:
         return np.zeros_like(dense), np.zeros_like(dense)
-    sizes = np.bincount(labels.ravel())
+    sizes = voxels_of(labels, count)
     sizes[0] = 0
     keep = sizes >= MIN_BODY * sizes.max()
     kept: Bool = keep[labels]
@@ -159,8 +159,8 @@ def _holes(tissue: Bool) -> Bool:
 
 
 def _bone(hu: Float, body: Bool) -> Bool:
-    labels, _ = ndimage.label((hu > COARSE_BONE_HU) & body, np.ones((3, 3, 3)))
-    sizes = np.bincount(labels.ravel()) * COARSE_MM**3 / 1000
+    labels, count = ndimage.label((hu > COARSE_BONE_HU) & body, np.ones((3, 3, 3)))
+    sizes = voxels_of(labels, count) * COARSE_MM**3 / 1000
     sizes[0] = 0
     return (sizes >= MIN_BONE_ML)[labels]
 
@@ -172,7 +172,7 @@ def _lungs(hu: Float, air: Bool, body: Bool, tubes: Bool) -> tuple[tuple[Bool, B
     labels, count = ndimage.label(air)
     if count == 0:
         return (none, none), "none"
-    sizes = np.bincount(labels.ravel()) * COARSE_MM**3 / 1000
+    sizes = voxels_of(labels, count) * COARSE_MM**3 / 1000
     sizes[0] = 0
     middle = _middle(body)
     large = np.flatnonzero(sizes >= MIN_LUNG_ML)
@@ -284,8 +284,8 @@ def _lung_like(hu: Float, body: Bool) -> Bool:
 
 def _opened_ml(lung_like: Bool, tissue: Bool) -> float:
     """The largest part of such air that lies amid tissue."""
-    amid, _ = ndimage.label(eroded(lung_like) & (_between(tissue, 1) | _between(tissue, 2)))
-    return float(np.bincount(amid.ravel())[1:].max(initial=0) * COARSE_MM**3 / 1000)
+    amid, count = ndimage.label(eroded(lung_like) & (_between(tissue, 1) | _between(tissue, 2)))
+    return float(voxels_of(amid, count)[1:].max(initial=0) * COARSE_MM**3 / 1000)
 
 
 def _touching(lungs: Bool, lung_like: Bool, opened: float) -> tuple[str, ...]:
