@@ -131,25 +131,28 @@ def drive(
     return found
 
 
-def warm_up(vertical: FraudScoring, engine: Engine, store: Path, raws: list[bytes]) -> None:
-    """Let each version answer once: what is exported and measured for the first time is not timed.
+def settle(vertical: FraudScoring, engine: Engine, store: Path, raws: list[bytes]) -> None:
+    """Let what was promoted last take over, so that it does so within no pass.
 
     Raises:
-        RuntimeError: a version does not take over.
+        RuntimeError: it does not.
     """
-    champion = Champion(store)
+    wanted, until = Champion(store).version(), time.monotonic() + WARM_S
+    serving = vertical.versions.serving
+    while serving.version != wanted or serving.name != "fraud":
+        if time.monotonic() > until:
+            raise RuntimeError(f"{wanted} does not answer within {WARM_S:g} s")
+        drive(vertical, engine, raws[:100], 50, 0.05)
+        serving = vertical.versions.serving
+
+
+def warm_up(vertical: FraudScoring, engine: Engine, store: Path, raws: list[bytes]) -> None:
+    """Let each version answer once: no first export and no first measurement is timed."""
+    champion, first = Champion(store), ModelStore(store).versions("fraud")[0]
     for _ in range(2):
         now = champion.version()
-        first = ModelStore(store).versions("fraud")[0]
-        wanted = first if now == SECOND else SECOND
-        champion.promote(wanted, by="hand", champion=now)
-        until = time.monotonic() + WARM_S
-        while (
-            vertical.versions.serving.version != wanted or vertical.versions.serving.name != "fraud"
-        ):
-            if time.monotonic() > until:
-                raise RuntimeError(f"{wanted} does not answer within {WARM_S:g} s")
-            drive(vertical, engine, raws[:100], 50, 0.05)
+        champion.promote(first if now == SECOND else SECOND, by="hand", champion=now)
+        settle(vertical, engine, store, raws)
 
 
 def main() -> None:
@@ -177,6 +180,7 @@ def main() -> None:
             assert state is not None
             for _ in range(given.rounds):
                 for kind in random.sample(list(found), len(found)):
+                    settle(vertical, engine, store, before)
                     vertical.restore(state)
                     gc.collect()
                     counted = Pass()
