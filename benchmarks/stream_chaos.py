@@ -50,6 +50,8 @@ CODECS = (None, "gzip", "snappy", "lz4", "zstd")
 BATCH = 2_000
 CARDS = 5_000
 KILLS = "worker", "broker"
+CAUGHT_UP_S = 60.0
+"""After which a broker that came back counts as up, whatever it lacks."""
 GOES_ON = 3
 """Exit code of a part that was not the last."""
 SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
@@ -162,9 +164,23 @@ class Brokers:
         """Start again what was killed before; whether all nodes are up."""
         if self._down is not None:
             node, self._down = self._down, None
-            self._back = threading.Thread(target=node.start, daemon=True)
+            self._back = threading.Thread(target=self._return, args=(node,), daemon=True)
             self._back.start()
         return self._back is None or not self._back.is_alive()
+
+    def _return(self, node: KafkaNode) -> None:
+        """Start a node, and wait until it has caught up: before, it is as good as lost."""
+        node.start()
+        until = time.monotonic() + CAUGHT_UP_S
+        with contextlib.closing(KafkaAdminClient(bootstrap_servers=[node.servers])) as admin:
+            while time.monotonic() < until and not _in_sync(admin.describe_topics()):
+                time.sleep(0.2)
+
+
+def _in_sync(topics: list[dict[str, Any]]) -> bool:
+    """Whether every partition of all topics, Kafka's own included, has all its copies in sync."""
+    found = [part for topic in topics for part in topic["partitions"]]
+    return bool(found) and all(len(p["isr_nodes"]) == len(p["replica_nodes"]) for p in found)
 
 
 @dataclass
