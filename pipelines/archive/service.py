@@ -129,18 +129,19 @@ class Service:
             collector = QueueMetrics(self._queue)
             REGISTRY.register(collector)
             stack.callback(REGISTRY.unregister, collector)
-            threads = [threading.Thread(target=self._guarded(task), name=f"plinth-archive-{n}")
-                       for n, task in enumerate(tasks)]  # fmt: skip
-            for thread in threads:
-                stack.callback(thread.join)
-                thread.start()
-            stack.callback(self._stop.set)
             if settings.listen is not None:
                 from plinth.pipelines.archive.listener import Listener
 
                 reported = None if peer is None else peer.reported
                 door = Listener(settings.listen, self._queue, reported)
                 self.port = stack.enter_context(door).port
+            # The door stays open until all have ended: reports on commitment come in by it.
+            threads = [threading.Thread(target=self._guarded(task), name=f"plinth-archive-{n}")
+                       for n, task in enumerate(tasks)]  # fmt: skip
+            for thread in threads:
+                stack.callback(thread.join)
+                thread.start()
+            stack.callback(self._stop.set)
             ready()
             self._stop.wait()
         if self._broken is not None:

@@ -89,6 +89,7 @@ def service(wanted: Archive) -> Iterator[Queue]:
         finally:
             running.stop()
             thread.join(60)
+            assert not thread.is_alive()
             queue.close()
     assert not failure, failure
 
