@@ -413,11 +413,7 @@ class Processor:
         if type(result) is not Written:
             return self._encode(record, request, result)
         key, value, evidence = result
-        if len(value) > self.max_record_bytes:
-            return Message(record, error=_unfit(value, self.max_record_bytes, "the answer"))
-        if key is None and (key := record.key) is not None and len(key) > MAX_KEY:
-            return Message(record, error=_long_key(key))
-        return Message(record, key, value, evidence=evidence)
+        return self._fitting(record, key, value, evidence)
 
     def _encode(self, record: Record, request: Any, result: Any) -> Message:
         if isinstance(result, InputError):
@@ -433,9 +429,13 @@ class Processor:
         except BaseException as error:
             log.exception("%s.encode raised on %s", self.vertical.name, _place(record))
             return Message(record, error=_failure("encode", error))
+        return self._fitting(record, None if key is None else key.encode(), value, evidence)
+
+    def _fitting(self, record: Record, key: bytes | None, value: bytes, evidence: Any) -> Message:
+        """The answer, or why it cannot be written: it or its key, the record's if ``None``."""
         if len(value) > self.max_record_bytes:
             return Message(record, error=_unfit(value, self.max_record_bytes, "the answer"))
-        own = record.key if key is None else key.encode()
+        own = record.key if key is None else key
         if own is not None and len(own) > MAX_KEY:
             return Message(record, error=_long_key(own))
         return Message(record, own, value, evidence=evidence)
