@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -156,7 +157,8 @@ class FieldMapping(Table):
         default: where nothing is found.
         optional: nothing found, or an empty text, is no error; the field is left out.
         keyed_hash_env: environment variable with a key; the value becomes ``tok_`` and half of
-            its HMAC-SHA-256; of a card number the digits count alone, however it is spelled.
+            its HMAC-SHA-256; of a card number the digits count alone, however it is spelled, of any
+            other text neither spaces around it nor how its accents are composed (NFC).
     """
 
     model_config = ConfigDict(populate_by_name=True)
@@ -362,7 +364,7 @@ def _key(variable: str) -> bytes:
 
 
 def _hashed(text: str, key: bytes) -> str:
-    told = by_digits(text).encode()
+    told = by_digits(unicodedata.normalize("NFC", text.strip())).encode()
     return "tok_" + hmac.new(key, told, hashlib.sha256).hexdigest()[:32]
 
 

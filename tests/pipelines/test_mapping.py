@@ -313,6 +313,18 @@ def test_a_card_number_becomes_a_token_with_a_key_of_the_environment(
         assert record(mapping, again)["card"] == token, "one card, whoever spells it"
     other = AUTH | {"card": {"pan": "4111 1111 1111 1112", "holder": 17}}
     assert record(mapping, other)["card"] != token
+    spelled = [
+        "Jos\u00e9 Nu\u00f1ez",
+        "Jose\u0301 Nun\u0303ez",
+        "Jos\u00e9 Nu\u00f1ez   ",
+        "0017",
+        "17",
+    ]
+    found = [
+        record(mapping, AUTH | {"card": {"pan": text, "holder": 17}})["card"] for text in spelled
+    ]
+    assert len({*found[:3]}) == 1, "one text, however it is composed and padded"
+    assert len({*found}) == 3, "a leading zero is part of an id"
 
 
 @pytest.mark.parametrize(

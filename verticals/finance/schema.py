@@ -26,8 +26,8 @@ from plinth.verticals.double_keys import refuse_double_keys
 
 MIN_AMOUNT = 0.0001
 """The finest subdivision of a currency in ISO 4217; 0 verifies a card without a payment."""
-MAX_AMOUNT = 10_000_000.0
-"""No single card payment is larger; a larger one is a fault of the sender."""
+MAX_AMOUNT = 1e12
+"""In any currency; what it is worth has a bound of its own."""
 EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 LATEST = datetime(2100, 1, 1, tzinfo=UTC)
 MAX_ID, MAX_CARD = 64, 128
@@ -96,8 +96,8 @@ class Transaction(BaseModel):
         kind: ``payment``; what comes after one is a FollowUp.
         transaction_id: unique on the card; the same id again is the same payment.
         event_time: when the payment happened, RFC 3339 with an offset.
-        amount: in ``currency``: 0.0001 to 10,000,000, or 0 to verify the card (it is counted and
-            scored like any other).
+        amount: in ``currency``: 0.0001 or more, worth 10,000,000 of the base currency at most; or 0
+            to verify the card (it is counted and scored like any other).
         currency: ISO 4217 code.
         card: token or keyed hash of the card.
         customer_id: who holds the card.

@@ -65,6 +65,7 @@ from plinth.verticals.finance.features.online import (
     Limits,
     Told,
     event_of,
+    refused_amount,
 )
 from plinth.verticals.finance.features.timeline import DAY, NEVER, milliseconds
 from plinth.verticals.finance.metrics import PARTIAL_DECISIONS, RULE_HITS, TableMetrics
@@ -558,7 +559,7 @@ class FraudScoring(Vertical[Record, Decision]):
                 reason="unknown_currency",
                 hint="add its rate to [verticals.finance.rates]",
             )
-        return event_of(request, rate)
+        return refused_amount(request, rate) or event_of(request, rate)
 
     def _future(self, field: str) -> InputError:
         return InputError(

@@ -167,6 +167,20 @@ def test_amounts_count_in_base_currency() -> None:
     assert "R01" in [reason.code for reason in euro.reason_codes]
 
 
+def test_an_amount_has_a_bound_by_what_it_is_worth_not_by_how_many_units_it_counts() -> None:
+    vertical = FraudScoring(FraudSettings(rates={"EUR": 1.0, "IDR": 0.00005}))
+    rupiah, largest, refused = score(
+        vertical,
+        payment(1, amount=12_000_000.0, currency="IDR"),
+        payment(2, amount=10_000_000.0),
+        payment(3, amount=10_000_000.01),
+    )
+    assert "R01" not in [reason.code for reason in rupiah.reason_codes]
+    assert "R01" in [reason.code for reason in largest.reason_codes]
+    assert isinstance(refused, InputError)
+    assert (refused.field, refused.reason) == ("amount", "too_large")
+
+
 @pytest.mark.parametrize("raw", [payment(at=NOON + 301_000), label(at=NOON + 301_000)])
 def test_the_future_is_refused(raw: bytes) -> None:
     vertical = FraudScoring(clock=at_noon)

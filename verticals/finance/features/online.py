@@ -44,6 +44,8 @@ MODEL_FEATURES: tuple[str, ...] = STANDARD.model_names
 """Those the model sees. Devices serve the rules: the training data has none."""
 MAX_AMOUNT = 1e9
 """Base currency; keeps the integer sums of a card far from their bound."""
+MAX_WORTH = 10_000_000
+"""Base currency: no single card payment is larger; a larger one is a fault of the sender."""
 CARD_REACH = 30 * DAY
 """Milliseconds for which a card's payments are remembered at least, so that repeats are known."""
 LABEL_REACH = LABEL_DELAY + 30 * DAY
@@ -98,6 +100,23 @@ class Event(NamedTuple):
 
 Told = tuple[str, int, float, str, str, str, str | None, Place | None]
 """An :class:`Event` as a plain tuple, which takes a third of the time to make."""
+
+
+def refused_amount(payment: Any, rate: float) -> InputError | None:
+    """Why a payment of such an amount is not taken; ``None``: it is.
+
+    Args:
+        payment: a ``Transaction`` that was read.
+        rate: base currency for one of its own.
+    """
+    if payment.amount * rate <= MAX_WORTH:
+        return None
+    return InputError(
+        f"amount: worth more than {MAX_WORTH:,} of the base currency",
+        field="amount",
+        reason="too_large",
+        hint="is it in the currency's smallest unit, or its rate of another unit?",
+    )
 
 
 def event_of(payment: Any, rate: float) -> Told:

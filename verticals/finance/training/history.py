@@ -23,6 +23,7 @@ from plinth.verticals.finance.features.online import (
     Flag,
     Labelled,
     event_of,
+    refused_amount,
 )
 from plinth.verticals.finance.features.program import STANDARD, Program
 from plinth.verticals.finance.features.timeline import ALWAYS, DAY, LABEL_DELAY, milliseconds
@@ -228,6 +229,8 @@ def _record(made: Transaction | Label, rates: Mapping[str, float]) -> Arrival[Ev
         return Arrival(known if received is None else received, label)
     if made.currency not in rates:
         raise InputError(f"currency: there is no rate for {made.currency}", field="currency")
+    if refused := refused_amount(made, rates[made.currency]):
+        raise refused
     event = Event(*event_of(made, rates[made.currency]))
     return Arrival(time if received is None else received, event)
 
