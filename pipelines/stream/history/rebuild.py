@@ -159,10 +159,9 @@ def rebuild(
     if empty is None:
         raise ConfigError(f"{vertical.name} has no state to rebuild: send its records again")
     prepare(config)
-    chunks: dict[tuple[Any, ...], list[Answered]] = {}
+    chunks: dict[int, list[Answered]] = {}
     for one in _answers(config, wanted):
-        at = one.position
-        chunks.setdefault((*at.before.items(), *at.chunk.items()), []).append(one)
+        chunks.setdefault(id(one.position), []).append(one)
     if not chunks:
         raise ConfigError(
             f"no such answer in {config.output_topic} says which records it was made from",
@@ -320,7 +319,8 @@ def _course(position: Position) -> tuple[list[tuple[Partition, int]], int]:
 
 
 def _answers(config: StreamConfig, wanted: Callable[[bytes | None], bool]) -> Iterator[Answered]:
-    """Committed answers that are wanted and say their position."""
+    """Committed answers that are wanted and say their position; a chunk's share one."""
+    known: dict[str, Position] = {}
     for topic in (config.output_topic, config.dead_letters):
         dead = topic == config.dead_letters
         for record in committed_records(config, topic):
@@ -331,12 +331,10 @@ def _answers(config: StreamConfig, wanted: Callable[[bytes | None], bool]) -> It
             with contextlib.suppress(ValueError, IndexError):  # somebody else's header
                 where, _, position = told.decode().partition(";")
                 partition, offset = map(int, where.split("@"))
-                yield Answered(
-                    Partition(config.input_topic, partition),
-                    offset,
-                    value,
-                    Position.read(position, config.input_topic),
-                )
+                if position not in known:
+                    known[position] = Position.read(position, config.input_topic)
+                place = Partition(config.input_topic, partition)
+                yield Answered(place, offset, value, known[position])
 
 
 def newest(config: StreamConfig, count: int) -> Iterator[Record]:
