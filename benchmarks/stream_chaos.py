@@ -54,12 +54,25 @@ CAUGHT_UP_S = 60.0
 """After which a broker that came back counts as up, whatever it lacks."""
 GOES_ON = 3
 """Exit code of a part that was not the last."""
+TOLD_S = 1.5
+"""Longer silences are told as they end."""
 SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
+def tell(what: str) -> None:
+    """One line on stderr with the time of day, to be held beside the workers' logs."""
+    now = time.time()
+    clock = time.strftime("%H:%M:%S", time.gmtime(now))
+    print(f"{clock}.{int(now % 1 * 1e3):03d} {what}", file=sys.stderr, flush=True)
+
+
 def payment(number: int, alert: bool) -> tuple[bytes, bytes]:
-    """Key and JSON of one payment; an alert is far above the hard limit."""
-    card = f"tok_{number % CARDS}"
+    """Key and JSON of one payment; an alert is far above the hard limit.
+
+    Alerts are of cards of their own, beside whose habit no other payment is odd.
+    """
+    who = f"{'a' if alert else ''}{number % CARDS}"
+    card = f"tok_{who}"
     moment = time.gmtime(1_767_225_600 + number)
     record = {
         "transaction_id": f"x{number}",
@@ -67,7 +80,7 @@ def payment(number: int, alert: bool) -> tuple[bytes, bytes]:
         "amount": 9_000.0 if alert else 20.0,
         "currency": "EUR",
         "card": card,
-        "customer_id": f"c{number % CARDS}",
+        "customer_id": f"c{who}",
         "terminal_id": f"t{number % 997}",
     }
     return card.encode(), json.dumps(record).encode()
@@ -112,6 +125,7 @@ class Workers:
             others = [one for one in pair if one.pid != held]
             if len(others) < len(pair) and all(map(self._stands_by, others)):
                 (worker,) = [one for one in pair if one.pid == held]
+                tell(f"kill -9 of worker w{number}, {worker.pid}")
                 worker.kill()
                 worker.wait()
                 pair.remove(worker)
@@ -157,6 +171,7 @@ class Brokers:
         if not self.mend():
             return False
         self._down = random.choice(self._nodes)
+        tell(f"kill -9 of broker {self._down.servers}")
         self._down.kill()
         return True
 
@@ -194,7 +209,7 @@ class Written:
 
 def feed(config: StreamConfig, given: argparse.Namespace, written: Written) -> None:
     """Write the payments, batch by batch, each in the next codec."""
-    size = min(BATCH, int(2 * given.rate) or BATCH)
+    size = min(BATCH, int(given.rate / 2) or BATCH)
     start = written.count
     grow_at = [given.records * n // (given.growths + 1) for n in range(1, given.growths + 1)]
     grow_at = [at for at in grow_at if at > start - size]
@@ -322,6 +337,8 @@ class Reader:
         polled = self._consumer.poll(200)
         now, progress = time.monotonic(), self.progress
         if polled or self.different >= due:
+            if now - self._came > TOLD_S:
+                tell(f"answers again after {now - self._came:.2f} s, of {self.different}/{due}")
             progress.silences = sorted([*progress.silences, (now - self._came, lately)])[-50:]
             self._came = now
         for place, records in polled.items():

@@ -52,6 +52,38 @@ class Layout(NamedTuple):
 UNKNOWN = Layout()
 
 
+class ChunkSize:
+    """How many records a chunk may have: about half a second of work, or as much as a commit takes.
+
+    Nobody sees the answers of a chunk before all of them are made, and what a change of the group
+    interrupts is done again. Chunks are made while others are committed, so shorter ones than a
+    commit would only be more of them. It begins with a quarter, since a process that just started
+    is slow.
+
+    Args:
+        most: never more.
+
+    Attributes:
+        count: records that the next chunk may have.
+    """
+
+    WORK_S = 0.5
+    LEAST = 64
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._least = min(most, self.LEAST)
+        self.count = max(self._least, most // 4)
+
+    def took(self, records: int, seconds: float, commit: float) -> None:
+        """So many records took so long, and the latest commit: half as many next time, or twice."""
+        bearable = max(self.WORK_S, commit)
+        if seconds <= bearable:
+            self.count = min(self._most, 2 * self.count)
+        elif records:
+            self.count = max(self._least, min(self.count, records) // 2)
+
+
 class Record(Protocol):
     """One input record as the processor sees it; kafka-python's ``ConsumerRecord`` is one."""
 

@@ -504,10 +504,6 @@ class ConfluentWriter:
         producer, self._producer = self._producer, None
         Thread(target=_drop, args=([producer],), name="plinth-drop", daemon=True).start()
 
-    def nodes(self) -> frozenset[Any]:
-        """See :class:`Writer`."""
-        return frozenset()
-
 
 def _drop(held: list[Any]) -> None:
     """Let go of a producer, without what it has not written."""

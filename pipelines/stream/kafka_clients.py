@@ -10,6 +10,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -19,8 +20,10 @@ from kafka.errors import (
     AuthorizationError,
     FencedInstanceIdError,
     InvalidTransactionTimeoutError,
+    KafkaConnectionError,
     KafkaError,
     MessageSizeTooLargeError,
+    NodeNotReadyError,
     TopicAlreadyExistsError,
     UnknownTopicOrPartitionError,
     UnsupportedCodecError,
@@ -41,6 +44,8 @@ RETRY_BACKOFF_MS = 5
 """A transaction that begins before the last one's markers are written waits so long."""
 LEAVE_MS = 3_000
 """Longest wait for a broker, and for its answer, when a place in the group is given up."""
+AGAIN_S = 0.3
+"""Between attempts to reach a broker at the start."""
 POLICY = "cleanup.policy"
 MOST = "max.message.bytes"
 HEADROOM = 128 * 1024
@@ -114,7 +119,7 @@ class Member(Protocol):
 class Writer(Protocol):
     """A producer, with or without transactions. Errors are KafkaErrors.
 
-    All but :meth:`give_up` and :meth:`nodes` is called on one thread.
+    All but :meth:`give_up` is called on one thread.
     """
 
     def open(self) -> None:
@@ -148,9 +153,6 @@ class Writer(Protocol):
     def give_up(self) -> None:
         """End every wait, without what was not written. Returns at once."""
 
-    def nodes(self) -> frozenset[Any]:
-        """Brokers whose loss may make a commit wait for ever; empty where none can."""
-
 
 @dataclass(frozen=True, slots=True)
 class Client:
@@ -169,17 +171,29 @@ class Client:
 
 
 # -- clients -------------------------------------------------------------------------------
-def connect(kind: Callable[..., T], *args: Any, **options: Any) -> T:
-    """Make a client of ``kind``; nothing of it is left if that fails."""
+def connect(
+    kind: Callable[..., T],
+    *args: Any,
+    network: Callable[..., Any] = KafkaNetClient,
+    **options: Any,
+) -> T:
+    """Make a client of ``kind``; nothing of it is left if that fails.
+
+    Args:
+        kind: of kafka-python.
+        args: its own.
+        network: what makes its connections.
+        options: its own.
+    """
     read_bounded()
     made: list[Any] = []
 
-    def network(**settings: Any) -> Any:
-        made.append(KafkaNetClient(**settings))
+    def remembered(**settings: Any) -> Any:
+        made.append(network(**settings))
         return made[-1]
 
     try:
-        return kind(*args, kafka_client=network, **options)
+        return kind(*args, kafka_client=remembered, **options)
     except BaseException:
         for client in made:
             client.close()
@@ -276,6 +290,32 @@ def prepare(config: StreamConfig, *, whole: bool = False) -> dict[str, int]:
         ConfigError: no broker answers, it refuses us, topics are missing, or the input does not
             keep its records; says what to do.
     """
+    until = time.monotonic() + config.connect_timeout_s
+    while True:
+        try:
+            return _prepared(config, whole)
+        except _Away as away:
+            if time.monotonic() + AGAIN_S > until:
+                raise away.final from None
+            log.info("%s; trying again", away.final)
+        time.sleep(AGAIN_S)
+
+
+class _Away(Exception):
+    """A broker did not answer, which it or another may in a moment."""
+
+    def __init__(self, final: ConfigError) -> None:
+        super().__init__(str(final))
+        self.final = final
+
+
+def _prepared(config: StreamConfig, whole: bool) -> dict[str, int]:
+    """As :func:`prepare`, tried once.
+
+    Raises:
+        _Away: no broker answers, or the one asked was lost; until the others have given it up they
+            still name it.
+    """
     options = config.client_options()
     with quiet_client() as heard:
         try:
@@ -285,7 +325,7 @@ def prepare(config: StreamConfig, *, whole: bool = False) -> dict[str, int]:
                 request_timeout_ms=int(config.connect_timeout_s * 1e3),
             )
         except (KafkaError, OSError, ValueError) as error:
-            raise unreachable(config, error, heard) from None
+            raise _away(config, error, heard) from None
     try:
         found = _topics(admin, config)
         if whole:
@@ -293,9 +333,14 @@ def prepare(config: StreamConfig, *, whole: bool = False) -> dict[str, int]:
         _warn_of_small(admin, config)
         return found
     except KafkaError as error:
-        raise unreachable(config, error) from None
+        raise _away(config, error) from None
     finally:
         admin.close()
+
+
+def _away(config: StreamConfig, error: Exception, heard: Heard | None = None) -> Exception:
+    final = unreachable(config, error, heard)
+    return _Away(final) if isinstance(error, KafkaConnectionError | NodeNotReadyError) else final
 
 
 def _settings_of(admin: Any, topics: Sequence[str], name: str) -> dict[str, str]:

@@ -17,7 +17,13 @@ from typing import Any
 from kafka import ConsumerRebalanceListener, KafkaConsumer, KafkaProducer
 from kafka.coordinator.assignors.range import RangePartitionAssignor
 from kafka.coordinator.assignors.sticky.sticky_assignor import StickyPartitionAssignor
-from kafka.errors import KafkaError, KafkaTimeoutError, NoOffsetForPartitionError
+from kafka.errors import (
+    KafkaConnectionError,
+    KafkaError,
+    KafkaTimeoutError,
+    NoOffsetForPartitionError,
+)
+from kafka.net.compat import KafkaNetClient
 from kafka.structs import MemberState, OffsetAndMetadata, TopicPartition
 
 from plinth.pipelines.stream.chunks import Partition, Record
@@ -34,6 +40,45 @@ from plinth.pipelines.stream.settings import StreamConfig
 log = logging.getLogger(__name__)
 
 LOOK_MS = 100
+AWAY_MS = 50
+"""Before a node that could not be reached is asked for anew."""
+LOOKUP_S = 0.1
+"""Between two questions who the group's coordinator is."""
+
+
+class Network(KafkaNetClient):  # type: ignore[misc]
+    """Connections of a producer."""
+
+    def await_ready(self, node_id: Any, timeout_ms: float = 30_000) -> bool:
+        """Whether a node can be asked within the time.
+
+        As the producer's thread expects it. The client's own raises instead, upon which that
+        thread looks for the coordinator, but forgets the request it was to send: a commit that met
+        a lost broker then never returned.
+        """
+        try:
+            return bool(super().await_ready(node_id, timeout_ms))
+        except KafkaConnectionError:
+            self.poll(timeout_ms=AWAY_MS)
+            return False
+
+
+def _pace_lookups(coordinator: Any) -> None:
+    """Have a consumer ask for its group's coordinator at most every LOOKUP_S.
+
+    Until the cluster gives a lost broker up, it is still named; the client asks again at once, a
+    thousand times a second.
+    """
+    ask, asked = coordinator._send_group_coordinator_request, [-LOOKUP_S]
+
+    async def paced() -> Any:
+        wait = asked[0] + LOOKUP_S - time.monotonic()
+        if wait > 0:
+            await coordinator._net.sleep(wait)
+        asked[0] = time.monotonic()
+        return await ask()
+
+    coordinator._send_group_coordinator_request = paced
 
 
 class _Joins(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -131,6 +176,7 @@ class PythonMember(Asks):
             # the second is what workers of both clients have in common
             partition_assignment_strategy=[StickyPartitionAssignor, RangePartitionAssignor],
         )
+        _pace_lookups(consumer._coordinator)
         consumer.subscribe([config.input_topic], listener=_Joins(joined))
         super().__init__(consumer, config.input_topic)
         # a group leader that does not know the topic yet would assign nothing at first
@@ -225,10 +271,6 @@ class Producer(KafkaProducer):  # type: ignore[misc]
             # so that its thread does not wait for a broker that hangs
             network._net.call_soon_threadsafe(network._manager.close)
 
-    def nodes(self) -> frozenset[Any]:
-        """Brokers it is connected to; one that is missing later was lost, or long idle."""
-        return frozenset(self._sender._client._manager._conns.copy())
-
     def append(
         self, place: TopicPartition, value: bytes | None, key: bytes | None, headers: list[Any]
     ) -> Any:
@@ -278,7 +320,7 @@ class PythonWriter:
                 "transactional_id": transactional_id,
                 "transaction_timeout_ms": config.transaction_timeout_ms,
             }
-        self._producer = connect(Producer, **options)
+        self._producer = connect(Producer, network=Network, **options)
         self._sent: list[Any] = []
         self._places: dict[tuple[str, int], TopicPartition] = {}
 
@@ -336,10 +378,6 @@ class PythonWriter:
     def give_up(self) -> None:
         """See :class:`Writer`."""
         self._producer.give_up()
-
-    def nodes(self) -> frozenset[Any]:
-        """See :class:`Writer`."""
-        return self._producer.nodes()
 
 
 def _options(config: StreamConfig, identity: str) -> dict[str, Any]:

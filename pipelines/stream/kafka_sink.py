@@ -43,12 +43,11 @@ REFUSED = "commit_refused"
 POSITION = "plinth_position"
 """Header of answers and dead letters: ``partition@offset;`` of the record, then the position."""
 LEAVE_S = 5.0
-LOST_S = 1.0
-"""After so long a commit that lost a broker is begun anew: the client may wait for ever."""
 USUAL_TIMES = 5.0
-"""So many times as long as the longest of the latest commits one may take, since kafka-python may
-wait for ever for a coordinator that moved. To give up early is safe, and costs half a second."""
-LEAST_S = 1.5
+"""So many times as long as the longest of the latest commits one may take, lest one that never
+returns is waited for longer than need be. To give one up is safe, and costs a second or more."""
+LEAST_S = 5.0
+"""One may always take so long: a coordinator that was lost moves in that time."""
 LATEST = 50
 MAX_LEFT = 16
 """Commits that never came back, each with a thread and a producer, beyond which the worker ends."""
@@ -86,7 +85,7 @@ class KafkaSink(ABC):
         self._thread = AbandonableThread("plinth-commit")
         self._slots: list[Writer | None] = [None] * self.producers
         self._turn = 0
-        self._writing: tuple[Outputs, Pending[float], Any] | None = None
+        self._writing: tuple[Outputs, Pending[float]] | None = None
         self._deadline = config.commit_timeout_ms / 1e3
         self._latest: deque[float] = deque(maxlen=LATEST)
         self._given_up = 0
@@ -101,8 +100,7 @@ class KafkaSink(ABC):
         self._turn = (slot + 1) % self.producers
         producer = self._slots[slot]
         assert producer is not None, "ready() comes first"
-        lost = partial(_lost_a_broker, producer, producer.nodes())
-        self._writing = outputs, self._thread.start(partial(self._timed, producer, outputs)), lost
+        self._writing = outputs, self._thread.start(partial(self._timed, producer, outputs))
 
     def finish(self) -> Committed | None:
         """Wait until what was begun is durable; ``None`` if nothing was begun.
@@ -113,18 +111,13 @@ class KafkaSink(ABC):
         """
         if self._writing is None:
             return None
-        (outputs, pending, lost), self._writing = self._writing, None
-        began = time.monotonic()
-        until = began + self._allowed
-        while not pending.done(min(LOST_S, max(0.0, until - time.monotonic()))):
-            if lost() or time.monotonic() >= until:
-                break
+        (outputs, pending), self._writing = self._writing, None
+        allowed = self._allowed
         try:
-            seconds = pending.wait(0.0)
+            seconds = pending.wait(allowed)
         except TimeoutError:
             self._leave_behind(pending)
-            why = f"no answer in {time.monotonic() - began:.1f} s"
-            cause = "broker_lost" if lost() else "commit_timeout"
+            why, cause = f"no answer in {allowed:.1f} s", "commit_timeout"
             self._given_up += 1
         except KafkaError as error:
             if final := hopeless(error, self.config) or self._another(error):
@@ -288,10 +281,6 @@ class KafkaSink(ABC):
             value = b""
         place = record.partition if producer.width(topic) == width else None
         producer.send(topic, value, key, head + cut + more, place)
-
-
-def _lost_a_broker(producer: Writer, before: frozenset[Any]) -> bool:
-    return not before <= producer.nodes()
 
 
 def _give_up(producer: Writer) -> None:

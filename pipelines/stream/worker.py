@@ -31,6 +31,7 @@ from plinth.pipelines.stream.audit import AuditTrail, key_of
 from plinth.pipelines.stream.checkpoint import Checkpoint
 from plinth.pipelines.stream.chunks import (
     Chunk,
+    ChunkSize,
     Committed,
     Outputs,
     Poisoned,
@@ -320,6 +321,7 @@ class Worker:
         step: what the loop does now, and since when (``monotonic``).
         mine: partitions that the answers are of; of a changing group there may be others by now.
         at_end: all that was committed was read when nothing came last.
+        size: how many records a chunk may have.
         refused: when commits were refused, since the last one that was not.
     """
 
@@ -350,6 +352,7 @@ class Worker:
         self.sink = sink
         self.step = ("start", time.monotonic())
         self.mine = 0
+        self.size = ChunkSize(config.max_records)
         self._unsettled: deque[Outputs] = deque()
         self._times: deque[float] = deque(maxlen=KEPT_TIMES)
         self._began: tuple[float, float] | None = None
@@ -457,6 +460,7 @@ class Worker:
         if self.checkpoint.stateful:
             self.consumer.ask_layout()
             self.processor.see_start(self.checkpoint.start)
+        began = time.monotonic()
         steps = self.processor.process(chunk)
         while True:
             try:
@@ -465,6 +469,8 @@ class Worker:
                 outputs: Outputs = end.value
                 break
             self._wait_for_engine(seconds)
+        committing = self._times[-1] if self._times else 0.0
+        self.size.took(len(chunk.records), time.monotonic() - began, committing)
         if chunk.layout.grown > self.checkpoint.layout.grown:
             self.consumer.learn(chunk.layout)
             self.checkpoint.layout = self.consumer.layout
@@ -595,12 +601,13 @@ class Worker:
 
     def _finished(self) -> bool:
         config, now = self.config, time.monotonic()
+        self.consumer.limit = self.size.count
         if config.max_events is not None:
             writing = sum(len(outputs.chunk.records) for outputs in self._unsettled)
             left = config.max_events - self.summary.records - writing
             if left <= 0:
                 return True
-            self.consumer.limit = min(config.max_records, left)
+            self.consumer.limit = min(self.size.count, left)
         if self.to_end and self.consumer.partitions:
             return self.at_end
         return config.idle_exit_s is not None and self._idle(now, config.idle_exit_s)

@@ -55,9 +55,6 @@ class Kept:
     def give_up(self) -> None:
         """Nothing waits."""
 
-    def nodes(self) -> frozenset[Any]:
-        return frozenset()
-
     def width(self, topic: str) -> int:
         return 1
 
