@@ -58,10 +58,12 @@ def analyse(given: argparse.Namespace) -> dict[str, Any]:
     """Analyse the one series below a folder, twice; seconds and memory by stage of the first."""
     folder, threads = given.study, given.threads
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    from plinth.pipelines.interpreter import frozen, one_heap
+
+    one_heap()
     import torch
 
     from plinth.engine import Engine, InputError
-    from plinth.pipelines.interpreter import frozen
     from plinth.verticals.medical.vertical import CtAnalysis, CtSettings
 
     torch.set_num_threads(threads)

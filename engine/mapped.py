@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import math
 import mmap
 import os
 import struct
@@ -20,6 +21,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -64,6 +66,21 @@ def free_buffers() -> Callable[[], None]:
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     found: Callable[[], None] = ctypes.CDLL(str(library)).mkl_serv_thread_free_buffers
     return found
+
+
+def zeros(shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """An array of zeros that takes memory page by page where other numbers are written.
+
+    Those of NumPy ask the system for pages of 2 MB, which one number fills.
+
+    Args:
+        shape: with at least one element.
+
+    Returns:
+        uint8 of the shape.
+    """
+    place = mmap.mmap(-1, math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(place, np.uint8).reshape(shape)
 
 
 class Mapping(mmap.mmap):

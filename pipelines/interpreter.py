@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import sys
 import threading
@@ -20,6 +21,8 @@ SWITCH_INTERVAL_S = 0.001
 """Longest time a thread holds the interpreter while others wait; default 0.005."""
 BESIDE_S = 0.0002
 """The same while a thread works that nobody waits for."""
+_M_ARENA_MAX = -8
+"""mallopt(3)"""
 _DEFAULT_S = sys.getswitchinterval()
 _asked: list[float] = []
 _lock = threading.Lock()
@@ -48,6 +51,16 @@ def beside_others() -> Iterator[None]:
     """
     with _switching(BESIDE_S):
         yield
+
+
+def one_heap() -> None:
+    """Let all threads allocate from one heap, as glibc keeps one for each.
+
+    What a thread of a heap of its own has freed at the heap's end stays with the process. Works
+    where no second thread has allocated anything yet: call it first.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 @contextlib.contextmanager

@@ -346,6 +346,9 @@ def batch(
 
     Outputs are in OUT/<item>/, the journal in OUT/journal.jsonl, failures in OUT/failed.jsonl.
     """
+    from plinth.pipelines.interpreter import one_heap
+
+    one_heap()
     from plinth.pipelines.cli.runs import batch_words, only_folder_vertical, run_batch
 
     vertical, folder = batch_words(what or [])

@@ -19,7 +19,7 @@ from plinth.engine.backends import prepare
 from plinth.engine.backends.export import _forget_graph
 from plinth.engine.devices.device import pick
 from plinth.engine.errors import OutOfMemory
-from plinth.engine.mapped import free_buffers, trim
+from plinth.engine.mapped import free_buffers, trim, zeros
 from plinth.engine.memory.foresight import foreseen, outgrows
 from plinth.engine.memory.plan import MOST_ROWS, MemoryPlan, budget, measure
 from plinth.engine.models.families.layers import Attention
@@ -112,8 +112,31 @@ class Disturbed(Widening):
         return super().forward(x) + beside[:0].sum()
 
 
-@pytest.mark.cpu  # one device's meter is enough
+def resident(array):
+    """Bytes of an array that take memory."""
+    flags = np.empty(array.nbytes // 4096, np.uint8)
+    assert (
+        ctypes.CDLL(None).mincore(
+            ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_size_t(array.nbytes),
+            flags.ctypes.data_as(ctypes.c_void_p),
+        )
+        == 0
+    )
+    return int((flags & 1).sum()) * 4096
+
+
+@pytest.mark.cpu
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_zeros_take_memory_where_other_numbers_are_written():
+    array = zeros((8, 1024, 1024))
+    assert resident(array) == 0
+    array[3, 5, 7] = 1
+    array[6, 5, 7] = 2
+    assert resident(array) <= 2 * 4096
+    assert (array.dtype, array.shape, int(array.sum())) == (np.uint8, (8, 1024, 1024), 3)
+
+
 @pytest.mark.cpu
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_what_libraries_keep_for_a_thread_is_given_back():

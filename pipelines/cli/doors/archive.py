@@ -49,12 +49,14 @@ def run(
     ] = None,
 ) -> None:
     """Listen, fetch, analyse and send until Ctrl-C or SIGTERM; then end what is in work."""
+    from plinth.pipelines.interpreter import frozen, one_heap
+
+    one_heap()
     from plinth.pipelines.archive.queue import Queue
     from plinth.pipelines.archive.service import Service
     from plinth.pipelines.archive.settings import read
     from plinth.pipelines.assembly import running
     from plinth.pipelines.config.settings import load
-    from plinth.pipelines.interpreter import frozen
     from plinth.pipelines.process import Signals, metrics_at
 
     settings = read(file)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from plinth.verticals.medical.volumes.labelled import Patch, boxes_of, part_of, slices_with
+from plinth.verticals.medical.volumes.components import components
+from plinth.verticals.medical.volumes.labelled import Patch, boxes_of, mask_of, slices_with
 
 
 @pytest.mark.parametrize("planes", [1, 16, 37])
@@ -42,4 +43,16 @@ def test_a_part_shows_the_patches_that_reach_into_it() -> None:
     for patch in patches:
         patch.put(whole)
     for part in (box, other, (slice(0, 6), slice(0, 7), slice(0, 8)), (slice(5, 6),) * 3):
-        assert np.array_equal(part_of(labels, part, patches), whole[part])
+        for label in range(6):
+            mask = mask_of(label, labels, part, patches)
+            assert np.array_equal(mask, np.pad(whole[part] == label, 1))
+
+
+def test_components_are_scipy_s_however_many_there_are() -> None:
+    few = np.random.default_rng(6).random((20, 21, 22)) < 0.3
+    many = np.indices((52, 52, 52)).sum(axis=0) % 2 == 0  # each alone: 70,304 of them
+    for mask, kind in ((few, np.uint16), (many, np.int32)):
+        labels, count = components(mask)
+        expected, number = ndimage.label(mask)
+        assert (labels.dtype, count) == (kind, number)
+        assert np.array_equal(labels, expected)

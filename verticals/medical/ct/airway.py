@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +64,9 @@ def airway(air: Bool, spacing: float) -> Bool:
             chain = _follow(labels, area, int(plane), int(seed))
             tried.update(part for level in chain for part in level)
             if len(chain) * spacing >= SHORTEST_MM:
-                return np.isin(labels, [part for level in chain for part in level])
+                followed = np.zeros(count + 1, bool)
+                followed[[part for level in chain for part in level]] = True
+                return cast(Bool, followed[labels])
     return none
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plinth.engine import InputError
+from plinth.engine.mapped import trim, zeros
 from plinth.engine.parallel import spread
 from plinth.verticals.medical.ct.findings import (
     NO_KERNEL,
@@ -190,7 +191,7 @@ def analyse(volume: Volume, max_slice_spacing_mm: float = 3.0) -> Analysis:
         raise InputError(
             f"no body was found in series {volume.series.id}", field="PixelData", reason="no_body"
         )
-    labels = np.zeros(volume.shape, np.uint8)
+    labels = zeros(volume.shape)
     rows, columns = _box(flat)
     y, x = y[rows], x[columns]
 
@@ -210,6 +211,7 @@ def analyse(volume: Volume, max_slice_spacing_mm: float = 3.0) -> Analysis:
     counts = _Counts()
     for part in parts:
         counts.merge(part)
+    trim()  # of what the threads held and let go
     analysis = Analysis(labels, orientation, found)
     analysis.findings = [
         *_lung_findings(counts, volume, noise),

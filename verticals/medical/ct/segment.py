@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +20,7 @@ from plinth.engine.mapped import trim
 from plinth.engine.parallel import spread
 from plinth.verticals.medical.ct.airway import airway, labels_in_plane, voxels_of
 from plinth.verticals.medical.ct.missing import opaque_ml
+from plinth.verticals.medical.volumes.components import components
 from plinth.verticals.medical.volumes.distance import box_of, closed, deep, dilated, eroded, near
 from plinth.verticals.medical.volumes.orientation import Orientation
 from plinth.verticals.medical.volumes.resample import Grid, fit_spacing, resample
@@ -138,7 +140,7 @@ def _body(hu: Float) -> tuple[Bool, Bool]:
     if not dense.any():
         return dense, dense
     core = deep(dense, _ball(OPENING_MM))
-    labels, count = ndimage.label(core)
+    labels, count = components(core)
     if count == 0:
         return np.zeros_like(dense), np.zeros_like(dense)
     sizes = voxels_of(labels, count)
@@ -159,7 +161,7 @@ def _holes(tissue: Bool) -> Bool:
 
 
 def _bone(hu: Float, body: Bool) -> Bool:
-    labels, count = ndimage.label((hu > COARSE_BONE_HU) & body, np.ones((3, 3, 3)))
+    labels, count = components((hu > COARSE_BONE_HU) & body, np.ones((3, 3, 3)))
     sizes = voxels_of(labels, count) * COARSE_MM**3 / 1000
     sizes[0] = 0
     return (sizes >= MIN_BONE_ML)[labels]
@@ -169,7 +171,7 @@ def _bone(hu: Float, body: Bool) -> Bool:
 def _lungs(hu: Float, air: Bool, body: Bool, tubes: Bool) -> tuple[tuple[Bool, Bool], str]:
     """Air-filled right and left lung, and how they were told apart; never other air."""
     none = np.zeros_like(air)
-    labels, count = ndimage.label(air)
+    labels, count = components(air)
     if count == 0:
         return (none, none), "none"
     sizes = voxels_of(labels, count) * COARSE_MM**3 / 1000
@@ -177,7 +179,8 @@ def _lungs(hu: Float, air: Bool, body: Bool, tubes: Bool) -> tuple[tuple[Bool, B
     middle = _middle(body)
     large = np.flatnonzero(sizes >= MIN_LUNG_ML)
     parts = [part for part in (labels == label for label in large) if _is_lung(hu, part, tubes)]
-    if not parts or not _fills_the_chest(np.logical_or.reduce(parts), body):
+    del labels  # before lungs are parted, which takes as much again
+    if not parts or not _fills_the_chest(reduce(np.logical_or, parts), body):
         return (none, none), "none"
     right, left, split = none.copy(), none.copy(), "components"
     for part in parts:
@@ -223,10 +226,10 @@ def _parted(lungs: Bool, middle: float) -> tuple[tuple[Bool, Bool], str]:
     box = box_of(lungs)
     inside = lungs[box]
     for radius in (1.0, 2.0, 3.0, 4.0, 6.0):
-        labels, count = ndimage.label(deep(inside, radius))
-        sizes = np.bincount(labels.ravel())[1:]
+        labels, count = components(deep(inside, radius))
         if count < 2:
             continue
+        sizes = voxels_of(labels, count)[1:]
         first, second = (int(n) + 1 for n in np.argsort(sizes)[::-1][:2])
         if sizes[second - 1] < 0.2 * sizes[first - 1]:
             continue
@@ -252,7 +255,7 @@ def _mark(bits: Bits, lung: Bool, airy: Bool, body: Bool, names: tuple[int, int]
     box = box_of(lung, int(CLOSING_MM / COARSE_MM) + 3)
     part, inside, here = lung[box], body[box], bits[box]
     whole = closed(part, _ball(CLOSING_MM)) & inside & ((here & AIRWAY) == 0) | part
-    labels, count = ndimage.label(~whole)
+    labels, count = components(~whole)
     outside = np.zeros(count + 1, bool)
     for axis in range(3):
         for edge in (0, -1):
@@ -284,7 +287,7 @@ def _lung_like(hu: Float, body: Bool) -> Bool:
 
 def _opened_ml(lung_like: Bool, tissue: Bool) -> float:
     """The largest part of such air that lies amid tissue."""
-    amid, count = ndimage.label(eroded(lung_like) & (_between(tissue, 1) | _between(tissue, 2)))
+    amid, count = components(eroded(lung_like) & (_between(tissue, 1) | _between(tissue, 2)))
     return float(voxels_of(amid, count)[1:].max(initial=0) * COARSE_MM**3 / 1000)
 
 

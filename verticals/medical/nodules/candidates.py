@@ -21,6 +21,7 @@ from torch import Tensor
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE, Analysis
 from plinth.verticals.medical.ct.segment import LEFT, RIGHT
 from plinth.verticals.medical.nodules.network import windowed
+from plinth.verticals.medical.volumes.components import components
 from plinth.verticals.medical.volumes.labelled import Box, Patch
 from plinth.verticals.medical.volumes.resample import Grid, fit_spacing, resample
 from plinth.verticals.medical.volumes.volume import Volume
@@ -154,7 +155,7 @@ def find_candidates(answer: Tensor) -> Candidates:
     Args:
         answer: (Z, Y, X) uint8 labels on the working grid; above 0 is nodule.
     """
-    labels, count = ndimage.label(answer.numpy() > 0, FULL)
+    labels, count = components(answer.numpy() > 0, FULL)
     sizes = np.zeros(count + 1, np.int64)
     for plane in labels:  # indices of all voxels at once take eight bytes each
         sizes += np.bincount(plane.ravel(), minlength=count + 1)

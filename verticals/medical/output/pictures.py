@@ -16,6 +16,7 @@ from scipy import ndimage
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
 from plinth.verticals.medical.nodules.candidates import Nodule
 from plinth.verticals.medical.output.report import RESEARCH_USE, CtArtefacts, Origin
+from plinth.verticals.medical.volumes.labelled import boxes_of
 
 LUNG_WINDOW, TISSUE_WINDOW = (-600.0, 1500.0), (40.0, 400.0)
 SIZE, CROP_SIZE, CROP_MM, FONT = 512, 256, 60.0, 13
@@ -94,16 +95,18 @@ def _middle(artefacts: CtArtefacts) -> Point:
     """(superior, posterior, left) voxel in the middle of the lungs, in the larger lung."""
     labels = cast(Grey, artefacts.analysis.orientation.to_patient(artefacts.analysis.labels))
     thin = labels[::2, ::2, ::2]
-    right, left = thin == LUNG_RIGHT, thin == LUNG_LEFT
-    if not (right.any() or left.any()):
+    boxes = boxes_of(thin, (LUNG_RIGHT, LUNG_LEFT))
+    if not boxes:
         z, y, x = (n // 2 for n in labels.shape)
         return z, y, x
-    lungs = ndimage.find_objects((right | left).astype(np.uint8))[0]
-    larger = ndimage.find_objects((right if right.sum() >= left.sum() else left).astype(np.uint8))[
-        0
-    ]
-    z, y = (s.start + s.stop for s in lungs[:2])
-    return z, y, larger[2].start + larger[2].stop
+    sizes = {side: sum(np.count_nonzero(plane == side) for plane in thin) for side in boxes}
+    z, y = (
+        min(box[axis].start for box in boxes.values())
+        + max(box[axis].stop for box in boxes.values())
+        for axis in (0, 1)
+    )
+    across = boxes[max(boxes, key=lambda side: sizes[side])][2]
+    return z, y, across.start + across.stop
 
 
 def _place(artefacts: CtArtefacts, lps: tuple[float, float, float]) -> Point:

@@ -99,7 +99,7 @@ def write_frames(
     _refer(head, images, places)
     reference = _Reference(functional.DerivationImageSequence[0])
     content = _encoded(functional["FrameContentSequence"])[: -2 * 4]  # ends with two numbers
-    items, bits = [], _Bits()
+    items, frames = [], []
     for number, value in enumerate(values, 1):
         segment = _segment(functional, number)
         for at, k in enumerate(order, 1):
@@ -107,17 +107,16 @@ def write_frames(
                 indices = struct.pack("<LL", number, at)
                 place = _sequence(0x00209113, _text(0x00200032, "DS", _decimals(images[k])))
                 items.append(_item(reference.to(images[k]) + content + indices + place + segment))
-                bits.add(labels[k] == value)
+                frames.append((k, value))
     head.NumberOfFrames = len(items)
     del head[FRAMES], head[PIXELS]
     head.save_as(path)
-    packed = bits.end()
-    size = sum(map(len, packed))
+    size = -(-len(frames) * labels[0].size // 8)
     with path.open("ab") as file:
         file.write(_tag(FRAMES) + b"SQ\0\0" + struct.pack("<L", sum(map(len, items))))
         file.writelines(items)
         file.write(_tag(PIXELS) + b"OB\0\0" + struct.pack("<L", size + size % 2))
-        file.writelines(packed)
+        file.writelines(_packed(labels, frames))
         file.write(b"\0" * (size % 2))
 
 
@@ -136,28 +135,16 @@ def _sorted(image: Dataset, places: Points) -> list[int]:
     return [int(k) for k in np.argsort(along)]
 
 
-class _Bits:
-    """Frames as Pixel Data of one bit: each begins where the one before ends, within a byte too."""
+def _packed(labels: Labels, frames: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+    """Pixel Data of one bit: each frame begins where the one before ends, within a byte too.
 
-    def __init__(self) -> None:
-        self._packed: list[bytes] = []
-        self._waiting: list[npt.NDArray[np.bool_]] = []
-
-    def add(self, mask: npt.NDArray[np.bool_]) -> None:
-        self._waiting.append(mask)
-        if len(self._waiting) == AT_ONCE:
-            self._pack()
-
-    def _pack(self) -> None:
-        if self._waiting:
-            together = np.concatenate([mask.ravel() for mask in self._waiting])
-            self._packed.append(np.packbits(together, bitorder="little").tobytes())
-            self._waiting = []
-
-    def end(self) -> list[bytes]:
-        """All of them, in parts."""
-        self._pack()
-        return self._packed
+    Args:
+        labels: (z, y, x).
+        frames: slice and label of each.
+    """
+    for first in range(0, len(frames), AT_ONCE):
+        together = [(labels[k] == value).ravel() for k, value in frames[first : first + AT_ONCE]]
+        yield np.packbits(np.concatenate(together), bitorder="little").tobytes()
 
 
 def _refer(head: Head, images: Sequence[Dataset], places: Points) -> None:

@@ -36,15 +36,18 @@ class Patch:
         labels[self.box][self.mask] = self.label
 
 
-def part_of(labels: Labels, box: Box, patches: Sequence[Patch]) -> Labels:
-    """A copy of a part of the labels, with the patches that lie in it in their order.
+def mask_of(label: int, labels: Labels, box: Box, patches: Sequence[Patch]) -> Bool:
+    """Where a part of the volume is of a label, with a margin of one voxel on all sides.
 
     Args:
+        label: that is looked for.
         labels: (z, y, x).
         box: the part.
-        patches: over the whole.
+        patches: over the whole, in their order.
     """
-    part = labels[box].copy()
+    mask = np.zeros([span.stop - span.start + 2 for span in box], bool)
+    part = mask[1:-1, 1:-1, 1:-1]
+    np.equal(labels[box], label, out=part)
     for patch in patches:
         spans = list(zip(box, patch.box, strict=True))
         both = [(max(a.start, b.start), min(a.stop, b.stop)) for a, b in spans]
@@ -56,8 +59,8 @@ def part_of(labels: Labels, box: Box, patches: Sequence[Patch]) -> Labels:
                 )
                 for side in (0, 1)
             )
-            part[ours][patch.mask[theirs]] = patch.label
-    return part
+            part[ours][patch.mask[theirs]] = patch.label == label
+    return mask
 
 
 def slices_with(labels: Labels, values: Sequence[int] | Labels) -> Bool:

@@ -11,13 +11,14 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from plinth.engine.parallel import spread
-from plinth.verticals.medical.volumes.labelled import Patch, boxes_of, part_of
+from plinth.verticals.medical.volumes.labelled import Box, Patch, boxes_of, mask_of
 from plinth.verticals.medical.volumes.shape import (
     Mask,
     Shape,
     ValueStatistics,
     shape_of,
-    values_of,
+    statistics_of,
+    values_within,
 )
 from plinth.verticals.medical.volumes.volume import Volume
 
@@ -101,25 +102,32 @@ def measured(
     boxes = boxes_of(labels, list(titles)) | {patch.label: patch.box for patch in patches}
 
     def one_of(label: int) -> Measured | None:
-        z, y, x = (
-            slice(max(0, span.start - 1), min(size, span.stop + 1))
-            for span, size in zip(boxes[label], labels.shape, strict=True)
-        )
-        around = (z, y, x)
-        inside = part_of(labels, around, patches) == label
+        box = boxes[label]
+        inside = mask_of(label, labels, box, patches)
         title = titles[label][1]
-        return _measured(title, volume, inside, volume.voxels[around]) if inside.any() else None
+        return _measured(title, volume, inside, box) if inside.any() else None
 
     present = [label for label in titles if label in boxes]
     found = zip(present, spread(one_of, present), strict=True)
     return {titles[label][0]: one for label, one in found if one is not None}
 
 
-def _measured(title: str, volume: Volume, inside: Mask, voxels: Voxels) -> Measured:
+def _measured(title: str, volume: Volume, inside: Mask, box: Box) -> Measured:
+    """Measure a structure.
+
+    Args:
+        title: of it.
+        volume: whose values it has.
+        inside: (z, y, x), its box with a margin of one voxel on all sides.
+        box: of the volume.
+    """
     shape = shape_of(inside, volume.spacing)
-    within = voxels[inside]
-    statistics = {name: _rounded(value) for name, value in asdict(values_of(within)).items()}
-    total = float(within.sum(dtype=np.float64))
+    found, counts = values_within(volume.voxels[box], inside[1:-1, 1:-1, 1:-1])
+    statistics = {
+        name: _rounded(value) for name, value in asdict(statistics_of(found, counts)).items()
+    }
+    total = float((found * counts).sum())
+    near, around = zip(*map(_margin, box, volume.shape), strict=True)
     return Measured(
         title=title,
         unit=volume.series.units,
@@ -136,10 +144,18 @@ def _measured(title: str, volume: Volume, inside: Mask, voxels: Voxels) -> Measu
         uncertainty={
             name: Range(lower=_rounded(lower), upper=_rounded(upper))
             for name, (lower, upper) in _uncertain(
-                shape, total, volume, _at_surface(inside, voxels)
+                shape, total, volume, _at_surface(inside[near], volume.voxels[around])
             ).items()
         },
     )
+
+
+def _margin(span: slice, size: int) -> tuple[slice, slice]:
+    """A span and the voxels beside it that the volume has: in an array with a margin of one
+    voxel on both sides, and in the volume."""
+    low, high = min(1, span.start), min(1, size - span.stop)
+    ours = slice(1 - low, 1 + span.stop - span.start + high)
+    return ours, slice(span.start - low, span.stop + high)
 
 
 def _uncertain(

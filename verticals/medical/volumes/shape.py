@@ -10,7 +10,7 @@ a real region; pyradiomics itself does not build on the Python of today.)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -158,7 +158,8 @@ def shape_of(mask: Mask, spacing: tuple[float, float, float]) -> Shape:
     """Measure a region.
 
     Args:
-        mask: (z, y, x) of an orthogonal grid, with at least one voxel inside.
+        mask: (z, y, x) of an orthogonal grid, with at least one voxel inside; not copied where
+            it is the box around the region with a margin of one voxel.
         spacing: (x, y, z) mm.
     """
     inside = _cut(mask)
@@ -193,7 +194,28 @@ def values_of(values: npt.NDArray[np.generic]) -> ValueStatistics:
     Args:
         values: (n,) finite numbers, n at least 1.
     """
-    found, counts = _counted(values)
+    return statistics_of(*_counted([values]))
+
+
+def values_within(
+    voxels: npt.NDArray[np.generic], mask: Mask
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Distinct values of the voxels in a region, ascending, and how often each occurs.
+
+    Args:
+        voxels: (z, y, x) finite numbers.
+        mask: (z, y, x), the region.
+    """
+    return _counted(plane[inside] for plane, inside in zip(voxels, mask, strict=True))
+
+
+def statistics_of(found: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]) -> ValueStatistics:
+    """Statistics of values that are counted.
+
+    Args:
+        found: the distinct values, ascending, at least one.
+        counts: how often each occurs.
+    """
     total = int(counts.sum())
     mean = float((found * counts).sum() / total)
     apart = found - mean
@@ -222,7 +244,11 @@ def values_of(values: npt.NDArray[np.generic]) -> ValueStatistics:
 # -- surface and volume --------------------------------------------------------------------------
 def _cut(mask: Mask) -> Mask:
     """The box around a region, with a margin of one voxel on all sides."""
-    return np.pad(mask[box_of(mask)], 1)
+    box = box_of(mask)
+    ends = zip(box, mask.shape, strict=True)
+    if all(span.start == 1 and span.stop == size - 1 for span, size in ends):
+        return mask
+    return np.pad(mask[box], 1)
 
 
 @cache
@@ -470,15 +496,22 @@ def _row_ends(mask: Mask) -> Points:
 
 
 # -- values --------------------------------------------------------------------------------------
-def _counted(values: npt.NDArray[np.generic]) -> tuple[Points, Counts]:
-    """Distinct values, ascending, and how often each occurs."""
-    if values.dtype == np.int16:  # a table of all there can be needs no sorting
-        counts = np.zeros(65536, np.int64)
-        for part in np.array_split(values, max(1, values.size >> 20)):
-            counts += np.bincount(part.view(np.uint16) ^ 0x8000, minlength=65536)
-        (bins,) = np.nonzero(counts)
-        return bins.astype(np.float64) - 32768, counts[bins]
-    found, counts = np.unique(values, return_counts=True)
+def _counted(parts: Iterable[npt.NDArray[np.generic]]) -> tuple[Points, Counts]:
+    """Distinct values of all parts, ascending, and how often each occurs."""
+    table: Counts | None = None
+    others = []
+    for part in parts:
+        if part.dtype != np.int16:
+            others.append(part)
+            continue
+        if table is None:  # of all there can be, which needs no sorting
+            table = np.zeros(65536, np.int64)
+        for some in np.array_split(part, max(1, part.size >> 20)):
+            table += np.bincount(some.view(np.uint16) ^ 0x8000, minlength=65536)
+    if table is not None:
+        (bins,) = np.nonzero(table)
+        return bins.astype(np.float64) - 32768, table[bins]
+    found, counts = np.unique(np.concatenate(others), return_counts=True)
     return found.astype(np.float64), counts
 
 
