@@ -5,6 +5,7 @@ from __future__ import annotations
 from asyncio import CancelledError
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import GeneratorType
 from typing import Generic, TypeVar
 
 from plinth.engine.flow import Answer, Call, Compute, Flow, Pause, Sla, Tensors, Timing, Told
@@ -39,12 +40,17 @@ class FlowDriver(Generic[T]):
         clock: seconds, monotonic.
         pauses: whether it stops at a :class:`Pause`, until :meth:`computed`.
 
+    Raises:
+        TypeError: the flow is over, or yields what is no call.
+
     Attributes:
         call: what it waits for; ``None``: it is over, or paused.
         paused: it has stopped for others.
     """
 
     def __init__(self, flow: Flow[T], clock: Clock, *, pauses: bool = False) -> None:
+        if isinstance(flow, GeneratorType) and flow.gi_frame is None:
+            raise TypeError("the flow is over: it was driven before; make a new one")
         self._flow = flow
         self._clock = clock
         self._pauses = pauses

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plinth.engine import (
     Call,
@@ -196,6 +197,41 @@ def test_a_flow_that_yields_what_is_no_call_is_told_so(engine, junk):
 def test_rows_that_are_no_tensors_are_named(engine):
     with pytest.raises(InputError, match="rows of x are of type ndarray, expected a tensor"):
         engine.run(double(np.ones((1, 4), np.float32)))
+
+
+class Tagged(torch.Tensor):
+    """As other libraries carry what they know of an image."""
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        (torch.ones(2, 4, device="meta"), "meta"),
+        (torch.ones(2, 4).to_sparse(), "sparse_coo"),
+        (torch.ones(2, 4).to_mkldnn(), "_mkldnn"),
+        (torch.nested.nested_tensor([torch.ones(4)] * 2, layout=torch.jagged), "nested"),
+        (FakeTensorMode().from_tensor(torch.ones(2, 4)), "FakeTensor"),
+    ],
+)
+def test_tensors_without_values_of_their_own_are_refused_by_their_kind(engine, rows, kind):
+    with pytest.raises(InputError, match=f"rows of x are a tensor of kind {kind}, expected"):
+        engine.run(double(rows))
+
+
+@pytest.mark.parametrize(
+    "rows", [nn.Parameter(torch.ones(2, 4)), torch.ones(2, 4).as_subclass(Tagged)]
+)
+def test_classes_of_other_libraries_are_read_and_answered_as_plain_tensors(engine, rows):
+    answer = engine.run(double(rows)).value
+    assert type(answer) is torch.Tensor
+    assert answer.tolist() == [[2.0] * 4] * 2
+
+
+def test_a_flow_that_is_over_is_no_flow_without_an_answer(engine):
+    flow = double(torch.ones(1, 4))
+    assert engine.run(flow).value.sum() == 8
+    with pytest.raises(TypeError, match="driven before"):
+        engine.run(flow)
 
 
 class Changes(nn.Module):
