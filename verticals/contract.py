@@ -251,6 +251,8 @@ class Vertical(ABC, Generic[Req, Res]):
         batch_range: smallest and largest batch of its models, unless the config says other.
         heavy: the flow's own steps between calls take more than about a millisecond, so the
             doors drive it on a worker thread.
+        preloaded: modules that its steps import late, and that worker processes which take whole
+            items have from the start; none of them starts a thread.
 
     Attributes:
         audited: set by a door that will ask for the :meth:`evidence` of each answer.
@@ -267,6 +269,7 @@ class Vertical(ABC, Generic[Req, Res]):
     sla: ClassVar[Sla] = Sla()
     batch_range: tuple[int, int] | None = None
     heavy: ClassVar[bool] = False
+    preloaded: ClassVar[tuple[str, ...]] = ()
     audited: bool = False
     settled: Callable[[], Pending] | None = None
 

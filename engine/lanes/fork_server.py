@@ -23,7 +23,8 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,37 +114,95 @@ class ForkServer:
 
     def _begin(self) -> None:
         """Start the process, in a thread of its own: the kernel ends it with that thread."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-P", "-X", "faulthandler", str(Path(__file__))]
-        command += [str(theirs.fileno()), str(os.getpid())]
+        early = _early.pop() if _early else None
         begun, failed = threading.Event(), list[OSError]()
         self._has_imported = False
+        made: list[Early] = [] if early is None else [early]
 
         def keep() -> None:
             try:
-                process = subprocess.Popen(
-                    command,
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    env={**os.environ, **ONE_THREAD},
-                )
+                if not made:
+                    made.append(start_process())
             except OSError as error:
                 failed.append(error)
                 return
             finally:
                 begun.set()
-            process.wait()
+            made[0].process.wait()
 
         self._keeper = threading.Thread(target=keep, name="plinth-fork-server", daemon=True)
         self._keeper.start()
         begun.wait()
-        theirs.close()
         if failed:
-            ours.close()
             raise failed[0]
+        ours = made[0].socket
         ours.settimeout(FIRST_SECONDS)
-        ours.send(json.dumps({"path": sys.path, "modules": self._modules}).encode())
+        _let_import(ours, self._modules)
         self._socket = ours
+
+
+@dataclass(frozen=True, slots=True)
+class Early:
+    """A process that imports and waits for whoever takes it over.
+
+    Args:
+        socket: our end of its socket.
+        process: itself.
+    """
+
+    socket: socket.socket
+    process: subprocess.Popen[bytes]
+
+
+_early: list[Early] = []
+"""One that the next server takes over."""
+
+
+def start_process(*modules: str) -> Early:
+    """Start a server's process, which ends with the thread that calls this, or with its socket.
+
+    Args:
+        modules: which it imports at once, as far as there are any.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-P", "-X", "faulthandler", str(Path(__file__))]
+    command += [str(theirs.fileno()), str(os.getpid())]
+    try:
+        process = subprocess.Popen(
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **ONE_THREAD},
+        )
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    if modules:
+        _let_import(ours, modules)
+    return Early(ours, process)
+
+
+@contextlib.contextmanager
+def offered(early: Early | None) -> Iterator[None]:
+    """Let the next server that begins meanwhile be one that has begun before; else it ends."""
+    if early is not None:
+        _early.append(early)
+    try:
+        yield
+    finally:
+        if early is not None and early in _early:
+            _early.remove(early)
+            early.socket.close()
+            early.process.wait()
+
+
+def _let_import(sock: socket.socket, modules: Sequence[str]) -> None:
+    sock.send(json.dumps({"path": sys.path, "modules": modules}).encode())
 
 
 class Forked:
@@ -234,24 +293,30 @@ def main(descriptor: int, parent: int) -> None:
     with contextlib.suppress(OSError):
         os.dup2(2, 1)  # what a model prints is no answer of the command
     sock = socket.socket(fileno=descriptor)
-    first = json.loads(sock.recv(_MAX_MESSAGE) or b"{}")
-    sys.path[:] = first.get("path", sys.path)
-    worker = importlib.import_module("plinth.engine.lanes.worker")
-    worker.end_with(parent)
-    for module in first["modules"]:
+    first = sock.recv(_MAX_MESSAGE)
+    if first:
+        _import(json.loads(first), parent)
+        _Forks(sock, importlib.import_module("plinth.engine.lanes.worker"), parent).run()
+    os._exit(0)  # at once: there is nothing to put away
+
+
+def _import(told: Mapping[str, Any], parent: int) -> None:
+    """Import what is asked for, in a process that ends with its parent."""
+    sys.path[:] = told["path"]
+    importlib.import_module("plinth.engine.lanes.worker").end_with(parent)
+    for module in told["modules"]:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # what is never looked at again is never copied for a fork
-    _Forks(sock, worker).run()
-    os._exit(0)  # at once: there is nothing to put away
 
 
 class _Forks:
     """What was forked and has not ended, by the descriptor of its process."""
 
-    def __init__(self, sock: socket.socket, worker: Any) -> None:
+    def __init__(self, sock: socket.socket, worker: Any, parent: int) -> None:
         self._socket = sock
         self._worker = worker
+        self._parent = parent
         self._forked: dict[int, tuple[int, socket.socket]] = {}
 
     def run(self) -> None:
@@ -264,7 +329,11 @@ class _Forks:
                     message, given, _, _ = socket.recv_fds(self._socket, _MAX_MESSAGE, 2)
                     if not message:
                         return
-                    handle = self._fork(json.loads(message), given)
+                    told = json.loads(message)
+                    if "modules" in told:
+                        _import(told, self._parent)
+                        continue
+                    handle = self._fork(told, given)
                     if handle is not None:
                         poll.register(handle, select.POLLIN)
                 else:

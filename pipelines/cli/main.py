@@ -346,9 +346,12 @@ def batch(
 
     Outputs are in OUT/<item>/, the journal in OUT/journal.jsonl, failures in OUT/failed.jsonl.
     """
+    from plinth.pipelines.folders.early import begin
     from plinth.pipelines.interpreter import one_heap
 
     one_heap()
+    # Before all that is imported here: what forks worker processes imports the same beside it.
+    early = begin(what[0] if what and len(what) > 1 else None) if processes else None
     from plinth.pipelines.cli.runs import batch_words, only_folder_vertical, run_batch
 
     vertical, folder = batch_words(what or [])
@@ -369,7 +372,7 @@ def batch(
             "engine.precision": precision,
         },
     )
-    raise typer.Exit(run_batch(config, as_json))
+    raise typer.Exit(run_batch(config, as_json, early))
 
 
 @app.command(

@@ -22,6 +22,7 @@ from rich.progress import (
 
 from plinth.compiled import how_hot_code_runs
 from plinth.engine import ConfigError, Engine
+from plinth.engine.lanes.fork_server import offered
 from plinth.engine.models.store import choose_store
 from plinth.pipelines.assembly import STREAM_ROWS, doors, load_vertical, running, sla_of
 from plinth.pipelines.config.settings import Config
@@ -166,8 +167,13 @@ def batch_words(words: Sequence[str]) -> tuple[str | None, Path | None]:
     return (vertical[0] if vertical else None), Path(folder)
 
 
-def run_batch(config: Config, as_json: bool) -> int:
+def run_batch(config: Config, as_json: bool, early: Any = None) -> int:
     """``plinth batch``: returns the exit code.
+
+    Args:
+        config: names the folders.
+        as_json: print the summary as JSON.
+        early: what :func:`plinth.pipelines.folders.early.begin` gave.
 
     Raises:
         ConfigError: folders or vertical are not named or not there.
@@ -184,6 +190,7 @@ def run_batch(config: Config, as_json: bool) -> int:
     vertical = load_vertical(config, name)
     with contextlib.ExitStack() as stack:
         stack.enter_context(choose_store(config.models.store))
+        stack.enter_context(offered(early))
         engine, carry = stack.enter_context(_batch_engine(config, vertical))
         view = stack.enter_context(BatchView())
         tracing = stack.enter_context(tracing_while(os.environ))

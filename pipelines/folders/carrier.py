@@ -69,7 +69,8 @@ class Carrier:
 
     def prepare(self) -> None:
         """Let the processes be forked from one that has imported what they need (Linux)."""
-        self.engine.prepare_steps(__name__, type(self.vertical).__module__, niceness=0)
+        modules = __name__, type(self.vertical).__module__, *self.vertical.preloaded
+        self.engine.prepare_steps(*modules, niceness=0)
 
     def carry(self, item: Item, folder: Path, sla: Sla, steps: Steps) -> Finished:
         """As :func:`plinth.pipelines.folders.items.analyse`.

@@ -38,7 +38,7 @@ from plinth.engine import (
     InputError,
     Sla,
 )
-from plinth.engine.lanes import worker
+from plinth.engine.lanes import fork_server, worker
 from tests.engine import heavy_steps as steps
 
 pytestmark = pytest.mark.cpu
@@ -496,3 +496,30 @@ def test_workers_end_with_their_parent_whatever_ends_it(tmp_path: Path) -> None:
         parent.kill()
         parent.wait(60)
     assert until(lambda: all(gone(each.pid) for each in workers))
+
+
+def test_a_fork_server_that_began_early_is_taken_over_by_the_next_one_or_ends():
+    early = fork_server.start_process()
+    server = fork_server.ForkServer("colorsys")
+    with fork_server.offered(early):
+        server.lease()
+    early.process.kill()  # it imports by now
+    server.give_back()
+    assert early.process.returncode == -signal.SIGKILL
+    assert early.socket.fileno() == -1, "the server's own"
+
+    left = fork_server.start_process()
+    with fork_server.offered(left):
+        pass
+    assert left.process.returncode == 0
+
+
+def test_a_command_begins_to_import_in_a_fork_server_without_the_engine():
+    code = (
+        "import sys; from plinth.pipelines.folders.early import begin; early = begin(None);"
+        "print('torch' in sys.modules, early is not None); early.process.kill()"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert told.stdout.split() == ["False", str(fork_server.is_possible())]

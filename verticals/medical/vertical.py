@@ -222,6 +222,7 @@ class CtAnalysis(Vertical[StudyRequest, CtResult | SegmentationResult]):
     settings: CtSettings
     sla = Sla()
     heavy = True
+    preloaded = ("highdicom.seg", "highdicom.sr", "highdicom.spatial", "pydicom.sr.codedict")
 
     def __init__(self, settings: CtSettings | None = None) -> None:
         super().__init__(settings)
