@@ -1,7 +1,7 @@
 """Whether a stream's decisions are the same bits for any number of workers, and again from the log.
 
     python benchmarks/stream_equality.py [--payments 100000] [--workers 1 2 4 8] [--grown 20000]
-        [--max-records 512] [--disk] [--json]
+        [--max-records 512] [--disk] [--seed 1] [--json]
 
 Payments, a part of them late or repeated, and labels are written to a real Kafka (KAFKA_HOME, else
 ../shared/kafka), keyed so that whatever shares a card, customer, terminal or device meets in one of
@@ -172,7 +172,9 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         base = node.config(partitions=8, max_records=given.max_records, idle_exit_s=6.0)
         prepare(base)
         now = time.time()
-        written = write(base, records(given.payments, "x", 1, now - 60 * DAY, now - 2 * DAY))
+        written = write(
+            base, records(given.payments, "x", given.seed, now - 60 * DAY, now - 2 * DAY)
+        )
         configs = {
             n: base.model_copy(
                 update={"group": f"g{n}", "output_topic": f"{base.output_topic}-{n}"}
@@ -200,7 +202,7 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             servers = base.bootstrap_servers.split(",")
             with contextlib.closing(KafkaAdminClient(bootstrap_servers=servers)) as admin:
                 admin.create_partitions({base.input_topic: 12})
-            write(base, records(given.grown, "y", 2, now - 2 * DAY, now))
+            write(base, records(given.grown, "y", given.seed + 1, now - 2 * DAY, now))
             for n, config in configs.items():
                 disk = folder if given.disk and n != given.workers[0] else None
                 answer(config, n, disk)
@@ -217,6 +219,7 @@ def main() -> None:
     parser.add_argument("--payments", type=int, default=100_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--grown", type=int, default=20_000, help="payments after the growth")
+    parser.add_argument("--seed", type=int, default=1, help="of the payments")
     parser.add_argument("--max-records", type=int, default=512, help="in one transaction")
     parser.add_argument(
         "--disk", action="store_true", help="all but the first keep their state on disk"

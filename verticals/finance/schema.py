@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from math import isfinite
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -320,10 +321,28 @@ def read(
     if card_numbers == "refuse":
         _refuse_card_numbers(made)
     if made.model_extra:
+        if not _can_be_written(made.model_extra):
+            raise InputError(
+                "an unknown field, which is kept, holds a number that JSON cannot say again: NaN, "
+                "an infinity, or a whole number beyond 64 bits",
+                reason="number_out_of_range",
+                hint="send it as text, or set unknown_fields = 'ignore' in [verticals.finance]",
+            )
         told = without_card_numbers(made.model_extra)
         made.model_extra.clear()
         made.model_extra.update(told)
     return made
+
+
+def _can_be_written(value: Any) -> bool:
+    """Whether a value that was read is written as JSON without being another one."""
+    if isinstance(value, dict):
+        return all(map(_can_be_written, value.values()))
+    if isinstance(value, list):
+        return all(map(_can_be_written, value))
+    if isinstance(value, float):
+        return isfinite(value)
+    return not isinstance(value, int) or -(1 << 63) <= value < 1 << 64
 
 
 def _refuse_card_numbers(record: Record) -> None:

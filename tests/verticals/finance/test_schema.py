@@ -200,6 +200,18 @@ def test_a_field_that_is_there_twice_is_refused_however_it_is_written(
     assert (error.field, error.reason) == (field, "duplicate_key")
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", str(1 << 64), str(-(2**63) - 1)])
+def test_a_number_that_is_kept_can_be_written_again(number: str) -> None:
+    """What is counted before it cannot be answered would be counted for nothing."""
+    raw = payment()[:-1] + b', "risk": {"points": [1, ' + number.encode() + b"]}}"
+    assert read(raw, "ignore")
+    with pytest.raises(InputError) as refused:
+        read(raw, "keep")
+    assert refused.value.reason == "number_out_of_range"
+    kept = payment()[:-1] + b', "risk": [18446744073709551615, -9223372036854775808, 1.5]}'
+    assert read(kept, "keep").model_extra == {"risk": [(1 << 64) - 1, -(1 << 63), 1.5]}
+
+
 def test_a_label_is_told_by_its_field_however_that_is_written() -> None:
     escaped = label().replace(b'"fraud"', b'"fr\\u0061ud"')
     assert isinstance(read(escaped), Label)
