@@ -166,6 +166,7 @@ def image(buildah: Buildah, tmp_path_factory: pytest.TempPathFactory) -> Image:
     buildah(
         *("build", "--isolation", "chroot", "--format", "docker", "--network", "host"),
         *("--build-arg", "BASE=localhost/python-base", "--build-arg", "ACCELERATOR=cpu"),
+        *("--build-arg", "COMPILED=yes"),
         *("--ignorefile", "deploy/Dockerfile.dockerignore", "-f", "deploy/Dockerfile"),
         *packages_from_here(tmp_path_factory.mktemp("pip")),
         *("-t", "localhost/plinth", "."),
@@ -362,6 +363,7 @@ def test_what_compose_starts_works_together(
         until(lambda: server.run(*image.probe).returncode == 0, PATIENCE)
         worker = stack.enter_context(started(image, network, aside, stream["command"]))
         until(lambda: "streaming payments -> decisions" in worker.said, PATIENCE)
+        until(lambda: "hot code: compiled" in worker.said)
         payment = server.python(EXAMPLE.format("model_dump_json"))
         server.python(WRITE, payment)
 
