@@ -1,8 +1,9 @@
-"""Files that people bring: TOML, and records, one a line, plain or packed by gzip."""
+"""Files that people bring: TOML, JSON, and records, one a line, plain or packed by gzip."""
 
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import stat
 import tomllib
@@ -17,6 +18,8 @@ from plinth.engine import ConfigError, InputError
 
 MAX_LINE = 1_000_000
 """Bytes of one record."""
+MAX_FILE = 16 << 20
+"""Bytes of a file of settings or figures."""
 
 
 def toml(text: str) -> dict[str, Any]:
@@ -33,7 +36,19 @@ def toml(text: str) -> dict[str, Any]:
         raise tomllib.TOMLDecodeError(str(error)) from None
 
 
-def whole(path: Path, limit: int) -> bytes:
+def json_of(raw: bytes) -> Any:
+    """The value of a JSON text, whatever is in it.
+
+    Raises:
+        ValueError: it is none, is no UTF-8, or has lists in lists beyond all measure.
+    """
+    try:
+        return json.loads(raw.decode())
+    except RecursionError:
+        raise ValueError("too many lists and objects in each other") from None
+
+
+def whole(path: Path, limit: int = MAX_FILE) -> bytes:
     """A file of settings; what is no file, such as a pipe without a writer, is not waited for.
 
     Args:
@@ -57,12 +72,17 @@ def opened(path: Path) -> BinaryIO:
     """A file of records.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be read, or is a device, such as one that gives zeros without end.
     """
     try:
-        return path.open("rb")
+        file = path.open("rb")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    mode = os.fstat(file.fileno()).st_mode
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        file.close()
+        raise ConfigError(f"{path} is a device, not a file")
+    return file
 
 
 def numbered(path: Path, file: BinaryIO) -> Iterator[tuple[str, bytes]]:

@@ -25,7 +25,7 @@ from plinth.engine import ConfigError
 from plinth.engine.tables import Table
 from plinth.pipelines.config.settings import Bytes, TlsConfig, is_loopback
 from plinth.pipelines.config.source import Origin, places, validated
-from plinth.pipelines.lines import toml
+from plinth.pipelines.lines import toml, whole
 
 EXAMPLE = """\
 folder = "./archive"              # what came in, the queue, the results; survives a restart
@@ -307,7 +307,7 @@ def read(path: Path) -> Archive:
         ConfigError: names file, line and key, and what was expected.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = whole(path).decode("utf-8-sig")
         data = toml(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(

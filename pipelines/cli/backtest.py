@@ -90,7 +90,7 @@ def run_backtest(
         as_json: print JSON, no table.
 
     Raises:
-        ConfigError: a file is not there, or holds no record.
+        ConfigError: a file is not there, or none of the records was taken.
     """
     files = [opened(path) for path in history]
     changed: Counter[tuple[str, str]] = Counter()
@@ -117,8 +117,11 @@ def run_backtest(
             before, after = (side.answer(chunk) for side in sides)
             changed.update(pair for pair in zip(before, after, strict=True) if pair[0] != pair[1])
             bar.update(task, completed=sum(file.tell() for file in files))
-    if not sides[0].tally.records:
-        raise ConfigError("the history holds no record", hint="one JSON object a line")
+    if all(side.refusals.counts.total() == side.tally.records for side in sides):
+        raise ConfigError(
+            "\n".join(["the history holds no record that is taken", *sides[0].refusals.told()]),
+            hint="one JSON object a line",
+        )
     _show(sides[0].tally.figures(), sides[1].tally.figures(), changed, as_json)
     for line in sides[0].refusals.told():
         say(line)

@@ -25,7 +25,7 @@ from pydantic import (
 from plinth.engine.errors import ConfigError
 from plinth.engine.tables import Table
 from plinth.pipelines.config.source import Origin, Place, from_env, places, put, validated
-from plinth.pipelines.lines import toml
+from plinth.pipelines.lines import toml, whole
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.verticals import registry
 
@@ -589,6 +589,6 @@ def _check_verticals(config: Config) -> None:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return whole(file).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {file}: {error}") from None

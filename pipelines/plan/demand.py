@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -19,8 +19,10 @@ from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.scheduler.simulate import Arrivals
 from plinth.engine.tables import Table
 from plinth.pipelines.config.source import Origin, places, validated
-from plinth.pipelines.lines import toml
+from plinth.pipelines.lines import json_of, toml, whole
 
+MAX_TRACE = 256 << 20
+"""Bytes of a file of arrivals."""
 _PERIODS = {"second": 1.0, "s": 1.0, "minute": 60.0, "hour": 3600.0, "h": 3600.0, "day": 86400.0}
 _AMOUNT = re.compile(r"\s*([\d_,]*\.?\d+)\s*([a-z]*)\s*/\s*([a-z]+)\s*", re.IGNORECASE)
 
@@ -75,26 +77,26 @@ def read_trace(path: Path) -> Arrivals:
     """
     times: list[float] = []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for number, row in enumerate(csv.reader(file), 1):
-                if not row or not row[0].strip():
-                    continue
-                try:
-                    at = float(row[0])
-                except ValueError:
-                    if number == 1:
-                        continue  # a heading
-                    raise ConfigError(
-                        f"{path}:{number}: {row[0][:40]!r} is not a time",
-                        hint="the first column holds arrival times in seconds",
-                    ) from None
-                if not np.isfinite(at) or (times and at < times[-1]):
-                    raise ConfigError(
-                        f"{path}:{number}: {row[0][:40]} comes before the line above it",
-                        hint="sort the arrivals by time",
-                    )
-                times.append(at)
-    except (OSError, UnicodeDecodeError) as error:
+        text = whole(path, MAX_TRACE).decode()
+        for number, row in enumerate(csv.reader(io.StringIO(text, newline="")), 1):
+            if not row or not row[0].strip():
+                continue
+            try:
+                at = float(row[0])
+            except ValueError:
+                if number == 1:
+                    continue  # a heading
+                raise ConfigError(
+                    f"{path}:{number}: {row[0][:40]!r} is not a time",
+                    hint="the first column holds arrival times in seconds",
+                ) from None
+            if not np.isfinite(at) or (times and at < times[-1]):
+                raise ConfigError(
+                    f"{path}:{number}: {row[0][:40]} comes before the line above it",
+                    hint="sort the arrivals by time",
+                )
+            times.append(at)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     if len(times) < 2 or times[-1] == times[0]:
         raise ConfigError(
@@ -180,11 +182,12 @@ def read_costs(
         ConfigError: names the file and the key at fault.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = whole(path)
+        text = raw.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     if path.suffix == ".json":
-        data: dict[str, Any] = _measured(path, text, urgent, background)
+        data: dict[str, Any] = _measured(path, raw, urgent, background)
         origin = Origin(path, {}, {})
     else:
         try:
@@ -209,11 +212,11 @@ def read_outside(path: Path) -> tuple[float, ...]:
         ConfigError: there is none of it.
     """
     try:
-        found = next(_outsides(json.loads(path.read_text(encoding="utf-8"))), None)
+        found = next(_outsides(json_of(whole(path))), None)
         seconds = () if found is None else tuple(float(each) / 1e3 for each in found)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is no result of a benchmark: {type(error).__name__}") from None
     if not seconds or not np.isfinite(seconds).all():
         raise ConfigError(
@@ -235,9 +238,9 @@ def _outsides(value: Any) -> Iterator[list[Any]]:
             yield from _outsides(each)
 
 
-def _measured(path: Path, text: str, urgent: str | None, background: str | None) -> dict[str, Any]:
+def _measured(path: Path, raw: bytes, urgent: str | None, background: str | None) -> dict[str, Any]:
     try:
-        file = json.loads(text)
+        file = json_of(raw)
         seconds: Mapping[str, Any] = dict(file["seconds"])
         delays, turns = dict(file.get("delays", {})), dict(file.get("turns", {}))
         followed = dict(file.get("followed", {}))

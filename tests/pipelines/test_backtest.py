@@ -102,6 +102,9 @@ def test_a_packed_history_and_another_config_file_are_read(
         (["history.jsonl", "--set", "ruls=x.toml"], "did you mean"),
         (["history.jsonl", "--set", "rules=absent.toml"], "cannot read absent.toml"),
         (["empty.jsonl"], "the history holds no record"),
+        (["text.jsonl"], "2 records were refused as malformed_json, the first at text.jsonl:1"),
+        (["/dev/zero"], "/dev/zero is a device"),
+        (["history.jsonl", "--then", "/dev/zero"], "no config file /dev/zero"),
         (["damaged.jsonl.gz"], "is damaged"),
     ],
 )
@@ -109,6 +112,7 @@ def test_what_is_wrong_is_said_with_its_name(
     history: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     history.with_name("empty.jsonl").write_text("\n")
+    history.with_name("text.jsonl").write_text("no\nrecord\n")
     history.with_name("damaged.jsonl.gz").write_bytes(gzip.compress(history.read_bytes())[:-9])
     run(*arguments, code=2)
     assert said in " ".join(capsys.readouterr().err.split())

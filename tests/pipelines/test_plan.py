@@ -151,6 +151,7 @@ def test_a_trace_is_arrival_times_and_names_the_line_that_is_none(tmp_path: Path
         ("1\nx\n", ":2: 'x' is not"),
         ("2\n1\n", ":2: 1 comes before"),
         ("1\n", "1 arr"),
+        ("1" * 200_000, "field larger than"),
     ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=said):

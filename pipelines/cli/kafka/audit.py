@@ -125,13 +125,16 @@ def _lines(files: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
 
 def _heads(path: Path | None) -> dict[str, Link]:
     from plinth.engine import ConfigError
+    from plinth.pipelines.lines import json_of, whole
     from plinth.pipelines.stream.audit import Link
 
-    if path is None or not path.exists():
+    if path is None:
         return {}
     try:
-        told: dict[str, Any] = json.loads(path.read_text())
+        told: dict[str, Any] = json_of(whole(path))
         return {name: Link(int(one["number"]), str(one["hash"])) for name, one in told.items()}
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(
             f"{path} does not hold the ends of chains", hint="name a file that verify wrote"
