@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+import warnings
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -380,6 +381,68 @@ def test_torchscript_that_touches_files_is_refused_before_it_is_loaded(tmp_path)
     write_script(Reads(), path, trace=False)
     with pytest.raises(ModelError, match="from_file"):
         load_network(path)
+
+
+class Dropping(nn.Module):
+    """Drops values at random, while it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.drop, self.head = nn.Conv3d(1, 3, 1), nn.Dropout3d(0.5), nn.Conv3d(3, 2, 1)
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        return self.head(self.drop(torch.relu(self.first(volume))))
+
+
+class Normed(Dropping):
+    """Normalises by what it has learned, unless it is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.BatchNorm3d(3)
+
+
+def onnx_of(module: nn.Module, path: Path) -> None:
+    """The middle of a network as a graph of its own, in the mode that it is in."""
+    onnx = pytest.importorskip("onnx")
+    helper, kinds = onnx.helper, onnx.TensorProto
+    floats = [helper.make_tensor(name, kinds.FLOAT, [1], [1.0]) for name in "abcd"]
+    mode = helper.make_tensor("mode", kinds.BOOL, [], [module.training])
+    ratio = helper.make_tensor("ratio", kinds.FLOAT, [], [0.5])
+    if isinstance(module, Normed):
+        training = int(module.training)
+        outputs = ["y", "mean", "deviation"] if training else ["y"]
+        node = helper.make_node(
+            "BatchNormalization", ["volume", *"abcd"], outputs, training_mode=training
+        )
+    else:
+        node = helper.make_node("Dropout", ["volume", "ratio", "mode"], ["y"])
+    shape = ["n", 1, 16, 16, 16]
+    ends = [helper.make_tensor_value_info(name, kinds.FLOAT, shape) for name in ("volume", "y")]
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], [*floats, mode, ratio])
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
+
+
+@pytest.mark.parametrize("kind", ["ts", "pt2", "onnx"])
+@pytest.mark.parametrize(("made", "why"), [(Dropping, "at random"), (Normed, "has learned")])
+def test_a_network_that_was_saved_in_training_mode_is_refused(kind, made, why, tmp_path):
+    def load(training: bool) -> None:
+        path, module = write_beside(tmp_path / f"net.{kind}"), made().train(training)
+        rows = torch.rand(2, 1, 16, 16, 16)
+        if kind == "onnx":
+            onnx_of(module, path)
+        elif kind == "pt2":
+            torch.export.save(torch.export.export(module, (rows,)), path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.jit.trace(module, rows, check_trace=False).save(path)
+        load_network(path)
+
+    load(training=False)
+    with pytest.raises(ModelError, match=why):
+        load(training=True)
 
 
 def test_an_exported_program_whose_example_would_run_code_does_not_run_it(tmp_path):

@@ -366,7 +366,7 @@ def test_one_number_written_in_two_ways_splits_nothing(
 
 def test_a_copy_whose_pixels_differ_is_called_changed(write: Write, edit: Edit) -> None:
     def invert(image: pydicom.Dataset, k: int) -> None:
-        image.PixelData = image.PixelData[::-1]
+        image.PixelData = np.frombuffer(image.PixelData, "<u2")[::-1].tobytes()
 
     folder = write()
     copy = folder / "zz.dcm"

@@ -92,6 +92,39 @@ def test_bits_beyond_bits_stored_are_masked(write: Write, edit: Edit, expected: 
     assert np.array_equal(load_volume(folder).voxels, expected())
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_values_that_need_bits_beyond_bits_stored_are_refused(
+    write: Write, edit: Edit, signed: bool
+) -> None:
+    """Air and tissue of 12 bits in an image that says ten: without the others both look like HU."""
+
+    def low(stored: np.ndarray) -> np.ndarray:
+        return (stored.astype(np.int16) - 1024 * signed).view(np.uint16)
+
+    folder = write()
+    said = {"BitsStored": 10, "HighBit": 9, "PixelRepresentation": int(signed)}
+    edit(folder, pixels(low, **said, RescaleIntercept=-1024 * (not signed)))
+    with pytest.raises(InputError, match="Bits Stored is 10") as refused:
+        load_volume(folder)
+    assert refused.value.field == "BitsStored"
+
+
+def test_an_overlay_in_the_bits_beyond_is_no_part_of_the_values(
+    write: Write, edit: Edit, expected: Any
+) -> None:
+    def drawn(stored: np.ndarray) -> np.ndarray:
+        marked = stored.copy()
+        marked[5:20:3, 4:28:2] |= np.uint16(0x1000)
+        return marked
+
+    folder = write()
+    edit(folder, pixels(drawn))
+    with pytest.raises(InputError, match="no overlay"):
+        load_volume(folder)
+    edit(folder, lambda image, _: image.add_new(0x60020102, "US", 12))
+    assert np.array_equal(load_volume(folder).voxels, expected())
+
+
 def test_twelve_signed_bits_are_extended(write: Write, edit: Edit, expected: Any) -> None:
     def signed(stored: np.ndarray) -> np.ndarray:
         return (stored.astype(np.int16) - 1024).view(np.uint16) & np.uint16(0x0FFF)

@@ -208,6 +208,8 @@ def _finish(out: Array, stored: Array, frame: Frame, precision: int | None = Non
     """Mask and sign stored bits, rescale, replace padding; ``stored`` may share ``out``."""
     header = frame.header
     beside = _padding_beside(stored, header)
+    if precision is None:
+        _check_spare_bits(stored, header, beside)
     values = _significant(stored, header, precision)
     if out.dtype == np.int16:
         _rescale_whole(out, values, frame, max(header.bits_stored, precision or 0))
@@ -233,6 +235,43 @@ def _padding_beside(stored: Array, header: Header) -> Array | None:
     raw = stored.view(f"{'i' if header.signed else 'u'}{width}")
     found: Array = (raw >= low) & (raw <= high)
     return found
+
+
+def _check_spare_bits(stored: Array, header: Header, beside: Array | None) -> None:
+    """Refuse an image that uses bits beyond Bits Stored, and does not say for what.
+
+    They are no part of a value (PS3.5 8.1.1), and hold the sign, one pattern in all pixels, or an
+    overlay that the header names. All else is values that Bits Stored would cut.
+
+    Args:
+        stored: as they lie in the file.
+        header: of the image.
+        beside: of :func:`_padding_beside`.
+    """
+    bits, width = header.bits_stored, stored.dtype.itemsize * 8
+    if header.overlaid or header.high_bit != bits - 1 or not 1 <= bits < width:
+        return
+    whole = stored.view(f"{'i' if header.signed else 'u'}{width // 8}")
+    if _within(whole, bits):
+        return
+    shown = whole if beside is None else whole[~beside]
+    if _within(shown, bits):
+        return
+    spare = shown >> bits
+    if not (spare == spare.flat[0]).all():
+        raise InputError(
+            f"{header.source.name}: Bits Stored is {bits}, but values from {shown.min()} to "
+            f"{shown.max()} are there, and no overlay that would lie in the bits beyond it",
+            field="BitsStored",
+            hint="ask the sender for the original image",
+            reason="damaged_pixels",
+        )
+
+
+def _within(values: Array, bits: int) -> bool:
+    """Whether the bits beyond are 0 in all values, or hold the sign in all of them."""
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    return high < 1 << (bits - 1 if low < 0 else bits) and low >= -(1 << (bits - 1))
 
 
 def _significant(stored: Array, header: Header, precision: int | None) -> Array:

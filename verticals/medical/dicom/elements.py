@@ -97,7 +97,10 @@ KEYWORDS = (
 )
 
 TAGS = {keyword: Tag(keyword) for keyword in dict.fromkeys((*KEYWORDS, *MARKS))}
-READ: list[BaseTag | int] = list(TAGS.values())
+OVERLAY_BITS = tuple(Tag(0x6000 + 2 * n, 0x0102) for n in range(16))
+"""Overlay Bit Position, above 0 where an overlay lies in bits of the pixels (retired in 2004)."""
+
+READ: list[BaseTag | int] = [*TAGS.values(), *OVERLAY_BITS]
 """The tags that are read of a file before its pixels."""
 
 
@@ -189,9 +192,9 @@ def numbers(dataset: Dataset, keyword: str) -> tuple[float, ...]:
     return found
 
 
-def integer(dataset: Dataset, keyword: str, *, signed: bool = False) -> int | None:
+def integer(dataset: Dataset, keyword: str | BaseTag, *, signed: bool = False) -> int | None:
     """A 16-bit binary integer; ``None`` when absent."""
-    tag = TAGS[keyword]
+    tag = TAGS[keyword] if isinstance(keyword, str) else keyword
     if tag not in dataset:
         return None
     element = dataset.get_item(tag)

@@ -15,6 +15,7 @@ from plinth.engine.errors import InputError
 from plinth.verticals.medical.dicom.elements import (
     MARKS,
     ORIGIN,
+    OVERLAY_BITS,
     PATIENT,
     READ,
     TAGS,
@@ -93,6 +94,7 @@ class Header:
         unsaid: attributes without which stored bits are no values (PS3.3 C.7.6.3), and which
             the file lacks.
         part: which file it is of several that hold one multi-frame image.
+        overlaid: an overlay lies in bits of the pixels that are no part of the values.
     """
 
     source: Source
@@ -132,6 +134,7 @@ class Header:
     lossy: bool = False
     unsaid: tuple[str, ...] = ()
     part: ConcatenationPart | None = None
+    overlaid: bool = False
 
     @property
     def encapsulated(self) -> bool:
@@ -340,6 +343,7 @@ def _header(
         units=text(dataset, "Units"),
         lossy=text(dataset, "LossyImageCompression") == "01",
         part=_concatenation_part(dataset),
+        overlaid=any(integer(dataset, tag) for tag in OVERLAY_BITS),
         unsaid=() if pixels[2] else tuple(k for k in BITS if integer(dataset, k) is None),
     )
 

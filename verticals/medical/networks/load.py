@@ -19,7 +19,12 @@ from plinth.verticals.medical.networks.meshnet import is_meshnet, read_meshnet
 from plinth.verticals.medical.networks.monai_bundle import is_bundle, read_bundle
 from plinth.verticals.medical.networks.nnunet import is_nnunet, read_nnunet
 from plinth.verticals.medical.networks.recipe import Recipe, Triple
-from plinth.verticals.medical.networks.weights import graph_of, read_export, read_script
+from plinth.verticals.medical.networks.weights import (
+    check_onnx_mode,
+    graph_of,
+    read_export,
+    read_script,
+)
 
 INPUT, OUTPUT = "volume", "classes"
 SCRIPTS = (".ts", ".pt", ".torchscript")
@@ -180,6 +185,7 @@ def _file(path: Path) -> tuple[nn.Module, Recipe]:
         inputs, outputs = read_contract(path)
         if len(inputs) != 1 or len(inputs[0][1]) != 4:
             raise ModelError(f"{path.name} takes {inputs}, expected one volume (n, 1, a, b, c)")
+        check_onnx_mode(path)
         module: nn.Module = OnnxModule(path, (inputs[0][0],), tuple(o[0] for o in outputs[:1]))
         return module, recipe
     if path.suffix == ".pt2":

@@ -11,7 +11,7 @@ import logging
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -129,7 +129,9 @@ def read_script(path: Path) -> nn.Module:
         if not code:
             raise ModelError(f"{path.name} is not TorchScript: it holds no code")
         for name in code:
-            _check_script(path, _text(archive, name, path))
+            text = _text(archive, name, path)
+            _check_script(path, text)
+            _check_mode(path, _calls(text))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which files still are
         try:
@@ -180,13 +182,75 @@ def _check_script(path: Path, text: str) -> None:
             )
 
 
+def _calls(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Name and arguments of the calls of torch's operators in TorchScript's code."""
+    for found in re.finditer(r"\btorch\.(\w+)\(", text):
+        given, depth = [""], 1
+        for letter in text[found.end() :]:
+            depth += (letter in "([") - (letter in ")]")
+            if not depth:
+                break
+            if letter == "," and depth == 1:
+                given.append("")
+            else:
+                given[-1] += letter
+        yield found[1], [one.strip() for one in given]
+
+
+def _check_mode(path: Path, calls: Iterable[tuple[str, Sequence[str]]]) -> None:
+    """Refuse a network that was traced or exported in training mode, which is then part of it.
+
+    Raises:
+        ModelError: it drops values at random, or normalises a batch by its own mean although it has
+            learned one.
+    """
+    for name, given in calls:
+        drops = "dropout" in name and given[2:3] == ["True"]
+        forgets = name == "batch_norm" and given[5:6] == ["True"] and given[3] != "None"
+        if drops or forgets:
+            why = "drops values at random" if drops else "does not use the means it has learned"
+            raise ModelError(
+                f"{path.name} was made in training mode, and {why} ({name})",
+                hint="call model.eval() before it is traced or exported",
+            )
+
+
+def check_onnx_mode(path: Path) -> None:
+    """The same for an ONNX file.
+
+    Raises:
+        ModelError: see :func:`_check_mode`.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(path, load_external_data=False).graph
+    known = {one.name: one for one in graph.initializer}
+    known |= {
+        node.output[0]: node.attribute[0].t
+        for node in graph.node
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value"
+    }
+    for node in graph.node:
+        told = {one.name: one.i for one in node.attribute}
+        mode = known.get(node.input[2]) if len(node.input) > 2 else None
+        drops = node.op_type == "Dropout" and mode is not None and numpy_helper.to_array(mode).any()
+        _check_mode(path, [("dropout", ["", "", str(bool(drops))])])
+        if node.op_type == "BatchNormalization":
+            training = str(bool(told.get("training_mode")))
+            _check_mode(path, [("batch_norm", ["", "", "", "mean", "", training])])
+
+
 def read_export(path: Path) -> nn.Module:
     """A torch.export file (``.pt2``) as a module on the host.
 
     Raises:
         ModelError: see :func:`plinth.engine.models.program.read`.
     """
-    return _Exported(program.read(path).module(check_guards=False))
+    found = program.read(path)
+    calls = ((str(n.target), [str(a) for a in n.args]) for n in found.graph.nodes)
+    _check_mode(path, ((name.split(".")[1], given) for name, given in calls if "." in name))
+    return _Exported(found.module(check_guards=False))
 
 
 class _Exported(nn.Module):
