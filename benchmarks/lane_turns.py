@@ -4,10 +4,10 @@
 
 One process, as a server has it: callers in an event loop ask for a small model at a Poisson rate,
 and every answer takes the loop 0.2 ms of CPU; some ask a second time (alerts). Beside them windows
-without end. Every half second callers begin or cease to pause before those 0.2 ms. Printed:
-milliseconds from the end of a batch until the next has begun while work waited, after urgent
-batches and after windows; and for each half how long an answer was away until its caller asked
-again, and the latency of all and of alerts.
+without end. By turns of half a second callers go on at once, pause before those 0.2 ms, or also
+say what an alert will ask. Printed: milliseconds from the end of a batch until the next has begun
+while work waited, after urgent batches and after windows; and for each way how long an answer was
+away until its caller asked again, the latency of all and of alerts, and windows per second.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from rich.table import Table  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from plinth.engine import (  # noqa: E402
+    Batch,
     Batcher,
     Call,
     Engine,
@@ -53,6 +54,7 @@ BEFORE, CHECK, AFTER = 85e-6, 20e-6, 190e-6
 WINDOWS, AGAIN = 10, 64
 """Windows of a study, and rows of a second question."""
 HALF = 0.5
+WAYS = ("at once", "paused", "foreseen")
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 
@@ -83,18 +85,24 @@ def model(name: str, width: int, times: int) -> Model:
 
 
 class Noting(Batcher):
-    """Keeps when callers asked again, by whether they pause."""
+    """Keeps when callers asked again, and counts windows, by what callers do."""
 
-    pauses = False
+    way = WAYS[0]
 
     def __init__(self, latency: LatencyModel) -> None:
         super().__init__(latency)
-        self.again: dict[bool, list[float]] = defaultdict(list)
+        self.again: dict[str, list[float]] = defaultdict(list)
+        self.windows: dict[str, int] = defaultdict(int)
 
     def followed(self, key: str, seconds: float) -> None:
         """See :class:`Batcher`."""
-        self.again[self.pauses].append(seconds)
+        self.again[self.way].append(seconds)
         super().followed(key, seconds)
+
+    def finished(self, batch: Batch, seconds: float | None, now: float) -> None:
+        """See :class:`Batcher`."""
+        self.windows[self.way] += 0 if batch.urgent else batch.rows
+        super().finished(batch, seconds, now)
 
 
 def spend(seconds: float) -> None:
@@ -104,14 +112,23 @@ def spend(seconds: float) -> None:
         pass
 
 
-def payment(*, alert: bool, pauses: bool) -> Flow[Tensor]:
+def payment(way: str, *, alert: bool) -> Flow[Tensor]:
     """One question, or two."""
     spend(BEFORE)
-    found: Tensor = yield Call("urgent", torch.ones(1, 24))
+    asked: list[Call] = []
+
+    def ahead(_: Tensor) -> Call | None:
+        if not alert:
+            return None
+        asked.append(Call("urgent", torch.ones(AGAIN, 24)))
+        return asked[0]
+
+    then = ahead if way == "foreseen" else None
+    found: Tensor = yield Call("urgent", torch.ones(1, 24), then=then)
     spend(CHECK)
     if alert:
-        yield Call("urgent", torch.ones(AGAIN, 24))
-    elif pauses:
+        yield asked[0] if asked else Call("urgent", torch.ones(AGAIN, 24))
+    elif way != "at once":
         yield Pause()
     spend(AFTER)
     return found
@@ -123,14 +140,14 @@ def study() -> Flow[Tensor]:
     return found
 
 
-async def load(engine: Engine, batcher: Noting, given: Any) -> dict[tuple[bool, bool], list[float]]:
-    """Latencies by (pauses, alert)."""
-    seen: dict[tuple[bool, bool], list[float]] = defaultdict(list)
+async def load(engine: Engine, batcher: Noting, given: Any) -> dict[tuple[str, bool], list[float]]:
+    """Latencies by (way, alert)."""
+    seen: dict[tuple[str, bool], list[float]] = defaultdict(list)
     over = asyncio.Event()
     draw = random.Random(given.seed)
 
-    async def pay(kind: tuple[bool, bool], due: float) -> None:
-        await engine.run_async(payment(pauses=kind[0], alert=kind[1]), Sla(deadline_ms=5000))
+    async def pay(kind: tuple[str, bool], due: float) -> None:
+        await engine.run_async(payment(kind[0], alert=kind[1]), Sla(deadline_ms=5000))
         seen[kind].append(time.monotonic() - due)
 
     async def read() -> None:
@@ -142,9 +159,9 @@ async def load(engine: Engine, batcher: Noting, given: Any) -> dict[tuple[bool, 
     calls = []
     while due < begun + given.seconds:
         due += draw.expovariate(given.rate)
-        batcher.pauses = int((due - begun) / HALF) % 2 == 1
+        batcher.way = WAYS[int((due - begun) / HALF) % len(WAYS)]
         await asyncio.sleep(max(0.0, due - time.monotonic()))
-        kind = batcher.pauses, draw.random() < given.alerts
+        kind = batcher.way, draw.random() < given.alerts
         calls.append(asyncio.ensure_future(pay(kind, due)))
     await asyncio.gather(*calls)
     over.set()
@@ -169,10 +186,11 @@ def measured(given: Any) -> dict[str, list[float]]:
         costs.save()
         turns = json.loads((Path(folder) / "costs.json").read_text())["turns"]
     found = {f"a batch after one of {key.split('@')[0]}": ms(turns[key]) for key in sorted(turns)}
-    for pauses, name in ((False, "at once"), (True, "paused")):
-        found[f"{name}: asked again after"] = ms(batcher.again[pauses])
-        found[f"{name}: latency of alerts"] = ms(seen[pauses, True])
-        found[f"{name}: latency of all"] = ms(seen[pauses, True] + seen[pauses, False])
+    for way in WAYS:
+        found[f"{way}: asked again after"] = ms(batcher.again[way])
+        found[f"{way}: latency of alerts"] = ms(seen[way, True])
+        found[f"{way}: latency of all"] = ms(seen[way, True] + seen[way, False])
+        found[f"{way}: windows/s"] = [batcher.windows[way] / given.seconds * len(WAYS)]
     return found
 
 
@@ -190,7 +208,7 @@ def main() -> None:
         return
     table = Table("milliseconds", *(f"{100 * each:g} %" for each in QUANTILES))
     for name, values in found.items():
-        table.add_row(name, *(f"{each:g}" for each in values))
+        table.add_row(name, *(f"{each:.4g}" for each in values))
     Console(width=100).print(table)
 
 

@@ -55,6 +55,8 @@ from plinth.engine.runtime.model_table import Execution, ModelTable
 from plinth.engine.runtime.modes import Modes
 from plinth.engine.runtime.request import (
     CallerWaiter,
+    Foreseen,
+    ForeseenWaiter,
     LoopWaiter,
     Mailbox,
     Request,
@@ -571,17 +573,41 @@ class Engine:
                 "run() in the device thread would wait for itself", hint="use submit()"
             )
         driver = FlowDriver(flow, self._clock)
-        while (call := driver.call) is not None:
-            if isinstance(call, Compute):
-                self._compute(driver, call, sla)
-                continue
-            try:
-                waiter = CallerWaiter()
-                self._ask(self._request(call, waiter, driver.since(sla)), sla)
-                driver.send(waiter.wait(self._look, _LOOK))
-            except PlinthError as error:
-                driver.throw(error)
-        return driver.answer(sla)
+        try:
+            while (call := driver.call) is not None:
+                if isinstance(call, Compute):
+                    self._compute(driver, call, sla)
+                    continue
+                try:
+                    waiter = CallerWaiter()
+                    if self._foreseen(driver, waiter) is None:
+                        self._ask(self._flow_request(driver, call, waiter, sla), sla)
+                    driver.send(waiter.wait(self._look, _LOOK))
+                except PlinthError as error:
+                    driver.throw(error)
+            return driver.answer(sla)
+        finally:
+            self._forget_foreseen(driver)
+
+    def _foreseen(self, driver: FlowDriver[T], waiter: Waiter) -> Request | None:
+        """The request of the call that a flow yields, if it was foreseen: the waiter waits for it.
+
+        What was foreseen in vain is cancelled.
+        """
+        found: Foreseen | None = driver.foreseen
+        if found is None or found.call is not driver.call:
+            self._forget_foreseen(driver)
+            return None
+        driver.foreseen = None
+        found.waiter.pass_on(waiter)
+        return found.request
+
+    def _forget_foreseen(self, driver: FlowDriver[T]) -> None:
+        """Nobody will ask what was foreseen."""
+        found: Foreseen | None = driver.foreseen
+        if found is not None:
+            driver.foreseen = None
+            self._cancel(found.request)
 
     def compute(self, step: Compute, within: float | None = None) -> Future[Any]:
         """Run a heavy step: in a worker process, or here and now where the engine has none.
@@ -654,35 +680,45 @@ class Engine:
         driver = FlowDriver(flow, self._clock, pauses=True)
         loop = asyncio.get_running_loop()
         mailbox = self._mailboxes.get(loop) or self._new_mailbox(loop)
-        before: float | None = None
-        while (call := driver.call) is not None or driver.paused:
-            if call is None:
-                if mailbox.crowded:
-                    await asyncio.sleep(0)  # the others whom this batch has woken go first
-                driver.computed(None)
-                continue
-            if isinstance(call, Compute):
-                await self._compute_async(driver, call, sla)
-                continue
-            try:
-                future: asyncio.Future[Result] = loop.create_future()
-                waiter = LoopWaiter(mailbox, future)
-                request = self._request(call, waiter, driver.since(sla))
-                request.follows = before
+        try:
+            while (call := driver.call) is not None or driver.paused:
+                if call is None:
+                    if mailbox.crowded:
+                        await asyncio.sleep(0)  # the others whom this batch has woken go first
+                    driver.computed(None)
+                elif isinstance(call, Compute):
+                    await self._compute_async(driver, call, sla)
+                else:
+                    await self._call_async(driver, call, mailbox, sla)
+            return driver.answer(sla)
+        finally:
+            self._forget_foreseen(driver)
+
+    async def _call_async(
+        self, driver: FlowDriver[T], call: Call, mailbox: Mailbox, sla: Sla | None
+    ) -> None:
+        """Ask what a flow asks, and wait for it; cancelling the task cancels its work."""
+        loop = asyncio.get_running_loop()
+        try:
+            future: asyncio.Future[Result] = loop.create_future()
+            waiter = LoopWaiter(mailbox, future)
+            request = self._foreseen(driver, waiter)
+            if request is None:
+                request = self._flow_request(driver, call, waiter, sla)
+                request.follows = driver.answered
                 alone = self._admit(request, sla, direct=True)
                 if alone is not None:
                     # Unless more comes in this pass of the loop, and makes a batch with it.
                     loop.call_soon(self._run_alone, request, alone)
-                try:
-                    result = await future
-                except asyncio.CancelledError:
-                    self._cancel(request)
-                    raise
-                before = request.answered
-                driver.send(result)
-            except PlinthError as error:
-                driver.throw(error)
-        return driver.answer(sla)
+            try:
+                result = await future
+            except asyncio.CancelledError:
+                self._cancel(request)
+                raise
+            driver.answered = request.answered
+            driver.send(result)
+        except PlinthError as error:
+            driver.throw(error)
 
     def _new_mailbox(self, loop: asyncio.AbstractEventLoop) -> Mailbox:
         """The mailbox of a loop that asks for the first time; those of closed loops go."""
@@ -721,7 +757,14 @@ class Engine:
         future: Future[Result] = Future()
         request = self._request(call, ThreadWaiter(future), since)
         self._admit(request, sla)
-        future.add_done_callback(lambda done: self._cancel(request) if done.cancelled() else None)
+        watched = [request]  # given up with the call: the future holds its callbacks for ever
+
+        def done(future: Future[Result]) -> None:
+            request = watched.pop()
+            if future.cancelled():
+                self._cancel(request)
+
+        future.add_done_callback(done)
         return future
 
     def _refuse_fork(self) -> None:
@@ -741,6 +784,14 @@ class Engine:
         loaded = self._models.get(call.model)
         request = request_of(loaded, call, waiter, self._models.cheaper(loaded))
         request.since = since
+        return request
+
+    def _flow_request(
+        self, driver: FlowDriver[T], call: Call, waiter: Waiter, sla: Sla | None
+    ) -> Request:
+        """The request of a flow, which goes on with its answer."""
+        request = self._request(call, waiter, driver.since(sla))
+        request.then = call.then
         return request
 
     def _ask(self, request: Request, sla: Sla | None) -> None:
@@ -780,7 +831,7 @@ class Engine:
             The lane on which its caller is to run it: no lane was woken.
         """
         loaded = request.loaded
-        promise = sla or loaded.sla
+        request.sla, promise = sla, sla or loaded.sla
         step = loaded.most if promise.deadline_ms is not None else request.total
         if self._modes.mode != "async" and promise.deadline_ms is not None:
             step = min(step, self._share(request))
@@ -915,8 +966,9 @@ class Engine:
         return Closed("the engine was closed and takes no new work", hint="start() starts it again")
 
     def _cancel(self, request: Request) -> None:
+        ended = [request] if request.foreseen is None else [request, request.foreseen.request]
         with self._lock:
-            outcomes = self._fail((request,), Cancelled("the client went away"))
+            outcomes = self._fail(ended, Cancelled("the client went away"))
         self._settle(outcomes)
 
     def _fail(self, requests: Iterable[Request], error: PlinthError) -> Outcomes:
@@ -1136,6 +1188,8 @@ class Engine:
         if not self._puts_apart(batch, loaded, ran):
             outcomes = self._deliver(batch, loaded, ran, now)
         if not self._modes.in_rounds:
+            if batch.urgent and self._batcher.background_rows and thread.is_current:
+                outcomes = [self._with_next(*each) for each in outcomes]
             if batch.urgent and self._mailboxes and thread.is_current:
                 with self._lock:
                     self._batcher.anticipation.answered(thread.number, now)
@@ -1159,6 +1213,29 @@ class Engine:
         meters = self.metrics.of_model(loaded.spec.name)
         meters.batch_rows.observe(batch.rows)
         meters.batch_seconds.observe(seconds)
+
+    def _with_next(
+        self, request: Request, outcome: Result | PlinthError
+    ) -> tuple[Request, Result | PlinthError]:
+        """Ask what a flow is likely to ask next, before a lane begins background work.
+
+        Whatever is wrong with that is told when the flow asks it.
+        """
+        if request.then is None or not isinstance(outcome, Result):
+            return request, outcome
+        waiter = ForeseenWaiter()
+        try:
+            call = request.then(outcome.value)
+            if call is None:
+                return request, outcome
+            following = self._request(call, waiter, request.since)
+        except BaseException as error:  # noqa: BLE001 - the flow's own, as in _execute
+            _log.debug("what comes after %s: %s", request.loaded.spec.name, type(error).__name__)
+            return request, outcome
+        following.follows = request.answered
+        request.foreseen = Foreseen(call, following, waiter)
+        self._admit(following, request.sla)
+        return request, replace(outcome, foreseen=request.foreseen)
 
     def _puts_apart(self, batch: Batch, loaded: LoadedModel, ran: Ran) -> bool:
         """Whether windows are put together beside the lane, where urgent rows may wait for it."""
@@ -1416,7 +1493,7 @@ class Engine:
         self._count(request, instead, _why_late(work, batch, begun) if late else None)
         exact = ran.precision == used.exact
         ways = (ran.precision, variant, request.mode, exact)
-        return Result(value, timing, used.model, late, *ways)
+        return Result(value, timing, used.spec, late, *ways)
 
     def _count(self, request: Request, name: str, cause: str | None) -> None:
         asked = request.loaded.spec.name

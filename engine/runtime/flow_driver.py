@@ -6,10 +6,10 @@ from asyncio import CancelledError
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import GeneratorType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from plinth.engine.flow import Answer, Call, Compute, Flow, Pause, Sla, Tensors, Timing, Told
-from plinth.engine.models.store import Model
+from plinth.engine.models.spec import ModelSpec
 
 T = TypeVar("T")
 Clock = Callable[[], float]
@@ -21,7 +21,7 @@ class Result:
 
     value: Tensors
     timing: Timing
-    ran: Model
+    ran: ModelSpec
     late: bool
     precision: str
     variant: str | None = None
@@ -30,6 +30,8 @@ class Result:
     """How it was given to the lanes: whole, or ``"sync"``: in shares that were awaited together."""
     exact: bool = False
     """Precision and backend are those of ``"exact"``."""
+    foreseen: Any = None
+    """The call that comes next by what was foreseen: a :class:`Foreseen` of the engine."""
 
 
 class FlowDriver(Generic[T]):
@@ -46,6 +48,8 @@ class FlowDriver(Generic[T]):
     Attributes:
         call: what it waits for; ``None``: it is over, or paused.
         paused: it has stopped for others.
+        foreseen: what was asked for the flow before it did, with its last answer.
+        answered: when it had that; ``None``: it has none, or nobody counts.
     """
 
     def __init__(self, flow: Flow[T], clock: Clock, *, pauses: bool = False) -> None:
@@ -55,6 +59,8 @@ class FlowDriver(Generic[T]):
         self._clock = clock
         self._pauses = pauses
         self.paused = False
+        self.foreseen: Any = None
+        self.answered: float | None = None
         self._begun = clock()
         self._timing = Timing()
         self._models: dict[str, str] = {}
@@ -70,7 +76,8 @@ class FlowDriver(Generic[T]):
         """Give the flow the result of its call."""
         call = self.call if isinstance(self.call, Call) else None
         asked = "" if call is None else call.model
-        ran = result.ran.spec
+        self.foreseen = result.foreseen
+        ran = result.ran
         self._models[ran.name] = ran.version
         self._precision[ran.name] = result.precision
         if ran.name != asked or result.variant:

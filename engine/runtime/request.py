@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from plinth.engine.errors import InputError, ModelError, PlinthError
-from plinth.engine.flow import Call, Tensors, Timing, as_mapping, row_count
+from plinth.engine.flow import Call, Sla, Tensors, Timing, as_mapping, row_count
 from plinth.engine.runtime.flow_driver import Result
 from plinth.engine.runtime.loaded_model import LoadedModel
 from plinth.engine.scheduler.work import BatchKey, Work
@@ -159,6 +159,46 @@ class LoopWaiter:
         self.mailbox.put(self._future, outcome)
 
 
+class ForeseenWaiter:
+    """Nobody yet: the flow that is likely to wait for a call which the engine has asked for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._outcome: Result | PlinthError | None = None
+        self._waiter: Waiter | None = None
+
+    def settle(self, outcome: Result | PlinthError) -> None:
+        """See :class:`Waiter`."""
+        with self._lock:
+            self._outcome = outcome
+            waiter = self._waiter
+        if waiter is not None:
+            waiter.settle(outcome)
+
+    def pass_on(self, waiter: Waiter) -> None:
+        """The flow does wait: it is told, now or later."""
+        with self._lock:
+            self._waiter = waiter
+            outcome = self._outcome
+        if outcome is not None:
+            waiter.settle(outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """A call that the engine has asked before its flow did.
+
+    Args:
+        call: the very object that the flow yields if it does ask it.
+        request: what became of it.
+        waiter: who waits for that.
+    """
+
+    call: Call
+    request: Request
+    waiter: ForeseenWaiter
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """One call on its way.
@@ -171,8 +211,11 @@ class Request:
         cheaper: the model that runs when time is short, and the batch key there.
         grid: the windows of a volume.
         since: when the flow that asks began; see :class:`Work`.
+        then: what the flow is likely to ask next; see :class:`Call`.
 
     Attributes:
+        sla: the promise that it brought; ``None``: its model's.
+        foreseen: what was asked then.
         over: answered or failed; what still comes of it is passed over.
         mode: how it was given to the lanes: whole (``"async"``) or in shares (``"sync"``).
         number: its place in the order of arrival, where answers come in order.
@@ -189,6 +232,9 @@ class Request:
     cheaper: tuple[LoadedModel, BatchKey] | None = None
     grid: WindowGrid | None = None
     since: float | None = None
+    then: Callable[[Any], Call | None] | None = None
+    sla: Sla | None = None
+    foreseen: Foreseen | None = None
     merger: WindowMerger | None = field(init=False)
     outputs: list[dict[str, Tensor]] = field(default_factory=list)
     total: int = field(init=False)

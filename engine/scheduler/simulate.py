@@ -224,12 +224,22 @@ class Replay:
                 self._left.pop(part.work, None)
                 self.trace.finish[part.work] = now
                 for each in () if self.follow is None else self.follow(part.work, now):
-                    self._add(each)
+                    self._follow(each, now)
         return now
 
     def _admit(self, work: Work) -> None:
         if not work.gone and self.batcher.admit(work, work.arrival) is not None:
             self.refuse(work)
+
+    def _follow(self, work: Work, now: float) -> None:
+        """Work that comes because some was done: at once, before a lane begins anything, or later.
+
+        What comes at once was foreseen: nobody has to be waited for.
+        """
+        if work.arrival <= now:
+            self._admit(work)
+        else:
+            self._add(work)
 
     def _add(self, work: Work) -> None:
         heapq.heappush(self._following, (work.arrival, next(self._numbers), work))

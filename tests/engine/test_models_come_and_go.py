@@ -202,6 +202,24 @@ def churn(seconds: float, shapes: int = 400) -> int:
         return sum(answered)
 
 
+def test_an_answer_that_is_kept_keeps_no_model_and_no_rows():
+    with Engine(threads=1) as engine:
+        engine.add(scale(2.0))
+        rows = torch.ones(1, 4)
+        loaded, given = weakref.ref(engine._models.get("scale")), weakref.ref(rows)
+        future = engine.submit(Call("scale", rows), SLA)
+        assert future.result(30).ran.name == "scale"
+        engine.remove("scale")
+        del rows
+        ask_other = scale(3.0, "other")  # the lane has something else in hand then
+        engine.add(ask_other)
+        assert ask(engine, "other") == 3
+        gc.collect()
+        assert loaded() is None
+        assert given() is None
+        assert future.result().value.sum() == 8
+
+
 def test_nothing_is_lost_while_models_come_and_go():
     assert churn(1.5) > 20
 

@@ -53,6 +53,7 @@ from plinth.verticals.finance.decisions.reasons import (
     ESTIMATED,
     NO_TIME,
     explain,
+    first_question,
     why_other,
 )
 from plinth.verticals.finance.decisions.rules import REUSED_ID, Payments, Rules, Verdict
@@ -236,16 +237,17 @@ class FraudScoring(Vertical[Record, Decision]):
                 serving.drift.label(len(frauds))
             return results, None
         rows = torch.from_numpy(serving.columns.seen(batch.rows))
-        output: Tensor = yield Call(serving.name, rows)
+        ahead = _Ahead(serving, rows)
+        output: Tensor = yield Call(serving.name, rows, then=ahead)
         told = output.detach().float().numpy()
         scores, by = told[:, 0].astype(np.float64), told[:, 1].astype(np.int64)
         if not ((scores >= 0) & (scores <= 1)).all():
             raise ModelError(f"{serving.name} {serving.version} gave a score outside of [0, 1]")
         review, decline = np.array([(v.review, v.decline) for v in serving.variants]).T[:, by]
-        alerts = np.flatnonzero(scores >= review).tolist()
+        alerts = _alerts(serving, output)
         if not alerts:
             yield Pause()  # an alert of the same batch asks for its reasons first
-        why, reasons = yield from _explained(serving, rows, output, alerts)
+        why, reasons = yield from _explained(serving, rows, output, alerts, ahead)
         asked = [
             request
             for request, result in zip(requests, results, strict=True)
@@ -612,16 +614,64 @@ class FraudScoring(Vertical[Record, Decision]):
         return verdicts
 
 
+def _alerts(serving: Serving, output: Tensor) -> list[int]:
+    """The places of payments that are to be reviewed, or declined."""
+    told = output.detach().float().numpy()
+    review = np.array([variant.review for variant in serving.variants])
+    return np.flatnonzero(told[:, 0] >= review[told[:, 1].astype(np.int64)]).tolist()
+
+
+class _Ahead:
+    """The first question for reasons, foreseen from the scores.
+
+    Args:
+        serving: whose scores.
+        rows: of the payments, as the model has them.
+
+    Attributes:
+        call: the question; ``None``: nobody has foreseen one.
+        about: the model that it is for, and the alerts.
+    """
+
+    def __init__(self, serving: Serving, rows: Tensor) -> None:
+        self._serving = serving
+        self._rows = rows
+        self.call: Call | None = None
+        self.about: tuple[str, list[int]] | None = None
+
+    def __call__(self, output: Tensor) -> Call | None:
+        """See :class:`plinth.engine.Call`."""
+        serving, alerts = self._serving, _alerts(self._serving, output)
+        for model, mine in _by_variant(serving, output, alerts):
+            if mine:
+                self.about = model, mine
+                self.call = first_question(serving.reasons, model, self._rows[mine])
+                break
+        return self.call
+
+
+def _by_variant(
+    serving: Serving, output: Tensor, alerts: Sequence[int]
+) -> list[tuple[str, list[int]]]:
+    """What each variant is asked as, and the alerts that it has scored."""
+    by = output[:, 1].int()
+    return [
+        (model, [place for place in alerts if by[place] == variant])
+        for variant, model in enumerate(serving.asked_as)
+    ]
+
+
 def _explained(
-    serving: Serving, rows: Tensor, output: Tensor, alerts: Sequence[int]
+    serving: Serving, rows: Tensor, output: Tensor, alerts: Sequence[int], ahead: _Ahead
 ) -> Flow[tuple[dict[int, list[float]], dict[int, list[Reason]]]]:
     """Effects of the groups, where they were found, and the reasons, by the place of the alert."""
     why: dict[int, list[float]] = {}
     reasons: dict[int, list[Reason]] = {}
-    by = output[:, 1].int()
-    for variant, model in enumerate(serving.asked_as):
-        mine = [place for place in alerts if by[place] == variant]
-        found = yield from explain(serving.reasons, model, variant, rows[mine])
+    for variant, (model, mine) in enumerate(_by_variant(serving, output, alerts)):
+        if not mine:
+            continue
+        first = ahead.call if ahead.about == (model, mine) else None
+        found = yield from explain(serving.reasons, model, variant, rows[mine], first)
         for place, (effects, exact) in zip(mine, found, strict=True):
             if effects is None:
                 reasons[place] = [NO_TIME]

@@ -124,8 +124,13 @@ def _pairs(member: Tensor) -> Coalitions:
     return Coalitions(told, torch.cat((-half, -each, each, half)), member)
 
 
+def first_question(groups: Groups, model: str, rows: Tensor) -> Call:
+    """What :func:`explain` asks first."""
+    return Call(model, groups.exact.masked_rows(rows[: groups.exact.at_once]))
+
+
 def explain(
-    groups: Groups, model: str, variant: int, rows: Tensor
+    groups: Groups, model: str, variant: int, rows: Tensor, first: Call | None = None
 ) -> Flow[list[tuple[Tensor | None, bool]]]:
     """The effects of the groups on scores of one variant of a model, and whether they are exact.
 
@@ -137,14 +142,16 @@ def explain(
         model: its name in the engine.
         variant: that scored, as it signs its rows.
         rows: (n, features) float32.
+        first: its first question, where that was foreseen.
     """
     found: list[tuple[Tensor | None, bool]] = []
     exact = True
     while len(found) < len(rows):
         sets = groups.exact if exact else groups.pairs
         part = rows[len(found) : len(found) + sets.at_once]
+        call, first = first or Call(model, sets.masked_rows(part)), None
         try:
-            masked: Tensor | None = yield Call(model, sets.masked_rows(part))
+            masked: Tensor | None = yield call
         except Closed:  # a decision of a server that ends would lack its reasons for ever
             raise
         except Refused:
