@@ -59,9 +59,11 @@ def whole(path: Path, limit: int = MAX_FILE) -> bytes:
         OSError: it cannot be read.
         ConfigError: it is no file, or is larger.
     """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ConfigError(f"{path} is not a file")
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise ConfigError(f"{path} is not a file")
+    with os.fdopen(number, "rb") as file:
         raw = file.read(limit + 1)
     if len(raw) > limit:
         raise ConfigError(f"{path} is larger than {limit:,} bytes")

@@ -24,7 +24,7 @@ def test_settings_that_are_too_large_are_not_read_whole(tmp_path: Path) -> None:
 def test_a_device_or_a_pipe_without_a_writer_is_not_waited_for(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    for path in (Path("/dev/zero"), pipe):
+    for path in (Path("/dev/zero"), pipe, tmp_path):
         with pytest.raises(ConfigError, match="is not a file"):
             whole(path)
     with pytest.raises(ConfigError, match="/dev/zero is a device"):

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import pickle
+import re
 import warnings
 import zipfile
 from contextlib import suppress
@@ -467,6 +469,22 @@ def test_a_file_without_its_json_says_what_to_write(tmp_path):
         load_network(path)
     with pytest.raises(ModelError, match="no network at"):
         load_network(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["plans.json", "model.json", "configs/metadata.json", "net.json"])
+def test_a_text_beside_a_network_is_bounded_and_refused_by_its_name(name, tmp_path):
+    for other in ("plans.json", "dataset.json") if name == "plans.json" else ():
+        (tmp_path / other).write_text("{}")
+    (tmp_path / "net.ts").write_bytes(b"")
+    text = tmp_path / name
+    text.parent.mkdir(exist_ok=True)
+    path = tmp_path / "net.ts" if name == "net.json" else tmp_path
+    text.write_text("[" * 200_000)
+    with pytest.raises(ModelError, match=re.escape(text.name)):
+        load_network(path)
+    os.truncate(text, 64 << 30)
+    with pytest.raises(ModelError, match=re.escape(text.name) + r" is larger than [\d,]+ bytes"):
+        load_network(path)
 
 
 codes = st.permutations(["RL", "AP", "SI"]).flatmap(

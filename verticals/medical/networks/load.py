@@ -19,6 +19,7 @@ from plinth.verticals.medical.networks.meshnet import is_meshnet, read_meshnet
 from plinth.verticals.medical.networks.monai_bundle import is_bundle, read_bundle
 from plinth.verticals.medical.networks.nnunet import is_nnunet, read_nnunet
 from plinth.verticals.medical.networks.recipe import Recipe, Triple
+from plinth.verticals.medical.networks.texts import text_of
 from plinth.verticals.medical.networks.weights import (
     check_onnx_mode,
     graph_of,
@@ -178,7 +179,7 @@ def _file(path: Path) -> tuple[nn.Module, Recipe]:
             hint="write one with labels, steps and window: docs/medical.md, your own network",
         )
     try:
-        recipe = Recipe.model_validate_json(beside.read_bytes())
+        recipe = Recipe.model_validate_json(text_of(beside))
     except ValidationError as error:
         raise _invalid(beside, error) from None
     if path.suffix == ".onnx":

@@ -7,7 +7,6 @@ with the labels.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from plinth.verticals.medical.networks.recipe import (
     Triple,
     Window,
 )
+from plinth.verticals.medical.networks.texts import object_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -121,7 +121,7 @@ def read_meshnet(folder: Path, uncertainty: bool = False) -> tuple[MeshNet, Reci
     Raises:
         ModelError: the files are not what MeshNet is made of.
     """
-    described = _json(folder / "model.json")
+    described = object_of(folder / "model.json")
     try:
         layers = described["modelTopology"]["model_config"]["config"]["layers"]
         (group,) = described["weightsManifest"]
@@ -199,7 +199,7 @@ def _scale(comment: str) -> Scale:
 def _labels(folder: Path, classes: int) -> dict[int, str]:
     for name in ("colormap3.json", "colormap.json"):
         if (folder / name).is_file():
-            labels = _json(folder / name).get("labels")
+            labels = object_of(folder / name).get("labels")
             if isinstance(labels, list) and len(labels) == classes:
                 return {n: str(label) or f"label {n}" for n, label in enumerate(labels) if n}
     return {n: f"label {n}" for n in range(1, classes)}
@@ -227,13 +227,3 @@ def _recipe(name: str, network: MeshNet, labels: dict[int, str], scale: Scale) -
         reduce="labels" if network.labels else "argmax",
         channels=1 if network.labels else classes,
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path.name} cannot be read as JSON: {type(error).__name__}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path.name} holds no JSON object")
-    return found

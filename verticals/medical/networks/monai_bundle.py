@@ -7,7 +7,6 @@ literal once its references are filled in. What is not known is refused by name.
 from __future__ import annotations
 
 import ast
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from plinth.verticals.medical.networks.recipe import (
     Triple,
     Window,
 )
+from plinth.verticals.medical.networks.texts import object_of, text_of
 from plinth.verticals.medical.networks.weights import fill, read_script, read_state, tensors_of
 
 CONFIGS = ("inference.json", "inference.yaml", "inference.yml", "predict.json")
@@ -210,19 +210,17 @@ def _version(metadata: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _load(path: Path) -> Mapping[str, Any]:
+    if path.suffix == ".json":
+        return object_of(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            found = json.loads(text)
-        else:
-            import yaml  # type: ignore[import-untyped]  # only for those who have such bundles
+        import yaml  # type: ignore[import-untyped]  # only for those who have such bundles
 
-            found = yaml.safe_load(text)
+        found = yaml.safe_load(text_of(path))
     except ImportError:
         raise ModelError(
             f"reading {path.name} needs the package PyYAML", hint="pip install pyyaml"
         ) from None
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path.name} cannot be read: {type(error).__name__}") from error
     except Exception as error:
         if not type(error).__module__.startswith("yaml"):

@@ -7,7 +7,6 @@ dynamic-network-architectures, chosen by name from an allow-list.
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from plinth.verticals.medical.networks.recipe import (
     Transpose,
     Window,
 )
+from plinth.verticals.medical.networks.texts import object_of
 from plinth.verticals.medical.networks.weights import fill, read_state, tensors_of
 
 NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
@@ -83,7 +83,7 @@ def read_nnunet(folder: Path) -> tuple[nn.Module, Recipe]:
     Raises:
         ModelError: names the file and what in it cannot be used.
     """
-    plans, dataset = _json(folder / "plans.json"), _json(folder / "dataset.json")
+    plans, dataset = object_of(folder / "plans.json"), object_of(folder / "dataset.json")
     name = _configuration(folder, plans)
     configuration = _inherited(plans, name)
     channels = dataset.get("channel_names") or dataset.get("modality") or {}
@@ -111,16 +111,6 @@ def read_nnunet(folder: Path) -> tuple[nn.Module, Recipe]:
     notes += [f"without weights, left out: {', '.join(left)}"] if left else []
     network = networks[0] if len(networks) == 1 else Mean(networks)
     return network.eval(), recipe.model_copy(update={"notes": tuple(notes)})
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path.name} cannot be read as JSON: {type(error).__name__}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path.name} holds no JSON object")
-    return found
 
 
 def _configuration(folder: Path, plans: Mapping[str, Any]) -> str:
