@@ -53,6 +53,8 @@ MAX_BYTES = 1 << 20
 """Of a mapping file."""
 MAX_LEAVES = 10_000
 """Values of one message, keys included."""
+BEYOND = 2.0**63
+"""Whole numbers of JSON from here on are read as the nearest float."""
 KEPT = "unmapped"
 """The field that holds what no field takes, where it is kept."""
 
@@ -204,6 +206,13 @@ class Message:
                     f"the message has {len(rest)} values that no field of {self.name} takes",
                     reason="unknown_field",
                     hint="map them, or set unknown_fields = 'ignore' or 'keep'",
+                )
+            if any(isinstance(value, float) and abs(value) >= BEYOND for value in rest.values()):
+                raise InputError(
+                    f"a value that no field of {self.name} takes, which is kept, is a number "
+                    "beyond 64 bits, and would be another one",
+                    reason="number_out_of_range",
+                    hint="send it as text, or set unknown_fields = 'ignore'",
                 )
             if rest:
                 made[KEPT] = rest

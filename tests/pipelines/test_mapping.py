@@ -288,6 +288,15 @@ def test_what_no_field_takes_is_ignored_kept_or_refused(
     with pytest.raises(InputError) as refused:
         record(with_("refuse"), AUTH)
     assert refused.value.reason == "unknown_field"
+    for number, kept in ((2**64 - 1, True), (-(2**63), True), (2**64, False), (-(2**80), False)):
+        message = AUTH | {"trace": number}
+        assert record(with_("ignore"), message) == RECORD
+        if kept:
+            assert record(with_("keep"), message)["unmapped"]["trace"] == number
+        else:
+            with pytest.raises(InputError) as refused:
+                record(with_("keep"), message)
+            assert refused.value.reason == "number_out_of_range"
 
 
 def test_a_card_number_becomes_a_token_with_a_key_of_the_environment(
