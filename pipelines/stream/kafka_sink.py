@@ -142,17 +142,24 @@ class KafkaSink(ABC):
             KafkaError: it refused.
             StreamError: and it always will.
         """
+        opening: dict[int, Pending[Writer]] = {}
         for slot, producer in enumerate(self._slots):
-            if producer is None:
-                pending = self._thread.start(partial(self._connect, slot))
-                try:
-                    self._slots[slot] = pending.wait(self._deadline + 1)
-                except TimeoutError:
-                    pending.abandon(_give_up)
-                    self._abandon_thread()
-                    raise
-                except KafkaError as error:
-                    raise hopeless(error, self.config) or error from None
+            if producer is None:  # all at once: each asks several brokers, one after the other
+                thread = AbandonableThread("plinth-open")
+                opening[slot] = thread.start(partial(self._connect, slot))
+                thread.close()
+        until = time.monotonic() + self._deadline + 1
+        failed: Exception | None = None
+        for slot, pending in opening.items():
+            try:
+                self._slots[slot] = pending.wait(max(0.0, until - time.monotonic()))
+            except TimeoutError as error:
+                pending.abandon(_give_up)
+                failed = failed or error
+            except KafkaError as error:
+                failed = hopeless(error, self.config) or failed or error
+        if failed is not None:
+            raise failed from None
 
     def close(self) -> None:
         """Close every producer, in bounded time."""

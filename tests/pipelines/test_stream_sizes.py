@@ -14,6 +14,7 @@ from kafka.errors import (
     FencedInstanceIdError,
     InvalidProducerEpochError,
     KafkaError,
+    KafkaTimeoutError,
     MessageSizeTooLargeError,
     ProducerFencedError,
 )
@@ -165,6 +166,30 @@ def test_who_is_fenced_again_and_again_says_that_another_has_its_name(
         made.start(outputs(record))
         with pytest.raises(StreamError, match=r"another worker of group plinth writes.*'w1'"):
             made.finish()
+
+
+def test_both_producers_open_at_once_and_one_that_fails_is_opened_again() -> None:
+    both, opened = threading.Barrier(2, timeout=10), []
+
+    class Slow(Kept):
+        def __init__(self, name: str | None) -> None:
+            super().__init__()
+            self.name = name
+
+        def open(self) -> None:
+            if len(opened) < 2:
+                both.wait()  # one after the other they would wait for ever
+            opened.append(self.name)
+            if self.name == "plinth-w1-1" and opened.count(self.name) == 1:
+                raise KafkaTimeoutError("its coordinator moves")
+
+    client = Client("slow", None, lambda config, identity, name: Slow(name))  # type: ignore[arg-type, return-value]
+    made = ExactlyOnceSink(CONFIG, client, vertical="tally", identity="w1")
+    with contextlib.closing(made):
+        with pytest.raises(KafkaTimeoutError):
+            made.ready()
+        made.ready()
+    assert sorted(opened) == ["plinth-w1-0", "plinth-w1-1", "plinth-w1-1"]
 
 
 def test_commits_that_never_come_back_are_counted_and_end_the_stream(
