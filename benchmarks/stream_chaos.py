@@ -318,6 +318,7 @@ class Reader:
             isolation_level="read_committed",
             auto_offset_reset="earliest",
             enable_auto_commit=False,
+            reconnect_backoff_max_ms=1_000,  # by default a broker that came back may wait for 30 s
         )
         topics = (config.output_topic, config.dead_letters)
         self._places = [

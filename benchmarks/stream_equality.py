@@ -1,7 +1,7 @@
 """Whether a stream's decisions are the same bits for any number of workers, and again from the log.
 
     python benchmarks/stream_equality.py [--payments 100000] [--workers 1 2 4 8] [--grown 20000]
-        [--max-records 512] [--disk] [--seed 1] [--json]
+        [--max-records 512] [--disk] [--seed 1] [--backend eager] [--json]
 
 Payments, a part of them late or repeated, and labels are written to a real Kafka (KAFKA_HOME, else
 ../shared/kafka), keyed so that whatever shares a card, customer, terminal or device meets in one of
@@ -97,7 +97,7 @@ def write(config: StreamConfig, pairs: Iterator[Any]) -> int:
     return len(sent)
 
 
-def command(config: StreamConfig, *more: str) -> subprocess.Popen[str]:
+def command(config: StreamConfig, backend: str, *more: str) -> subprocess.Popen[str]:
     """``plinth stream finance`` on input that is said to be colocated."""
     told = config.model_dump(mode="json", exclude_unset=True)
     settings = {f"PLINTH_STREAM__{k.upper()}": str(v) for k, v in told.items() if v is not None}
@@ -105,7 +105,7 @@ def command(config: StreamConfig, *more: str) -> subprocess.Popen[str]:
     if config.state_store == "disk":
         for table in ("CARDS", "TERMINALS", "CUSTOMERS", "DEVICES"):
             settings[f"PLINTH_VERTICALS__FINANCE__MAX_{table}"] = str(IN_MEMORY)
-    settings["PLINTH_ENGINE__BACKEND"] = "eager"  # the fastest may be another in each process
+    settings["PLINTH_ENGINE__BACKEND"] = backend  # the fastest may be another in each process
     return subprocess.Popen(
         [sys.executable, "-m", "plinth", "stream", "finance", *more],
         env={**os.environ, **SINGLE, **settings, "PYTHONPATH": str(ROOT / "src")},
@@ -115,7 +115,7 @@ def command(config: StreamConfig, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def answer(config: StreamConfig, workers: int, disk: Path | None) -> float:
+def answer(config: StreamConfig, workers: int, disk: Path | None, backend: str) -> float:
     """Let so many workers answer what is there, until nothing comes; seconds."""
     began = time.monotonic()
     configs = [config] * workers
@@ -125,7 +125,7 @@ def answer(config: StreamConfig, workers: int, disk: Path | None) -> float:
             config.model_copy(update=kept | {"state_dir": disk / f"{config.group}-{number}"})
             for number in range(workers)
         ]
-    running = [command(one, "--json") for one in configs]
+    running = [command(one, backend, "--json") for one in configs]
     try:
         for one in running:
             out, _ = one.communicate(timeout=1_800)
@@ -185,13 +185,13 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         seconds = {}
         for n, config in configs.items():
             disk = folder if given.disk and n != given.workers[0] else None
-            seconds[n] = round(answer(config, n, disk), 1)
+            seconds[n] = round(answer(config, n, disk, given.backend), 1)
             print(f"{n} workers: {seconds[n]} s", file=sys.stderr, flush=True)
         before = {n: answers(node, config) for n, config in configs.items()}
         report["seconds"] = seconds
         report["before growth"] = compare(before, 0)
         began = time.monotonic()
-        replay = command(configs[given.workers[-1]], "--replay", "*")
+        replay = command(configs[given.workers[-1]], given.backend, "--replay", "*")
         told, _ = replay.communicate(timeout=3_600)
         report["replay"] = {
             "said": told.strip().splitlines()[-1],
@@ -205,7 +205,7 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             write(base, records(given.grown, "y", given.seed + 1, now - 2 * DAY, now))
             for n, config in configs.items():
                 disk = folder if given.disk and n != given.workers[0] else None
-                answer(config, n, disk)
+                answer(config, n, disk, given.backend)
             after = {n: answers(node, config) for n, config in configs.items()}
             report["with growth"] = compare(after, len(next(iter(before.values()))))
         return report
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--payments", type=int, default=100_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--grown", type=int, default=20_000, help="payments after the growth")
+    parser.add_argument("--backend", default="eager", help="of the engine, in every process")
     parser.add_argument("--seed", type=int, default=1, help="of the payments")
     parser.add_argument("--max-records", type=int, default=512, help="in one transaction")
     parser.add_argument(
