@@ -381,6 +381,23 @@ class Vertical(ABC, Generic[Req, Res]):
         """
         return self.parse(raw)
 
+    def parse_each(
+        self, raws: Sequence[bytes], received: Sequence[float | None]
+    ) -> list[Req | InputError]:
+        """Read many records of a log, each just as :meth:`parse_at` does, or why it cannot be.
+
+        Args:
+            raws: the records.
+            received: when the log received each.
+        """
+        found: list[Req | InputError] = []
+        for raw, at in zip(raws, received, strict=True):
+            try:
+                found.append(self.parse_at(raw, at))
+            except InputError as error:
+                found.append(error)
+        return found
+
     def encode(self, result: Res) -> bytes:
         """Write the response of one answer as JSON."""
         return response_of(result).model_dump_json().encode()

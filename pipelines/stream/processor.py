@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -282,27 +282,53 @@ class Processor:
     def _parse(
         self, records: Sequence[Record], messages: list[Message]
     ) -> list[tuple[Record, Any]]:
-        parse, limit = self.vertical.parse_at, self.max_record_bytes
+        given = [(record, raw) for record in records if (raw := self._raw(record)) is not None]
+        found = self._read([pair for pair in given if type(pair[1]) is bytes])
         readable: list[tuple[Record, Any]] = []
-        for record in records:
-            raw = record.value
-            try:
-                if raw is None:
-                    raise _without_value(record)
-                if len(raw) > limit:
-                    raise _unfit(raw, limit)
-                if self.mapping is not None and (raw := self.mapping.record(raw)) is None:
-                    continue
-                at = record.timestamp
-                readable.append((record, parse(raw, at / 1e3 if at >= 0 else None)))
-            except InputError as error:
-                messages.append(Message(record, error=error))
-            except (*_ENDS, RegistryAway):
-                raise
-            except BaseException as error:
-                log.exception("%s.parse raised on %s", self.vertical.name, _place(record))
-                messages.append(Message(record, error=_failure("parse", error)))
+        for record, raw in given:
+            one = next(found) if type(raw) is bytes else raw
+            if isinstance(one, InputError):
+                messages.append(Message(record, error=one))
+            else:
+                readable.append((record, one))
         return readable
+
+    def _raw(self, record: Record) -> bytes | InputError | None:
+        """What the vertical is to read of a record, or why it cannot be; ``None``: nothing."""
+        raw = record.value
+        if raw is None:
+            return _without_value(record)
+        if len(raw) > self.max_record_bytes:
+            return _unfit(raw, self.max_record_bytes)
+        if self.mapping is None:
+            return raw
+        try:
+            return self.mapping.record(raw)
+        except InputError as error:
+            return error
+        except (*_ENDS, RegistryAway):
+            raise
+        except BaseException as error:  # noqa: BLE001 - told to the log
+            return self._fault(record, error)
+
+    def _read(self, given: Sequence[tuple[Record, Any]]) -> Iterator[Any]:
+        """Each as the vertical reads it, or why it cannot; one that makes it fail stands alone."""
+        times = [one.timestamp / 1e3 if one.timestamp >= 0 else None for one, _ in given]
+        try:
+            found = self.vertical.parse_each([raw for _, raw in given], times)
+            if len(found) != len(given):
+                raise RuntimeError(f"parse_each gave {len(found)} for {len(given)} records")
+        except _ENDS:
+            raise
+        except BaseException as error:  # noqa: BLE001 - each alone then tells it to the log
+            if len(given) == 1:
+                return iter([self._fault(given[0][0], error)])
+            return (one for pair in given for one in self._read([pair]))
+        return iter(found)
+
+    def _fault(self, record: Record, error: BaseException) -> InputError:
+        log.error("%s.parse raised on %s", self.vertical.name, _place(record), exc_info=error)
+        return _failure("parse", error)
 
     # -- infer -----------------------------------------------------------------------------
     def _infer(

@@ -20,9 +20,10 @@ import orjson
 from plinth.engine.errors import InputError
 from plinth.verticals.card_numbers import MIN_DIGITS
 from plinth.verticals.contract import Evidence, Written
+from plinth.verticals.finance.asked import Asked
 from plinth.verticals.finance.decisions.rules import Action, Verdict
 from plinth.verticals.finance.features.online import Batch, Flag
-from plinth.verticals.finance.schema import Decision, Reason, Transaction, unchecked
+from plinth.verticals.finance.schema import Decision, Payment, Reason, unchecked
 from plinth.verticals.finance.versions import Variant
 
 MAX_REASONS = 4
@@ -62,7 +63,7 @@ class Decided:
         names: of the columns of features.
     """
 
-    asked: Sequence[Transaction]
+    asked: Asked
     batch: Batch
     scores: Sequence[float]
     by: npt.NDArray[np.integer[Any]]
@@ -84,7 +85,9 @@ class Decided:
     def decisions(self) -> list[Decision]:
         """Each as an object."""
         made = []
-        rows = zip(self.asked, self.scores, self.by.tolist(), self.levels.tolist(), strict=True)
+        rows = zip(
+            self.asked.payments, self.scores, self.by.tolist(), self.levels.tolist(), strict=True
+        )
         flags = self.flags.tolist()
         for place, (request, score, by, level) in enumerate(rows):
             told = {
@@ -110,7 +113,7 @@ class Decided:
         """
         values = self._answers()
         wrong = self._add_extra(values)
-        keys = [one.card.encode() for one in self.asked]
+        keys = [card.encode() for card in self.asked.cards]
         evidence: Iterable[Evidence | None] = repeat(None)
         if audited:
             evidence = map(Evidence, self._records(), self._numbers(), self._outside(values))
@@ -141,7 +144,7 @@ class Decided:
 
     def _answers(self) -> list[bytes]:
         """Each decision without unknown fields."""
-        ids = _texts([one.transaction_id for one in self.asked])
+        ids = _texts(self.asked.ids)
         told = [b"[]"] * len(ids)
         for place in self.verdicts.keys() | self.reasons.keys():
             told[place] = orjson.dumps(self._reasons(place), default=vars)
@@ -154,9 +157,10 @@ class Decided:
     def _add_extra(self, values: list[bytes]) -> list[int]:
         """Add the unknown fields that are kept; where one of them cannot be written."""
         wrong: list[int] = []
-        if not any(one.model_extra is not None for one in self.asked):
+        if not any(extra is not None for extra in self.asked.extras):
             return wrong
-        for place, (one, flags) in enumerate(zip(self.asked, self.flags.tolist(), strict=True)):
+        payments = self.asked.payments
+        for place, (one, flags) in enumerate(zip(payments, self.flags.tolist(), strict=True)):
             extra = _extra(one, flags)
             if extra is None:
                 continue
@@ -170,14 +174,13 @@ class Decided:
         """Members of the evidence that are told of each record."""
         asked = self.asked
         digests = [orjson.dumps(variant.digest) for variant in self.variants]
-        devices = [one.device_id for one in asked]
         columns = (
-            _column(orjson.dumps([one.event_time for one in asked])),
-            _numbers([one.amount for one in asked]),
-            _texts([one.currency for one in asked]),
-            _texts([one.customer_id for one in asked]),
-            _texts([one.terminal_id for one in asked]),
-            [b"" if d is None else b',"device_id":%b' % orjson.dumps(d) for d in devices],
+            asked.written_times(),
+            _numbers(asked.amounts),
+            _texts(asked.currencies),
+            _texts(asked.customers),
+            _texts(asked.terminals),
+            [b"" if d is None else b',"device_id":%b' % orjson.dumps(d) for d in asked.devices],
             [digests[by] for by in self.by.tolist()],
         )
         return [_RECORD % row for row in zip(*columns, strict=True)]
@@ -196,14 +199,10 @@ class Decided:
 
     def _outside(self, values: Sequence[bytes]) -> Sequence[bytes]:
         """Texts of senders that are long enough for a card number."""
-        texts = (
-            [one.transaction_id for one in self.asked],
-            [one.customer_id for one in self.asked],
-            [one.terminal_id for one in self.asked],
-            [one.device_id or "" for one in self.asked],
-        )
+        asked, devices = self.asked, [device or "" for device in self.asked.devices]
+        texts = asked.ids, asked.customers, asked.terminals, devices
         long = [column for column in texts if max(map(len, column)) >= MIN_DIGITS]
-        extra = [one.model_extra for one in self.asked]
+        extra = asked.extras
         if not long and not any(extra):
             return [b""] * len(values)
         rows = zip(*long, strict=True) if long else repeat((), len(values))
@@ -220,7 +219,7 @@ def _features(names: tuple[str, ...]) -> bytes:
     return b'"features":{%b},%%b' % b",".join(told)
 
 
-def _extra(payment: Transaction, flags: int) -> dict[str, Any] | None:
+def _extra(payment: Payment, flags: int) -> dict[str, Any] | None:
     """Its unknown fields, if they are kept; that there are none is told of special payments."""
     return payment.model_extra if payment.model_extra or flags else None
 

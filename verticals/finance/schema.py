@@ -24,6 +24,7 @@ from typing_extensions import TypeIs
 from plinth.engine.errors import InputError
 from plinth.verticals.card_numbers import MIN_DIGITS, is_card_number, without_card_numbers
 from plinth.verticals.double_keys import refuse_double_keys
+from plinth.verticals.finance.plain import MAX_CARD, MAX_ID, PlainPayment
 
 MIN_AMOUNT = 0.0001
 """The finest subdivision of a currency in ISO 4217; 0 verifies a card without a payment."""
@@ -31,8 +32,6 @@ MAX_AMOUNT = 1e12
 """In any currency; what it is worth has a bound of its own."""
 EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
 LATEST = datetime(2100, 1, 1, tzinfo=UTC)
-MAX_ID, MAX_CARD = 64, 128
-"""Characters of an id, and of a card's token."""
 _FIELD = re.compile(r"[a-z][a-z_]{0,39}")
 
 
@@ -212,19 +211,21 @@ class OpenFollowUp(FollowUp):
     model_config = READING | ConfigDict(extra="allow")
 
 
-Record = Transaction | Label | FollowUp
+Payment = Transaction | PlainPayment
+"""A payment that was read, one way or the other."""
+Record = Payment | Label | FollowUp
 _TYPES: dict[UnknownFields, tuple[type[Transaction], type[Label], type[FollowUp]]] = {
     "ignore": (Transaction, Label, FollowUp),
     "keep": (OpenTransaction, OpenLabel, OpenFollowUp),
     "refuse": (StrictTransaction, StrictLabel, StrictFollowUp),
 }
-_PAYMENTS = frozenset(payment for payment, _, _ in _TYPES.values())
+_PAYMENTS = frozenset((PlainPayment, *(payment for payment, _, _ in _TYPES.values())))
 _LABELS = frozenset(label for _, label, _ in _TYPES.values())
 _FOLLOW_UPS = frozenset(follow_up for _, _, follow_up in _TYPES.values())
 _IDS = ("transaction_id", "terminal_id", "customer_id", "device_id")
 
 
-def is_payment(record: Record) -> TypeIs[Transaction]:
+def is_payment(record: Record) -> TypeIs[Payment]:
     """Whether a record is a payment; in a tenth of the time of pydantic's ``isinstance``."""
     return type(record) in _PAYMENTS
 

@@ -31,6 +31,7 @@ from plinth.engine import (
     Timing,
 )
 from plinth.verticals.contract import Query, Settings, StateError, StateStore, Vertical, Written
+from plinth.verticals.finance.asked import Asked
 from plinth.verticals.finance.cases.case_book import CaseBook, Scored
 from plinth.verticals.finance.cases.heard import Heard, HeardPayment
 from plinth.verticals.finance.cases.questions import (
@@ -65,16 +66,17 @@ from plinth.verticals.finance.features.online import (
     Labelled,
     Limits,
     Told,
-    event_of,
     refused_amount,
 )
 from plinth.verticals.finance.features.timeline import DAY, NEVER, milliseconds
 from plinth.verticals.finance.metrics import PARTIAL_DECISIONS, RULE_HITS, TableMetrics
+from plinth.verticals.finance.reading import read_plain
 from plinth.verticals.finance.schema import (
     LATEST,
     Decision,
     FollowUp,
     Label,
+    Payment,
     Reason,
     Record,
     Transaction,
@@ -230,7 +232,8 @@ class FraudScoring(Vertical[Record, Decision]):
         """One entry for each request, ``None`` for the payments that were decided, and these."""
         results: list[Decision | InputError | None] = []
         frauds: list[Label] = []
-        batch = self.state.update(self._taken_in(requests, results, frauds))
+        asked = self._asked(requests)
+        batch = self.state.update(self._taken_in(requests, asked, results, frauds))
         self._tables.count_evictions(self.state)
         if not len(batch.rows):
             if serving.drift is not None:
@@ -248,20 +251,14 @@ class FraudScoring(Vertical[Record, Decision]):
         if not alerts:
             yield Pause()  # an alert of the same batch asks for its reasons first
         why, reasons = yield from _explained(serving, rows, output, alerts, ahead)
-        asked = [
-            request
-            for request, result in zip(requests, results, strict=True)
-            if result is None and is_payment(request)
-        ]
         if self.versions.shadow is not None:
-            self.versions.shadow.offer(asked, batch, told)
+            self.versions.shadow.offer(asked.payments, batch, told)
         if serving.drift is not None:
-            ends = milliseconds(asked[0].event_time), milliseconds(asked[-1].event_time)
+            ends = asked.times[0], asked.times[-1]
             serving.drift.take(ends, batch, told, self.state, self._started)
             serving.drift.label(len(frauds))
-        amounts = [one.amount * self._given.rates[one.currency] for one in asked]
         rules = self.rules  # others may come meanwhile; a decision names those it was made by
-        verdicts = self._verdicts(rules, asked, amounts, batch, scores)
+        verdicts = self._verdicts(rules, asked, batch, scores)
         levels = (scores >= review).astype(np.int64)
         levels[scores >= decline] = 2
         serving.probation.take(len(levels), int(np.count_nonzero(levels == 2)))
@@ -275,7 +272,8 @@ class FraudScoring(Vertical[Record, Decision]):
             PARTIAL_DECISIONS.inc(float(partial))
         if self._cases is not None:
             answered = [serving.variants[place] for place in by.tolist()]
-            scored = Scored(asked, decided.decisions, batch.rows, amounts, answered, why)
+            payments, worth = asked.payments, asked.worth
+            scored = Scored(payments, decided.decisions, batch.rows, worth, answered, why)
             self._cases.take(scored, serving, self._rule_codes())
         return results, decided
 
@@ -301,6 +299,23 @@ class FraudScoring(Vertical[Record, Decision]):
             until = datetime.fromtimestamp(min(latest, LATEST.timestamp()), UTC)
             self._known_past = received, until
         return made
+
+    def parse_each(
+        self, raws: Sequence[bytes], received: Sequence[float | None]
+    ) -> list[Record | InputError]:
+        if self._given.unknown_fields == "keep":
+            return super().parse_each(raws, received)
+        plain = read_plain(raws, self._given.card_numbers_in_ids)
+        ahead = self._given.max_ahead_seconds
+        found: list[Record | InputError] = []
+        for raw, one, at in zip(raws, plain, received, strict=True):
+            if one is not None and (
+                ahead is None or at is None or one.milliseconds / 1e3 <= at + ahead
+            ):
+                found.append(one)
+            else:
+                found += super().parse_each([raw], [at])
+        return found
 
     def encode(self, result: Decision) -> bytes:
         fields = vars(result)
@@ -453,7 +468,7 @@ class FraudScoring(Vertical[Record, Decision]):
 
     def observe(self, requests: Sequence[Record]) -> None:
         """Take records in without scoring them; what :meth:`infer` refuses is left out."""
-        self.state.update(self._taken_in(requests, [], []))
+        self.state.update(self._taken_in(requests, self._asked(requests), [], []))
 
     def snapshot(self) -> bytes:
         if self.state.shelves:
@@ -504,27 +519,43 @@ class FraudScoring(Vertical[Record, Decision]):
     def end_checkpoint(self, *, durable: bool) -> None:
         parts.end(self.state, durable=durable)
 
+    def _asked(self, requests: Sequence[Record]) -> Asked:
+        """The payments among them that can be judged."""
+        return Asked.of([one for one in requests if is_payment(one)], self._given.rates)
+
     def _taken_in(
         self,
         requests: Sequence[Record],
+        asked: Asked,
         results: list[Decision | InputError | None],
         frauds: list[Label],
     ) -> Iterator[Told]:
-        """Events of the transactions, in order; labels take effect in between.
+        """Events of the payments, in order; labels take effect in between.
 
         Args:
             requests: what came.
+            asked: the payments among them that can be judged.
             results: gets one entry for each: the answer, or ``None`` where the model gives it.
             frauds: gets the labels by which a payment first became known as fraud.
         """
+        if len(asked) == len(requests):
+            results.extend([None] * len(requests))
+            return asked.events()
+        return self._in_order(requests, asked.events(), results, frauds)
+
+    def _in_order(
+        self,
+        requests: Sequence[Record],
+        events: Iterator[Told],
+        results: list[Decision | InputError | None],
+        frauds: list[Label],
+    ) -> Iterator[Told]:
         for request in requests:
             if is_payment(request):
-                event = self._event(request)
-                if isinstance(event, InputError):
-                    results.append(event)
-                else:
-                    results.append(None)
-                    yield event
+                refused = self._refused(request)
+                results.append(refused)
+                if refused is None:
+                    yield next(events)
             elif is_label(request):
                 results.append(self._note(request, frauds))
             else:
@@ -552,8 +583,9 @@ class FraudScoring(Vertical[Record, Decision]):
             self._cases.note(label)
         return _noted(label, partial=not found)
 
-    def _event(self, request: Transaction) -> Told | InputError:
-        rate = self._given.rates.get(request.currency)
+    def _refused(self, payment: Payment) -> InputError | None:
+        """Why a payment cannot be judged; ``None``: it can."""
+        rate = self._given.rates.get(payment.currency)
         if rate is None:
             return InputError(
                 f"currency: expected one of {', '.join(sorted(self._given.rates))}",
@@ -561,7 +593,7 @@ class FraudScoring(Vertical[Record, Decision]):
                 reason="unknown_currency",
                 hint="add its rate to [verticals.finance.rates]",
             )
-        return refused_amount(request, rate) or event_of(request, rate)
+        return refused_amount(payment, rate)
 
     def _future(self, field: str) -> InputError:
         return InputError(
@@ -571,14 +603,14 @@ class FraudScoring(Vertical[Record, Decision]):
             hint="check the sender's clock and time zone, and its records' timestamps in Kafka",
         )
 
-    def _partial(self, asked: Sequence[Transaction]) -> npt.NDArray[np.bool_] | None:
+    def _partial(self, asked: Asked) -> npt.NDArray[np.bool_] | None:
         """Which payments have partial features by where they came from; ``None``: none of them."""
         if self._shared:
             return np.ones(len(asked), bool)
         until = self._lacking_until()
         if until == NEVER:
             return None
-        return np.array([milliseconds(one.event_time) <= until for one in asked])
+        return np.array(asked.times) <= until
 
     def _lacking_until(self) -> int:
         """Up to this event time windows reach below what this state has seen, or a move of keys."""
@@ -592,14 +624,13 @@ class FraudScoring(Vertical[Record, Decision]):
     def _verdicts(
         self,
         rules: Rules,
-        asked: Sequence[Transaction],
-        amounts: Sequence[float],
+        asked: Asked,
         batch: Batch,
         scores: npt.NDArray[np.float64],
     ) -> dict[int, Verdict]:
         payments = Payments(
-            asked,
-            np.array(amounts, dtype=np.float64),
+            asked.payments,
+            np.array(asked.worth, dtype=np.float64),
             batch.rows,
             batch.flags,
             scores.astype(np.float32),

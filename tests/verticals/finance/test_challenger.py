@@ -504,11 +504,7 @@ def test_labels_are_joined_to_their_payments_and_silence_for_a_week_means_genuin
     old, new = dice.random((2, len(table))).astype(np.float32)
     for start in range(0, len(table), 500):
         span = slice(start, start + 500)
-        batch = vertical.state.update(
-            event
-            for event in map(vertical._event, payments[span])
-            if not isinstance(event, Exception)  # type: ignore[arg-type]
-        )
+        batch = vertical.state.update(vertical._asked(payments[span]).events())
         shadow.offer(payments[span], batch, np.stack([old[span], np.zeros_like(old[span])], 1))  # type: ignore[arg-type]
         while (flow := shadow.flow()) is not None:
             answer = torch.from_numpy(new[span])[:, None]
@@ -562,7 +558,7 @@ def left_out() -> float:
 def batches(records: list[bytes]) -> tuple[list[Any], Any]:
     vertical = FraudScoring(FraudSettings(max_ahead_seconds=None))
     payments: list[Any] = [vertical.parse(raw) for raw in records[:1000]]
-    return payments, vertical.state.update(map(vertical._event, payments))  # type: ignore[arg-type]
+    return payments, vertical.state.update(vertical._asked(payments).events())
 
 
 def test_what_waits_is_bounded_and_what_is_left_out_is_counted(

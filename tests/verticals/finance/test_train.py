@@ -116,7 +116,7 @@ def test_training_rows_are_what_serving_saw_where_payments_come_late(tmp_path: P
         if isinstance(record, Label):
             vertical.observe([record])
         else:
-            (event,) = vertical._taken_in([record], [], [])
+            (event,) = vertical._taken_in([record], vertical._asked([record]), [], [])
             row = vertical.state.update([event]).rows[0, :21]
             served[record.transaction_id] = row.tobytes()
 

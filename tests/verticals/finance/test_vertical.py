@@ -662,7 +662,7 @@ def test_answers_written_in_columns_say_what_decisions_and_features_do(unknown: 
     assert kinds == {"approve", "review", "decline"}
     assert any(one["answer"]["duplicate"] for one in told)
     fresh = FraudScoring(FraudSettings.model_validate(given))
-    rows = fresh.state.update(fresh._taken_in(requests, [], [])).rows
+    rows = fresh.state.update(fresh._taken_in(requests, fresh._asked(requests), [], [])).rows
     seen = [list(one["evidence"]["features"].values()) for one in told]
     assert seen == rows.tolist()
 

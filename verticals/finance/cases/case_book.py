@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from plinth.engine import InputError
+from plinth.verticals.finance import schema
 from plinth.verticals.finance.cases.heard import HeardPayment
 from plinth.verticals.finance.cases.questions import (
     Alert,
@@ -35,7 +36,7 @@ from plinth.verticals.finance.cases.questions import (
 )
 from plinth.verticals.finance.features.online import FeatureState
 from plinth.verticals.finance.features.timeline import milliseconds
-from plinth.verticals.finance.schema import Decision, Label, Transaction
+from plinth.verticals.finance.schema import Decision, Label
 from plinth.verticals.finance.tally import SEEN, days_of, key_of, truth_of
 from plinth.verticals.finance.versions import Serving, Variant
 
@@ -48,7 +49,7 @@ TAPE = 50
 FOLD = 4_096
 """Payments that are written into the ring at once."""
 Floats = npt.NDArray[np.float32]
-Payment = Transaction | HeardPayment
+Payment = schema.Payment | HeardPayment
 
 
 class Scored(NamedTuple):
@@ -62,7 +63,7 @@ class Scored(NamedTuple):
         effects: of the groups of reasons, by the payment's place, where they were asked for.
     """
 
-    asked: Sequence[Transaction]
+    asked: Sequence[schema.Payment]
     decisions: Sequence[Decision]
     rows: Floats
     amounts: Sequence[float]

@@ -26,7 +26,8 @@ from plinth.verticals.finance.decisions.expressions import (
 )
 from plinth.verticals.finance.features.online import Flag
 from plinth.verticals.finance.features.program import STANDARD, Program
-from plinth.verticals.finance.schema import MAX_CARD, MAX_ID, Reason, Transaction
+from plinth.verticals.finance.plain import MAX_CARD, MAX_ID
+from plinth.verticals.finance.schema import Payment, Reason
 
 Action = Literal["approve", "review", "decline"]
 MAX_RULES = 200
@@ -172,7 +173,7 @@ class Payments:
         declared: the features.
     """
 
-    asked: Sequence[Transaction]
+    asked: Sequence[Payment]
     amounts: npt.NDArray[np.float64]
     features: npt.NDArray[np.float32]
     flags: npt.NDArray[Any]

@@ -26,7 +26,7 @@ from plinth.verticals.finance.features.columns import Columns
 from plinth.verticals.finance.features.online import Batch, Flag
 from plinth.verticals.finance.features.program import STANDARD
 from plinth.verticals.finance.features.timeline import DAY, NEVER, milliseconds
-from plinth.verticals.finance.schema import Label, Transaction
+from plinth.verticals.finance.schema import Label, Payment
 from plinth.verticals.finance.succession.drift import QUANTILES, share_of, stability_index
 
 MAX_WAITING = 16_384
@@ -216,7 +216,7 @@ class _Ring:
 class _Offer(NamedTuple):
     """Payments as the champion scored them: (n, 22) features, (n, 2) score and variant."""
 
-    asked: Sequence[Transaction]
+    asked: Sequence[Payment]
     batch: Batch
     output: npt.NDArray[np.float32]
 
@@ -257,7 +257,7 @@ class Shadow:
         self._asked = 0
 
     def offer(
-        self, asked: Sequence[Transaction], batch: Batch, output: npt.NDArray[np.float32]
+        self, asked: Sequence[Payment], batch: Batch, output: npt.NDArray[np.float32]
     ) -> None:
         """Leave payments to be scored: an entry of a queue, whatever their number.
 
@@ -363,7 +363,7 @@ class Shadow:
         return figures
 
 
-def _key(payment: Transaction | Label, time: int) -> int:
+def _key(payment: Payment | Label, time: int) -> int:
     """64 bits of what a label names its payment by."""
     words = f"{payment.terminal_id} {time}".encode()
     return crc32(payment.transaction_id.encode()) << 32 | crc32(words)

@@ -29,7 +29,7 @@ from plinth.verticals.finance.features.program import STANDARD, Program
 from plinth.verticals.finance.features.timeline import ALWAYS, DAY, LABEL_DELAY, milliseconds
 from plinth.verticals.finance.schema import (
     Label,
-    Transaction,
+    Payment,
     is_follow_up,
     read,
 )
@@ -220,7 +220,7 @@ def _lines(file: Path) -> Iterator[bytes]:
             yield line.removeprefix(BOM_UTF8)
 
 
-def _record(made: Transaction | Label, rates: Mapping[str, float]) -> Arrival[Event | Labelled]:
+def _record(made: Payment | Label, rates: Mapping[str, float]) -> Arrival[Event | Labelled]:
     time = milliseconds(made.event_time)
     received = None if made.received_time is None else milliseconds(made.received_time)
     if isinstance(made, Label):
