@@ -303,8 +303,13 @@ class WindowGrid:
         return slab + result + height * width * 8
 
     def cut(self, volume: Tensor, first: int, last: int) -> Tensor:
-        """Windows ``first`` to ``last`` (exclusive) of a volume (c, Z, Y, X) as (n, c, z, y, x)."""
+        """Windows ``first`` to ``last`` (exclusive) of a volume (c, Z, Y, X) as (n, c, z, y, x).
+
+        A window that is the whole volume is that itself, not a copy.
+        """
         wz, wy, wx = self.tiling.window
+        if (wz, wy, wx) == tuple(volume.shape[1:]):
+            return volume[None]
         rows = volume.new_full((last - first, volume.shape[0], wz, wy, wx), self.tiling.pad_value)
         for row, number in zip(rows, range(first, last), strict=True):
             z, y, x = self.corner(number)

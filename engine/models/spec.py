@@ -75,7 +75,8 @@ class TensorSpec(BaseModel):
         if not dtype.is_floating_point:
             low, high = math.ceil(low), math.floor(high)
             return torch.randint(low, high + 1, sizes, generator=noise).to(dtype)
-        return (low + (high - low) * torch.rand(sizes, generator=noise)).to(dtype)
+        drawn = torch.rand(sizes, generator=noise)
+        return drawn.mul_(high - low).add_(low).to(dtype)  # in place: a volume may be large
 
     def fits(self, rows: Tensor) -> bool:
         """Whether rows (n, ...) have the shape and the dtype."""

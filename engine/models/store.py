@@ -180,6 +180,8 @@ class Model:
         if self.example is None:
             return self.spec.example(count)
         given = len(next(iter(self.example.values())))
+        if count <= given:
+            return {name: tensor[:count] for name, tensor in self.example.items()}
         turn = torch.arange(count) % given
         return {name: tensor[turn] for name, tensor in self.example.items()}
 

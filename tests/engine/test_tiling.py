@@ -268,3 +268,12 @@ def test_outputs_that_are_no_numbers_have_no_labels(reduce):
 def test_one_channel_has_no_largest_one():
     with pytest.raises(InputError, match="threshold"):
         blend(Tiling((3, 3, 3), reduce="argmax"), torch.randn(1, 5, 5, 5))
+
+
+def test_a_window_that_is_the_whole_volume_is_not_copied():
+    volume = torch.randn(2, 5, 6, 7)
+    whole = WindowGrid(Tiling((5, 6, 7)), (5, 6, 7)).cut(volume, 0, 1)
+    assert whole.data_ptr() == volume.data_ptr()
+    assert torch.equal(whole, volume[None])
+    padded = WindowGrid(Tiling((5, 6, 8)), (5, 6, 7)).cut(volume, 0, 1)
+    assert torch.equal(padded[..., :7], volume[None])
