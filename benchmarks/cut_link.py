@@ -1,18 +1,20 @@
 """A link between two machines is cut under load: what is lost, and when it is noticed.
 
-    sudo python benchmarks/cut_link.py [--seconds 30] [--json]
+    sudo python benchmarks/cut_link.py [--fault cut] [--seconds 30] [--json]
 
 Two network namespaces of this machine stand for two hosts, with a link between them. The engine and
 the head of a Ray cluster are on one, a node that joined is on the other, and each has a lane.
 Callers ask under a deadline of 10 s, and the link goes down. Ray alone takes a machine for dead
 after about a minute; the engine's own signs of life find it silent after
-``cluster.silent_seconds``.
+``cluster.silent_seconds``. Other faults: ``raylet``, kill -9 of the other host's; ``actor``,
+kill -9 of its lane; ``stop``, SIGSTOP of that.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from head import parser_of, print_json
 
@@ -37,6 +40,7 @@ from tests.engine.lane_models import doubles  # noqa: E402
 HERE, THERE = "plinth-a", "plinth-b"
 ADDRESS, OTHER = "10.77.0.1", "10.77.0.2"
 SILENT_SECONDS = 3.0
+FAULTS = ("cut", "raylet", "actor", "stop")
 DEADLINE = Sla(deadline_ms=10_000)
 
 
@@ -62,14 +66,14 @@ def hosts_gone() -> None:
         subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def run(seconds: float) -> dict[str, Any]:
+def run(seconds: float, fault: str = "cut") -> dict[str, Any]:
     """Make the hosts, measure in one of them, and remove them."""
     hosts_gone()
     try:
         hosts_made()
         command = ["ip", "netns", "exec", HERE, sys.executable, __file__, "--inside"]
         done = subprocess.run(
-            [*command, "--seconds", str(seconds)],
+            [*command, "--seconds", str(seconds), "--fault", fault],
             capture_output=True,
             text=True,
             timeout=seconds + 240,
@@ -102,8 +106,29 @@ class _There(Nodes):
         )
 
 
-def inside(seconds: float) -> dict[str, Any]:
-    """In the first host: a cluster over both, load, and the cut."""
+def strike(fault: str, far: Any) -> None:
+    """Let something happen to the other host.
+
+    Args:
+        fault: one of ``FAULTS``.
+        far: the lane there.
+    """
+    if fault == "cut":
+        ip("-n", THERE, "link", "set", "plb", "down")
+    elif fault == "raylet":
+        own = (
+            each
+            for each in psutil.process_iter(["name", "cmdline"])
+            if each.info["name"] == "raylet" and any(OTHER in word for word in each.info["cmdline"])
+        )
+        next(own).kill()
+    else:
+        sign = signal.SIGKILL if fault == "actor" else signal.SIGSTOP
+        os.kill(far.about["pid"], sign)
+
+
+def inside(seconds: float, fault: str) -> dict[str, Any]:
+    """In the first host: a cluster over both, load, and the fault."""
     with tempfile.TemporaryDirectory(prefix="plc") as folder:
         nodes = _There(Path(folder))
         nodes.address = f"{ADDRESS}:6379"
@@ -114,7 +139,7 @@ def inside(seconds: float) -> dict[str, Any]:
             other = nodes.join()
             assert other.stdout is not None
             far = other.stdout.readline().decode().strip()
-            return _measured(nodes, far, seconds)
+            return _measured(nodes, far, seconds, fault)
         finally:
             with suppress(subprocess.SubprocessError, OSError):
                 ip("-n", THERE, "link", "set", "plb", "up")
@@ -123,7 +148,7 @@ def inside(seconds: float) -> dict[str, Any]:
             nodes.stop()
 
 
-def _measured(nodes: Nodes, far: str, seconds: float) -> dict[str, Any]:
+def _measured(nodes: Nodes, far: str, seconds: float, fault: str) -> dict[str, Any]:
     outcomes: Counter[str] = Counter()
     longest = [0.0]
     lock = threading.Lock()
@@ -132,7 +157,7 @@ def _measured(nodes: Nodes, far: str, seconds: float) -> dict[str, Any]:
         model = doubles(nodes.folder / "store")
         engine.add(model, batch_range=(1, 8), sla=DEADLINE)
         lanes = [thread.lane for thread in engine._lanes.threads]
-        assert far in {lane.about["node"] for lane in lanes}  # type: ignore[attr-defined]
+        there = next(lane for lane in lanes if lane.about["node"] == far)  # type: ignore[attr-defined]
         room = threading.Semaphore(16)
 
         def ask(number: int) -> None:
@@ -157,7 +182,7 @@ def _measured(nodes: Nodes, far: str, seconds: float) -> dict[str, Any]:
             ask(asked)
             asked += 1
             if not cut and time.monotonic() > until - seconds + 3:
-                ip("-n", THERE, "link", "set", "plb", "down")
+                strike(fault, there)
                 cut = time.monotonic()
             states = engine.status()["lanes"]
             if cut and not noticed and sum(lane["deaths"] for lane in states):
@@ -167,6 +192,7 @@ def _measured(nodes: Nodes, far: str, seconds: float) -> dict[str, Any]:
         for _ in range(16):
             room.acquire(timeout=60)
     return {
+        "fault": fault,
         "asked": asked,
         "outcomes": dict(outcomes),
         "lost": asked - outcomes["answered"] - outcomes["refused"] - outcomes["wrong"],
@@ -180,12 +206,13 @@ def main() -> None:
     """The command line."""
     parser = parser_of(__doc__)
     parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--fault", choices=FAULTS, default=FAULTS[0])
     parser.add_argument("--inside", action="store_true", help="used by the program itself")
     given = parser.parse_args()
     if given.inside:
-        sys.stdout.write(json.dumps(inside(given.seconds)) + "\n")
+        sys.stdout.write(json.dumps(inside(given.seconds, given.fault)) + "\n")
         return
-    result = run(given.seconds)
+    result = run(given.seconds, given.fault)
     if given.json:
         print_json(result)
     else:

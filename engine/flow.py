@@ -66,7 +66,8 @@ class Call:
     Args:
         model: name of a model known to the engine.
         rows: tensor (n, ...) or mapping of input name to tensor (n, ...), host memory, dtypes
-            as the model's inputs say. With ``tiling``: one tensor (c, z, y, x), the volume.
+            as the model's inputs say. With ``tiling``: one tensor (c, z, y, x), the volume. They
+            are not copied: leave them as they are until the answer comes.
         tiling: cut the volume into windows, run each as a row, blend the results back.
         told: the flow is also told how it was computed: it is sent a :class:`Told`.
         then: what the flow is likely to ask next, foreseen from what it will be sent (without

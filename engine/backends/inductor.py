@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
 from plinth.engine.backends.base import Availability
 from plinth.engine.backends.eager import TorchExecutable, realised
@@ -42,9 +45,7 @@ class Inductor:
         Raises:
             ModelError: torch cannot compile it; the hint names the backend that runs it.
         """
-        executable = realised(
-            self.name, model, device, policy, lambda module: torch.compile(module, dynamic=True)
-        )
+        executable = realised(self.name, model, device, policy, _compiled)
         try:
             for rows in (1, 2, 3):
                 executable.run(model.rows(rows))
@@ -55,6 +56,21 @@ class Inductor:
                 hint="use backend eager or onnxruntime",
             ) from error
         return executable
+
+
+def _compiled(module: nn.Module) -> Callable[..., Any]:
+    """The module compiled under code of its own.
+
+    torch counts what it compiles by code, and from the ninth on runs it as it is: modules of one
+    class would share that number (``torch._dynamo.config.recompile_limit``).
+    """
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        return module(*inputs, **named)
+
+    forward.__code__ = forward.__code__.replace()
+    compiled: Callable[..., Any] = torch.compile(forward, dynamic=True)
+    return compiled
 
 
 def compiler() -> tuple[str | None, str | None]:

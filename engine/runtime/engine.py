@@ -1232,8 +1232,9 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - the flow's own, as in _execute
             _log.debug("what comes after %s: %s", request.loaded.spec.name, type(error).__name__)
             return request, outcome
-        following.follows = request.answered
         request.foreseen = Foreseen(call, following, waiter)
+        with self._lock:
+            self._batcher.followed(following.key, 0.0)
         self._admit(following, request.sla)
         return request, replace(outcome, foreseen=request.foreseen)
 

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import onnx
 import pytest
@@ -19,7 +19,7 @@ from plinth.engine import (
     ModelSpec,
     TensorSpec,
 )
-from plinth.engine.backends import Availability, Executable, backends, export, prepare
+from plinth.engine.backends import Availability, Executable, backends, export, inductor, prepare
 from plinth.engine.backends.choice import difference
 from plinth.engine.backends.eager import TorchExecutable, stored_bytes
 from plinth.engine.backends.export import onnx_file
@@ -404,6 +404,20 @@ def test_inductor_compiles_for_any_number_of_rows(backend, monkeypatch, compiled
     for rows in (1, 5, 33):
         x = torch.randn(rows, 8)
         torch.testing.assert_close(executable.run({"x": x})["score"], model.module(x).detach())
+
+
+def test_as_many_models_of_one_class_are_compiled_as_there_are(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    done = []
+    for width in range(1, torch._dynamo.config.recompile_limit + 4):
+        module, before = nn.Linear(width, 2).eval(), counters["frames"]["ok"]
+        run, rows = inductor._compiled(module), torch.ones(3, width)
+        with torch.inference_mode():
+            assert torch.equal(run(rows), module(rows))
+        done.append(counters["frames"]["ok"] > before)
+    assert all(done)
 
 
 def test_torchs_translations_are_made_once_and_files_are_what_they_were(monkeypatch, tmp_path):
