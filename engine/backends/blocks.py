@@ -10,6 +10,7 @@ kernels run depends on shapes and threads alone, so a trial on this machine tell
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from time import perf_counter
 
 import torch
@@ -25,6 +26,8 @@ TRIED = 4
 """Forwards of each size that are compared, row for row."""
 SLOW = 0.002
 """Seconds of a block from which on fewer calls save nothing worth a trial."""
+MOST_FIXED = 4.0
+"""Blocks that a forward may count for beside its rows, whatever was measured."""
 DISTINCT = 0.5
 """Share of the compared rows whose outputs must differ from all others, or nothing was seen."""
 
@@ -37,12 +40,17 @@ class Blocks(Wrapped):
         rows: of a block; the last one is filled up with copies of its last row.
         sizes: rows of larger forwards, descending, of which each row has the bits it has in a
             block; see :meth:`widened`.
+        fixed: what a forward takes however few its rows are, in times of a block's rows. Where
+            one forward that is filled up takes less than several, it is filled up.
     """
 
-    def __init__(self, inner: Executable, rows: int, sizes: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, inner: Executable, rows: int, sizes: tuple[int, ...] = (), fixed: float = 0.0
+    ) -> None:
         super().__init__(inner)
         self.rows = rows
         self.sizes = sizes
+        self.fixed = fixed
 
     def widened(self, spec: ModelSpec) -> Blocks:
         """Several blocks at once, where every row of a trial came out bit for bit as in a block.
@@ -68,7 +76,18 @@ class Blocks(Wrapped):
             if all(torch.equal(rows, alone[name][: TRIED * size]) for name, rows in found.items()):
                 sizes.append(size)
             blocks //= 2
-        return Blocks(self.inner, self.rows, tuple(sizes))
+        return Blocks(self.inner, self.rows, tuple(sizes), self._fixed(spec, sizes))
+
+    def _fixed(self, spec: ModelSpec, sizes: list[int]) -> float:
+        """What any forward takes, in times of a block's rows, from a block and a larger forward."""
+        if not sizes:
+            return 0.0
+        block, large = (
+            min(self._seconds(example) for _ in range(3))
+            for example in (spec.example(self.rows), spec.example(sizes[0]))
+        )
+        each = (large - block) / (sizes[0] // self.rows - 1)
+        return min(max(block / each - 1, 0.0), MOST_FIXED) if each > 0 else MOST_FIXED
 
     def _seconds(self, inputs: Mapping[str, Tensor]) -> float:
         begun = perf_counter()
@@ -78,10 +97,10 @@ class Blocks(Wrapped):
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Executable`; inputs have at least one row."""
         count, first, outputs = row_count(inputs), 0, list[dict[str, Tensor]]()
-        for size in (*self.sizes, self.rows):
-            while count - first >= size or (size == self.rows and first < count):
-                outputs.append(self.inner.run(_block(inputs, first, size)))
-                first += size
+        known = (*(size // self.rows for size in self.sizes), 1)
+        for blocks in _plan(-(-count // self.rows), known, self.fixed):
+            outputs.append(self.inner.run(_block(inputs, first, blocks * self.rows)))
+            first += blocks * self.rows
         whole = cat_rows(outputs)
         if first == count:
             return whole
@@ -94,11 +113,29 @@ class Blocks(Wrapped):
     def another(self) -> Blocks | None:
         """One more for another thread; see ``base.another``."""
         inner = another(self.inner)
-        return None if inner is None else Blocks(inner, self.rows, self.sizes)
+        return None if inner is None else Blocks(inner, self.rows, self.sizes, self.fixed)
 
     def is_native(self, rows: int) -> bool:
         """See :class:`Executable`."""
         return self.inner.is_native(self.rows)
+
+
+@lru_cache(maxsize=4096)
+def _plan(count: int, sizes: tuple[int, ...], fixed: float) -> tuple[int, ...]:
+    """The forwards that take least together for so many blocks, the largest first.
+
+    Args:
+        count: blocks.
+        sizes: of forwards, in blocks, descending to 1.
+        fixed: what each forward takes beside its blocks, in times of one.
+    """
+    many = max(0, count // sizes[0] - 1)  # all but the last few are as large as can be
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    for left in range(1, count - many * sizes[0] + 1):
+        behind = ((best[max(0, left - size)], size) for size in sizes)
+        found = [(cost + size + fixed, (size, *plan)) for (cost, plan), size in behind]
+        best.append(min(found, key=lambda one: one[0]))
+    return (sizes[0],) * many + tuple(sorted(best[-1][1], reverse=True))
 
 
 def _block(inputs: Mapping[str, Tensor], first: int, size: int) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from plinth.engine import (
 )
 from plinth.engine.backends import prepare
 from plinth.engine.backends.base import Wrapped
-from plinth.engine.backends.blocks import Blocks
+from plinth.engine.backends.blocks import Blocks, _plan
 from plinth.engine.devices.device import pick
 from plinth.engine.errors import OutOfMemory
 from plinth.engine.metrics import REGISTRY
@@ -214,9 +214,24 @@ def test_blocks_go_together_where_a_trial_saw_the_same_bits(how):
     kernels.seen.clear()
     rows = torch.randn(205, 4)
     found = blocks.run({"x": rows})["y"]
-    assert kernels.seen == ([8] * 26 if how else [128, 64, 8, 8])
+    assert kernels.seen == ([8] * 26 if how else [128, 64, 16])
     assert torch.equal(found, rows * (not how.get("blind")))
     assert blocks.run({"x": rows[:8]})["y"].shape == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("count", "fixed", "wanted"),
+    [
+        (3, 0.0, (2, 1)),
+        (3, 1.5, (4,)),  # a forward of four takes less than two that fit
+        (20, 2.0, (16, 4)),
+        (31, 2.0, (16, 16)),
+        (0, 2.0, ()),
+        (100, 0.0, (16, 16, 16, 16, 16, 16, 4)),
+    ],
+)
+def test_forwards_are_filled_up_where_fewer_take_less(count, fixed, wanted):
+    assert _plan(count, (16, 8, 4, 2, 1), fixed) == wanted
 
 
 def test_a_size_with_other_bits_is_left_out():
