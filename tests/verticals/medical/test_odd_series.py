@@ -58,6 +58,26 @@ def test_untrustworthy_attributes_are_not_trusted(
     assert volume.spacing == pytest.approx((9.0, 8.0, 5.0))
 
 
+@pytest.mark.parametrize(
+    ("change", "said", "thickness"),
+    [
+        (lambda image, k: setattr(image, "SliceThickness", "1" if k < 4 else "5"), "1 to 5", None),
+        (lambda image, _: setattr(image, "SliceThickness", "50"), "5 mm apart", 50.0),
+    ],
+)
+def test_thicknesses_that_do_not_go_together_are_said(
+    write: Write, edit: Edit, expected: Any, change: Any, said: str, thickness: float | None
+) -> None:
+    folder = write()
+    edit(folder, change)
+    volume = load_volume(folder, strict=True)
+    (issue,) = volume.verdict.issues
+    assert issue.kind == "thickness"
+    assert said in issue.message
+    assert volume.series.slice_thickness == thickness
+    assert np.array_equal(volume.voxels, expected())
+
+
 def test_uids_follow_the_slices(write: Write) -> None:
     volume = load_volume(write(shuffled=True))
     for source, uid, position in zip(

@@ -55,6 +55,9 @@ STATUS_OF: dict[str, Status] = {
     "unlike": "unlike_neighbours",
 }
 
+OVERLAP = 8.0
+"""Slice Thickness over the step from slice to slice, beyond which a note doubts the places."""
+
 MAX_FILLED, MAX_FILLED_SHARE = 3, 0.1
 """Slices that are interpolated in one gap, and in all as a share of those at hand, at most."""
 
@@ -64,7 +67,7 @@ LOSSY_SYNTAXES = tuple(f"1.2.840.10008.1.2.4.{end}" for end in (50, 51))
 LEFT_OUT = ("mixed", "no_position", "damaged")
 """Issues that tell of images beside the volume: where slices are missing, they may be the ones."""
 
-NOTES = ("padding", "left_out", "units", "window", "identity", "lossy")
+NOTES = ("padding", "left_out", "units", "window", "identity", "lossy", "thickness")
 """Issues that concern no voxel's place; they leave a verdict ``"ok"``."""
 
 
@@ -110,6 +113,7 @@ def load_volume(
         *_padding_note(stack),
         *_units_note(facts),
         *_lossy(stack, lossy),
+        *_thickness_notes(stack),
     )
     verdict = _verdict(found, stack)
     if stack.regular:
@@ -392,6 +396,25 @@ def _padding_note(stack: Stack) -> tuple[Issue, ...]:
     return (Issue("padding", f"padding of {low:g} HU is shown as {CT_AIR} HU"),)
 
 
+def _thickness_notes(stack: Stack) -> tuple[Issue, ...]:
+    """Slices of several thicknesses, and such as overlap more than any scanner lets them."""
+    told = sorted({frame.thickness for frame in stack.frames if frame.thickness is not None})
+    notes = []
+    if len(told) > 1:
+        text = (
+            f"Slice Thickness is {told[0]:g} to {told[-1]:g} mm: noise and densities are not those "
+            "of one reconstruction"
+        )
+        notes.append(Issue("thickness", text))
+    if len(stack.frames) > 1 and told and told[-1] > OVERLAP * stack.step:
+        text = (
+            f"slices of {told[-1]:g} mm lie {stack.step:.3g} mm apart: if their places are not in "
+            "mm, lengths and volumes are wrong"
+        )
+        notes.append(Issue("thickness", text))
+    return tuple(notes)
+
+
 def _lossy(stack: Stack, coded: set[int]) -> tuple[Issue, ...]:
     """Images whose values a compression has changed, now or before they were stored as they are."""
     count = sum(
@@ -417,6 +440,7 @@ def _units_note(facts: SeriesFacts) -> tuple[Issue, ...]:
 def _facts(series: Series, stack: Stack) -> SeriesFacts:
     header = stack.frames[0].header
     x, y = stack.pixel
+    thick = {frame.thickness for frame in stack.frames}
     return SeriesFacts(
         id=series.id,
         modality=header.modality,
@@ -426,7 +450,7 @@ def _facts(series: Series, stack: Stack) -> SeriesFacts:
         spacing=(x, y, stack.step),
         units="/".join(sorted({frame.units for frame in stack.frames})),
         number_of_slices=len(stack.frames),
-        slice_thickness=stack.frames[0].thickness,
+        slice_thickness=thick.pop() if len(thick) == 1 else None,
         kernel=stack.frames[0].kernel,
         contrast=any(frame.header.contrast for frame in stack.frames),
         kind=stack.frames[0].kind,

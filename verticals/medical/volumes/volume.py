@@ -147,7 +147,8 @@ class SeriesFacts:
         spacing: (x, y, z) mm of the source images; z is the mean step along the normal.
         number_of_slices: images (or frames) used, after duplicates were dropped.
         units: of the modality values: ``"HU"``, another Rescale Type, or ``""`` if unknown.
-        slice_thickness: Slice Thickness in mm, which says nothing about the spacing.
+        slice_thickness: Slice Thickness in mm, which says nothing about the spacing; ``None``
+            where the images differ in it.
         kernel: Convolution Kernel.
         photometric: ``"MONOCHROME2"``, or ``"MONOCHROME1"`` where low values are white.
         image_type: Image Type, value by value.
