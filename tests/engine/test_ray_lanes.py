@@ -297,13 +297,13 @@ def test_when_the_head_ends_other_lanes_go_on(tmp_path):
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("fault", ["cut", "raylet", "actor", "stop"])
+@pytest.mark.parametrize("fault", ["cut", "raylet"])
 def test_what_happens_to_another_host_is_noticed_within_seconds_and_nothing_is_lost(fault):
     import cut_link
 
     if os.geteuid() != 0 or subprocess.run(["ip", "netns"], check=False).returncode:
         pytest.skip("needs root and ip(8), to make hosts of network namespaces")
-    found = cut_link.run(30, fault)
+    found = cut_link.run(18, fault)
     assert set(found["outcomes"]) <= {"answered", "refused", "late"}
     assert (found["lost"], found["outcomes"]["late"]) == (0, 0)
     assert 0 < found["noticed_after_seconds"] < 2 * cut_link.SILENT_SECONDS + 4
