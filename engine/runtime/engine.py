@@ -966,8 +966,9 @@ class Engine:
         return Closed("the engine was closed and takes no new work", hint="start() starts it again")
 
     def _cancel(self, request: Request) -> None:
-        ended = [request] if request.foreseen is None else [request, request.foreseen.request]
         with self._lock:
+            request.left = True
+            ended = [request] if request.foreseen is None else [request, request.foreseen.request]
             outcomes = self._fail(ended, Cancelled("the client went away"))
         self._settle(outcomes)
 
@@ -1232,10 +1233,13 @@ class Engine:
         except BaseException as error:  # noqa: BLE001 - the flow's own, as in _execute
             _log.debug("what comes after %s: %s", request.loaded.spec.name, type(error).__name__)
             return request, outcome
-        request.foreseen = Foreseen(call, following, waiter)
         with self._lock:
             self._batcher.followed(following.key, 0.0)
         self._admit(following, request.sla)
+        with self._lock:
+            request.foreseen = Foreseen(call, following, waiter)
+        if request.left:  # while it was foreseen
+            self._cancel(following)
         return request, replace(outcome, foreseen=request.foreseen)
 
     def _puts_apart(self, batch: Batch, loaded: LoadedModel, ran: Ran) -> bool:

@@ -216,6 +216,7 @@ class Request:
     Attributes:
         sla: the promise that it brought; ``None``: its model's.
         foreseen: what was asked then.
+        left: its caller went away.
         over: answered or failed; what still comes of it is passed over.
         mode: how it was given to the lanes: whole (``"async"``) or in shares (``"sync"``).
         number: its place in the order of arrival, where answers come in order.
@@ -235,6 +236,7 @@ class Request:
     then: Callable[[Any], Call | None] | None = None
     sla: Sla | None = None
     foreseen: Foreseen | None = None
+    left: bool = False
     merger: WindowMerger | None = field(init=False)
     outputs: list[dict[str, Tensor]] = field(default_factory=list)
     total: int = field(init=False)
