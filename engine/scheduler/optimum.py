@@ -6,6 +6,8 @@ they could have done then no policy makes up for.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
@@ -60,11 +62,14 @@ class _Pair:
         """The first that a batch which ends then is in time for."""
         self.first = self.young[self.fixed + 1 :]
         """The first that a batch of one row which starts then is in time for."""
-        self.width = int((self.here[: len(self.first)] - self.first).max()) + 2
+        waiting = self.here[: len(self.first)] - self.first
+        passed = self.first[self.longest :] - self.first[: -self.longest]
+        self.width = int(max(waiting.max(), passed.max())) + 2
         self.slots = self.longest + 1
-        self.values: Values = np.zeros(
-            (self.slots, self.longest + 1, 2 * self.width), dtype=np.int32
-        )
+        shape = self.slots, self.longest + 1, 2 * self.width
+        # What lies behind a row is read too, and never counts; behind the last one are zeros.
+        whole = np.zeros(math.prod(shape) + self.most, dtype=np.int32)
+        self.values: Values = whole[: -self.most].reshape(shape)
 
     def solve(self) -> int:
         """What can be answered from the first step on."""
