@@ -253,6 +253,14 @@ def test_a_slice_without_position_makes_the_volume_partial(write: Write, edit: E
     assert refusal(folder).reason == "geometry_gap"
 
 
+def test_a_thickness_that_is_rounded_in_some_slices_is_one(write: Write, edit: Edit) -> None:
+    folder = write()
+    edit(folder, lambda image, k: setattr(image, "SliceThickness", "5" if k < 4 else "5.00001"))
+    volume = load_volume(folder, strict=True)
+    assert volume.verdict.ok
+    assert volume.series.slice_thickness == pytest.approx(5, rel=1e-4)
+
+
 def test_one_slice_uses_its_thickness_and_says_so(write: Write) -> None:
     volume = load_volume(write() / "slice_0003.dcm")
     assert volume.verdict.status == "single_slice"

@@ -55,6 +55,8 @@ STATUS_OF: dict[str, Status] = {
     "unlike": "unlike_neighbours",
 }
 
+ALIKE = 1.01
+"""Times that slices of one thickness may differ: it is written as text, and rounded."""
 OVERLAP = 8.0
 """Slice Thickness over the step from slice to slice, beyond which a note doubts the places."""
 
@@ -400,7 +402,7 @@ def _thickness_notes(stack: Stack) -> tuple[Issue, ...]:
     """Slices of several thicknesses, and such as overlap more than any scanner lets them."""
     told = sorted({frame.thickness for frame in stack.frames if frame.thickness is not None})
     notes = []
-    if len(told) > 1:
+    if told and told[-1] > ALIKE * told[0]:
         text = (
             f"Slice Thickness is {told[0]:g} to {told[-1]:g} mm: noise and densities are not those "
             "of one reconstruction"
@@ -440,7 +442,8 @@ def _units_note(facts: SeriesFacts) -> tuple[Issue, ...]:
 def _facts(series: Series, stack: Stack) -> SeriesFacts:
     header = stack.frames[0].header
     x, y = stack.pixel
-    thick = {frame.thickness for frame in stack.frames}
+    thick = [frame.thickness for frame in stack.frames if frame.thickness is not None]
+    alike = len(thick) == len(stack.frames) and max(thick) <= ALIKE * min(thick)
     return SeriesFacts(
         id=series.id,
         modality=header.modality,
@@ -450,7 +453,7 @@ def _facts(series: Series, stack: Stack) -> SeriesFacts:
         spacing=(x, y, stack.step),
         units="/".join(sorted({frame.units for frame in stack.frames})),
         number_of_slices=len(stack.frames),
-        slice_thickness=thick.pop() if len(thick) == 1 else None,
+        slice_thickness=thick[0] if alike else None,
         kernel=stack.frames[0].kernel,
         contrast=any(frame.header.contrast for frame in stack.frames),
         kind=stack.frames[0].kind,
