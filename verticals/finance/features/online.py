@@ -35,7 +35,6 @@ from plinth.verticals.finance.features.timeline import (
     Shelf,
     Terminal,
     Timeline,
-    milliseconds,
 )
 
 FEATURES: tuple[str, ...] = STANDARD.names
@@ -116,26 +115,6 @@ def refused_amount(payment: Any, rate: float) -> InputError | None:
         field="amount",
         reason="too_large",
         hint="is it in the currency's smallest unit, or its rate of another unit?",
-    )
-
-
-def event_of(payment: Any, rate: float) -> Told:
-    """A payment as the features see it.
-
-    Args:
-        payment: a ``Transaction`` that was read.
-        rate: base currency for one of its own.
-    """
-    lat, lon = payment.latitude, payment.longitude
-    return (
-        payment.transaction_id,
-        milliseconds(payment.event_time),
-        payment.amount * rate,
-        payment.card,
-        payment.customer_id,
-        payment.terminal_id,
-        payment.device_id,
-        None if lat is None or lon is None else (lat, lon),
     )
 
 

@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from plinth.engine.errors import ConfigError, InputError
+from plinth.verticals.finance.asked import Asked
 from plinth.verticals.finance.features.online import (
     Event,
     FeatureState,
     Flag,
     Labelled,
-    event_of,
     refused_amount,
 )
 from plinth.verticals.finance.features.program import STANDARD, Program
@@ -231,8 +231,8 @@ def _record(made: Payment | Label, rates: Mapping[str, float]) -> Arrival[Event 
         raise InputError(f"currency: there is no rate for {made.currency}", field="currency")
     if refused := refused_amount(made, rates[made.currency]):
         raise refused
-    event = Event(*event_of(made, rates[made.currency]))
-    return Arrival(time if received is None else received, event)
+    (told,) = Asked.of([made], rates).events()
+    return Arrival(time if received is None else received, Event(*told))
 
 
 def _features(
