@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -138,6 +139,23 @@ def test_records_that_a_silent_broker_keeps_back_are_not_left_out(
     with contextlib.closing(kafka_replay.Replay(config, span)) as replay:
         found = read(replay, 200)
     assert [record.offset for record in found] == list(range(200))
+
+
+def test_partitions_of_many_records_are_read_one_far_ahead_of_another(
+    kafka_node: KafkaNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, step = kafka_node.config(partitions=3), 250
+    kafka_node.fill(config, ((f"c{n}".encode(), b"%d" % n) for n in range(6_000)))
+    monkeypatch.setattr(kafka_replay, "MAX_AHEAD", 300)
+    written = kafka_node.read(config.input_topic)
+    ends = Counter(Partition(one.topic, one.partition) for one in written)
+    with contextlib.closing(kafka_replay.Log(config)) as log:
+        found = {place: log.take(place, 0, step) for place in ends}
+        for place, end in ends.items():
+            for start in range(step, end, step):
+                found[place] += log.take(place, start, min(start + step, end))
+    offsets = {place: [record.offset for record in records] for place, records in found.items()}
+    assert offsets == {place: list(range(end)) for place, end in ends.items()}
 
 
 def test_why_a_decision_is_another_now_is_said(kafka_node: KafkaNode) -> None:
