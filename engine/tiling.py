@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -329,11 +330,21 @@ class _Reducer:
 
     def __init__(self, tiling: Tiling, size: Size, channels: int) -> None:
         self.tiling = tiling
-        kind = torch.float32 if tiling.reduce == "none" else torch.uint8
+        kind = np.float32 if tiling.reduce == "none" else np.uint8
         shape = (channels, *size) if tiling.reduce == "none" else size
-        self.result = torch.zeros(shape, dtype=kind)
+        self.result = torch.from_numpy(np.zeros(shape, kind))  # takes memory where it is written
         self.doubt = torch.zeros(size if tiling.uncertainty else 0, dtype=torch.uint8)
         self.hidden = torch.zeros(channels, dtype=torch.int64)
+
+    def take(self, output: Tensor) -> bool:
+        """Take labels (1, Z, Y, X) of the whole volume as they are; whether they are that."""
+        if self.tiling.reduce != "labels" or output.dtype != torch.uint8:
+            return False
+        alone = output.untyped_storage().nbytes() == output.nbytes and output.is_contiguous()
+        if not alone or tuple(output.shape) != (1, *self.result.shape):
+            return False
+        self.result = output[0]
+        return True
 
     def put(self, values: Tensor, at: tuple[int | slice, slice, slice]) -> None:
         """Reduce activated outputs (k, ...) and write them to a place (z, y, x)."""
@@ -542,7 +553,12 @@ class WindowMerger:
         return self._reducer
 
     def _cut(self, output: Tensor, reducer: _Reducer) -> None:
-        """Reduce what a window alone answers for, a few planes at a time."""
+        """Reduce what a window alone answers for, a few planes at a time.
+
+        Labels of a window that is the whole volume are the result, in their own memory.
+        """
+        if reducer.take(output):
+            return
         corner, core = self.grid.corner(self._next), self.grid.core(self._next)
         z, y, x = (
             slice(span.start - at, span.stop - at) for span, at in zip(core, corner, strict=True)

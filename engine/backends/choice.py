@@ -59,6 +59,7 @@ def prepare(
     example: Mapping[str, Tensor] | None = None,
     room: int | None = None,
     smaller: Callable[[Executable], Executable | None] | None = None,
+    alone: str | None = None,
 ) -> Executable:
     """Make a model ready to run, the fastest way that is right.
 
@@ -82,6 +83,7 @@ def prepare(
         example: valid rows (n, ...) by input name, where made-up ones would not do.
         room: bytes that compiling may take at its peak; ``"auto"`` leaves out what takes more.
         smaller: makes what takes less memory of the reference, before anything runs.
+        alone: why ``"auto"`` takes the reference as it is, without making rows to try it on.
 
     Raises:
         ConfigError: unknown or impossible backend or precision, with the reason.
@@ -109,13 +111,16 @@ def prepare(
             reference = smaller(reference) or reference
         given = model.example if example is None else example
         hurried = kind in backends and (wanted.plain or wanted.auto)
+        if alone is not None and hurried and backend == "auto" and given is None:
+            return _untried(reference, alone)
         within = Bounded(CHECK_SECONDS if hurried else None)
         turns = Turns(reference)
         try:
             trial = within.run(lambda: _trial(model, turns, rows, given, threads), "one row")
         except ModelError as error:
             if within.late:
-                return _untried(model, turns.given_up(within.left))
+                _log.warning("model %s: %s", model.spec.name, _SLOW)
+                return _untried(turns.given_up(within.left), _SLOW)
             if given is not None or not model.spec.free or kind not in backends or not wanted.plain:
                 raise
             reference.report |= {"reason": f"not tried: {error}", "refused": {}}
@@ -207,13 +212,14 @@ class Turns(Wrapped):
             raise ModelError("nobody waits for this trial any more")
 
 
-def _untried(model: Model, reference: Executable) -> Executable:
-    """The reference as it is: one row takes too long to compare anything."""
-    reason = (
-        f"one row takes more than {CHECK_SECONDS / 2:g} s, so that nothing was tried or compared; "
-        "a backend that is named is, however long it takes"
-    )
-    _log.warning("model %s: %s", model.spec.name, reason)
+_SLOW = (
+    f"one row takes more than {CHECK_SECONDS / 2:g} s, so that nothing was tried or compared; "
+    "a backend that is named is, however long it takes"
+)
+
+
+def _untried(reference: Executable, reason: str) -> Executable:
+    """The reference as it is, with the reason why nothing is compared with it."""
     reference.report |= {"reason": reason, "refused": {}, "untried": True}
     return reference
 

@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 SLOW_SECONDS = 4.0
 """Of a run, from which a probe does without a second one."""
+_OURS = 2  # holders of an output's memory: the output, and its storage as it is asked
 
 
 class TorchExecutable:
@@ -95,7 +96,7 @@ class TorchExecutable:
                 self._spec, self._binding.call(self._compiled, given), len(_first(given))
             )
             if self._copies_outputs:
-                output = {name: tensor.clone() for name, tensor in output.items()}
+                _disown(output)
         for file in self._files:  # it may have been written to meanwhile
             file.check()
         if not self._copies_inputs and before != _versions(given):
@@ -113,7 +114,7 @@ class TorchExecutable:
         A module that writes into its input gets copies of all rows from now on. One that gives
         out memory that is not the caller's alone has it copied: its own, which a later batch
         would change (a second run gives out the same again), or the rows themselves. Where a run
-        takes seconds there is no second one, and outputs are copied.
+        takes seconds there is no second one, and outputs are copied that somebody else holds too.
         """
         self._copies_inputs = self._copies_outputs = True
         watched = self._copied(inputs)
@@ -131,6 +132,10 @@ class TorchExecutable:
         kept = _storages((*held_tensors(self.module), *watched.values(), *second.values()))
         self._copies_outputs = not kept.isdisjoint(_storages(output.values()))
         return output
+
+    def lend_inputs(self) -> None:
+        """Give the module rows as they come: it was seen not to write into them."""
+        self._copies_inputs = False
 
     def _copied(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows of its own, on its device."""
@@ -191,7 +196,20 @@ def _versions(rows: Mapping[str, Tensor]) -> list[int]:
 
 
 def _storages(tensors: Iterable[Tensor]) -> set[int]:
-    return {tensor.untyped_storage()._cdata for tensor in tensors}
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def _disown(output: dict[str, Tensor]) -> None:
+    """Copy those of some outputs, in place, whose memory somebody else holds too.
+
+    Of the others, which torch allocated for a forward and nobody has any more, no copy is made.
+    """
+    for name in output:
+        output[name] = output[name].detach()  # the last that we hold of what the model gave
+        storage = output[name].untyped_storage()
+        count: int = torch._C._storage_Use_Count(storage._cdata)
+        if count > _OURS or not storage.resizable():  # NumPy's memory, say, is not resizable
+            output[name] = output[name].clone()
 
 
 def held_tensors(module: nn.Module) -> Iterable[Tensor]:

@@ -36,6 +36,10 @@ MOST_SIZES = 256
 _STEPS = 8  # sizes that share a plan: between a power of two and the next
 _COMPILED = 4  # times less than plain torch that what another backend compiled may take
 _PLANAR = 4  # dimensions of images, with rows and channels
+SEVERAL = 4
+"""Times what a module takes by itself from which others are not worth their memory."""
+GENEROUS = 2
+"""Times what others take, as bound of a model's memory, from which they are tried all the same."""
 _EASY = 4096
 _EASY_TOKENS = 32768
 _EASY_VOLUMES = 512
@@ -56,6 +60,12 @@ def foreseen(model: Model, shapes: Shapes) -> int | None:
         Inputs, outputs and all between that lives at the same time; ``None`` where it cannot be
         told, as where a forward looks at its numbers.
     """
+    found = _without_numbers(model, shapes)
+    return None if found is None else found[0]
+
+
+def _without_numbers(model: Model, shapes: Shapes) -> tuple[int, bool] | None:
+    """As :func:`foreseen`, and whether the forward leaves its inputs as they are."""
     if model.onnx is not None:
         return None
     try:
@@ -76,7 +86,51 @@ def foreseen(model: Model, shapes: Shapes) -> int | None:
     except Exception as error:  # noqa: BLE001 - a module without numbers raises anything
         _log.debug("model %s: memory of %s is not foreseen: %s", model.spec.name, shapes, error)
         return None
-    return living.most
+    return living.most, all(tensor._version == 0 for tensor in rows.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Leaner:
+    """A module that takes much less than what would run its graph.
+
+    Args:
+        reason: why nothing else is tried, in words.
+        reads_only: its forward leaves its inputs as they are.
+    """
+
+    reason: str
+    reads_only: bool
+
+
+def leaner(model: Model, halved: bool = False) -> Leaner | None:
+    """Whether a module makes a row in parts, where others would hold several times as much.
+
+    Such a module has a method ``forward_bytes``, which takes the sizes of its input behind rows and
+    channels, and gives the bytes of a forward of one row; ``None``: it is made whole. What runs a
+    graph holds whole results, as plain torch does. Looked at only where the model's memory is
+    bounded, and below :data:`GENEROUS` times what a graph would take.
+
+    Args:
+        model: the model.
+        halved: others may compute in half of the bytes.
+    """
+    tell = getattr(model.module, "forward_bytes", None)
+    if tell is None or model.memory is None or model.spec.free or len(model.spec.inputs) > 1:
+        return None
+    (taken,) = model.spec.inputs
+    sizes = tuple(size for size in taken.shape if size is not None)
+    own = tell(sizes[1:])
+    found = None if own is None else _without_numbers(model, {taken.name: (1, *sizes)})
+    if own is None or found is None:
+        return None
+    others = found[0] // (2 if halved else 1)
+    if others <= max(SEVERAL * own, model.memory / GENEROUS):
+        return None
+    reason = (
+        f"the module makes a row in parts that take about {own} bytes, its graph would hold "
+        f"{others} in another backend, and {model.memory} are allowed; one that is named is tried"
+    )
+    return Leaner(reason, found[1])
 
 
 def outgrows(model: Model, budget: int) -> bool:

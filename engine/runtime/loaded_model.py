@@ -26,7 +26,7 @@ from plinth.engine.devices.staging import Launched, Staging
 from plinth.engine.errors import ConfigError, ModelError, OutOfMemory, PlinthError
 from plinth.engine.flow import Sla, cat_rows
 from plinth.engine.mapped import Pages
-from plinth.engine.memory.foresight import SizePlans, outgrows
+from plinth.engine.memory.foresight import SizePlans, leaner, outgrows
 from plinth.engine.memory.likeness import Measured, likeness
 from plinth.engine.memory.plan import MemoryPlan, Room, measure
 from plinth.engine.memory.plan import budget as budget_of
@@ -504,13 +504,20 @@ def _made(
         sizes = block, block
         precision, backend = _one_way(model, device, precision, backend)
     tried, most = sizes
-    return prepare(
+    auto = resolve(precision).auto and device.native("bf16")
+    lean = leaner(model, auto) if backend == "auto" and device.kind == "cpu" else None
+    executable = prepare(
         *(model, device, precision, backend, threads),
         rows=tried,
         most=most,
         room=room,
         smaller=streamed if slim else None,
+        alone=None if lean is None else lean.reason,
     )
+    spared = lean is not None and lean.reads_only and executable.report.get("untried")
+    if spared and isinstance(executable, TorchExecutable):
+        executable.lend_inputs()
+    return executable
 
 
 def _fitted(executable: Executable, budget: int) -> Executable:

@@ -71,7 +71,7 @@ class Unet3d(nn.Module):
         for level, block in enumerate(self.down):
             x = torch.cat([self.pool(part) for part in kept[-1]], 2) if level else x
             plane, depth = (x.shape[3], x.shape[4]), x.shape[2]
-            pieces = planes.streamed(_stages(block), planes.cut(x), plane)
+            pieces = planes.streamed(_stages(block), planes.cut(x))
             if level == len(self.down) - 1:
                 x = planes.gathered(pieces, depth)
             else:
@@ -80,8 +80,7 @@ class Unet3d(nn.Module):
                 kept.append(planes.in_parts(pieces, depth, most))
         for widen, block in zip(self.widen, self.up, strict=True):
             parts, depth = kept.pop(), 2 * x.shape[2]
-            plane = (parts[0].shape[3], parts[0].shape[4])
-            pieces = planes.streamed(_stages(block), _joined(widen, x, parts), plane)
+            pieces = planes.streamed(_stages(block), _joined(widen, x, parts))
             if not kept:
                 pieces = (planes.convolved(self.head, piece) for piece in pieces)
             x = planes.gathered(pieces, depth)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -99,21 +99,20 @@ def window_of(network: Network, memory_mb: int) -> Network:
     window = network.recipe.window
     if window.halo is None or window.size is None:
         return network
-    cells = _floats_per_voxel(network) * 4
-    most = memory_mb * 1_000_000 / cells
-    size, halo = window.size, window.halo
-    best: tuple[int, int, Triple] | None = None
+    size, halo, most = window.size, window.halo, memory_mb * 1_000_000
+    taken, best = _taken(network), None
     for candidate in _candidates(size, halo):
         voxels = math.prod(candidate)
         count = math.prod(
             1 if c >= n else math.ceil((n - c) / (c - 2 * h)) + 1
             for n, c, h in zip(size, candidate, halo, strict=True)
         )
-        if voxels <= most and (best is None or (count * voxels, voxels) < (best[0], best[1])):
-            best = (count * voxels, voxels, candidate)
-    chosen = min(_candidates(size, halo), key=math.prod) if best is None else best[2]
+        found = (count * voxels, voxels, candidate)
+        if taken(candidate) <= most and (best is None or found < best):
+            best = found
+    chosen = min(_candidates(size, halo), key=taken) if best is None else best[2]
     cut = with_window(network, chosen)
-    return replace(cut, model=replace(cut.model, memory=memory_mb * 1_000_000))
+    return replace(cut, model=replace(cut.model, memory=most))
 
 
 def _candidates(size: Triple, halo: Triple) -> list[Triple]:
@@ -127,6 +126,18 @@ def _candidates(size: Triple, halo: Triple) -> list[Triple]:
                 found.add(inner)
         along.append(sorted(found))
     return [(z, y, x) for z in along[0] for y in along[1] for x in along[2]]
+
+
+def _taken(network: Network) -> Callable[[Triple], int]:
+    """Bytes that a forward over one window takes, beside the window."""
+    tell = getattr(network.model.module, "forward_bytes", None)
+    each = 4 * _floats_per_voxel(network)
+
+    def of(window: Triple) -> int:
+        found = None if tell is None else tell(window)
+        return each * math.prod(window) if found is None else int(found)
+
+    return of
 
 
 def _floats_per_voxel(network: Network) -> int:

@@ -95,6 +95,11 @@ class _First(nn.Module):
         super().__init__()
         self.network = network
 
+    def forward_bytes(self, size: Triple) -> int | None:
+        """What a forward over one volume (z, y, x) takes, where the network makes it in parts."""
+        tell = getattr(self.network, "forward_bytes", None)
+        return None if tell is None else cast("int | None", tell(size))
+
     def forward(self, volume: Tensor) -> Tensor:
         """(n, c, z, y, x) to the first output."""
         output = self.network(volume)

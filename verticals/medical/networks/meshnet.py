@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from plinth.engine import ModelError
-from plinth.engine.models.families.planes import can_stream, convolved, cut, gathered, streamed
+from plinth.engine.models.families.planes import (
+    can_stream,
+    convolved,
+    cut,
+    gathered,
+    held_bytes,
+    streamed,
+)
 from plinth.verticals.medical.networks.recipe import (
     Conform,
     Orient,
@@ -36,6 +43,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "linear": lambda values: values,
 }
+OVERWRITING: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu_, "elu": F.elu_}
+"""The same in the memory of what they are given."""
 SIDE = 256
 CHUNK = 8  # planes whose classes are there at once
 MOST_BYTES = 256 << 20
@@ -81,7 +90,8 @@ class MeshNet(nn.Module):
     def forward(self, volume: Tensor) -> Tensor:
         """(n, 1, z, y, x) float32 to logits, or to labels."""
         if self.labels and not self.normed and can_stream(list(self.layers), volume):
-            return torch.cat([self._labels_of(row[None]) for row in volume])
+            found = [self._labels_of(row[None]) for row in volume]
+            return found[0] if len(found) == 1 else torch.cat(found)
         *body, head = self.layers
         function = ACTIVATIONS[self.activation]
         for layer in body:
@@ -97,11 +107,26 @@ class MeshNet(nn.Module):
         ]
         return torch.cat(parts, 2)
 
+    def forward_bytes(self, size: Triple) -> int | None:
+        """What a forward over one volume takes at its peak, where it makes labels plane by plane.
+
+        Args:
+            size: (z, y, x) voxels.
+
+        Returns:
+            Bytes beside the volume, its labels among them; ``None``: it holds whole results.
+        """
+        if not self.labels or self.normed:
+            return None
+        *body, _ = (cast(nn.Conv3d, layer) for layer in self.layers)
+        return held_bytes(body, (size[1], size[2])) + math.prod(size)
+
     def _labels_of(self, volume: Tensor) -> Tensor:
-        """(1, 1, z, y, x) to labels, a few planes of each result at a time."""
+        """(1, 1, z, y, x) to labels, one plane of each result at a time."""
         *body, head = (cast(nn.Conv3d, layer) for layer in self.layers)
-        stages = [(layer, ACTIVATIONS[self.activation]) for layer in body]
-        made = streamed(stages, cut(volume), (volume.shape[3], volume.shape[4]))
+        function = OVERWRITING.get(self.activation, ACTIVATIONS[self.activation])
+        stages = [(layer, function) for layer in body]
+        made = streamed(stages, cut(volume, 1))
         most = (convolved(head, each).argmax(1, keepdim=True).to(torch.uint8) for each in made)
         return gathered(most, volume.shape[2])
 
