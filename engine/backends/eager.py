@@ -17,6 +17,7 @@ from plinth.engine.devices.device import Device
 from plinth.engine.errors import ModelError
 from plinth.engine.mapped import mappings
 from plinth.engine.models.binding import Binding
+from plinth.engine.models.families.slabs import may_spare, sparing
 from plinth.engine.models.program import ProgramModule
 from plinth.engine.models.store import Model
 from plinth.engine.precision.policy import PrecisionPolicy
@@ -134,7 +135,7 @@ class TorchExecutable:
         return output
 
     def lend_inputs(self) -> None:
-        """Give the module rows as they come: it was seen not to write into them."""
+        """Give the module rows as they come: it was foreseen not to write into them."""
         self._copies_inputs = False
 
     def _copied(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -266,6 +267,8 @@ def realised(
         compiled: makes of the placed module what is called in its place.
     """
     module = in_eval_mode(model)
+    if policy.plain and compiled is None and device.kind == "cpu" and may_spare(module):
+        module = _spared(model, module)
     if not policy.plain:
         module = unpacked_copy(module)
     if isinstance(module, ProgramModule) and not policy.plain:
@@ -282,6 +285,17 @@ def realised(
     if precision != "fp32":
         executable.report["flops"] = _flops(model, placed, device)
     return executable
+
+
+def _spared(model: Model, module: nn.Module) -> nn.Module:
+    """A copy that shares its weights, whose graphs hold less at their peak."""
+    try:
+        copied = sharing_copy(module)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        _log.debug("model %s takes the memory of its graph as it is: %s", model.spec.name, error)
+        return module
+    sparing(copied)
+    return copied
 
 
 def unpacked_copy(module: nn.Module) -> nn.Module:
