@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class Checkpoint:
         since: position of each of these from which on they are.
         lacks: milliseconds since 1970, for each partition with records that should be in the state
             and could not be read: what came to it before may be missing.
+        stale: partitions of which others have had records since they were given to this worker, or
+            of which nothing was known, until all of these are in the state.
         layout: of the input topic, as the group or the snapshot last knew it.
         dirty: a flow failed halfway; the state must be built again before it is used.
     """
@@ -60,6 +62,7 @@ class Checkpoint:
     applied: Offsets = field(default_factory=dict, init=False)
     since: Offsets = field(default_factory=dict, init=False)
     lacks: dict[Partition, int] = field(default_factory=dict, init=False)
+    stale: set[Partition] = field(default_factory=set, init=False)
     layout: Layout = field(default=UNKNOWN, init=False)
     dirty: bool = field(default=False, init=False)
     _empty: bytes | None = field(default=None, init=False)
@@ -79,6 +82,11 @@ class Checkpoint:
     def stateful(self) -> bool:
         """The vertical has state to keep."""
         return self._empty is not None
+
+    @property
+    def held(self) -> Set[Partition]:
+        """Partitions whose records are in the state, but for the last ones perhaps."""
+        return self.applied.keys() - self.stale if self.stateful else frozenset()
 
     @property
     def start(self) -> int:
@@ -146,6 +154,9 @@ class Checkpoint:
                 )
                 self._clear()
         spans = {p: (self._from(p, to, first[p]), to) for p, to in committed.items()}
+        behind = {p for p, (start, to) in spans.items() if start < to}
+        gone, new = self.applied.keys() - spans.keys(), behind - self.applied.keys()
+        self.stale = (self.stale | gone | new) - (spans.keys() - behind)
         self.since |= {p: start for p, (start, _) in spans.items() if p not in self.applied}
         return spans
 
@@ -202,6 +213,7 @@ class Checkpoint:
             "since": told(self.since),
             "layout": list(self.layout),
             "lacks": told(self.lacks),
+            "stale": [list(p) for p in sorted(self.stale)],
         }
 
     def follow(self) -> bool:
@@ -223,6 +235,8 @@ class Checkpoint:
                     header = {"offsets": []}
                 if {Partition(topic, p) for topic, p, _ in header["offsets"]} != set(self.applied):
                     self._load()
+                else:
+                    self.stale = _stale(header)
         return bool(self.applied)
 
     def _follow_store(self, folder: Path) -> bool:
@@ -241,6 +255,7 @@ class Checkpoint:
                 self._begin_behind(store, header)
             elif self._between(self._marked, offsets) and self._between(offsets, self.applied):
                 store.renew()
+                self.stale = _stale(header)
                 self.vertical.end_checkpoint(durable=True)
                 self._mark()
         except (InputError, OSError, lmdb.Error) as error:
@@ -369,9 +384,14 @@ class Checkpoint:
     def _take(self, header: Mapping[str, Any]) -> None:
         names = "offsets", "since", "lacks"
         self.applied, self.since, self.lacks = (_offsets(header, name) for name in names)
+        self.stale = _stale(header)
         self.layout = self.layout.joined(Layout(*header.get("layout", ())))
         self.dirty = False
 
 
 def _offsets(header: Mapping[str, Any], name: str) -> Offsets:
     return {Partition(topic, p): at for topic, p, at in header.get(name, ())}
+
+
+def _stale(header: Mapping[str, Any]) -> set[Partition]:
+    return {Partition(topic, p) for topic, p in header.get("stale", ())}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Set
 from functools import partial
 from operator import methodcaller
 from threading import Thread
@@ -200,7 +200,14 @@ class ConfluentMember(Asks):
     poll; so what :meth:`owner` says after a poll is the membership under which records were read.
     """
 
-    def __init__(self, config: StreamConfig, identity: str, joined: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: StreamConfig,
+        identity: str,
+        joined: Callable[[], None],
+        held: Set[Partition],
+    ) -> None:
+        # held is not asked for: by range, workers of the same names have the same partitions again
         consumer = connect(KafkaConsumer, **asking(config, identity))
         consumer.assign([KnownPartition(config.input_topic, 0)])  # so that its topic is kept known
         super().__init__(consumer, config.input_topic)
@@ -309,14 +316,15 @@ class ConfluentMember(Asks):
         """See :class:`Member`."""
         return sorted(self._given or ())
 
-    def begin(self, positions: Mapping[Partition, int]) -> bool:
+    def begin(self, positions: Mapping[Partition, int], waiting: Set[Partition]) -> bool:
         """See :class:`Member`."""
         if self._given != frozenset(positions):
             return False
         self._at = dict(positions)
+        read = {p: at for p, at in positions.items() if p not in waiting}
         with _as_kafka_errors():
             # anew, not seek(): that needs a partition which is being read already
-            self._member.assign([TopicPartition(*p, at) for p, at in positions.items()])
+            self._member.assign([TopicPartition(*p, at) for p, at in read.items()])
         return True
 
     def commit(self, offsets: Noted, seconds: float) -> None:

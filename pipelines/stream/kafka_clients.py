@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -78,8 +78,13 @@ class Member(Protocol):
     def places(self) -> list[Partition]:
         """Partitions that were given to it."""
 
-    def begin(self, positions: Mapping[Partition, int]) -> bool:
-        """Go on at these positions; false where they are not what it was given."""
+    def begin(self, positions: Mapping[Partition, int], waiting: Set[Partition]) -> bool:
+        """Go on at these positions; false where they are not what it was given.
+
+        Args:
+            positions: of every partition.
+            waiting: of them, those that are not to be read for now.
+        """
 
     def committed(self, places: Iterable[Partition], seconds: float) -> Noted:
         """The group's offsets, where it has one."""
@@ -160,13 +165,13 @@ class Client:
 
     Args:
         name: as in the settings.
-        member: makes a member of the group, told of settings, identity and whom to call whenever
-            the membership may have changed.
+        member: makes a member of the group, told of settings, identity, whom to call whenever the
+            membership may have changed, and of partitions to ask for, where the client can.
         writer: makes a writer, told of settings, identity and transactional id, if any.
     """
 
     name: str
-    member: Callable[[StreamConfig, str, Callable[[], None]], Member]
+    member: Callable[[StreamConfig, str, Callable[[], None], Set[Partition]], Member]
     writer: Callable[[StreamConfig, str, str | None], Writer]
 
 

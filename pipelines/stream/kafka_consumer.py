@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Set
 from typing import Any, NamedTuple
 
 from kafka.errors import KafkaError, KafkaTimeoutError, OffsetOutOfRangeError
@@ -20,7 +21,7 @@ from plinth.pipelines.stream.kafka_clients import (
     noted,
     unreachable,
 )
-from plinth.pipelines.stream.kafka_replay import Elsewhere, Replay
+from plinth.pipelines.stream.kafka_replay import STEP_RECORDS, Elsewhere, Replay
 from plinth.pipelines.stream.metrics import GROWN, LAG, LOST, OPEN_TRANSACTION, PARTITIONS
 from plinth.pipelines.stream.settings import StreamConfig
 
@@ -71,15 +72,33 @@ class GroupConsumer:
     run loop then calls :meth:`committed` and :meth:`begin`, which seek every partition anew. So
     no record of an older membership is ever used, and none is skipped.
 
+    While the past of some partitions is read, others may be served: then :meth:`poll` gives records
+    of both, in steps, and each side gets half of the time.
+
+    Args:
+        config: which Kafka and how.
+        identity: of the worker.
+        client: brings the membership.
+        held: partitions that it asks for, since the state of these is there.
+
     Attributes:
+        limit: records of a chunk at most.
+        step: the same of records that are read again.
+        waiting: partitions that are not served, since their past is not in the state yet.
         unreadable: what could not be read though Kafka is there.
     """
 
-    def __init__(self, config: StreamConfig, identity: str, client: Client) -> None:
+    def __init__(
+        self,
+        config: StreamConfig,
+        identity: str,
+        client: Client,
+        held: Set[Partition] = frozenset(),
+    ) -> None:
         self.config = config
         self.limit = min(config.max_records, config.max_events or config.max_records)
         try:
-            self.member: Member = client.member(config, identity, self._doubt)
+            self.member: Member = client.member(config, identity, self._doubt, held)
         except (KafkaError, TimeoutError) as error:
             raise unreachable(config, error) from None
         self._seconds = config.commit_timeout_ms / 1e3
@@ -87,6 +106,12 @@ class GroupConsumer:
         self._positions: dict[Partition, int] = {}
         self._ends: dict[Partition, int] = {}
         self._replay: Replay | None = None
+        self._stages: deque[tuple[Plan, Set[Partition]]] = deque()
+        self._again = (0, 0)
+        self._ahead = self._gave = 0.0
+        self._side = 0
+        self.waiting: Set[Partition] = frozenset()
+        self.step = STEP_RECORDS
         self._polled = time.monotonic()
         self._held_back: dict[Partition, int] = {}
         self._read_to: dict[Partition, int] = {}
@@ -108,13 +133,15 @@ class GroupConsumer:
             Rewind: the membership changed, or what was to be read is gone.
             StreamError: Kafka refuses, or sends what cannot be read here.
         """
-        if self._replay is not None:
-            return self._replayed()
+        return self._read(IDLE_S) if self._replay is None else self._in_turns()
+
+    def _read(self, idle: float) -> Chunk | None:
+        """Records that are due, or ``None`` when none came within the time."""
         parts: dict[Partition, list[Record]] = {}
         count, until, owner = 0, 0.0, None
         while count < self.limit:
-            wait = until - time.monotonic() if count else IDLE_S
-            if wait <= 0:
+            wait = until - time.monotonic() if count else idle
+            if count and wait <= 0:
                 break
             if not count:
                 self._see_growth()
@@ -136,26 +163,48 @@ class GroupConsumer:
         if time.monotonic() - self._polled > KEEP_ALIVE_S and self._poll(0.001, 1):
             self._claim = None  # a record was taken: seek back to it
 
+    def _in_turns(self) -> Chunk | None:
+        """Records that are due, or those that are read again next; looks at the group each time.
+
+        ``_ahead`` is by how many seconds more the first were worked on than the second.
+        """
+        self._ahead += self._side * (time.monotonic() - self._gave)
+        chunk, self._side = None, 1
+        if self._ahead <= 0 and (chunk := self._read(0.0)) is None:
+            self._ahead = 0.0
+        if chunk is None:
+            self._side = -1
+            chunk = self._replayed()
+        self._gave = time.monotonic()
+        return chunk
+
     def _replayed(self) -> Chunk | None:
         assert self._replay is not None
         try:
-            chunk = self._replay.take()
+            chunk = self._replay.take(self.step)
+            if chunk is None and not self._replay.partitions:
+                self._next_stage()
         except KafkaError as error:
             log.warning("reading again for the state failed and is started anew: %r", error)
             self._note_failure(error)
             self._claim = None
             raise Rewind(REPLAY_FAILED) from None
-        if chunk is None and not self._replay.partitions:
-            self._end_replay()
-            if not self.member.begin(self._positions):
-                self._claim = None
-        elif time.monotonic() - self._polled > KEEP_ALIVE_S:
-            self._poll(0.001, 1)
-            self._owner()
         return chunk
+
+    def _next_stage(self) -> None:
+        """Serve the partitions whose past is read, and read that of the next."""
+        self._end_replay()
+        again, self.waiting = self._stages.popleft() if self._stages else ({}, frozenset())
+        if not self.member.begin(self._positions, self.waiting):
+            log.debug("the assignment changed meanwhile")
+            self._claim = None
+        elif again:
+            self._replay = Replay(self.config, again)
 
     def _end_replay(self) -> None:
         if self._replay is not None:
+            done, count = self._again
+            self._again = done + self._replay.taken, count
             self._replay.close()
             self._replay = None
 
@@ -295,20 +344,27 @@ class GroupConsumer:
         )  # fmt: skip
         return first
 
-    def begin(self, plan: Plan, owner: Any) -> None:
-        """Go on at the second number of each partition, once [first, second) was replayed."""
+    def begin(self, plan: Plan, owner: Any, unknown: Set[Partition] = frozenset()) -> None:
+        """Go on at the second number of each partition, once [first, second) was replayed.
+
+        Args:
+            plan: by partition.
+            owner: who asked for it.
+            unknown: partitions with a long past, while which is read the others are served.
+        """
         self._end_replay()
         self._positions = {place: end for place, (_, end) in plan.items()}
         PARTITIONS.set(len(plan))
         LAG.clear()
-        if not self.member.begin(self._positions):
-            log.debug("the assignment changed meanwhile")
-            self._claim = None
-            return
         again = {place: span for place, span in plan.items() if span[0] < span[1]}
-        if again:
-            self._replay = Replay(self.config, again)
+        near = {place: span for place, span in again.items() if place not in unknown}
+        far = {place: span for place, span in again.items() if place in unknown}
+        stages = (near, frozenset(plan)), (far, frozenset(far))
+        self._stages = deque(stage for stage in stages if stage[0])
+        self._again = 0, sum(to - start for start, to in again.values())
+        self._ahead, self._side = 0.0, 0
         self._claim = self._claim_of(owner, plan)
+        self._next_stage()
 
     def commit(self, ends: Mapping[Partition, int]) -> None:
         """Commit offsets outside of a transaction.
@@ -367,7 +423,14 @@ class GroupConsumer:
     @property
     def replaying(self) -> int:
         """Partitions whose state is still being rebuilt."""
-        return self._replay.partitions if self._replay else 0
+        now = self._replay.partitions if self._replay else 0
+        return now + sum(len(plan) for plan, _ in self._stages)
+
+    @property
+    def rebuilt(self) -> tuple[int, int]:
+        """Records that were read again since the last assignment, and offsets of which they are."""
+        done, count = self._again
+        return done + (self._replay.taken if self._replay else 0), count
 
     def lag(self) -> int:
         """Records waiting in the partitions we have; also set as metric."""

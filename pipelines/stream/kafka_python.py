@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Set
 from functools import partial
 from typing import Any
 
@@ -165,7 +165,17 @@ def asking(config: StreamConfig, identity: str) -> dict[str, Any]:
 class PythonMember(Asks):
     """A member of the group that knows the topic by its first poll."""
 
-    def __init__(self, config: StreamConfig, identity: str, joined: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: StreamConfig,
+        identity: str,
+        joined: Callable[[], None],
+        held: Set[Partition],
+    ) -> None:
+        sticky = StickyPartitionAssignor()
+        if held:  # asked for as if assigned before any that is assigned now
+            sticky.member_assignment = [TopicPartition(*place) for place in sorted(held)]
+            sticky.generation = 0
         consumer: Any = connect(
             KafkaConsumer,
             **asking(config, identity),
@@ -174,7 +184,7 @@ class PythonMember(Asks):
             session_timeout_ms=config.session_timeout_ms,
             heartbeat_interval_ms=config.heartbeat_ms,
             # the second is what workers of both clients have in common
-            partition_assignment_strategy=[StickyPartitionAssignor, RangePartitionAssignor],
+            partition_assignment_strategy=[sticky, RangePartitionAssignor],
         )
         _pace_lookups(consumer._coordinator)
         consumer.subscribe([config.input_topic], listener=_Joins(joined))
@@ -207,12 +217,14 @@ class PythonMember(Asks):
         """See :class:`Member`."""
         return sorted(Partition(*place) for place in self._consumer.assignment())
 
-    def begin(self, positions: Mapping[Partition, int]) -> bool:
+    def begin(self, positions: Mapping[Partition, int], waiting: Set[Partition]) -> bool:
         """See :class:`Member`."""
         try:
             for place, at in positions.items():
                 self._consumer.seek(TopicPartition(*place), at)
-        except (ValueError, AssertionError):
+            self._consumer.pause(*(TopicPartition(*place) for place in waiting))
+            self._consumer.resume(*(TopicPartition(*p) for p in positions.keys() - waiting))
+        except (ValueError, AssertionError, KeyError):
             return False
         return True
 

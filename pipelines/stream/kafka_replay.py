@@ -31,9 +31,11 @@ from plinth.pipelines.stream.settings import StreamConfig
 
 log = logging.getLogger(__name__)
 
-POLL_MS = 200
+POLL_MS = 50
 POLL_RECORDS = 2_000
 MAX_HELD = 50_000
+STEP_RECORDS = 2_000
+"""Of those that are given at once: a state is made in steps, between which others are served."""
 SILENCE_S = 5.0
 ANSWER_MS = 10_000
 GIVE_UP_S = 30.0
@@ -58,12 +60,17 @@ class Replay:
     Args:
         config: which Kafka.
         ranges: [from, to) by partition, none of them empty.
+
+    Attributes:
+        taken: records that :meth:`take` gave.
     """
 
     def __init__(self, config: StreamConfig, ranges: Mapping[Partition, tuple[int, int]]) -> None:
         self._ends = {place: to for place, (_, to) in ranges.items()}
         self._at = {place: start for place, (start, _) in ranges.items()}
         self._held: dict[Partition, deque[_Held]] = {place: deque() for place in ranges}
+        self._merged: deque[Record] = deque()
+        self.taken = 0
         self._latest = dict.fromkeys(ranges, -1)
         self._heard = time.monotonic()
         self._consumer = reader(config)
@@ -99,21 +106,26 @@ class Replay:
 
     @property
     def partitions(self) -> int:
-        """Partitions not read to their end yet."""
-        return len(self._ends)
+        """Partitions not read to their end yet; 1 where they are, and something is to be taken."""
+        return len(self._ends) or int(bool(self._merged))
 
-    def take(self) -> Chunk | None:
+    def take(self, limit: int = STEP_RECORDS) -> Chunk | None:
         """The next records in order, or ``None`` when none came in time.
+
+        Args:
+            limit: so many at most.
 
         Raises:
             KafkaError: reading failed, or nothing came for long though there is more.
         """
-        if any(not self._held[place] for place in self._ends):
-            self._poll()
-        full = sum(map(len, self._held.values())) >= MAX_HELD
-        if not full and any(not self._held[place] for place in self._ends):
-            return None
-        return self._merge(everything=full)
+        if not self._merged:
+            if any(not self._held[place] for place in self._ends):
+                self._poll()
+            full = sum(map(len, self._held.values())) >= MAX_HELD
+            if not full and any(not self._held[place] for place in self._ends):
+                return None
+            self._merge(everything=full)
+        return self._step(limit) if self._merged else None
 
     def close(self) -> None:
         """Close the reader."""
@@ -166,22 +178,27 @@ class Replay:
     def _end(self, place: Partition) -> None:
         del self._ends[place]
 
-    def _merge(self, *, everything: bool) -> Chunk | None:
+    def _merge(self, *, everything: bool) -> None:
         waiting = [self._latest[place] for place in self._ends if self._held[place]]
         until = None if everything or not waiting else min(waiting)
         records: list[_Held] = []
-        starts: dict[Partition, int] = {}
-        ends: dict[Partition, int] = {}
-        for place, held in self._held.items():
-            before = len(records)
+        for held in self._held.values():
             while held and (until is None or held[0].time <= until):
                 records.append(held.popleft())
-            if len(records) > before:
-                starts[place] = self._at[place]
-                ends[place] = self._at[place] = records[-1].record.offset + 1
         records.sort(key=_time)  # stable, and within a partition these never go back
-        merged = [one.record for one in records]
-        return Chunk(merged, starts, ends, None, True) if merged else None
+        self._merged.extend(one.record for one in records)
+
+    def _step(self, limit: int) -> Chunk:
+        records = [self._merged.popleft() for _ in range(min(limit, len(self._merged)))]
+        starts: dict[Partition, int] = {}
+        ends: dict[Partition, int] = {}
+        for record in records:
+            place = Partition(record.topic, record.partition)
+            starts.setdefault(place, self._at[place])
+            ends[place] = record.offset + 1
+        self._at |= ends
+        self.taken += len(records)
+        return Chunk(records, starts, ends, None, True)
 
 
 class _Held(NamedTuple):
@@ -392,7 +409,9 @@ class Standby:
         if not checkpoint.follow():
             return
         applied, committed = checkpoint.applied, self._committed()
-        spans = {p: (at, committed.get(p, at)) for p, at in applied.items()}
+        # others have the rest, or the worker has not come to their ends yet
+        near = {p: at for p, at in applied.items() if p not in checkpoint.stale}
+        spans = {p: (at, committed.get(p, at)) for p, at in near.items()}
         spans = {p: span for p, span in spans.items() if span[0] < span[1]}
         if not spans:
             return

@@ -62,6 +62,12 @@ LOST = Counter(
     ("topic", "partition"),
     registry=REGISTRY,
 )
+REBUILD = Gauge(
+    "plinth_kafka_rebuild_records",
+    "Offsets still to be read again for the state before all partitions of this worker are served.",
+    ("topic",),
+    registry=REGISTRY,
+)
 OPEN_TRANSACTION = Gauge(
     "plinth_kafka_open_transaction_records",
     "Offsets that cannot be read because somebody's transaction in the input is still open.",

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +34,7 @@ from plinth.pipelines.stream.chunks import (
     ChunkSize,
     Committed,
     Outputs,
+    Partition,
     Poisoned,
     Record,
     Rewind,
@@ -46,15 +47,21 @@ from plinth.pipelines.stream.kafka_clients import (
     hopeless,
     prepare,
 )
-from plinth.pipelines.stream.kafka_consumer import REPLAY_FAILED, GroupConsumer
-from plinth.pipelines.stream.kafka_replay import NotNeeded, Standby
+from plinth.pipelines.stream.kafka_consumer import REPLAY_FAILED, GroupConsumer, Plan
+from plinth.pipelines.stream.kafka_replay import STEP_RECORDS, NotNeeded, Standby
 from plinth.pipelines.stream.kafka_sink import (
     REFUSED,
     AtLeastOnceSink,
     ExactlyOnceSink,
     KafkaSink,
 )
-from plinth.pipelines.stream.metrics import DEAD_LETTERS, RECORDS, RECOVERIES, STATE_SINCE
+from plinth.pipelines.stream.metrics import (
+    DEAD_LETTERS,
+    REBUILD,
+    RECORDS,
+    RECOVERIES,
+    STATE_SINCE,
+)
 from plinth.pipelines.stream.processor import KeyPlaces, Processor
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.verticals.contract import Vertical
@@ -64,6 +71,8 @@ __all__ = ["StreamConfig", "StreamError", "StreamProgress", "StreamSummary", "ru
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 1.0
+TOLD_S = 5.0
+"""How often the log tells how much of a state is made."""
 GONE_S = 3.0
 """A topic that is missing for so long was deleted; brokers may differ for a moment."""
 RECOVER_S = 0.2
@@ -259,7 +268,7 @@ def run(
                 else:
                     ready[0].take_over(store)
             checkpoint, processor = ready or state()
-            consumer, sink = join(config, identity, vertical.name)
+            consumer, sink = join(config, identity, vertical.name, checkpoint.held)
             worker = Worker(
                 config, consumer, sink, processor, checkpoint, stop, on_progress, trail=trail
             )
@@ -272,11 +281,20 @@ def run(
             ready[0].release()
 
 
-def join(config: StreamConfig, identity: str, vertical: str) -> tuple[GroupConsumer, KafkaSink]:
-    """Both ends of a worker: a new member of the group, and what writes its outputs."""
+def join(
+    config: StreamConfig, identity: str, vertical: str, held: Set[Partition] = frozenset()
+) -> tuple[GroupConsumer, KafkaSink]:
+    """Both ends of a worker: a new member of the group, and what writes its outputs.
+
+    Args:
+        config: which Kafka and how.
+        identity: lasting name of the worker, or one of its own.
+        vertical: name of its vertical.
+        held: partitions of which it has the state.
+    """
     sink = ExactlyOnceSink if config.guarantee == "exactly_once" else AtLeastOnceSink
     client = chosen_client(config)
-    consumer = GroupConsumer(config, identity, client)
+    consumer = GroupConsumer(config, identity, client, held)
     return consumer, sink(config, client, vertical=vertical, identity=identity)
 
 
@@ -320,8 +338,10 @@ class Worker:
     Attributes:
         step: what the loop does now, and since when (``monotonic``).
         mine: partitions that the answers are of; of a changing group there may be others by now.
+        given: partitions of this worker, as of the last assignment; not all are served at first.
         at_end: all that was committed was read when nothing came last.
         size: how many records a chunk may have.
+        step_size: the same, of those that are read again.
         refused: when commits were refused, since the last one that was not.
     """
 
@@ -352,13 +372,17 @@ class Worker:
         self.sink = sink
         self.step = ("start", time.monotonic())
         self.mine = 0
+        self.given: Set[Partition] = frozenset()
         self.size = ChunkSize(config.max_records)
+        self.step_size = ChunkSize(STEP_RECORDS)
         self._unsettled: deque[Outputs] = deque()
         self._times: deque[float] = deque(maxlen=KEPT_TIMES)
         self._began: tuple[float, float] | None = None
         self._ended = (0.0, 0.0)
         now = time.monotonic()
         self._alive = self._reported = self._saved = self._busy = self._moved = now
+        self._built = self._building_since = self._told = now
+        self._made = False
         self._stopping: float | None = None
         self._trouble = ""
         self._gone: dict[str, float] = {}
@@ -432,6 +456,7 @@ class Worker:
             self._when_idle()
         elif chunk.replay:
             self._observe(chunk)
+            self._settle()
         else:
             self._commit(self._process(chunk))
         self._look_after()
@@ -439,6 +464,7 @@ class Worker:
 
     def _observe(self, chunk: Chunk) -> None:
         self._at("process")
+        began = time.monotonic()
         while True:
             try:
                 self.processor.observe(chunk)
@@ -450,13 +476,26 @@ class Worker:
         count = len(chunk.records)
         self.summary.replayed += count
         RECORDS.labels(self.config.input_topic, "replayed").inc(count)
-        self._alive = self._moved = self._busy = time.monotonic()
+        self._alive = self._moved = self._busy = self._built = time.monotonic()
+        self.step_size.took(count, self._built - began, 0.0)
+        self.consumer.step = self.step_size.count
+
+    def _see_share(self) -> None:
+        """Tell the vertical which share of the input is in the state, and up to date."""
+        waiting = self.consumer.waiting
+        self.checkpoint.stale -= self.given - waiting
+        mine = len(self.given - waiting)
+        if mine != self.mine:
+            self.mine = mine
+            width = max(self.consumer.width, len(self.given))
+            self.processor.see_partitions(mine, width, self.consumer.layout.grown)
 
     def _process(self, chunk: Chunk) -> Outputs:
         """Answers of a chunk; while the engine is not ready, stay in the group and watch."""
         self._at("process")
         if self._began is None:
             self._began = time.perf_counter(), time.process_time()
+        self._see_share()
         if self.checkpoint.stateful:
             self.consumer.ask_layout()
             self.processor.see_start(self.checkpoint.start)
@@ -582,7 +621,7 @@ class Worker:
     def _look_after(self) -> None:
         now = time.monotonic()
         if self.consumer.joined and not self.consumer.replaying:
-            self._alive = now
+            self._alive = self._built = now
         else:
             self._moved = now  # a matter of outage_timeout_s
             self._check_patience(now)
@@ -645,7 +684,7 @@ class Worker:
                 self._trouble = f"; last: {error!r}"
             else:
                 if why.cause != REPLAY_FAILED:
-                    self._alive = time.monotonic()
+                    self._alive = self._built = time.monotonic()
                 return
             self._check_patience(time.monotonic())
             self._pause.wait(RECOVER_S)
@@ -703,11 +742,26 @@ class Worker:
         log.info("in the group, with %d partitions", len(committed))
         if self.trail is not None:
             self.trail.resume(notes)
-        self.consumer.begin(self.checkpoint.plan(committed, first), owner)
-        self.mine = len(committed)
-        width = max(self.consumer.width, self.mine)
-        self.processor.see_partitions(self.mine, width, layout.grown)
+        self._begin(self.checkpoint.plan(committed, first), owner)
         self._moved = self._busy = time.monotonic()  # joining, however long, is not idling
+
+    def _begin(self, plan: Plan, owner: Any) -> None:
+        """Make the state of what was given to this worker, and serve that of which it has one."""
+        kept = self.checkpoint
+        self.given = frozenset(plan)
+        known = (kept.applied.keys() & plan.keys()) - kept.stale
+        self.consumer.begin(plan, owner, kept.stale & plan.keys() if known else frozenset())
+        self.mine = len(plan)
+        width = max(self.consumer.width, self.mine)
+        self.processor.see_partitions(self.mine, width, self.consumer.layout.grown)
+        self._building_since = self._told = time.monotonic()
+        self._made = False
+        if count := self.consumer.rebuilt[1]:
+            log.info(
+                "%d records of %d partitions are read again for the state; %d partitions are "
+                "served meanwhile",
+                count, self.consumer.replaying, len(known) if kept.stale & plan.keys() else 0,
+            )  # fmt: skip
 
     # -- patience --------------------------------------------------------------------------
     def _look_for_topics(self, every: float = GONE_S / 2) -> None:
@@ -734,7 +788,7 @@ class Worker:
             self._stopping = self._stopping or now
             if now - self._stopping > self.config.drain_timeout_s:
                 raise self._not_drained()
-        if now - self._alive > self.config.outage_timeout_s:
+        if now - min(self._alive, self._built) > self.config.outage_timeout_s:
             raise StreamError(
                 f"no commit and no group membership for {self.config.outage_timeout_s:g} s, or "
                 "none of the records that the state is to be rebuilt from, "
@@ -794,6 +848,7 @@ class Worker:
     def _report(self) -> None:
         lag = self.consumer.lag()
         STATE_SINCE.labels(self.config.input_topic).set(self.checkpoint.start / 1e3)
+        self._report_building()
         if self.on_progress is None:
             return
         summary = self.summary
@@ -810,6 +865,17 @@ class Worker:
                 time.perf_counter() - began,
             )
         )
+
+    def _report_building(self) -> None:
+        (done, count), now = self.consumer.rebuilt, time.monotonic()
+        going_on = self.consumer.replaying > 0
+        REBUILD.labels(self.config.input_topic).set(max(0, count - done) if going_on else 0)
+        if count and (now - self._told >= TOLD_S if going_on else not self._made):
+            self._told, self._made = now, not going_on
+            log.info(
+                "%d of %d records were read again for the state in %.1f s%s",
+                done, count, now - self._building_since, "" if going_on else ": it is made",
+            )  # fmt: skip
 
     def _summarise(self) -> StreamSummary:
         summary = self.summary

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import pytest
 import stream_chaos
 from kafka import KafkaProducer
 from kafka_fixtures import CLIENTS_OF_KAFKA, KafkaNode, eventually
-from tally import TallyVertical, expect_each_once, spends, started_engine
+from tally import Spend, Tally, TallyVertical, expect_each_once, spends, started_engine
 
+from plinth.engine import Flow, InputError
 from plinth.engine.metrics import REGISTRY
 from plinth.pipelines.stream.audit import check_trail
 from plinth.pipelines.stream.kafka_clients import prepare
@@ -94,10 +95,10 @@ def worker() -> Iterator[Callable[[StreamConfig], Worker]]:
 class Thread:
     """The stream on a thread of this process."""
 
-    def __init__(self, config: StreamConfig) -> None:
+    def __init__(self, config: StreamConfig, vertical: TallyVertical | None = None) -> None:
         self.stop = threading.Event()
         self.progress = StreamProgress()
-        self.vertical = TallyVertical()
+        self.vertical = vertical or TallyVertical()
         self.result: list[StreamSummary | BaseException] = []
         self._thread = threading.Thread(target=self._run, args=(config,), daemon=True)
         self._thread.start()
@@ -319,6 +320,76 @@ def test_scores_stay_right_while_workers_join_and_leave_the_group(
     assert second.summary().replayed > 0
     assert (4, 4) in shares
     expect_each_once(kafka_node.answers(config), 4_000)
+
+
+class Unhurried(TallyVertical):
+    """Takes its time over what it is to read again, until it is hurried on.
+
+    Attributes:
+        before: records that it had read again when it answered its first one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hurry = threading.Event()
+        self.before: int | None = None
+
+    def observe(self, requests: Sequence[Spend]) -> None:
+        super().observe(requests)
+        self.hurry.wait(0.02)
+
+    def infer(self, requests: Sequence[Spend]) -> Flow[list[Tally | InputError]]:
+        if self.before is None:
+            self.before = self.observed
+        return super().infer(requests)
+
+
+@each_client
+def test_who_comes_first_serves_what_it_knows_and_gives_up_what_others_come_for(
+    kafka_node: KafkaNode, client: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It read the past of all partitions first, and looked at the group once that was done."""
+    monkeypatch.setattr("plinth.pipelines.stream.worker.STEP_RECORDS", 50)
+    config = kafka_node.config(client=client, idle_exit_s=None, snapshot_interval_s=600.0)
+    kafka_node.fill(config, [])
+    folders = [{"state_dir": tmp_path / name} for name in "ab"]
+    workers = [Thread(config.model_copy(update=one)) for one in folders]
+
+    def shared() -> bool:
+        return [one.progress.partitions for one in workers] == [2, 2]
+
+    eventually(shared, 60, "two partitions for each")
+    kafka_node.fill(config, spends(8_000))
+    eventually(lambda: sum(w.progress.records for w in workers) == 8_000, 60, "all answered")
+    for one in workers:
+        one.stop.set()
+        one.summary()
+    of_the_other = workers[1].progress.records
+
+    kafka_node.fill(config, spends(1_000, start=8_000))
+    first = Unhurried()
+    workers = [Thread(config.model_copy(update=folders[0]), first)]
+    eventually(lambda: first.before is not None, 60, "it answers what it knows")
+    assert first.before < of_the_other
+    assert first.shares[-1] == (2, 4)
+    workers.append(Thread(config.model_copy(update=folders[1])))
+    eventually(shared, 60, "two partitions for each again")
+    assert first.observed < of_the_other
+    first.hurry.set()
+    eventually(lambda: len(kafka_node.answers(config)) == 9_000, 60, "all answered")
+    for one in workers:
+        one.stop.set()
+        one.summary()
+    assert workers[1].vertical.observed == 0  # it had all of its own
+    expect_each_once(kafka_node.answers(config), 9_000)
+
+    alone = Unhurried()  # what the other one had meanwhile is read again, and the rest is served
+    kafka_node.fill(config, spends(1_000, start=9_000))
+    last = Thread(config.model_copy(update={**folders[0], "max_events": 1_000}), alone)
+    alone.hurry.set()
+    assert last.summary().records == 1_000
+    assert alone.shares[-1] == (4, 4)
+    expect_each_once(kafka_node.answers(config), 10_000)
 
 
 @each_client

@@ -9,7 +9,6 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +93,9 @@ class MemoryLog:
     partitions: int = 1
     width: int = 1
     layout: Layout = ONE
+    waiting: frozenset[Partition] = frozenset()
+    rebuilt: tuple[int, int] = (0, 0)
+    step: int = 4
     replaying: int = 0
     commits_offsets: bool = True
     trouble: str = "too large"
@@ -127,7 +129,9 @@ class MemoryLog:
     def see_layout(self) -> None:
         """It never grows."""
 
-    def begin(self, plan: dict[Partition, tuple[int, int]], owner: None) -> None:
+    def begin(
+        self, plan: dict[Partition, tuple[int, int]], owner: None, unknown: frozenset[Partition]
+    ) -> None:
         self.at, self.mark = plan[P]
         self.joined = True
 
@@ -462,7 +466,7 @@ class Logs:
         found = {}
         for place, times in self.logs.items():
             at = self.at[place]
-            part = [SimpleNamespace(partition=place.partition, offset=at + n, timestamp=time)
+            part = [Line(at + n, None, partition=place.partition, timestamp=time)
                     for n, time in enumerate(times[at : at + 2])]  # fmt: skip
             self.at[place] += len(part)
             found |= {place: part} if part else {}
@@ -475,10 +479,11 @@ class Logs:
 @given(
     st.dictionaries(
         st.integers(0, 3), st.lists(st.integers(0, 50), min_size=1, max_size=12), min_size=1
-    )
+    ),
+    st.integers(1, 20),
 )
 def test_the_past_is_read_to_its_end_and_in_the_logs_order_whatever_its_timestamps(
-    times: dict[int, list[int]],
+    times: dict[int, list[int]], limit: int
 ) -> None:
     """Where each partition held a record older than all heads, nothing more was ever read."""
     spans = {Partition("in", number): (0, len(found)) for number, found in times.items()}
@@ -486,9 +491,15 @@ def test_the_past_is_read_to_its_end_and_in_the_logs_order_whatever_its_timestam
         patch.setattr(kafka_replay, "reader", lambda config: Logs(times))
         replay = kafka_replay.Replay(StreamConfig(input_topic="in", output_topic="out"), spans)
         read: list[Any] = []
-        for _ in range(4 * sum(map(len, times.values())) + 4):
-            chunk = replay.take()
-            read += chunk.records if chunk is not None else []
+        at = dict.fromkeys(spans, 0)
+        for _ in range(6 * sum(map(len, times.values())) + 6):
+            chunk = replay.take(limit)
+            if chunk is not None:
+                assert len(chunk.records) <= limit
+                assert chunk.starts == {place: at[place] for place in chunk.ends}
+                at |= chunk.ends
+                read += chunk.records
+        assert replay.taken == len(read)
     for number, found in times.items():
         mine = [record.offset for record in read if record.partition == number]
         assert mine == list(range(len(found)))
