@@ -149,6 +149,13 @@ def _faults(job: str) -> list[dict[str, Any]]:
             "records were deleted by retention before they were read",
         ),
         (
+            "PlinthStreamLogCut",
+            "increase(plinth_kafka_cut_records_total[10m]) > 0",
+            "0m",
+            "page",
+            "brokers have lost the end of a log that a stream had read",
+        ),
+        (
             "PlinthDeadLetters",
             "plinth_dead_letter_alarm == 1",
             "5m",

@@ -8,7 +8,12 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Set
 from typing import Any, NamedTuple
 
-from kafka.errors import KafkaError, KafkaTimeoutError, OffsetOutOfRangeError
+from kafka.errors import (
+    KafkaError,
+    KafkaTimeoutError,
+    LogTruncationError,
+    OffsetOutOfRangeError,
+)
 
 from plinth.pipelines.stream.chunks import Chunk, Layout, Partition, Record, Rewind
 from plinth.pipelines.stream.kafka_clients import (
@@ -22,7 +27,7 @@ from plinth.pipelines.stream.kafka_clients import (
     unreachable,
 )
 from plinth.pipelines.stream.kafka_replay import STEP_RECORDS, Elsewhere, Replay
-from plinth.pipelines.stream.metrics import GROWN, LAG, LOST, OPEN_TRANSACTION, PARTITIONS
+from plinth.pipelines.stream.metrics import CUT, GROWN, LAG, LOST, OPEN_TRANSACTION, PARTITIONS
 from plinth.pipelines.stream.settings import StreamConfig
 
 log = logging.getLogger(__name__)
@@ -112,6 +117,7 @@ class GroupConsumer:
         self._side = 0
         self.waiting: Set[Partition] = frozenset()
         self.step = STEP_RECORDS
+        self._cut: dict[Partition, int] = {}
         self._polled = time.monotonic()
         self._held_back: dict[Partition, int] = {}
         self._read_to: dict[Partition, int] = {}
@@ -215,6 +221,12 @@ class GroupConsumer:
         except OffsetOutOfRangeError:
             self._claim = None
             raise Rewind("deleted_unread") from None
+        except LogTruncationError as error:
+            self._claim = None
+            for place, known in error.divergent_offsets.items():
+                if known is not None:
+                    self._cut[Partition(*place)] = known.offset
+            raise Rewind("log_cut") from None
         except KafkaError as error:
             if final := hopeless(error, self.config):
                 raise final from None
@@ -291,6 +303,8 @@ class GroupConsumer:
                 at = first[place] if self.config.start_at == "earliest" else last[place]
                 fresh[place] = at
             found[place] = self._retained(place, at, first[place], last[place])
+            if found[place] < at:
+                fresh[place] = found[place]
         if fresh:
             self.commit(fresh)
         return owner, found, first
@@ -330,12 +344,19 @@ class GroupConsumer:
         self.learn(Layout(width))
 
     def _retained(self, place: Partition, at: int, first: int, last: int) -> int:
-        if first <= at <= last:
+        cut = min(self._cut.pop(place, last), last)
+        if at > cut:
+            CUT.labels(place.topic, str(place.partition)).inc(at - cut)
+            log.error(
+                "%s[%d]: the log was cut: offsets %d to %d were answered and are not there any "
+                "more, or are of other records. Going on at %d; what came there since it was cut "
+                "is not read where that was not seen at once: kafka-consumer-groups.sh "
+                "--reset-offsets reads it",
+                *place, cut, at - 1, cut,
+            )  # fmt: skip
+            return cut
+        if first <= at:
             return at
-        if at > last:
-            log.error("%s[%d]: the committed offset %d is behind the end %d; going on at the end",
-                      *place, at, last)  # fmt: skip
-            return last
         LOST.labels(place.topic, str(place.partition)).inc(first - at)
         log.error(
             "%s[%d]: offsets %d to %d were deleted by retention before they were read; "

@@ -62,6 +62,12 @@ LOST = Counter(
     ("topic", "partition"),
     registry=REGISTRY,
 )
+CUT = Counter(
+    "plinth_kafka_cut_records_total",
+    "Offsets that this group had answered and that a log which was cut lacks. Any is an alarm.",
+    ("topic", "partition"),
+    registry=REGISTRY,
+)
 REBUILD = Gauge(
     "plinth_kafka_rebuild_records",
     "Offsets still to be read again for the state before all partitions of this worker are served.",

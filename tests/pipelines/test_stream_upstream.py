@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kafka import KafkaProducer, TopicPartition
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
+from kafka.structs import OffsetAndMetadata
 from kafka_fixtures import KafkaNode, eventually
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
@@ -319,6 +320,72 @@ def test_records_deleted_before_they_were_read_are_an_alarm(
     assert sample("plinth_kafka_lost_records_total", config) == 60
     assert "offsets 10 to 69 were deleted by retention before they were read" in caplog.text
     assert sorted(a["id"] for a in kafka_node.answers(config))[10:] == list(range(70, 100))
+
+
+def cut(node: KafkaNode, config: StreamConfig, offset: int) -> None:
+    """Have the log of a node that is down end before the batch at this offset, as after a fall."""
+    folder = node.folder / "data" / f"{config.input_topic}-0"
+    (log,) = folder.glob("*.log")
+    raw, at = log.read_bytes(), 0
+    while int.from_bytes(raw[at : at + 8], "big") < offset:
+        at += 12 + int.from_bytes(raw[at + 8 : at + 12], "big")
+    assert int.from_bytes(raw[at : at + 8], "big") == offset
+    log.write_bytes(raw[:at])
+    for index in [*folder.glob("*index"), *folder.glob("*.snapshot")]:
+        index.unlink()
+
+
+def test_what_came_since_a_log_was_cut_is_read_and_the_cut_is_an_alarm(
+    own_node: KafkaNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The worker went on behind all that had come meanwhile, and only the log said so."""
+    config = own_node.config(partitions=1, max_events=700, idle_exit_s=None)
+    for first in range(0, 400, 100):
+        own_node.fill(config, spends(100, start=first))
+    down = threading.Event()
+
+    def fall(progress: StreamProgress) -> None:
+        if progress.records == 400 and not progress.lag and not down.is_set():
+            down.set()
+            own_node.kill()
+            cut(own_node, config, 200)
+            own_node.start()
+            own_node.fill(config, spends(300, start=400))
+
+    vertical = TallyVertical()
+    stream(config, vertical, on_progress=fall)
+    assert sample("plinth_kafka_cut_records_total", config) == 200
+    assert "offsets 200 to 399 were answered and are not there any more" in caplog.text
+    assert sorted(a["id"] for a in own_node.answers(config)) == list(range(700))
+    assert vertical.seen == 500  # what the log has now
+
+
+def test_an_offset_beyond_the_end_of_the_log_is_an_alarm(kafka_node: KafkaNode) -> None:
+    config = kafka_node.config(partitions=1, max_events=10)
+    kafka_node.fill(config, spends(100))
+    options = {"bootstrap_servers": kafka_node.servers, "group_id": config.group}
+    place = TopicPartition(config.input_topic, 0)
+    with contextlib.closing(KafkaConsumer(**options)) as consumer:
+        consumer.assign([place])
+        consumer.commit({place: OffsetAndMetadata(130, "", -1)})
+    helper = threading.Thread(target=after_growth, args=(kafka_node, config, place))
+    helper.start()
+    summary = stream(config)
+    helper.join(60)
+    assert summary.records == 10
+    assert sample("plinth_kafka_cut_records_total", config) == 30
+    assert sorted(a["id"] for a in kafka_node.answers(config)) == list(range(100, 110))
+
+
+def after_growth(node: KafkaNode, config: StreamConfig, place: TopicPartition) -> None:
+    """Append ten records once the group's offset is that of the end."""
+    with contextlib.closing(KafkaAdminClient(bootstrap_servers=node.servers)) as admin:
+
+        def moved() -> bool:
+            return bool(admin.list_group_offsets(config.group)[config.group][place].offset == 100)
+
+        eventually(moved, 60, "the group's offset is that of the end")
+    send(config, spends(10, start=100))
 
 
 def test_a_rebuilt_state_is_that_of_the_uninterrupted_run_whatever_the_clock_says(
