@@ -4,7 +4,7 @@
     python benchmarks/state_on_disk.py --events 10000000 --cards 4000000 --in-memory 200000 \\
         --arms disk --folder build/state [--seconds 240]
     python benchmarks/state_on_disk.py --events 10100000 --cards 4000000 --in-memory 200000 \\
-        --arms disk --folder build/state --rate 3000 --chunk 60
+        --arms disk --folder build/state --rate 3000 --chunk 60 [--cold] [--alone]
 
 The same payments go in chunks of 512 to a state that is all in memory and to one of which at most
 ``--in-memory`` cards, terminals, customers and devices are, in turns, each with checkpoints every
@@ -15,13 +15,16 @@ instead, and how long a new process needs until it has answered its first chunk 
 
 With ``--folder`` the state on disk is kept, and the same command goes on where its last checkpoint
 was, until there are ``--events`` or ``--seconds`` have passed. With ``--rate`` a chunk is due at
-its time, as payments come; told is how much later than that it was answered.
+its time, as payments come; told is how much later than that it was answered. With ``--cold``
+nothing of the folder is in the system's caches at first. What a chunk will ask for is read ahead of
+it, as a worker does; with ``--alone`` each part is read when it is needed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import random
 import resource
 import tempfile
@@ -40,6 +43,7 @@ from plinth.pipelines.interpreter import STREAM_THRESHOLDS, set_for_serving
 from plinth.pipelines.state.snapshots import read_snapshot, write_snapshot
 from plinth.pipelines.state.store import BEGIN_AT, FULL_AT, DiskStore, KeptState
 from plinth.verticals.finance import FraudScoring, FraudSettings
+from plinth.verticals.finance.features import parts
 from plinth.verticals.finance.features.online import Batch, Event
 
 CHUNK = 512
@@ -51,6 +55,8 @@ BUILD = Path(__file__).resolve().parent.parent / "build"
 START = 1_700_000_000_000
 PER_SECOND = 500
 TABLES = ("cards", "terminals", "customers", "devices")
+ASKED = {"cards": 3, "customers": 4, "terminals": 5, "devices": 6}
+"""Fields of an event that name what it is of, by table."""
 
 
 def payments(
@@ -81,11 +87,14 @@ def payments(
 class Arm:
     """A state, and what it took."""
 
-    def __init__(self, folder: Path | None, limit: int, interval: float) -> None:
+    def __init__(
+        self, folder: Path | None, limit: int, interval: float, *, alone: bool = False
+    ) -> None:
         limits: dict[str, Any] = {f"max_{table}": limit for table in TABLES}
         self.vertical = FraudScoring(FraudSettings(max_events=1_000_000_000, **limits))
         self.kept: KeptState | None = None
         self.taken = 0
+        self._alone = alone
         if folder is not None:
             self.kept = KeptState(self.vertical, DiskStore(folder, ORIGIN))
             self.taken = self.kept.load().get("events", 0)
@@ -102,6 +111,9 @@ class Arm:
     def take(self, events: list[Event]) -> Batch:
         """Take a chunk in, and go on with the checkpoint as a worker does between chunks."""
         began = time.perf_counter()
+        if self.kept is not None and not self._alone:
+            names = {table: [one[at] for one in events] for table, at in ASKED.items()}
+            parts.foresee(self.vertical.state, self.kept.store, names)
         batch = self.vertical.state.update(events)
         self._since += time.perf_counter() - began
         self.taken += len(events)
@@ -134,6 +146,13 @@ class Collections:
         if phase == "stop":
             self.longest = max(self.longest, now - self._began)
         self._began = now
+
+
+def forget_pages(path: Path) -> None:
+    """Have a file in no cache, as after a start of the machine; no process may have it mapped."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextlib.contextmanager
@@ -232,6 +251,8 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["memory", "disk"], choices=["memory", "disk"])
     parser.add_argument("--chunk", type=int, default=CHUNK, help="payments of a chunk")
     parser.add_argument("--rate", type=float, default=0, help="payments a second; 0: at once")
+    parser.add_argument("--cold", action="store_true", help="begin with none of it in caches")
+    parser.add_argument("--alone", action="store_true", help="read each part when it is needed")
     parser.add_argument("--folder", type=Path, help="keeps the state on disk, to go on with it")
     parser.add_argument("--seconds", type=float, default=1e9, help="of this run at most")
     given = parser.parse_args()
@@ -245,7 +266,9 @@ def main() -> None:
     ):
         folder, garbage = given.folder or Path(name), Collections()
         places = {"memory": (None, 100_000_000), "disk": (folder / "state", given.in_memory)}
-        arms = {one: Arm(*places[one], given.interval) for one in given.arms}
+        if given.cold:
+            forget_pages(folder / "state" / "parts.lmdb")
+        arms = {one: Arm(*places[one], given.interval, alone=given.alone) for one in given.arms}
         start, unequal = max(arm.taken for arm in arms.values()), 0
         chunks = payments(given.events, given.cards, start=start, chunk=given.chunk)
         if given.rate:

@@ -193,6 +193,9 @@ class StateStore(Protocol):
     def get(self, key: bytes) -> bytes | None:
         """A part as of the last checkpoint that is durable; StateError if it cannot be read."""
 
+    def fetch(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:
+        """The same of many, those that there are: what the disk has to be asked for overlaps."""
+
     def put(self, key: bytes, part: bytes) -> None:
         """Make a part belong to the checkpoint in progress."""
 

@@ -7,6 +7,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import random
 import resource
 import shutil
 import signal
@@ -244,7 +245,22 @@ def test_keys_longer_than_the_store_takes_stay_apart(tmp_path: Path) -> None:
         for end in "ab":
             store.put(b"cards:" + b"x" * 1_000 + end.encode(), end.encode())
         store.commit({}).result(30)
-        assert [store.get(b"cards:" + b"x" * 1_000 + end) for end in (b"a", b"b")] == [b"a", b"b"]
+        keys = [b"cards:" + b"x" * 1_000 + end for end in (b"a", b"b", b"c")]
+        assert [store.get(key) for key in keys] == [b"a", b"b", None]
+        assert store.fetch(keys) == {keys[0]: b"a", keys[1]: b"b"}
+
+
+def test_many_parts_are_those_that_are_read_one_by_one(tmp_path: Path) -> None:
+    parts = {b"part %d" % n: b"x" * n for n in range(400)}
+    with opened(tmp_path) as store:
+        assert store.fetch([]) == store.fetch(list(parts)) == {}
+        for key, part in parts.items():
+            store.put(key, part)
+        store.commit({}).result(30)
+    with opened(tmp_path) as store:
+        for asked in (400, 399, 40, 15, 1, 0):  # at first by several readers at a time
+            keys = random.sample([*parts, b"another", b"part"], asked)
+            assert store.fetch(keys) == {key: parts[key] for key in keys if key in parts}
 
 
 def test_garbage_is_looked_for_among_few_objects_however_many_are_read_back(tmp_path: Path) -> None:

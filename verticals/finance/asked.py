@@ -76,6 +76,16 @@ class Asked:
             return [None if one.device is UNSET else one.device for one in self.plain]
         return [one.device_id for one in self.payments]
 
+    @property
+    def names(self) -> dict[str, Sequence[str | None]]:
+        """Of what they are of, by the tables in which the features keep it."""
+        return {
+            "cards": self.cards,
+            "terminals": self.terminals,
+            "customers": self.customers,
+            "devices": self.devices,
+        }
+
     @cached_property
     def currencies(self) -> list[str]:
         """ISO 4217 codes."""

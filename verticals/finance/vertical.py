@@ -538,6 +538,8 @@ class FraudScoring(Vertical[Record, Decision]):
             results: gets one entry for each: the answer, or ``None`` where the model gives it.
             frauds: gets the labels by which a payment first became known as fraud.
         """
+        if self._store is not None:
+            parts.foresee(self.state, self._store, asked.names)
         if len(asked) == len(requests):
             results.extend([None] * len(requests))
             return asked.events()

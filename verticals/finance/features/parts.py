@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate, chain, pairwise
 from struct import Struct, error
 from sys import intern
@@ -62,6 +62,29 @@ def keep_in(state: FeatureState, store: StateStore) -> None:
         state.enter(entry)
     if store.logs:
         state.journal = store.append
+
+
+def foresee(
+    state: FeatureState, store: StateStore, names: Mapping[str, Iterable[str | None]]
+) -> None:
+    """Read what a batch will ask for and memory does not have, all at once.
+
+    Args:
+        state: takes the batch next.
+        store: that it is kept in.
+        names: of the batch's entities, by table.
+    """
+    lacking = []
+    for table, found in names.items():
+        entities = state.tables[table]
+        if entities.shelf is not None:
+            keys = {one for one in found if one is not None and one not in entities.items}
+            lacking.append((entities.shelf, keys))
+    if not lacking:
+        return
+    parts = store.fetch(sorted(shelf.part(key) for shelf, keys in lacking for key in keys))
+    for shelf, keys in lacking:
+        shelf.foresee(keys, parts)
 
 
 def begin(state: FeatureState, store: StateStore) -> None:

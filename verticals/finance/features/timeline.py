@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any, Generic, TypeVar
@@ -375,6 +375,7 @@ class Shelf(Generic[E]):
         self._changed: set[str] = set()
         self._due: set[str] = set()
         self._written: set[str] = set()
+        self._ahead: dict[str, bytes | None] = {}
 
     def __len__(self) -> int:
         """Entities that no durable checkpoint holds as they are."""
@@ -386,8 +387,22 @@ class Shelf(Generic[E]):
         Raises:
             StateError: it is damaged.
         """
-        raw = self._store.get(self._prefix + key.encode())
+        # what was read ahead holds until it is asked for: before, the entity is not in memory
+        raw = self._ahead.pop(key) if key in self._ahead else self._store.get(self.part(key))
         return None if raw is None else self._unpack(raw)
+
+    def part(self, key: str) -> bytes:
+        """The key of an entity's part."""
+        return self._prefix + key.encode()
+
+    def foresee(self, keys: Iterable[str], parts: Mapping[bytes, bytes]) -> None:
+        """Take parts, of those that there are, for entities which are not in memory and soon are.
+
+        Args:
+            keys: of the entities.
+            parts: by their keys.
+        """
+        self._ahead = {key: parts.get(self.part(key)) for key in keys}
 
     def changing(self, key: str, entity: E) -> None:
         """Told before an entity changes: a checkpoint in progress gets it as it was."""
@@ -422,7 +437,7 @@ class Shelf(Generic[E]):
 
     def _put(self, key: str, entity: E) -> None:
         self._written.add(key)
-        self._store.put(self._prefix + key.encode(), self._pack(entity))
+        self._store.put(self.part(key), self._pack(entity))
 
 
 class Entities(Generic[E]):
