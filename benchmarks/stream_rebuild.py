@@ -48,11 +48,11 @@ class Timed(FraudScoring):
     def observe(self, requests: Sequence[Any]) -> None:
         """Take records in, and note the time."""
         if not self.times:
-            self._note()
+            self._tick()
         super().observe(requests)
-        self._note()
+        self._tick()
 
-    def _note(self) -> None:
+    def _tick(self) -> None:
         self.times.append((time.monotonic(), time.process_time(), time.thread_time()))
 
 

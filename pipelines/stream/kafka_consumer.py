@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Set
+from functools import partial
 from typing import Any, NamedTuple
 
 from kafka.errors import (
@@ -26,7 +26,7 @@ from plinth.pipelines.stream.kafka_clients import (
     noted,
     unreachable,
 )
-from plinth.pipelines.stream.kafka_replay import STEP_RECORDS, Elsewhere, Replay
+from plinth.pipelines.stream.kafka_replay import STEP_RECORDS, Elsewhere, Past, Plan
 from plinth.pipelines.stream.metrics import CUT, GROWN, LAG, LOST, OPEN_TRANSACTION, PARTITIONS
 from plinth.pipelines.stream.settings import StreamConfig
 
@@ -35,12 +35,14 @@ log = logging.getLogger(__name__)
 REPLAY_FAILED = "replay_failed"
 """Cause to go back for: the past could not be read."""
 IDLE_S = 0.2
+JOIN_S = 0.1
+"""Shortest poll outside of the group: the client takes its place in a poll, and beside much other
+work never in one of a millisecond."""
 KEEP_ALIVE_S = 1.0
 OFTEN = 3
 """Times that one error is met before reading is called broken."""
 FORGET_S = 60.0
 """After so long without it an error is a new one: what lasts comes back within seconds."""
-Plan = dict[Partition, tuple[int, int]]
 
 
 class Unreadable(NamedTuple):
@@ -89,7 +91,6 @@ class GroupConsumer:
     Attributes:
         limit: records of a chunk at most.
         step: the same of records that are read again.
-        waiting: partitions that are not served, since their past is not in the state yet.
         unreadable: what could not be read though Kafka is there.
     """
 
@@ -110,12 +111,7 @@ class GroupConsumer:
         self._claim: Hashable = None
         self._positions: dict[Partition, int] = {}
         self._ends: dict[Partition, int] = {}
-        self._replay: Replay | None = None
-        self._stages: deque[tuple[Plan, Set[Partition]]] = deque()
-        self._again = (0, 0)
-        self._ahead = self._gave = 0.0
-        self._side = 0
-        self.waiting: Set[Partition] = frozenset()
+        self._past = Past(config, {})
         self.step = STEP_RECORDS
         self._cut: dict[Partition, int] = {}
         self._polled = time.monotonic()
@@ -139,7 +135,7 @@ class GroupConsumer:
             Rewind: the membership changed, or what was to be read is gone.
             StreamError: Kafka refuses, or sends what cannot be read here.
         """
-        return self._read(IDLE_S) if self._replay is None else self._in_turns()
+        return self._in_turns() if self._past.waiting else self._read(IDLE_S)
 
     def _read(self, idle: float) -> Chunk | None:
         """Records that are due, or ``None`` when none came within the time."""
@@ -164,57 +160,36 @@ class GroupConsumer:
                 count += len(records)
         return self._chunk(parts, owner) if parts else None
 
-    def keep_alive(self) -> None:
-        """Stay in the group without reading on, while work waits."""
-        if time.monotonic() - self._polled > KEEP_ALIVE_S and self._poll(0.001, 1):
+    def keep_alive(self, every: float = KEEP_ALIVE_S) -> None:
+        """Stay in the group without reading on, while work waits.
+
+        Args:
+            every: seconds between two looks at the group.
+        """
+        if time.monotonic() - self._polled > every and self._poll(0.001, 1):
             self._claim = None  # a record was taken: seek back to it
 
     def _in_turns(self) -> Chunk | None:
-        """Records that are due, or those that are read again next; looks at the group each time.
-
-        ``_ahead`` is by how many seconds more the first were worked on than the second.
-        """
-        self._ahead += self._side * (time.monotonic() - self._gave)
-        chunk, self._side = None, 1
-        if self._ahead <= 0 and (chunk := self._read(0.0)) is None:
-            self._ahead = 0.0
-        if chunk is None:
-            self._side = -1
-            chunk = self._replayed()
-        self._gave = time.monotonic()
-        return chunk
-
-    def _replayed(self) -> Chunk | None:
-        assert self._replay is not None
+        """Records that are due, or those that are read again next; looks at the group each time."""
+        waiting = self._past.waiting
         try:
-            chunk = self._replay.take(self.step)
-            if chunk is None and not self._replay.partitions:
-                self._next_stage()
+            chunk = self._past.in_turns(partial(self._read, 0.0), self.step)
         except KafkaError as error:
             log.warning("reading again for the state failed and is started anew: %r", error)
             self._note_failure(error)
             self._claim = None
             raise Rewind(REPLAY_FAILED) from None
+        if self._past.waiting != waiting and not self._go_on():
+            self._claim = None
         return chunk
 
-    def _next_stage(self) -> None:
-        """Serve the partitions whose past is read, and read that of the next."""
-        self._end_replay()
-        again, self.waiting = self._stages.popleft() if self._stages else ({}, frozenset())
-        if not self.member.begin(self._positions, self.waiting):
-            log.debug("the assignment changed meanwhile")
-            self._claim = None
-        elif again:
-            self._replay = Replay(self.config, again)
-
-    def _end_replay(self) -> None:
-        if self._replay is not None:
-            done, count = self._again
-            self._again = done + self._replay.taken, count
-            self._replay.close()
-            self._replay = None
+    def _go_on(self) -> bool:
+        """Read on where it stands; false where the assignment has changed meanwhile."""
+        return self.member.begin(self._positions, self._past.waiting)
 
     def _poll(self, seconds: float, limit: int) -> Mapping[Partition, list[Record]]:
+        if self.member.owner() is None:
+            seconds = max(seconds, JOIN_S)
         self._polled = time.monotonic()
         try:
             return self.member.poll(seconds, limit)
@@ -373,19 +348,13 @@ class GroupConsumer:
             owner: who asked for it.
             unknown: partitions with a long past, while which is read the others are served.
         """
-        self._end_replay()
+        self._past.close()
         self._positions = {place: end for place, (_, end) in plan.items()}
         PARTITIONS.set(len(plan))
         LAG.clear()
-        again = {place: span for place, span in plan.items() if span[0] < span[1]}
-        near = {place: span for place, span in again.items() if place not in unknown}
-        far = {place: span for place, span in again.items() if place in unknown}
-        stages = (near, frozenset(plan)), (far, frozenset(far))
-        self._stages = deque(stage for stage in stages if stage[0])
-        self._again = 0, sum(to - start for start, to in again.values())
-        self._ahead, self._side = 0.0, 0
-        self._claim = self._claim_of(owner, plan)
-        self._next_stage()
+        self._past = Past(self.config, plan, unknown)
+        going_on = self._go_on()
+        self._claim = self._claim_of(owner, plan) if going_on else None
 
     def commit(self, ends: Mapping[Partition, int]) -> None:
         """Commit offsets outside of a transaction.
@@ -444,14 +413,12 @@ class GroupConsumer:
     @property
     def replaying(self) -> int:
         """Partitions whose state is still being rebuilt."""
-        now = self._replay.partitions if self._replay else 0
-        return now + sum(len(plan) for plan, _ in self._stages)
+        return self._past.partitions
 
     @property
-    def rebuilt(self) -> tuple[int, int]:
-        """Records that were read again since the last assignment, and offsets of which they are."""
-        done, count = self._again
-        return done + (self._replay.taken if self._replay else 0), count
+    def waiting(self) -> Set[Partition]:
+        """Partitions that are not served, since their past is not in the state yet."""
+        return self._past.waiting
 
     def lag(self) -> int:
         """Records waiting in the partitions we have; also set as metric."""
@@ -517,7 +484,7 @@ class GroupConsumer:
 
     def close(self) -> None:
         """Leave the group, if that was not done yet."""
-        self._end_replay()
+        self._past.close()
         if not self._closed:
             self._closed = True
             self.member.close()

@@ -226,6 +226,11 @@ class PythonMember(Asks):
             self._consumer.resume(*(TopicPartition(*p) for p in positions.keys() - waiting))
         except (ValueError, AssertionError, KeyError):
             return False
+        # what had come of a partition before it was paused: the client may never look at it again,
+        # nor then fetch more of that partition; it is fetched anew from its position
+        fetcher = self._consumer._fetcher
+        fetcher._paused_partition_records.clear()
+        fetcher._paused_completed_fetches.clear()
         return True
 
     def commit(self, offsets: Noted, seconds: float) -> None:

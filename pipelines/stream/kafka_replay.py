@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from plinth.pipelines.stream.kafka_clients import (
     connect,
     quiet_client,
 )
+from plinth.pipelines.stream.metrics import REBUILD
 from plinth.pipelines.stream.processor import Processor
 from plinth.pipelines.stream.settings import StreamConfig
 
@@ -36,6 +37,8 @@ POLL_RECORDS = 2_000
 MAX_HELD = 50_000
 STEP_RECORDS = 2_000
 """Of those that are given at once: a state is made in steps, between which others are served."""
+TOLD_S = 5.0
+"""How often the log tells how much of a past was read."""
 SILENCE_S = 5.0
 ANSWER_MS = 10_000
 GIVE_UP_S = 30.0
@@ -49,6 +52,8 @@ LOOK_RECORDS = 200
 LOOK_SECONDS = 2.0
 AGAIN_S = 0.05
 """How often it looks whether the worker has ended."""
+Plan = dict[Partition, tuple[int, int]]
+"""What is to be read again, [from, to), of each partition that is served then."""
 
 
 class Replay:
@@ -60,9 +65,6 @@ class Replay:
     Args:
         config: which Kafka.
         ranges: [from, to) by partition, none of them empty.
-
-    Attributes:
-        taken: records that :meth:`take` gave.
     """
 
     def __init__(self, config: StreamConfig, ranges: Mapping[Partition, tuple[int, int]]) -> None:
@@ -70,7 +72,6 @@ class Replay:
         self._at = {place: start for place, (start, _) in ranges.items()}
         self._held: dict[Partition, deque[_Held]] = {place: deque() for place in ranges}
         self._merged: deque[Record] = deque()
-        self.taken = 0
         self._latest = dict.fromkeys(ranges, -1)
         self._heard = time.monotonic()
         self._consumer = reader(config)
@@ -197,8 +198,105 @@ class Replay:
             starts.setdefault(place, self._at[place])
             ends[place] = record.offset + 1
         self._at |= ends
-        self.taken += len(records)
         return Chunk(records, starts, ends, None, True)
+
+
+class Past:
+    """What a worker reads again for its state before it serves its partitions.
+
+    First what is missing of partitions that it knows; these are then served while it reads those
+    that it does not know.
+
+    Args:
+        config: which Kafka.
+        plan: [from, to) by partition, which may be empty.
+        unknown: partitions with a long past.
+
+    Attributes:
+        count: offsets that are read again, of all partitions.
+    """
+
+    def __init__(
+        self, config: StreamConfig, plan: Plan, unknown: Set[Partition] = frozenset()
+    ) -> None:
+        again = {place: span for place, span in plan.items() if span[0] < span[1]}
+        near = {place: span for place, span in again.items() if place not in unknown}
+        far = {place: span for place, span in again.items() if place in unknown}
+        stages = (near, frozenset(plan)), (far, frozenset(far))
+        self._config = config
+        self._stages = deque(stage for stage in stages if stage[0])
+        self._replay: Replay | None = None
+        self._taken = 0
+        self.count = sum(to - start for start, to in again.values())
+        self._began = self._told = self._turned = time.monotonic()
+        self._ahead = 0.0
+        self._last: Chunk | None = None
+        self._tell(self._began)
+
+    @property
+    def waiting(self) -> Set[Partition]:
+        """Partitions that are not served yet."""
+        return self._stages[0][1] if self._stages else frozenset()
+
+    @property
+    def partitions(self) -> int:
+        """Partitions not read to their end yet."""
+        if self._replay is None:
+            return sum(len(plan) for plan, _ in self._stages)
+        return self._replay.partitions + sum(len(plan) for plan, _ in list(self._stages)[1:])
+
+    def in_turns(self, due: Callable[[], Chunk | None], limit: int) -> Chunk | None:
+        """What is due, or what is read again next: where there is both, half of the time each.
+
+        Args:
+            due: gives records that are due, at once, or ``None``.
+            limit: records that are read again at most.
+
+        Raises:
+            KafkaError: as :meth:`Replay.take`.
+        """
+        spent = time.monotonic() - self._turned
+        if self._last is not None:
+            self._ahead += -spent if self._last.replay else spent
+        self._last = None
+        if self._ahead <= 0 and (found := due()) is not None:
+            self._last = found
+        else:
+            self._ahead = max(self._ahead, 0.0)
+            self._last = self._take(limit)
+        self._turned = time.monotonic()
+        return self._last
+
+    def _take(self, limit: int) -> Chunk | None:
+        if self._replay is None:
+            self._replay = Replay(self._config, self._stages[0][0])
+        chunk = self._replay.take(limit)
+        if chunk is not None:
+            self._taken += len(chunk.records)
+        elif not self._replay.partitions:
+            self.close()
+            self._stages.popleft()
+        now = time.monotonic()
+        if now - self._told >= TOLD_S or not self._stages:
+            self._tell(now)
+        return chunk
+
+    def _tell(self, now: float) -> None:
+        """Say how far it is."""
+        self._told = now
+        left = max(0, self.count - self._taken) if self._stages else 0
+        REBUILD.labels(self._config.input_topic).set(left)
+        if self.count:
+            log.info(
+                "%d of %d records were read again for the state, in %.1f s%s", self._taken,
+                self.count, now - self._began, "" if self._stages else ": all that there are",
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Read no further."""
+        if self._replay is not None:
+            self._replay.close()
+            self._replay = None
 
 
 class _Held(NamedTuple):

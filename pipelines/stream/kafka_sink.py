@@ -10,6 +10,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,8 @@ REFUSED = "commit_refused"
 POSITION = "plinth_position"
 """Header of answers and dead letters: ``partition@offset;`` of the record, then the position."""
 LEAVE_S = 5.0
+LOOK_S = 0.05
+"""How often what goes on beside an opening is called."""
 USUAL_TIMES = 5.0
 """So many times as long as the longest of the latest commits one may take, lest one that never
 returns is waited for longer than need be. To give one up is safe, and costs a second or more."""
@@ -54,6 +57,10 @@ MAX_LEFT = 16
 FENCES, FENCED_S = 6, 60.0
 """So often within so long a worker is put out of its own transactions by another of its name alone:
 where a broker was lost, or a transaction took too long, each of its producers is once."""
+
+
+def _nothing() -> None:
+    """There is nothing else to do."""
 
 
 class KafkaSink(ABC):
@@ -134,8 +141,11 @@ class KafkaSink(ABC):
         raise Rewind(cause)
 
     # -- life ------------------------------------------------------------------------------
-    def ready(self) -> None:
+    def ready(self, meanwhile: Callable[[], None] = _nothing) -> None:
         """Have a working producer in every slot; fences and completes what an old one left.
+
+        Args:
+            meanwhile: called again and again while that is waited for; soon comes back.
 
         Raises:
             TimeoutError: the broker did not answer in time.
@@ -151,8 +161,10 @@ class KafkaSink(ABC):
         until = time.monotonic() + self._deadline + 1
         failed: Exception | None = None
         for slot, pending in opening.items():
+            while not pending.done(LOOK_S) and time.monotonic() < until:
+                meanwhile()
             try:
-                self._slots[slot] = pending.wait(max(0.0, until - time.monotonic()))
+                self._slots[slot] = pending.wait(0.0)
             except TimeoutError as error:
                 pending.abandon(_give_up)
                 failed = failed or error

@@ -47,8 +47,8 @@ from plinth.pipelines.stream.kafka_clients import (
     hopeless,
     prepare,
 )
-from plinth.pipelines.stream.kafka_consumer import REPLAY_FAILED, GroupConsumer, Plan
-from plinth.pipelines.stream.kafka_replay import STEP_RECORDS, NotNeeded, Standby
+from plinth.pipelines.stream.kafka_consumer import REPLAY_FAILED, GroupConsumer
+from plinth.pipelines.stream.kafka_replay import STEP_RECORDS, NotNeeded, Plan, Standby
 from plinth.pipelines.stream.kafka_sink import (
     REFUSED,
     AtLeastOnceSink,
@@ -57,7 +57,6 @@ from plinth.pipelines.stream.kafka_sink import (
 )
 from plinth.pipelines.stream.metrics import (
     DEAD_LETTERS,
-    REBUILD,
     RECORDS,
     RECOVERIES,
     STATE_SINCE,
@@ -71,10 +70,10 @@ __all__ = ["StreamConfig", "StreamError", "StreamProgress", "StreamSummary", "ru
 log = logging.getLogger(__name__)
 
 PROGRESS_S = 1.0
-TOLD_S = 5.0
-"""How often the log tells how much of a state is made."""
 GONE_S = 3.0
 """A topic that is missing for so long was deleted; brokers may differ for a moment."""
+JOIN_S = 0.1
+"""How often a group that is to be joined is looked at while something else is waited for."""
 RECOVER_S = 0.2
 """Between attempts to settle what was in doubt."""
 IDLE_LOOK_S = 15.0
@@ -341,6 +340,8 @@ class Worker:
         given: partitions of this worker, as of the last assignment; not all are served at first.
         at_end: all that was committed was read when nothing came last.
         size: how many records a chunk may have.
+        built: when records of the past were last taken into the state, or there were none to be
+            taken (``monotonic``).
         step_size: the same, of those that are read again.
         refused: when commits were refused, since the last one that was not.
     """
@@ -375,14 +376,14 @@ class Worker:
         self.given: Set[Partition] = frozenset()
         self.size = ChunkSize(config.max_records)
         self.step_size = ChunkSize(STEP_RECORDS)
+        self.consumer.step = self.step_size.count
         self._unsettled: deque[Outputs] = deque()
         self._times: deque[float] = deque(maxlen=KEPT_TIMES)
         self._began: tuple[float, float] | None = None
         self._ended = (0.0, 0.0)
         now = time.monotonic()
         self._alive = self._reported = self._saved = self._busy = self._moved = now
-        self._built = self._building_since = self._told = now
-        self._made = False
+        self.built = now
         self._stopping: float | None = None
         self._trouble = ""
         self._gone: dict[str, float] = {}
@@ -439,10 +440,15 @@ class Worker:
         """End what a dead worker of this name left open: readers wait for it, so do it first."""
         self._at("recover")
         try:
-            self.sink.ready()
+            self.sink.ready(self._join)
             log.info("nothing of an earlier worker of this name is open any more")
         except (TimeoutError, KafkaError) as error:
             log.warning("fencing is tried again, once in the group: %r", error)
+
+    def _join(self) -> None:
+        """Take or keep a place in the group, while something else is waited for."""
+        with contextlib.suppress(Rewind):  # the next poll says so again
+            self.consumer.keep_alive(JOIN_S)
 
     def _turn(self) -> bool:
         """One round of the loop; true when it was the last."""
@@ -476,8 +482,8 @@ class Worker:
         count = len(chunk.records)
         self.summary.replayed += count
         RECORDS.labels(self.config.input_topic, "replayed").inc(count)
-        self._alive = self._moved = self._busy = self._built = time.monotonic()
-        self.step_size.took(count, self._built - began, 0.0)
+        self._alive = self._moved = self._busy = self.built = time.monotonic()
+        self.step_size.took(count, self.built - began, 0.0)
         self.consumer.step = self.step_size.count
 
     def _see_share(self) -> None:
@@ -621,7 +627,7 @@ class Worker:
     def _look_after(self) -> None:
         now = time.monotonic()
         if self.consumer.joined and not self.consumer.replaying:
-            self._alive = self._built = now
+            self._alive = self.built = now
         else:
             self._moved = now  # a matter of outage_timeout_s
             self._check_patience(now)
@@ -672,7 +678,7 @@ class Worker:
         while True:
             self._at("recover")
             try:
-                self.sink.ready()
+                self.sink.ready(self._join)
                 if self._unsettled:
                     self._look_for_topics()
                 self._resume()
@@ -684,7 +690,7 @@ class Worker:
                 self._trouble = f"; last: {error!r}"
             else:
                 if why.cause != REPLAY_FAILED:
-                    self._alive = self._built = time.monotonic()
+                    self._alive = self.built = time.monotonic()
                 return
             self._check_patience(time.monotonic())
             self._pause.wait(RECOVER_S)
@@ -754,14 +760,6 @@ class Worker:
         self.mine = len(plan)
         width = max(self.consumer.width, self.mine)
         self.processor.see_partitions(self.mine, width, self.consumer.layout.grown)
-        self._building_since = self._told = time.monotonic()
-        self._made = False
-        if count := self.consumer.rebuilt[1]:
-            log.info(
-                "%d records of %d partitions are read again for the state; %d partitions are "
-                "served meanwhile",
-                count, self.consumer.replaying, len(known) if kept.stale & plan.keys() else 0,
-            )  # fmt: skip
 
     # -- patience --------------------------------------------------------------------------
     def _look_for_topics(self, every: float = GONE_S / 2) -> None:
@@ -788,7 +786,7 @@ class Worker:
             self._stopping = self._stopping or now
             if now - self._stopping > self.config.drain_timeout_s:
                 raise self._not_drained()
-        if now - min(self._alive, self._built) > self.config.outage_timeout_s:
+        if now - min(self._alive, self.built) > self.config.outage_timeout_s:
             raise StreamError(
                 f"no commit and no group membership for {self.config.outage_timeout_s:g} s, or "
                 "none of the records that the state is to be rebuilt from, "
@@ -848,7 +846,6 @@ class Worker:
     def _report(self) -> None:
         lag = self.consumer.lag()
         STATE_SINCE.labels(self.config.input_topic).set(self.checkpoint.start / 1e3)
-        self._report_building()
         if self.on_progress is None:
             return
         summary = self.summary
@@ -865,17 +862,6 @@ class Worker:
                 time.perf_counter() - began,
             )
         )
-
-    def _report_building(self) -> None:
-        (done, count), now = self.consumer.rebuilt, time.monotonic()
-        going_on = self.consumer.replaying > 0
-        REBUILD.labels(self.config.input_topic).set(max(0, count - done) if going_on else 0)
-        if count and (now - self._told >= TOLD_S if going_on else not self._made):
-            self._told, self._made = now, not going_on
-            log.info(
-                "%d of %d records were read again for the state in %.1f s%s",
-                done, count, now - self._building_since, "" if going_on else ": it is made",
-            )  # fmt: skip
 
     def _summarise(self) -> StreamSummary:
         summary = self.summary

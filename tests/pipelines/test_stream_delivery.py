@@ -7,16 +7,18 @@ import json
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from kafka.errors import IllegalStateError
 from kafka.structs import TopicPartition
-from kafka_fixtures import CLIENTS_OF_KAFKA, KafkaNode
+from kafka_fixtures import CLIENTS_OF_KAFKA, KafkaNode, eventually
 from tally import TallyVertical, expect_each_once, spends, started_engine
 
 from plinth.engine import ConfigError, Engine, QueueFull
+from plinth.pipelines.stream.chunks import Partition
 from plinth.pipelines.stream.history.redeliver import redeliver
 from plinth.pipelines.stream.kafka_clients import connect, prepare
 from plinth.pipelines.stream.kafka_python import Producer
@@ -25,6 +27,7 @@ from plinth.pipelines.stream.worker import (
     StreamError,
     StreamProgress,
     StreamSummary,
+    chosen_client,
     run,
 )
 
@@ -92,6 +95,51 @@ def test_what_is_appended_keeps_its_order_over_batches_and_transactions(
     for record in kafka_node.read(config.output_topic):
         found[record.partition].append(int(record.value.split()[0]))
     assert found == [list(range(start, 600, 2)) for start in (0, 1)]
+
+
+@real_kafka
+def test_a_partition_that_waited_is_read_on_whatever_came_of_it_before(
+    kafka_node: KafkaNode,
+) -> None:
+    """kafka-python puts away what came of a paused partition, and may look at it never again."""
+    config = kafka_node.config(partitions=2, client="kafka-python")
+    kafka_node.fill(config, spends(200))
+    member = chosen_client(config).member(config, "one", lambda: None, frozenset())
+    places = {Partition(config.input_topic, 0), Partition(config.input_topic, 1)}
+    at = dict.fromkeys(places, 0)
+    count: Counter[Partition] = Counter()
+
+    def read(limit: int) -> None:
+        for place, records in member.poll(0.1, limit).items():
+            assert [one.offset for one in records] == [at[place] + n for n in range(len(records))]
+            at[place] += len(records)
+            count[place] += len(records)
+
+    def given() -> bool:
+        member.poll(0.1, 1)
+        return member.owner() is not None and set(member.places()) == places
+
+    def some() -> bool:
+        read(1)
+        return bool(count)
+
+    def all_of(wanted: set[Partition]) -> bool:
+        read(500)
+        return sum(count[place] for place in wanted) == sum(sizes[place] for place in wanted)
+
+    try:
+        eventually(given, 60, "both partitions are given to it")
+        sizes = member.last(places, 10.0)
+        assert member.begin(at, set())
+        eventually(some, 60, "a first record")
+        (waits,) = count
+        assert member.begin(at, {waits})
+        eventually(lambda: all_of(places - {waits}), 60, "the other partition is read")
+        assert count[waits] == 1
+        assert member.begin(at, set())
+        eventually(lambda: all_of(places), 60, "the one that waited is read")
+    finally:
+        member.close()
 
 
 @real_kafka
