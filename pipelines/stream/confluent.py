@@ -472,7 +472,8 @@ class ConfluentWriter:
         """
         producer = self._producer  # none, once it was given up
         if producer is not None and not self._failed:
-            producer.poll(TOLD_S)
+            with contextlib.suppress(KafkaException):  # of a fenced one, every call says so
+                producer.poll(TOLD_S)
         told = [one for one in self._failed if one.code() not in PURGED]
         return _translated(told[0] if told else error.args[0])
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from kafka.errors import IllegalStateError
+from kafka.errors import IllegalStateError, ProducerFencedError
 from kafka.structs import TopicPartition
 from kafka_fixtures import CLIENTS_OF_KAFKA, KafkaNode, eventually
 from tally import TallyVertical, expect_each_once, spends, started_engine
@@ -95,6 +95,35 @@ def test_what_is_appended_keeps_its_order_over_batches_and_transactions(
     for record in kafka_node.read(config.output_topic):
         found[record.partition].append(int(record.value.split()[0]))
     assert found == [list(range(start, 600, 2)) for start in (0, 1)]
+
+
+@real_kafka
+@pytest.mark.needs("confluent_kafka")
+def test_a_producer_that_was_fenced_says_so_and_not_what_its_library_does(
+    kafka_node: KafkaNode,
+) -> None:
+    """The worker ended with an error of the library where another one took its transactions."""
+    from confluent_kafka import Consumer
+
+    from plinth.pipelines.stream.confluent import CLIENT, Owner
+
+    config = kafka_node.config(partitions=1, client="confluent")
+    prepare(config)
+    one, other = (CLIENT.writer(config, "w", "one-name") for _ in range(2))
+    member = Consumer({"bootstrap.servers": kafka_node.servers, "group.id": config.group})
+    try:
+        one.open()
+        one.begin()
+        one.send(config.output_topic, b"{}", None, [], 0)
+        one.written(30.0)
+        other.open()
+        owner = Owner(member.consumer_group_metadata(), 0)
+        with pytest.raises(ProducerFencedError):
+            one.commit({Partition(config.input_topic, 0): (0, "")}, owner, 30.0)
+    finally:
+        member.close()
+        for writer in (one, other):
+            writer.give_up()
 
 
 @real_kafka
