@@ -488,9 +488,9 @@ class Worker:
 
     def _see_share(self) -> None:
         """Tell the vertical which share of the input is in the state, and up to date."""
-        waiting = self.consumer.waiting
-        self.checkpoint.stale -= self.given - waiting
-        mine = len(self.given - waiting)
+        served = self.given - self.consumer.waiting
+        self.checkpoint.stale -= served
+        mine = len(served)
         if mine != self.mine:
             self.mine = mine
             width = max(self.consumer.width, len(self.given))
@@ -592,6 +592,7 @@ class Worker:
 
     def _snapshot(self, *, last: bool = False) -> None:
         self._at("snapshot")
+        self.checkpoint.stale -= self.given - self.consumer.waiting
         if not self._abandoned:
             if last:
                 self.checkpoint.finish()
@@ -754,9 +755,9 @@ class Worker:
     def _begin(self, plan: Plan, owner: Any) -> None:
         """Make the state of what was given to this worker, and serve that of which it has one."""
         kept = self.checkpoint
-        self.given = frozenset(plan)
         known = (kept.applied.keys() & plan.keys()) - kept.stale
         self.consumer.begin(plan, owner, kept.stale & plan.keys() if known else frozenset())
+        self.given = frozenset(plan)
         self.mine = len(plan)
         width = max(self.consumer.width, self.mine)
         self.processor.see_partitions(self.mine, width, self.consumer.layout.grown)
