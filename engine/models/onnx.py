@@ -17,13 +17,14 @@ Contract = tuple[str, tuple[int | None, ...], str]
 
 
 def read_contract(
-    path: Path, only: Sequence[str] | None = None
+    path: Path, only: Sequence[str] | None = None, *, one_by_one: bool = False
 ) -> tuple[list[Contract], list[Contract]]:
     """Inputs and outputs of an ONNX file: name, shape of one row, dtype.
 
     Args:
         path: the file.
         only: names of the outputs to keep; by default all of them.
+        one_by_one: rows are given one by one, so that a file fixed to one row will do.
 
     Raises:
         ModelError: not there, too large, not valid, weights outside the file, an output that is
@@ -40,10 +41,11 @@ def read_contract(
     kept = [made[name] for name in only] if only else list(made.values())
     for value in kept:
         _need_numbers(path, value, made)
-    inputs = [_contract(path, "input", value) for value in given]
-    fixed = {value.name for value in kept if _fixed_rows(value) is not None}
+    lone = {v.name for v in (*given, *kept) if one_by_one and _fixed_rows(v) == 1}
+    inputs = [_contract(path, "input", value, value.name in lone) for value in given]
+    fixed = {value.name for value in kept if _fixed_rows(value) is not None} - lone
     free = _rows_follow(path, inputs, fixed) if fixed else frozenset()
-    outputs = [_contract(path, "output", value, value.name in free) for value in kept]
+    outputs = [_contract(path, "output", value, value.name in free | lone) for value in kept]
     return inputs, outputs
 
 
@@ -220,7 +222,7 @@ def _external(onnx: Any, tensor: Any) -> bool:
 
 
 def _contract(path: Path, kind: str, value: Any, free: bool = False) -> Contract:
-    """One tensor of the graph; ``free``: its rows were seen to follow those of the inputs."""
+    """One tensor of the graph; ``free``: whatever number of rows it says, it will do."""
     import onnx
 
     where = f"{path}: {kind} {value.name}"

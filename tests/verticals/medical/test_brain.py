@@ -208,6 +208,16 @@ def test_folds_without_final_weights_are_said(tmp_path):
     )
 
 
+def test_an_nnunet_that_was_trained_to_ignore_a_label_gives_the_others(tmp_path):
+    extra("dynamic_network_architectures")
+    folder = _nnunet(tmp_path)
+    dataset = json.loads((folder / "dataset.json").read_text())
+    dataset["labels"]["ignore"] = 3  # no channel of the output, by nnU-Net's LabelManager
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+    recipe = load_network(folder).recipe
+    assert (recipe.labels, recipe.channels) == ({1: "inner", 2: "outer"}, 3)
+
+
 def test_an_nnunet_folder_gives_what_its_own_steps_give(tmp_path):
     """Crop, normalise, resample by splines, even windows, logits back, argmax."""
     extra("dynamic_network_architectures")

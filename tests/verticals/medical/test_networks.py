@@ -193,17 +193,109 @@ def test_a_file_with_its_json_gives_what_the_same_network_gives_in_a_bundle(
         assert dice(labels_of(tmp_path), in_a_bundle, label) >= 0.999
 
 
-def _onnx(network: nn.Module, example: torch.Tensor, path: Path) -> None:
+def _onnx(
+    network: nn.Module, example: torch.Tensor, path: Path, *, rows: int | None = None
+) -> None:
+    free = torch.export.Dim("n", min=1, max=64)
     torch.onnx.export(
-        network,
+        network.eval(),
         (example,),
         str(path),
         input_names=["volume"],
-        output_names=["classes"],
-        dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},),
+        dynamic_shapes=({0: free},) if rows is None else None,
         external_data=False,
         verbose=False,
     )
+
+
+class Squeezed(nn.Module):
+    """Channels weighed by what a window holds, with the number of rows in its views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.body, self.weigh = nn.Conv3d(1, 3, 3, padding=1), nn.Linear(3, 3)
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        """(n, 1, z, y, x) to (n, 3, z, y, x)."""
+        seen, rows = self.body(volume), volume.shape[0]
+        weights = self.weigh(seen.mean((2, 3, 4)).view(rows, 3))
+        return seen * weights.view(rows, 3, 1, 1, 1)
+
+
+class Pair(nn.Module):
+    """Two outputs, the classes last; the type of the input is free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Blobs().body
+
+    def forward(self, volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, 1, z, y, x) to (n, 6, z, y, x) and (n, 3, z, y, x)."""
+        seen = self.body[0](volume.float())
+        return seen, self.body[1:](seen)
+
+
+WINDOW = torch.rand(1, 1, *own_networks.PATCH)
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_a_file_that_takes_one_row_gives_what_its_network_gives(kind, tmp_path):
+    """As torch exports it, unless it is told that the number of rows is free."""
+    path, network = write_beside(tmp_path / f"one.{kind}"), Squeezed().eval()
+    if kind == "pt2":
+        torch.export.save(torch.export.export(network, (WINDOW,)), path)
+    else:
+        _onnx(network, WINDOW, path, rows=1)
+    rows = torch.rand(3, 1, *own_networks.PATCH)
+    with torch.no_grad():
+        assert torch.allclose(load_network(path).model.module(rows), network(rows), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "example", "changed", "said"),
+    [
+        ("pt2", WINDOW, {"window": {"size": [24, 32, 16]}}, "asks for windows of [24, 32, 16]"),
+        ("onnx", WINDOW, {"window": {}}, "asks for whole volumes"),
+        (
+            "onnx",
+            WINDOW,
+            {"window": {"size": [32, 32, 16], "halo": [1, 1, 1]}},
+            "windows have any size",
+        ),
+        ("pt2", torch.cat([WINDOW, WINDOW]), {}, "takes 2 rows at once"),
+        ("onnx", torch.cat([WINDOW, WINDOW]), {}, "fixed to 2 rows"),
+        ("onnx", WINDOW.half(), {}, "float16, expected float32"),
+        ("onnx", WINDOW.movedim(1, 4), {}, "(32, 32, 16, 1) float32, expected one channel"),
+        ("onnx", WINDOW, {"channels": None}, "which of them has the classes is not said"),
+        ("pt2", WINDOW, {"channels": None}, "which of them has the classes is not said"),
+        ("onnx", WINDOW, {"output": 2}, "has no output 2"),
+    ],
+)
+def test_a_file_that_takes_or_gives_something_else_is_refused(
+    kind, example, changed, said, tmp_path
+):
+    path = write_beside(tmp_path / f"other.{kind}", **changed)
+    network = Pair().eval() if example.shape[1] == 1 else nn.Conv3d(32, 3, 1)
+    if kind == "pt2":
+        torch.export.save(torch.export.export(network, (example,)), path)
+    else:
+        _onnx(network, example, path, rows=1)
+    with pytest.raises(ModelError, match=re.escape(said)):
+        load_network(path).model.module(WINDOW)
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+@pytest.mark.parametrize("changed", [{"output": 1}, {"channels": 6}])
+def test_one_of_several_outputs_is_taken(kind, changed, tmp_path):
+    path, network = write_beside(tmp_path / f"pair.{kind}", **changed), Pair().eval()
+    if kind == "pt2":
+        torch.export.save(torch.export.export(network, (WINDOW,)), path)
+    else:
+        _onnx(network, WINDOW, path, rows=1)
+    with torch.no_grad():
+        expected = network(WINDOW)["output" in changed]
+        assert torch.allclose(load_network(path).model.module(WINDOW), expected, atol=1e-5)
 
 
 class Opens:
@@ -271,6 +363,7 @@ def test_a_bundle_never_runs_with_other_weights_than_its_config_names(named, rea
 
 ORIENT = {"_target_": "Orientationd", "keys": "image", "axcodes": "RAS"}
 SPACE = {"_target_": "Spacingd", "keys": "image", "pixdim": [4, 4, 6], "mode": "bilinear"}
+TURNED = {"_target_": "NibabelReader", "as_closest_canonical": True, "affine_lps_to_ras": False}
 LOAD = {"_target_": "LoadImaged", "keys": "image"}
 TYPE = {"_target_": "EnsureTyped", "keys": "image"}
 INVERT = {"_target_": "Invertd", "keys": "pred", "transform": "@preprocessing"}
@@ -287,6 +380,15 @@ SLIDE = {"_target_": "SlidingWindowInferer", "roi_size": [32, 32, 16], "mode": "
         ({"preprocessing": {"transforms": [SPACE | {"min_pixdim": [1, 1, 1]}]}}, "min_pixdim"),
         ({"preprocessing": {"transforms": [*PRE, ORIENT | {"keys": "label"}]}}, "takes label"),
         ({"preprocessing": {"transforms": [LOAD | {"reverse_indexing": True}]}}, "reverse"),
+        ({"preprocessing": {"transforms": [LOAD | {"reader": TURNED}]}}, "affine_lps_to_ras"),
+        (
+            {"preprocessing": {"transforms": [LOAD | {"reader": "$R(reverse_indexing=True)"}]}},
+            "not executed",
+        ),
+        ({"preprocessing": None}, "no preprocessing: what is done to an image before"),
+        ({"postprocessing": None}, "no postprocessing: what is done to the output"),
+        ({"preprocessing": {"_target_": "monai.transforms.OneOf", "transforms": []}}, "OneOf"),
+        ({"inferer": SLIDE | {"roi_size": [96, 96, -1]}}, "whole image along some axes"),
         ({"preprocessing": {"transforms": [*PRE, TYPE | {"dtype": "$torch.uint8"}]}}, "uint8"),
         ({"preprocessing": {"transforms": [CROP | {"mode": "reflect"}]}}, "mode"),
         ({"inferer": SLIDE | {"sigma_scale": 0.25}}, "sigma_scale"),
@@ -360,6 +462,48 @@ def test_a_foreground_is_cropped_as_monai_does(options, monai, tmp_path):
     assert torch.equal(prepare(volume, load_network(bundle).recipe).rows, theirs)
 
 
+@pytest.mark.filterwarnings("ignore")  # MONAI's own
+def test_half_a_voxel_more_or_less_is_as_many_voxels_as_monai_has(tmp_path):
+    extra("monai")
+    from monai.data import MetaTensor
+    from monai.transforms import Spacing
+
+    volume = _blocks([0, 1, 2], (1, 1, 1))  # 14 x 10 x 12 voxels of 1.5 x 2 x 2.5 mm
+    mm = (1.5, 4.0, 2.0)  # 9 steps of 2 mm are 4.5 of 4 mm
+    bundle = write_bundle(
+        tmp_path / "b",
+        Blobs(),
+        preprocessing={"transforms": [SPACE | {"pixdim": mm}]},
+        inferer=None,
+    )
+    rows = torch.from_numpy(volume.voxels.transpose(2, 1, 0).copy())[None]
+    theirs = Spacing(mm)(MetaTensor(rows, affine=torch.from_numpy(volume.affine)))
+    ours = prepare(volume, load_network(bundle).recipe).rows
+    assert ours.shape == theirs.shape
+    assert torch.allclose(ours, theirs.as_tensor().float(), atol=1e-3)
+
+
+def test_what_a_bundle_says_twice_and_of_its_reader_is_taken(tmp_path):
+    largest = {"_target_": "KeepLargestConnectedComponentd", "keys": "pred"}
+    bundle = write_bundle(
+        tmp_path / "b",
+        Blobs(),
+        preprocessing={"transforms": [LOAD | {"reader": TURNED | {"affine_lps_to_ras": True}}]},
+        postprocessing={
+            "transforms": [
+                *POST,
+                largest | {"applied_labels": [1]},
+                largest | {"applied_labels": 2},
+            ]
+        },
+        inferer=SLIDE | {"roi_size": -1},
+    )
+    recipe = load_network(bundle).recipe
+    assert recipe.largest == (1, 2)
+    assert recipe.steps == (Orient(codes="RAS"),)
+    assert recipe.window.size is None
+
+
 @pytest.mark.parametrize(
     ("post", "back"),
     [
@@ -367,6 +511,7 @@ def test_a_foreground_is_cropped_as_monai_does(options, monai, tmp_path):
         ([INVERT | {"nearest_interp": True}], "nearest"),
         ([INVERT], "nearest"),  # MONAI's default
         ([POST[0], POST[2], INVERT | {"nearest_interp": False}], "nearest"),  # labels go back
+        ([INVERT | {"nearest_interp": False}, POST[0], POST[2]], "raw"),  # activated afterwards
     ],
 )
 def test_outputs_go_back_to_the_images_as_the_bundle_says(post, back, tmp_path):
@@ -430,8 +575,9 @@ def onnx_of(module: nn.Module, path: Path) -> None:
 @pytest.mark.parametrize(("made", "why"), [(Dropping, "at random"), (Normed, "has learned")])
 def test_a_network_that_was_saved_in_training_mode_is_refused(kind, made, why, tmp_path):
     def load(training: bool) -> None:
-        path, module = write_beside(tmp_path / f"net.{kind}"), made().train(training)
-        rows = torch.rand(2, 1, 16, 16, 16)
+        window = {"size": [16, 16, 16]}
+        path = write_beside(tmp_path / f"net.{kind}", window=window)
+        module, rows = made().train(training), torch.rand(1, 1, 16, 16, 16)
         if kind == "onnx":
             onnx_of(module, path)
         elif kind == "pt2":

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from plinth.engine import Model, ModelError, ModelSpec, TensorSpec
-from plinth.engine.models.onnx import OnnxModule, read_contract
 from plinth.verticals.medical.networks.deepbet import is_deepbet, read_deepbet
 from plinth.verticals.medical.networks.meshnet import is_meshnet, read_meshnet
 from plinth.verticals.medical.networks.monai_bundle import is_bundle, read_bundle
@@ -21,9 +20,9 @@ from plinth.verticals.medical.networks.nnunet import is_nnunet, read_nnunet
 from plinth.verticals.medical.networks.recipe import Recipe, Triple
 from plinth.verticals.medical.networks.texts import text_of
 from plinth.verticals.medical.networks.weights import (
-    check_onnx_mode,
     graph_of,
     read_export,
+    read_onnx,
     read_script,
 )
 
@@ -88,12 +87,19 @@ class Flipped(nn.Module):
         return total / len(FLIPS)
 
 
-class _First(nn.Module):
-    """The first output of a network that gives several, such as deep supervision's."""
+class _Chosen(nn.Module):
+    """One output of a network that gives several, such as deep supervision's.
 
-    def __init__(self, network: nn.Module) -> None:
+    Args:
+        network: the network.
+        recipe: whose ``output`` it is; the first one, if it has ``channels`` to be told by.
+    """
+
+    def __init__(self, network: nn.Module, recipe: Recipe) -> None:
         super().__init__()
         self.network = network
+        self.output = recipe.output
+        self.told = recipe.channels is not None
 
     def forward_bytes(self, size: Triple) -> int | None:
         """What a forward over one volume (z, y, x) takes, where the network makes it in parts."""
@@ -101,12 +107,21 @@ class _First(nn.Module):
         return None if tell is None else cast("int | None", tell(size))
 
     def forward(self, volume: Tensor) -> Tensor:
-        """(n, c, z, y, x) to the first output."""
+        """(n, c, z, y, x) to the output."""
         output = self.network(volume)
-        while isinstance(output, list | tuple):
-            output = output[0]
-        if isinstance(output, dict):
-            output = next(iter(output.values()))
+        while isinstance(output, list | tuple | dict):
+            several = list(output.values()) if isinstance(output, dict) else list(output)
+            if self.output is None and len(several) > 1 and not self.told:
+                raise ModelError(
+                    f"the network gives {len(several)} outputs, and which of them has the "
+                    "classes is not said",
+                    hint='write "output": 0 for the first, or "channels", into its description',
+                )
+            if (self.output or 0) >= len(several):
+                raise ModelError(
+                    f"output {self.output} is wanted of a network that gives {len(several)}"
+                )
+            output = several[self.output or 0]
         return cast(Tensor, output)
 
 
@@ -132,7 +147,7 @@ def load_network(path: Path, *, flips: bool = False, uncertainty: bool = False) 
         if is_deepbet(path):
             (module, recipe), (first, small) = read_deepbet(path)
             digest = hashlib.sha256(f"{small.name} {files_digest(path)}".encode()).hexdigest()
-            finds = Network(_model(_whole(first, False), small, digest), small, digest)
+            finds = Network(_model(_whole(first, small), small, digest), small, digest)
         elif is_bundle(path):
             module, recipe = read_bundle(path)
         elif is_nnunet(path):
@@ -165,15 +180,17 @@ def _network(
     if isinstance(module, torch.jit.ScriptModule):
         graph = graph_of(module, recipe.window.size)
         module, original = (module, None) if graph is None else (graph, module)
-    whole, plain = (None if each is None else _whole(each, flips) for each in (module, original))
+    whole, plain = (
+        None if each is None else _whole(each, recipe, flips) for each in (module, original)
+    )
     made_from = hashlib.sha256(f"{recipe.name} {digest} {flips} {uncertainty}".encode())
     model = _model(cast(nn.Module, whole), recipe, made_from.hexdigest())
     return Network(model, recipe, digest, flips, plain, finds)
 
 
-def _whole(module: nn.Module, flips: bool) -> nn.Module:
-    first = _First(module).eval()
-    return Flipped(first).eval() if flips else first
+def _whole(module: nn.Module, recipe: Recipe, flips: bool = False) -> nn.Module:
+    chosen = _Chosen(module, recipe).eval()
+    return Flipped(chosen).eval() if flips else chosen
 
 
 def _file(path: Path) -> tuple[nn.Module, Recipe]:
@@ -188,14 +205,9 @@ def _file(path: Path) -> tuple[nn.Module, Recipe]:
     except ValidationError as error:
         raise _invalid(beside, error) from None
     if path.suffix == ".onnx":
-        inputs, outputs = read_contract(path)
-        if len(inputs) != 1 or len(inputs[0][1]) != 4:
-            raise ModelError(f"{path.name} takes {inputs}, expected one volume (n, 1, a, b, c)")
-        check_onnx_mode(path)
-        module: nn.Module = OnnxModule(path, (inputs[0][0],), tuple(o[0] for o in outputs[:1]))
-        return module, recipe
+        return read_onnx(path, recipe), recipe
     if path.suffix == ".pt2":
-        return read_export(path), recipe
+        return read_export(path, recipe.window), recipe
     if path.suffix in SCRIPTS:
         return read_script(path), recipe
     raise ModelError(f"{path.name} is neither .ts, .pt2 nor .onnx")

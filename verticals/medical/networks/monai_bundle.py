@@ -76,7 +76,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 
 PASSED: dict[str, tuple[str, ...]] = {
     "": ("_target_", "_disabled_", "keys", "device", "allow_missing_keys", "lazy", "dtype"),
-    "LoadImage": ("reader", "simple_keys", "prune_meta_pattern", "prune_meta_sep", "expanduser"),
+    "LoadImage": ("simple_keys", "prune_meta_pattern", "prune_meta_sep", "expanduser"),
     "EnsureType": ("data_type", "wrap_sequence"),
     "ToTensor": ("wrap_sequence",),
     "Invert": ("transform", "orig_keys", "to_tensor", "post_func", "orig_meta_keys"),
@@ -90,6 +90,11 @@ READ_WEIGHTS = re.compile(
 )
 REFERENCE = re.compile(r"@[\w]+(?:(?:::|#)[\w]+)*")
 DEPTH = 32
+_WHERE = {"preprocessing": "to an image before", "postprocessing": "to the output of"}
+READER = re.compile(r"\$?[\w.]+(\(\))?")
+"""A reader of MONAI that is named, or made without options."""
+AXES = {"reverse_indexing": False, "affine_lps_to_ras": True, "swap_ij": True}
+"""What MONAI's readers do to the axes, where it is not said."""
 
 
 @dataclass(eq=False)
@@ -234,9 +239,16 @@ def _load(path: Path) -> Mapping[str, Any]:
 def _transforms(config: _Config, part: str) -> list[Mapping[str, Any]]:
     composed = config.get(part)
     if composed is None:
-        return []
-    if not isinstance(composed, Mapping):
-        raise ModelError(f"{config.file}: {part} is no Compose of transforms")
+        raise ModelError(
+            f"{config.file} has no {part}: what is done {_WHERE[part]} the network is not said",
+            hint=f"name it {part}, or write an empty one: "
+            f'"{part}": {{"_target_": "Compose", "transforms": []}}',
+        )
+    named = composed.get("_target_", "Compose") if isinstance(composed, Mapping) else composed
+    if not isinstance(composed, Mapping) or str(named).rpartition(".")[2] != "Compose":
+        raise ModelError(
+            f"{config.file}: {part} is {str(named)[:60]!r}, expected a Compose of transforms"
+        )
     found = config.get(part, "transforms")
     if not isinstance(found, list):
         raise ModelError(f"{config.file}: {part}.transforms is no list")
@@ -297,7 +309,9 @@ def _read_transform(
             hint=f"understood are {', '.join(sorted(known))}",
         )
     options = {
-        key: config.literal(value, f"{where}.{key}")
+        key: value
+        if key == "reader" and READER.fullmatch(str(value))
+        else config.literal(value, f"{where}.{key}")
         for key, value in transform.items()
         if key not in PASSED.get(name, ()) + PASSED[""]
     }
@@ -378,9 +392,13 @@ def _orientation(options: dict[str, Any], plan: _Plan) -> None:
 
 def _load_image(options: dict[str, Any], plan: _Plan) -> None:
     """Files are read anyway; what a reader does to the axes is not passed over."""
-    if options.get("reverse_indexing") or options.get("affine_lps_to_ras") is False:
-        raise ValueError("reverse_indexing, or affine_lps_to_ras of false, is not supported")
-    if options.get("as_closest_canonical"):
+    reader = options.get("reader")
+    made: Mapping[str, Any] = reader if isinstance(reader, Mapping) else {}
+    for name, plain in AXES.items():
+        for given in (options, made):
+            if given.get(name, plain) is not plain:
+                raise ValueError(f"{name} of {given[name]!r} is not supported")
+    if options.get("as_closest_canonical") or made.get("as_closest_canonical"):
         plan.steps.append(Orient(codes="RAS"))
 
 
@@ -392,7 +410,8 @@ def _invert(options: dict[str, Any], plan: _Plan) -> None:
     """Back to the images' grid: MONAI takes the nearest voxel unless it is told not to."""
     nearest = options.get("nearest_interp", True)
     nearest = all(nearest) if isinstance(nearest, list | tuple) else nearest
-    plan.back = "nearest" if nearest or plan.reduce is not None else "linear"
+    between = "raw" if plan.activation == "none" else "linear"
+    plan.back = "nearest" if nearest or plan.reduce is not None else between
 
 
 def _spacing(options: dict[str, Any], plan: _Plan) -> None:
@@ -510,7 +529,8 @@ def _keep_largest(options: dict[str, Any], plan: _Plan) -> None:
     if options.get("independent") is False or int(options.get("num_components", 1)) != 1:
         raise ValueError("only the largest component of each label by itself is supported")
     labels = options["applied_labels"]
-    plan.largest = tuple(labels) if isinstance(labels, list | tuple) else (int(labels),)
+    labels = labels if isinstance(labels, list | tuple) else [labels]
+    plan.largest = (*plan.largest, *(int(label) for label in labels))
 
 
 _PRE: dict[str, Reader] = {
@@ -599,7 +619,14 @@ def _window(config: _Config) -> Window:
     named = {k: v for k, v in inferer.items() if k not in ("_target_", "device")}
     unread = [k for k in named if k not in HARMLESS]
     given = _Options({k: config.literal(named[k], f"inferer.{k}") for k in unread})
-    size: Triple = _triple(given["roi_size"])
+    size: Triple | None = _triple(given["roi_size"])
+    if size is not None and min(size) < 1:
+        if max(size) > 0:
+            raise ModelError(
+                f"{config.file}: inferer.roi_size {list(size)} is the whole image along some axes",
+                hint="write the voxels of each axis, or -1 for all of them",
+            )
+        size = None
     blend: Any = {"gaussian": "floored"}.get(given.get("mode", "constant"), "constant")
     beyond: Any = given.get("padding_mode", "constant")
     if beyond not in ("constant", "replicate"):

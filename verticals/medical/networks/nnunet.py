@@ -149,8 +149,9 @@ def _labels(dataset: Mapping[str, Any]) -> tuple[int, dict[int, str], str]:
     """Channels of the output, names by label value, and how output becomes labels."""
     found = {str(name): value for name, value in (dataset.get("labels") or {}).items()}
     found.pop("background", None)
-    if found.pop("ignore", None) is not None or not found:
-        raise ModelError("dataset.json: labels to ignore, or no labels, are not supported")
+    found.pop("ignore", None)  # of the training alone: it has no channel of its own
+    if not found:
+        raise ModelError("dataset.json has no labels")
     if any(isinstance(value, list | tuple) and len(value) > 1 for value in found.values()):
         order = dataset.get("regions_class_order") or []
         if order != list(range(1, len(found) + 1)):

@@ -242,14 +242,14 @@ def _space(state: _State, step: Space) -> None:
     mm, shape = state.mm(), tuple(state.values.shape)
     wanted = [want if want > 0 else have for want, have in zip(step.mm, mm, strict=True)]
     if step.keep == "first":
-        sizes = [
-            round((n - 1) * have / want) + 1
+        sizes = [  # a half goes to the even size, as MONAI's compute_shape_offset has it
+            round((n - 1) * (have / want) + 1)
             for n, have, want in zip(shape, mm, wanted, strict=True)
         ]
         scale = [want / have for have, want in zip(mm, wanted, strict=True)]
         first = [0.0, 0.0, 0.0]
     else:
-        sizes = [round(n * have / want) for n, have, want in zip(shape, mm, wanted, strict=True)]
+        sizes = [round(have / want * n) for n, have, want in zip(shape, mm, wanted, strict=True)]
         scale = [n / max(1, m) for n, m in zip(shape, sizes, strict=True)]
         first = [(s - 1) / 2 for s in scale]
     _check_size(state, sizes)
@@ -374,7 +374,10 @@ def _resize(state: _State, step: Resize) -> None:
 
 
 def _cut(state: _State, step: Cut) -> None:
-    spans = list(zip(step.start, step.stop, strict=True))
+    spans = [
+        (min(start, n), min(stop, n))
+        for start, stop, n in zip(step.start, step.stop, state.values.shape, strict=True)
+    ]
     box = tuple(slice(*span) for span in spans)
     state.values = state.values[box]
     _reshape_mask(state, lambda mask: mask[box])

@@ -11,6 +11,12 @@ from plinth.engine.tables import Table
 
 Triple = tuple[int, int, int]
 Spacing = tuple[float, float, float]
+_Count = Annotated[int, Field(ge=1)]
+_Index = Annotated[int, Field(ge=0)]
+_Mm = Annotated[float, Field(gt=0)]
+Voxels = tuple[_Count, _Count, _Count]
+Indices = tuple[_Index, _Index, _Index]
+Millimetres = tuple[_Mm, _Mm, _Mm]
 
 
 class _Step(Table):
@@ -81,7 +87,7 @@ class Resize(_Step):
     """
 
     op: Literal["resize"] = "resize"
-    size: Triple
+    size: Voxels
 
 
 class Cut(_Step):
@@ -93,8 +99,8 @@ class Cut(_Step):
     """
 
     op: Literal["cut"] = "cut"
-    start: Triple
-    stop: Triple
+    start: Indices
+    stop: Voxels
 
 
 class Conform(_Step):
@@ -106,8 +112,8 @@ class Conform(_Step):
     """
 
     op: Literal["conform"] = "conform"
-    size: Triple
-    mm: Spacing
+    size: Voxels
+    mm: Millimetres
 
 
 class Crop(_Step):
@@ -122,8 +128,8 @@ class Crop(_Step):
 
     op: Literal["crop"] = "crop"
     above: bool = True
-    margin: Triple = (0, 0, 0)
-    multiple: Triple = (1, 1, 1)
+    margin: Indices = (0, 0, 0)
+    multiple: Voxels = (1, 1, 1)
     beyond: bool = False
 
 
@@ -139,7 +145,7 @@ class Pad(_Step):
 
     op: Literal["pad"] = "pad"
     least: Triple = (1, 1, 1)
-    multiple: Triple = (1, 1, 1)
+    multiple: Voxels = (1, 1, 1)
     value: float = 0.0
     mode: Literal["constant", "replicate"] = "constant"
 
@@ -235,13 +241,13 @@ class Window(Table):
             convolutions, normalisation by constants, and functions of single voxels.
     """
 
-    size: Triple | None = None
+    size: Voxels | None = None
     overlap: float = Field(default=0.25, ge=0, le=0.9)
     blend: Literal["gaussian", "constant", "floored"] = "gaussian"
     even: bool = False
     beyond: Literal["constant", "replicate"] = "constant"
     beyond_value: float = 0.0
-    halo: Triple | None = None
+    halo: Indices | None = None
 
 
 class Recipe(Table):
@@ -262,6 +268,7 @@ class Recipe(Table):
         activation: of the network's output; ``"none"`` if it gives probabilities or labels.
         reduce: how output becomes labels; see :class:`plinth.engine.Tiling`.
         channels: of the output, where they are known.
+        output: which it is, counted from 0, of a network that gives several.
         largest: labels of which only the largest component is kept.
         filled: labels whose holes are filled, after that.
         back: how outputs come to the native grid: probabilities interpolated (``"linear"``), what
@@ -284,6 +291,7 @@ class Recipe(Table):
     activation: Literal["none", "softmax", "sigmoid"] = "none"
     reduce: Literal["argmax", "threshold", "labels"] = "argmax"
     channels: int | None = Field(default=None, ge=1, le=256)
+    output: int | None = Field(default=None, ge=0, le=255)
     largest: tuple[int, ...] = ()
     filled: tuple[int, ...] = ()
     back: Literal["linear", "raw", "nearest"] = "linear"

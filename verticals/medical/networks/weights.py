@@ -19,11 +19,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from plinth.engine import ModelError
 from plinth.engine.backends.export import quiet
 from plinth.engine.mapped import forget
 from plinth.engine.models import program
+from plinth.engine.models.onnx import OnnxModule, read_contract
+from plinth.verticals.medical.networks.recipe import Recipe, Window
 
 TRACED = 64  # voxels along each axis of what a graph is made on, at most
 MOST_TEXT = 64 << 20  # bytes of code or graph that are looked through
@@ -241,16 +244,116 @@ def check_onnx_mode(path: Path) -> None:
             _check_mode(path, [("batch_norm", ["", "", "", "mean", "", training])])
 
 
-def read_export(path: Path) -> nn.Module:
+def read_export(path: Path, window: Window) -> nn.Module:
     """A torch.export file (``.pt2``) as a module on the host.
 
+    Args:
+        path: the file.
+        window: how volumes go through it.
+
     Raises:
-        ModelError: see :func:`plinth.engine.models.program.read`.
+        ModelError: see :func:`plinth.engine.models.program.read` and :func:`_check_input`.
     """
     found = program.read(path)
     calls = ((str(n.target), [str(a) for a in n.args]) for n in found.graph.nodes)
     _check_mode(path, ((name.split(".")[1], given) for name, given in calls if "." in name))
-    return _Exported(found.module(check_guards=False))
+    given = [n.meta.get("val") for n in found.graph.nodes if n.name in _user_inputs(found)]
+    if len(given) != 1 or not isinstance(given[0], Tensor):
+        raise ModelError(f"{path.name} takes {len(given)} inputs, expected one volume")
+    shape = [n if isinstance(n, int) else None for n in given[0].shape]
+    _check_input(path, shape[1:], str(given[0].dtype).removeprefix("torch."), window)
+    if shape[0] not in (1, None):
+        raise ModelError(
+            f"{path.name} takes {shape[0]} rows at once, expected 1 or any number",
+            hint="export it with one row, or with a dynamic first dimension (dynamic_shapes=)",
+        )
+    module: nn.Module = _Exported(found.module(check_guards=False))
+    return module if shape[0] is None else OneByOne(module)
+
+
+def _user_inputs(found: torch.export.ExportedProgram) -> set[str]:
+    return {str(name) for name in found.graph_signature.user_inputs}
+
+
+def read_onnx(path: Path, recipe: Recipe) -> nn.Module:
+    """An ONNX file as a module on the host; which of its outputs is taken, the recipe says.
+
+    Raises:
+        ModelError: see :func:`plinth.engine.models.onnx.read_contract` and :func:`_check_input`.
+    """
+    inputs, outputs = read_contract(path, one_by_one=True)
+    if len(inputs) != 1:
+        raise ModelError(f"{path.name} takes {len(inputs)} inputs, expected one volume")
+    name, shape, dtype = inputs[0]
+    _check_input(path, shape, dtype, recipe.window)
+    check_onnx_mode(path)
+    names = [output[0] for output in outputs]
+    if recipe.output is None and recipe.channels is None and len(names) > 1:
+        raise ModelError(
+            f"{path.name} gives {', '.join(names)}, and which of them has the classes is not said",
+            hint=f'write "output": 0 for {names[0]}, or "channels", into its JSON',
+        )
+    if (recipe.output or 0) >= len(names):
+        raise ModelError(f"{path.name} has no output {recipe.output}, it gives {', '.join(names)}")
+    return OneByOne(OnnxModule(path, (name,), (names[recipe.output or 0],)))
+
+
+def _check_input(path: Path, shape: Sequence[int | None], dtype: str, window: Window) -> None:
+    """What a file says of its input is what it will be given.
+
+    Args:
+        path: the file.
+        shape: of one row; ``None`` where a size is free.
+        dtype: of the values.
+        window: how volumes go through it.
+
+    Raises:
+        ModelError: another order of the axes, several images, other windows, other numbers.
+    """
+    told = f"{path.name} takes ({', '.join('?' if n is None else str(n) for n in shape)}) {dtype}"
+    if len(shape) != 4 or shape[0] not in (1, None):
+        last = len(shape) == 4 and shape[3] == 1
+        raise ModelError(
+            f"{told}, expected one channel and three axes (1, a, b, c)",
+            hint="export it with the channel before the axes"
+            if last
+            else "one series is one image here",
+        )
+    if dtype != "float32":
+        raise ModelError(
+            f"{told}, expected float32", hint="export it with an input of float32, cast inside"
+        )
+    wanted, fixed = window.size or (None,) * 3, [n for n in shape[1:] if n is not None]
+    if any(n not in (None, want) for n, want in zip(shape[1:], wanted, strict=True)):
+        asked = "whole volumes" if window.size is None else f"windows of {list(window.size)}"
+        raise ModelError(
+            f"{told}, and its JSON asks for {asked}",
+            hint=f'write "window": {{"size": {fixed}, ...}}' if len(fixed) == 3 else None,
+        )
+    if fixed and window.halo is not None:
+        raise ModelError(
+            f"{told}, and with a halo windows have any size",
+            hint="export it with free sizes, or leave the halo out",
+        )
+
+
+class OneByOne(nn.Module):
+    """A network that takes one row, for any number of them.
+
+    Args:
+        module: takes (1, 1, a, b, c).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, volume: Tensor) -> Any:
+        """What the network makes of each of (n, 1, a, b, c), together."""
+        if len(volume) == 1:
+            return self.module(volume)
+        found = [self.module(row) for row in volume.split(1)]
+        return tree_map(lambda *rows: torch.cat(rows), *found)
 
 
 class _Exported(nn.Module):
