@@ -151,11 +151,31 @@ def at(day: str | None, moment: str | None, zone: str | None = None) -> Change:
     return change
 
 
+def of_ge(images: list[Dataset], last: str) -> None:
+    """Series Time changed later; GE's own start of the scan, another one in the last image."""
+    for image in images:
+        image.SeriesTime, image.Manufacturer = "150000", "GE MEDICAL SYSTEMS"
+        moment = last if image is images[-1] else "120000"
+        block = image.private_block(0x0009, "GEMS_PETD_01", create=True)
+        block.add_new(0x0D, "DT", f"20260101{moment}")
+
+
+def test_the_start_that_ge_keeps_is_the_one_of_the_scan(tmp_path: Path) -> None:
+    stored = load_volume(written(tmp_path / "pet", series(lambda images: of_ge(images, "120030"))))
+    found = suv_by_weight(stored)
+    assert found.voxels.max() == pytest.approx(stored.voxels.max() * FACTOR, rel=1e-6)
+
+
 def long_lived(images: list[Dataset]) -> None:
     for image in images:
         one = image.RadiopharmaceuticalInformationSequence[0]
         one.RadionuclideCodeSequence[0].CodeMeaning = "^89^Zirconium"
         one.RadionuclideHalfLife = "282276"
+
+
+def bare(images: list[Dataset]) -> None:
+    for image in images:
+        del image.RescaleSlope
 
 
 def twice(images: list[Dataset]) -> None:
@@ -203,6 +223,19 @@ def twice(images: list[Dataset]) -> None:
             "TimezoneOffsetFromUTC: its images differ",
         ),
         (twice, "Sequence: 2 items, expected one injection"),
+        (every("PatientWeight", "450"), "PatientWeight: 450 kg makes no sense"),
+        (injected("RadionuclideTotalDose", "350000"), "for 70 kg makes no sense; it may be in kBq"),
+        (
+            lambda images: setattr(images[3], "SeriesTime", "113000"),
+            "SeriesTime: its images differ in it by 1800 s",
+        ),
+        (
+            lambda images: setattr(
+                item(images[3:]), "RadiopharmaceuticalStartDateTime", "20260101110000"
+            ),
+            "RadiopharmaceuticalStartDateTime: its images differ",
+        ),
+        (lambda images: of_ge(images, "123000"), "(0009,xx0d) of GEMS_PETD_01: its images differ"),
         (lambda images: setattr(images[3], "PatientWeight", "71"), "PatientWeight: its images"),
     ],
 )
@@ -217,6 +250,11 @@ def test_what_is_not_certain_is_refused(tmp_path: Path, change: Change, why: str
 def test_pet_without_units_and_what_is_not_pet_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"PET without Units \(0054,1001\)"):
         load_volume(written(tmp_path / "none", series(every("Units", None))))
+    for kept in (0, 3):  # the slope is of each slice: without it values are mere numbers
+        with pytest.raises(InputError, match="Rescale Slope"):
+            load_volume(
+                written(tmp_path / f"bare{kept}", series(lambda images, k=kept: bare(images[k:])))
+            )
     ct = load_volume(written(tmp_path / "ct", series(every("Modality", "CT"))))
     with pytest.raises(InputError, match="is CT, not PET"):
         suv_by_weight(ct)

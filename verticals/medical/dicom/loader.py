@@ -285,7 +285,8 @@ def _check_rescale(frames: Sequence[Frame]) -> None:
     """Values of all slices are in one unit, by a rescale that can be one (PS3.3 C.11.1).
 
     Raises:
-        InputError: slope 0, a rescale in some slices only, or half of one in a CT image.
+        InputError: slope 0, a rescale in some slices only, half of one in a CT image or in some
+            slices, or none in PET, whose slope is of each slice (PS3.3 C.8.9.4).
     """
     for frame in frames:
         if frame.slope == 0:
@@ -300,8 +301,15 @@ def _check_rescale(frames: Sequence[Frame]) -> None:
     if 0 < len(bare) < len(frames):
         count = f"{len(bare)} of {len(frames)} images"
         raise _bad_rescale(bare[0], f"Rescale Slope and Intercept are missing in {count}")
-    if frames[0].header.modality == "PT" and not all(frame.units for frame in frames):
-        raise _bad_rescale(frames[0], "PET without Units (0054,1001)")
+    half = [frame for frame in frames if frame.half_rescaled]
+    if 0 < len(half) < len(frames):
+        count = f"{len(half)} of {len(frames)} images"
+        raise _bad_rescale(half[0], f"Rescale Slope or Intercept is missing in {count}")
+    if frames[0].header.modality == "PT":
+        if not all(frame.units for frame in frames):
+            raise _bad_rescale(frames[0], "PET without Units (0054,1001)")
+        if bare or half:
+            raise _bad_rescale(frames[0], "PET without Rescale Slope and Intercept")
     units = sorted({frame.units or "no unit" for frame in frames})
     if len(units) > 1:
         raise _bad_rescale(frames[0], f"the images are in different units: {', '.join(units)}")

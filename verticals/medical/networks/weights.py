@@ -352,7 +352,7 @@ class OneByOne(nn.Module):
         """What the network makes of each of (n, 1, a, b, c), together."""
         if len(volume) == 1:
             return self.module(volume)
-        found = [self.module(row) for row in volume.split(1)]
+        found = [self.module(row) for row in torch.split(volume, 1)]
         return tree_map(lambda *rows: torch.cat(rows), *found)
 
 

@@ -36,6 +36,12 @@ SAME = (
 )
 """Attributes that are equal in all images of a series."""
 
+INJECTED = (
+    *("RadionuclideTotalDose", "RadionuclideHalfLife"),
+    *("RadiopharmaceuticalStartTime", "RadiopharmaceuticalStartDateTime"),
+)
+"""The same of the one injection."""
+
 HALF_LIVES = {
     11: 1221.8,
     13: 597.9,
@@ -53,10 +59,12 @@ HALF_LIVES = {
 }
 """Seconds, by mass number of a nuclide that PET uses."""
 
-MAX_WEIGHT = 500.0
-"""kg; more is a weight in grams."""
+MAX_WEIGHT = 300.0
+"""kg, more than any scanner's table carries; more is a weight in grams."""
 MIN_DOSE, MAX_DOSE = 1e4, 1e11
 """Bq; less is a dose in MBq."""
+MIN_DOSE_PER_KG = 2e4
+"""Bq/kg, a fifth of the least that is injected; less is a dose in kBq."""
 APART = 60.0
 """Seconds by which two statements about the start of a scan may differ unsaid."""
 LATER = 1800.0
@@ -94,7 +102,11 @@ def suv_by_weight(volume: Volume) -> Volume:
     sources = dict.fromkeys(facts.sources)
     headers = [source.dataset(pixels=False, only=READ) for source in sources]
     private = [next(iter(sources)).dataset(pixels=False)] if sources else []
-    if headers and str(headers[0].get("Units", "")) == "CNTS":
+    own = headers and (
+        str(headers[0].get("Units", "")) == "CNTS"
+        or str(headers[0].get("Manufacturer", "")).upper().startswith("GE")
+    )
+    if own:
         private = [source.dataset(pixels=False) for source in sources]
     factor = suv_factor(headers, private)
     voxels = volume.voxels.astype(np.float32) * np.float32(factor.value)
@@ -116,7 +128,8 @@ def suv_factor(headers: Sequence[Dataset], private: Sequence[Dataset]) -> Factor
 
     Args:
         headers: of all images, with the attributes of :data:`READ`.
-        private: of one image, or of all where their unit is counts, with private attributes too.
+        private: of one image, or of all where their unit is counts or their maker GE, with private
+            attributes too.
 
     Raises:
         InputError: reason ``"no_suv"``; says which attribute is missing or contradicts which.
@@ -139,7 +152,7 @@ def suv_factor(headers: Sequence[Dataset], private: Sequence[Dataset]) -> Factor
         whole, activity = _of_philips(private)
         if whole is not None:
             return Factor(whole, notes=("the factor is the one that Philips stores",))
-    return _by_dose(headers, private[0], activity)
+    return _by_dose(headers, private, activity)
 
 
 def _already(header: Dataset) -> Factor:
@@ -182,7 +195,7 @@ def _private_text(header: Dataset, group: int, creator: str, offset: int) -> str
     return (value.decode("latin-1") if isinstance(value, bytes) else str(value)).strip(" \0")
 
 
-def _by_dose(headers: Sequence[Dataset], whole: Dataset, activity: float) -> Factor:
+def _by_dose(headers: Sequence[Dataset], private: Sequence[Dataset], activity: float) -> Factor:
     """Weight over the dose that is left at the time to which decay was corrected."""
     weight = _number(headers[0], "PatientWeight")
     if not 0 < weight <= MAX_WEIGHT:
@@ -191,6 +204,9 @@ def _by_dose(headers: Sequence[Dataset], whole: Dataset, activity: float) -> Fac
     dose = _number(item, "RadionuclideTotalDose")
     if not MIN_DOSE <= dose <= MAX_DOSE:
         raise _no(f"{dose:g} Bq makes no sense; it may be in MBq", "RadionuclideTotalDose")
+    if dose < MIN_DOSE_PER_KG * weight:
+        told = f"{dose:g} Bq for {weight:g} kg makes no sense; it may be in kBq"
+        raise _no(told, "RadionuclideTotalDose")
     half_life = _half_life(item)
     corrected = str(headers[0].get("DecayCorrection", "")).strip()
     if corrected == "ADMIN":
@@ -198,7 +214,7 @@ def _by_dose(headers: Sequence[Dataset], whole: Dataset, activity: float) -> Fac
     if corrected != "START":
         told = corrected or "it is not said"
         raise _no(f"{told}, expected START or ADMIN", "DecayCorrection")
-    start, notes = _scan_start(headers, whole, half_life)
+    start, notes = _scan_start(headers, private, half_life)
     uptake, more = _uptake(item, start, half_life, _zone(headers[0]))
     left = dose * 2 ** (-uptake / half_life)
     return Factor(weight * 1000 / left * activity, uptake, (*notes, *more))
@@ -211,7 +227,7 @@ def _injection(headers: Sequence[Dataset]) -> Dataset:
     if any(len(one) != 1 for one in items):
         raise _no(f"{len(items[0])} items, expected one injection", keyword)
     first: Dataset = items[0][0]
-    for name in ("RadionuclideTotalDose", "RadionuclideHalfLife", "RadiopharmaceuticalStartTime"):
+    for name in INJECTED:
         if len({str(one[0].get(name, "")) for one in items}) > 1:
             raise _no("its images differ in it", name)
     return first
@@ -232,10 +248,10 @@ def _half_life(item: Dataset) -> float:
 
 # -- the start of the scan -------------------------------------------------------------------
 def _scan_start(
-    headers: Sequence[Dataset], whole: Dataset, half_life: float
+    headers: Sequence[Dataset], private: Sequence[Dataset], half_life: float
 ) -> tuple[datetime.datetime, tuple[str, ...]]:
     """The time to which decay was corrected, and what was assumed."""
-    series = _moment(headers[0], "Series")
+    series = _one([_moment(header, "Series") for header in headers], "SeriesTime")
     acquired = [_moment(one, "Acquisition") for one in headers]
     back = list(_from_frames(headers, acquired, half_life))
     earliest = min(acquired)
@@ -244,10 +260,11 @@ def _scan_start(
         raise _no(f"{told} their date had not changed", "AcquisitionDate")
     if series <= earliest:
         return series, _beside(series, earliest, back, half_life)
-    text = _private_text(whole, 0x0009, "GEMS_PETD_01", 0x0D)
-    if text:
-        keyword = "(0009,xx0d) of GEMS_PETD_01"
-        return _asked(keyword, clock.local_moment, text, _zone(headers[0])), ()
+    texts = [_private_text(one, 0x0009, "GEMS_PETD_01", 0x0D) for one in private]
+    if all(texts):
+        keyword, zone = "(0009,xx0d) of GEMS_PETD_01", _zone(headers[0])
+        told = [_asked(keyword, clock.local_moment, text, zone) for text in texts]
+        return _one(told, keyword), ()
     if len(back) == len(headers):
         if _apart(back) > APART:
             told = f"it puts the start of the scan {_apart(back):.0f} s apart"
@@ -256,6 +273,13 @@ def _scan_start(
                            "computed from Acquisition and Frame Reference Time",)  # fmt: skip
     return earliest, ("Series Time is later than the images and no Frame Reference Time says when "
                       "the scan began: taken for the earliest Acquisition Time",)  # fmt: skip
+
+
+def _one(times: Sequence[datetime.datetime], keyword: str) -> datetime.datetime:
+    """The one time that all images tell, the earliest where they differ little."""
+    if _apart(times) > APART:
+        raise _no(f"its images differ in it by {_apart(times):.0f} s", keyword)
+    return min(times)
 
 
 def _from_frames(
