@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from medical.test_seg_frames import segment
 
 from plinth.engine import InputError
 from plinth.verticals.medical.dicom.discover import Series, discover
 from plinth.verticals.medical.dicom.loader import load_volume
+from plinth.verticals.medical.output.derived import made_by
+from plinth.verticals.medical.output.dicom_seg import save_seg
 from plinth.verticals.medical.output.report import Origin
 from plinth.verticals.medical.output.rtstruct import Structure, write_rtstruct
 
@@ -263,6 +266,28 @@ def test_contours_refer_to_the_frame_that_they_are_drawn_on(write: Write, tmp_pa
     contours = pydicom.dcmread(tmp_path / "rt.dcm").ROIContourSequence[0].ContourSequence
     frames = [one.ContourImageSequence[0].ReferencedFrameNumber for one in contours]
     assert frames == [4, 2, 6, 1, 8, 10, 9, 7, 5, 3]
+
+
+def test_segments_of_frames_without_thickness_lie_where_the_labels_are(
+    write: Write, tmp_path: Path
+) -> None:
+    """Pixel Measures of the source may leave out Slice Thickness; those of a SEG may not."""
+    highdicom = pytest.importorskip("highdicom")
+    path = tmp_path / "enhanced.dcm"
+    enhanced(path, sorted(write().glob("*.dcm")), [3, 1, 9, 0, 8, 2, 7, 4, 6, 5])
+    volume = load_volume(path)
+    labels = (volume.voxels > -500).astype(np.uint8)
+    labels[volume.voxels > 100] = 2
+    about = made_by("test", 900, "test")
+    save_seg(
+        volume, labels, np.array([1, 2], np.uint8), [segment(1), segment(2)], about,
+        tmp_path / "seg.dcm", "binary",
+    )  # fmt: skip
+    read = highdicom.seg.segread(tmp_path / "seg.dcm").get_volume(combine_segments=True)
+    index = np.argwhere(labels)
+    place = volume.index_to_lps(index[:, ::-1])
+    there = np.rint((place - read.affine[:3, 3]) @ np.linalg.inv(read.affine[:3, :3]).T)
+    assert np.array_equal(read.array[tuple(there.astype(int).T)], labels[tuple(index.T)])
 
 
 def test_a_stack_for_each_slice_is_none_and_rounding_no_contradiction(

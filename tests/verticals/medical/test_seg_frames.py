@@ -22,7 +22,8 @@ OWN = ("UID", "Date", "Time")
 """What is new in every file."""
 
 
-def _segment(number: int) -> Any:
+def segment(number: int) -> Any:
+    """A description of a segment."""
     import highdicom
     from pydicom.sr.codedict import codes
 
@@ -61,7 +62,7 @@ def test_frames_are_those_of_highdicom(
     labels = np.random.default_rng(1).integers(0, 5, volume.shape).astype(np.uint8)
     labels[2], labels[4] = 0, 2  # a slice without a segment, and one with a single one
     values = np.array(found, np.uint8)
-    segments = [_segment(number) for number, _ in enumerate(found, 1)]
+    segments = [segment(number) for number, _ in enumerate(found, 1)]
     calls = []
 
     def never(*given: object) -> bool:
@@ -129,7 +130,7 @@ def test_rounded_directions_and_single_slices_read_back_where_they_lie(
     labels = np.random.default_rng(1).integers(0, 2, volume.shape).astype(np.uint8)
     one = np.ones(1, np.uint8)
     path = tmp_path / "seg.dcm"
-    dicom_seg.save_seg(volume, labels, one, [_segment(1)], made_by("t", 900, "t"), path, kind)
+    dicom_seg.save_seg(volume, labels, one, [segment(1)], made_by("t", 900, "t"), path, kind)
     read = segread(path).get_volume(combine_segments=True, allow_missing_positions=True)
     affine = dicom_seg.highdicom_affine(volume)
     order = slice(None, None, int(np.sign(read.affine[:3, 0] @ affine[:3, 0])))

@@ -19,6 +19,7 @@ from plinth.engine import Call
 from plinth.verticals.contract import WithArtefacts
 from plinth.verticals.medical.ct.analysis import LUNG_LEFT, LUNG_RIGHT, NODULE
 from plinth.verticals.medical.output.dicom_seg import write_segmentation
+from plinth.verticals.medical.output.nifti import write_nifti
 from plinth.verticals.medical.output.report import CtArtefacts, CtReport, CtResult
 from plinth.verticals.medical.phantom.chest import Phantom
 from plinth.verticals.medical.phantom.dicom import Faults
@@ -242,6 +243,17 @@ def test_nifti_holds_the_labels_at_their_places(all_forms: tuple[CtResult, Path]
     volume = nibabel.load(out / "volume.nii.gz")
     assert np.array_equal(np.asarray(volume.dataobj).T, result.artefacts.volume.voxels)
     assert np.array_equal(volume.affine, image.affine)
+
+
+def test_what_made_a_nifti_file_fits_its_header_in_any_script(
+    all_forms: tuple[CtResult, Path], tmp_path: Path
+) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    artefacts = all_forms[0].artefacts
+    path = tmp_path / "labels.nii.gz"
+    write_nifti(artefacts.analysis.labels, artefacts.volume, path, "Größe, " + "ü" * 60)
+    told = nibabel.load(path).header["descrip"].tobytes().rstrip(b"\0").decode()
+    assert told == "Größe, " + "ü" * 35  # 79 bytes
 
 
 def test_pictures_as_dicom_say_that_they_are_not_for_diagnosis(

@@ -146,9 +146,12 @@ def _made(
         content_description=RESEARCH_USE[:64],
         **about,
     )
+    measures = made.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    step = DS(volume.spacing[2], auto_format=True)
     if len(numbered) == 1:  # of which highdicom says 1 mm
-        measures = made.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
-        measures.SpacingBetweenSlices = DS(volume.spacing[2], auto_format=True)
+        measures.SpacingBetweenSlices = step
+    if measures.get("SliceThickness") is None:  # as in the frames of the source
+        measures.SliceThickness = step
     return made
 
 

@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 from plinth.verticals.medical.volumes.volume import Volume
 
+DESCRIPTION = 79
+"""Bytes of ``descrip`` in a header of NIfTI-1, without its end."""
+
 
 def write_nifti(
     values: npt.NDArray[Any], volume: Volume, path: Path, description: str = ""
@@ -20,7 +23,7 @@ def write_nifti(
         values: uint8 for labels and shares, int16 or float32 for the volume's own.
         volume: whose affine says where they lie.
         path: ends with ``.nii.gz``.
-        description: the first 79 characters go into the header's ``descrip``.
+        description: the first 79 bytes go into the header's ``descrip``.
     """
     import SimpleITK as sitk  # heavy: only when a file is written
 
@@ -30,5 +33,6 @@ def write_nifti(
     image.SetDirection((volume.affine[:3, :3] / spacing).ravel().tolist())
     image.SetOrigin(volume.affine[:3, 3].tolist())
     if description:
-        image.SetMetaData("ITK_FileNotes", description[:79])
+        fits = description.encode()[:DESCRIPTION].decode(errors="ignore")
+        image.SetMetaData("ITK_FileNotes", fits)
     sitk.WriteImage(image, str(path), True, 1)

@@ -263,8 +263,8 @@ def _scan_start(
     texts = [_private_text(one, 0x0009, "GEMS_PETD_01", 0x0D) for one in private]
     if all(texts):
         keyword, zone = "(0009,xx0d) of GEMS_PETD_01", _zone(headers[0])
-        told = [_asked(keyword, clock.local_moment, text, zone) for text in texts]
-        return _one(told, keyword), ()
+        starts = [_asked(keyword, clock.local_moment, text, zone) for text in texts]
+        return _one(starts, keyword), ()
     if len(back) == len(headers):
         if _apart(back) > APART:
             told = f"it puts the start of the scan {_apart(back):.0f} s apart"
