@@ -483,6 +483,25 @@ def test_half_a_voxel_more_or_less_is_as_many_voxels_as_monai_has(tmp_path):
     assert torch.allclose(ours, theirs.as_tensor().float(), atol=1e-3)
 
 
+@pytest.mark.parametrize("one", ["b_min", "b_max"])
+def test_a_range_with_one_end_is_clipped_there_alone(one, tmp_path):
+    extra("monai")
+    from monai.transforms import ScaleIntensityRange
+
+    ends = {"b_min": None, "b_max": None, one: {"b_min": 0.0, "b_max": 1.0}[one]}
+    scale = {"_target_": "ScaleIntensityRanged", "keys": "image", "clip": True} | ends
+    bundle = write_bundle(
+        tmp_path / "b",
+        Blobs(),
+        preprocessing={"transforms": [scale | {"a_min": 50, "a_max": 150}]},
+        inferer=None,
+    )
+    volume = _blocks([0, 1, 2], (1, 1, 1))
+    rows = torch.from_numpy(volume.voxels.transpose(2, 1, 0).copy())[None]
+    theirs = ScaleIntensityRange(50, 150, clip=True, **ends)(rows)
+    assert torch.allclose(prepare(volume, load_network(bundle).recipe).rows, theirs)
+
+
 def test_what_a_bundle_says_twice_and_of_its_reader_is_taken(tmp_path):
     largest = {"_target_": "KeepLargestConnectedComponentd", "keys": "pred"}
     bundle = write_bundle(

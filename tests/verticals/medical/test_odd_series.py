@@ -367,7 +367,11 @@ def test_phases_are_split_by_what_tells_them_apart(
     assert first.part == f"part 1 of 2 by {name}"
     assert first.id != second.id
     assert np.array_equal(load_volume(first, strict=True).voxels, expected(seed=1))
-    assert np.array_equal(load_volume(second, strict=True).voxels, expected(seed=2))
+    volume = load_volume(second, strict=True)
+    assert np.array_equal(volume.voxels, expected(seed=2))
+    assert volume.verdict.ok
+    told = [issue.message for issue in volume.verdict.issues if issue.kind == "part"]
+    assert told == [f"one series holds several volumes: this is part 2 of 2 by {name}"]
     error = refusal(folder)
     assert error.reason == "several_series"
     assert first.id in str(error)

@@ -296,7 +296,13 @@ def _series(group: Group) -> Iterator[Series]:
         return
     for part in split(frames):
         one = _one(list(part.frames), part.label, group, group.problem)
-        yield replace(one, notes=(*one.notes, *part.notes))
+        said = () if part.label is None else (_several(part.label),)
+        yield replace(one, notes=(*one.notes, *said, *part.notes))
+
+
+def _several(label: str) -> Issue:
+    """Which of the volumes that share one series this is; they are numbered by ascending value."""
+    return Issue("part", f"one series holds several volumes: this is {label}")
 
 
 def _one(frames: list[Frame], part: str | None, group: Group, problem: str | None) -> Series:

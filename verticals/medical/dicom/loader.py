@@ -69,7 +69,7 @@ LOSSY_SYNTAXES = tuple(f"1.2.840.10008.1.2.4.{end}" for end in (50, 51))
 LEFT_OUT = ("mixed", "no_position", "damaged")
 """Issues that tell of images beside the volume: where slices are missing, they may be the ones."""
 
-NOTES = ("padding", "left_out", "units", "window", "identity", "lossy", "thickness")
+NOTES = ("padding", "left_out", "part", "units", "window", "identity", "lossy", "thickness")
 """Issues that concern no voxel's place; they leave a verdict ``"ok"``."""
 
 

@@ -427,8 +427,9 @@ def _spacing(options: dict[str, Any], plan: _Plan) -> None:
 def _scale_range(options: dict[str, Any], plan: _Plan) -> None:
     low, high = options.get("b_min"), options.get("b_max")
     to = (0.0, 1.0) if low is None or high is None else (float(low), float(high))
-    clip = bool(options.get("clip", False))
-    plan.steps.append(Scale(low=options["a_min"], high=options["a_max"], to=to, clip=clip))
+    clip, whole = bool(options.get("clip", False)), (low is None) == (high is None)
+    scale = Scale(low=options["a_min"], high=options["a_max"], to=to, clip=clip and whole)
+    plan.steps += [scale] if whole or not clip else [scale, Clip(low=low, high=high)]
 
 
 def _scale_percentiles(options: dict[str, Any], plan: _Plan) -> None:

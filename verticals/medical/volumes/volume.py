@@ -61,8 +61,8 @@ class Issue:
     Args:
         kind: ``tilt``, ``spacing``, ``gap``, ``duplicate``, ``mixed``, ``no_position``,
             ``single_slice``, ``partial``, ``damaged``, ``alternating``, ``unlike``, ``padding``,
-            ``units``, ``window``, ``left_out``, ``identity`` or ``lossy``; the last six are
-            notes that concern no voxel's place and never refuse a series.
+            ``units``, ``window``, ``left_out``, ``part``, ``identity`` or ``lossy``; the last seven
+            are notes that concern no voxel's place and never refuse a series.
         message: a sentence for the user, with numbers in mm.
         mm: the size of it in mm (drift, deviation, width of a gap), where there is one.
         slices: indices of the slices concerned, in the order along the normal.
