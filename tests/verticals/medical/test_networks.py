@@ -298,6 +298,31 @@ def test_one_of_several_outputs_is_taken(kind, changed, tmp_path):
         assert torch.allclose(load_network(path).model.module(WINDOW), expected, atol=1e-5)
 
 
+class Labels(nn.Module):
+    """The class of each voxel, by what lies up to two voxels around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Blobs().body
+
+    def forward(self, volume: torch.Tensor) -> torch.Tensor:
+        """(n, 1, z, y, x) to (n, 1, z, y, x)."""
+        return self.body(volume).argmax(1, keepdim=True)
+
+
+def test_labels_that_cannot_be_blended_are_cut_where_windows_overlap(study, tmp_path):
+    """At the end of a window a network sees what is not there."""
+    found = []
+    for name, window in (("whole", {}), ("cut", {"size": [16, 16, 16], "overlap": 0.5})):
+        path = tmp_path / f"{name}.ts"
+        write_beside(path, window=window, reduce="labels", channels=1, activation="none")
+        write_script(Labels(), path, trace=False)
+        analysed(study, path, tmp_path)
+        found.append(labels_of(tmp_path))
+    assert len(np.unique(found[0])) > 1
+    assert np.array_equal(*found)
+
+
 class Opens:
     """Would write a file if it were unpickled."""
 

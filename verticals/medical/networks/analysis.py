@@ -279,12 +279,16 @@ def tiling_of(
     size = window.size or prepared.shape
     halo = window.halo if window.halo is not None and size != prepared.shape else None
     labels = recipe.reduce == "labels"
+    shared = window.overlap if overlap is None else overlap
+    if labels and halo is None:  # labels cannot be blended: what windows share is cut in the middle
+        a, b, c = (min(max(1, int(n * shared / 2)), (n - 1) // 2) for n in size)
+        halo = (a, b, c)
     return Tiling(
         window=size,
-        overlap=window.overlap if overlap is None else overlap,
+        overlap=shared,
         blend=window.blend,
         reduce=recipe.reduce,
-        halo=halo or ((1, 1, 1) if labels else (0, 0, 0)),
+        halo=halo or (0, 0, 0),
         even=window.even,
         activation=recipe.activation,
         onto=None if labels or recipe.back == "nearest" else prepared.onto,

@@ -232,7 +232,8 @@ class Window(Table):
 
     Args:
         size: voxels of a window along each axis; ``None``: the whole volume at once.
-        overlap: share of it shared with its neighbour.
+        overlap: share of it shared with its neighbour; of a network that gives labels, which cannot
+            be blended, each has its half of that.
         blend: weights inside a window.
         even: windows are spread evenly (nnU-Net).
         beyond: what lies beyond a volume that is smaller than a window: ``beyond_value``, or with
