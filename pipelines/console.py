@@ -19,6 +19,8 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from plinth.engine.errors import ConfigError
+
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 """Exit codes: all well; some items failed or a run broke off; a setting is wrong; Ctrl-C."""
 
@@ -115,8 +117,6 @@ def written_anew(path: Path, if_there: str) -> Iterator[None]:
     Raises:
         ConfigError: it is there already, or cannot be written.
     """
-    from plinth.engine import ConfigError
-
     try:
         yield
     except FileExistsError:
@@ -182,3 +182,14 @@ def start_logging(debug: bool, as_json: bool = False) -> None:
     warnings.showwarning = show_warning
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("plinth").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def need_matplotlib() -> None:
+    """Raises ConfigError if there is no matplotlib, before anything is measured."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "a picture takes matplotlib",
+            hint="pip install 'plinth-engine[benchmark]', or leave out --plot",
+        ) from None

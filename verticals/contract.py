@@ -12,14 +12,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    cast,
+)
 
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from plinth.engine import ConfigError, Flow, InputError, Model, PlinthError, Sla, Timing
+from plinth.engine import ConfigError, Flow, InputError, PlinthError, Sla, Timing
 from plinth.engine.tables import Table
 from plinth.verticals.double_keys import refuse_double_keys
+
+if TYPE_CHECKING:
+    from plinth.engine import Model
 
 Response = TypeVar("Response", bound=BaseModel)
 Artefacts = TypeVar("Artefacts")

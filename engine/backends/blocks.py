@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from plinth.engine.backends.base import Executable, Wrapped, another
-from plinth.engine.flow import cat_rows, row_count
 from plinth.engine.models.spec import ModelSpec
+from plinth.engine.rows import cat_rows, row_count
 
 WIDEST = 16
 """Blocks of one forward at most, where it gives the same bits; halves of it are tried too."""

@@ -24,7 +24,7 @@ from plinth.engine.backends.variants import best_variant, load_variant
 from plinth.engine.devices.device import Device
 from plinth.engine.devices.staging import Launched, Staging
 from plinth.engine.errors import ConfigError, ModelError, OutOfMemory, PlinthError
-from plinth.engine.flow import Sla, cat_rows
+from plinth.engine.flow import Sla
 from plinth.engine.mapped import Pages
 from plinth.engine.memory.foresight import SizePlans, leaner, outgrows
 from plinth.engine.memory.likeness import Measured, likeness
@@ -34,6 +34,7 @@ from plinth.engine.memory.residency import Evictable, seats_status
 from plinth.engine.memory.streaming import streamed
 from plinth.engine.models.store import Model, ModelSpec
 from plinth.engine.precision.policy import PrecisionPolicy, resolve
+from plinth.engine.rows import cat_rows
 from plinth.engine.runtime import batch_range as ranges
 from plinth.engine.runtime import graphs as captured
 from plinth.engine.runtime.graphs import Graphed

@@ -21,9 +21,9 @@ from torch import Tensor
 from plinth.engine.backends.base import Executable
 from plinth.engine.backends.choice import MIXING, TOLERANCE, difference
 from plinth.engine.backends.planner import Planned
-from plinth.engine.flow import cat_rows
 from plinth.engine.models.spec import ModelSpec, TensorSpec
 from plinth.engine.models.store import Model
+from plinth.engine.rows import cat_rows
 
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Upper ends of the ranges of lengths that share batches, so that padding is a third at most of

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from plinth.engine.errors import InputError, ModelError, PlinthError
-from plinth.engine.flow import Call, Sla, Tensors, Timing, as_mapping, row_count
+from plinth.engine.flow import Call, Sla, Tensors, Timing
+from plinth.engine.rows import as_mapping, row_count
 from plinth.engine.runtime.flow_driver import Result
 from plinth.engine.runtime.loaded_model import LoadedModel
 from plinth.engine.scheduler.work import BatchKey, Work

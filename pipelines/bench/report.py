@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from plinth.engine.benchmark import Outcome
-from plinth.engine.errors import ConfigError
 from plinth.pipelines.bench.search import Answer, Goal, Step
 from plinth.pipelines.console import show_table
 
@@ -144,17 +143,6 @@ def warnings(environment: Mapping[str, Any], steps: Iterable[Step] = ()) -> list
         found.append("the code differs from its commit")
     told = {problem for step in steps for trial in step.trials for problem in trial.problems}
     return found + [f"client: {problem}" for problem in sorted(told)]
-
-
-def need_matplotlib() -> None:
-    """Raises ConfigError if there is no matplotlib, before anything is measured."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise ConfigError(
-            "a picture takes matplotlib",
-            hint="pip install 'plinth-engine[benchmark]', or leave out --plot",
-        ) from None
 
 
 def draw(path: Path, steps: Sequence[Step], goal: Goal, rate: float | None, title: str) -> None:

@@ -17,7 +17,7 @@ from plinth.pipelines.bench.in_process import SCENARIOS, Prepared, prepare
 from plinth.pipelines.bench.over_http import HttpSut, documented_body, read_bodies, read_headers
 from plinth.pipelines.bench.search import Answer, Goal, Search, Step, Trial
 from plinth.pipelines.config.settings import load
-from plinth.pipelines.console import FAILED, OK, say, show_json
+from plinth.pipelines.console import FAILED, OK, need_matplotlib, say, show_json
 
 LONGEST = 60.0  # seconds of one run, unless more was asked for; bounds the lowest rate tried
 QUANTILE = 0.99
@@ -88,7 +88,7 @@ def run(options: Options, as_json: bool) -> int:
         ConfigError: an option makes no sense, or the target is not there.
     """
     if options.plot is not None:
-        report.need_matplotlib()
+        need_matplotlib()
     machine = environment.describe()
     over_http = options.target.startswith(("http://", "https://"))
     result = _over_http(options) if over_http else _in_process(options)

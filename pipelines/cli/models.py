@@ -6,8 +6,6 @@ import json
 import os
 import threading
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -238,6 +236,8 @@ def _await_default(
 
 
 def _status(server: str, key: str | None) -> dict[str, Any]:
+    import urllib.request
+
     from plinth.engine import ConfigError
 
     if not server.startswith(("http://", "https://")):
@@ -247,7 +247,7 @@ def _status(server: str, key: str | None) -> dict[str, Any]:
     try:
         with urllib.request.urlopen(asked, timeout=10) as answer:  # noqa: S310
             return dict(json.load(answer)["models"])
-    except (OSError, ValueError, KeyError, urllib.error.HTTPError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{server}/v1/status cannot be read: {error}") from error
 
 

@@ -27,9 +27,10 @@ from plinth.engine.models.store import choose_store
 from plinth.pipelines.assembly import STREAM_ROWS, doors, load_vertical, running, sla_of
 from plinth.pipelines.config.settings import Config
 from plinth.pipelines.console import err, say, show_json, show_table
-from plinth.pipelines.folders.batch import Batch, Carry, Summary, check_folders
+from plinth.pipelines.folders.batch import Batch, Carry, Summary
 from plinth.pipelines.folders.batch import Progress as Step
 from plinth.pipelines.folders.carrier import Carrier, own_engine, shares_of
+from plinth.pipelines.folders.storage import check_folders
 from plinth.pipelines.interpreter import STREAM_THRESHOLDS, frozen, set_for_serving
 from plinth.pipelines.live.models import AnyVertical
 from plinth.pipelines.live.tables import LiveTables

@@ -45,7 +45,7 @@ from plinth.pipelines.folders.items import (
     versions,
 )
 from plinth.pipelines.folders.journal import Entry, Journal
-from plinth.pipelines.folders.storage import StorageError, storing, sweep
+from plinth.pipelines.folders.storage import StorageError, check_folders, storing, sweep
 from plinth.pipelines.observability.tracing import Begun
 from plinth.verticals import Item, LeftOut, Vertical
 
@@ -383,17 +383,6 @@ class Batch:
         replace_file(
             self.out / "summary.json",
             orjson.dumps(self.summary.as_dict(), option=orjson.OPT_INDENT_2),
-        )
-
-
-def check_folders(folder: Path, out: Path) -> None:
-    """Refuse an absent input folder and an output folder that lies inside it."""
-    if not folder.is_dir():
-        raise ConfigError(f"there is no folder {folder}", hint="name an existing folder")
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(
-            f"the output {out} lies inside the input {folder}",
-            hint="choose an --out beside the input, so that results are never read as input",
         )
 
 

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from plinth.engine import PlinthError
+from plinth.engine import ConfigError, PlinthError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -81,3 +81,14 @@ def sweep(parent: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+def check_folders(folder: Path, out: Path) -> None:
+    """Refuse an absent input folder and an output folder that lies inside it."""
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}", hint="name an existing folder")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"the output {out} lies inside the input {folder}",
+            hint="choose an --out beside the input, so that results are never read as input",
+        )

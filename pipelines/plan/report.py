@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plinth.pipelines.bench.report import need_matplotlib
 from plinth.pipelines.console import say, show_table
 from plinth.pipelines.plan.planner import Plan, Question, rows_of
-
-__all__ = ["draw", "need_matplotlib", "show"]
 
 
 def show(found: Plan, question: Question) -> None:

@@ -27,7 +27,8 @@ from plinth.engine import (
     Sla,
     Timing,
 )
-from plinth.engine.flow import Tensors, Told, row_count
+from plinth.engine.flow import Tensors, Told
+from plinth.engine.rows import row_count
 from plinth.pipelines.formats.mapping import DeclaredMapping
 from plinth.pipelines.formats.registry import RegistryAway
 from plinth.pipelines.observability.tracing import HEADER as TRACE

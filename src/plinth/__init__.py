@@ -11,10 +11,10 @@ Domains have doors of their own: ``from plinth.medical import DICOMLoader``,
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from plinth.distribution import version
+from plinth.faces import loads_on_demand
 
 if TYPE_CHECKING:
     from plinth.engine import (
@@ -83,16 +83,16 @@ __all__ = [
     "from_pretrained",
 ]
 
-_VERTICALS = ("Item", "Settings", "Vertical", "WithArtefacts")
+_HOMES = {
+    "engine": "Answer Call Cancelled Closed Compute ComputeError ConfigError DeadlineRefused "
+    "DeviceError Engine EngineFailed Flow InputError Model ModelError ModelSpec "
+    "ModelStore Pause PlinthError QueueFull Refused Sla TensorSpec Tiling Timing "
+    "architecture from_pretrained",
+    "verticals": "Item Settings Vertical WithArtefacts",
+}
 
 __version__ = version()
-
-
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module 'plinth' has no attribute {name!r}")
-    room = "plinth.verticals" if name in _VERTICALS else "plinth.engine"
-    return getattr(importlib.import_module(room), name)
+__getattr__ = loads_on_demand(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from plinth.engine import Call, Compute, Flow, Model, Pause, PlinthError, Refused
-from plinth.engine.flow import Tensors, Told, as_mapping, row_count
+from plinth.engine.flow import Tensors, Told
+from plinth.engine.rows import as_mapping, row_count
 from plinth.engine.tiling import WindowGrid, WindowMerger
 from plinth.verticals.contract import Vertical
 

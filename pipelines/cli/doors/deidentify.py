@@ -39,9 +39,9 @@ def deidentify(
     UIDs are replaced and dates moved alike wherever the same key is used. The copies are
     pseudonymous, never anonymous: voxels can show a face.
     """
+    from plinth.engine.errors import ConfigError
     from plinth.engine.files import replace_file
-    from plinth.pipelines.folders.batch import check_folders
-    from plinth.pipelines.folders.storage import storing
+    from plinth.pipelines.folders.storage import check_folders, storing
     from plinth.pipelines.keys import hash_key
     from plinth.verticals.medical.privacy.deidentify import Deidentifier
     from plinth.verticals.medical.privacy.folder import deidentify as copied
@@ -65,6 +65,11 @@ def deidentify(
         if mapping is not None:
             replace_file(mapping, _table(("source", "output"), places), mode=0o600)
     states = Counter(row["state"] for row in rows)
+    if states["skipped"] == len(rows):
+        raise ConfigError(
+            f"deidentify found no DICOM file among {len(rows)} in {folder}",
+            hint="check the folder",
+        )
     if as_json:
         show_json({"files": len(rows), **states})
     else:

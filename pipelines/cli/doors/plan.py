@@ -68,7 +68,7 @@ def plan(
     """
     from plinth.engine.errors import ConfigError
     from plinth.pipelines.config.settings import load
-    from plinth.pipelines.console import FAILED, show_json
+    from plinth.pipelines.console import FAILED, need_matplotlib, show_json
     from plinth.pipelines.plan import report
     from plinth.pipelines.plan.demand import (
         parse_lanes,
@@ -105,7 +105,7 @@ def plan(
         table, deadline / 1e3, offered or 0.0, quantile, arrivals, patient, seconds, seed
     )
     if plot is not None:
-        report.need_matplotlib()
+        need_matplotlib()
     found = planned(question, parse_lanes(lanes))
     if plot is not None:
         report.draw(plot, found, question)
