@@ -13,6 +13,7 @@ from typing import Any
 from plinth.engine.backends.base import check_cpu_threads, cpu_threads, thread_state
 from plinth.engine.errors import PlinthError
 from plinth.engine.lanes.base import Lane, LaneDied
+from plinth.engine.lanes.load_thread import Leaves
 
 _TRIES = 3
 """Starts of a lane that died before it is left dead."""
@@ -54,6 +55,7 @@ class LaneThread:
         over: the thread has ended, or is about to.
         chores: what the thread does before its next step, one behind each.
         answers: of the batch that it has run, which its next step tells.
+        pinned: a model that does not leave memory before the batch that the lane has is done.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class LaneThread:
         self.over = True
         self.chores: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self.answers: list[Any] = []
+        self.pinned: Leaves | None = None
         self._step = step
         self._ended = ended
         self._back = back
@@ -127,6 +130,12 @@ class LaneThread:
         """Whether the calling thread would compute just what the lane's own does."""
         lane = self.lane
         return lane.inline and lane.device.kind == "cpu" and thread_state() == self._thread_state
+
+    def unpin(self) -> None:
+        """The batch that it was given has been run."""
+        pinned, self.pinned = self.pinned, None
+        if pinned is not None:
+            pinned.unpin()
 
     def status(self, elapsed: float) -> dict[str, Any]:
         """For status pages; ``elapsed``: seconds since the engine was made."""

@@ -1,9 +1,10 @@
 """Which models' weights lie in memory: together inside the budget; who was idle longest leaves.
 
-A model that leaves is brought back by the next batch that asks for it, whose callers wait a little
-longer. Weights in a mapped file leave by giving their clean pages back, a compiled model by being
-let go of; that one is compiled again. What a return takes is not what its batch costs: batches that
-were held up are told by :data:`HELD_UP`, and nothing is learned from them.
+A model that leaves is brought back for what waits for it, beside the lanes, which run others
+meanwhile; where a batch comes first after all, it brings the model back itself. Weights in a mapped
+file leave by giving their clean pages back, a compiled model by being let go of; that one is
+compiled again. What a return takes is not what its batch costs: batches that were held up are told
+by :data:`HELD_UP`, and nothing is learned from them.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Seat:
         back: brings them back.
         resident: their memory is theirs.
         away: they are not there, or not yet again.
-        users: batches that run or wait for them.
+        users: batches that were handed out, run or wait for them.
+        kept: they came back for work that waits, and were not used since.
+        cold: no batch has run since they came back; the first is slow, and nothing to learn from.
         returns: how often they came back.
         lock: held while they do.
     """
@@ -62,6 +65,8 @@ class Seat:
     resident: bool = True
     away: bool = False
     users: int = 0
+    kept: bool = False
+    cold: bool = False
     returns: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -78,6 +83,7 @@ class Residency:
         self._seats: list[Seat] = []  # who was used longest ago comes first
         self._running: list[int] = []  # bytes of each batch that runs
         self._changed = threading.Condition()
+        self._marks = threading.Lock()  # who may leave; never held for long, unlike the other
 
     def join(self, seat: Seat) -> None:
         """Take in a model; others leave until all fit."""
@@ -110,7 +116,7 @@ class Residency:
             OutOfMemory: others ran for half a minute and left no room.
         """
         with self._changed:
-            seat.users += 1
+            self._mark(seat, 1)
             if seat in self._seats:
                 self._seats.remove(seat)
                 self._seats.append(seat)
@@ -122,17 +128,69 @@ class Residency:
                 begun = True
                 seat.returns += not seat.resident
                 seat.resident = True
-                HELD_UP.times += waited or seat.away
+                HELD_UP.times += waited or seat.away or seat.cold
+                seat.cold = False
             with seat.lock:
                 seat.back()
                 seat.away = False
             yield
         finally:
             with self._changed:
-                seat.users -= 1
+                self._mark(seat, -1)
                 if begun:
                     self._running.remove(forward)
                 self._changed.notify_all()
+
+    def pin(self, seat: Seat) -> bool:
+        """Keep weights that are in memory there for a batch, which waits for nothing.
+
+        Returns:
+            Whether they are; they stay until :meth:`unpin`.
+        """
+        with self._marks:
+            here = seat.resident and not seat.away
+            if here:
+                seat.users += 1
+                seat.kept = False
+            return here
+
+    def unpin(self, seat: Seat) -> None:
+        """Let weights leave again that were kept for a batch."""
+        with self._changed:
+            self._mark(seat, -1)
+            self._changed.notify_all()
+
+    def bring_back(self, seat: Seat) -> bool:
+        """Bring weights back, to stay until a batch has used them.
+
+        Returns:
+            False: there is no room beside those that are in use now.
+        """
+        with self._changed:
+            others = [each for each in self._seats if each is not seat and each.resident]
+            busy = bool(self._running) or any(each.users or each.kept for each in others)
+            if self._make_room(seat, 0) > 0 and busy:
+                return False
+            if seat in self._seats:
+                self._seats.remove(seat)
+                self._seats.append(seat)
+            with self._marks:
+                seat.returns += not seat.resident
+                seat.resident = seat.kept = seat.cold = True
+        try:
+            with seat.lock:
+                seat.back()
+                seat.away = False
+        except BaseException:
+            with self._marks:
+                seat.resident, seat.away, seat.kept = False, True, False
+            raise
+        return True
+
+    def _mark(self, seat: Seat, users: int) -> None:
+        with self._marks:
+            seat.users += users
+            seat.kept = False
 
     def _wait_for(self, seat: Seat, forward: int) -> bool:
         """Wait until there is room for a batch; whether there was none at first."""
@@ -154,12 +212,18 @@ class Residency:
             taken = sum(each.bytes for each in self._seats if each.resident and each is not seat)
             taken += sum(self._running)
             missing = taken + seat.bytes + forward - self._free()
-            idle = [s for s in self._seats if s.resident and s.bytes and not s.users]
-            idle = [s for s in idle if s is not seat]
-            if missing <= 0 or not idle:
+            if missing <= 0 or (idle := self._first_idle(seat)) is None:
                 return missing
-            idle[0].resident, idle[0].away = False, True
-            idle[0].leave()
+            idle.leave()
+
+    def _first_idle(self, but: Seat) -> Seat | None:
+        """Who was idle longest, and is away from now on; None: nobody is."""
+        with self._marks:
+            for seat in self._seats:
+                if seat.resident and seat.bytes and not (seat.users or seat.kept or seat is but):
+                    seat.resident, seat.away = False, True
+                    return seat
+        return None
 
 
 def _nothing() -> None:
@@ -253,6 +317,32 @@ class Evictable(Wrapped):
         made = self._made
         return self.seat.resident and made is not None and made.is_native(rows)
 
+    @property
+    def is_away(self) -> bool:
+        """Whether a batch would have to wait for the weights."""
+        return self.seat.away or not self.seat.resident
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether they came back for work that waits, and were not used since."""
+        return self.seat.kept
+
+    def pin(self) -> bool:
+        """See :meth:`Residency.pin`."""
+        return self._residency.pin(self.seat)
+
+    def unpin(self) -> None:
+        """See :meth:`Residency.unpin`."""
+        self._residency.unpin(self.seat)
+
+    def bring_back(self) -> bool:
+        """See :meth:`Residency.bring_back`."""
+        return self._residency.bring_back(self.seat)
+
+    def let_go(self) -> None:
+        """Let the weights leave although no batch has used them since they came back."""
+        self.seat.kept = False
+
     def another(self) -> Evictable | None:
         """One more for another thread over the same weights, in the same seat."""
         made = another(self.inner) if self._pages is not None else None
@@ -273,6 +363,8 @@ class Evictable(Wrapped):
     def _back(self) -> None:
         if self._pages is not None:
             self._pages.check()
+            if self.seat.away:
+                self._pages.read_ahead()
         elif self._made is None and self._make is not None:
             self._made = self.inner = self._make()
 

@@ -40,6 +40,7 @@ from plinth.engine.lanes.base import Lane, LaneDied, Ran, Unit
 from plinth.engine.lanes.cluster.settings import Cluster
 from plinth.engine.lanes.compute_pool import NICENESS, ComputePool
 from plinth.engine.lanes.deadline_watch import DeadlineWatch
+from plinth.engine.lanes.load_thread import LoadThread
 from plinth.engine.lanes.process import HUNG_SECONDS, HUNG_TIMES, UNKNOWN_SECONDS
 from plinth.engine.lanes.thread import LaneThread, StoppedFromOutside
 from plinth.engine.lanes.window_thread import WindowThread
@@ -66,7 +67,8 @@ from plinth.engine.runtime.request import (
 )
 from plinth.engine.scheduler.batcher import Batcher, Patience
 from plinth.engine.scheduler.cost_model import LatencyModel
-from plinth.engine.scheduler.work import Batch, BatchSlice, Refusal, Shares, Work
+from plinth.engine.scheduler.loads import Loads
+from plinth.engine.scheduler.work import Batch, BatchKey, BatchSlice, Refusal, Shares, Work
 
 T = TypeVar("T")
 State = Literal["new", "running", "closing", "closed", "failed"]
@@ -187,6 +189,15 @@ class Engine:
         )
         self._lanes.windows = WindowThread(
             self._lock, lambda: self._lanes.cpu_threads, self._break, self._windows_done
+        )
+        self._lanes.loads = LoadThread(
+            self._lock,
+            self._batcher,
+            clock,
+            lambda: self._lanes.cpu_threads,
+            self._lanes.wake_all,
+            self._not_loaded,
+            self._break,
         )
         if devices is None:
             devices = () if lanes and device == "auto" else (device,)
@@ -350,6 +361,7 @@ class Engine:
             if not self._lanes.alive:
                 self._broken = None
                 self._lanes.windows.open()
+                self._lanes.loads.open()
                 self._lanes.start()
                 self._deadlines.start()
                 self._state, self._failure = "running", None
@@ -814,6 +826,7 @@ class Engine:
             request.works.append(work)
             self._requests.add(request)
             thread.in_flight += 1
+            self._lanes.pin(thread, request.loaded)
         return batch
 
     def _admit(
@@ -845,6 +858,7 @@ class Engine:
                     alone = None
                 elif alone is None:
                     self._wake_one()
+                self._lanes.loads.wake()
             else:
                 outcomes = self._fail((request,), self._not_running())
         for _, outcome in outcomes:
@@ -914,7 +928,9 @@ class Engine:
     def _next(self, thread: LaneThread) -> tuple[Batch | None, Outcomes]:
         """The batch to run now on a lane, which has it then; with the lock held."""
         batch, refused = self._batcher.next(self._clock(), thread.number)
-        thread.in_flight += batch is not None
+        if batch is not None:
+            thread.in_flight += 1
+            self._lanes.pin(thread, batch.parts[0].work.owner.ran(batch.key))
         return batch, self._refused(refused) if refused else []
 
     def _enqueue(self, request: Request, promise: Sla, step: int) -> Outcomes:
@@ -1051,6 +1067,10 @@ class Engine:
         which is not always the one that is woken first.
         """
         held = self._batcher.held_until - self._clock()
+        self._lanes.loads.wake()
+        if self._batcher.waits_for_loads:  # no other lane could begin it either
+            thread.wake.wait(max(held, 0.0) if held < float("inf") else _LEFT)
+            return
         if not (several or thread.in_flight or held < float("inf")):
             return
         for other in self._lanes.others(thread):
@@ -1093,6 +1113,7 @@ class Engine:
             self._state = "closed" if error is None else "failed"
             self._deadlines.stop()
             self._lanes.windows.stop()
+            self._lanes.loads.stop()
             self._lanes.wake_all()
             requests, why = list(self._requests), self._not_running()
             self._requests.clear()
@@ -1124,7 +1145,10 @@ class Engine:
         loaded: LoadedModel = batch.parts[0].work.owner.ran(batch.key)
         try:
             rows = _rows_of(batch)
-            ran = thread.lane.run(self._unit(batch, loaded, rows, thread))
+            try:
+                ran = thread.lane.run(self._unit(batch, loaded, rows, thread))
+            finally:
+                thread.unpin()
             _check_rows(loaded, ran, batch, thread.lane)
             loaded.see(rows)
         except BaseException as error:  # noqa: BLE001 - a model's failure is its batch's alone
@@ -1134,6 +1158,18 @@ class Engine:
             return None
         self._finish(batch, loaded, ran, thread)
         return None
+
+    def _not_loaded(self, loads: Loads, model: BatchKey, error: BaseException) -> None:
+        """A model cannot be brought back to memory: whoever waits for it is told."""
+        kind, told = type(error).__name__, error
+        if not isinstance(told, PlinthError):
+            name = model.partition("@")[0]
+            told = ModelError(f"model {name} could not be loaded: {kind}", hint="the log says more")
+        with self._lock:
+            waiting = dict.fromkeys(work.owner for work in self._batcher.lose(loads, model))
+            outcomes = self._fail(waiting, told)
+        _log.error("model %s could not be loaded again: %s", model, kind, exc_info=error)
+        self._settle(outcomes)
 
     def _unit(self, batch: Batch, loaded: LoadedModel, rows: Any, thread: LaneThread) -> Unit:
         lane = thread.lane
@@ -1420,6 +1456,8 @@ class Engine:
         outcomes: Outcomes = []
         for refusal in refusals:
             outcomes += self._fail((refusal.work.owner,), refusal.error)
+        if refusals:
+            self._lanes.loads.wake()
         return outcomes
 
     def _is_lost(self, thread: LaneThread, error: BaseException) -> None:

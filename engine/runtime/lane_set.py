@@ -24,11 +24,13 @@ from plinth.engine.lanes.base import Lane
 from plinth.engine.lanes.cluster.lane import RayLane
 from plinth.engine.lanes.cluster.settings import Cluster
 from plinth.engine.lanes.gang import GangLane
+from plinth.engine.lanes.load_thread import LoadThread
 from plinth.engine.lanes.local import LocalLane
 from plinth.engine.lanes.process import ProcessLane, RemoteLane
 from plinth.engine.lanes.thread import LaneThread
 from plinth.engine.lanes.window_thread import WindowThread
 from plinth.engine.memory.plan import SHARE, budget
+from plinth.engine.memory.residency import Evictable
 from plinth.engine.models.store import Model
 from plinth.engine.runtime.flow_driver import Clock
 from plinth.engine.runtime.lane_worker import serve, serve_rank
@@ -62,6 +64,7 @@ class LaneSet:
         models: those of the first device, which stand for all.
         threads: one for each lane.
         windows: puts windows together beside the lanes; given by the engine.
+        loads: brings weights back that left memory, beside the lanes; given by the engine.
         changing: held while lanes or models change, so that every lane has every model.
         process: the number of the process in which they were started.
     """
@@ -76,6 +79,7 @@ class LaneSet:
     ) -> None:
         self.models: ModelTable
         self.windows: WindowThread
+        self.loads: LoadThread
         self.threads: list[LaneThread] = []
         self.changing = threading.RLock()
         self._batcher = batcher
@@ -213,6 +217,8 @@ class LaneSet:
         """Let a lane take batches; with the engine's lock held."""
         self._number(thread)
         self.threads.append(thread)
+        for loaded in self.models.all():
+            self._watch(loaded)
 
     def rejoin(self, thread: LaneThread) -> None:
         """Let a lane that died or was given up take batches again; with the engine's lock held."""
@@ -379,7 +385,27 @@ class LaneSet:
         before = self.models.put(loaded)
         for name, other in loaded.elsewhere.items():
             self._tables[name].put(other)
+        if before is not None and before.key != loaded.key:
+            self._forget_loads(before)
+        self._watch(loaded)
         return before
+
+    def _watch(self, loaded: LoadedModel) -> None:
+        """Load a model beside the lanes where its weights leave; with the engine's lock held."""
+        for table in self._tables.values():
+            runs = loaded.on(table.device).executable
+            if isinstance(runs, Evictable) and runs.device == table.device:
+                self.loads.watch(self._costs_of(table.device).loads, loaded.key, runs)
+
+    def _forget_loads(self, gone: LoadedModel) -> None:
+        for table in self._tables.values():
+            self.loads.forget(self._costs_of(table.device).loads, gone.key)
+
+    def pin(self, thread: LaneThread, loaded: LoadedModel) -> None:
+        """Let a model stay in memory for the batch that a lane is given."""
+        runs = loaded.on(thread.lane.device).executable if thread.lane.inline else None
+        if isinstance(runs, Evictable) and runs.pin():
+            thread.pinned = runs
 
     def pop(self, name: str) -> LoadedModel:
         """Let no model answer to a name; returns the one that did.
@@ -390,6 +416,7 @@ class LaneSet:
         loaded = self.models.pop(name)
         for device in loaded.elsewhere:
             self._tables[device].pop(name)
+        self._forget_loads(loaded)
         return loaded
 
     def save_costs(self) -> None:
@@ -423,8 +450,9 @@ class LaneSet:
 
     @property
     def is_current(self) -> bool:
-        """Whether the caller is a thread of a lane, or the one that puts windows together."""
-        return self.windows.is_current or any(thread.is_current for thread in self.threads)
+        """Whether the caller is a thread of a lane, or one that works beside them."""
+        beside = self.windows.is_current or self.loads.is_current
+        return beside or any(thread.is_current for thread in self.threads)
 
     @property
     def in_flight(self) -> int:
@@ -462,6 +490,7 @@ class LaneSet:
     def close(self) -> None:
         """End what lanes hold; their threads have ended."""
         self.windows.join()
+        self.loads.join()
         for thread in self.threads:
             if not thread.alive:
                 thread.lane.close()  # of one that was never started, a process may run

@@ -8,6 +8,7 @@ from math import inf
 from operator import attrgetter
 
 from plinth.engine.errors import ConfigError
+from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.scheduler.lane_table import LaneState
 from plinth.engine.scheduler.work import Batch, BatchKey, BatchSlice, Work
 
@@ -60,8 +61,17 @@ class Background:
 
     @property
     def first_key(self) -> BatchKey | None:
-        """The batch key of the next slice."""
+        """The batch key of the work that was served least."""
         return self._works[0].key if self._works else None
+
+    def next_work(self, costs: LatencyModel) -> Work | None:
+        """The least served work whose model lies in memory: what the next slice is of.
+
+        Args:
+            costs: what batches cost on the lane.
+        """
+        is_away = costs.loads.is_away
+        return next((work for work in self._works if not is_away(work.key)), None)
 
     @property
     def bound(self) -> float:
@@ -116,6 +126,10 @@ class Background:
         """The batch keys of what waits."""
         return {work.key for work in self._works}
 
+    def waiting(self) -> list[Work]:
+        """What waits, the least served first."""
+        return list(self._works)
+
     def clear(self) -> list[Work]:
         """Take everything out."""
         out, self._works, self.rows = self._works, [], 0
@@ -140,9 +154,9 @@ class Background:
                 the bound; one row alone may take longer, but not behind another slice.
             beside: seconds of the urgent batch that comes between two slices.
         """
-        if not self._works:
+        first = self.next_work(lane.costs)
+        if first is None:
             return None
-        first = self._works[0]
         self._virtual_time, key, suspects = first.service, first.key, first.suspects
         bound, costs = self.bound, lane.costs
         rows = self._tried(self._rows(key, lane, max_rows(key), beside))

@@ -30,6 +30,9 @@ leaves it there, unless that one could not take all of it. A batch need not be k
 (rule 3) while another lane is free in time for the tighter queue. Of the shares of requests a
 lane takes as many as let all lanes end together; under load, whole requests.
 
+A model whose weights have left memory is loaded beside the lanes; what waits for it waits on, what
+waits for others runs. How long that takes is learned and counts in what is promised.
+
 Up to sixteen lanes that are alike, and get more rows of one queue than 85 % of what they can do,
 start one after the other: up to 1/k of the time of a batch apart, and a tenth more, if no row is
 late for it. Two that start together would share what waits, and pay twice what a batch costs
@@ -52,6 +55,7 @@ from plinth.engine.scheduler.background import PROMISE_MEMORY, Background
 from plinth.engine.scheduler.cost_model import LatencyModel
 from plinth.engine.scheduler.deadline_queue import DeadlineQueue, rows_of
 from plinth.engine.scheduler.lane_table import LaneState, LaneTable, Start
+from plinth.engine.scheduler.loads import Loads
 from plinth.engine.scheduler.rounds import Rounds
 from plinth.engine.scheduler.work import (
     Batch,
@@ -94,6 +98,8 @@ _PATIENCE = 3.0
 _LEAST_PATIENCE = 0.25
 """Seconds it is waited for at least: who is a little late, as after a collection of garbage, still
 has an answer for those who can use a late one."""
+_LOOK = 0.005
+"""Seconds after which a lane looks again, at the soonest, whether weights are back."""
 _MAX_DEATHS = 3
 """Lanes that may end while they run the same batch before it is searched for what ends them."""
 
@@ -329,6 +335,70 @@ class Batcher:
     def __bool__(self) -> bool:
         return self._rows > 0 or bool(self._background) or self.has_unfetched
 
+    # -- weights that are away ---------------------------------------------------------------
+    def next_load(self) -> tuple[Loads, BatchKey] | None:
+        """The model to load next: of the earliest deadline that waits for one.
+
+        Then one that work was refused for the want of, so that the next has it; then of slices.
+
+        Returns:
+            Of which lanes, and the prefix of its batch keys; None while one is being loaded there,
+            and where nothing waits for any.
+        """
+        for loads in self._loads():
+            if loads.current is not None:
+                continue
+            urgent = [queue for queue in self._waiting() if loads.is_away(queue.key)]
+            if urgent:
+                return loads, loads.model_of(min(urgent, key=attrgetter("first_deadline")).key)
+            waiting = (loads.model_of(work.key) for work in self._background.waiting())
+            for model in (*loads.missed, *waiting):
+                if loads.is_away(model):
+                    return loads, model
+            loads.missed.clear()
+        return None
+
+    def waits_for(self, loads: Loads, model: BatchKey) -> bool:
+        """Whether anything waits for a model, or would have been in time with it."""
+        return model in loads.missed or any(
+            loads.model_of(key) == model for key in self._keys_waiting()
+        )
+
+    @property
+    def waits_for_loads(self) -> bool:
+        """Whether something waits, and all of it for weights, whichever lane is free."""
+        if not self._loads():
+            return False
+        kinds = {id(lane.costs): lane.costs.loads for lane in self.lanes}
+        keys = self._keys_waiting()
+        return bool(keys) and all(each.is_away(key) for each in kinds.values() for key in keys)
+
+    def lose(self, loads: Loads, model: BatchKey) -> list[Work]:
+        """Take out, and return, all that waits for a model which cannot be loaded."""
+        lost = [work for queue in self._waiting() for work in queue.works]
+        lost = [
+            work
+            for work in (*lost, *self._background.waiting())
+            if loads.model_of(work.key) == model
+        ]
+        for work in lost:
+            self.cancel(work)
+        return lost
+
+    def _loads(self) -> list[Loads]:
+        return [costs.loads for costs in self.lanes.costs() if costs.loads]
+
+    def _keys_waiting(self) -> set[BatchKey]:
+        return {queue.key for queue in self._waiting()} | self._background.keys()
+
+    def _hold_for_loads(self, lane: LaneState, now: float) -> None:
+        """Let a lane look again when a model that something waits for should be there."""
+        loads = lane.costs.loads
+        if loads:
+            at = [loads.ready_at(key, now) for key in self._keys_waiting() if loads.is_away(key)]
+            if at:
+                self.held_until = min(self.held_until, max(min(at), now + _LOOK))
+
     # -- arrival -----------------------------------------------------------------------------
     def admit(self, work: Work, now: float) -> Refusal | None:
         """Take work in, or say at once why not.
@@ -348,7 +418,7 @@ class Batcher:
             return Refusal(work, self._full(work, now))
         starts = self.lanes.starts(now)
         promise = work.sla.deadline_ms / 1e3
-        end = self._finish(work.key, work.rows, starts)
+        end = self._finish(work, starts, now)
         if end <= work.deadline or self._can_be_kept(work, starts, now):
             queue.arrived(work.rows, promise, now)
         if end <= work.deadline:
@@ -367,7 +437,7 @@ class Batcher:
 
         Returns:
             None where it has to be admitted: something else waits or runs, lanes differ, it does
-            not fit into one batch, or it would be late.
+            not fit into one batch, its model is not in memory, or it would be late.
         """
         here, key, rows = self.lanes.get(lane), work.key, work.rows
         if self or here is None or here.running or self.lanes.kinds > 1 or self.rounds is not None:
@@ -375,6 +445,8 @@ class Batcher:
         settings = self._settings_by_key.get(key)
         end = now + here.costs.predict(key, rows, 0.5)
         if settings is None or rows > min(settings.max_rows, self.max_queue) or end > work.deadline:
+            return None
+        if here.costs.loads.is_away(key):
             return None
         self._settings_by_key.move_to_end(key)
         if self._background.rotate(now):
@@ -460,6 +532,7 @@ class Batcher:
             batch = self._urgent_batch(turn, refused) or self._slice_unless_held(turn)
         if batch is None:
             here.ended = None
+            self._hold_for_loads(here, now)
         else:
             end = start + here.costs.predict(batch.key, batch.rows, 0.5)
             self.lanes.change(here, [*here.running, batch], end)
@@ -666,8 +739,10 @@ class Batcher:
 
     def _slice(self, turn: _Turn) -> Batch | None:
         lane, ahead, rounds = turn.lane, 0.0, self.rounds
-        if rounds is not None and not rounds.may_slice(self._background.first_key):
-            return None
+        if rounds is not None:
+            first = self._background.next_work(lane.costs)
+            if not rounds.may_slice(None if first is None else first.key):
+                return None
         if lane.running:
             ahead = lane.seconds(each for each in lane.running if not each.urgent)
         costs, recent = lane.costs, turn.now - PROMISE_MEMORY
@@ -686,7 +761,7 @@ class Batcher:
     # -- urgent ------------------------------------------------------------------------------
     def _urgent_batch(self, turn: _Turn, refused: list[Refusal]) -> Batch | None:
         left: list[DeadlineQueue] = []
-        while queues := self._in_round():
+        while queues := self._in_round(turn.costs):
             if left and not (queues := [queue for queue in queues if queue not in left]):
                 return None
             queues.sort(key=attrgetter("first_deadline"))
@@ -777,7 +852,7 @@ class Batcher:
             rows += work.rows
             if work.shares is not None and rows > most and (place or ahead):
                 end = turn.start + turn.costs.predict(queue.key, rows, 0.5)
-                if self._finish(queue.key, work.rows, self._others(turn)) <= end:
+                if self._finish(work, self._others(turn), turn.now) <= end:
                     return place
         last = works[-1].shares
         if last is None or last.begun or queue.works[first + count : first + count + 1] == []:
@@ -811,7 +886,7 @@ class Batcher:
         key, most = queue.key, self._settings(queue.key).max_rows
         here = turn.start + turn.costs.predict(key, min(queue.rows, most), queue.quantile)
         for costs, start in turn.starts:
-            if costs is turn.costs or start > queue.first_deadline:
+            if costs is turn.costs or start > queue.first_deadline or costs.loads.is_away(key):
                 continue
             rows = queue.rows + round(queue.rate(turn.now) * (start - turn.now))
             room = costs.rows_within(key, queue.first_deadline - start, most, queue.quantile)
@@ -824,7 +899,7 @@ class Batcher:
         if not turn.spare:
             return old
         for place, work in enumerate(queue.works[:old]):
-            if self._finish(queue.key, work.rows, turn.spare) <= work.deadline:
+            if self._finish(work, turn.spare, turn.now) <= work.deadline:
                 return place
         return old
 
@@ -878,6 +953,7 @@ class Batcher:
         return any(
             start + costs.predict(queue.key, rows, queue.quantile) <= due
             for costs, start in self._others(turn)
+            if not costs.loads.is_away(queue.key)
         )
 
     def _others(self, turn: _Turn) -> list[Start]:
@@ -954,7 +1030,7 @@ class Batcher:
         """Fail work that could not be in time even if it ran alone now, on any lane."""
         hopeless = 0
         for work in queue.works:
-            if self._finish(queue.key, work.rows, starts) <= work.deadline:
+            if self._finish(work, starts, now) <= work.deadline:
                 break
             hopeless += 1
         self._drop(queue, hopeless, starts, now, refused)
@@ -978,7 +1054,7 @@ class Batcher:
         """Degrade, postpone or refuse work that misses its deadline, as its promise says."""
         cheaper = self._settings(work.key).cheaper
         if work.sla.on_overload == "degrade" and cheaper is not None:
-            if self._finish(cheaper, work.left, starts) <= work.deadline:
+            if self._finish(work, starts, now, cheaper) <= work.deadline:
                 work.key = cheaper
                 self._add(self._queue(work), work)
                 return None
@@ -1029,12 +1105,14 @@ class Batcher:
             self._queues[name] = queue
         return queue
 
-    def _in_round(self) -> list[DeadlineQueue]:
-        """The queues that the next batch may be of."""
-        rounds = self.rounds
+    def _in_round(self, costs: LatencyModel) -> list[DeadlineQueue]:
+        """The queues that the next batch of a lane may be of, by what batches cost there."""
+        rounds, waiting, loads = self.rounds, self._waiting(), costs.loads
+        if loads:
+            waiting = [each for each in waiting if not loads.is_away(each.key)]
         if rounds is None or rounds.key is None:
-            return self._waiting()
-        return [each for each in self._waiting() if rounds.urgent and each.key == rounds.key]
+            return waiting
+        return [each for each in waiting if rounds.urgent and each.key == rounds.key]
 
     def _waiting(self) -> list[DeadlineQueue]:
         return [queue for queue in self._queues.values() if queue.works]
@@ -1049,20 +1127,46 @@ class Batcher:
         queue.add(work, self._virtual_time)
         self._rows += work.rows
 
-    def _finish(self, key: BatchKey, rows: int, starts: list[Start]) -> float:
-        """When rows that run next on the best lane are done, by the median.
+    def _finish(
+        self, work: Work, starts: list[Start], now: float, cheaper: BatchKey | None = None
+    ) -> float:
+        """When work that runs next on the best lane is done, by the median.
 
         Work that misses it is hopeless.
+
+        Args:
+            work: what is left of it.
+            starts: when the first lane of each kind is free.
+            now: seconds.
+            cheaper: of another model that is to answer it.
         """
+        key, rows = cheaper or work.key, work.left
         if len(starts) == 1:
             costs, start = starts[0]
-            return start + costs.predict(key, rows, 0.5)
-        return min(start + costs.predict(key, rows, 0.5) for costs, start in starts)
+            return self._begin(key, work, costs, start, now) + costs.predict(key, rows, 0.5)
+        return min(
+            self._begin(key, work, costs, start, now) + costs.predict(key, rows, 0.5)
+            for costs, start in starts
+        )
+
+    def _begin(
+        self, key: BatchKey, work: Work, costs: LatencyModel, start: float, now: float
+    ) -> float:
+        """When work can begin on a lane that is free at ``start``: its model may be away."""
+        loads = costs.loads
+        if not loads or not loads.is_away(key):
+            return start
+        sooner = [
+            queue.key
+            for queue in self._waiting()
+            if queue.first_deadline < work.deadline and loads.is_away(queue.key)
+        ]
+        return max(start, loads.ready_at(key, now, sooner))
 
     def _can_be_kept(self, work: Work, starts: list[Start], now: float) -> bool:
         """Whether work would be in time if nothing else ran."""
         alone = [(costs, now) for costs, _ in starts]
-        return self._finish(work.key, work.rows, alone) <= work.deadline
+        return self._finish(work, alone, now) <= work.deadline
 
     def _end(
         self, key: BatchKey, quantile: float, turn: _Turn, ahead: int = 0
@@ -1082,7 +1186,9 @@ class Batcher:
         )
 
     def _miss(self, work: Work, now: float, starts: list[Start]) -> DeadlineRefused:
-        predicted = self._finish(work.key, work.left, starts) - work.begun
+        for loads in self._loads():
+            loads.miss(work.key)
+        predicted = self._finish(work, starts, now) - work.begun
         allowed = work.deadline - work.begun
         ahead = self._rows_of(work.key)
         return DeadlineRefused(

@@ -22,6 +22,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from plinth.engine.errors import ConfigError
+from plinth.engine.scheduler.loads import Loads
 from plinth.engine.scheduler.work import BatchKey
 
 T = TypeVar("T")
@@ -252,11 +253,15 @@ class LatencyModel:
 
     Args:
         path: where the curves are kept between runs; ``None`` keeps them in memory only.
+
+    Attributes:
+        loads: of models whose weights leave memory while others need it.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self._curves: dict[BatchKey, _Curve] = {}
         self.path = path
+        self.loads = Loads()
 
     def seed(self, key: BatchKey, rows: int, seconds: float) -> None:
         """Set the curve at ``rows`` from a warm-up measurement (seconds)."""
@@ -406,6 +411,7 @@ class LatencyModel:
             "delays": delays,
             "turns": turns,
             "followed": followed,
+            "loads": self.loads.learned(),
         }
         part.write_text(json.dumps(told))
         part.replace(self.path)
@@ -419,10 +425,12 @@ class LatencyModel:
         if self.path is None or not self.path.exists():
             return 0
         try:
-            data = json.loads(self.path.read_text())["seconds"]
-            for key, knots in data.items():
+            told = json.loads(self.path.read_text())
+            for key, knots in told["seconds"].items():
                 for rows, seconds in knots.items():
                     self.seed(str(key), int(rows), float(seconds))
+            for key, seconds in told.get("loads", {}).items():
+                self.loads.learn(str(key), float(seconds))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{self.path} is not a latency file: {error}",
