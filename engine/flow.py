@@ -36,7 +36,8 @@ class Sla:
         quantile: share of answers the promise covers; predictions use this quantile.
         on_overload: what happens to work that would miss: ``"reject"`` at once,
             ``"degrade"`` to the model's cheaper variant, or run ``"late"``.
-        weight: share of the left-over device time among background work, > 0.
+        weight: share of the left-over device time among background work, a millionth to a
+            million.
     """
 
     deadline_ms: float | None = None
@@ -56,8 +57,8 @@ class Sla:
             raise ConfigError(
                 f"Sla.on_overload is {self.on_overload!r}, expected 'reject', 'degrade' or 'late'"
             )
-        if not self.weight > 0:
-            raise ConfigError(f"Sla.weight is {self.weight}, expected a number above 0")
+        if not 1e-6 <= self.weight <= 1e6:  # service / weight is to stay a number
+            raise ConfigError(f"Sla.weight is {self.weight}, expected 1e-6 <= weight <= 1e6")
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,6 @@ class TorchExecutable:
         self._compiled = module if compiled is None else compiled
         self._binding = Binding(model.spec, model.module)
         self._copies_inputs = True
-        self._copies_outputs = True
         self._files = tuple(mappings(held_tensors(module)))
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -96,8 +95,7 @@ class TorchExecutable:
             output = named(
                 self._spec, self._binding.call(self._compiled, given), len(_first(given))
             )
-            if self._copies_outputs:
-                _disown(output)
+            _disown(output)
         for file in self._files:  # it may have been written to meanwhile
             file.check()
         if not self._copies_inputs and before != _versions(given):
@@ -112,12 +110,10 @@ class TorchExecutable:
     def probe(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`plinth.engine.backends.base.Executable`.
 
-        A module that writes into its input gets copies of all rows from now on. One that gives
-        out memory that is not the caller's alone has it copied: its own, which a later batch
-        would change (a second run gives out the same again), or the rows themselves. Where a run
-        takes seconds there is no second one, and outputs are copied that somebody else holds too.
+        A module that writes into its input gets copies of all rows from now on. Runs twice, unless
+        that takes seconds: the first run may be slow for once.
         """
-        self._copies_inputs = self._copies_outputs = True
+        self._copies_inputs = True
         watched = self._copied(inputs)
         before, count = _versions(watched), len(_first(watched))
         with torch.inference_mode():
@@ -128,10 +124,8 @@ class TorchExecutable:
             if time.perf_counter() - begun > SLOW_SECONDS:
                 return output
             again = self._copied(inputs) if self._copies_inputs else watched
-            second = named(self._spec, self._binding.call(self._compiled, again), count)
+            named(self._spec, self._binding.call(self._compiled, again), count)
         self.report["probe_runs"] = 2
-        kept = _storages((*held_tensors(self.module), *watched.values(), *second.values()))
-        self._copies_outputs = not kept.isdisjoint(_storages(output.values()))
         return output
 
     def lend_inputs(self) -> None:
@@ -194,10 +188,6 @@ def _first(rows: Mapping[str, Tensor]) -> Tensor:
 def _versions(rows: Mapping[str, Tensor]) -> list[int]:
     """How often each tensor was written to; those made in inference mode do not count it."""
     return [tensor._version for tensor in rows.values() if not tensor.is_inference()]
-
-
-def _storages(tensors: Iterable[Tensor]) -> set[int]:
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def _disown(output: dict[str, Tensor]) -> None:

@@ -91,6 +91,8 @@ class TensorSpec(BaseModel):
         """What was given in the place of ``count`` rows of this, in words; ``None`` if they are."""
         if not isinstance(found, Tensor):
             return "nothing" if found is None else type(found).__name__
+        if found.is_meta or found.layout is not torch.strided:
+            return "a tensor without values" if found.is_meta else f"a tensor of {found.layout}"
         if self.is_like(found) and len(found) == count:
             return None
         return f"{tuple(found.shape)} {str(found.dtype).removeprefix('torch.')}"
@@ -168,18 +170,18 @@ class ModelSpec(BaseModel):
             InputError: names the input, what was expected and what came.
         """
         if len(rows) != len(self.inputs) or any(spec.name not in rows for spec in self.inputs):
-            expected = sorted(spec.name for spec in self.inputs)
-            raise InputError(f"model {self.name} takes inputs {expected}, got {sorted(rows)}")
+            expected, got = sorted(spec.name for spec in self.inputs), sorted(map(str, rows))
+            raise InputError(f"model {self.name} takes inputs {expected}, got {got}")
         for spec in self.inputs:
-            got = rows[spec.name]
-            if not spec.fits(got):
-                shape, dtype = tuple(got.shape[1:]), str(got.dtype).removeprefix("torch.")
+            found = rows[spec.name]
+            if not spec.fits(found):
+                shape, dtype = tuple(found.shape[1:]), str(found.dtype).removeprefix("torch.")
                 raise InputError(
                     f"model {self.name}: input {spec.name} has rows {shape} {dtype}, "
                     f"expected {spec.shape} {spec.dtype}",
                     field=spec.name,
                 )
-            if outside := spec.outside(got):
+            if outside := spec.outside(found):
                 raise InputError(f"model {self.name}: input {spec.name} {outside}", field=spec.name)
         if len(rows) == 1:
             return

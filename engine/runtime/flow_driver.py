@@ -43,7 +43,7 @@ class FlowDriver(Generic[T]):
         pauses: whether it stops at a :class:`Pause`, until :meth:`computed`.
 
     Raises:
-        TypeError: the flow is over, or yields what is no call.
+        TypeError: the flow was begun before, or yields what is no call.
 
     Attributes:
         call: what it waits for; ``None``: it is over, or paused.
@@ -53,8 +53,8 @@ class FlowDriver(Generic[T]):
     """
 
     def __init__(self, flow: Flow[T], clock: Clock, *, pauses: bool = False) -> None:
-        if isinstance(flow, GeneratorType) and flow.gi_frame is None:
-            raise TypeError("the flow is over: it was driven before; make a new one")
+        if isinstance(flow, GeneratorType) and _is_begun(flow):
+            raise TypeError("the flow was begun, or is over: make a new one for each run")
         self._flow = flow
         self._clock = clock
         self._pauses = pauses
@@ -143,3 +143,7 @@ class FlowDriver(Generic[T]):
                 "Compute at a time"
             )
         self.call = call
+
+
+def _is_begun(flow: GeneratorType[Any, Any, Any]) -> bool:
+    return flow.gi_frame is None or flow.gi_suspended or flow.gi_running

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from plinth.engine import Batcher, DeadlineRefused, LatencyModel, QueueFull, Sla, Work
+from plinth.engine import (
+    Batcher,
+    ConfigError,
+    DeadlineRefused,
+    LatencyModel,
+    QueueFull,
+    Sla,
+    Work,
+)
 from plinth.engine.scheduler.deadline_queue import DeadlineQueue, rows_of
 
 pytestmark = pytest.mark.cpu
@@ -334,6 +342,12 @@ def test_slices_have_several_rows_where_that_pays_though_the_first_were_slow():
         sizes.append(slice_.rows)
     assert 40 <= sorted(sizes[-100:])[50] <= 60
     assert 3 <= sizes[-100:].count(1) <= 10, "what is never run is never learned"
+
+
+@pytest.mark.parametrize("weight", [0.0, 5e-324, 1e-7, 1e7, float("inf"), float("nan")])
+def test_a_weight_by_which_service_would_be_no_number_is_refused(weight):
+    with pytest.raises(ConfigError, match="weight"):
+        Sla(weight=weight)
 
 
 def test_background_work_shares_by_weight():

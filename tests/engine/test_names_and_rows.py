@@ -3,6 +3,7 @@
 import threading
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -253,6 +254,55 @@ def test_an_answer_does_not_change_when_the_next_batch_runs(module: nn.Module):
         first = ask(engine, torch.ones(1, 4))
         ask(engine, torch.full((1, 4), 9.0))
     assert first.tolist() == [[2.0] * 4]
+
+
+class Sometimes(nn.Module):
+    """Gives out memory that is not the caller's alone, but not for the rows it is tried on."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("out", torch.zeros(1, 4))
+        self.array = np.zeros((1, 4), np.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0, 0] < 50:
+            return 2 * x
+        if self.kind == "its rows":
+            return x
+        self.out.copy_(2 * x)
+        self.array[:] = self.out.numpy()
+        if self.kind == "an array":
+            return torch.from_numpy(self.array)
+        return self.out if self.kind == "a buffer" else self.out.view(1, 4)
+
+
+@pytest.mark.parametrize("kind", ["a buffer", "a view", "an array", "its rows"])
+def test_an_answer_stays_as_it_was_where_only_some_rows_share_memory(kind):
+    with Engine() as engine:
+        contract = spec([Spec(name="x", shape=(4,))], [Spec(name="y", shape=(4,))])
+        engine.add(Model(contract, Sometimes(kind)), batch_range=(1, 1))
+        rows = torch.full((1, 4), 60.0)
+        first = ask(engine, rows)
+        want = first.clone()
+        rows.fill_(70.0)
+        assert ask(engine, rows).tolist() != want.tolist()
+        assert first.tolist() == want.tolist()
+
+
+def test_two_outputs_that_are_one_tensor_are_two_answers():
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            y = 2 * x
+            return {"y": y, "z": y}
+
+    outputs = [Spec(name=name, shape=(4,)) for name in "yz"]
+    with Engine() as engine:
+        engine.add(Model(spec([Spec(name="x", shape=(4,))], outputs), Twice()))
+        found = ask(engine, torch.ones(1, 4))
+        with torch.inference_mode():
+            found["y"].zero_()
+    assert found["z"].tolist() == [[2.0] * 4]
 
 
 def test_an_answer_does_not_change_when_the_caller_uses_its_rows_again():

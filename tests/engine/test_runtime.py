@@ -230,8 +230,12 @@ def test_classes_of_other_libraries_are_read_and_answered_as_plain_tensors(engin
 def test_a_flow_that_is_over_is_no_flow_without_an_answer(engine):
     flow = double(torch.ones(1, 4))
     assert engine.run(flow).value.sum() == 8
-    with pytest.raises(TypeError, match="driven before"):
+    with pytest.raises(TypeError, match="make a new one for each run"):
         engine.run(flow)
+    begun = double(torch.ones(1, 4))
+    next(begun)  # as another thread's run does
+    with pytest.raises(TypeError, match="make a new one for each run"):
+        engine.run(begun)
 
 
 class Changes(nn.Module):
@@ -252,6 +256,8 @@ class Changes(nn.Module):
         (lambda x: x.unsqueeze(1), r"\(2, 1, 4\) float32"),
         (lambda x: x > 0, r"\(2, 4\) bool"),
         (lambda x: x[:1], r"\(1, 4\) float32"),
+        (lambda x: x.to("meta"), "a tensor without values"),
+        (lambda x: x.to_sparse(), "a tensor of torch.sparse_coo"),
     ],
 )
 def test_outputs_that_are_not_as_the_contract_says_are_refused(engine, broken, got):
