@@ -126,6 +126,15 @@ class Background:
         """The batch keys of what waits."""
         return {work.key for work in self._works}
 
+    def past(self, now: float) -> list[Work]:
+        """Work that was tried, see :attr:`Work.tried`, and whose deadline went by."""
+        return [work for work in self._works if work.tried and work.deadline <= now]
+
+    @property
+    def first_try(self) -> float:
+        """The earliest deadline of work that is tried; infinity: there is none."""
+        return min((work.deadline for work in self._works if work.tried), default=inf)
+
     def waiting(self) -> list[Work]:
         """What waits, the least served first."""
         return list(self._works)

@@ -98,6 +98,8 @@ _PATIENCE = 3.0
 _LEAST_PATIENCE = 0.25
 """Seconds it is waited for at least: who is a little late, as after a collection of garbage, still
 has an answer for those who can use a late one."""
+_TRY, _TRY_TIMES = 0.1, 5.0
+"""Seconds between two tries of work that seems hopeless, and in batches like it, at least."""
 _LOOK = 0.005
 """Seconds after which a lane looks again, at the soonest, whether weights are back."""
 _MAX_DEATHS = 3
@@ -425,7 +427,28 @@ class Batcher:
             self._add(queue, work)
             self._background.note_sla(promise)
             return None
+        if self._is_tried(work, starts, now):
+            self._background.add(work)
+            return None
         return self._overdue(work, starts, now)
+
+    def _is_tried(self, work: Work, starts: list[Start], now: float) -> bool:
+        """Whether work that is too late by what was learned runs all the same, as a slice.
+
+        What is never run is never learned: a stall of the first batch, or of several in a row,
+        would close the door for good. So where what a batch costs is all that makes it late, and
+        in warm-up it cost less, one is tried when none ran for five times what it should take.
+        """
+        settings, key, rows = self._settings(work.key), work.key, work.rows
+        if now < settings.try_at or any(costs.loads.is_away(key) for costs, _ in starts):
+            return False
+        alone = min(costs.predict(key, rows, 0.5) for costs, _ in starts)
+        hoped = min(costs.hoped(key, rows) for costs, _ in starts)
+        allowed = work.deadline - now
+        if alone <= allowed or hoped > allowed:
+            return False
+        settings.try_at, work.tried = now + max(_TRY, _TRY_TIMES * alone), True
+        return True
 
     def alone(self, work: Work, now: float, lane: int) -> Batch | None:
         """The batch of work that comes while nothing waits, as :meth:`next` would form it.
@@ -590,9 +613,13 @@ class Batcher:
             past = sum(1 for _ in takewhile(lambda work: work.deadline <= now, queue.works))
             if past:
                 self._drop(queue, past, self.lanes.starts(now), now, found)
+        for work in self._background.past(now):
+            self.cancel(work)
+            found.append(Refusal(work, self._miss(work, now, self.lanes.starts(now))))
         again = min((queue.first_deadline for queue in self._waiting()), default=float("inf"))
+        again = min(again, self._background.first_try)
         for lane in self.lanes:
-            urgent = [batch for batch in lane.running if batch.urgent]
+            urgent = [batch for batch in lane.running if _has_deadline(batch)]
             if not urgent:
                 continue
             longer = max(_PATIENCE * lane.seconds(lane.running), _LEAST_PATIENCE)
@@ -661,7 +688,9 @@ class Batcher:
             at_once = len(self.lanes) == 1 and lane.depth == 1 and bool(self)
             if at_once:
                 lane.ended = batch.key, now
-        self._settings(batch.key).failures = 0
+        settings = self._settings(batch.key)
+        settings.failures = 0
+        settings.try_at = now + max(_TRY, _TRY_TIMES * (seconds or 0.0))  # learned just now
 
     def followed(self, key: BatchKey, seconds: float) -> None:
         """A caller who was answered asks for more, of this key, so many seconds after that."""
@@ -1206,6 +1235,11 @@ class Batcher:
         batches = rows / max_rows / max(1, len(self.lanes))
         free = min((start for _, start in self.lanes.starts(now)), default=now)
         return free - now + batches * self.latency.predict(key, max_rows)
+
+
+def _has_deadline(batch: Batch) -> bool:
+    """Whether somebody is to be told at a deadline while it runs."""
+    return batch.urgent or any(part.work.tried for part in batch.parts)
 
 
 def _queue_name(work: Work) -> QueueName:

@@ -96,12 +96,14 @@ class _Curve:
     they were measured, ``common`` is the moving mean of the steps by which knots move. ``young``
     has what was seen, less the level, at knots that so far one or a few batches have made: the
     first batches of a size are slow, and some more rows seem to cost next to nothing after them.
-    ``seen`` are batches, rows and seconds; ``turns`` are the seconds from the end of a batch until
-    the lane has begun the next; ``followed`` those from an answer until its caller asks for more.
+    ``warm`` are the knots that warm-up measured. ``seen`` are batches, rows and seconds; ``turns``
+    are the seconds from the end of a batch until the lane has begun the next; ``followed`` those
+    from an answer until its caller asks for more.
     """
 
     knots: dict[int, float] = field(default_factory=dict)
     seeded: dict[int, float] = field(default_factory=dict)
+    warm: dict[int, float] = field(default_factory=dict)
     ratios: _Sample = field(default_factory=_Sample)
     delays: _Sample = field(default_factory=_Sample)
     table: list[float] = field(default_factory=list)
@@ -265,6 +267,10 @@ class LatencyModel:
 
     def seed(self, key: BatchKey, rows: int, seconds: float) -> None:
         """Set the curve at ``rows`` from a warm-up measurement (seconds)."""
+        self._set(key, rows, seconds)
+        self._curves[key].warm[rows] = seconds
+
+    def _set(self, key: BatchKey, rows: int, seconds: float) -> None:
         curve = self._curves.setdefault(key, _Curve())
         curve.knots[rows] = curve.seeded[rows] = max(seconds, 1e-7)
         curve.young.pop(rows, None)
@@ -277,7 +283,7 @@ class LatencyModel:
         if curve is None:
             curve = self._curves[key] = _Curve()
         if curve.is_far(rows):
-            self.seed(key, rows, seconds / curve.level())
+            self._set(key, rows, seconds / curve.level())
             curve.young[rows] = []
         curve.observe(rows, max(seconds, 1e-7))
 
@@ -300,6 +306,14 @@ class LatencyModel:
             return 0.0
         likely = curve.base(rows) * curve.level()
         return likely + curve.delay(quantile) if quantile > 0.5 else likely
+
+    def hoped(self, key: BatchKey, rows: int) -> float:
+        """The least seconds that a batch may take after all: as in warm-up, else any."""
+        curve = self._curves.get(key)
+        if curve is None or not curve.warm:
+            return 0.0
+        at = sorted(curve.warm)
+        return float(np.interp(rows, at, np.maximum.accumulate([curve.warm[each] for each in at])))
 
     def learned(self, key: BatchKey) -> dict[int, float]:
         """Seconds that a batch takes, by the numbers of rows at which that is known."""
@@ -428,7 +442,7 @@ class LatencyModel:
             told = json.loads(self.path.read_text())
             for key, knots in told["seconds"].items():
                 for rows, seconds in knots.items():
-                    self.seed(str(key), int(rows), float(seconds))
+                    self._set(str(key), int(rows), float(seconds))
             for key, seconds in told.get("loads", {}).items():
                 self.loads.learn(str(key), float(seconds))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -62,6 +62,7 @@ class Work:
         suspects: whom it may share batches with, after a batch of it failed.
         shares: those of its owner, each of which may run on a lane of its own; it is one of them.
         gone: nobody waits for it any more.
+        tried: it was too late by what was learned, and runs to see whether that still holds.
     """
 
     key: BatchKey
@@ -79,6 +80,7 @@ class Work:
     suspects: Suspects | None = field(init=False, default=None)
     shares: Shares | None = field(init=False, default=None)
     gone: bool = field(init=False, default=False)
+    tried: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         allowed = self.sla.deadline_ms
@@ -149,9 +151,11 @@ class KeySettings:
         cheaper: the batch key that degraded work goes to.
         pinned: kept until it is forgotten on purpose, however many other keys come.
         failures: batches that failed since one was answered.
+        try_at: when work that seems hopeless is next tried, seconds.
     """
 
     max_rows: int = 128
     cheaper: BatchKey | None = None
     pinned: bool = False
     failures: int = 0
+    try_at: float = 0.0

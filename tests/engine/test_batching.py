@@ -344,6 +344,59 @@ def test_slices_have_several_rows_where_that_pays_though_the_first_were_slow():
     assert 3 <= sizes[-100:].count(1) <= 10, "what is never run is never learned"
 
 
+@pytest.mark.parametrize(("usual", "slow"), [(0, 1), (1, 2), (5, 8), (30, 8), (300, 12)])
+def test_a_stall_never_closes_the_door_for_good(usual, slow):
+    costs = LatencyModel()
+    for rows in (1, 128):
+        costs.seed("model", rows, 0.002)
+    batcher, now = Batcher(costs), 0.0
+
+    def ask(seconds: float) -> bool:
+        nonlocal now
+        now += 0.01
+        refusal = batcher.admit(work(now, "model", sla=Sla(deadline_ms=50)), now)
+        batch, _ = batcher.next(now)
+        if batch is not None:
+            now += seconds
+            batcher.finished(batch, seconds, now)
+        return refusal is None
+
+    for seconds in [0.002] * usual + [0.2] * slow:
+        ask(seconds)
+    answered = [ask(0.002) for _ in range(1500)]
+    assert all(answered[1000:]), "after ten seconds at most"
+
+
+def test_what_even_warm_up_could_not_do_in_time_is_never_tried():
+    costs = LatencyModel()
+    costs.seed("model", 1, 0.002)
+    batcher = Batcher(costs)
+    for at in range(100):
+        assert batcher.admit(work(at, "model", sla=Sla(deadline_ms=1)), at) is not None
+    assert not batcher
+
+
+def test_who_is_tried_in_vain_is_told_at_his_deadline():
+    costs = LatencyModel()
+    costs.seed("model", 1, 0.002)
+    costs.observe("model", 1, 0.2)
+    batcher = Batcher(costs)
+    first, second = (work(at, "model", sla=Sla(deadline_ms=50)) for at in (0.0, 0.0))
+    assert batcher.admit(first, 0.0) is None
+    assert batcher.admit(second, 0.0) is not None, "one at a time"
+    assert batcher.overdue(0.0) == ([], 0.05)
+    batch, _ = batcher.next(0.0)
+    assert batch.parts[0].work is first
+    refused, _ = batcher.overdue(5.0)
+    assert [each.work for each in refused] == [first]
+    batcher.finished(batch, 0.2, 0.2)
+    third = work(1.5, "model", sla=Sla(deadline_ms=50))
+    assert batcher.admit(third, 1.5) is None
+    refused, again = batcher.overdue(1.6)
+    assert ([each.work for each in refused], again) == ([third], float("inf"))
+    assert not batcher
+
+
 @pytest.mark.parametrize("weight", [0.0, 5e-324, 1e-7, 1e7, float("inf"), float("nan")])
 def test_a_weight_by_which_service_would_be_no_number_is_refused(weight):
     with pytest.raises(ConfigError, match="weight"):
