@@ -209,19 +209,17 @@ class Trees(nn.Module):
         self.threshold: Tensor
         self.leaf: Tensor
         self.worth: Tensor
-        self.first: Tensor
         self.shape = {"trees": trees, "nodes": nodes}
         self.register_buffer("feature", torch.zeros(trees, nodes, dtype=torch.int64))
         self.register_buffer("threshold", torch.zeros(trees, nodes))
         self.register_buffer("leaf", torch.zeros(trees, 2**nodes))
         self.register_buffer("worth", 2.0 ** torch.arange(nodes), persistent=False)
-        self.register_buffer("first", torch.arange(trees) * 2**nodes, persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
         asked = rows.t().index_select(0, self.feature.flatten())
         holds = (asked <= self.threshold.view(-1, 1)).float().view(*self.feature.shape, -1)
-        place = (holds * self.worth[:, None]).sum(1).long() + self.first[:, None]
-        return self.leaf.flatten()[place].sum(0)[:, None]
+        place = (holds * self.worth[:, None]).sum(1).long()
+        return self.leaf.gather(1, place).sum(0)[:, None]
 
 
 class FraudEnsemble(FraudScorer):
