@@ -1,6 +1,6 @@
 """Train, calibrate, measure and store the fraud models, on simulated or recorded payments.
 
-``python -m plinth.verticals.finance.training.train --seed 0 --trees --version 1.1.0``
+``python -m plinth.verticals.finance.training.train --seed 0 --trees --version 1.2.0``
 
 Protocol (Fraud Detection Handbook, chapter 5): 7 days of training, 7 days in which labels are
 not known yet, 7 days of test; four such folds a week apart. Cards
@@ -126,7 +126,8 @@ class Plan:
 class Recipe:
     """One kind of model and how it is fitted; with ``trees`` boosted ones stand beside it.
 
-    A ``convex`` one is solved for, the others are descended to at a ``rate``.
+    A ``convex`` one is solved for, the others are descended to at a ``rate``. ``beside_trees``
+    is the config of a network that need not tell alone what the trees tell too.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Recipe:
     description: str
     rate: float = 0.0
     cheaper: str | None = None
+    beside_trees: dict[str, Any] | None = None
     trees: bool = False
     convex: bool = False
 
@@ -147,6 +149,7 @@ RECIPES = (
         "Gated residual network over real-time card, terminal and customer features",
         rate=2e-3,
         cheaper="fraud-lite",
+        beside_trees={"width": 64, "blocks": 1, "dropout": 0.1},
     ),
     Recipe(
         "fraud-lite",
@@ -266,7 +269,12 @@ def _solve(model: FraudScorer, rows: Tensor, truth: Tensor) -> None:
 
 def recipes(trees: bool) -> tuple[Recipe, ...]:
     """What is trained: the model, with trees or without, and its cheaper variant."""
-    return tuple(replace(one, trees=trees and one.cheaper is not None) for one in RECIPES)
+    return tuple(
+        replace(one, trees=True, config=one.beside_trees)
+        if trees and one.beside_trees is not None
+        else one
+        for one in RECIPES
+    )
 
 
 def trained(
