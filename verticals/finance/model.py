@@ -21,8 +21,8 @@ from plinth.engine.models.store import architecture
 BLOCK = 32
 """Rows of every forward, so that a score's bits do not depend on who shares its batch."""
 
-MOST_NODES = 10
-"""Of a tree: its table has a place for each set of conditions that hold."""
+MOST_NODES = 8
+"""Of a tree: its table has a place for each set of conditions that hold, which bfloat16 counts."""
 LIMIT = 10.0
 """Deviations beyond which a standardised value is cut off, unless a model says otherwise."""
 
@@ -218,8 +218,7 @@ class Trees(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         asked = rows.t().index_select(0, self.feature.flatten())
         holds = (asked <= self.threshold.view(-1, 1)).float().view(*self.feature.shape, -1)
-        place = (holds * self.worth[:, None]).sum(1).long()
-        return self.leaf.gather(1, place).sum(0)[:, None]
+        return self.leaf.gather(1, (self.worth @ holds).long()).sum(0)[:, None]
 
 
 class FraudEnsemble(FraudScorer):

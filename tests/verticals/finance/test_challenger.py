@@ -126,7 +126,7 @@ def records() -> list[bytes]:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     """A poor champion, and the model that comes with Plinth as a newer version."""
-    add_version(tmp_path, "1.0.0", noise=0.15)
+    add_version(tmp_path, "1.0.0", noise=0.4)
     add_version(tmp_path, "2.0.0")
     Champion(tmp_path).promote("1.0.0", by="training", champion=None)
     return tmp_path

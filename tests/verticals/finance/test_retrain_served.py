@@ -106,7 +106,7 @@ def until(holds: Callable[[], bool], command: Command, step: Callable[[], Any] =
 def training(tmp_path: Path) -> Iterator[Command]:
     """A poor champion; the command, every second, on a folder that grows."""
     store, history = tmp_path / "models", tmp_path / "history"
-    add_version(store, "1.0.0", noise=0.3)
+    add_version(store, "1.0.0", noise=0.4)
     history.mkdir()
     (tmp_path / "plinth.toml").write_text(f'[verticals.finance]\nstore = "{store}"\n')
     words = f"plinth finance retrain {history} --every 1s --days 14 --epochs 2 --alert-budget 20"

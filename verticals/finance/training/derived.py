@@ -62,7 +62,7 @@ def scorer(stored: nn.Module | Compressed) -> FraudScorer:
 
 
 def pack(model: FraudScorer, data: Data, chosen: Rows) -> Compressed:
-    """A model whose weights take a ninth of the bytes; leaves of trees are kept in float16.
+    """A model whose weights take a seventh of the bytes or less; leaves of trees are in float16.
 
     Args:
         model: fitted.
