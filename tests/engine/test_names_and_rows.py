@@ -271,13 +271,15 @@ class Sometimes(nn.Module):
         if self.kind == "its rows":
             return x
         self.out.copy_(2 * x)
-        self.array[:] = self.out.numpy()
         if self.kind == "an array":
+            self.array[:] = self.out.numpy()
             return torch.from_numpy(self.array)
         return self.out if self.kind == "a buffer" else self.out.view(1, 4)
 
 
-@pytest.mark.parametrize("kind", ["a buffer", "a view", "an array", "its rows"])
+@pytest.mark.parametrize(
+    "kind", ["a buffer", "a view", pytest.param("an array", marks=pytest.mark.cpu), "its rows"]
+)
 def test_an_answer_stays_as_it_was_where_only_some_rows_share_memory(kind):
     with Engine() as engine:
         contract = spec([Spec(name="x", shape=(4,))], [Spec(name="y", shape=(4,))])
