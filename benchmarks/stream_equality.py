@@ -194,7 +194,7 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         replay = command(configs[given.workers[-1]], given.backend, "--replay", "*")
         told, _ = replay.communicate(timeout=3_600)
         report["replay"] = {
-            "said": told.strip().splitlines()[-1],
+            "said": told.strip().splitlines()[-1 if replay.returncode == 0 else -3 :],
             "exit_code": replay.returncode,
             "seconds": round(time.monotonic() - began, 1),
         }
