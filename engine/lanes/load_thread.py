@@ -12,6 +12,7 @@ from typing import Protocol
 
 from plinth.engine.backends.base import cpu_threads
 from plinth.engine.errors import OutOfMemory
+from plinth.engine.lanes.beside_thread import BesideThread
 from plinth.engine.scheduler.batcher import Batcher
 from plinth.engine.scheduler.loads import Loads
 from plinth.engine.scheduler.work import BatchKey
@@ -50,8 +51,8 @@ class Leaves(Protocol):
         ...
 
 
-class LoadThread:
-    """A thread that loads what waits for weights; it starts with the first.
+class LoadThread(BesideThread):
+    """Loads what waits for weights.
 
     Args:
         lock: the engine's.
@@ -73,20 +74,13 @@ class LoadThread:
         failed: Callable[[Loads, BatchKey, BaseException], None],
         broke: Callable[[BaseException], None],
     ) -> None:
-        self._changed = threading.Condition(lock)
+        super().__init__(lock, "plinth-loads")
         self._batcher = batcher
         self._clock = clock
         self._threads = threads
         self._tell = loaded, failed, broke
         self._models: dict[tuple[Loads, BatchKey], Leaves] = {}
         self._fresh: list[tuple[Loads, BatchKey]] = []
-        self._thread: threading.Thread | None = None
-        self._over = False
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the caller is this thread."""
-        return threading.current_thread() is self._thread
 
     def watch(self, loads: Loads, model: BatchKey, runs: Leaves) -> None:
         """Load a model whenever something waits for it; with the lock held."""
@@ -102,25 +96,12 @@ class LoadThread:
         """Something may wait for weights; with the lock held."""
         if not self._models or self._over or self._batcher.next_load() is None:
             return
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, name="plinth-loads", daemon=True)
-            self._thread.start()
+        self._begin()
         self._changed.notify()
 
-    def open(self) -> None:
-        """Load again after :meth:`stop`; with the lock held."""
-        self._over = False
-
-    def stop(self) -> None:
-        """Let the thread end; with the lock held."""
-        self._over = True
-        self._changed.notify()
-
-    def join(self) -> None:
-        """Wait until it has ended; not for ever, for what it loads may hang."""
-        thread = self._thread
-        if thread is not None and not self.is_current:
-            thread.join(END_SECONDS)
+    def join(self, seconds: float | None = END_SECONDS) -> None:
+        """As of every such thread; not for ever, for what it loads may hang."""
+        super().join(seconds)
 
     def _run(self) -> None:
         _, failed, broke = self._tell

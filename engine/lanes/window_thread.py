@@ -11,13 +11,14 @@ from collections import deque
 from collections.abc import Callable
 
 from plinth.engine.backends.base import cpu_threads
+from plinth.engine.lanes.beside_thread import BesideThread
 
 MAX_BYTES = 64 << 20
 """Outputs of windows that wait at most; a lane puts those beyond together itself."""
 
 
-class WindowThread:
-    """A thread that puts windows together, one batch after the other; it starts with the first.
+class WindowThread(BesideThread):
+    """Puts windows together, one batch after the other; what waits when it is stopped, too.
 
     Args:
         lock: the engine's.
@@ -33,20 +34,13 @@ class WindowThread:
         failed: Callable[[BaseException], None],
         idle: Callable[[], None],
     ) -> None:
-        self._changed = threading.Condition(lock)
+        super().__init__(lock, "plinth-windows")
         self._threads = threads
         self._failed = failed
         self._idle = idle
         self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
-        self._thread: threading.Thread | None = None
-        self._over = False
         self.bytes = 0
         self.count = 0
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the caller is this thread."""
-        return threading.current_thread() is self._thread
 
     def offer(self, size: int, put: Callable[[], None]) -> bool:
         """Let the thread put a batch together; False: it has too much, or is to end.
@@ -58,31 +52,12 @@ class WindowThread:
         with self._changed:
             if self._over or self.bytes + size > MAX_BYTES:
                 return False
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(
-                    target=self._run, name="plinth-windows", daemon=True
-                )
-                self._thread.start()
+            self._begin()
             self._waiting.append((size, put))
             self.bytes += size
             self.count += 1
             self._changed.notify()
             return True
-
-    def open(self) -> None:
-        """Take batches again after :meth:`stop`; with the lock held."""
-        self._over = False
-
-    def stop(self) -> None:
-        """Let the thread end when nothing waits any more; with the lock held."""
-        self._over = True
-        self._changed.notify()
-
-    def join(self) -> None:
-        """Wait until it has ended, unless the caller is that thread."""
-        thread = self._thread
-        if thread is not None and not self.is_current:
-            thread.join()
 
     def _run(self) -> None:
         with cpu_threads(self._threads()):

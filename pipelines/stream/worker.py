@@ -55,12 +55,7 @@ from plinth.pipelines.stream.kafka_sink import (
     ExactlyOnceSink,
     KafkaSink,
 )
-from plinth.pipelines.stream.metrics import (
-    DEAD_LETTERS,
-    RECORDS,
-    RECOVERIES,
-    STATE_SINCE,
-)
+from plinth.pipelines.stream.metrics import DEAD_LETTERS, RECORDS, RECOVERIES, STATE_SINCE
 from plinth.pipelines.stream.processor import KeyPlaces, Processor
 from plinth.pipelines.stream.settings import StreamConfig
 from plinth.verticals.contract import Vertical

@@ -208,9 +208,7 @@ def conv3d(
 ) -> Tensor:
     """``aten.conv3d``, as :func:`convolution`."""
     sizes = [_three(each) for each in (stride, padding, dilation)]
-    if x.ndim == 4:  # a volume by itself
-        return convolution(x[None], weight, bias, *sizes, False, [0, 0, 0], groups)[0]
-    return convolution(x, weight, bias, *sizes, False, [0, 0, 0], groups)
+    return _of_one_or_more(x, weight, bias, *sizes, False, [0, 0, 0], groups)
 
 
 def conv_transpose3d(
@@ -225,9 +223,14 @@ def conv_transpose3d(
 ) -> Tensor:
     """``aten.conv_transpose3d``, as :func:`convolution`."""
     sizes = [_three(each) for each in (stride, padding, dilation)]
+    return _of_one_or_more(x, weight, bias, *sizes, True, _three(output_padding), groups)
+
+
+def _of_one_or_more(x: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    """:func:`convolution` of volumes, or of one by itself (c, z, y, x)."""
     if x.ndim == 4:
-        return convolution(x[None], weight, bias, *sizes, True, _three(output_padding), groups)[0]
-    return convolution(x, weight, bias, *sizes, True, _three(output_padding), groups)
+        return convolution(x[None], weight, bias, *how)[0]
+    return convolution(x, weight, bias, *how)
 
 
 def _three(sizes: Sizes) -> list[int]:
